@@ -1,0 +1,1 @@
+"""Quality of reduced models: the demo model; calibration and evaluation come later."""
