@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +20,7 @@ from foldserve.server.quality.demo_weights import Geometry, random_weights
 
 NOTICE = "The weights of this model are random: it answers nonsense, and is for trying the API only."
 LAYOUT_VERSION = 1
-"""Rises whenever `create` writes other bytes for the same arguments: a cached checkpoint of another version is stale."""
+"""Rises whenever `create` writes other bytes for the same arguments, so that caches can tell."""
 
 _CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 _CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
@@ -78,7 +79,7 @@ def _write(folder: Path, geometry: Geometry, seed: int, dtype: Literal["float32"
     (folder / "README.md").write_text(f"# Demo model\n\n{NOTICE}\n")
 
 
-def _write_json(file: Path, content: dict[str, object]) -> None:
+def _write_json(file: Path, content: Mapping[str, object]) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 

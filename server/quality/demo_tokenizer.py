@@ -82,7 +82,7 @@ def save_tokenizer(folder: Path) -> TokenIds:
         "padding_side": "left",
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    ids = {token: tokenizer.token_to_id(token) for token in (_BOS, _EOS, _IMAGE, _PAD)}
+    ids = tokenizer.get_vocab()
     rows = -(-tokenizer.get_vocab_size() // _MULTIPLE) * _MULTIPLE
     texts = [tokenizer.decode([i]) for i in range(tokenizer.get_vocab_size())]  # "" for special tokens
     readable = (i for i, text in enumerate(texts) if text and text.isascii() and text.isprintable())
