@@ -1,0 +1,36 @@
+"""`GET /v1/reducers`: the registry of methods as this server offers it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from foldserve.reducers import METHODS
+
+if TYPE_CHECKING:
+    from foldserve.server.api.serving import FoldServingChat
+
+
+def describe(chat: FoldServingChat) -> dict[str, object]:
+    """Methods with their parameters, limits of the served model, and the server's defaults."""
+    geometry = chat.geometry
+    methods = [METHODS[name] for name in sorted(METHODS) if geometry and name in geometry.methods]
+    return {
+        "object": "list",
+        "model": chat.models.base_model_paths[0].name,
+        "vision_tokens_per_image": geometry.tokens if geometry else None,
+        "default_reduction": chat.defaults.reduction.to_json(),
+        "low_detail_ratio": chat.defaults.low_detail_ratio,
+        "withdraw_layer": chat.withdraw_layer,
+        "data": [
+            {
+                "id": method.name,
+                "object": "reducer",
+                "summary": method.summary,
+                "paper": method.paper,
+                "stage": method.stage.value,
+                "parameters": sorted(method.parameters),
+                "max_removed_tokens": geometry.tokens - 2 if geometry else 0,
+            }
+            for method in methods
+        ],
+    }

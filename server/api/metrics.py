@@ -1,0 +1,43 @@
+"""foldserve's own Prometheus metrics; vLLM serves them on its `/metrics`, summed over its API servers."""
+
+from __future__ import annotations
+
+from prometheus_client import Counter, Histogram
+
+from foldserve.server.api.usage import VisionTokens
+
+_VISION_TOKENS = Counter(
+    "foldserve_vision_tokens",
+    "Vision tokens of accepted requests: encoded (at ratio 0), kept for the decoder, withdrawn at layer K.",
+    ["stage", "method"],
+)
+_TTFT = Histogram(
+    "foldserve_time_to_first_token_seconds",
+    "Time from the arrival of a request to its first token, by the ratio really applied to its images.",
+    ["ratio_bucket"],
+    buckets=(0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.4, 0.6, 1.0, 1.5, 2.5, 4.0, 6.0, 10.0, 20.0, 40.0, 80.0),
+)
+_RATIO_BOUNDS = (0.25, 0.5, 0.75, 1.0)
+
+
+def ratio_bucket(vision: VisionTokens | None) -> str:
+    """A bounded label: `no_image`, `0`, or the bucket of width 0.25 that holds the ratio, named by its upper bound."""
+    if vision is None:
+        return "no_image"
+    if vision.kept == vision.encoded:
+        return "0"
+    return next(f"<={bound}" for bound in _RATIO_BOUNDS if vision.ratio <= bound)
+
+
+def observe_accepted(vision: VisionTokens | None) -> None:
+    """Counts the vision tokens of a request that goes to the engine."""
+    for plan in vision.plans if vision else ():
+        _VISION_TOKENS.labels("encoded", plan.method).inc(plan.encoded)
+        _VISION_TOKENS.labels("kept", plan.method).inc(plan.kept)
+        if plan.withdraw:
+            _VISION_TOKENS.labels("withdrawn", plan.method).inc(plan.kept)
+
+
+def observe_first_token(vision: VisionTokens | None, seconds: float) -> None:
+    """Records a time to first token."""
+    _TTFT.labels(ratio_bucket(vision)).observe(seconds)

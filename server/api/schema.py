@@ -1,0 +1,114 @@
+"""The chat request: OpenAI's fields as vLLM knows them, and how much to reduce its images."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar
+
+from pydantic import PlainValidator, PrivateAttr, WithJsonSchema, model_validator
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+from foldserve.reducers import METHODS
+from foldserve.reducers.plan import Reduction
+from foldserve.server.api.errors import InvalidRequest
+from foldserve.server.api.usage import VisionTokens
+
+_REDUCTION_SCHEMA = {
+    "type": "object",
+    "additionalProperties": False,
+    "description": "How the request's images are reduced. Without `ratio` and `keep_tokens` nothing is removed.",
+    "properties": {
+        "method": {"type": "string", "enum": sorted(METHODS), "default": "folder"},
+        "ratio": {"type": "number", "minimum": 0, "exclusiveMaximum": 1, "description": "share of tokens removed"},
+        "keep_tokens": {"type": "integer", "minimum": 2, "description": "tokens kept per image; instead of `ratio`"},
+        "scale": {"type": "string", "enum": ["none", "official"], "default": "none"},
+        "withdraw": {"type": "boolean", "default": False, "description": "withdraw vision tokens at the server's K"},
+    },
+}
+_RATIO_SCHEMA = {"type": "number", "minimum": 0, "exclusiveMaximum": 1, "description": "short for `reduction.ratio`"}
+_DETAILS = ("auto", "low", "high")
+
+
+def _parse_reduction(value: object) -> Reduction | None:
+    return None if value is None else Reduction.parse(value)
+
+
+def _parse_ratio(value: object) -> Reduction | None:
+    return None if value is None else Reduction.parse({"ratio": value})
+
+
+@dataclass(frozen=True, slots=True)
+class Defaults:
+    """What the server applies where a request says nothing, from its command line."""
+
+    reduction: Reduction = Reduction()
+    low_detail_ratio: float = 0.75
+
+    @classmethod
+    def from_config(cls, additional_config: Mapping[str, Any]) -> Defaults:
+        """Reads `additional_config["foldserve"]`, which the command line filled."""
+        ours = additional_config.get("foldserve", {})
+        return cls(
+            Reduction.parse(ours.get("default_reduction") or {}), ours.get("low_detail_ratio", cls.low_detail_ratio)
+        )
+
+
+class FoldChatRequest(ChatCompletionRequest):
+    """vLLM's chat request with `reduction` and its short form `reduction_ratio`."""
+
+    field_names: ClassVar[set[str] | None] = None  # a cache of the base class, which must not be shared with it
+
+    reduction: Annotated[Reduction | None, PlainValidator(_parse_reduction), WithJsonSchema(_REDUCTION_SCHEMA)] = None
+    reduction_ratio: Annotated[Reduction | None, PlainValidator(_parse_ratio), WithJsonSchema(_RATIO_SCHEMA)] = None
+
+    _details: list[str] = PrivateAttr(default_factory=list)
+    _vision: VisionTokens | None = PrivateAttr(default=None)
+    _arrived: float = PrivateAttr(default_factory=time.perf_counter)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _read_details(cls, data: Any, handler: Any) -> Any:
+        """Notes `image_url.detail` of each image before validation turns message content into one-shot iterators."""
+        details = list(_image_details(data)) if isinstance(data, dict) else []
+        request = handler(data)
+        if request.reduction is not None and request.reduction_ratio is not None:
+            raise InvalidRequest(
+                "both `reduction` and `reduction_ratio` came: `reduction_ratio` is short for `reduction.ratio`, send one",
+                "reduction_ratio",
+            )
+        request._details = details
+        return request
+
+    def image_reductions(self, defaults: Defaults) -> list[Reduction]:
+        """One reduction per image, in prompt order: the explicit one, else by the image's `detail`, else the default."""
+        explicit = self.reduction if self.reduction is not None else self.reduction_ratio
+        if explicit is not None:
+            return [explicit] * len(self._details)
+        low = replace(defaults.reduction, ratio=defaults.low_detail_ratio, keep_tokens=None)
+        by_detail = {"auto": defaults.reduction, "low": low, "high": Reduction()}
+        return [by_detail[detail] for detail in self._details]
+
+
+def _image_details(body: Mapping[str, Any]) -> Iterator[str]:
+    """The `detail` of every image part of a raw chat body; unknown shapes are left to validation."""
+    messages = body.get("messages")
+    for m, message in enumerate(messages if isinstance(messages, list) else []):
+        content = message.get("content") if isinstance(message, dict) else None
+        for p, part in enumerate(content if isinstance(content, list) else []):
+            if not isinstance(part, dict):
+                continue
+            if part.get("type") == "image_url" or "image_url" in part:
+                yield _detail(part, f"messages[{m}].content[{p}].image_url.detail")
+
+
+def _detail(part: Mapping[str, Any], path: str) -> str:
+    image = part.get("image_url")
+    source = image if isinstance(image, dict) else part  # `{"image_url": "http..."}` is accepted by vLLM too
+    detail = source.get("detail")
+    if detail is None:
+        return "auto"
+    if detail not in _DETAILS:
+        raise InvalidRequest(f"detail must be one of {', '.join(_DETAILS)}; got {detail!r:.50}", path)
+    return str(detail)

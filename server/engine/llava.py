@@ -1,0 +1,58 @@
+"""LLaVA-1.5 with per-image token reduction in or after its vision tower."""
+
+from __future__ import annotations
+
+import torch
+from vllm.config import VllmConfig
+from vllm.model_executor.models.interfaces import MultiModalEmbeddings
+from vllm.model_executor.models.llava import (
+    LlavaDummyInputsBuilder,
+    LlavaForConditionalGeneration,
+    LlavaProcessingInfo,
+    _build_llava_or_pixtral_hf_info,
+    _build_llava_or_pixtral_hf_processor,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor, BaseProcessingInfo
+
+from foldserve.reducers.plan import Plan
+from foldserve.server.engine import withdrawal
+from foldserve.server.engine.processor import PLAN_FIELD, FoldLlavaMultiModalProcessor
+from foldserve.server.engine.vision import encode_images, vision_geometry
+
+
+def _build_processor(
+    info: BaseProcessingInfo, dummy_inputs: BaseDummyInputsBuilder[BaseProcessingInfo]
+) -> BaseMultiModalProcessor[BaseProcessingInfo]:
+    """Ours where the tower can reduce (CLIP, SigLIP); vLLM's own for Pixtral."""
+    if isinstance(info, LlavaProcessingInfo) and vision_geometry(info.get_hf_config()) is not None:
+        return FoldLlavaMultiModalProcessor(info, dummy_inputs)
+    return _build_llava_or_pixtral_hf_processor(info, dummy_inputs)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    _build_processor, info=_build_llava_or_pixtral_hf_info, dummy_inputs=LlavaDummyInputsBuilder
+)
+class FoldLlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    """Modifications to vLLM's LLaVA:
+
+    - `embed_multimodal` reduces each image by the plan that the processor sent with it;
+    - with a withdrawal layer configured, the decoder is the withdrawing twin of the checkpoint's own.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        withdrawal.select_decoder(vllm_config)
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+    def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
+        """One (plan.kept, hidden) tensor per image; vLLM's own path, bit for bit, when nothing is reduced."""
+        rows = kwargs.pop(PLAN_FIELD, None)
+        plans = [Plan.from_ints(row) for row in rows.tolist()] if isinstance(rows, torch.Tensor) else []  # on the CPU
+        if all(plan.is_identity for plan in plans):
+            return super().embed_multimodal(**kwargs)
+        image_input = self._parse_and_validate_image_input(**kwargs)
+        assert image_input is not None and image_input["type"] == "pixel_values"
+        strategy = self.config.vision_feature_select_strategy
+        features = encode_images(self.vision_tower, image_input["pixel_values"], plans, strategy)
+        embeds = self.multi_modal_projector(torch.cat(features))  # (sum of kept, hidden)
+        return embeds.split([plan.kept for plan in plans])

@@ -1,0 +1,39 @@
+"""Entry point of `vllm.general_plugins`: runs once or more in every vLLM process and registers what foldserve adds."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+VLLM_VERSION = "0.32.0"
+
+_LLAVA = "foldserve.server.engine.llava:FoldLlavaForConditionalGeneration"
+
+
+def register() -> None:
+    """Registers the models; registering again changes nothing.
+
+    Raises:
+        RuntimeError: another vLLM version than the one this release is written for.
+    """
+    _require_vllm(version("vllm"))
+    from vllm import ModelRegistry
+
+    from foldserve.server.engine import withdrawal
+
+    _enable_amx()
+    ModelRegistry.register_model("LlavaForConditionalGeneration", _LLAVA)
+    withdrawal.register()
+
+
+def _require_vllm(found: str) -> None:
+    if found.partition("+")[0] != VLLM_VERSION:
+        raise RuntimeError(f"foldserve needs vLLM {VLLM_VERSION}, found {found}: pip install vllm=={VLLM_VERSION}")
+
+
+def _enable_amx() -> None:
+    """Asks the kernel for AMX tiles: without it a spawned worker dies of SIGILL at its first bf16 product."""
+    import torch
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        torch.cpu._init_amx()

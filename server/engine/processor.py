@@ -1,0 +1,122 @@
+"""The multimodal processor: a request's reductions become per-image plans, placeholders and cache identities."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from transformers import BatchFeature
+from vllm.inputs import MultiModalHashes
+from vllm.model_executor.models.llava import LlavaMultiModalProcessor
+from vllm.multimodal.hasher import MultiModalHasher
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.parse import ImageEmbeddingItems, MultiModalDataItems
+from vllm.multimodal.processing import ProcessorInputs, PromptReplacement, PromptUpdate
+
+from foldserve.reducers.plan import IDENTITY, InvalidReduction, Plan, Reduction, make_plan
+from foldserve.server.engine.vision import VisionGeometry, vision_geometry
+from foldserve.server.engine.withdrawal import mark
+
+KWARG = "foldserve"
+"""Key in `mm_processor_kwargs`: one reduction (JSON form) for every image, or a list with one per image."""
+
+PLAN_FIELD = "vision_plan"
+"""Multimodal field that carries `Plan.to_ints()` of each image to the model, on the CPU."""
+
+_Kwargs = Mapping[str, object]
+
+
+class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
+    """Modifications to vLLM's LLaVA processor:
+
+    - takes `mm_processor_kwargs["foldserve"]` before the HF processor sees it;
+    - adds each image's plan to its multimodal data;
+    - expands `plan.kept` placeholders per image;
+    - makes the plan part of the image's hash, hence of the processor, encoder and prefix caches, unless it is the
+      identity: then everything is as in vLLM.
+    """
+
+    def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: _Kwargs) -> BatchFeature:
+        plans = self._plans(mm_items, hf_kwargs)
+        processed = super()._apply_hf_processor_main(mm_items, _without_ours(hf_kwargs))
+        if plans:
+            processed[PLAN_FIELD] = torch.tensor([plan.to_ints() for plan in plans])  # (images, ints)
+        return processed
+
+    def _get_mm_fields_config(
+        self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: _Kwargs
+    ) -> Mapping[str, MultiModalFieldConfig]:
+        fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
+        return fields | {PLAN_FIELD: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+
+    def _get_prompt_updates(
+        self, mm_items: MultiModalDataItems, hf_processor_mm_kwargs: _Kwargs, out_mm_kwargs: MultiModalKwargsItems
+    ) -> Sequence[PromptUpdate]:
+        plans = self._plans(mm_items, hf_processor_mm_kwargs)
+        if not plans:
+            return super()._get_prompt_updates(mm_items, _without_ours(hf_processor_mm_kwargs), out_mm_kwargs)
+        token = self.info.get_hf_config().image_token_index
+        return [PromptReplacement(modality="image", target=[token], replacement=lambda i: [token] * plans[i].kept)]
+
+    def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
+        plans = self._plans(inputs.mm_data_items, inputs.hf_processor_mm_kwargs)
+        stock = replace(inputs, hf_processor_mm_kwargs=_without_ours(inputs.hf_processor_mm_kwargs))
+        hashes = dict(super()._get_mm_hashes(stock))
+        if plans:
+            hashes["image"] = [self._identity(h, plan) for h, plan in zip(hashes["image"], plans, strict=True)]
+        return hashes
+
+    def _get_cache_missing_processor_kwargs(
+        self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, list[bool]]
+    ) -> _Kwargs:
+        kwargs = super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached)
+        asked = kwargs.get(KWARG)
+        if not isinstance(asked, list):
+            return kwargs
+        return {**kwargs, KWARG: [r for r, hit in zip(asked, mm_is_cached["image"], strict=True) if not hit]}
+
+    def _identity(self, image_hash: str, plan: Plan) -> str:
+        if not plan.is_identity:
+            algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
+            image_hash = MultiModalHasher.hash_kwargs(algorithm, image=image_hash, plan=plan.to_ints())
+        return mark(image_hash) if plan.withdraw else image_hash
+
+    def _plans(self, mm_items: MultiModalDataItems, kwargs: _Kwargs) -> list[Plan]:
+        """One plan per image; empty where there is nothing to plan (no pixel images)."""
+        count = mm_items.get_count("image", strict=False)
+        reductions = parse_reductions(kwargs.get(KWARG), count)
+        if not count or isinstance(mm_items["image"], ImageEmbeddingItems):
+            if any(r != Reduction() for r in reductions):
+                raise InvalidReduction("only images can be reduced: image embeddings are used as they come", param="")
+            return []
+        geometry = vision_geometry(self.info.get_hf_config())
+        return [plan_for(reduction, geometry) for reduction in reductions]
+
+
+def parse_reductions(value: object, count: int) -> list[Reduction]:
+    """`mm_processor_kwargs["foldserve"]` -> one `Reduction` per image.
+
+    Raises:
+        InvalidReduction: a malformed reduction, or a list of another length than the number of images.
+    """
+    if not isinstance(value, list):
+        return [Reduction.parse(value if value is not None else {})] * count
+    if len(value) != count:
+        raise InvalidReduction(f"{len(value)} reductions came for {count} images: send one per image", param="")
+    return [Reduction.parse(item) for item in value]
+
+
+def plan_for(reduction: Reduction, geometry: VisionGeometry) -> Plan:
+    """The plan of one image on this model; refuses methods that its tower does not support."""
+    plan = make_plan(reduction, geometry.tokens)
+    if not plan.is_identity and plan.method not in geometry.methods:
+        raise InvalidReduction(
+            f"method {plan.method!r} does not work with this model; it supports {sorted(geometry.methods)}",
+            param="method",
+        )
+    return plan
+
+
+def _without_ours(kwargs: _Kwargs) -> _Kwargs:
+    return {key: value for key, value in kwargs.items() if key != KWARG}

@@ -1,0 +1,33 @@
+"""Photo-like test images: smooth colour gradients, shapes and a little noise, different for every seed."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+
+def photo(seed: int, width: int = 320, height: int = 240) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    corners = rng.integers(0, 256, (2, 2, 3), dtype=np.uint8)
+    image = Image.fromarray(corners).resize((width, height), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
+    for _ in range(6):
+        x, y = rng.integers(0, width), rng.integers(0, height)
+        w, h = rng.integers(20, width // 2), rng.integers(20, height // 2)
+        shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
+        shape((x, y, x + w, y + h), fill=tuple(int(c) for c in rng.integers(0, 256, 3)))
+    noise = rng.normal(0, 6, (height, width, 3))
+    return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+
+
+def jpeg(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=90)
+    return buffer.getvalue()
+
+
+def data_uri(image: Image.Image) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg(image)).decode()
