@@ -14,7 +14,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import ImageEmbeddingItems, MultiModalDataItems
 from vllm.multimodal.processing import ProcessorInputs, PromptReplacement, PromptUpdate
 
-from foldserve.reducers.plan import IDENTITY, InvalidReduction, Plan, Reduction, make_plan
+from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, make_plan
 from foldserve.server.engine.vision import VisionGeometry, vision_geometry
 from foldserve.server.engine.withdrawal import mark
 

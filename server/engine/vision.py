@@ -15,8 +15,7 @@ from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_
 from vllm.model_executor.models.clip import CLIPEncoderLayer, CLIPVisionModel
 from vllm.model_executor.models.vision import get_num_selected_vision_tokens, get_vision_encoder_info
 
-from foldserve.reducers.folder import folder
-from foldserve.reducers.folder_cls import folder_cls
+from foldserve.reducers.folder import folder, folder_cls
 from foldserve.reducers.plan import Plan
 
 

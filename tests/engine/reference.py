@@ -10,8 +10,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from foldserve.reducers.folder import folder
-from foldserve.reducers.folder_cls import folder_cls
+from foldserve.reducers.folder import folder, folder_cls
 from foldserve.reducers.plan import Plan, Reduction, make_plan
 
 

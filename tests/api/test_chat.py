@@ -1,0 +1,237 @@
+"""The real openai client against the real server."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.images import data_uri, photo
+
+ENCODED = 144
+TEXT = {"type": "text", "text": "What is in the picture?"}
+
+
+def image_part(seed: int = 1, detail: str | None = None) -> dict[str, Any]:
+    source = {"url": data_uri(photo(seed))} | ({"detail": detail} if detail else {})
+    return {"type": "image_url", "image_url": source}
+
+
+def ask(client: openai.OpenAI, *parts: dict[str, Any], extra: Mapping[str, object] = {}, **options: Any) -> Any:
+    messages: list[Any] = [{"role": "user", "content": [*parts, TEXT]}]
+    defaults: dict[str, Any] = {"model": "tiny", "max_tokens": 6, "temperature": 0, "logprobs": True}
+    return client.chat.completions.create(messages=messages, extra_body=dict(extra), **(defaults | options))
+
+
+def vision_tokens(answer: Any) -> dict[str, Any]:
+    return dict(answer.usage.model_extra["vision_tokens"])
+
+
+def expected(removed: int, method: str = "folder") -> dict[str, object]:
+    kept = ENCODED - removed
+    ratio = round(removed / ENCODED, 4)
+    return {"encoded": ENCODED, "kept": kept, "withdrawn": 0, "method": method if removed else "none", "ratio": ratio}
+
+
+def test_without_reduction(client: openai.OpenAI) -> None:
+    answer = ask(client, image_part())
+    assert vision_tokens(answer) == expected(0)
+    assert answer.choices[0].message.content
+
+
+@pytest.mark.parametrize(
+    ("extra", "removed", "method"),
+    [
+        ({"reduction_ratio": 0.5}, 72, "folder"),
+        ({"reduction_ratio": 0}, 0, "folder"),
+        ({"reduction": {"ratio": 0.66}}, 95, "folder"),
+        ({"reduction": {"method": "folder_cls", "ratio": 0.9}}, 129, "folder_cls"),
+        ({"reduction": {"keep_tokens": 20}}, 124, "folder"),
+    ],
+)
+def test_usage_tells_what_was_applied(
+    client: openai.OpenAI, extra: dict[str, object], removed: int, method: str
+) -> None:
+    full = ask(client, image_part()).usage.prompt_tokens
+    answer = ask(client, image_part(), extra=extra)
+    assert vision_tokens(answer) == expected(removed, method)
+    assert full - answer.usage.prompt_tokens == removed
+
+
+def test_stream_is_the_same_answer_and_ends_with_usage(client: openai.OpenAI) -> None:
+    whole = ask(client, image_part(2), extra={"reduction_ratio": 0.5})
+    stream = ask(
+        client, image_part(2), extra={"reduction_ratio": 0.5}, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+    assert text == whole.choices[0].message.content
+    assert [chunk for chunk in chunks if chunk.usage] == chunks[-1:]
+    assert vision_tokens(chunks[-1]) == expected(72)
+    assert chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens
+
+
+def test_stream_without_usage_carries_none(client: openai.OpenAI) -> None:
+    chunks = list(ask(client, image_part(2), extra={"reduction_ratio": 0.5}, stream=True))
+    assert all(chunk.usage is None and chunk.choices for chunk in chunks)
+
+
+def test_image_over_http(client: openai.OpenAI, image_url: str) -> None:
+    answer = ask(client, {"type": "image_url", "image_url": {"url": image_url}}, extra={"reduction_ratio": 0.75})
+    assert vision_tokens(answer) == expected(108)
+
+
+def test_detail_chooses_per_image(client: openai.OpenAI) -> None:
+    answer = ask(client, image_part(1, "high"), image_part(2, "low"), image_part(3, "auto"))
+    assert vision_tokens(answer) == {
+        "encoded": 3 * ENCODED,
+        "kept": 2 * ENCODED + 36,
+        "withdrawn": 0,
+        "method": "mixed",
+        "ratio": 0.25,
+        "images": [expected(0), expected(108), expected(0)],
+    }
+    explicit = ask(client, image_part(1, "high"), image_part(2, "low"), extra={"reduction_ratio": 0.5})
+    assert vision_tokens(explicit)["kept"] == ENCODED
+
+
+def test_images_of_earlier_turns_count(client: openai.OpenAI) -> None:
+    messages: list[Any] = [
+        {"role": "user", "content": [image_part(1), TEXT]},
+        {"role": "assistant", "content": "A shape."},
+        {"role": "user", "content": [image_part(2), TEXT]},
+    ]
+    answer = client.chat.completions.create(
+        model="tiny", messages=messages, max_tokens=4, extra_body={"reduction_ratio": 0.5}
+    )
+    assert vision_tokens(answer)["encoded"] == 2 * ENCODED
+
+
+def test_text_only(client: openai.OpenAI) -> None:
+    answer = ask(client, extra={"reduction_ratio": 0.5})
+    assert "vision_tokens" not in answer.usage.model_extra
+    assert answer.choices[0].message.content
+
+
+BAD_REDUCTIONS = [
+    ({"reduction_ratio": -0.1}, "reduction_ratio"),
+    ({"reduction_ratio": 1}, "reduction_ratio"),
+    ({"reduction_ratio": 1.5}, "reduction_ratio"),
+    ({"reduction_ratio": float("nan")}, "reduction_ratio"),
+    ({"reduction_ratio": float("inf")}, "reduction_ratio"),
+    ({"reduction_ratio": "0.5"}, "reduction_ratio"),
+    ({"reduction_ratio": True}, "reduction_ratio"),
+    ({"reduction_ratio": []}, "reduction_ratio"),
+    ({"reduction_ratio": {}}, "reduction_ratio"),
+    ({"reduction_ratio": 0.999}, "reduction_ratio"),
+    ({"reduction": {"ratio": -0.1}}, "reduction.ratio"),
+    ({"reduction": {"ratio": float("nan")}}, "reduction.ratio"),
+    ({"reduction": {"ratio": "0.5"}}, "reduction.ratio"),
+    ({"reduction": {"ratio": 0.999}}, "reduction.ratio"),
+    ({"reduction": {"keep_tokens": 145}}, "reduction.keep_tokens"),
+    ({"reduction": {"keep_tokens": 1}}, "reduction.keep_tokens"),
+    ({"reduction": {"keep_tokens": 3.0}}, "reduction.keep_tokens"),
+    ({"reduction": {"ratio": 0.5, "keep_tokens": 3}}, "reduction.ratio"),
+    ({"reduction": {"method": "magic"}}, "reduction.method"),
+    ({"reduction": {"ratios": 0.5}}, "reduction.ratios"),
+    ({"reduction": []}, "reduction"),
+    ({"reduction": 0.5}, "reduction"),
+    ({"reduction": {"withdraw": True}}, "reduction.withdraw"),
+    ({"reduction": {"ratio": 0.5}, "reduction_ratio": 0.5}, "reduction_ratio"),
+    ({"mm_processor_kwargs": {"foldserve": {"ratio": 0.5}}}, "mm_processor_kwargs"),
+]
+
+
+@pytest.mark.parametrize(("extra", "param"), BAD_REDUCTIONS, ids=lambda value: str(value)[:60])
+def test_bad_reduction_is_a_400_with_its_param(server_url: str, extra: dict[str, object], param: str) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": [image_part(), TEXT]}], "max_tokens": 2, **extra}
+    answer = httpx.post(
+        f"{server_url}/v1/chat/completions",
+        content=json.dumps(body),  # NaN and all, which httpx' own encoder refuses
+        headers={"Content-Type": "application/json"},
+        timeout=60,
+    )
+    assert answer.status_code == 400, answer.text
+    error = answer.json()["error"]
+    assert error["param"] == param
+    assert error["type"] == "invalid_request_error"
+    assert error["code"] == "invalid_value"
+    assert error["message"]
+
+
+def test_the_client_sees_openai_errors(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, image_part(), extra={"reduction_ratio": 1.5})
+    assert caught.value.param == "reduction_ratio"
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, image_part(1, "huge"))
+    assert caught.value.param == "messages[0].content[0].image_url.detail"
+    with pytest.raises(openai.NotFoundError):
+        ask(client, image_part(), model="another")
+    with pytest.raises(openai.BadRequestError) as caught:
+        ask(client, image_part(), max_tokens=10**6)
+    assert caught.value.body["type"] == "invalid_request_error"  # type: ignore[index]
+
+
+def test_bad_requests_leave_the_engine_as_it_was(client: openai.OpenAI) -> None:
+    before = ask(client, image_part(5), extra={"reduction_ratio": 0.5})
+    for extra, _ in BAD_REDUCTIONS:
+        if "nan" not in str(extra) and "inf" not in str(extra):
+            with pytest.raises(openai.BadRequestError):
+                ask(client, image_part(5), extra=extra)
+    after = ask(client, image_part(5), extra={"reduction_ratio": 0.5})
+    assert after.choices[0].message.content == before.choices[0].message.content
+    assert after.choices[0].logprobs == before.choices[0].logprobs
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/completions", "/v1/responses", "/v1/messages", "/v1/chat/completions/batch", "/invocations"]
+)
+def test_routes_that_would_ignore_the_reduction_are_refused(server_url: str, path: str) -> None:
+    answer = httpx.post(f"{server_url}{path}", json={"model": "tiny", "prompt": "x", "reduction_ratio": 0.5})
+    assert answer.status_code == 404
+    assert answer.json()["error"]["code"] == "unsupported_route"
+
+
+def test_catalog(server_url: str) -> None:
+    catalog = httpx.get(f"{server_url}/v1/reducers").json()
+    assert [method["id"] for method in catalog["data"]] == ["folder", "folder_cls"]
+    assert catalog["vision_tokens_per_image"] == ENCODED
+    assert catalog["low_detail_ratio"] == 0.75
+    assert catalog["default_reduction"] == {}
+    assert catalog["withdraw_layer"] is None
+
+
+def test_openapi_documents_the_fields(server_url: str) -> None:
+    schema = httpx.get(f"{server_url}/openapi.json").json()
+    fields = schema["components"]["schemas"]["FoldChatRequest"]["properties"]
+    assert fields["reduction"]["properties"]["method"]["enum"] == ["folder", "folder_cls"]
+    assert fields["reduction_ratio"]["exclusiveMaximum"] == 1
+
+
+def scrape(url: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+    return {(s.name, tuple(sorted(s.labels.items()))): s.value for family in families for s in family.samples}
+
+
+def test_metrics_sum_over_api_servers(server_url: str) -> None:
+    """Fresh connections spread over both API processes; the page adds them up."""
+    before = scrape(server_url)
+    for i in range(6):
+        with openai.OpenAI(base_url=f"{server_url}/v1", api_key="none") as fresh:
+            ask(fresh, image_part(i), extra={"reduction_ratio": 0.5}, stream=i % 2 == 0 and bool(i))
+    after = scrape(server_url)
+
+    def rise(name: str, **labels: str) -> float:
+        key = (name, tuple(sorted(labels.items())))
+        return after[key] - before.get(key, 0.0)
+
+    assert rise("foldserve_vision_tokens_total", stage="encoded", method="folder") == 6 * ENCODED
+    assert rise("foldserve_vision_tokens_total", stage="kept", method="folder") == 6 * ENCODED / 2
+    assert rise("foldserve_time_to_first_token_seconds_count", ratio_bucket="<=0.5") == 6
+    assert rise("foldserve_time_to_first_token_seconds_sum", ratio_bucket="<=0.5") > 0

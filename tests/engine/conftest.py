@@ -1,0 +1,84 @@
+"""One in-process engine for the folder: small chunks that cut images, prefix caching on, several images per prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from tests.engine.reference import Reference
+
+MAX_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """A prompt with `<image>` marks, its images, and one reduction (JSON form) per image."""
+
+    prompt: str
+    images: Sequence[Image.Image] = ()
+    reductions: Sequence[dict[str, object]] = ()
+
+    def to_vllm(self) -> dict[str, Any]:
+        if not self.images:
+            return {"prompt": self.prompt}
+        prompt = {"prompt": self.prompt, "multi_modal_data": {"image": list(self.images)}}
+        return prompt | ({"mm_processor_kwargs": {"foldserve": list(self.reductions)}} if self.reductions else {})
+
+
+def start_engine(path: Path, **options: Any) -> Any:
+    from vllm import LLM
+
+    defaults: dict[str, Any] = {
+        "dtype": "float32",
+        "max_model_len": 1024,
+        "enforce_eager": True,
+        "block_size": 32,
+        "kv_cache_memory_bytes": 64 << 20,
+        "limit_mm_per_prompt": {"image": 4},
+        "max_num_seqs": 16,
+        "mm_processor_cache_gb": 0.1,
+        "seed": 0,
+    }
+    return LLM(str(path), **(defaults | options))
+
+
+def greedy(llm: Any, cases: Sequence[Case], tokens: int = MAX_TOKENS) -> list[tuple[list[int], list[float]]]:
+    """Token ids and log-probabilities of every case, all in one call."""
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0)
+    outputs = llm.generate([case.to_vllm() for case in cases], params, use_tqdm=False)
+    return [
+        (list(o.outputs[0].token_ids), [step[t].logprob for t, step in zip(o.outputs[0].token_ids, o.outputs[0].logprobs)])
+        for o in outputs
+    ]
+
+
+@pytest.fixture(scope="session")
+def reference(tiny_llava: Path) -> Reference:
+    return Reference(tiny_llava)
+
+
+@pytest.fixture(scope="package")
+def llm(tiny_llava: Path) -> Iterator[Any]:
+    """Chunks of 50 tokens cut every image; prefix caching is on, as by default."""
+    yield start_engine(tiny_llava, max_num_batched_tokens=50, enable_prefix_caching=True)
+
+
+@pytest.fixture(scope="session")
+def expect(reference: Reference) -> Callable[[Case], tuple[list[int], list[float]]]:
+    """The reference's answer, remembered: the same case serves several tests."""
+    known: dict[str, tuple[list[int], list[float]]] = {}
+
+    def answer(case: Case) -> tuple[list[int], list[float]]:
+        key = repr((case.prompt, [image.tobytes()[:4096] for image in case.images], case.reductions))
+        if key not in known:
+            known[key] = reference.generate(case.prompt, case.images, case.reductions, MAX_TOKENS)
+        return known[key]
+
+    return answer
