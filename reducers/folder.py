@@ -1,0 +1,110 @@
+"""FOLDER: Accelerating Multi-modal Large Language Models with Enhanced Performance, in its two forms.
+
+`folder` compares the tower's output tokens and works with any tower. `folder_cls`, which the paper's tables use, works
+inside a CLIP layer: it compares attention keys and spares what the class token attends to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from foldserve.reducers.fold import Fold, Reduced, at_least_fp32, fold, group_sum, merge
+from foldserve.reducers.method import Method, Stage
+from foldserve.reducers.schedule import fold_schedule
+
+Scale = Literal["none", "official"]
+
+
+def folder(
+    x: Tensor,
+    folds: Sequence[int],
+    *,
+    metric: Tensor | None = None,
+    scale: Scale = "none",
+    class_token: bool = False,
+) -> Reduced:
+    """Merge tokens that look alike; the survivors keep their order.
+
+    Args:
+        x: (B, n, d), any float dtype.
+        folds: tokens that each fold removes (`Plan.folds`).
+        metric: (B, n, d_m), what tokens are compared by; None: the tokens themselves.
+        scale: "official" multiplies tokens by 1 + ln(size) where the authors' code does: after a single fold that
+            removes less than half of what stays, and after every overflow. Not in the paper.
+        class_token: token 0 is the class token: it stays first, as it is.
+
+    Returns:
+        n_out = n - sum(folds) tokens, each the mean of its group.
+    """
+    metric = at_least_fp32(x if metric is None else metric)
+    steps: list[Fold] = []
+    for k in folds:
+        if steps:
+            metric = group_sum(metric, steps[-1].slot, steps[-1].sizes)  # the cosine of a sum is that of the mean
+        steps.append(fold(metric, k, order="position", class_token=class_token))
+    reduced = merge(x, steps)
+    tokens = reduced.tokens
+    if scale == "official" and (len(folds) > 1 or sum(folds) < tokens.shape[1] // 2):
+        tokens = tokens * (1 + reduced.sizes.log()).unsqueeze(-1)
+    return reduced._replace(tokens=tokens.to(x.dtype))
+
+
+def folder_cls(
+    x: Tensor,
+    keys: Tensor,
+    cls_attention: Tensor,
+    folds: Sequence[int],
+    *,
+    attention_weight: float = 500.0,
+) -> Reduced:
+    """Merge tokens with similar keys, those first that the class token attends to least; the class token is dropped.
+
+    Runs after the attention residual of the last CLIP layer that is used (index num_layers - 2 for LLaVA); the MLP
+    follows on the reduced sequence. Remaining even tokens come before all the odd ones, and the next fold alternates on
+    that order.
+
+    Args:
+        x: (B, n + 1, d), any float dtype, the class token first.
+        keys: (B, n + 1, d_k), the layer's key projections with bias, mean over heads.
+        cls_attention: (B, n + 1), softmaxed attention of the class token to all tokens, mean over heads.
+        folds: tokens that each fold removes (`Plan.folds`).
+        attention_weight: what the attention weighs against the cosine, 100 times the paper's alpha.
+
+    Returns:
+        n_out = n - sum(folds) tokens, each the mean of its group; `source` and `group` count the n patches from 0.
+    """
+    # what later folds need of a group: (B, n + 1, d_k + 1)
+    carried = torch.cat([at_least_fp32(keys), at_least_fp32(cls_attention).unsqueeze(-1)], dim=-1)
+    steps: list[Fold] = []
+    for k in folds:
+        if steps:
+            carried = group_sum(carried, steps[-1].slot, steps[-1].sizes)
+            carried[..., -1] /= steps[-1].sizes  # attention goes on as the mean of a fold's group, not weighted by size
+        penalty = attention_weight * carried[..., -1]
+        steps.append(fold(carried[..., :-1], k, order="unmerged_first", class_token=True, penalty=penalty))
+    tokens, sizes, source, group = merge(x, steps)
+    return Reduced(tokens[:, 1:].to(x.dtype), sizes[:, 1:], source[:, 1:] - 1, group[:, 1:] - 1)
+
+
+PAPER = "FOLDER: Accelerating Multi-modal Large Language Models with Enhanced Performance"
+
+FOLDER = Method(
+    name="folder",
+    summary="Merges vision tokens that look alike, after the vision tower; works with any tower.",
+    paper=PAPER,
+    stage=Stage.AFTER_TOWER,
+    schedule=fold_schedule,
+    parameters=("ratio", "keep_tokens", "scale", "withdraw"),
+)
+
+FOLDER_CLS = Method(
+    name="folder_cls",
+    summary="Merges vision tokens inside the CLIP tower, those first that the class token attends to least.",
+    paper=PAPER,
+    stage=Stage.IN_TOWER,
+    schedule=lambda patches, removed: fold_schedule(patches + 1, removed),  # the class token takes part
+)

@@ -1,0 +1,25 @@
+"""Integer schedules: how many tokens each step of a method removes. Pure Python, known before the encoder runs."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+
+@lru_cache(maxsize=4096)
+def fold_schedule(tokens: int, removed: int) -> tuple[int, ...]:
+    """Tokens that each fold of FOLDER removes, when `removed` of `tokens` have to go.
+
+    One fold takes at most (tokens - 1) // 2, as in the authors' code (their paper writes floor(tokens / 2)); what is
+    left goes to the next fold, "reduction overflow" in the paper.
+
+    Raises:
+        ValueError: fewer than two tokens would stay; a fold cannot go below two.
+    """
+    if not 0 <= removed <= max(tokens - 2, 0):
+        raise ValueError(f"cannot fold {removed} of {tokens} tokens away: between 0 and {max(tokens - 2, 0)} can go")
+    folds = []
+    while removed:
+        folds.append(min((tokens - 1) // 2, removed))
+        tokens -= folds[-1]
+        removed -= folds[-1]
+    return tuple(folds)
