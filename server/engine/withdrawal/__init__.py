@@ -1,0 +1,54 @@
+"""Withdrawal (VTW): from decoder layer K on, vision tokens of the requests that ask for it are neither computed nor kept.
+
+The layers < K ("shallow") and >= K ("deep") own separate KV cache groups; the deep ones hold ceil(T(n) / block) blocks
+for n tokens of which T(n) are kept. From plan to page: `core` (T) -> `spec`, `layout` (groups) -> `scheduler`,
+`manager`, `prefix` (blocks) -> `runner_v1` or `state_v2`, `batch`, `metadata` (rows and slots of a step) -> `decoder`,
+`attention`. Everything that imports vLLM's engine is imported on use.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from foldserve.server.engine.withdrawal.core import TokenMap, mark, unmark
+from foldserve.server.engine.withdrawal.requests import refuse_request
+
+__all__ = [
+    "TokenMap",
+    "check",
+    "configure",
+    "mark",
+    "model_state_cls",
+    "refuse_request",
+    "register",
+    "select_decoder",
+    "unmark",
+    "withdraw_layer",
+]
+
+
+def register() -> None:
+    """Registers KV specs and decoders with vLLM, in every process that has the plugin; again changes nothing."""
+    from vllm import ModelRegistry
+
+    from foldserve.server.engine.withdrawal.config import WITHDRAWING
+    from foldserve.server.engine.withdrawal.spec import register_specs
+
+    register_specs()
+    for name in WITHDRAWING.values():
+        ModelRegistry.register_model(name, f"{__name__}.decoder:{name}")
+
+
+def model_state_cls() -> type[Any]:
+    """What the model's `get_model_state_cls` returns for model runner V2."""
+    from foldserve.server.engine.withdrawal.state_v2 import WithdrawingModelState
+
+    return WithdrawingModelState
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("check", "configure", "select_decoder", "withdraw_layer"):
+        from foldserve.server.engine.withdrawal import config
+
+        return getattr(config, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,57 @@
+"""The attention layers of the withdrawing decoder.
+
+One mechanism for every decoder family: vLLM builds its own attention modules, and afterwards only the *class* of each
+attention op becomes one of the two below (as `torch.nn.utils.parametrize` changes the class of a module). The classes
+override two methods and add no state that the base class would have to know of, so head counts, scales, quantization,
+rotary embeddings and weight names stay what the family made of them. The alternatives are worse: every family hard-codes
+`Attention(...)` in its own attention module, so a subclass would have to be built beside it and registered under the
+same name, from arguments that are not kept, and a module of our own would be a copy of each family's.
+"""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.attention import Attention
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
+
+from foldserve.server.engine.withdrawal.metadata import deep_backend
+from foldserve.server.engine.withdrawal.spec import DeepAttentionSpec, ShallowAttentionSpec
+
+_NOT_DEEP = ("sliding_window", "attention_chunk_size", "non_causal")
+
+
+class ShallowAttention(Attention):
+    """Layers < K. Modifications: the KV spec says which layers share a KV cache group."""
+
+    bucket: int
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> ShallowAttentionSpec:
+        return replace_as(_full_attention(self, vllm_config), ShallowAttentionSpec, bucket=self.bucket)
+
+
+class DeepAttention(Attention):
+    """Layers >= K. Modifications: the KV cache holds kept tokens only, and metadata is built for them."""
+
+    bucket: int
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return deep_backend(super().get_attn_backend())
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> DeepAttentionSpec:
+        return replace_as(_full_attention(self, vllm_config), DeepAttentionSpec, drop=_NOT_DEEP, bucket=self.bucket)
+
+
+def _full_attention(op: Attention, vllm_config: VllmConfig) -> FullAttentionSpec:
+    spec = Attention.get_kv_cache_spec(op, vllm_config)
+    if type(spec) is not FullAttentionSpec:
+        raise ValueError(f"--withdraw-layer needs full attention in every layer; {op.layer_name} has {type(spec).__name__}")
+    return spec
+
+
+def adopt(op: Attention, cls: type[ShallowAttention] | type[DeepAttention], bucket: int) -> None:
+    """Makes a finished attention op one of ours."""
+    if type(op) is not Attention:
+        raise ValueError(f"--withdraw-layer knows vLLM's Attention only; {op.layer_name} is a {type(op).__name__}")
+    op.__class__ = cls
+    op.bucket = bucket

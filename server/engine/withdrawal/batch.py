@@ -1,0 +1,110 @@
+"""The part of one scheduled step that enters the deep layers, as flat numpy arrays; no loop over tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foldserve.server.engine.withdrawal.core import TokenMap
+
+Ints = NDArray[np.int64]
+
+NOT_STORED = -1
+"""Compact position of a row that writes no KV."""
+
+
+@dataclass(frozen=True, eq=False)
+class DeepBatch:
+    """What the deep layers see of a step with R requests. All arrays are int64.
+
+    Positions are *compact*: the index of a token among the kept tokens of its request, which is its place in the deep
+    KV cache (its RoPE position is another thing, and stays).
+
+    Attributes:
+        rows: (m,) rows of the full batch that enter, ascending; None: all rows, in place.
+        requests: (r,) requests that have a row; None: all R.
+        request_of: (m,) index of each row's request among those.
+        positions: (m,) compact position of each row, or NOT_STORED.
+        query_lens: (r,) rows of each request.
+        seq_lens: (r,) kept tokens of each request after this step.
+    """
+
+    rows: Ints | None
+    requests: Ints | None
+    request_of: Ints
+    positions: Ints
+    query_lens: Ints
+    seq_lens: Ints
+
+
+class BatchMaps:
+    """The `TokenMap`s of a step's requests as flat arrays, so that T of all of them is a few array operations."""
+
+    def __init__(self, maps: Sequence[TokenMap]) -> None:
+        self.maps = list(maps)
+        self._owner = np.repeat(np.arange(len(maps)), [len(m.ranges) for m in maps])  # (ranges,) request of each range
+        self._start = _concatenate([m.starts for m in maps])
+        self._length = _concatenate([m.lengths for m in maps])
+
+    def withdrawn(self, x: Ints) -> Ints:
+        """(R,) tokens withdrawn among the first x[r] of each request r."""
+        inside = np.clip(x[self._owner] - self._start, 0, self._length)
+        return np.bincount(self._owner, inside, minlength=len(x)).astype(np.int64)
+
+    def step(self, computed: Ints, scheduled: Ints) -> DeepBatch | None:
+        """The deep part of a step; None if the deep layers see it just as the shallow ones do.
+
+        Args:
+            computed: (R,) tokens of each request that are in the KV cache already.
+            scheduled: (R,) tokens of each request in this step, at least 1.
+        """
+        if not len(self._owner):
+            return None
+        before, after = self.withdrawn(computed), self.withdrawn(computed + scheduled)
+        if not after.any():
+            return None
+        kept = scheduled - (after - before)
+        seq_lens = computed + scheduled - after
+        if scheduled.max() == 1:
+            return _in_place(computed - before, kept, seq_lens)
+        rows = None if np.array_equal(kept, scheduled) else self._kept_rows(computed, scheduled)
+        requests = np.flatnonzero(kept)
+        if len(requests) == len(kept):
+            return _compact(rows, None, kept, seq_lens)
+        return _compact(rows, requests, kept[requests], seq_lens[requests])
+
+    def _kept_rows(self, computed: Ints, scheduled: Ints) -> Ints:
+        """(m,) rows of the full batch outside every withdrawn range, from the +1/-1 edges of the ranges."""
+        first_row = np.cumsum(scheduled) - scheduled
+        begin = self._start - computed[self._owner]
+        limit = scheduled[self._owner]
+        edges = np.zeros(int(scheduled.sum()) + 1, dtype=np.int64)
+        np.add.at(edges, np.clip(begin, 0, limit) + first_row[self._owner], 1)
+        np.add.at(edges, np.clip(begin + self._length, 0, limit) + first_row[self._owner], -1)
+        return np.flatnonzero(np.cumsum(edges[:-1]) == 0)
+
+
+def _in_place(positions: Ints, kept: Ints, seq_lens: Ints) -> DeepBatch:
+    """A step of one token per request, where no row is dropped and nothing is gathered.
+
+    Such a step may replay a full CUDA graph, whose rows are fixed. A withdrawn token (a prefill chunk of one token)
+    keeps its row, stores nothing, and its output is not sampled from; its length is at least 1 because a kernel may
+    not take a query without a key.
+    """
+    one = np.ones_like(kept)
+    stored = np.where(kept == 1, positions, NOT_STORED)
+    return DeepBatch(None, None, np.arange(len(kept)), stored, one, np.maximum(seq_lens, 1))
+
+
+def _compact(rows: Ints | None, requests: Ints | None, query_lens: Ints, seq_lens: Ints) -> DeepBatch:
+    first_row = np.cumsum(query_lens) - query_lens
+    request_of = np.repeat(np.arange(len(query_lens)), query_lens)
+    positions = np.arange(len(request_of)) + (seq_lens - query_lens - first_row)[request_of]
+    return DeepBatch(rows, requests, request_of, positions, query_lens, seq_lens)
+
+
+def _concatenate(parts: Sequence[Ints]) -> Ints:
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)

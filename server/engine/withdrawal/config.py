@@ -1,0 +1,154 @@
+"""Settings of withdrawal in vLLM's configuration, and what cannot be combined with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from vllm import envs
+from vllm.config import VllmConfig
+
+_PACKAGE = "foldserve.server.engine.withdrawal"
+_SCHEDULER = f"{_PACKAGE}.scheduler.WithdrawingScheduler"
+_ASYNC_SCHEDULER = f"{_PACKAGE}.scheduler.WithdrawingAsyncScheduler"
+_WORKERS = {device: f"{_PACKAGE}.worker_{device}.WithdrawingWorker" for device in ("cpu", "cuda")}
+
+_CAUSAL_LM = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+"""HF model type of a text config -> vLLM's class, for checkpoints that name no architecture."""
+
+WITHDRAWING = {name: f"Withdrawing{name}" for name in _CAUSAL_LM.values()}
+"""vLLM's decoder class -> ours in `decoder.py`, under which name it is registered."""
+
+
+def withdraw_layer(vllm_config: VllmConfig) -> int | None:
+    """K of this engine; None if withdrawal is not configured.
+
+    Raises:
+        ValueError: K is not an integer in 1..N-1 for the N layers of the decoder.
+    """
+    settings = vllm_config.additional_config
+    value = settings.get("foldserve", {}).get("withdraw_layer") if isinstance(settings, dict) else None
+    if value is None:
+        return None
+    layers = vllm_config.model_config.hf_config.get_text_config().num_hidden_layers
+    if type(value) is not int or not 1 <= value < layers:
+        raise ValueError(f"--withdraw-layer must be an integer from 1 to {layers - 1} for this model, got {value!r}")
+    return value
+
+
+def configure(
+    layer: int, *, device: Literal["cpu", "cuda"], async_scheduling: bool = True, v2_runner: bool = False
+) -> dict[str, Any]:
+    """The engine arguments that withdrawal at `layer` needs, to be merged into the others.
+
+    On the CPU vLLM schedules synchronously whatever is asked for. With `v2_runner` (experimental: never run on a GPU) the
+    environment has to say VLLM_USE_V2_MODEL_RUNNER=1, without it VLLM_USE_V2_MODEL_RUNNER=0; `check` verifies it.
+    """
+    runs_ahead = async_scheduling and device == "cuda"
+    arguments: dict[str, Any] = {
+        "additional_config": {"foldserve": {"withdraw_layer": layer}},
+        "scheduler_cls": _ASYNC_SCHEDULER if runs_ahead else _SCHEDULER,
+        "async_scheduling": runs_ahead,
+    }
+    if not v2_runner:
+        arguments["worker_cls"] = _WORKERS[device]
+    if device == "cuda":
+        # Piecewise graphs are keyed by the size of the full batch, which is not the size of the deep half.
+        arguments["compilation_config"] = {"cudagraph_mode": "FULL_DECODE_ONLY"}
+    return arguments
+
+
+def select_decoder(vllm_config: VllmConfig) -> None:
+    """With a withdrawal layer configured, makes the model's text config name the withdrawing decoder; else nothing.
+
+    Raises:
+        ValueError: as `check`, or the decoder is none of Llama, Mistral, Qwen2, Qwen3.
+    """
+    if withdraw_layer(vllm_config) is None:
+        return
+    check(vllm_config)
+    text = vllm_config.model_config.hf_config.get_text_config()
+    name = (text.architectures or [_CAUSAL_LM.get(text.model_type, text.model_type)])[0]
+    if name in WITHDRAWING.values():
+        return
+    if name not in WITHDRAWING:
+        raise ValueError(f"--withdraw-layer supports the decoders {sorted(WITHDRAWING)}; this model has {name}")
+    text.architectures = [WITHDRAWING[name]]
+
+
+def check(vllm_config: VllmConfig) -> None:
+    """Refuses, before anything runs, what withdrawal was not made to work with; nothing if it is not configured.
+
+    Raises:
+        ValueError: naming `--withdraw-layer` and the setting that it does not go with.
+    """
+    if withdraw_layer(vllm_config) is None:
+        return
+    for setting, reason in _conflicts(vllm_config):
+        raise ValueError(f"--withdraw-layer does not go with {setting}: {reason}. Leave one of the two out")
+    for name, ours in _required_classes(vllm_config):
+        raise ValueError(f"--withdraw-layer needs {name} {ours}: start with `foldserve serve`, or pass configure(...)")
+
+
+def _conflicts(config: VllmConfig) -> Iterator[tuple[str, str]]:
+    parallel, cache, model = config.parallel_config, config.cache_config, config.model_config
+    text = model.hf_config.get_text_config()
+    blocks = "KV blocks of the deep layers are not addressed by token position"
+    positions = "the deep layers see other rows than the batch has"
+    if parallel.pipeline_parallel_size > 1:
+        yield "--pipeline-parallel-size", "the decoder is split at the withdrawal layer instead"
+    if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
+        yield "--decode-context-parallel-size or --prefill-context-parallel-size", blocks
+    if parallel.use_ubatching:
+        yield "--enable-dbo or --ubatch-size", "the deep batch is made for a whole step"
+    if config.lora_config is not None:
+        yield "--enable-lora", f"adapters are laid out for the full batch, and {positions}"
+    if config.speculative_config is not None:
+        yield "--speculative-config", "drafting needs the last hidden state of every token"
+    if config.kv_transfer_config is not None:
+        yield "--kv-transfer-config or KV offloading", blocks
+    if config.kv_events_config is not None and config.kv_events_config.enable_kv_cache_events:
+        yield "--kv-events-config", blocks
+    if config.scheduler_config.disable_hybrid_kv_cache_manager:
+        yield "--disable-hybrid-kv-cache-manager", "shallow and deep layers hold different numbers of KV blocks"
+    if cache.kv_sharing_fast_prefill:
+        yield "--kv-sharing-fast-prefill", positions
+    if cache.kv_cache_dtype_skip_layers:
+        yield "--kv-cache-dtype-skip-layers", "KV cache groups need pages of one size"
+    if model.runner_type != "generate":
+        yield "--runner pooling", "withdrawn tokens have no output to pool"
+    if model.use_mla or getattr(text, "dual_chunk_attention_config", None):
+        yield "MLA or dual chunk attention", "the deep layers need plain attention"
+    if _is_sliding(text):
+        yield "sliding-window attention", "a window over kept tokens is another one than over all tokens"
+    if model.uses_mrope:
+        yield "M-RoPE", "positions of several dimensions are not compacted"
+    if envs.VLLM_USE_BREAKABLE_CUDAGRAPH:
+        yield "VLLM_USE_BREAKABLE_CUDAGRAPH=1", "a graph would freeze which rows enter the deep half"
+    mode = config.compilation_config.cudagraph_mode
+    if mode is not None and mode.requires_piecewise_compilation():
+        yield f"cudagraph_mode {mode.name}", "piecewise graphs are made for the size of the full batch"
+
+
+def _is_sliding(text_config: Any) -> bool:
+    layer_types = getattr(text_config, "layer_types", None)
+    if layer_types:
+        return "sliding_attention" in layer_types
+    return bool(getattr(text_config, "sliding_window", None)) and getattr(text_config, "use_sliding_window", True)
+
+
+def _required_classes(config: VllmConfig) -> Iterator[tuple[str, str]]:
+    """Classes of ours that vLLM's configuration does not name."""
+    scheduler, worker = config.scheduler_config, config.parallel_config.worker_cls
+    schedulers = [_ASYNC_SCHEDULER] if scheduler.async_scheduling else [_SCHEDULER, _ASYNC_SCHEDULER]
+    if scheduler.scheduler_cls not in schedulers:
+        yield "scheduler_cls", schedulers[0]
+    if not config.use_v2_model_runner and worker not in _WORKERS.values():
+        yield "worker_cls", " or ".join(_WORKERS.values())
+    if config.use_v2_model_runner and worker in _WORKERS.values():
+        yield "worker_cls", "auto (with model runner V2)"
