@@ -67,6 +67,12 @@ def create(
     return path
 
 
+def cached(cache_dir: Path) -> Path:
+    """The checkpoint of the default arguments in the user's cache, made when it is not there yet."""
+    path = cache_dir / f"demo-model-v{LAYOUT_VERSION}"
+    return path if path.exists() else create(path)
+
+
 def _write(folder: Path, geometry: Geometry, seed: int, dtype: Literal["float32", "bfloat16"]) -> None:
     ids = save_tokenizer(folder)
     save_file(random_weights(geometry, ids, seed, dtype), folder / "model.safetensors", metadata={"format": "pt"})

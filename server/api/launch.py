@@ -1,0 +1,118 @@
+"""Starts vLLM's own server with our plugins, our settings, and defaults that suit a CPU."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from argparse import Namespace
+from collections.abc import Callable
+from importlib.metadata import distribution, entry_points
+from pathlib import Path
+
+from vllm.entrypoints.cli.serve import ServeSubcommand
+from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+from vllm.logger import configure_logging_from_args
+from vllm.platforms import current_platform
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
+
+from foldserve.server.api.announce import announce_when_ready
+from foldserve.server.settings import CONFIG_KEY, Environment, Settings
+
+# Groups that vLLM loads in full unless VLLM_PLUGINS is set. Endpoint plugins it loads only if VLLM_PLUGINS names them.
+_LOADED_BY_DEFAULT = (
+    "vllm.general_plugins",
+    "vllm.platform_plugins",
+    "vllm.io_processor_plugins",
+    "vllm.stat_logger_plugins",
+)
+_SMALL_MODEL_NAME = "demo"
+_CPU_KV_CACHE_GIB = 4
+
+
+def serve(argv: list[str], settings: Settings, environment: Environment, small_model: Callable[[], Path]) -> None:
+    """Serves until stopped.
+
+    Args:
+        argv: the arguments of `vllm serve`; without a model, the one that `small_model` returns is served.
+        settings: ours, handed to the API processes and the engine in vLLM's additional config.
+
+    Raises:
+        SystemExit: arguments that vLLM's parser or we refuse.
+    """
+    os.environ["VLLM_PLUGINS"] = ",".join(plugins_to_load(environment))
+    cli_env_setup()
+    args = serve_args(argv, settings, environment, small_model)
+    command = ServeSubcommand()
+    configure_logging_from_args(args)
+    command.validate(args)
+    announce_when_ready(args)
+    command.cmd(args)
+
+
+def plugins_to_load(environment: Environment) -> list[str]:
+    """The value that `VLLM_PLUGINS` needs: what would be loaded without us, and our plugins."""
+    ours = [plugin.name for plugin in distribution("foldserve").entry_points if plugin.group.startswith("vllm.")]
+    theirs = environment.vllm_plugins
+    if theirs is None:
+        theirs = tuple(plugin.name for group in _LOADED_BY_DEFAULT for plugin in entry_points(group=group))
+    return list(dict.fromkeys([*theirs, *ours]))
+
+
+def serve_args(
+    argv: list[str], settings: Settings, environment: Environment, small_model: Callable[[], Path]
+) -> Namespace:
+    """vLLM's parsed arguments, completed where the user left the choice."""
+    parser = FlexibleArgumentParser(prog="foldserve")
+    options = ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
+    options.usage = "foldserve serve [MODEL] [options]"
+    defaults = {name: options.get_default(name) for name in _OURS_TO_CHOOSE}
+    options.set_defaults(**dict.fromkeys(_OURS_TO_CHOOSE))
+    args: Namespace = parser.parse_args(["serve", *argv])
+
+    choices: dict[str, object] = {}
+    small = args.model_tag is None
+    if small:
+        args.model_tag = str(small_model())
+        choices["served_model_name"] = [_SMALL_MODEL_NAME]
+        _say("no MODEL given: serving the small demo model, whose weights are random, so that it answers nonsense")
+    if current_platform.is_cpu():
+        choices |= _cpu_choices(args, environment, small)
+    _complete(args, choices, defaults)
+
+    if CONFIG_KEY in args.additional_config:
+        options.error(f"{CONFIG_KEY!r} in --additional-config is set by foldserve's own options: use those")
+    args.additional_config = {**args.additional_config, CONFIG_KEY: settings.to_config()}
+    return args
+
+
+# Options whose vLLM default is replaced by None while parsing, to tell a user's choice from a default.
+_OURS_TO_CHOOSE = ("dtype", "enforce_eager", "gpu_memory_utilization", "kv_cache_memory_bytes", "served_model_name")
+
+
+def _cpu_choices(args: Namespace, environment: Environment, small: bool) -> dict[str, object]:
+    """Defaults for a CPU that is not the server's alone; vLLM's would take 92 % of the memory for the KV cache."""
+    choices: dict[str, object] = {}
+    if small:
+        choices["dtype"] = "float32"  # nothing to gain from less at this size
+    if small or shutil.which(environment.cxx) is None:
+        choices["enforce_eager"] = True  # compiling costs a minute, and needs a C++ compiler
+    if args.gpu_memory_utilization is None and not environment.sets_cpu_kv_cache:
+        available = get_memory_node_info(get_visible_memory_node()[0]).available_memory
+        choices["kv_cache_memory_bytes"] = min(_CPU_KV_CACHE_GIB * 2**30, available // 4)
+    return choices
+
+
+def _complete(args: Namespace, choices: dict[str, object], defaults: dict[str, object]) -> None:
+    """Fills in what the user left open, by `choices` before vLLM's `defaults`, and says what was chosen."""
+    chosen = {name: value for name, value in choices.items() if getattr(args, name) is None}
+    for name, default in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, chosen.get(name, default))
+    if chosen:
+        _say("chosen because you did not: " + ", ".join(f"{name}={value}" for name, value in chosen.items()))
+
+
+def _say(message: str) -> None:
+    print(f"foldserve: {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,92 @@
+"""What the operator may choose: one frozen value made at start-up, and the environment, read here and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from foldserve.reducers.reduction import InvalidReduction, Reduction
+
+CONFIG_KEY = "foldserve"
+"""Our key in vLLM's `--additional-config`, which the API processes and the engine both read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The server's own settings; their defaults leave plain vLLM's results unchanged.
+
+    Attributes:
+        default_reduction: applied to requests that say nothing.
+        low_detail_ratio: reduction ratio of images sent with OpenAI's `detail: low`, in [0, 1).
+        withdraw_layer: K, the first decoder layer without vision tokens, at least 1; None builds the model without it.
+
+    Raises:
+        ValueError: a value outside these bounds.
+    """
+
+    default_reduction: Reduction = field(default_factory=Reduction)
+    low_detail_ratio: float = 0.75
+    withdraw_layer: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.low_detail_ratio < 1:
+            raise ValueError(f"the low-detail ratio must lie in [0, 1), not {self.low_detail_ratio}")
+        if self.withdraw_layer is not None and self.withdraw_layer < 1:
+            raise ValueError(f"the withdrawal layer must be at least 1, not {self.withdraw_layer}")
+        if self.default_reduction.withdraw and self.withdraw_layer is None:
+            raise ValueError("the default reduction withdraws, so give --withdraw-layer too")
+
+    def to_config(self) -> dict[str, object]:
+        """The JSON value under `CONFIG_KEY`."""
+        return {
+            "default_reduction": self.default_reduction.to_json(),
+            "low_detail_ratio": self.low_detail_ratio,
+            "withdraw_layer": self.withdraw_layer,
+        }
+
+
+def parse_reduction(text: str) -> Reduction:
+    """Reads a reduction as written on a command line: a ratio such as `0.5`, or a request's JSON object.
+
+    Raises:
+        InvalidReduction: neither of the two, or not a reduction that can be done.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InvalidReduction(
+            f'a ratio such as 0.5 or JSON such as {{"ratio": 0.5}} is needed, not {text!r}'
+        ) from error
+    return Reduction.parse(value if isinstance(value, Mapping) else {"ratio": value})
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """The environment variables that matter to us.
+
+    Attributes:
+        cache_dir: where the small checkpoint is kept.
+        vllm_plugins: the names in `VLLM_PLUGINS`; None when unset, which to vLLM means all but endpoint plugins.
+        sets_cpu_kv_cache: the user sized the CPU's KV cache by `VLLM_CPU_KVCACHE_SPACE`.
+        cxx: the C++ compiler that torch's inductor uses on CPU.
+    """
+
+    cache_dir: Path
+    vllm_plugins: tuple[str, ...] | None
+    sets_cpu_kv_cache: bool
+    cxx: str
+
+    @classmethod
+    def read(cls, env: Mapping[str, str] = os.environ) -> Environment:
+        """Reads the variables once."""
+        plugins = env.get("VLLM_PLUGINS")
+        cache_home = env.get("XDG_CACHE_HOME") or Path(env.get("HOME", "~")).expanduser() / ".cache"
+        return cls(
+            cache_dir=Path(cache_home) / "foldserve",
+            vllm_plugins=None if plugins is None else tuple(name for name in plugins.split(",") if name),
+            sets_cpu_kv_cache=bool(env.get("VLLM_CPU_KVCACHE_SPACE")),
+            cxx=env.get("CXX") or "g++",
+        )
