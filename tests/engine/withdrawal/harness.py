@@ -18,11 +18,12 @@ PHOTOS = [photo(seed, 168, 168) for seed in range(6)]
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt with `<image>` marks, the numbers of its photos, and whether each is withdrawn."""
+    """A prompt with `<image>` marks and token ids that follow it, the numbers of its photos, and whether each leaves."""
 
     prompt: str
     photos: tuple[int, ...] = ()
     withdraw: bool | tuple[bool, ...] = True
+    tail: tuple[int, ...] = ()
 
     @property
     def images(self) -> list[Image.Image]:
@@ -33,11 +34,14 @@ class Case:
         each = (self.withdraw,) * len(self.photos) if isinstance(self.withdraw, bool) else self.withdraw
         return [{"withdraw": withdraw} for withdraw in each]
 
-    def to_vllm(self) -> dict[str, Any]:
+    def to_vllm(self, tokenizer: Any) -> dict[str, Any]:
+        prompt: dict[str, Any] = {"prompt_token_ids": [*tokenizer.encode(self.prompt), *self.tail]}
+        if not self.tail:
+            prompt = {"prompt": self.prompt}
         if not self.photos:
-            return {"prompt": self.prompt}
+            return prompt
         kwargs = {"foldserve": self.reductions}
-        return {"prompt": self.prompt, "multi_modal_data": {"image": self.images}, "mm_processor_kwargs": kwargs}
+        return prompt | {"multi_modal_data": {"image": self.images}, "mm_processor_kwargs": kwargs}
 
 
 def words(seed: int, count: int) -> str:
@@ -85,14 +89,15 @@ class Engine:
         from vllm import SamplingParams
 
         sampling = SamplingParams(**({"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 0} | params))
-        outputs: list[Any] = self.llm.generate([case.to_vllm() for case in cases], sampling, use_tqdm=False)
+        prompts = [case.to_vllm(self.llm.get_tokenizer()) for case in cases]
+        outputs: list[Any] = self.llm.generate(prompts, sampling, use_tqdm=False)
         return outputs
 
-    def add(self, request_id: str, case: Case, tokens: int) -> None:
+    def add(self, request_id: str, case: Case, tokens: int, **params: Any) -> None:
         from vllm import SamplingParams
 
-        params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
-        self.llm.llm_engine.add_request(request_id, case.to_vllm(), params)
+        sampling = SamplingParams(**({"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 0} | params))
+        self.llm.llm_engine.add_request(request_id, case.to_vllm(self.llm.get_tokenizer()), sampling)
 
     def step(self) -> list[Any]:
         outputs: list[Any] = self.llm.llm_engine.step()

@@ -21,13 +21,18 @@ class WithdrawingReference(Reference):
 
     @torch.no_grad()
     def generate(
-        self, prompt: str, images: Sequence[Image.Image], reductions: Sequence[dict[str, object]], tokens: int
+        self,
+        prompt: str,
+        images: Sequence[Image.Image],
+        reductions: Sequence[dict[str, object]],
+        tokens: int,
+        tail: Sequence[int] = (),
     ) -> tuple[list[int], list[float]]:
         """Greedy token ids and their log-probabilities; an image that ends the prompt keeps its last token."""
         plans = [self.plan(reduction) for reduction in reductions]
-        ids = torch.tensor(self.prompt_ids(prompt, plans))
+        ids = torch.tensor([*self.prompt_ids(prompt, plans), *tail])
         embeds = self.model.get_input_embeddings()(ids)
-        image_rows = (ids == self.config.image_token_index).nonzero().flatten()
+        image_rows = (ids[: len(ids) - len(tail)] == self.config.image_token_index).nonzero().flatten()
         kept = torch.ones(len(ids), dtype=torch.bool)
         if images:
             embeds[image_rows] = torch.cat([self.image_features(i, p) for i, p in zip(images, plans, strict=True)])

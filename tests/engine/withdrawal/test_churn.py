@@ -1,0 +1,87 @@
+"""Requests that come and go: whatever happens to them, their blocks come back and the others are right."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from tests.engine.withdrawal.conftest import LAYERS, Expected
+from tests.engine.withdrawal.harness import Case, Engine, words
+
+K = LAYERS // 2
+TOKENS = 6
+
+BEGINNINGS = ["", words(1, 7) + " ", words(2, 40) + " "]
+CASES = [
+    Case(BEGINNINGS[a] + "".join(f"<image> {words(b, c)} " for _ in photos) + words(d, 9), photos, withdraw)
+    for a, photos, b, c, d, withdraw in [
+        (0, (0,), 1, 3, 1, True),
+        (0, (0,), 1, 3, 2, True),
+        (0, (0,), 1, 3, 1, False),
+        (1, (0,), 1, 20, 1, True),
+        (1, (0, 1), 1, 20, 1, True),
+        (1, (0, 1), 1, 20, 2, True),
+        (1, (1,), 2, 1, 3, True),
+        (2, (1,), 2, 1, 3, True),
+        (2, (1,), 2, 1, 4, False),
+        (2, (2, 1), 2, 10, 4, True),
+        (2, (2, 1), 2, 10, 5, (True, False)),
+        (2, (), 0, 0, 5, True),
+        (1, (2,), 3, 60, 5, True),
+        (2, (2,), 3, 60, 6, True),
+    ]
+] + [Case(BEGINNINGS[2] + "<image>", (1,)), Case(BEGINNINGS[2] + "<image>", (2,))]
+
+
+def test_three_hundred_requests_with_random_aborts(small_pool: Engine, expected: Expected) -> None:
+    rng = random.Random(0)
+    waiting = {f"request-{i}": rng.choice(CASES) for i in range(300)}
+    order = list(waiting)
+    alive: dict[str, Case] = {}
+    finished = aborted = 0
+    while order or alive:
+        while order and len(alive) < rng.randint(6, 14):
+            request_id = order.pop()
+            alive[request_id] = waiting[request_id]
+            small_pool.add(request_id, alive[request_id], TOKENS)
+        for request_id in [r for r in alive if rng.random() < 0.02]:
+            small_pool.abort([request_id])
+            del alive[request_id]
+            aborted += 1
+        for output in small_pool.step():
+            if output.finished and output.request_id in alive:
+                expected.check(K, alive.pop(output.request_id), output)
+                finished += 1
+    assert finished > 150 and aborted > 40
+    small_pool.assert_all_blocks_free()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 4, 6, 9], ids=lambda steps: f"after {steps} steps")
+def test_abort_in_every_phase(small_chunks: Engine, expected: Expected, steps: int) -> None:
+    """Chunks of 50 tokens: not yet scheduled, in the text before the image, inside it, behind it, decoding."""
+    small_chunks.assert_all_blocks_free()
+    victim = Case(f"{words(steps, 30)} <image> {words(steps + 1, 60)}", (3,))
+    small_chunks.add("victim", victim, 40)
+    for _ in range(steps):
+        small_chunks.step()
+    small_chunks.add("other", CASES[3], TOKENS)
+    small_chunks.abort(["victim"])
+    outputs = []
+    while small_chunks.llm.llm_engine.has_unfinished_requests():
+        outputs += [output for output in small_chunks.step() if output.finished]
+    assert [output.request_id for output in outputs] == ["other"]
+    expected.check(K, CASES[3], outputs[0])
+    small_chunks.assert_all_blocks_free()
+
+
+def test_prompt_logprobs_with_a_withdrawn_image_are_refused(small_chunks: Engine, expected: Expected) -> None:
+    with pytest.raises(ValueError, match="prompt_logprobs=1 does not go with withdrawn images"):
+        small_chunks.add("refused", CASES[0], TOKENS, prompt_logprobs=1)
+    small_chunks.abort(["refused"])
+    small_chunks.add("text", CASES[11], TOKENS, prompt_logprobs=1)
+    while small_chunks.llm.llm_engine.has_unfinished_requests():
+        for output in small_chunks.step():
+            if output.finished:
+                expected.check(K, CASES[11], output)
+    small_chunks.assert_all_blocks_free()
