@@ -93,15 +93,16 @@ def tokens_to_remove(reduction: Reduction, encoded: int) -> int:
     if reduction.keep_tokens is not None:
         if reduction.keep_tokens > encoded:
             raise InvalidReduction(
-                f"keep_tokens {reduction.keep_tokens} is more than this image has: {encoded} is the largest",
+                f"keep_tokens {reduction.keep_tokens} is more than this image has: give {encoded} or less",
                 "keep_tokens",
             )
         return encoded - reduction.keep_tokens
     removed = int(encoded * (reduction.ratio or 0.0))
     if removed and encoded - removed < MIN_KEPT:
+        limit = int(10_000 * (encoded - 1) / encoded) / 10_000
         raise InvalidReduction(
             f"ratio {reduction.ratio} would remove {removed} of this image's {encoded} vision tokens, but {MIN_KEPT} "
-            f"have to stay: give a ratio below {(encoded - 1) / encoded:.6g}, or keep_tokens of at least {MIN_KEPT}",
+            f"have to stay: give a ratio below {limit}, or keep_tokens from {MIN_KEPT} to {encoded}",
             "ratio",
         )
     return removed

@@ -1,0 +1,101 @@
+"""Counts: from what was asked to integers, and their way to the model."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from foldserve.reducers import METHODS
+from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, fold_schedule, make_plan
+
+methods = st.sampled_from(sorted(METHODS))
+
+
+@st.composite
+def counts(draw: st.DrawFn) -> tuple[int, int]:
+    """(tokens, tokens that may be removed)"""
+    n = draw(st.integers(2, 3000))
+    return n, draw(st.integers(0, n - 2))
+
+
+@given(counts())
+def test_folds_sum_up_and_stay_below_half(count: tuple[int, int]) -> None:
+    n, r = count
+    for k in fold_schedule(n, r):
+        assert 1 <= k <= (n - 1) // 2
+        n, r = n - k, r - k
+    assert r == 0
+
+
+@pytest.mark.parametrize(("n", "r"), [(7, 6), (2, 1), (1, 1), (0, 1), (7, -1)])
+def test_schedule_refuses_what_cannot_be_folded(n: int, r: int) -> None:
+    with pytest.raises(ValueError, match="can go"):
+        fold_schedule(n, r)
+
+
+@given(methods, st.integers(2, 3000), st.floats(0, 1, exclude_max=True))
+def test_ratio_is_truncated(method: str, n: int, ratio: float) -> None:
+    assume(int(n * ratio) <= n - 2)
+    plan = make_plan(Reduction(method, ratio=ratio), n)
+    assert plan.removed == int(n * ratio) == sum(plan.folds)
+    assert plan.kept == n - plan.removed
+    assert plan.ratio == plan.removed / n
+    assert plan.is_identity == (plan.removed == 0) == (plan.method == "none")
+
+
+@given(methods, counts(), st.booleans())
+def test_equal_integers_are_equal_plans(method: str, count: tuple[int, int], withdraw: bool) -> None:
+    n, r = count
+    by_count = make_plan(Reduction(method, keep_tokens=n - r, withdraw=withdraw), n)
+    ratio = (r + 0.5) / n  # not the same number, but the same count
+    by_ratio = make_plan(Reduction(method, ratio=ratio, withdraw=withdraw), n)
+    assert by_count == by_ratio
+    assert hash(by_count) == hash(by_ratio)
+
+
+@given(methods, counts(), st.booleans(), st.booleans())
+def test_plan_round_trip(method: str, count: tuple[int, int], official: bool, withdraw: bool) -> None:
+    n, r = count
+    scale = "official" if official and "scale" in METHODS[method].parameters else "none"
+    plan = make_plan(Reduction(method, keep_tokens=n - r, scale=scale, withdraw=withdraw), n)  # type: ignore[arg-type]
+    assert Plan.from_ints(list(plan.to_ints())) == plan
+    assert len(plan.to_ints()) == 5
+    assert (plan.scale, plan.withdraw) == ("none" if plan.is_identity else scale, withdraw)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_identity_is_the_same_for_all(method: str) -> None:
+    for reduction in (Reduction(method), Reduction(method, ratio=0.001), Reduction(method, keep_tokens=576)):
+        assert make_plan(reduction, 576) == Plan("none", 576, 0, (), "none", False)
+
+
+def test_class_token_takes_part_in_folder_cls_only() -> None:
+    assert make_plan(Reduction("folder", ratio=0.5), 576).folds == (287, 1)
+    assert make_plan(Reduction("folder_cls", ratio=0.5), 576).folds == (288,)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "n", "param", "told"),
+    [
+        (Reduction(ratio=0.9), 7, "ratio", "below 0.8571, or keep_tokens from 2 to 7"),
+        (Reduction(ratio=0.9999), 576, "ratio", "below 0.9982"),
+        (Reduction(ratio=0.5), 2, "ratio", "below 0.5"),
+        (Reduction("folder_cls", ratio=0.999), 576, "ratio", "remove 575 of this image's 576"),
+        (Reduction(keep_tokens=577), 576, "keep_tokens", "give 576 or less"),
+        (Reduction(keep_tokens=2), 1, "keep_tokens", "give 1 or less"),
+    ],
+)
+def test_too_much(reduction: Reduction, n: int, param: str, told: str) -> None:
+    with pytest.raises(InvalidReduction, match=told) as refusal:
+        make_plan(reduction, n)
+    assert refusal.value.param == param
+
+
+@given(st.integers(3, 3000))
+def test_the_limit_that_is_told_works(n: int) -> None:
+    with pytest.raises(InvalidReduction) as refusal:
+        make_plan(Reduction(ratio=1 - 2**-53), n)
+    limit = float(str(refusal.value).split("below ")[1].split(",")[0])
+    assert make_plan(Reduction(ratio=limit - 1e-9), n).kept >= 2
+    assert make_plan(Reduction(keep_tokens=2), n).kept == 2
