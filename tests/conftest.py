@@ -25,4 +25,4 @@ def tiny_llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from foldserve.server.quality.demo_model import create
 
     folder = tmp_path_factory.mktemp("checkpoints") / "tiny-llava"
-    return create(folder, image_size=168, hidden_size=64, num_layers=4, vision_hidden=64)
+    return create(folder, image_size=168, num_layers=4)
