@@ -61,10 +61,9 @@ def fold(metric: Tensor, k: int, *, order: Order, class_token: bool = False, pen
     Raises:
         ValueError: k is out of range.
     """
-    batch, n, _ = metric.shape
+    n = metric.shape[1]
     if not 1 <= k <= (n - 1) // 2:
         raise ValueError(f"one fold of {n} tokens can merge 1 to {(n - 1) // 2} of them, not {k}")
-    even, odd, n_out = (n + 1) // 2, n // 2, n - k
     metric = F.normalize(metric, dim=-1)
     with true_fp32():
         cosine = metric[:, 0::2] @ metric[:, 1::2].mT  # (B, even, odd)
@@ -75,8 +74,19 @@ def fold(metric: Tensor, k: int, *, order: Order, class_token: bool = False, pen
         score[:, 0] = -torch.inf
     merged = score.argsort(dim=-1, descending=True, stable=True)[:, :k]  # topk may break ties in any order
     stays = torch.ones_like(score, dtype=torch.bool).scatter_(1, merged, False)
+    return _place(stays, partner, n, k, order)
 
-    index = torch.arange(n, device=metric.device).expand(batch, n)
+
+def _place(stays: Tensor, partner: Tensor, n: int, k: int, order: Order) -> Fold:
+    """Number the tokens that stay; a merged one gets the number of its partner.
+
+    Args:
+        stays: (B, even) bool, all but k of the even tokens.
+        partner: (B, even), index among the odd tokens.
+    """
+    batch, even = stays.shape
+    odd, n_out = n - even, n - k
+    index = torch.arange(n, device=stays.device).expand(batch, n)
     rank = stays.cumsum(dim=-1)  # remaining even tokens, up to and with this one
     if order == "position":
         even_slot, odd_slot = rank - 1 + index[:, :even], rank[:, :odd] + index[:, :odd]
