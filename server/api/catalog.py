@@ -12,15 +12,16 @@ if TYPE_CHECKING:
 
 def describe(chat: FoldServingChat) -> dict[str, object]:
     """Methods with their parameters, limits of the served model, and the server's defaults."""
-    geometry = chat.geometry
+    planner = chat.planner
+    geometry = planner.geometry
     methods = [METHODS[name] for name in sorted(METHODS) if geometry and name in geometry.methods]
     return {
         "object": "list",
         "model": chat.models.base_model_paths[0].name,
         "vision_tokens_per_image": geometry.tokens if geometry else None,
-        "default_reduction": chat.defaults.reduction.to_json(),
-        "low_detail_ratio": chat.defaults.low_detail_ratio,
-        "withdraw_layer": chat.withdraw_layer,
+        "default_reduction": planner.defaults.reduction.to_json(),
+        "low_detail_ratio": planner.defaults.low_detail_ratio,
+        "withdraw_layer": planner.withdraw_layer,
         "data": [
             {
                 "id": method.name,

@@ -9,7 +9,9 @@ from argparse import Namespace
 from collections.abc import Callable
 from importlib.metadata import distribution, entry_points
 from pathlib import Path
+from typing import NoReturn
 
+from vllm.config import CUDAGraphMode
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.logger import configure_logging_from_args
@@ -18,6 +20,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 
 from foldserve.server.api.announce import announce_when_ready
+from foldserve.server.engine import withdrawal
 from foldserve.server.settings import CONFIG_KEY, Environment, Settings
 
 # Groups that vLLM loads in full unless VLLM_PLUGINS is set. Endpoint plugins it loads only if VLLM_PLUGINS names them.
@@ -83,8 +86,28 @@ def serve_args(
 
     if CONFIG_KEY in args.additional_config:
         options.error(f"{CONFIG_KEY!r} in --additional-config is set by foldserve's own options: use those")
+    if settings.withdraw_layer is not None:
+        _add_withdrawal(args, settings.withdraw_layer, options.error)
     args.additional_config = {**args.additional_config, CONFIG_KEY: settings.to_config()}
     return args
+
+
+def _add_withdrawal(args: Namespace, layer: int, refuse: Callable[[str], NoReturn]) -> None:
+    """Sets the engine arguments that withdrawal needs; a user's own value for one of them is refused."""
+    on_cpu = current_platform.is_cpu()
+    needed = withdrawal.configure(
+        layer, device="cpu" if on_cpu else "cuda", async_scheduling=args.async_scheduling is not False
+    )
+    del needed["additional_config"]
+    mode = needed.pop("compilation_config", {}).get("cudagraph_mode")
+    if mode is not None and args.compilation_config.cudagraph_mode is None and not args.enforce_eager:
+        args.compilation_config.cudagraph_mode = CUDAGraphMode[mode]
+    for name, value in needed.items():
+        if getattr(args, name) not in (None, "auto", True, value):
+            refuse(f"--withdraw-layer sets {_as_option(name, value)} itself: leave that option out")
+        setattr(args, name, value)
+    if not on_cpu:
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # withdrawal on runner V2 has not run on a GPU yet
 
 
 # Options whose vLLM default is replaced by None while parsing, to tell a user's choice from a default.

@@ -31,11 +31,12 @@ def ratio_bucket(vision: VisionTokens | None) -> str:
 
 def observe_accepted(vision: VisionTokens | None) -> None:
     """Counts the vision tokens of a request that goes to the engine."""
-    for plan in vision.plans if vision else ():
+    if vision is None:
+        return
+    for plan, withdrawn in zip(vision.plans, vision.withdrawn_each, strict=True):
         _VISION_TOKENS.labels("encoded", plan.method).inc(plan.encoded)
         _VISION_TOKENS.labels("kept", plan.method).inc(plan.kept)
-        if plan.withdraw:
-            _VISION_TOKENS.labels("withdrawn", plan.method).inc(plan.kept)
+        _VISION_TOKENS.labels("withdrawn", plan.method).inc(withdrawn)
 
 
 def observe_first_token(vision: VisionTokens | None, seconds: float) -> None:

@@ -13,6 +13,7 @@ from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.tasks import SupportedTask
 
 from foldserve.server.api import metrics as metrics  # registers the metrics before the first scrape
+from foldserve.server.api.planner import Planner
 from foldserve.server.api.routes import refuse_other_routes, router
 from foldserve.server.api.schema import Defaults
 from foldserve.server.api.serving import FoldServingChat
@@ -36,9 +37,11 @@ class FoldserveEndpoint:
             engine_client,
             state.openai_serving_models,
             args.response_role,
-            geometry=vision_geometry(engine_client.model_config.hf_config),
-            defaults=Defaults.from_config(config),
-            withdraw_layer=config.get("foldserve", {}).get("withdraw_layer"),
+            planner=Planner(
+                vision_geometry(engine_client.model_config.hf_config),
+                Defaults.from_config(config),
+                config.get("foldserve", {}).get("withdraw_layer"),
+            ),
             online_renderer=_renderer(engine_client, state, args),
             request_logger=state.openai_serving_chat.request_logger,
             chat_template=load_chat_template(args.chat_template),

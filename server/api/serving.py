@@ -14,13 +14,13 @@ from vllm.inputs import EngineInput
 from vllm.outputs import RequestOutput
 from vllm.renderers.chat_utils import ConversationMessage
 
-from foldserve.reducers.plan import InvalidReduction, Plan, Reduction
+from foldserve.reducers.plan import Reduction
 from foldserve.server.api import metrics
-from foldserve.server.api.errors import FoldserveError, InvalidRequest
-from foldserve.server.api.schema import Defaults, FoldChatRequest
+from foldserve.server.api.errors import InvalidRequest
+from foldserve.server.api.planner import Planner
+from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.api.usage import VisionTokens, vision_tokens
-from foldserve.server.engine.processor import KWARG, plan_for
-from foldserve.server.engine.vision import VisionGeometry
+from foldserve.server.engine.processor import KWARG
 
 _ENGINE_ONLY = ("mm_processor_kwargs", "media_io_kwargs")
 
@@ -33,23 +33,12 @@ class FoldServingChat(OpenAIServingChat):
     - time to first token and vision tokens are counted.
 
     Args:
-        geometry: of the served model; None where it can't reduce.
-        defaults: what applies where a request says nothing.
-        withdraw_layer: K of the server, or None.
+        planner: makes the plans.
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        geometry: VisionGeometry | None,
-        defaults: Defaults,
-        withdraw_layer: int | None,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, planner: Planner, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.geometry = geometry
-        self.defaults = defaults
-        self.withdraw_layer = withdraw_layer
+        self.planner = planner
 
     async def render_chat_request(
         self, request: FoldChatRequest
@@ -57,40 +46,15 @@ class FoldServingChat(OpenAIServingChat):
         for name in _ENGINE_ONLY:
             if getattr(request, name):
                 raise InvalidRequest(f"{name} can't be set by a request: use `reduction`", name)
-        reductions = request.image_reductions(self.defaults)
-        request._vision = self._vision_tokens(request, reductions)
+        reductions, plans = self.planner.plan(request)
         if any(reduction != Reduction() for reduction in reductions):
             request.mm_processor_kwargs = {KWARG: [reduction.to_json() for reduction in reductions]}
         rendered = await super().render_chat_request(request)
         if not isinstance(rendered, ErrorResponse):
-            _check_placeholders(rendered[1], request._vision)
+            (prompt,) = rendered[1]
+            request._vision = vision_tokens(plans, prompt, self.planner.withdraw_layer)
             metrics.observe_accepted(request._vision)
         return rendered
-
-    def _vision_tokens(self, request: FoldChatRequest, reductions: list[Reduction]) -> VisionTokens | None:
-        if self.geometry is None:
-            if any(reduction != Reduction() for reduction in reductions):
-                raise InvalidRequest("this model's vision tower can't reduce: leave `reduction` out", "reduction")
-            return None
-        plans = [self._plan(request, reduction, self.geometry) for reduction in reductions]
-        return vision_tokens(plans, self.withdraw_layer)
-
-    def _plan(self, request: FoldChatRequest, reduction: Reduction, geometry: VisionGeometry) -> Plan:
-        if reduction.withdraw and self.withdraw_layer is None:
-            raise InvalidRequest(
-                "this server does not withdraw vision tokens: start it with --withdraw-layer K", "reduction.withdraw"
-            )
-        if reduction.withdraw and request.prompt_logprobs is not None:
-            raise InvalidRequest(
-                "prompt_logprobs can't be had with `reduction.withdraw`: withdrawn tokens have no final state",
-                "prompt_logprobs",
-            )
-        try:
-            return plan_for(reduction, geometry)
-        except InvalidReduction as error:
-            if request.reduction_ratio is not None:
-                raise InvalidRequest(str(error), "reduction_ratio") from error
-            raise
 
     async def chat_completion_full_generator(
         self,
@@ -138,12 +102,3 @@ def _with_vision_tokens(event: str, vision: VisionTokens) -> str:
         chunk["usage"]["vision_tokens"] = vision.to_json()
     return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"
 
-
-def _check_placeholders(inputs: list[EngineInput], vision: VisionTokens | None) -> None:
-    """The prompt holds exactly the planned placeholders: usage and KV blocks can't drift apart unnoticed."""
-    for engine_input in inputs:
-        ranges = (engine_input.get("mm_placeholders") or {}).get("image", [])
-        placeholders = sum(int(r.get_num_embeds()) for r in ranges)
-        planned = vision.kept if vision else placeholders
-        if placeholders != planned:
-            raise FoldserveError(f"the prompt holds {placeholders} vision tokens where {planned} were planned")

@@ -1,23 +1,30 @@
-"""`usage.vision_tokens`: what was really applied to a request's images, read off their plans."""
+"""`usage.vision_tokens`: what was really applied to a request's images, read off their plans and the prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from vllm.inputs import EngineInput
 
 from foldserve.reducers.plan import Plan
+from foldserve.server.api.errors import FoldserveError
+from foldserve.server.engine.withdrawal import TokenMap
 
 
 @dataclass(frozen=True, slots=True)
 class VisionTokens:
-    """Vision tokens of one request.
+    """Vision tokens of one request with images.
 
-    Args:
+    Attributes:
         plans: one per image, in prompt order.
+        withdrawn_each: tokens of each image that leave the decoder at layer K.
         withdraw_layer: K of the server, None without withdrawal.
     """
 
     plans: tuple[Plan, ...]
+    withdrawn_each: tuple[int, ...]
     withdraw_layer: int | None = None
 
     @property
@@ -30,7 +37,7 @@ class VisionTokens:
 
     @property
     def withdrawn(self) -> int:
-        return sum(plan.kept for plan in self.plans if plan.withdraw)
+        return sum(self.withdrawn_each)
 
     @property
     def method(self) -> str:
@@ -49,13 +56,42 @@ class VisionTokens:
         if self.withdrawn:
             body["withdraw_layer"] = self.withdraw_layer
         if len(set(self.plans)) > 1:
-            body["images"] = [_entry(p.encoded, p.kept, p.kept * p.withdraw, p.method) for p in self.plans]
+            each = zip(self.plans, self.withdrawn_each, strict=True)
+            body["images"] = [_entry(plan.encoded, plan.kept, withdrawn, plan.method) for plan, withdrawn in each]
         return body
 
 
-def vision_tokens(plans: Sequence[Plan], withdraw_layer: int | None) -> VisionTokens | None:
-    """None for a request without images."""
-    return VisionTokens(tuple(plans), withdraw_layer) if plans else None
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """An image in the prompt, as `TokenMap` reads it."""
+
+    identifier: str
+    mm_position: Any
+
+
+def vision_tokens(plans: Sequence[Plan], prompt: EngineInput, withdraw_layer: int | None) -> VisionTokens | None:
+    """Counts of a rendered prompt; None for one without planned images.
+
+    Raises:
+        FoldserveError: the prompt holds another number of vision tokens than was planned: usage, KV blocks and encoder
+            would drift apart unnoticed.
+    """
+    if not plans:
+        return None
+    fields: dict[str, Any] = dict(prompt)
+    places = fields["mm_placeholders"]["image"]
+    planned = [plan.kept for plan in plans]
+    found = [place.get_num_embeds() for place in places]
+    if found != planned:
+        raise FoldserveError(f"the prompt holds {found} vision tokens where {planned} were planned")
+    images = [_Image(h, place) for h, place in zip(fields["mm_hashes"]["image"], places, strict=True)]
+    kept_deep = TokenMap.of(images, len(fields["prompt_token_ids"]))
+    return VisionTokens(tuple(plans), tuple(_withdrawn(kept_deep, places)), withdraw_layer)
+
+
+def _withdrawn(tokens: TokenMap, places: Iterable[Any]) -> Iterable[int]:
+    for place in places:
+        yield tokens.withdrawn(place.offset + place.length) - tokens.withdrawn(place.offset)
 
 
 def _entry(encoded: int, kept: int, withdrawn: int, method: str) -> dict[str, object]:

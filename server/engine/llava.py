@@ -44,6 +44,9 @@ class FoldLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         withdrawal.select_decoder(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
+        if withdrawal.withdraw_layer(vllm_config) is not None:
+            self.get_model_state_cls = withdrawal.model_state_cls  # asked for by model runner V2 only
+
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
         """One (plan.kept, hidden) tensor per image; vLLM's own path, bit for bit, when nothing is reduced."""
         rows = kwargs.pop(PLAN_FIELD, None)

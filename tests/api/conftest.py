@@ -34,7 +34,7 @@ def server_url(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     command = [sys.executable, "-m", "foldserve.server.cli", "serve", str(tiny_llava), "--port", str(port)]
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
     command += ["--kv-cache-memory-bytes", str(64 << 20), "--served-model-name", "tiny", "--api-server-count", "2"]
-    command += ["--mm-processor-cache-gb", "0.1"]
+    command += ["--mm-processor-cache-gb", "0.1", "--withdraw-layer", "2"]
     env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)

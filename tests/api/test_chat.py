@@ -63,6 +63,19 @@ def test_usage_tells_what_was_applied(
     assert full - answer.usage.prompt_tokens == removed
 
 
+def test_withdrawal(client: openai.OpenAI) -> None:
+    """Withdrawn tokens are in the prompt, and counted apart; with a ratio on top, and beside a request without."""
+    plain = ask(client, image_part())
+    answer = ask(client, image_part(), extra={"reduction": {"withdraw": True}})
+    assert vision_tokens(answer) == expected(0) | {"withdrawn": ENCODED, "withdraw_layer": 2}
+    assert answer.usage.prompt_tokens == plain.usage.prompt_tokens
+    assert answer.choices[0].logprobs != plain.choices[0].logprobs
+    both = ask(client, image_part(), extra={"reduction": {"ratio": 0.5, "withdraw": True}})
+    assert vision_tokens(both) == expected(72) | {"withdrawn": 72, "withdraw_layer": 2}
+    again = ask(client, image_part())
+    assert again.choices[0].message.content == plain.choices[0].message.content
+
+
 def test_stream_is_the_same_answer_and_ends_with_usage(client: openai.OpenAI) -> None:
     whole = ask(client, image_part(2), extra={"reduction_ratio": 0.5})
     stream = ask(
@@ -141,7 +154,8 @@ BAD_REDUCTIONS = [
     ({"reduction": {"ratios": 0.5}}, "reduction.ratios"),
     ({"reduction": []}, "reduction"),
     ({"reduction": 0.5}, "reduction"),
-    ({"reduction": {"withdraw": True}}, "reduction.withdraw"),
+    ({"reduction": {"withdraw": 1}}, "reduction.withdraw"),
+    ({"reduction": {"withdraw": True}, "prompt_logprobs": 1}, "prompt_logprobs"),
     ({"reduction": {"ratio": 0.5}, "reduction_ratio": 0.5}, "reduction_ratio"),
     ({"mm_processor_kwargs": {"foldserve": {"ratio": 0.5}}}, "mm_processor_kwargs"),
 ]
@@ -204,7 +218,7 @@ def test_catalog(server_url: str) -> None:
     assert catalog["vision_tokens_per_image"] == ENCODED
     assert catalog["low_detail_ratio"] == 0.75
     assert catalog["default_reduction"] == {}
-    assert catalog["withdraw_layer"] is None
+    assert catalog["withdraw_layer"] == 2
 
 
 def test_openapi_documents_the_fields(server_url: str) -> None:
@@ -224,7 +238,7 @@ def test_metrics_sum_over_api_servers(server_url: str) -> None:
     before = scrape(server_url)
     for i in range(6):
         with openai.OpenAI(base_url=f"{server_url}/v1", api_key="none") as fresh:
-            ask(fresh, image_part(i), extra={"reduction_ratio": 0.5}, stream=i % 2 == 0 and bool(i))
+            list(ask(fresh, image_part(i), extra={"reduction_ratio": 0.5}, stream=i < 3))
     after = scrape(server_url)
 
     def rise(name: str, **labels: str) -> float:
