@@ -7,7 +7,6 @@ minute, and generates much faster than with OpenMP threads that wait for each ot
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"

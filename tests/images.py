@@ -15,8 +15,8 @@ def photo(seed: int, width: int = 320, height: int = 240) -> Image.Image:
     image = Image.fromarray(corners).resize((width, height), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)
     for _ in range(6):
-        x, y = rng.integers(0, width), rng.integers(0, height)
-        w, h = rng.integers(20, width // 2), rng.integers(20, height // 2)
+        x, y = int(rng.integers(0, width)), int(rng.integers(0, height))
+        w, h = int(rng.integers(20, width // 2)), int(rng.integers(20, height // 2))
         shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
         shape((x, y, x + w, y + h), fill=tuple(int(c) for c in rng.integers(0, 256, 3)))
     noise = rng.normal(0, 6, (height, width, 3))

@@ -19,7 +19,6 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 
 from foldserve.reducers.plan import InvalidReduction
 
-
 _LONGEST_MESSAGE = 500
 
 
@@ -116,6 +115,8 @@ def _code(status: HTTPStatus) -> str:
 
 
 def _response(status: HTTPStatus, message: str, param: str | None, code: str) -> JSONResponse:
-    message = message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]} ..."  # it quotes what came
+    message = (
+        message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]} ..."
+    )  # it quotes what came
     kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
     return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)

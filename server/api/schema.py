@@ -51,7 +51,7 @@ class Defaults:
         """Reads `additional_config["foldserve"]`, which the command line filled."""
         ours = additional_config.get("foldserve", {})
         return cls(
-            Reduction.parse(ours.get("default_reduction") or {}), ours.get("low_detail_ratio", cls.low_detail_ratio)
+            Reduction.parse(ours.get("default_reduction") or {}), ours.get("low_detail_ratio", cls().low_detail_ratio)
         )
 
 
@@ -75,14 +75,14 @@ class FoldChatRequest(ChatCompletionRequest):
         request = handler(data)
         if request.reduction is not None and request.reduction_ratio is not None:
             raise InvalidRequest(
-                "both `reduction` and `reduction_ratio` came: `reduction_ratio` is short for `reduction.ratio`, send one",
+                "both `reduction` and `reduction_ratio` came: the latter is short for `reduction.ratio`, send one",
                 "reduction_ratio",
             )
         request._details = details
         return request
 
     def image_reductions(self, defaults: Defaults) -> list[Reduction]:
-        """One reduction per image, in prompt order: the explicit one, else by the image's `detail`, else the default."""
+        """One reduction per image, in prompt order: the explicit one, or else what the image's `detail` says."""
         explicit = self.reduction if self.reduction is not None else self.reduction_ratio
         if explicit is not None:
             return [explicit] * len(self._details)

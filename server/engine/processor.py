@@ -91,6 +91,7 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
                 raise InvalidReduction("only images can be reduced: image embeddings are used as they come", param="")
             return []
         geometry = vision_geometry(self.info.get_hf_config())
+        assert geometry is not None  # this processor is built for such models only
         return [plan_for(reduction, geometry) for reduction in reductions]
 
 

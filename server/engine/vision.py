@@ -66,11 +66,13 @@ def encode_images(
     in_tower = [i for i, plan in enumerate(plans) if plan.method == "folder_cls"]
     outside = [i for i, plan in enumerate(plans) if plan.method != "folder_cls"]
     features: list[torch.Tensor | None] = [None] * len(plans)
-    for i, image in zip(in_tower, _last_layer_folded(last, _rows(hidden, in_tower), [plans[i] for i in in_tower])):
+    folded = _last_layer_folded(last, _rows(hidden, in_tower), [plans[i] for i in in_tower])
+    for i, image in zip(in_tower, folded, strict=True):
         features[i] = image
     if outside:
         plain = last(_rows(hidden, outside))[:, 1:]  # CLS is dropped: `default` strategy, see vision_geometry
-        for i, image in zip(outside, _reduce_features(plain, [plans[i] for i in outside])):
+        reduced = _reduce_features(plain, [plans[i] for i in outside])
+        for i, image in zip(outside, reduced, strict=True):
             features[i] = image
     return [image for image in features if image is not None]
 
@@ -81,7 +83,7 @@ def _reduce_features(features: torch.Tensor, plans: Sequence[Plan]) -> list[torc
     for plan, members in _by_plan(plans).items():
         if plan.removed:
             reduced = folder(_rows(features, members), plan.folds, scale=plan.scale).tokens
-            for i, image in zip(members, reduced):
+            for i, image in zip(members, reduced, strict=True):
                 out[i] = image
     return out
 
@@ -118,7 +120,8 @@ def _last_layer_folded(layer: CLIPEncoderLayer, hidden: torch.Tensor, plans: Seq
         tokens = folder_cls(
             _rows(hidden, members), _rows(keys_mean, members), _rows(cls_attention, members), plan.folds
         ).tokens
-        for i, image in zip(members, tokens + layer.mlp(layer.layer_norm2(tokens))):
+        tokens = tokens + layer.mlp(layer.layer_norm2(tokens))
+        for i, image in zip(members, tokens, strict=True):
             out[i] = image
     return out
 

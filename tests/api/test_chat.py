@@ -131,7 +131,7 @@ def test_text_only(client: openai.OpenAI) -> None:
     assert answer.choices[0].message.content
 
 
-BAD_REDUCTIONS = [
+BAD_REDUCTIONS: list[tuple[dict[str, Any], str]] = [
     ({"reduction_ratio": -0.1}, "reduction_ratio"),
     ({"reduction_ratio": 1}, "reduction_ratio"),
     ({"reduction_ratio": 1.5}, "reduction_ratio"),

@@ -53,10 +53,12 @@ def greedy(llm: Any, cases: Sequence[Case], tokens: int = MAX_TOKENS) -> list[tu
 
     params = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, logprobs=0)
     outputs = llm.generate([case.to_vllm() for case in cases], params, use_tqdm=False)
-    return [
-        (list(o.outputs[0].token_ids), [step[t].logprob for t, step in zip(o.outputs[0].token_ids, o.outputs[0].logprobs)])
-        for o in outputs
-    ]
+    return [_ids_and_logprobs(output.outputs[0]) for output in outputs]
+
+
+def _ids_and_logprobs(completion: Any) -> tuple[list[int], list[float]]:
+    ids = list(completion.token_ids)
+    return ids, [step[token].logprob for token, step in zip(ids, completion.logprobs, strict=True)]
 
 
 @pytest.fixture(scope="session")

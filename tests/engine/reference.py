@@ -1,4 +1,4 @@
-"""LLaVA with token reduction in plain PyTorch and transformers: whole sequence recomputed per token, no cache, no vLLM."""
+"""LLaVA with token reduction in plain PyTorch and transformers: all recomputed for every token, no cache, no vLLM."""
 
 from __future__ import annotations
 
@@ -47,7 +47,10 @@ class Reference:
         layer = encoder.layers[len(encoder.layers) - 2]
         attention = layer.self_attn
         x = layer.layer_norm1(hidden)
-        q, k, v = (p(x).unflatten(-1, (attention.num_heads, -1)) for p in (attention.q_proj, attention.k_proj, attention.v_proj))
+        q, k, v = (
+            p(x).unflatten(-1, (attention.num_heads, -1))
+            for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
         weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) * attention.scale).softmax(-1)
         attended = torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)
         hidden = hidden + attention.out_proj(attended)

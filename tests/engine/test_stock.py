@@ -24,7 +24,7 @@ REDUCED = Case(CASES[0].prompt, CASES[0].images, [{"ratio": 0.5}])
 
 
 def answers(checkpoint: str, *, stock: bool, eager: bool) -> dict[str, Any]:
-    """What one engine says to the cases, without our field, at ratio 0, and beside a reduced request."""
+    """What one engine says to the cases: without our field, at ratio 0, beside a reduced request."""
     from vllm import ModelRegistry
 
     ModelRegistry.register_model(STOCK, "vllm.model_executor.models.llava:LlavaForConditionalGeneration")
@@ -39,8 +39,8 @@ def answers(checkpoint: str, *, stock: bool, eager: bool) -> dict[str, Any]:
 def start_process(checkpoint: Path, scratch: Path, *, stock: bool) -> tuple[subprocess.Popen[bytes], Path]:
     """A compiled engine in a process of its own with an empty compile cache; its answers come in the file.
 
-    In one process the second engine runs what the first one compiled, and inductor's results vary in the last bits between
-    a kernel just compiled and one from the cache.
+    In one process the second engine runs what the first one compiled, and inductor's results vary in the last bits
+    between a kernel just compiled and one from the cache.
     """
     out = scratch / f"stock-{stock}.json"
     caches = {"VLLM_DISABLE_COMPILE_CACHE": "1", "TORCHINDUCTOR_CACHE_DIR": str(scratch / f"cache-{stock}")}
