@@ -5,11 +5,16 @@ from __future__ import annotations
 from prometheus_client import Counter, Histogram
 
 from foldserve.server.api.usage import VisionTokens
+from foldserve.server.engine.kv_cost import KvCost
 
 _VISION_TOKENS = Counter(
     "foldserve_vision_tokens",
     "Vision tokens of accepted requests: encoded (at ratio 0), kept for the decoder, withdrawn at layer K.",
     ["stage", "method"],
+)
+_KV_SAVED = Counter(
+    "foldserve_kv_bytes_saved",
+    "KV cache that accepted requests do not need because of their reduction and withdrawal, before rounding to blocks.",
 )
 _TTFT = Histogram(
     "foldserve_time_to_first_token_seconds",
@@ -29,14 +34,15 @@ def ratio_bucket(vision: VisionTokens | None) -> str:
     return next(f"<={bound}" for bound in _RATIO_BOUNDS if vision.ratio <= bound)
 
 
-def observe_accepted(vision: VisionTokens | None) -> None:
-    """Counts the vision tokens of a request that goes to the engine."""
+def observe_accepted(vision: VisionTokens | None, cost: KvCost) -> None:
+    """Counts the vision tokens of a request that goes to the engine, and the KV cache that its reduction saves."""
     if vision is None:
         return
     for plan, withdrawn in zip(vision.plans, vision.withdrawn_each, strict=True):
         _VISION_TOKENS.labels("encoded", plan.method).inc(plan.encoded)
         _VISION_TOKENS.labels("kept", plan.method).inc(plan.kept)
         _VISION_TOKENS.labels("withdrawn", plan.method).inc(withdrawn)
+    _KV_SAVED.inc(cost.saved_bytes(vision.encoded - vision.kept, vision.withdrawn))
 
 
 def observe_first_token(vision: VisionTokens | None, seconds: float) -> None:

@@ -17,6 +17,7 @@ from foldserve.server.api.planner import Planner
 from foldserve.server.api.routes import refuse_other_routes, router
 from foldserve.server.api.schema import Defaults
 from foldserve.server.api.serving import FoldServingChat
+from foldserve.server.engine.kv_cost import kv_cost
 from foldserve.server.engine.vision import vision_geometry
 
 
@@ -33,6 +34,7 @@ class FoldserveEndpoint:
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         assert engine_client is not None, "required_tasks asks for an engine"
         config = args.additional_config or {}
+        withdraw_layer = config.get("foldserve", {}).get("withdraw_layer")
         state.foldserve_chat = FoldServingChat(
             engine_client,
             state.openai_serving_models,
@@ -40,8 +42,9 @@ class FoldserveEndpoint:
             planner=Planner(
                 vision_geometry(engine_client.model_config.hf_config),
                 Defaults.from_config(config),
-                config.get("foldserve", {}).get("withdraw_layer"),
+                withdraw_layer,
             ),
+            kv_cost=kv_cost(engine_client.vllm_config, withdraw_layer),
             online_renderer=_renderer(engine_client, state, args),
             request_logger=state.openai_serving_chat.request_logger,
             chat_template=load_chat_template(args.chat_template),

@@ -20,6 +20,7 @@ from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.planner import Planner
 from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.api.usage import VisionTokens, vision_tokens
+from foldserve.server.engine.kv_cost import KvCost
 from foldserve.server.engine.processor import KWARG
 
 _ENGINE_ONLY = ("mm_processor_kwargs", "media_io_kwargs")
@@ -34,11 +35,13 @@ class FoldServingChat(OpenAIServingChat):
 
     Args:
         planner: makes the plans.
+        kv_cost: of the served model, for the metrics.
     """
 
-    def __init__(self, *args: Any, planner: Planner, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, planner: Planner, kv_cost: KvCost, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.planner = planner
+        self.kv_cost = kv_cost
 
     async def render_chat_request(
         self, request: FoldChatRequest
@@ -53,7 +56,7 @@ class FoldServingChat(OpenAIServingChat):
         if not isinstance(rendered, ErrorResponse):
             (prompt,) = rendered[1]
             request._vision = vision_tokens(plans, prompt, self.planner.withdraw_layer)
-            metrics.observe_accepted(request._vision)
+            metrics.observe_accepted(request._vision, self.kv_cost)
         return rendered
 
     async def chat_completion_full_generator(
@@ -101,4 +104,3 @@ def _with_vision_tokens(event: str, vision: VisionTokens) -> str:
     if chunk.get("usage"):
         chunk["usage"]["vision_tokens"] = vision.to_json()
     return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"
-

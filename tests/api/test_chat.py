@@ -236,16 +236,24 @@ def scrape(url: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 def test_metrics_sum_over_api_servers(server_url: str) -> None:
     """Fresh connections spread over both API processes; the page adds them up."""
     before = scrape(server_url)
-    for i in range(6):
+    half, withdrawn = {"reduction_ratio": 0.5}, {"reduction": {"withdraw": True}}
+    for i, extra in enumerate((half, half, half, half, withdrawn, withdrawn)):
         with openai.OpenAI(base_url=f"{server_url}/v1", api_key="none") as fresh:
-            list(ask(fresh, image_part(i), extra={"reduction_ratio": 0.5}, stream=i < 3))
+            list(ask(fresh, image_part(i), extra=extra, stream=i % 2 == 0))
     after = scrape(server_url)
 
     def rise(name: str, **labels: str) -> float:
         key = (name, tuple(sorted(labels.items())))
         return after[key] - before.get(key, 0.0)
 
-    assert rise("foldserve_vision_tokens_total", stage="encoded", method="folder") == 6 * ENCODED
-    assert rise("foldserve_vision_tokens_total", stage="kept", method="folder") == 6 * ENCODED / 2
-    assert rise("foldserve_time_to_first_token_seconds_count", ratio_bucket="<=0.5") == 6
+    assert rise("foldserve_vision_tokens_total", stage="encoded", method="folder") == 4 * ENCODED
+    assert rise("foldserve_vision_tokens_total", stage="kept", method="folder") == 4 * ENCODED / 2
+    assert rise("foldserve_vision_tokens_total", stage="withdrawn", method="folder") == 0
+    assert rise("foldserve_vision_tokens_total", stage="withdrawn", method="none") == 2 * ENCODED
+    assert rise("foldserve_time_to_first_token_seconds_count", ratio_bucket="<=0.5") == 4
+    assert rise("foldserve_time_to_first_token_seconds_count", ratio_bucket="0") == 2
     assert rise("foldserve_time_to_first_token_seconds_sum", ratio_bucket="<=0.5") > 0
+    token_layer_bytes = 2 * 4 * 32 * 4  # keys and values, heads, head size, fp32
+    layers, deep_layers = 4, 2
+    saved = 4 * ENCODED / 2 * layers + 2 * ENCODED * deep_layers
+    assert rise("foldserve_kv_bytes_saved_total") == saved * token_layer_bytes
