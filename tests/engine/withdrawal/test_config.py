@@ -1,0 +1,135 @@
+"""What is refused at start-up, and in which words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from foldserve.server.engine import withdrawal
+from tests.engine.withdrawal.conftest import LAYERS
+
+
+@pytest.fixture(scope="module")
+def valid(eight_layers: Path) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = EngineArgs(str(eight_layers), enforce_eager=True, **withdrawal.configure(4, device="cpu"))
+    return arguments.create_engine_config()
+
+
+@pytest.fixture
+def config(valid: Any) -> Any:
+    return deepcopy(valid)
+
+
+def put(path: str, value: object) -> Callable[[Any], None]:
+    """Sets `config.<path>`, past vLLM's own validation."""
+
+    def change(config: Any) -> None:
+        *owners, name = path.split(".")
+        for owner in owners:
+            config = getattr(config, owner)
+        object.__setattr__(config, name, value)
+
+    return change
+
+
+CONFLICTS: dict[str, Callable[[Any], None]] = {
+    "--pipeline-parallel-size": put("parallel_config.pipeline_parallel_size", 2),
+    "--decode-context-parallel-size": put("parallel_config.decode_context_parallel_size", 2),
+    "--prefill-context-parallel-size": put("parallel_config.prefill_context_parallel_size", 2),
+    "--enable-dbo": put("parallel_config.enable_dbo", True),
+    "--enable-lora": put("lora_config", SimpleNamespace()),
+    "--speculative-config": put("speculative_config", SimpleNamespace()),
+    "--kv-transfer-config": put("kv_transfer_config", SimpleNamespace()),
+    "--kv-events-config": put("kv_events_config", SimpleNamespace(enable_kv_cache_events=True)),
+    "--disable-hybrid-kv-cache-manager": put("scheduler_config.disable_hybrid_kv_cache_manager", True),
+    "--kv-sharing-fast-prefill": put("cache_config.kv_sharing_fast_prefill", True),
+    "--kv-cache-dtype-skip-layers": put("cache_config.kv_cache_dtype_skip_layers", ["0"]),
+    "--runner pooling": put("model_config.runner_type", "pooling"),
+    "dual chunk attention": put("model_config.hf_config.text_config.dual_chunk_attention_config", {"chunk_size": 1}),
+    "sliding-window attention": put("model_config.hf_config.text_config.sliding_window", 4096),
+    "M-RoPE": put("model_config.hf_config.text_config.rope_parameters", {"mrope_section": [1, 1, 2]}),
+}
+
+
+def test_a_configured_engine_passes(config: Any) -> None:
+    withdrawal.check(config)
+    assert withdrawal.withdraw_layer(config) == 4
+
+
+@pytest.mark.parametrize("flag", CONFLICTS)
+def test_conflicts_name_both_flags(config: Any, flag: str) -> None:
+    CONFLICTS[flag](config)
+    with pytest.raises(ValueError, match=f"^--withdraw-layer does not go with .*{flag}"):
+        withdrawal.check(config)
+
+
+def test_breakable_and_piecewise_cuda_graphs_are_refused(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import CUDAGraphMode
+
+    put("compilation_config.cudagraph_mode", CUDAGraphMode.FULL_DECODE_ONLY)(config)
+    withdrawal.check(config)
+    put("compilation_config.cudagraph_mode", CUDAGraphMode.FULL_AND_PIECEWISE)(config)
+    with pytest.raises(ValueError, match="cudagraph_mode FULL_AND_PIECEWISE"):
+        withdrawal.check(config)
+    put("compilation_config.cudagraph_mode", CUDAGraphMode.NONE)(config)
+    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    with pytest.raises(ValueError, match="VLLM_USE_BREAKABLE_CUDAGRAPH=1"):
+        withdrawal.check(config)
+
+
+@pytest.mark.parametrize("layer", [0, LAYERS, -1, "4", 4.0, True], ids=repr)
+def test_layers_outside_the_decoder_are_refused(config: Any, layer: object) -> None:
+    config.additional_config = {"foldserve": {"withdraw_layer": layer}}
+    with pytest.raises(ValueError, match=f"integer from 1 to {LAYERS - 1} for this model, got {layer!r}"):
+        withdrawal.check(config)
+
+
+def test_without_k_everything_is_allowed(config: Any) -> None:
+    config.additional_config = {}
+    CONFLICTS["--pipeline-parallel-size"](config)
+    withdrawal.check(config)
+    withdrawal.select_decoder(config)
+    assert config.model_config.hf_config.text_config.architectures == ["LlamaForCausalLM"]
+
+
+def test_vllms_own_scheduler_and_worker_are_refused(config: Any) -> None:
+    ours = config.parallel_config.worker_cls
+    config.parallel_config.worker_cls = "vllm.v1.worker.cpu_worker.CPUWorker"
+    with pytest.raises(ValueError, match="needs worker_cls .*worker_cpu.WithdrawingWorker"):
+        withdrawal.check(config)
+    config.parallel_config.worker_cls = ours
+    config.scheduler_config.scheduler_cls = None
+    with pytest.raises(ValueError, match="needs scheduler_cls .*scheduler.WithdrawingScheduler"):
+        withdrawal.check(config)
+    config.scheduler_config.scheduler_cls = withdrawal.configure(4, device="cpu")["scheduler_cls"]
+    config.scheduler_config.async_scheduling = True
+    with pytest.raises(ValueError, match="needs scheduler_cls .*scheduler.WithdrawingAsyncScheduler"):
+        withdrawal.check(config)
+
+
+def test_select_decoder_knows_four_families_and_refuses_the_rest(config: Any) -> None:
+    text = config.model_config.hf_config.text_config
+    for _ in range(2):  # again changes nothing
+        withdrawal.select_decoder(config)
+        assert text.architectures == ["WithdrawingLlamaForCausalLM"]
+    text.architectures, text.model_type = None, "qwen3"
+    withdrawal.select_decoder(config)
+    assert text.architectures == ["WithdrawingQwen3ForCausalLM"]
+    text.architectures = ["Gemma3ForCausalLM"]
+    with pytest.raises(ValueError, match="'LlamaForCausalLM'.*; this model has Gemma3ForCausalLM"):
+        withdrawal.select_decoder(config)
+
+
+def test_arguments_for_a_gpu() -> None:
+    arguments = withdrawal.configure(16, device="cuda")
+    assert arguments["async_scheduling"] and arguments["scheduler_cls"].endswith("WithdrawingAsyncScheduler")
+    assert arguments["worker_cls"].endswith("worker_cuda.WithdrawingWorker")
+    assert arguments["compilation_config"] == {"cudagraph_mode": "FULL_DECODE_ONLY"}
+    assert "worker_cls" not in withdrawal.configure(16, device="cuda", v2_runner=True)
