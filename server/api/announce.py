@@ -47,5 +47,6 @@ def _example(host: str, port: int) -> str:
         f'{{"type":"image_url","image_url":{{"url":"data:image/png;base64,{_PNG}"}}}},'
         '{"type":"text","text":"What colors do you see?"}'
     )
-    body = f'{{"messages":[{{"role":"user","content":[{content}]}}],"max_tokens":16,"temperature":0,"reduction_ratio":0.66}}'
+    options = '"max_tokens":16,"temperature":0,"reduction_ratio":0.66'
+    body = f'{{"messages":[{{"role":"user","content":[{content}]}}],{options}}}'
     return f"curl -s http://{address}:{port}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"

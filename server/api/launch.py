@@ -56,7 +56,7 @@ def serve(argv: list[str], settings: Settings, environment: Environment, small_m
 
 def plugins_to_load(environment: Environment) -> list[str]:
     """The value that `VLLM_PLUGINS` needs: what would be loaded without us, and our plugins."""
-    ours = [plugin.name for plugin in distribution("foldserve").entry_points if plugin.group.startswith("vllm.")]
+    ours = sorted(plugin.name for plugin in distribution("foldserve").entry_points if plugin.group.startswith("vllm."))
     theirs = environment.vllm_plugins
     if theirs is None:
         theirs = tuple(plugin.name for group in _LOADED_BY_DEFAULT for plugin in entry_points(group=group))
@@ -71,14 +71,13 @@ def serve_args(
     options = ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
     options.usage = "foldserve serve [MODEL] [options]"
     defaults = {name: options.get_default(name) for name in _OURS_TO_CHOOSE}
-    options.set_defaults(**dict.fromkeys(_OURS_TO_CHOOSE))
-    args: Namespace = parser.parse_args(["serve", *argv])
+    options.set_defaults(**dict.fromkeys(_OURS_TO_CHOOSE), subparser="serve")
+    args: Namespace = options.parse_args(argv)
 
     choices: dict[str, object] = {}
-    small = args.model_tag is None
+    small = args.model_tag is None and args.model is None
     if small:
-        args.model_tag = str(small_model())
-        choices["served_model_name"] = [_SMALL_MODEL_NAME]
+        choices = {"model": str(small_model()), "served_model_name": [_SMALL_MODEL_NAME]}
         _say("no MODEL given: serving the small demo model, whose weights are random, so that it answers nonsense")
     if current_platform.is_cpu():
         choices |= _cpu_choices(args, environment, small)
@@ -111,7 +110,14 @@ def _add_withdrawal(args: Namespace, layer: int, refuse: Callable[[str], NoRetur
 
 
 # Options whose vLLM default is replaced by None while parsing, to tell a user's choice from a default.
-_OURS_TO_CHOOSE = ("dtype", "enforce_eager", "gpu_memory_utilization", "kv_cache_memory_bytes", "served_model_name")
+_OURS_TO_CHOOSE = (
+    "dtype",
+    "enforce_eager",
+    "gpu_memory_utilization",
+    "kv_cache_memory_bytes",
+    "model",
+    "served_model_name",
+)
 
 
 def _cpu_choices(args: Namespace, environment: Environment, small: bool) -> dict[str, object]:

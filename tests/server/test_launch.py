@@ -1,0 +1,134 @@
+"""The arguments that vLLM is started with."""
+
+from __future__ import annotations
+
+import shutil
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from foldserve.reducers.reduction import Reduction
+from foldserve.server.settings import Environment, Settings
+
+SMALL = Path("/small/model")
+SETTINGS = Settings()
+ENVIRONMENT = Environment(Path("/cache"), None, False, "g++")
+
+
+@pytest.fixture
+def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Namespace]:
+    """`serve_args` on a CPU (or, with `cpu=False`, a GPU) with 8 GiB of memory and a compiler unless said otherwise."""
+    from foldserve.server.api import launch
+
+    def parse(
+        *argv: str,
+        settings: Settings = SETTINGS,
+        environment: Environment = ENVIRONMENT,
+        cpu: bool = True,
+        memory_gib: int = 8,
+        compiler: bool = True,
+    ) -> Namespace:
+        monkeypatch.setattr(launch, "current_platform", SimpleNamespace(is_cpu=lambda: cpu))
+        memory = SimpleNamespace(available_memory=memory_gib * 2**30)
+        monkeypatch.setattr(launch, "get_memory_node_info", lambda node: memory)
+        monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" if compiler else None)
+        return launch.serve_args(list(argv), settings, environment, lambda: SMALL)
+
+    return parse
+
+
+def test_no_model_serves_the_small_one(parsed: Callable[..., Namespace], capsys: pytest.CaptureFixture[str]) -> None:
+    args = parsed("--port", "8001")
+    assert (args.model_tag, args.model, args.served_model_name, args.port) == (None, str(SMALL), ["demo"], 8001)
+    assert (args.dtype, args.enforce_eager, args.kv_cache_memory_bytes) == ("float32", True, 2 << 30)
+    said = capsys.readouterr().err
+    assert "weights are random" in said
+    options = "--served-model-name demo --dtype float32 --enforce-eager --kv-cache-memory-bytes 2147483648"
+    assert f"--model /small/model {options}" in said
+
+
+@pytest.mark.parametrize("argv", [("some/model",), ("--model", "some/model"), ("--config", "FILE")], ids=lambda a: a[0])
+def test_a_given_model_is_served(parsed: Callable[..., Namespace], argv: tuple[str, ...], tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("model: some/model\n")
+    args = parsed(*(str(file) if argument == "FILE" else argument for argument in argv))
+    assert (args.model_tag or args.model) == "some/model"
+    assert (args.served_model_name, args.dtype, args.enforce_eager) == (None, "auto", False)
+
+
+def test_memory_for_the_kv_cache_has_a_bound(parsed: Callable[..., Namespace]) -> None:
+    assert parsed("m", memory_gib=256).kv_cache_memory_bytes == 4 << 30
+
+
+def test_without_a_compiler_nothing_is_compiled(parsed: Callable[..., Namespace]) -> None:
+    assert parsed("m", compiler=False).enforce_eager is True
+
+
+def test_what_the_user_chose_stays(parsed: Callable[..., Namespace], capsys: pytest.CaptureFixture[str]) -> None:
+    args = parsed("--dtype=bfloat16", "--no-enforce-eager", "--served-model-name=x", "--kv-cache-memory-bytes=1000")
+    assert (args.dtype, args.enforce_eager, args.served_model_name) == ("bfloat16", False, ["x"])
+    assert args.kv_cache_memory_bytes == 1000
+    assert capsys.readouterr().err.endswith("chosen because you did not: --model /small/model\n")
+
+
+@pytest.mark.parametrize(
+    ("argv", "environment"),
+    [
+        (("m", "--gpu-memory-utilization", "0.5"), ENVIRONMENT),
+        (("m",), Environment(Path("/cache"), None, True, "g++")),
+    ],
+    ids=["by-share", "by-environment"],
+)
+def test_a_kv_cache_sized_in_another_way_stays(
+    argv: tuple[str, ...], environment: Environment, parsed: Callable[..., Namespace]
+) -> None:
+    assert parsed(*argv, environment=environment).kv_cache_memory_bytes is None
+
+
+def test_on_a_gpu_every_choice_is_vllms(parsed: Callable[..., Namespace]) -> None:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    ours = vars(parsed("m", cpu=False, compiler=False))
+    plain = vars(make_arg_parser(FlexibleArgumentParser()).parse_args(["m"]))
+    assert ours | {"additional_config": {}, "subparser": None} == plain | {"subparser": None}
+
+
+def test_settings_travel_in_the_additional_config(parsed: Callable[..., Namespace]) -> None:
+    settings = Settings(Reduction(ratio=0.5), 0.9, 4)
+    assert parsed("m", settings=settings).additional_config == {"foldserve": settings.to_config()}
+    args = parsed("m", "--additional-config", '{"theirs": {"x": 1}}', settings=settings)
+    assert args.additional_config == {"theirs": {"x": 1}, "foldserve": settings.to_config()}
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["m", "--additional-config", '{"foldserve": {}}'], "'foldserve' in --additional-config"),
+        (["m", "--no-such-option"], "unrecognized arguments: --no-such-option"),
+    ],
+)
+def test_refused_arguments(
+    argv: list[str], message: str, parsed: Callable[..., Namespace], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        parsed(*argv)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_plugins_are_added_to_what_would_load_anyway() -> None:
+    from foldserve.server.api.launch import plugins_to_load
+
+    def load(*names: str) -> list[str]:
+        return plugins_to_load(Environment(Path("/cache"), names, False, "g++"))
+
+    assert load() == ["foldserve", "foldserve_api"]
+    assert load("theirs") == ["theirs", "foldserve", "foldserve_api"]
+    assert load("foldserve_api", "theirs") == ["foldserve_api", "theirs", "foldserve"]
+    unset = plugins_to_load(ENVIRONMENT)
+    assert {"lora_filesystem_resolver", "foldserve", "foldserve_api"} <= set(unset)
+    assert len(unset) == len(set(unset))

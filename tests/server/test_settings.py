@@ -1,0 +1,70 @@
+"""Settings and the environment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from foldserve.reducers.reduction import InvalidReduction, Reduction
+from foldserve.server.settings import Environment, Settings, parse_reduction
+
+
+def test_defaults_reduce_nothing() -> None:
+    assert Settings().to_config() == {"default_reduction": {}, "low_detail_ratio": 0.75, "withdraw_layer": None}
+
+
+def test_config_is_json_from_which_the_reduction_can_be_parsed() -> None:
+    settings = Settings(Reduction(method="folder_cls", ratio=0.5), 0.9, 16)
+    config = json.loads(json.dumps(settings.to_config()))
+    assert Reduction.parse(config.pop("default_reduction")) == settings.default_reduction
+    assert config == {"low_detail_ratio": 0.9, "withdraw_layer": 16}
+
+
+@pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, float("nan")])
+def test_low_detail_ratio_out_of_range(ratio: float) -> None:
+    with pytest.raises(ValueError, match=r"low-detail ratio must lie in \[0, 1\)"):
+        Settings(low_detail_ratio=ratio)
+
+
+def test_withdraw_layer_out_of_range() -> None:
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        Settings(withdraw_layer=0)
+
+
+def test_withdrawing_by_default_needs_a_layer() -> None:
+    with pytest.raises(ValueError, match="--withdraw-layer"):
+        Settings(Reduction(withdraw=True))
+
+
+@pytest.mark.parametrize(
+    ("text", "reduction"),
+    [
+        ("0.5", Reduction(ratio=0.5)),
+        ("0", Reduction()),
+        ('{"keep_tokens": 64}', Reduction(keep_tokens=64)),
+        ('{"method": "folder_cls", "ratio": 0.25}', Reduction(method="folder_cls", ratio=0.25)),
+    ],
+)
+def test_parse_reduction(text: str, reduction: Reduction) -> None:
+    assert parse_reduction(text) == reduction
+
+
+@pytest.mark.parametrize(
+    "text", ["", "half", "1", "NaN", '"0.5"', "true", "[]", '{"ratio": 0.5, "x": 1}', "{'ratio': 0.5}"]
+)
+def test_parse_reduction_refuses(text: str) -> None:
+    with pytest.raises(InvalidReduction):
+        parse_reduction(text)
+
+
+def test_environment_of_an_empty_process() -> None:
+    read = Environment.read({"HOME": "/home/someone"})
+    assert read == Environment(Path("/home/someone/.cache/foldserve"), None, False, "g++")
+
+
+def test_environment_as_the_user_set_it() -> None:
+    env = {"XDG_CACHE_HOME": "/cache", "VLLM_PLUGINS": "a,b", "VLLM_CPU_KVCACHE_SPACE": "2", "CXX": "clang++"}
+    assert Environment.read(env) == Environment(Path("/cache/foldserve"), ("a", "b"), True, "clang++")
+    assert Environment.read({"HOME": "/", "VLLM_PLUGINS": ""}).vllm_plugins == ()
