@@ -1,4 +1,4 @@
-"""Withdrawal (VTW): from decoder layer K on, vision tokens of the requests that ask for it are neither computed nor kept.
+"""Withdrawal (VTW): from decoder layer K on, vision tokens of requests that ask for it are neither computed nor kept.
 
 The layers < K ("shallow") and >= K ("deep") own separate KV cache groups; the deep ones hold ceil(T(n) / block) blocks
 for n tokens of which T(n) are kept. From plan to page: `core` (T) -> `spec`, `layout` (groups) -> `scheduler`,

@@ -3,9 +3,9 @@
 One mechanism for every decoder family: vLLM builds its own attention modules, and afterwards only the *class* of each
 attention op becomes one of the two below (as `torch.nn.utils.parametrize` changes the class of a module). The classes
 override two methods and add no state that the base class would have to know of, so head counts, scales, quantization,
-rotary embeddings and weight names stay what the family made of them. The alternatives are worse: every family hard-codes
-`Attention(...)` in its own attention module, so a subclass would have to be built beside it and registered under the
-same name, from arguments that are not kept, and a module of our own would be a copy of each family's.
+rotary embeddings and weight names stay what the family made of them. The alternatives are worse: every family writes
+`Attention(...)` into its own attention module, so an op of another class would have to be built beside it, from
+arguments that are not kept, under a name that is taken; a module of our own would be a copy of each family's.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ class DeepAttention(Attention):
 def _full_attention(op: Attention, vllm_config: VllmConfig) -> FullAttentionSpec:
     spec = Attention.get_kv_cache_spec(op, vllm_config)
     if type(spec) is not FullAttentionSpec:
-        raise ValueError(f"--withdraw-layer needs full attention in every layer; {op.layer_name} has {type(spec).__name__}")
+        raise ValueError(
+            f"--withdraw-layer needs full attention in every layer; {op.layer_name} has {type(spec).__name__}"
+        )
     return spec
 
 

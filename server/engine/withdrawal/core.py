@@ -1,8 +1,8 @@
 """Which tokens the deep layers keep: pure functions that the scheduler and the workers share.
 
-The method is VTW ("Boosting Multimodal Large Language Models with Visual Tokens Withdrawal for Rapid Inference", Eq. 5),
-restated per token: at layers >= K a token attends only to the earlier *kept* tokens, positions unchanged. Everything
-follows from one function of a request, T(x) = tokens that the deep layers keep among its first x tokens.
+The method is VTW ("Boosting Multimodal Large Language Models with Visual Tokens Withdrawal for Rapid Inference",
+Eq. 5), restated per token: at layers >= K a token attends only to the earlier *kept* tokens, positions unchanged.
+Everything follows from one function of a request, T(x) = tokens that the deep layers keep among its first x tokens.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class TokenMap:
         self._ends = [end for _, end in self.ranges]
         self.starts = np.array([start for start, _ in self.ranges], dtype=np.int64)
         self.lengths = np.array([end - start for start, end in self.ranges], dtype=np.int64)
-        self._before = [0, *self.lengths.cumsum().tolist()]  # withdrawn tokens before the i-th range
+        self._before: list[int] = [0, *self.lengths.cumsum().tolist()]  # withdrawn tokens before the i-th range
 
     @classmethod
     def of(cls, features: Iterable[Feature], prompt_tokens: int) -> TokenMap:

@@ -31,8 +31,9 @@ class ShallowHalf(nn.Module):
         self.layers = layers
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        residual = None
-        for layer in self.layers:
+        first, *others = self.layers
+        hidden_states, residual = first(positions, hidden_states, None)
+        for layer in others:
             hidden_states, residual = layer(positions, hidden_states, residual)
         return hidden_states, residual
 
@@ -58,7 +59,7 @@ class WithdrawingDecoder(nn.Module):
     The halves are compiled as two graphs, since they see different numbers of rows; what lies between runs in Python.
     """
 
-    def __init__(self, decoder: nn.Module, *, vllm_config: VllmConfig, prefix: str) -> None:
+    def __init__(self, decoder: Any, *, vllm_config: VllmConfig, prefix: str) -> None:
         super().__init__()
         first = withdraw_layer(vllm_config)
         assert first is not None

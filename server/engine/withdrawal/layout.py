@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 DEEP_SHARE = 1 / 8
-"""Deep blocks per shallow block of a request that withdraws: LLaVA-1.5, 576 vision + 80 text tokens, 16 a block: 5/41."""
+"""Deep blocks per shallow block of a withdrawing request; LLaVA-1.5, 576 vision + 80 text tokens, 16 a block: 5/41."""
 
 MAX_WASTE = 0.0125
 """Memory that padding may cost, as a share of all layers at full length; K=15 of 32 needs 0.0117 in 7 groups."""

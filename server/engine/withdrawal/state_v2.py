@@ -1,4 +1,4 @@
-"""Model runner V2: hands the deep part of each step to the attention metadata builders. Experimental: no GPU run yet."""
+"""Model runner V2: hands the deep part of each step to the metadata builders. Experimental: no GPU run yet."""
 
 from __future__ import annotations
 

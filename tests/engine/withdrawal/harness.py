@@ -1,4 +1,4 @@
-"""An in-process engine with withdrawal, watched: after every scheduling step the blocks of every request are counted."""
+"""An in-process engine with withdrawal, watched: after every scheduling step each request's blocks are counted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PHOTOS = [photo(seed, 168, 168) for seed in range(6)]
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt with `<image>` marks and token ids that follow it, the numbers of its photos, and whether each leaves."""
+    """A prompt with `<image>` marks, token ids that follow it, the numbers of its photos, and whether each leaves."""
 
     prompt: str
     photos: tuple[int, ...] = ()
@@ -46,7 +46,9 @@ class Case:
 
 def words(seed: int, count: int) -> str:
     """`count` words of a token each, or about."""
-    return " ".join("the red car and a dog in front of two people"[3 * ((seed * 7 + i * 5) % 14) :][:3] for i in range(count))
+    return " ".join(
+        "the red car and a dog in front of two people"[3 * ((seed * 7 + i * 5) % 14) :][:3] for i in range(count)
+    )
 
 
 class Engine:
@@ -88,7 +90,9 @@ class Engine:
         """vLLM's outputs of all cases in one call, greedy with log-probabilities."""
         from vllm import SamplingParams
 
-        sampling = SamplingParams(**({"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 0} | params))
+        sampling = SamplingParams(
+            **({"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 0} | params)
+        )
         prompts = [case.to_vllm(self.llm.get_tokenizer()) for case in cases]
         outputs: list[Any] = self.llm.generate(prompts, sampling, use_tqdm=False)
         return outputs
@@ -96,7 +100,9 @@ class Engine:
     def add(self, request_id: str, case: Case, tokens: int, **params: Any) -> None:
         from vllm import SamplingParams
 
-        sampling = SamplingParams(**({"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 0} | params))
+        sampling = SamplingParams(
+            **({"temperature": 0, "max_tokens": tokens, "ignore_eos": True, "logprobs": 0} | params)
+        )
         self.llm.llm_engine.add_request(request_id, case.to_vllm(self.llm.get_tokenizer()), sampling)
 
     def step(self) -> list[Any]:

@@ -12,26 +12,34 @@ from tests.engine.withdrawal.harness import Case, Engine, words
 K = LAYERS // 2
 TOKENS = 6
 
-BEGINNINGS = ["", words(1, 7) + " ", words(2, 40) + " "]
+
+def dialogue(
+    begin: int, photos: tuple[int, ...], between: int, question: int, withdraw: bool | tuple[bool, ...] = True
+) -> Case:
+    """One of three beginnings, each photo with `between` words behind it, a question: many share a prefix."""
+    beginning = ["", words(1, 7), words(2, 40)][begin]
+    return Case(f"{beginning} {f'<image> {words(3, between)} ' * len(photos)}{words(question, 9)}", photos, withdraw)
+
+
 CASES = [
-    Case(BEGINNINGS[a] + "".join(f"<image> {words(b, c)} " for _ in photos) + words(d, 9), photos, withdraw)
-    for a, photos, b, c, d, withdraw in [
-        (0, (0,), 1, 3, 1, True),
-        (0, (0,), 1, 3, 2, True),
-        (0, (0,), 1, 3, 1, False),
-        (1, (0,), 1, 20, 1, True),
-        (1, (0, 1), 1, 20, 1, True),
-        (1, (0, 1), 1, 20, 2, True),
-        (1, (1,), 2, 1, 3, True),
-        (2, (1,), 2, 1, 3, True),
-        (2, (1,), 2, 1, 4, False),
-        (2, (2, 1), 2, 10, 4, True),
-        (2, (2, 1), 2, 10, 5, (True, False)),
-        (2, (), 0, 0, 5, True),
-        (1, (2,), 3, 60, 5, True),
-        (2, (2,), 3, 60, 6, True),
-    ]
-] + [Case(BEGINNINGS[2] + "<image>", (1,)), Case(BEGINNINGS[2] + "<image>", (2,))]
+    dialogue(0, (0,), 3, 1),
+    dialogue(0, (0,), 3, 2),
+    dialogue(0, (0,), 3, 1, withdraw=False),
+    dialogue(1, (0,), 20, 1),
+    dialogue(1, (0, 1), 20, 1),
+    dialogue(1, (0, 1), 20, 2),
+    dialogue(1, (1,), 1, 3),
+    dialogue(2, (1,), 1, 3),
+    dialogue(2, (1,), 1, 4, withdraw=False),
+    dialogue(2, (2, 1), 10, 4),
+    dialogue(2, (2, 1), 10, 5, withdraw=(True, False)),
+    dialogue(2, (), 0, 5),
+    dialogue(1, (2,), 60, 5),
+    dialogue(2, (2,), 60, 6),
+    Case(f"{words(2, 40)} <image>", (1,)),
+    Case(f"{words(2, 40)} <image>", (2,)),
+]
+TEXT_ONLY = dialogue(2, (), 0, 5)
 
 
 def test_three_hundred_requests_with_random_aborts(small_pool: Engine, expected: Expected) -> None:
@@ -79,9 +87,9 @@ def test_prompt_logprobs_with_a_withdrawn_image_are_refused(small_chunks: Engine
     with pytest.raises(ValueError, match="prompt_logprobs=1 does not go with withdrawn images"):
         small_chunks.add("refused", CASES[0], TOKENS, prompt_logprobs=1)
     small_chunks.abort(["refused"])
-    small_chunks.add("text", CASES[11], TOKENS, prompt_logprobs=1)
+    small_chunks.add("text", TEXT_ONLY, TOKENS, prompt_logprobs=1)
     while small_chunks.llm.llm_engine.has_unfinished_requests():
         for output in small_chunks.step():
             if output.finished:
-                expected.check(K, CASES[11], output)
+                expected.check(K, TEXT_ONLY, output)
     small_chunks.assert_all_blocks_free()

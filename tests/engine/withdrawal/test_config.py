@@ -79,7 +79,7 @@ def test_breakable_and_piecewise_cuda_graphs_are_refused(config: Any, monkeypatc
     with pytest.raises(ValueError, match="cudagraph_mode FULL_AND_PIECEWISE"):
         withdrawal.check(config)
     put("compilation_config.cudagraph_mode", CUDAGraphMode.NONE)(config)
-    monkeypatch.setenv("VLLM_USE_BREAKABLE_CUDAGRAPH", "1")
+    monkeypatch.setattr("vllm.envs.VLLM_USE_BREAKABLE_CUDAGRAPH", True, raising=False)
     with pytest.raises(ValueError, match="VLLM_USE_BREAKABLE_CUDAGRAPH=1"):
         withdrawal.check(config)
 
@@ -102,15 +102,15 @@ def test_without_k_everything_is_allowed(config: Any) -> None:
 def test_vllms_own_scheduler_and_worker_are_refused(config: Any) -> None:
     ours = config.parallel_config.worker_cls
     config.parallel_config.worker_cls = "vllm.v1.worker.cpu_worker.CPUWorker"
-    with pytest.raises(ValueError, match="needs worker_cls .*worker_cpu.WithdrawingWorker"):
+    with pytest.raises(ValueError, match=r"needs worker_cls .*worker_cpu.WithdrawingWorker"):
         withdrawal.check(config)
     config.parallel_config.worker_cls = ours
     config.scheduler_config.scheduler_cls = None
-    with pytest.raises(ValueError, match="needs scheduler_cls .*scheduler.WithdrawingScheduler"):
+    with pytest.raises(ValueError, match=r"needs scheduler_cls .*scheduler.WithdrawingScheduler"):
         withdrawal.check(config)
     config.scheduler_config.scheduler_cls = withdrawal.configure(4, device="cpu")["scheduler_cls"]
     config.scheduler_config.async_scheduling = True
-    with pytest.raises(ValueError, match="needs scheduler_cls .*scheduler.WithdrawingAsyncScheduler"):
+    with pytest.raises(ValueError, match=r"needs scheduler_cls .*scheduler.WithdrawingAsyncScheduler"):
         withdrawal.check(config)
 
 
@@ -123,7 +123,7 @@ def test_select_decoder_knows_four_families_and_refuses_the_rest(config: Any) ->
     withdrawal.select_decoder(config)
     assert text.architectures == ["WithdrawingQwen3ForCausalLM"]
     text.architectures = ["Gemma3ForCausalLM"]
-    with pytest.raises(ValueError, match="'LlamaForCausalLM'.*; this model has Gemma3ForCausalLM"):
+    with pytest.raises(ValueError, match=r"'LlamaForCausalLM'.*; this model has Gemma3ForCausalLM"):
         withdrawal.select_decoder(config)
 
 

@@ -1,4 +1,4 @@
-"""The other decoder families, compiled graphs, and an ordinary decoder of the same checkpoint, against plain PyTorch."""
+"""The other decoder families, compiled halves, and an engine without K, against plain PyTorch."""
 
 from __future__ import annotations
 

@@ -42,9 +42,11 @@ def test_any_k_is_within_the_waste_that_layout_promises(layers: int) -> None:
 
 @pytest.mark.parametrize(
     ("layers", "k", "saving"),
-    [(32, 16, 43.9), (32, 8, 65.9), (32, 24, 22.0), (32, 12, 54.9), (32, 20, 32.9), (40, 20, 43.9), (40, 24, 35.1)]
-    + [(32, 15, 45.5), (40, 28, 25.7)],
-    ids=lambda value: str(value),
+    [
+        *[(32, 8, 65.9), (32, 12, 54.9), (32, 15, 45.5), (32, 16, 43.9), (32, 20, 32.9), (32, 24, 22.0)],
+        *[(40, 20, 43.9), (40, 24, 35.1), (40, 28, 25.7)],
+    ],
+    ids=str,
 )
 def test_pages_saved_for_one_llava_image(layers: int, k: int, saving: float) -> None:
     used, _, without = pages(layers, k)

@@ -75,13 +75,13 @@ def test_single_tokens_stay_in_place_and_a_withdrawn_one_stores_nothing() -> Non
 
 @pytest.fixture
 def builder() -> Any:
-    """The deep builder of a made-up backend, which takes full CUDA graphs for any batch and returns what it was given."""
+    """The deep builder of a made-up backend, which takes full CUDA graphs for any batch and returns its lengths."""
     from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadataBuilder
 
     from foldserve.server.engine.withdrawal.graph import GraphBuffers
     from foldserve.server.engine.withdrawal.metadata import deep_backend
 
-    class Builder(AttentionMetadataBuilder):  # type: ignore[type-arg]
+    class Builder(AttentionMetadataBuilder):
         _cudagraph_support = AttentionCGSupport.ALWAYS
 
         def __init__(self, *args: Any) -> None:

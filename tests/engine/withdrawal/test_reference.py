@@ -25,7 +25,7 @@ MIXED = [
     Case("<image>", (4,)),
     Case("<image><image>", (5, 3)),
 ]
-"""One to three images, text first or last or none, with and without withdrawal, one image of two, an image at the end."""
+"""One to three images, text before, behind or none, with and without withdrawal, one image of two, one at the end."""
 
 
 def test_chunks_of_50_tokens_with_steps_of_no_deep_row(small_chunks: Engine, expected: Expected) -> None:
@@ -35,10 +35,14 @@ def test_chunks_of_50_tokens_with_steps_of_no_deep_row(small_chunks: Engine, exp
     assert small_chunks.steps["no_deep_row"] > before
 
 
-def test_steps_of_one_token_per_request(small_chunks: Engine, expected: Expected, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_of_one_token_per_request(
+    small_chunks: Engine, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Prefill one token at a time: vision tokens in the place where decode steps have text."""
     monkeypatch.setattr(small_chunks.scheduler.scheduler_config, "long_prefill_token_threshold", 1)
-    expected.generate(small_chunks, LAYERS // 2, [Case(f"<image> {words(11, 4)}", (1,)), Case(f"{words(12, 3)} <image>", (2,))], 4)
+    expected.generate(
+        small_chunks, LAYERS // 2, [Case(f"<image> {words(11, 4)}", (1,)), Case(f"{words(12, 3)} <image>", (2,))], 4
+    )
 
 
 VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
