@@ -46,7 +46,7 @@ def configure(
 ) -> dict[str, Any]:
     """The engine arguments that withdrawal at `layer` needs, to be merged into the others.
 
-    On the CPU vLLM schedules synchronously whatever is asked for. With `v2_runner` (experimental: never run on a GPU)
+    On the CPU vLLM schedules synchronously whatever is asked for. With `v2_runner` (experimental: not run on a GPU yet)
     the environment has to say VLLM_USE_V2_MODEL_RUNNER=1, without it VLLM_USE_V2_MODEL_RUNNER=0; `check` verifies it.
     """
     runs_ahead = async_scheduling and device == "cuda"

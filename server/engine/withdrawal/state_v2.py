@@ -1,4 +1,7 @@
-"""Model runner V2: hands the deep part of each step to the metadata builders. Experimental: no GPU run yet."""
+"""Model runner V2: hands the deep part of each step to the metadata builders.
+
+Experimental: run on the CPU with interpreted Triton kernels only, not on a GPU yet.
+"""
 
 from __future__ import annotations
 

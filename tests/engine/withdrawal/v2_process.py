@@ -1,0 +1,37 @@
+"""Model runner V2 on the CPU, with vLLM's Triton kernels interpreted: `python -m tests.engine.withdrawal.v2_process DIR`.
+
+A process of its own, since vLLM decides at import whether it has Triton. Triton itself brings no CPU backend: the name of
+one is enough for vLLM, and TRITON_INTERPRET=1 never asks for it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+
+def main(path: Path) -> None:
+    from triton.backends import backends
+
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))  # type: ignore[assignment]
+    from foldserve.server.engine import withdrawal
+    from tests.engine.withdrawal.conftest import LAYERS, Expected
+    from tests.engine.withdrawal.harness import Engine
+    from tests.engine.withdrawal.test_reference import MIXED
+
+    layer = LAYERS // 2
+    pool = {"max_model_len": 512, "num_gpu_blocks_override": 36, "max_num_batched_tokens": 70, "max_num_seqs": 32}
+    engine = Engine(path, None, **withdrawal.configure(layer, device="cpu", v2_runner=True), **pool)
+    worker = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    assert type(worker.model_runner.model_state).__name__ == "WithdrawingModelState"
+    expected = Expected(path)
+    for _ in range(2):
+        expected.generate(engine, layer, MIXED, 8)
+    engine.assert_all_blocks_free()
+    assert engine.steps["preempted"] and engine.steps["no_deep_row"]
+    print(f"{len(MIXED)} cases twice, equal to the reference: {dict(engine.steps)}")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
