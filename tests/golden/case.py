@@ -24,7 +24,7 @@ class Unsupported(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """One entry of a manifest; tensors are read when they are asked for."""
+    """One entry of a manifest, and all that it says as `entry`; tensors are read when they are asked for."""
 
     name: str
     method: str
@@ -32,11 +32,18 @@ class Case:
     file: Path
     inputs: Mapping[str, str]
     outputs: Mapping[str, str]
+    entry: Row
 
     def read(self, names: Mapping[str, str]) -> dict[str, Tensor]:
         """Tensors of `inputs` or `outputs`, by their short names."""
         with safe_open(self.file, framework="pt") as tensors:
             return {short: tensors.get_tensor(full) for short, full in names.items()}
+
+    def read_prefix(self, prefix: str) -> dict[str, Tensor]:
+        """Every tensor whose name starts with `prefix`, by the rest of its name."""
+        with safe_open(self.file, framework="pt") as tensors:
+            names: list[str] = tensors.keys()
+            return {name.removeprefix(prefix): tensors.get_tensor(name) for name in names if name.startswith(prefix)}
 
     def require(self, **values: object) -> None:
         """Raise Unsupported if a parameter has another value than the one that we implement."""
@@ -48,7 +55,15 @@ class Case:
 def load_cases(folder: Path) -> list[Case]:
     """Every case of a manifest, in its order."""
     return [
-        Case(entry["case"], entry["method"], entry["params"], folder / entry["file"], entry["inputs"], entry["outputs"])
+        Case(
+            entry["case"],
+            entry["method"],
+            entry["params"],
+            folder / entry["file"],
+            entry["inputs"],
+            entry["outputs"],
+            entry,
+        )
         for entry in _manifest(folder)["cases"]
     ]
 

@@ -1,0 +1,49 @@
+"""One walk through a decoder that ends once for every layer at which vision tokens may leave it. Pure torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Layer: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""(positions, hidden states, residual) -> (hidden states, residual), over a whole prompt; their sum is what goes on."""
+
+Head: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""(hidden states, residual) of the last layer -> logits (rows, vocab)."""
+
+
+def last_logits(
+    layers: Sequence[Layer], head: Head, embeds: Tensor, kept: Tensor, candidates: Collection[int]
+) -> tuple[Tensor, Tensor]:
+    """Logits at the last position of a prompt, with all its tokens and with vision tokens withdrawn at each candidate.
+
+    The prompt passes each layer once; before layer K, for each K of `candidates`, the kept rows branch off and take the
+    rest of the way alone, with the positions they had. One state at a time is held.
+
+    Args:
+        layers: the N layers of the decoder.
+        embeds: (n, hidden) input of layer 0.
+        kept: (m,) rows that stay at all layers, ascending; the last of them is n - 1.
+        candidates: values of K, each in 1..N-1.
+
+    Returns:
+        (vocab,) with all tokens, (number of candidates, vocab) withdrawn, by ascending K.
+    """
+    positions = torch.arange(len(embeds), device=embeds.device)
+    hidden, residual = layers[0](positions, embeds, None)
+    withdrawn = []
+    for index, layer in enumerate(layers[1:], start=1):
+        if index in candidates:
+            branch = hidden[kept], residual[kept]
+            for deep in layers[index:]:
+                branch = deep(positions[kept], *branch)
+            withdrawn.append(_last(head, *branch))
+        hidden, residual = layer(positions, hidden, residual)
+    return _last(head, hidden, residual), torch.stack(withdrawn)
+
+
+def _last(head: Head, hidden: Tensor, residual: Tensor) -> Tensor:
+    return head(hidden[-1:], residual[-1:])[0]
