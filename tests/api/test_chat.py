@@ -253,6 +253,7 @@ def test_metrics_sum_over_api_servers(server_url: str) -> None:
     assert rise("foldserve_time_to_first_token_seconds_count", ratio_bucket="<=0.5") == 4
     assert rise("foldserve_time_to_first_token_seconds_count", ratio_bucket="0") == 2
     assert rise("foldserve_time_to_first_token_seconds_sum", ratio_bucket="<=0.5") > 0
+    assert after["foldserve_resident_capacity_sequences", (("engine", "0"),)] > 1
     token_layer_bytes = 2 * 4 * 32 * 4  # keys and values, heads, head size, fp32
     layers, deep_layers = 4, 2
     saved = 4 * ENCODED / 2 * layers + 2 * ENCODED * deep_layers

@@ -126,9 +126,9 @@ def test_plugins_are_added_to_what_would_load_anyway() -> None:
     def load(*names: str) -> list[str]:
         return plugins_to_load(Environment(Path("/cache"), names, False, "g++"))
 
-    assert load() == ["foldserve", "foldserve_api"]
-    assert load("theirs") == ["theirs", "foldserve", "foldserve_api"]
-    assert load("foldserve_api", "theirs") == ["foldserve_api", "theirs", "foldserve"]
+    assert load() == ["foldserve", "foldserve_api", "foldserve_stats"]
+    assert load("theirs") == ["theirs", "foldserve", "foldserve_api", "foldserve_stats"]
+    assert load("foldserve_api", "theirs") == ["foldserve_api", "theirs", "foldserve", "foldserve_stats"]
     unset = plugins_to_load(ENVIRONMENT)
     assert {"lora_filesystem_resolver", "foldserve", "foldserve_api"} <= set(unset)
     assert len(unset) == len(set(unset))

@@ -1,0 +1,38 @@
+"""Capacity as the running engine shows it: vLLM's start-up log counts full prompts, without reduction or withdrawal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prometheus_client import Gauge
+from vllm.config import VllmConfig
+from vllm.v1.metrics.loggers import StatLoggerBase
+from vllm.v1.metrics.stats import SchedulerStats
+
+_RESIDENT = Gauge(
+    "foldserve_resident_capacity_sequences",
+    "Sequences like those now running that the KV cache would hold at once: running / share of blocks in use.",
+    ["engine"],
+    multiprocess_mode="mostrecent",
+)
+
+
+class ResidentCapacity(StatLoggerBase):
+    """Entry point of `vllm.stat_logger_plugins`; each engine of a data-parallel server has its own."""
+
+    def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
+        self._gauge = _RESIDENT.labels(str(engine_index))
+
+    def record(
+        self,
+        scheduler_stats: SchedulerStats | None,
+        iteration_stats: object,
+        mm_cache_stats: object = None,
+        engine_idx: int = 0,
+        **_: Any,
+    ) -> None:
+        if scheduler_stats is not None and scheduler_stats.num_running_reqs and scheduler_stats.kv_cache_usage:
+            self._gauge.set(scheduler_stats.num_running_reqs / scheduler_stats.kv_cache_usage)
+
+    def log_engine_initialized(self) -> None:
+        """Nothing is known before the first request."""
