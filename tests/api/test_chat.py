@@ -236,7 +236,8 @@ def scrape(url: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 def test_metrics_sum_over_api_servers(server_url: str) -> None:
     """Fresh connections spread over both API processes; the page adds them up."""
     before = scrape(server_url)
-    half, withdrawn = {"reduction_ratio": 0.5}, {"reduction": {"withdraw": True}}
+    half: dict[str, object] = {"reduction_ratio": 0.5}
+    withdrawn: dict[str, object] = {"reduction": {"withdraw": True}}
     for i, extra in enumerate((half, half, half, half, withdrawn, withdrawn)):
         with openai.OpenAI(base_url=f"{server_url}/v1", api_key="none") as fresh:
             list(ask(fresh, image_part(i), extra=extra, stream=i % 2 == 0))
