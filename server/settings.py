@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from foldserve.reducers.reduction import InvalidReduction, Reduction
 
@@ -22,6 +23,7 @@ class Settings:
         default_reduction: applied to requests that say nothing.
         low_detail_ratio: reduction ratio of images sent with OpenAI's `detail: low`, in [0, 1).
         withdraw_layer: K, the first decoder layer without vision tokens, at least 1; None builds the model without it.
+        calibration: of a K that `foldserve calibrate` found: its eta, samples, and mean KL in nats; else None.
 
     Raises:
         ValueError: a value outside these bounds.
@@ -30,6 +32,7 @@ class Settings:
     default_reduction: Reduction = field(default_factory=Reduction)
     low_detail_ratio: float = 0.75
     withdraw_layer: int | None = None
+    calibration: Mapping[str, float | int] | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.low_detail_ratio < 1:
@@ -45,6 +48,7 @@ class Settings:
             "default_reduction": self.default_reduction.to_json(),
             "low_detail_ratio": self.low_detail_ratio,
             "withdraw_layer": self.withdraw_layer,
+            "calibration": self.calibration,
         }
 
 
@@ -61,6 +65,20 @@ def parse_reduction(text: str) -> Reduction:
             f'a ratio such as 0.5 or JSON such as {{"ratio": 0.5}} is needed, not {text!r}'
         ) from error
     return Reduction.parse(value if isinstance(value, Mapping) else {"ratio": value})
+
+
+def parse_withdraw_layer(text: str) -> int | Literal["auto"]:
+    """Reads a withdrawal layer as written on a command line.
+
+    Raises:
+        ValueError: neither an integer nor `auto`.
+    """
+    if text == "auto":
+        return "auto"
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(f"the number of a decoder layer or auto is needed, not {text!r}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,13 @@ _SMALL_MODEL_NAME = "demo"
 _CPU_KV_CACHE_GIB = 4
 
 
-def serve(argv: list[str], settings: Settings, environment: Environment, small_model: Callable[[], Path]) -> None:
+SettingsFor = Callable[[str, str | None], Settings]
+"""Settings that depend on the model: its name or directory and its revision -> settings; ValueError refuses."""
+
+
+def serve(
+    argv: list[str], settings: Settings | SettingsFor, environment: Environment, small_model: Callable[[], Path]
+) -> None:
     """Serves until stopped.
 
     Args:
@@ -64,7 +70,7 @@ def plugins_to_load(environment: Environment) -> list[str]:
 
 
 def serve_args(
-    argv: list[str], settings: Settings, environment: Environment, small_model: Callable[[], Path]
+    argv: list[str], settings: Settings | SettingsFor, environment: Environment, small_model: Callable[[], Path]
 ) -> Namespace:
     """vLLM's parsed arguments, completed where the user left the choice."""
     parser = FlexibleArgumentParser(prog="foldserve")
@@ -83,12 +89,23 @@ def serve_args(
         choices |= _cpu_choices(args, environment, small)
     _complete(args, choices, defaults)
 
+    if not isinstance(settings, Settings):
+        settings = _settings_for(settings, args, options.error)
     if CONFIG_KEY in args.additional_config:
         options.error(f"{CONFIG_KEY!r} in --additional-config is set by foldserve's own options: use those")
     if settings.withdraw_layer is not None:
         _add_withdrawal(args, settings.withdraw_layer, options.error)
     args.additional_config = {**args.additional_config, CONFIG_KEY: settings.to_config()}
     return args
+
+
+def _settings_for(choose: SettingsFor, args: Namespace, refuse: Callable[[str], NoReturn]) -> Settings:
+    try:
+        settings = choose(args.model_tag or args.model, args.revision)
+    except ValueError as error:
+        refuse(str(error))
+    _say(f"--withdraw-layer {settings.withdraw_layer}, as calibrated")
+    return settings
 
 
 def _add_withdrawal(args: Namespace, layer: int, refuse: Callable[[str], NoReturn]) -> None:

@@ -86,7 +86,7 @@ def test_serve_takes_a_reduction_as_json(started: list[tuple[list[str], Settings
         (["--low-detail-ratio", "1"], "low-detail ratio must lie in [0, 1), not 1.0"),
         (["--low-detail-ratio", "low"], "invalid float value: 'low'"),
         (["--withdraw-layer", "0"], "at least 1, not 0"),
-        (["--withdraw-layer", "2.5"], "invalid int value: '2.5'"),
+        (["--withdraw-layer", "2.5"], "a decoder layer or auto is needed, not '2.5'"),
     ],
 )
 def test_bad_values_of_serve_say_what_is_wrong(

@@ -12,14 +12,20 @@ from foldserve.server.settings import Environment, Settings, parse_reduction
 
 
 def test_defaults_reduce_nothing() -> None:
-    assert Settings().to_config() == {"default_reduction": {}, "low_detail_ratio": 0.75, "withdraw_layer": None}
+    assert Settings().to_config() == {
+        "default_reduction": {},
+        "low_detail_ratio": 0.75,
+        "withdraw_layer": None,
+        "calibration": None,
+    }
 
 
 def test_config_is_json_from_which_the_reduction_can_be_parsed() -> None:
-    settings = Settings(Reduction(method="folder_cls", ratio=0.5), 0.9, 16)
+    calibration = {"eta": 0.003, "samples": 20, "kl": 0.0021}
+    settings = Settings(Reduction(method="folder_cls", ratio=0.5), 0.9, 16, calibration)
     config = json.loads(json.dumps(settings.to_config()))
     assert Reduction.parse(config.pop("default_reduction")) == settings.default_reduction
-    assert config == {"low_detail_ratio": 0.9, "withdraw_layer": 16}
+    assert config == {"low_detail_ratio": 0.9, "withdraw_layer": 16, "calibration": calibration}
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, float("nan")])

@@ -1,0 +1,206 @@
+"""A loaded model that shows what its next-token logits would be with vision tokens withdrawn at any layer.
+
+The prompt goes through vLLM's own layers as one dense prefill: no scheduler, no KV cache, weights loaded once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from vllm import LLM
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.attention import Attention
+from vllm.multimodal.utils import group_and_batch_mm_kwargs
+from vllm.platforms import current_platform
+from vllm.renderers.params import ChatParams
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from foldserve.server.engine import withdrawal
+from foldserve.server.engine.kl_walk import last_logits
+from foldserve.server.engine.plugin import register
+from foldserve.server.engine.vision import vision_geometry
+from foldserve.server.engine.withdrawal.batch import BatchMaps
+from foldserve.server.engine.withdrawal.core import TokenMap
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_KV_CACHE_BYTES = 2 << 30
+"""vLLM insists on a KV cache, which the probe does not use; a prompt must fit in it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """One prompt as vLLM's processor made it.
+
+    Attributes:
+        token_ids: placeholders expanded.
+        images: vLLM's processed items, one per image.
+        ranges: half-open token ranges of the images.
+    """
+
+    token_ids: list[int]
+    images: list[Any]
+    ranges: list[tuple[int, int]]
+
+
+class KLProbe:
+    """A model in this process, on vLLM.
+
+    Attributes:
+        model: name or directory of the checkpoint.
+        revision: of it on the Hugging Face hub, or None.
+        layers: N, the decoder layers.
+    """
+
+    def __init__(self, model: str, argv: Sequence[str] = ()) -> None:
+        """Reads the model's configuration; `start` loads it.
+
+        Args:
+            argv: engine options as `vllm serve` takes them.
+
+        Raises:
+            ValueError: not a model whose vision tokens foldserve can withdraw.
+            SystemExit: options that vLLM's parser refuses.
+        """
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # tensors and functions go to the model as they are
+        if not current_platform.is_cpu():
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # as `foldserve serve` does with withdrawal
+        register()
+        parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="foldserve calibrate MODEL"))
+        parser.set_defaults(max_model_len=-1, max_num_seqs=1, kv_cache_memory_bytes=_KV_CACHE_BYTES)
+        self._args = EngineArgs.from_cli_args(parser.parse_args(["--model", model, *argv]))
+        for name, value in _engine_options().items():
+            if getattr(self._args, name) not in (parser.get_default(name), value):
+                parser.error(f"foldserve calibrate sets --{name.replace('_', '-')} itself: leave that option out")
+            setattr(self._args, name, value)
+        hf_config = self._args.create_model_config().hf_config
+        if vision_geometry(hf_config) is None:
+            raise ValueError(f"foldserve withdraws vision tokens of LLaVA-1.5-like models; {model} is another one")
+        self.model, self.revision = model, self._args.revision
+        self.layers: int = hf_config.get_text_config().num_hidden_layers
+
+    def start(self) -> None:
+        """Loads the weights.
+
+        Raises:
+            ValueError: options or a decoder that withdrawal does not go with.
+        """
+        self._llm = LLM.from_engine_args(self._args)
+
+    def logits(self, image: Image, question: str, candidates: range) -> tuple[Tensor, Tensor]:
+        """Logits of the answer's first token, fp32 on the CPU.
+
+        Args:
+            candidates: values of K, each in 1..N-1.
+
+        Returns:
+            (vocab,) with all tokens, (number of candidates, vocab) withdrawn at each K.
+        """
+        prompt = chat_prompt(self._llm, image, question)
+        return probe(self._llm, prompt, candidates)
+
+
+def _engine_options() -> dict[str, Any]:
+    """Any K makes vLLM check that the model can be served with withdrawal; the probe itself looks at every K."""
+    device: Literal["cpu", "cuda"] = "cpu" if current_platform.is_cpu() else "cuda"
+    options = withdrawal.configure(1, device=device, async_scheduling=False)
+    options.pop("compilation_config", None)  # graphs, of which there are none in eager mode
+    return options | {"enforce_eager": True}
+
+
+def chat_prompt(llm: Any, image: Image, question: str) -> Prompt:
+    """One user turn, an image and then a question, through the model's chat template."""
+    content = [{"type": "image_pil", "image_pil": image}, {"type": "text", "text": question}]
+    template = ChatParams(chat_template_kwargs={"add_generation_prompt": True, "tokenize": False})
+    renderer = llm.renderer
+    tokenizing = renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)  # the template writes them
+    _, (rendered,) = renderer.render_chat(
+        [[{"role": "user", "content": content}]], template, tokenizing, skip_mm_cache=True
+    )
+    inclusive = [pair for place in rendered["mm_placeholders"]["image"] for pair in place.extract_embeds_range()]
+    return Prompt(
+        rendered["prompt_token_ids"],
+        list(rendered["mm_kwargs"]["image"]),
+        [(first, last + 1) for first, last in inclusive],
+    )
+
+
+def probe(llm: Any, prompt: Prompt, candidates: range) -> tuple[Tensor, Tensor]:
+    """As `KLProbe.logits`, for a prompt; every worker of a tensor-parallel model takes part, and all get the same."""
+    results: list[tuple[Tensor, Tensor]] = llm.apply_model(partial(_probe, prompt=prompt, candidates=candidates))
+    return results[0]
+
+
+@torch.inference_mode()
+def _probe(model: Any, prompt: Prompt, candidates: range) -> tuple[Tensor, Tensor]:
+    decoder = model.get_language_model().model
+    embeds = _embed(model, prompt)
+    kept = torch.from_numpy(_kept_rows(prompt)).to(embeds.device)
+
+    def head(hidden: Tensor, residual: Tensor) -> Tensor:
+        logits: Tensor = model.compute_logits(decoder.norm(hidden, residual)[0])
+        return logits
+
+    with _dense(decoder.layers):
+        full, withdrawn = last_logits(list(decoder.layers), head, embeds, kept, candidates)
+    return full.float().cpu(), withdrawn.float().cpu()
+
+
+def _embed(model: Any, prompt: Prompt) -> Tensor:
+    """(n, hidden) input of the decoder."""
+    device = next(model.parameters()).device
+    is_vision = torch.zeros(len(prompt.token_ids), dtype=torch.bool)
+    for start, end in prompt.ranges:
+        is_vision[start:end] = True
+    images: list[Tensor] = []
+    for _, _, kwargs in group_and_batch_mm_kwargs([("image", item) for item in prompt.images], device=device):
+        images += model.embed_multimodal(**kwargs)
+    token_ids = torch.tensor(prompt.token_ids, device=device)
+    embeds: Tensor = model.embed_input_ids(token_ids, multimodal_embeddings=images, is_multimodal=is_vision.to(device))
+    return embeds
+
+
+def _kept_rows(prompt: Prompt) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Rows that the deep layers get when the engine prefills the prompt in one step."""
+    n = len(prompt.token_ids)
+    step = BatchMaps([TokenMap(prompt.ranges, n)]).step(np.array([0]), np.array([n]))
+    if step is None or step.rows is None:
+        raise ValueError("the prompt has no vision token to withdraw: its chat template dropped the image")
+    return step.rows
+
+
+class _DenseAttention(Attention):
+    """Modifications: causal attention among the rows that come, without KV cache and forward context."""
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
+        """(rows, heads * head_size) each -> (rows, heads * head_size)."""
+        q = query.view(-1, self.num_heads, self.head_size).transpose(0, 1)
+        k, v = (x.view(-1, self.num_kv_heads, self.head_size).transpose(0, 1) for x in (key, value))
+        attended = F.scaled_dot_product_attention(
+            q[None], k[None], v[None], is_causal=True, scale=self.impl.scale, enable_gqa=True
+        )
+        return attended[0].transpose(0, 1).flatten(1)
+
+
+@contextmanager
+def _dense(layers: Iterable[Any]) -> Iterator[None]:
+    """Attention of vLLM's decoder layers is dense inside; only the class of each op changes, as in `adopt`."""
+    ops = [layer.self_attn.attn for layer in layers]
+    own = [type(op) for op in ops]
+    try:
+        for op in ops:
+            op.__class__ = _DenseAttention
+        yield
+    finally:
+        for op, cls in zip(ops, own, strict=True):
+            op.__class__ = cls

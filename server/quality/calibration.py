@@ -1,0 +1,86 @@
+"""`foldserve calibrate`: finds the layer at which a model's vision tokens may be withdrawn."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from PIL.Image import Image
+from torch import Tensor
+
+from foldserve.server.quality.calibration_data import Sample
+from foldserve.server.quality.calibration_file import Calibration, model_folder, model_hash
+from foldserve.server.quality.calibration_search import first_layer_within, kl_divergence
+
+
+class Probe(Protocol):
+    """A model whose logits can be seen; `server/engine/kl_probe.py` has the real one."""
+
+    model: str
+    revision: str | None
+    layers: int
+
+    def start(self) -> None:
+        """Loads the weights."""
+
+    def logits(self, image: Image, question: str, candidates: range) -> tuple[Tensor, Tensor]:
+        """(vocab,) of the first answer token with all tokens, (len(candidates), vocab) withdrawn at each K."""
+
+
+def candidate_layers(layers: int, min_layer: int) -> range:
+    """The K that are looked at in a decoder of `layers` layers.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not 1 <= min_layer < layers:
+        raise ValueError(
+            f"K runs from --min-layer to N-1, and with --min-layer {min_layer} there is none for the {layers} layers of"
+            f" this model: give --min-layer from 1 to {layers - 1}"
+        )
+    return range(min_layer, layers)
+
+
+def calibrate(probe: Probe, samples: Sequence[Sample], candidates: range, eta: float) -> Calibration:
+    """Loads the model and runs VTW's Algorithm 1, with a progress bar over the samples.
+
+    Raises:
+        ValueError: an unreadable image, or logits that are not finite.
+    """
+    from tqdm import tqdm  # type: ignore[import-untyped]  # comes with vLLM
+
+    identity = model_hash(model_folder(probe.model, probe.revision))
+    probe.start()
+    curves = [_curve(probe, sample, candidates) for sample in tqdm(samples, desc="foldserve calibrate", unit="sample")]
+    mean = torch.stack(curves).mean(0).tolist()
+    kl = dict(zip(candidates, mean, strict=True))
+    return Calibration(
+        model=probe.model,
+        model_hash=identity,
+        layers=probe.layers,
+        withdraw_layer=first_layer_within(kl, eta),
+        eta=eta,
+        samples=len(samples),
+        kl=kl,
+    )
+
+
+def _curve(probe: Probe, sample: Sample, candidates: range) -> Tensor:
+    """(candidates,) KL in nats of one sample."""
+    full, withdrawn = probe.logits(sample.open(), sample.question, candidates)
+    kl = kl_divergence(withdrawn, full)
+    if not kl.isfinite().all():
+        raise ValueError(f"the model's logits for {sample.image} are not finite: try --dtype float32 or bfloat16")
+    return kl
+
+
+def report(calibration: Calibration) -> str:
+    """The curve and what was found."""
+    rows = [f"  K = {layer:3d}   {kl:.6f}" for layer, kl in calibration.kl.items()]
+    head = f"Mean KL(withdrawn || full) in nats over {calibration.samples} samples:"
+    if calibration.withdraw_layer is None:
+        end = f"No K has {calibration.eta:g} or less: there is no layer at which to withdraw."
+    else:
+        end = f"K = {calibration.withdraw_layer} is the first with {calibration.eta:g} or less."
+    return "\n".join([head, *rows, end])

@@ -1,0 +1,84 @@
+"""`foldserve calibrate` from its arguments to the files it writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from foldserve.server.quality.calibration import calibrate, candidate_layers, report
+from foldserve.server.quality.calibration_data import load_samples
+from foldserve.server.quality.calibration_file import default_file
+from foldserve.server.quality.calibration_plot import can_plot, plot
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user asked for.
+
+    Attributes:
+        model: Hugging Face name or directory.
+        data: folder of images, or JSONL file.
+        eta: largest mean KL divergence accepted, in nats.
+        samples: how many image and question pairs to take.
+        min_layer: the first K that is looked at.
+        question: asked of images that bring none.
+        output: the file to write; None is where `serve` looks.
+        plot: the picture to draw; None is beside `output`, if matplotlib is installed.
+    """
+
+    model: str
+    data: Path
+    eta: float
+    samples: int
+    min_layer: int
+    question: str
+    output: Path | None
+    plot: Path | None
+
+    def __post_init__(self) -> None:
+        if not self.eta > 0:
+            raise ValueError(f"--eta is a KL divergence in nats and must be greater than 0, not {self.eta}")
+        if self.plot is not None and not can_plot():
+            raise ValueError("--plot needs matplotlib: pip install matplotlib")
+
+
+def run(options: Options, cache_dir: Path, engine_options: Sequence[str]) -> int:
+    """Calibrates, writes the file and the plot, says what was found; exit status 1 if no layer was.
+
+    Raises:
+        ValueError: what is asked cannot be done; nothing was written.
+    """
+    samples = load_samples(options.data, options.samples, options.question)
+    output = options.output or default_file(options.model, cache_dir)
+    picture = options.plot or output.with_suffix(".png")
+    for file in (output, picture):
+        _require_writable(file)
+
+    from foldserve.server.engine.kl_probe import KLProbe  # vLLM, which takes seconds
+
+    probe = KLProbe(options.model, engine_options)
+    candidates = candidate_layers(probe.layers, options.min_layer)
+    print(f"Looking at K = {candidates[0]}..{candidates[-1]} of {probe.layers} layers on {len(samples)} samples.")
+    calibration = calibrate(probe, samples, candidates, options.eta)
+
+    calibration.write(output)
+    print(f"{report(calibration)}\nWritten to {output}", end="")
+    if can_plot():
+        plot(calibration, picture)
+        print(f" and {picture}.")
+    else:
+        print("; not drawn, since matplotlib is not installed.")
+    if calibration.withdraw_layer is None:
+        return 1
+    place = "" if options.output is None else f" --calibration {output}"
+    print(f"Serve with it: foldserve serve {options.model} --withdraw-layer auto{place}")
+    return 0
+
+
+def _require_writable(file: Path) -> None:
+    """Before the work rather than after it."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise ValueError(f"{file} can't be written: name another file with --output and --plot")

@@ -1,0 +1,119 @@
+"""`withdrawal.json`: what a calibration found, and for which weights."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+FILE_NAME = "withdrawal.json"
+_SAMPLED_BYTES = 1 << 20
+
+
+class Calibration(BaseModel):
+    """Result of a search for the withdrawal layer.
+
+    Attributes:
+        model: name or directory, as it was given.
+        model_hash: `model_hash` of its files.
+        layers: N, the decoder layers.
+        withdraw_layer: K, the first layer without vision tokens; None if no layer met eta.
+        eta: largest mean KL divergence accepted, in nats.
+        samples: number of image and question pairs.
+        kl: mean KL(P_withdrawn || P_full) in nats for every K that was looked at.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str
+    model_hash: str
+    layers: int
+    withdraw_layer: int | None
+    eta: float
+    samples: int
+    kl: dict[int, float]
+
+    def write(self, file: Path) -> None:
+        """Writes `file`, whose folder is made if need be."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(self.model_dump_json(indent=2) + "\n")
+
+    def summary(self) -> dict[str, float | int]:
+        """For `/v1/reducers`: eta, samples, and the mean KL (nats) at the layer found; only where one was found."""
+        assert self.withdraw_layer is not None
+        return {"eta": self.eta, "samples": self.samples, "kl": self.kl[self.withdraw_layer]}
+
+
+def read_for(model: str, revision: str | None, file: Path) -> Calibration:
+    """The calibration in `file`, if it is of this very model and found a layer.
+
+    Raises:
+        ValueError: no such file, not a calibration, of other weights, or one that found no layer.
+    """
+    advice = f"run `foldserve calibrate {model} --data DIR`, or give --withdraw-layer a number"
+    try:
+        calibration = Calibration.model_validate_json(file.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"--withdraw-layer auto needs a calibration, and there is no {file}: {advice}") from error
+    except ValidationError as error:
+        raise ValueError(f"{file} is not a calibration: {error}") from error
+    if calibration.withdraw_layer is None:
+        raise ValueError(
+            f"the calibration in {file} found no layer with a mean KL of {calibration.eta} or less: {advice}"
+        )
+    if calibration.model_hash != model_hash(model_folder(model, revision)):
+        raise ValueError(f"the calibration in {file} is of {calibration.model} with other weights: {advice}")
+    return calibration
+
+
+def default_file(model: str, cache_dir: Path) -> Path:
+    """Where `calibrate` writes and `serve` looks: in the directory of a local model, else in the cache."""
+    if Path(model).is_dir():
+        return Path(model) / FILE_NAME
+    return cache_dir / "calibration" / model.replace("/", "--") / FILE_NAME
+
+
+def model_folder(model: str, revision: str | None) -> Path:
+    """The local directory of a model; of one from the Hugging Face hub, its snapshot in the hub's cache.
+
+    Raises:
+        ValueError: it is not on this machine.
+    """
+    if Path(model).is_dir():
+        return Path(model)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, HFValidationError, HfHubHTTPError) as error:
+        raise ValueError(f"{model} is neither a directory nor in the Hugging Face cache of this machine") from error
+
+
+def model_hash(folder: Path) -> str:
+    """Identity of a checkpoint: its configuration and weight index, and of each weight file the size and both ends.
+
+    The ends, a MiB each, tell apart fine-tuned twins, whose configuration and index are equal, without reading tens of
+    gigabytes.
+
+    Raises:
+        ValueError: no configuration or no weights there.
+    """
+    described = [path for path in (folder / "config.json", *sorted(folder.glob("*.index.json"))) if path.is_file()]
+    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    if not described or not weights:
+        raise ValueError(f"{folder} holds no model: config.json and *.safetensors are looked for")
+    digest = hashlib.sha256()
+    for path in described:
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + path.read_bytes())
+    for path in weights:
+        digest.update(f"{path.name}\0{path.stat().st_size}\0".encode() + _ends(path))
+    return f"sha256:{digest.hexdigest()}"
+
+
+def _ends(file: Path) -> bytes:
+    with file.open("rb") as content:
+        head = content.read(_SAMPLED_BYTES)
+        content.seek(max(0, file.stat().st_size - _SAMPLED_BYTES))
+        return head + content.read()
