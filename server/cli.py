@@ -31,8 +31,8 @@ Every option of `vllm serve` works here too: --help=all lists them, --help=WORD 
 """
 
 _CALIBRATE_DESCRIPTION = """\
-Finds the first decoder layer K at which vision tokens may leave: the first whose mean KL(P_withdrawn || P_full) over the
-samples, of the answer's first token, in nats, is at most eta (VTW, Algorithm 1). Writes withdrawal.json, which
+Finds the first decoder layer K at which vision tokens may leave: the first whose mean KL(P_withdrawn || P_full) over
+the samples, of the answer's first token, in nats, is at most eta (VTW, Algorithm 1). Writes withdrawal.json, which
 `foldserve serve MODEL --withdraw-layer auto` reads, and a plot. Exit status 1: no K is good enough.
 
 MODEL is a Hugging Face name or a local directory and comes first. Engine options of `vllm serve` work here too.

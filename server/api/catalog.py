@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from foldserve.reducers import METHODS
+from foldserve.server.settings import CONFIG_KEY
 
 if TYPE_CHECKING:
     from foldserve.server.api.serving import FoldServingChat
@@ -22,6 +23,7 @@ def describe(chat: FoldServingChat) -> dict[str, object]:
         "default_reduction": planner.defaults.reduction.to_json(),
         "low_detail_ratio": planner.defaults.low_detail_ratio,
         "withdraw_layer": planner.withdraw_layer,
+        "calibration": chat.engine_client.vllm_config.additional_config.get(CONFIG_KEY, {}).get("calibration"),
         "data": [
             {
                 "id": method.name,

@@ -52,9 +52,11 @@ def run(options: Options, cache_dir: Path, engine_options: Sequence[str]) -> int
     """
     samples = load_samples(options.data, options.samples, options.question)
     output = options.output or default_file(options.model, cache_dir)
+    _require_writable(output)
     picture = options.plot or output.with_suffix(".png")
-    for file in (output, picture):
-        _require_writable(file)
+    _require_writable(picture)
+    if output == picture:
+        raise ValueError(f"the calibration and its plot can't both be {output}")
 
     from foldserve.server.engine.kl_probe import KLProbe  # vLLM, which takes seconds
 

@@ -1,0 +1,75 @@
+"""Calibration on the real engine: what it measures is what a withdrawing engine does."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from foldserve.server import cli
+from foldserve.server.quality.calibration_file import Calibration
+from foldserve.server.quality.calibration_search import kl_divergence
+from tests.engine.withdrawal.harness import PHOTOS, Engine
+
+LAYER = 2
+QUESTIONS = ["What is in the picture?", "the red car and a dog, or two people?"]
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_llava: Path) -> Engine:
+    """One with withdrawal at `LAYER`, whose log-probabilities cover the whole vocabulary."""
+    return Engine(tiny_llava, LAYER, max_logprobs=-1)
+
+
+def log_probabilities(engine: Engine, photo: int, question: str, *, withdraw: bool) -> torch.Tensor:
+    """(vocab,) of the answer's first token, as the engine serves it."""
+    from vllm import SamplingParams
+
+    content = [{"type": "image_pil", "image_pil": PHOTOS[photo]}, {"type": "text", "text": question}]
+    (output,) = engine.llm.chat(
+        [{"role": "user", "content": content}],
+        SamplingParams(max_tokens=1, temperature=0, logprobs=-1),
+        use_tqdm=False,
+        mm_processor_kwargs={"foldserve": {"withdraw": withdraw}},
+    )
+    first = output.outputs[0].logprobs[0]
+    return torch.tensor([first[token].logprob for token in range(len(first))])
+
+
+@pytest.mark.parametrize("photo", [0, 1])
+def test_kl_is_that_of_the_withdrawing_engine(engine: Engine, photo: int) -> None:
+    from foldserve.server.engine.kl_probe import chat_prompt, probe
+
+    full, withdrawn = probe(engine.llm, chat_prompt(engine.llm, PHOTOS[photo], QUESTIONS[photo]), range(1, 4))
+    served = log_probabilities(engine, photo, QUESTIONS[photo], withdraw=False)
+    served_withdrawn = log_probabilities(engine, photo, QUESTIONS[photo], withdraw=True)
+    assert torch.allclose(full.log_softmax(-1), served, atol=1e-4)
+    assert torch.allclose(withdrawn[LAYER - 1].log_softmax(-1), served_withdrawn, atol=1e-4)
+    kl, kl_served = kl_divergence(withdrawn, full), kl_divergence(served_withdrawn, served)
+    assert kl[LAYER - 1] == pytest.approx(float(kl_served), abs=1e-4)
+    assert min(abs(float(kl[k] - kl_served)) for k in (0, 2)) > 1e-2  # another K would not pass
+
+
+def test_calibrate_end_to_end(engine: Engine, tiny_llava: Path, tmp_path: Path, capfd: Any) -> None:
+    rows = []
+    for i, question in enumerate(QUESTIONS):
+        PHOTOS[i].save(tmp_path / f"{i}.png")
+        rows.append(json.dumps({"image": f"{i}.png", "question": question}))
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
+    output = tmp_path / "withdrawal.json"
+    command = ["calibrate", str(tiny_llava), "--data", str(tmp_path / "data.jsonl"), "--output", str(output)]
+    vllms = ["--dtype", "float32", "--kv-cache-memory-bytes", "67108864", "--max-model-len", "768"]
+    cli.main([*command, "--min-layer", str(LAYER), "--eta", "100", *vllms])
+
+    served = [
+        [log_probabilities(engine, i, question, withdraw=withdraw) for withdraw in (True, False)]
+        for i, question in enumerate(QUESTIONS)
+    ]
+    found = Calibration.model_validate_json(output.read_text())
+    assert found.kl[LAYER] == pytest.approx(sum(float(kl_divergence(*pair)) for pair in served) / 2, abs=1e-4)
+    assert (list(found.kl), found.withdraw_layer, found.samples) == ([2, 3], LAYER, 2)
+    assert output.with_suffix(".png").is_file()
+    assert "foldserve calibrate: 100%" in capfd.readouterr().err
