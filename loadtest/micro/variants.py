@@ -1,0 +1,118 @@
+"""The variants that the withdrawal benchmark compares, on two engines of the same weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from foldserve.loadtest.micro.pairs import Ratio, alternate, ratio
+from foldserve.loadtest.micro.resident import Resident, count_resident
+from foldserve.loadtest.micro.shape import Shape
+from foldserve.reducers.plan import Reduction, make_plan
+from foldserve.server.engine.bench import ProbedEngine, Request, StepCost
+
+FOLD = 0.66
+REDUCTIONS = {
+    "nothing": None,
+    "withdraw": Reduction(withdraw=True),
+    "folder": Reduction(ratio=FOLD),
+    "both": Reduction(ratio=FOLD, withdraw=True),
+}
+GOALS = {"withdraw": 0.60, "both": 0.30}
+IDLE_GOAL = 1.02
+DECODING = (1, 4)  # requests at once
+DECODE_PAIRS = 4  # for each pair of prefills, which take far longer
+WARM_UP = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One comparison, by model.forward or by the whole step; `flops` and `goal` are ratios as well."""
+
+    variant: str
+    base: str
+    part: str
+    cpu: Ratio
+    wall: Ratio
+    base_cpu_ms: float
+    flops: float | None
+    goal: float | None
+
+
+class Bench:
+    """Both engines, and the four kinds of request."""
+
+    def __init__(self, shape: Shape, checkpoint: Path, **options: Any) -> None:
+        self.shape = shape
+        self.plain = ProbedEngine(checkpoint, None, **options)
+        self.withdrawing = ProbedEngine(checkpoint, shape.withdraw_layer, **options)
+        image = self.plain.tokenizer.convert_tokens_to_ids("<image>")
+        words = self.plain.tokenizer.encode("What is in this picture?")
+        prompt = [image, *islice(cycle(words), shape.text)]
+        self.requests = {name: Request(prompt, shape.image(), each) for name, each in REDUCTIONS.items()}
+
+    def vision_tokens(self, name: str) -> tuple[int, int]:
+        """In the layers before K, and from K on."""
+        plan = make_plan(REDUCTIONS[name] or Reduction(), self.shape.vision)
+        return plan.kept, 0 if plan.withdraw else plan.kept
+
+    def prefill(self, pairs: int) -> Iterator[Row]:
+        """What each reduction leaves of a prefill, in the engine that can withdraw."""
+        full = self.shape.flops(*self.vision_tokens("nothing"))
+        base = partial(self.withdrawing.prefill, self.requests["nothing"])
+        for name in ("withdraw", "folder", "both"):
+            variant = partial(self.withdrawing.prefill, self.requests[name])
+            flops = self.shape.flops(*self.vision_tokens(name)) / full
+            yield from _rows(name, "nothing", _timed(variant, base, pairs), flops, GOALS.get(name))
+
+    def idle(self, pairs: int) -> Iterator[Row]:
+        """What an engine that can withdraw costs when nobody asks, against one that cannot."""
+        request = self.requests["nothing"]
+        costs = _timed(partial(self.withdrawing.prefill, request), partial(self.plain.prefill, request), pairs)
+        yield from _rows("idle prefill", "plain engine", costs, None, IDLE_GOAL)
+        for count in DECODING:
+            yield from _rows(f"idle decode x{count}", "plain engine", self._decode(count, pairs), None, IDLE_GOAL)
+
+    def _decode(self, count: int, pairs: int) -> Sequence[tuple[StepCost, StepCost]]:
+        """Steps of `count` requests in each engine; contexts grow alike."""
+        request = replace(self.requests["nothing"], tokens=DECODE_PAIRS * pairs + WARM_UP + 2)
+        for engine in (self.withdrawing, self.plain):
+            for _ in range(count):
+                engine.add(request)
+            engine.step()
+        costs = _timed(self.withdrawing.step, self.plain.step, DECODE_PAIRS * pairs)
+        self.withdrawing.clear()
+        self.plain.clear()
+        return costs
+
+    def resident(self) -> Iterator[Resident]:
+        """Every kind of request alone on the pool of an engine that can serve it."""
+        for label, engine, names in (
+            ("plain engine", self.plain, ("nothing", "folder")),
+            ("withdrawing engine", self.withdrawing, tuple(REDUCTIONS)),
+        ):
+            for name in names:
+                kind = self.requests[name], *self.vision_tokens(name)
+                yield count_resident(f"{label}, {name}", engine, self.shape, *kind)
+
+
+def _timed(
+    variant: Callable[[], StepCost], base: Callable[[], StepCost], pairs: int
+) -> Sequence[tuple[StepCost, StepCost]]:
+    """The first pair is not counted."""
+    return alternate(variant, base, WARM_UP + pairs)[WARM_UP:]
+
+
+def _rows(
+    variant: str, base: str, costs: Sequence[tuple[StepCost, StepCost]], flops: float | None, goal: float | None
+) -> Iterator[Row]:
+    for part in ("forward", "step"):
+        clocks = [(getattr(one, part), getattr(other, part)) for one, other in costs]
+        cpu = ratio([(one.cpu_ms, other.cpu_ms) for one, other in clocks])
+        wall = ratio([(one.wall_ms, other.wall_ms) for one, other in clocks])
+        yield Row(variant, base, part, cpu, wall, median(other.cpu_ms for _, other in clocks), flops, goal)
