@@ -50,8 +50,8 @@ def calibrate(probe: Probe, samples: Sequence[Sample], candidates: range, eta: f
     """
     from tqdm import tqdm  # type: ignore[import-untyped]  # comes with vLLM
 
-    identity = model_hash(model_folder(probe.model, probe.revision))
     probe.start()
+    identity = model_hash(model_folder(probe.model, probe.revision))  # by now downloaded
     curves = [_curve(probe, sample, candidates) for sample in tqdm(samples, desc="foldserve calibrate", unit="sample")]
     mean = torch.stack(curves).mean(0).tolist()
     kl = dict(zip(candidates, mean, strict=True))

@@ -101,7 +101,7 @@ def model_hash(folder: Path) -> str:
         ValueError: no configuration or no weights there.
     """
     described = [path for path in (folder / "config.json", *sorted(folder.glob("*.index.json"))) if path.is_file()]
-    weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
+    weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))  # of the two, vLLM loads the first
     if not described or not weights:
         raise ValueError(f"{folder} holds no model: config.json and *.safetensors are looked for")
     digest = hashlib.sha256()

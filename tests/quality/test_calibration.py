@@ -132,6 +132,10 @@ def spoil_last_weights(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(bytes((3 << 20) - 1) + b"\1")
 
 
+def replace_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "model.bin")
+
+
 def add_weights(folder: Path) -> None:
     (folder / "model-2.safetensors").write_bytes(bytes(4))
 
@@ -140,7 +144,9 @@ def add_index(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text("{}")
 
 
-@pytest.mark.parametrize("change", [spoil_config, spoil_first_weights, spoil_last_weights, add_weights, add_index])
+@pytest.mark.parametrize(
+    "change", [spoil_config, spoil_first_weights, spoil_last_weights, replace_weights, add_weights, add_index]
+)
 def test_the_hash_tells_models_apart(checkpoint: Path, change: Callable[[Path], None]) -> None:
     before = model_hash(checkpoint)
     (checkpoint / "withdrawal.json").write_text("{}")

@@ -13,15 +13,22 @@ from foldserve.server import cli
 from foldserve.server.quality.calibration_file import Calibration
 from foldserve.server.quality.calibration_search import kl_divergence
 from tests.engine.withdrawal.harness import PHOTOS, Engine
+from tests.engine.withdrawal.test_families import convert
 
 LAYER = 2
 QUESTIONS = ["What is in the picture?", "the red car and a dog, or two people?"]
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_llava: Path) -> Engine:
+def checkpoint(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With two KV heads for four heads, and norms of queries and keys."""
+    return convert(tiny_llava, tmp_path_factory.mktemp("calibrated") / "qwen3", "qwen3")
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoint: Path) -> Engine:
     """One with withdrawal at `LAYER`, whose log-probabilities cover the whole vocabulary."""
-    return Engine(tiny_llava, LAYER, max_logprobs=-1)
+    return Engine(checkpoint, LAYER, max_logprobs=-1)
 
 
 def log_probabilities(engine: Engine, photo: int, question: str, *, withdraw: bool) -> torch.Tensor:
@@ -53,14 +60,14 @@ def test_kl_is_that_of_the_withdrawing_engine(engine: Engine, photo: int) -> Non
     assert min(abs(float(kl[k] - kl_served)) for k in (0, 2)) > 1e-2  # another K would not pass
 
 
-def test_calibrate_end_to_end(engine: Engine, tiny_llava: Path, tmp_path: Path, capfd: Any) -> None:
+def test_calibrate_end_to_end(engine: Engine, checkpoint: Path, tmp_path: Path, capfd: Any) -> None:
     rows = []
     for i, question in enumerate(QUESTIONS):
         PHOTOS[i].save(tmp_path / f"{i}.png")
         rows.append(json.dumps({"image": f"{i}.png", "question": question}))
     (tmp_path / "data.jsonl").write_text("\n".join(rows))
     output = tmp_path / "withdrawal.json"
-    command = ["calibrate", str(tiny_llava), "--data", str(tmp_path / "data.jsonl"), "--output", str(output)]
+    command = ["calibrate", str(checkpoint), "--data", str(tmp_path / "data.jsonl"), "--output", str(output)]
     vllms = ["--dtype", "float32", "--kv-cache-memory-bytes", "67108864", "--max-model-len", "768"]
     cli.main([*command, "--min-layer", str(LAYER), "--eta", "100", *vllms])
 
