@@ -219,6 +219,7 @@ def test_catalog(server_url: str) -> None:
     assert catalog["low_detail_ratio"] == 0.75
     assert catalog["default_reduction"] == {}
     assert catalog["withdraw_layer"] == 2
+    assert catalog["calibration"] is None  # K was given by number
 
 
 def test_openapi_documents_the_fields(server_url: str) -> None:
