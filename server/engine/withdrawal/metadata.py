@@ -140,7 +140,7 @@ def _select_requests(common: CommonAttentionMetadata, requests: Tensor, host: De
     if common.is_prefilling is not None:
         common.is_prefilling = common.is_prefilling[on_host.to(common.is_prefilling.device)]
     if common.req_idx is not None:
-        common.req_idx = common.req_idx[: len(common.seq_lens)][host.requests]
+        common.req_idx = common.req_idx[host.requests]
     return common
 
 

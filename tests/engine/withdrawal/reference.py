@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -43,7 +44,8 @@ class WithdrawingReference(Reference):
         out: list[int] = []
         logprobs: list[float] = []
         for _ in range(tokens):
-            distribution = self.model.lm_head(self._last_hidden(embeds, kept)).log_softmax(-1)
+            hidden = withdrawn_forward(self.model.model.language_model, embeds, kept, self.layer)
+            distribution = self.model.lm_head(hidden[-1]).log_softmax(-1)
             best = int(distribution.argmax())
             out.append(best)
             logprobs.append(float(distribution[best]))
@@ -51,14 +53,23 @@ class WithdrawingReference(Reference):
             kept = torch.cat([kept, torch.tensor([True])])
         return out, logprobs
 
-    def _last_hidden(self, embeds: Tensor, kept: Tensor) -> Tensor:
-        decoder = self.model.model.language_model
-        hidden, positions = embeds[None], torch.arange(len(embeds))[None]
-        for i, layer in enumerate(decoder.layers):
-            if i == self.layer:
-                hidden, positions = hidden[:, kept], positions[:, kept]
-            rotary = decoder.rotary_emb(hidden, positions)
-            output = layer(hidden, attention_mask=None, position_embeddings=rotary, use_cache=False)
-            hidden = output[0] if isinstance(output, tuple) else output
-        last: Tensor = decoder.norm(hidden)[0, -1]
-        return last
+
+@torch.no_grad()
+def withdrawn_forward(decoder: Any, embeds: Tensor, kept: Tensor, layer: int) -> Tensor:
+    """Final hidden states (kept tokens, hidden) of a transformers decoder whose layers >= `layer` see kept tokens only.
+
+    Args:
+        decoder: LlamaModel, MistralModel, Qwen2Model or Qwen3Model.
+        embeds: (tokens, hidden) of one sequence.
+        kept: (tokens,) bool.
+        layer: K; the number of layers means that nothing is withdrawn.
+    """
+    hidden, positions = embeds[None], torch.arange(len(embeds))[None]
+    for i, block in enumerate(decoder.layers):
+        if i == layer:
+            hidden, positions = hidden[:, kept], positions[:, kept]
+        rotary = decoder.rotary_emb(hidden, positions)
+        output = block(hidden, attention_mask=None, position_embeddings=rotary, use_cache=False)
+        hidden = output[0] if isinstance(output, tuple) else output
+    normed: Tensor = decoder.norm(hidden)[0]
+    return normed

@@ -53,6 +53,20 @@ def test_decoder_families(eight_layers: Path, tmp_path: Path, family: str) -> No
     engine.assert_all_blocks_free()
 
 
+def test_groups_of_several_layers_in_several_buckets(tmp_path: Path) -> None:
+    """K = 6 of 10: left alone, vLLM would pad six and four layers to groups of four."""
+    from foldserve.server.quality.demo_model import create
+
+    path = create(tmp_path / "ten-layers", image_size=168, num_layers=10)
+    engine = Engine(path, 6, max_num_batched_tokens=70)
+    groups = engine.scheduler.kv_cache_config.kv_cache_groups
+    assert [len(group.layer_names) for group in groups] == [2] * 5
+    expected = Expected(path)
+    for _ in range(2):
+        expected.generate(engine, 6, CASES, TOKENS)
+    engine.assert_all_blocks_free()
+
+
 def test_compiled_by_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from foldserve.server.quality.demo_model import create
 

@@ -1,0 +1,49 @@
+"""Engines that need a process of their own, since vLLM reads some settings once: `python -m ... NAME CHECKPOINT`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+
+def runner_v2(path: Path) -> None:
+    """Model runner V2 on the CPU, vLLM's Triton kernels interpreted, on a pool that preempts.
+
+    Triton brings no CPU backend: the name of one is enough for vLLM, and TRITON_INTERPRET=1 never asks for it.
+    """
+    from triton.backends import backends
+
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
+    from foldserve.server.engine import withdrawal
+    from tests.engine.withdrawal.conftest import LAYERS, Expected
+    from tests.engine.withdrawal.harness import Engine
+    from tests.engine.withdrawal.test_reference import MIXED
+
+    layer = LAYERS // 2
+    pool = {"max_model_len": 512, "num_gpu_blocks_override": 36, "max_num_batched_tokens": 70, "max_num_seqs": 32}
+    engine = Engine(path, None, **withdrawal.configure(layer, device="cpu", v2_runner=True), **pool)
+    worker = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker
+    assert type(worker.model_runner.model_state).__name__ == "WithdrawingModelState"
+    expected = Expected(path)
+    for _ in range(2):
+        expected.generate(engine, layer, MIXED, 8)
+    engine.assert_all_blocks_free()
+    assert engine.steps["preempted"] and engine.steps["no_deep_row"]
+
+
+def two_ranks(path: Path) -> None:
+    """Tensor parallel: two worker processes, each with half of the heads."""
+    from tests.engine.withdrawal.conftest import LAYERS, Expected
+    from tests.engine.withdrawal.harness import Engine
+    from tests.engine.withdrawal.test_reference import MIXED
+
+    engine = Engine(path, LAYERS // 2, tensor_parallel_size=2, max_num_batched_tokens=150)
+    Expected(path).generate(engine, LAYERS // 2, MIXED, 8)
+    engine.assert_all_blocks_free()
+    engine.llm.llm_engine.engine_core.shutdown()
+
+
+if __name__ == "__main__":
+    {"runner_v2": runner_v2, "two_ranks": two_ranks}[sys.argv[1]](Path(sys.argv[2]))
+    print("equal to the reference")
