@@ -49,12 +49,16 @@ class Bench:
 
     def __init__(self, shape: Shape, checkpoint: Path, **options: Any) -> None:
         self.shape = shape
-        self.plain = ProbedEngine(checkpoint, None, **options)
-        self.withdrawing = ProbedEngine(checkpoint, shape.withdraw_layer, **options)
+        self._checkpoint, self._options = checkpoint, options
+        self.plain = self._start(None)
+        self.withdrawing = self._start(shape.withdraw_layer)
         image = self.plain.tokenizer.convert_tokens_to_ids("<image>")
         words = self.plain.tokenizer.encode("What is in this picture?")
         prompt = [image, *islice(cycle(words), shape.text)]
         self.requests = {name: Request(prompt, shape.image(), each) for name, each in REDUCTIONS.items()}
+
+    def _start(self, withdraw_layer: int | None) -> ProbedEngine:
+        return ProbedEngine(self._checkpoint, withdraw_layer, **self._options)
 
     def vision_tokens(self, name: str) -> tuple[int, int]:
         """In the layers before K, and from K on."""
@@ -71,22 +75,29 @@ class Bench:
             yield from _rows(name, "nothing", _timed(variant, base, pairs), flops, GOALS.get(name))
 
     def idle(self, pairs: int) -> Iterator[Row]:
-        """What an engine that can withdraw costs when nobody asks, against one that cannot."""
-        request = self.requests["nothing"]
-        costs = _timed(partial(self.withdrawing.prefill, request), partial(self.plain.prefill, request), pairs)
-        yield from _rows("idle prefill", "plain engine", costs, None, IDLE_GOAL)
-        for count in DECODING:
-            yield from _rows(f"idle decode x{count}", "plain engine", self._decode(count, pairs), None, IDLE_GOAL)
+        """What an engine that can withdraw costs when nobody asks, against one that cannot.
 
-    def _decode(self, count: int, pairs: int) -> Sequence[tuple[StepCost, StepCost]]:
+        The control, a second engine that cannot either, shows how much two equal engines differ by where their weights
+        happen to lie in memory.
+        """
+        control = self._start(None)
+        for name, engine, goal in (("idle", self.withdrawing, IDLE_GOAL), ("control", control, None)):
+            request = self.requests["nothing"]
+            costs = _timed(partial(engine.prefill, request), partial(self.plain.prefill, request), pairs)
+            yield from _rows(f"{name} prefill", "plain engine", costs, None, goal)
+            for count in DECODING:
+                costs = self._decode(engine, count, pairs)
+                yield from _rows(f"{name} decode x{count}", "plain engine", costs, None, goal)
+
+    def _decode(self, engine: ProbedEngine, count: int, pairs: int) -> Sequence[tuple[StepCost, StepCost]]:
         """Steps of `count` requests in each engine; contexts grow alike."""
         request = replace(self.requests["nothing"], tokens=DECODE_PAIRS * pairs + WARM_UP + 2)
-        for engine in (self.withdrawing, self.plain):
+        for each in (engine, self.plain):
             for _ in range(count):
-                engine.add(request)
-            engine.step()
-        costs = _timed(self.withdrawing.step, self.plain.step, DECODE_PAIRS * pairs)
-        self.withdrawing.clear()
+                each.add(request)
+            each.step()
+        costs = _timed(engine.step, self.plain.step, DECODE_PAIRS * pairs)
+        engine.clear()
         self.plain.clear()
         return costs
 

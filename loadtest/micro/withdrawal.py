@@ -1,6 +1,6 @@
 """What withdrawal saves and what it costs: `python -m foldserve.loadtest.micro.withdrawal`.
 
-Two engines run side by side in this process on the same random weights, one with a withdrawal layer and one without;
+Engines run side by side in this process on the same random weights, one with a withdrawal layer and one without;
 variants are timed in pairs, in the order ABBA. Run it with OMP_NUM_THREADS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0.
 """
 
@@ -10,6 +10,7 @@ import json
 import os
 import tempfile
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -86,6 +87,22 @@ def table(head: str) -> str:
     return f"{head}\n|{'---|' * (head.count('|') - 1)}"
 
 
+def measure(bench: Bench, parts: Sequence[str], pairs: int) -> tuple[list[Row], list[Resident]]:
+    """Prints each figure as it comes, and returns all of them."""
+    rows: list[Row] = []
+    counts: list[Resident] = []
+    print(table(TIMED))
+    for row in chain.from_iterable(part(pairs) for part in (bench.prefill, bench.idle) if part.__name__ in parts):
+        rows.append(row)
+        print(render(row), flush=True)
+    if "resident" in parts:
+        print(f"\n{table(COUNTED)}")
+        for count in bench.resident():
+            counts.append(count)
+            print(render_resident(count), flush=True)
+    return rows, counts
+
+
 def main() -> None:
     args = arguments().parse_args()
     if torch.get_num_threads() != 1:
@@ -93,24 +110,11 @@ def main() -> None:
     shape = Shape(args.layers, args.hidden, withdraw_layer=args.withdraw_layer, dtype=args.dtype)
     load = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory(prefix="foldserve-bench-") as folder:
-        checkpoint = shape.write(Path(folder) / "model")
         options = engine_options(dtype=args.dtype, pool_mib=args.pool_mib, eager=args.eager)
-        bench = Bench(shape, checkpoint, **options)
-    timed = [
-        part(args.pairs) for name, part in (("prefill", bench.prefill), ("idle", bench.idle)) if name in args.parts
-    ]
-    rows: list[Row] = []
-    print(table(TIMED))
-    for row in chain(*timed):
-        rows.append(row)
-        print(render(row), flush=True)
+        bench = Bench(shape, shape.write(Path(folder) / "model"), **options)
+        rows, counts = measure(bench, args.parts, args.pairs)
     load.append(os.getloadavg()[0])
-    counts: list[Resident] = []
-    print(f"\n{table(COUNTED)}")
-    for count in bench.resident() if "resident" in args.parts else ():
-        counts.append(count)
-        print(render_resident(count), flush=True)
-    print(f"\n{machine()}, load average before and after the timing {load}")
+    print(f"\n{machine()}, load average before and after {load}")
     if args.json:
         figures = {"ratios": [asdict(row) for row in rows], "resident": [asdict(count) for count in counts]}
         settings = {"shape": asdict(shape), "eager": args.eager, "machine": machine(), "load_average": load}

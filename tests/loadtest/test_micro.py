@@ -14,6 +14,7 @@ from foldserve.loadtest.micro.withdrawal import TIMED, engine_options, render, r
 from foldserve.server.engine.bench import ProbedEngine
 
 TINY = Shape(layers=4, hidden=128, image_px=168, text=40, withdraw_layer=2)
+IDLE = ("prefill", "decode x1", "decode x4")
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +66,16 @@ def test_every_variant_is_timed_by_forward_and_by_step(bench: Bench) -> None:
     rows = [*bench.prefill(2), *bench.idle(1)]
     assert [(row.variant, row.part) for row in rows] == [
         (variant, part)
-        for variant in ("withdraw", "folder", "both", "idle prefill", "idle decode x1", "idle decode x4")
+        for variant in (
+            "withdraw",
+            "folder",
+            "both",
+            *(f"{kind} {what}" for kind in ("idle", "control") for what in IDLE),
+        )
         for part in ("forward", "step")
     ]
-    assert [row.cpu.pairs for row in rows] == [2] * 6 + [1] * 2 + [4] * 4
+    assert [row.cpu.pairs for row in rows] == [2] * 6 + ([1] * 2 + [4] * 4) * 2
+    assert {row.variant for row in rows if row.goal} == {"withdraw", "both", *(f"idle {what}" for what in IDLE)}
     assert all(row.base_cpu_ms > 0 for row in rows)
     assert all(row.flops is not None and row.flops < 1 for row in rows[:6])
     assert all(render(row).count("|") == table(TIMED).splitlines()[0].count("|") for row in rows)
