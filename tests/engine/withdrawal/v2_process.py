@@ -1,4 +1,4 @@
-"""Engines that need a process of their own, since vLLM reads some settings once: `python -m ... NAME CHECKPOINT`."""
+"""An engine that needs a process of its own, since vLLM reads some settings once: `python -m ... CHECKPOINT`."""
 
 from __future__ import annotations
 
@@ -32,18 +32,6 @@ def runner_v2(path: Path) -> None:
     assert engine.steps["preempted"] and engine.steps["no_deep_row"]
 
 
-def two_ranks(path: Path) -> None:
-    """Tensor parallel: two worker processes, each with half of the heads."""
-    from tests.engine.withdrawal.conftest import LAYERS, Expected
-    from tests.engine.withdrawal.harness import Engine
-    from tests.engine.withdrawal.test_reference import MIXED
-
-    engine = Engine(path, LAYERS // 2, tensor_parallel_size=2, max_num_batched_tokens=150)
-    Expected(path).generate(engine, LAYERS // 2, MIXED, 8)
-    engine.assert_all_blocks_free()
-    engine.llm.llm_engine.engine_core.shutdown()
-
-
 if __name__ == "__main__":
-    {"runner_v2": runner_v2, "two_ranks": two_ranks}[sys.argv[1]](Path(sys.argv[2]))
+    runner_v2(Path(sys.argv[1]))
     print("equal to the reference")
