@@ -39,8 +39,8 @@ def answers(checkpoint: str, *, stock: bool, eager: bool) -> dict[str, Any]:
 def start_process(checkpoint: Path, scratch: Path, *, stock: bool) -> tuple[subprocess.Popen[bytes], Path]:
     """A compiled engine in a process of its own with an empty compile cache; its answers come in the file.
 
-    In one process the second engine runs what the first one compiled, and inductor's results vary in the last bits
-    between a kernel just compiled and one from the cache.
+    Several compiled engines one after the other in one process were seen to differ by 1e-6 now and then, vLLM's own
+    included; why is not known.
     """
     out = scratch / f"stock-{stock}.json"
     caches = {"VLLM_DISABLE_COMPILE_CACHE": "1", "TORCHINDUCTOR_CACHE_DIR": str(scratch / f"cache-{stock}")}
