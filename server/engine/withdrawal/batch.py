@@ -49,6 +49,11 @@ class BatchMaps:
         self._start = _concatenate([m.starts for m in maps])
         self._length = _concatenate([m.lengths for m in maps])
 
+    @property
+    def withdraws(self) -> bool:
+        """Some request of the step has withdrawn tokens."""
+        return len(self._owner) > 0
+
     def withdrawn(self, x: Ints) -> Ints:
         """(R,) tokens withdrawn among the first x[r] of each request r."""
         inside = np.clip(x[self._owner] - self._start, 0, self._length)
@@ -61,7 +66,7 @@ class BatchMaps:
             computed: (R,) tokens of each request that are in the KV cache already.
             scheduled: (R,) tokens of each request in this step, at least 1.
         """
-        if not len(self._owner):
+        if not self.withdraws:
             return None
         before, after = self.withdrawn(computed), self.withdrawn(computed + scheduled)
         if not after.any():

@@ -97,9 +97,10 @@ class TokenMap:
 
     def withdrawn(self, x: int) -> int:
         """x - T(x): tokens withdrawn among the first x."""
+        if not self._ends or x >= self._ends[-1]:  # every decode step
+            return self._before[-1]
         i = bisect_right(self._ends, x)
-        inside = max(0, x - self.ranges[i][0]) if i < len(self.ranges) else 0
-        return self._before[i] + inside
+        return self._before[i] + max(0, x - self.ranges[i][0])
 
     def kept(self, x: int) -> int:
         """T(x)."""

@@ -30,6 +30,8 @@ class WithdrawingRunner:
         maps = [self._token_map(request_id) for request_id in self.input_batch.req_ids[:num_reqs]]
         if self._batch_maps is None or self._batch_maps.maps != maps:
             self._batch_maps = BatchMaps(maps)
+        if not self._batch_maps.withdraws:
+            return None
         computed = self.input_batch.num_computed_tokens_cpu[:num_reqs].astype(np.int64)
         scheduled = np.diff(self.query_start_loc.np[: num_reqs + 1]).astype(np.int64)
         step: DeepBatch | None = self._batch_maps.step(computed, scheduled)
