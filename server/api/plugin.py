@@ -19,6 +19,7 @@ from foldserve.server.api.schema import Defaults
 from foldserve.server.api.serving import FoldServingChat
 from foldserve.server.engine.kv_cost import kv_cost
 from foldserve.server.engine.vision import vision_geometry
+from foldserve.server.settings import CONFIG_KEY
 
 
 class FoldserveEndpoint:
@@ -34,7 +35,7 @@ class FoldserveEndpoint:
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         assert engine_client is not None, "required_tasks asks for an engine"
         config = args.additional_config or {}
-        withdraw_layer = config.get("foldserve", {}).get("withdraw_layer")
+        withdraw_layer = config.get(CONFIG_KEY, {}).get("withdraw_layer")
         state.foldserve_chat = FoldServingChat(
             engine_client,
             state.openai_serving_models,

@@ -14,6 +14,7 @@ from foldserve.reducers import METHODS
 from foldserve.reducers.plan import Reduction
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.usage import VisionTokens
+from foldserve.server.settings import CONFIG_KEY, Settings
 
 _REDUCTION_SCHEMA = {
     "type": "object",
@@ -44,12 +45,12 @@ class Defaults:
     """What the server applies where a request says nothing, from its command line."""
 
     reduction: Reduction = Reduction()
-    low_detail_ratio: float = 0.75
+    low_detail_ratio: float = Settings().low_detail_ratio
 
     @classmethod
     def from_config(cls, additional_config: Mapping[str, Any]) -> Defaults:
-        """Reads `additional_config["foldserve"]`, which the command line filled."""
-        ours = additional_config.get("foldserve", {})
+        """Reads `additional_config[CONFIG_KEY]`, which the command line filled."""
+        ours = additional_config.get(CONFIG_KEY, {})
         return cls(
             Reduction.parse(ours.get("default_reduction") or {}), ours.get("low_detail_ratio", cls().low_detail_ratio)
         )
