@@ -27,7 +27,7 @@ OURS = {
     "deploy": [],
 }
 PURE_TORCH = {"reducers": {"torch"}, "kernels": {"torch", "triton"}}
-MAY_IMPORT_VLLM = ("server/engine", "server/api", "loadtest/micro")
+MAY_IMPORT_VLLM = ("server/engine", "server/api")
 
 SOURCES = sorted(
     path.relative_to(ROOT)
