@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests.golden.case import Case, Row, Unsupported, load_cases, load_tables
 from tests.golden.folder import check_fold_schedule, check_folder, check_folder_cls, check_ratio
+from tests.golden.stf import check_stf
 from tests.golden.tower import check_folder_tower
 from tests.golden.vtw import check_vtw
 
@@ -20,6 +21,7 @@ CHECKS: Mapping[str, Callable[[Case], None]] = {
     "folder": check_folder,
     "folder_cls": check_folder_cls,
     "folder_tower": check_folder_tower,
+    "stf": check_stf,
     "vtw": check_vtw,
 }
 
