@@ -1,6 +1,6 @@
 """The reduction methods: pure torch, one paper a file; `plan` computes every token count.
 
-A new method is one file that defines a `Method`, and one line in `METHODS`.
+A new method is one file that defines a subclass of a class in `method`, and one line in `METHODS`.
 """
 
 from __future__ import annotations
@@ -8,17 +8,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from foldserve.reducers.folder import FOLDER, FOLDER_CLS
-from foldserve.reducers.method import Method, Stage
+from foldserve.reducers.folder import Folder, FolderCls
+from foldserve.reducers.geometry import Stage, VisionGeometry
+from foldserve.reducers.method import Method
+from foldserve.reducers.withdraw import Withdraw
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         method.name: method
         for method in (
-            FOLDER,
-            FOLDER_CLS,
+            Folder(),
+            FolderCls(),
+            Withdraw(),
         )
     }
 )
 
-__all__ = ["METHODS", "Method", "Stage"]
+__all__ = ["METHODS", "Method", "Stage", "VisionGeometry"]

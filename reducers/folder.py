@@ -7,14 +7,21 @@ inside a CLIP layer: it compares attention keys and spares what the class token 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
 from foldserve.reducers.fold import Fold, Reduced, at_least_fp32, fold, group_sum, merge
-from foldserve.reducers.method import Method, Stage
+from foldserve.reducers.geometry import VisionGeometry
+from foldserve.reducers.method import AfterTower, InTower, Step
+from foldserve.reducers.options import Choice, Value
+from foldserve.reducers.refusal import InvalidReduction
 from foldserve.reducers.schedule import fold_schedule
+
+if TYPE_CHECKING:
+    from foldserve.reducers.attention import LayerAttention
+    from foldserve.reducers.plan import Plan
 
 Scale = Literal["none", "official"]
 
@@ -61,7 +68,7 @@ def folder_cls(
     *,
     attention_weight: float = 500.0,
 ) -> Reduced:
-    """Merge tokens with similar keys, those first that the class token attends to least; the class token is dropped.
+    """Merge tokens with similar keys, those first that the class token attends to least.
 
     Runs after the attention residual of the last CLIP layer that is used (index num_layers - 2 for LLaVA); the MLP
     follows on the reduced sequence. Remaining even tokens come before all the odd ones, and the next fold alternates on
@@ -75,7 +82,7 @@ def folder_cls(
         attention_weight: what the attention weighs against the cosine, 100 times the paper's alpha.
 
     Returns:
-        n_out = n - sum(folds) tokens, each the mean of its group; `source` and `group` count the n patches from 0.
+        n_out + 1 tokens, n_out = n - sum(folds), each the mean of its group; the class token is first, as it was.
     """
     # what later folds need of a group: (B, n + 1, d_k + 1)
     carried = torch.cat([at_least_fp32(keys), at_least_fp32(cls_attention).unsqueeze(-1)], dim=-1)
@@ -86,25 +93,49 @@ def folder_cls(
             carried[..., -1] /= steps[-1].sizes  # attention goes on as the mean of a fold's group, not weighted by size
         penalty = attention_weight * carried[..., -1]
         steps.append(fold(carried[..., :-1], k, order="unmerged_first", class_token=True, penalty=penalty))
-    tokens, sizes, source, group = merge(x, steps)
-    return Reduced(tokens[:, 1:].to(x.dtype), sizes[:, 1:], source[:, 1:] - 1, group[:, 1:] - 1)
+    reduced = merge(x, steps)
+    return reduced._replace(tokens=reduced.tokens.to(x.dtype))
 
 
-PAPER = "FOLDER: Accelerating Multi-modal Large Language Models with Enhanced Performance"
+_PAPER = "FOLDER: Accelerating Multi-modal Large Language Models with Enhanced Performance"
 
-FOLDER = Method(
-    name="folder",
-    summary="Merges vision tokens that look alike, after the vision tower; works with any tower.",
-    paper=PAPER,
-    stage=Stage.AFTER_TOWER,
-    schedule=fold_schedule,
-    parameters=("ratio", "keep_tokens", "scale", "withdraw"),
-)
 
-FOLDER_CLS = Method(
-    name="folder_cls",
-    summary="Merges vision tokens inside the CLIP tower, those first that the class token attends to least.",
-    paper=PAPER,
-    stage=Stage.IN_TOWER,
-    schedule=lambda patches, removed: fold_schedule(patches + 1, removed),  # the class token takes part
-)
+class Folder(AfterTower):
+    """FOLDER on the tower's output."""
+
+    name = "folder"
+    summary = "Merges vision tokens that look alike, after the vision tower; works with any tower."
+    paper = _PAPER
+    options = (
+        Choice("scale", "none", "'official' multiplies by 1 + ln(size) as the authors do", ("none", "official")),
+    )
+
+    def schedule(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> tuple[Step, ...]:
+        return tuple(Step(k) for k in fold_schedule(geometry.tokens, removed))
+
+    def reduce(self, x: Tensor, plan: Plan) -> Reduced:
+        return folder(x, plan.folds, scale="official" if plan.options == ("official",) else "none")
+
+
+class FolderCls(InTower):
+    """FOLDER in the last CLIP layer whose output is used."""
+
+    name = "folder_cls"
+    summary = "Merges vision tokens inside the CLIP tower, those first that the class token attends to least."
+    paper = _PAPER
+
+    def check(self, geometry: VisionGeometry, options: tuple[Value, ...]) -> None:
+        super().check(geometry, options)
+        if not geometry.class_token:
+            raise InvalidReduction(
+                "method 'folder_cls' needs a class token, which this model's tower has not", "method"
+            )
+
+    def schedule(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> tuple[Step, ...]:
+        # the class token takes part
+        return tuple(Step(k, geometry.layers - 1) for k in fold_schedule(geometry.tokens + 1, removed))
+
+    def reduce(
+        self, x: Tensor, sizes: Tensor, attention: LayerAttention, removed: tuple[int, ...], plan: Plan
+    ) -> Reduced:
+        return folder_cls(x, attention.keys(), attention.class_attention(), removed)

@@ -1,38 +1,159 @@
-"""What the server knows about a reduction method without running it."""
+"""What a reduction method is: one class per stage, so that the type says where tokens go."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from enum import Enum
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from foldserve.reducers.geometry import Stage, VisionGeometry
+from foldserve.reducers.options import Option, Value
+from foldserve.reducers.refusal import InvalidReduction
+
+if TYPE_CHECKING:
+    from foldserve.reducers.attention import LayerAttention
+    from foldserve.reducers.fold import Reduced
+    from foldserve.reducers.plan import Plan
+
+__all__ = ["AfterTower", "BeforeTower", "Decoder", "InTower", "Method", "Projector", "Stage", "Step"]
 
 
-class Stage(Enum):
-    """Where on an image's way a method removes tokens."""
+class Step(NamedTuple):
+    """One step of a method.
 
-    BEFORE_TOWER = "before_tower"
-    IN_TOWER = "in_tower"
-    AFTER_TOWER = "after_tower"
-    PROJECTOR = "projector"
-    DECODER = "decoder"
+    Attributes:
+        removed: tokens that it removes.
+        layer: 0-based tower layer in which it does, between attention and MLP; None outside the tower.
+    """
+
+    removed: int
+    layer: int | None = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
-    """One entry of the registry.
+class Method(ABC):
+    """One entry of the registry. Subclass one of the classes below, which say where the method works.
 
     Attributes:
         name: what a request writes in `reduction.method`.
         summary: one sentence for users.
-        paper: title of the paper that defines it.
+        paper: title of the paper that defines it; "" if there is none.
         stage: where it removes tokens.
-        schedule: (patch tokens, tokens to remove) -> tokens that each of its steps removes; the steps sum to the total.
-        parameters: fields of `Reduction` that a request may set with it, besides `method`.
+        options: fields of `reduction` that it takes beside those that every method takes.
+        seeded: its plans carry a seed that comes from the image.
+        decoder_half: name of the Decoder method that `decoder: true` adds, if it has one.
     """
 
-    name: str
-    summary: str
-    paper: str
-    stage: Stage
-    schedule: Callable[[int, int], tuple[int, ...]]
-    parameters: tuple[str, ...] = ("ratio", "keep_tokens", "withdraw")
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str] = ""
+    stage: ClassVar[Stage]
+    options: ClassVar[tuple[Option[Any], ...]] = ()
+    seeded: ClassVar[bool] = False
+    decoder_half: ClassVar[str | None] = None
+
+    def check(self, geometry: VisionGeometry, options: tuple[Value, ...]) -> None:
+        """Raises InvalidReduction if the model is not one that the method works with."""
+        if self.stage not in geometry.stages:
+            fixed = f": its projector is {geometry.projector!r}, which needs every token in place"
+            raise InvalidReduction(
+                f"method {self.name!r} works {self.stage.value.replace('_', ' ')}, where this model can't be reduced"
+                f"{fixed if geometry.projector else ''}",
+                "method",
+            )
+
+    def removable(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> int:
+        """Tokens that really go when `removed` > 0 of them are to go; raises InvalidReduction where none can."""
+        return removed
+
+    def grid(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> tuple[int, int] | None:
+        """(rows, columns) of the tokens that stay, of methods that keep a grid."""
+        return None
+
+    def schedule(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> tuple[Step, ...]:
+        """The steps, in order; they remove `removed` tokens together."""
+        return (Step(removed),)
+
+
+class BeforeTower(Method):
+    """Makes the image smaller: the tower runs on the `grid` of patches of the plan."""
+
+    stage = Stage.BEFORE_TOWER
+
+
+class InTower(Method):
+    """Removes tokens in tower layers, after the attention's residual and before the MLP.
+
+    Attributes:
+        proportional_attention: ln(size) of each token is added to the logits of its key in the layers after.
+    """
+
+    stage = Stage.IN_TOWER
+    proportional_attention: ClassVar[bool] = False
+
+    @abstractmethod
+    def schedule(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> tuple[Step, ...]:
+        """The steps, by layer."""
+
+    @abstractmethod
+    def reduce(
+        self, x: Tensor, sizes: Tensor, attention: LayerAttention, removed: tuple[int, ...], plan: Plan
+    ) -> Reduced:
+        """Removes tokens in one layer.
+
+        Args:
+            x: (B, n, d), the class token first if the tower has one; it stays first.
+            sizes: (B, n) int64, original tokens in each token.
+            attention: of this layer, whose output x holds already.
+            removed: what each of the plan's steps in this layer removes.
+            plan: of the images.
+
+        Returns:
+            n - sum(removed) tokens, sizes counting original tokens; `source` and `group` index x.
+        """
+
+
+class AfterTower(Method):
+    """Removes tokens from what the tower gives, or from what a fixed projector gives."""
+
+    stage = Stage.AFTER_TOWER
+
+    @abstractmethod
+    def reduce(self, x: Tensor, plan: Plan) -> Reduced:
+        """(B, n, d) without a class token -> plan.kept tokens."""
+
+
+class Projector(Method):
+    """Trained into a checkpoint's projector, which fixes the number of tokens: a request cannot choose it."""
+
+    stage = Stage.PROJECTOR
+
+    def check(self, geometry: VisionGeometry, options: tuple[Value, ...]) -> None:
+        if geometry.projector != self.name:
+            raise InvalidReduction(
+                f"method {self.name!r} is trained into a checkpoint's projector, and this model's has none: choose "
+                "another method",
+                "method",
+            )
+
+    def removable(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> int:
+        raise InvalidReduction(
+            f"method {self.name!r} gives {geometry.tokens} tokens per image, as the checkpoint was trained: leave the "
+            "amount out, or choose another method to reduce these",
+            "ratio",
+        )
+
+
+class Decoder(Method):
+    """Removes tokens from the decoder's layers from the server's withdrawal layer K on.
+
+    Attributes:
+        default_ratio: share that is removed where the request names none; None if the share can't be chosen.
+    """
+
+    stage = Stage.DECODER
+    default_ratio: ClassVar[float | None] = None
+
+    @abstractmethod
+    def removed(self, tokens: int, ratio: float | None) -> int:
+        """How many of an image's tokens go."""

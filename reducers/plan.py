@@ -7,18 +7,21 @@ again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
+from math import isqrt
 
 from foldserve.reducers import METHODS
+from foldserve.reducers.geometry import VisionGeometry
+from foldserve.reducers.method import Decoder, Step
+from foldserve.reducers.options import Value
 from foldserve.reducers.reduction import MIN_KEPT, InvalidReduction, Reduction
 from foldserve.reducers.schedule import fold_schedule
 
-__all__ = ["InvalidReduction", "Plan", "Reduction", "fold_schedule", "make_plan", "tokens_to_remove"]
+__all__ = ["InvalidReduction", "Plan", "Reduction", "VisionGeometry", "fold_schedule", "make_plan"]
 
-_METHOD_CODES = ("none", *METHODS)
-_SCALE_CODES: tuple[Literal["none", "official"], ...] = ("none", "official")
+_CODES = ("none", *METHODS)
+_MOST_OPTIONS = max(len(method.options) for method in METHODS.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +29,26 @@ class Plan:
     """The counts of one image; plans with equal integers are equal.
 
     Attributes:
-        method: a name in `METHODS`, or "none" if nothing is removed.
+        method: that works before the decoder: a name in `METHODS`, or "none" if nothing is removed there.
         encoded: tokens that the encoder gives the decoder without reduction.
-        removed: how many of them go.
-        folds: tokens that each step of the method removes; sums to `removed`.
-        scale: see `Reduction`.
-        withdraw: see `Reduction`.
+        removed: how many of them go before the decoder.
+        steps: of the method; they remove `removed` tokens.
+        options: a value for each of the method's options.
+        grid: (rows, columns) of the kept tokens, of methods that keep a grid.
+        decoder: the method that works in the decoder, or "none".
+        decoder_removed: tokens that it removes from layer K on.
+        seed: of methods that draw at random.
     """
 
     method: str
     encoded: int
-    removed: int
-    folds: tuple[int, ...]
-    scale: Literal["none", "official"]
-    withdraw: bool
+    removed: int = 0
+    steps: tuple[Step, ...] = ()
+    options: tuple[Value, ...] = ()
+    grid: tuple[int, int] | None = None
+    decoder: str = "none"
+    decoder_removed: int = 0
+    seed: int = 0
 
     @property
     def kept(self) -> int:
@@ -47,49 +56,98 @@ class Plan:
         return self.encoded - self.removed
 
     @property
+    def kept_deep(self) -> int:
+        """Tokens that the decoder's layers from K on get."""
+        return self.kept - self.decoder_removed
+
+    @property
     def ratio(self) -> float:
-        """Share of tokens that is really removed."""
+        """Share of tokens that is really removed before the decoder."""
         return self.removed / self.encoded
 
     @property
     def is_identity(self) -> bool:
-        """Nothing is removed."""
+        """Nothing is removed before the decoder."""
         return self.removed == 0
 
+    @property
+    def withdraw(self) -> bool:
+        """All vision tokens leave the decoder at layer K."""
+        return self.decoder == "withdraw"
+
+    @property
+    def folds(self) -> tuple[int, ...]:
+        """Tokens that each step removes."""
+        return tuple(step.removed for step in self.steps)
+
+    def removed_in(self, layer: int) -> tuple[int, ...]:
+        """Tokens that each step in this tower layer removes."""
+        return tuple(step.removed for step in self.steps if step.layer == layer)
+
+    @property
+    def is_seeded(self) -> bool:
+        """The method draws at random, seeded by the image."""
+        return self.method != "none" and METHODS[self.method].seeded
+
+    def with_seed(self, seed: int) -> Plan:
+        """The same plan for an image of this seed."""
+        return replace(self, seed=seed)
+
     def to_ints(self) -> tuple[int, ...]:
-        """Five integers, for a tensor; `from_ints` of the same release reads them."""
+        """As many integers for every plan; `from_ints` of the same release reads them."""
+        options = METHODS[self.method].options if self.method != "none" else ()
+        codes = [option.to_int(value) for option, value in zip(options, self.options, strict=True)]
         return (
-            _METHOD_CODES.index(self.method),
+            _CODES.index(self.method),
             self.encoded,
             self.removed,
-            _SCALE_CODES.index(self.scale),
-            int(self.withdraw),
+            _CODES.index(self.decoder),
+            self.decoder_removed,
+            self.seed,
+            *codes,
+            *[0] * (_MOST_OPTIONS - len(codes)),
         )
 
     @classmethod
-    def from_ints(cls, ints: Sequence[int]) -> Plan:
-        """The plan that gave these integers."""
-        method, encoded, removed, scale, withdraw = ints
-        return _plan(_METHOD_CODES[method], encoded, removed, _SCALE_CODES[scale], bool(withdraw))
+    def from_ints(cls, ints: Sequence[int], geometry: VisionGeometry) -> Plan:
+        """The plan that gave these integers, on the same model."""
+        method, _, removed, decoder, decoder_removed, seed, *codes = ints
+        options = METHODS[_CODES[method]].options if method else ()
+        values = tuple(option.from_int(code) for option, code in zip(options, codes, strict=False))
+        plan = _plan(_CODES[method], geometry, removed, values, _CODES[decoder], decoder_removed)
+        return plan.with_seed(seed) if seed else plan
 
 
 @lru_cache(maxsize=4096)
-def make_plan(reduction: Reduction, encoded: int) -> Plan:
-    """Turn what was asked into counts for an image of `encoded` vision tokens.
+def make_plan(reduction: Reduction, geometry: VisionGeometry) -> Plan:
+    """Turn what was asked into counts for an image on a model; a random method's seed is added where the image is.
 
     Raises:
-        InvalidReduction: the image has too few tokens for it.
+        InvalidReduction: the image has too few tokens for it, or the model is not one that the method works with.
     """
-    removed = tokens_to_remove(reduction, encoded)
-    return _plan(reduction.method, encoded, removed, reduction.scale, reduction.withdraw)
+    method, options = METHODS[reduction.method], reduction.option_values
+    removed = _tokens_to_remove(reduction, geometry.tokens)
+    if removed or reduction.method != Reduction().method:
+        method.check(geometry, options)
+    if removed:
+        removed = _fit(reduction, geometry, removed)
+    decoder, decoder_removed = _in_decoder(reduction, geometry.tokens - removed)
+    return _plan(reduction.method, geometry, removed, options, decoder, decoder_removed)
 
 
-def tokens_to_remove(reduction: Reduction, encoded: int) -> int:
-    """int(encoded * ratio), truncated as in the authors' code, or encoded - keep_tokens.
+@lru_cache(maxsize=4096)
+def _plan(
+    name: str, geometry: VisionGeometry, removed: int, options: tuple[Value, ...], decoder: str, decoder_removed: int
+) -> Plan:
+    if removed == 0:
+        return Plan("none", geometry.tokens, decoder=decoder, decoder_removed=decoder_removed)
+    method = METHODS[name]
+    steps, grid = method.schedule(geometry, removed, options), method.grid(geometry, removed, options)
+    return Plan(name, geometry.tokens, removed, steps, options, grid, decoder, decoder_removed)
 
-    Raises:
-        InvalidReduction: fewer than two tokens would stay, or more than there are.
-    """
+
+def _tokens_to_remove(reduction: Reduction, encoded: int) -> int:
+    """int(encoded * ratio), truncated as in the authors' code, or encoded - keep_tokens."""
     if reduction.keep_tokens is not None:
         if reduction.keep_tokens > encoded:
             raise InvalidReduction(
@@ -108,8 +166,35 @@ def tokens_to_remove(reduction: Reduction, encoded: int) -> int:
     return removed
 
 
-@lru_cache(maxsize=4096)
-def _plan(method: str, encoded: int, removed: int, scale: Literal["none", "official"], withdraw: bool) -> Plan:
-    if removed == 0:
-        return Plan("none", encoded, 0, (), "none", withdraw)
-    return Plan(method, encoded, removed, METHODS[method].schedule(encoded, removed), scale, withdraw)
+def _fit(reduction: Reduction, geometry: VisionGeometry, removed: int) -> int:
+    """What the method really removes; an exact count or a square that it can't give is refused."""
+    name = reduction.method
+    fitting = METHODS[name].removable(geometry, removed, reduction.option_values)
+    kept = geometry.tokens - fitting
+    if reduction.keep_tokens not in (None, kept):
+        raise InvalidReduction(
+            f"method {name!r} can't keep {reduction.keep_tokens} tokens, the next lower number is {kept}", "keep_tokens"
+        )
+    if geometry.any_resolution and isqrt(kept) ** 2 != kept:
+        below = isqrt(kept) ** 2
+        raise InvalidReduction(
+            f"{kept} tokens are no square, which this model's any-resolution layout needs: give keep_tokens {below}",
+            "ratio" if reduction.keep_tokens is None else "keep_tokens",
+        )
+    return fitting
+
+
+def _in_decoder(reduction: Reduction, kept: int) -> tuple[str, int]:
+    """The decoder's method, and how many of the `kept` tokens it removes."""
+    if reduction.decoder is None:
+        return "none", 0
+    method = METHODS[reduction.decoder]
+    assert isinstance(method, Decoder)  # as Reduction checked
+    removed = method.removed(kept, reduction.decoder_ratio)
+    if removed == kept and not reduction.withdraw:
+        raise InvalidReduction(
+            f"{method.name!r} at {reduction.decoder_ratio} would remove all {kept} vision tokens: give a lower share, "
+            "or withdraw them",
+            "decoder_ratio",
+        )
+    return (method.name, removed) if removed else ("none", 0)

@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from foldserve.reducers.folder import folder, folder_cls
-from foldserve.reducers.plan import Reduction, make_plan
+from foldserve.reducers.plan import Reduction, VisionGeometry, make_plan
 
 PATCHES, WIDTH, HEADS = 576, 1024, 16
 RATIOS = (0.25, 0.5, 0.66, 0.75, 0.9)
@@ -40,6 +40,9 @@ class Row:
     encoder_ms: float
     reduction_ms: float
     share: float
+
+
+GEOMETRY = VisionGeometry(PATCHES, layers=23, class_token=True)
 
 
 def build_encoder(device: str) -> CLIPVisionModel:
@@ -67,9 +70,9 @@ def reductions(hidden: Tensor) -> Iterator[tuple[str, float, int, Callable[[], T
     patches = hidden[:, 1:].contiguous()
     query, key = torch.randn(2, *hidden.shape[:2], HEADS, WIDTH // HEADS, device=hidden.device).to(hidden.dtype)
     for ratio in RATIOS:
-        plan = make_plan(Reduction("folder", ratio=ratio), PATCHES)
+        plan = make_plan(Reduction("folder", ratio=ratio), GEOMETRY)
         yield "folder", ratio, plan.kept, partial(_tokens, patches, plan.folds)
-        plan = make_plan(Reduction("folder_cls", ratio=ratio), PATCHES)
+        plan = make_plan(Reduction("folder_cls", ratio=ratio), GEOMETRY)
         yield "folder_cls", ratio, plan.kept, partial(reduce_cls, hidden, query, key, plan.folds)
 
 

@@ -13,15 +13,15 @@ from typing import Any
 from foldserve.loadtest.micro.pairs import Ratio, alternate, ratio
 from foldserve.loadtest.micro.resident import Resident, count_resident
 from foldserve.loadtest.micro.shape import Shape
-from foldserve.reducers.plan import Reduction, make_plan
+from foldserve.reducers.plan import Reduction, VisionGeometry, make_plan
 from foldserve.server.engine.bench import ProbedEngine, Request, StepCost
 
 FOLD = 0.66
 REDUCTIONS = {
     "nothing": None,
-    "withdraw": Reduction(withdraw=True),
+    "withdraw": Reduction(decoder="withdraw"),
     "folder": Reduction(ratio=FOLD),
-    "both": Reduction(ratio=FOLD, withdraw=True),
+    "both": Reduction(ratio=FOLD, decoder="withdraw"),
 }
 GOALS = {"withdraw": 0.60, "both": 0.30}
 IDLE_GOAL = 1.02
@@ -62,8 +62,8 @@ class Bench:
 
     def vision_tokens(self, name: str) -> tuple[int, int]:
         """In the layers before K, and from K on."""
-        plan = make_plan(REDUCTIONS[name] or Reduction(), self.shape.vision)
-        return plan.kept, 0 if plan.withdraw else plan.kept
+        plan = make_plan(REDUCTIONS[name] or Reduction(), VisionGeometry(self.shape.vision))
+        return plan.kept, plan.kept_deep
 
     def prefill(self, pairs: int) -> Iterator[Row]:
         """What each reduction leaves of a prefill, in the engine that can withdraw."""

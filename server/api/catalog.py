@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from foldserve.reducers import METHODS
+from foldserve.reducers import METHODS, Method, VisionGeometry
+from foldserve.reducers.refusal import InvalidReduction
 from foldserve.server.settings import CONFIG_KEY
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ def describe(chat: FoldServingChat) -> dict[str, object]:
     """Methods with their parameters, limits of the served model, and the server's defaults."""
     planner = chat.planner
     geometry = planner.geometry
-    methods = [METHODS[name] for name in sorted(METHODS) if geometry and name in geometry.methods]
+    methods = [method for method in METHODS.values() if geometry and _works_with(method, geometry)]
     return {
         "object": "list",
         "model": chat.models.base_model_paths[0].name,
@@ -31,9 +32,18 @@ def describe(chat: FoldServingChat) -> dict[str, object]:
                 "summary": method.summary,
                 "paper": method.paper,
                 "stage": method.stage.value,
-                "parameters": sorted(method.parameters),
+                "options": {option.name: option.schema() for option in method.options},
                 "max_removed_tokens": geometry.tokens - 2 if geometry else 0,
             }
             for method in methods
         ],
     }
+
+
+def _works_with(method: Method, geometry: VisionGeometry) -> bool:
+    """The model has what the method needs, whatever options a request has to give on it."""
+    try:
+        method.check(geometry, tuple(option.default for option in method.options))
+    except InvalidReduction as refusal:
+        return refusal.param in {option.name for option in method.options}
+    return True

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from foldserve.reducers.plan import InvalidReduction, Plan, Reduction
+from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.schema import Defaults, FoldChatRequest
-from foldserve.server.engine.processor import plan_for
-from foldserve.server.engine.vision import VisionGeometry
 from foldserve.server.engine.withdrawal import refuse_request
 
 
@@ -40,18 +38,20 @@ class Planner:
                 raise InvalidRequest("this model's vision tower can't reduce: leave `reduction` out", "reduction")
             return reductions, []
         try:
-            return reductions, [plan_for(reduction, self.geometry) for reduction in reductions]
+            return reductions, [make_plan(reduction, self.geometry) for reduction in reductions]
         except InvalidReduction as error:
             if request.reduction_ratio is not None:
                 raise InvalidRequest(str(error), "reduction_ratio") from error
             raise
 
     def _check_withdrawal(self, request: FoldChatRequest, reductions: Sequence[Reduction]) -> None:
-        withdraws = any(reduction.withdraw for reduction in reductions)
-        if withdraws and self.withdraw_layer is None:
+        in_decoder = next((reduction.decoder for reduction in reductions if reduction.decoder), None)
+        if in_decoder and self.withdraw_layer is None:
             raise InvalidRequest(
-                "this server does not withdraw vision tokens: start it with --withdraw-layer K", "reduction.withdraw"
+                f"this server has no layer K to run {in_decoder!r} at: start it with --withdraw-layer K",
+                "reduction.withdraw" if in_decoder == "withdraw" else "reduction.method",
             )
+        withdraws = in_decoder is not None
         try:
             refuse_request(withdraws=withdraws, prompt_logprobs=request.prompt_logprobs)
         except ValueError as error:

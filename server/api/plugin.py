@@ -17,8 +17,8 @@ from foldserve.server.api.planner import Planner
 from foldserve.server.api.routes import refuse_other_routes, router
 from foldserve.server.api.schema import Defaults
 from foldserve.server.api.serving import FoldServingChat
+from foldserve.server.engine.geometry import vision_geometry
 from foldserve.server.engine.kv_cost import kv_cost
-from foldserve.server.engine.vision import vision_geometry
 from foldserve.server.settings import CONFIG_KEY
 
 

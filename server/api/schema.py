@@ -11,22 +11,17 @@ from pydantic import PlainValidator, PrivateAttr, WithJsonSchema, model_validato
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
 from foldserve.reducers import METHODS
-from foldserve.reducers.plan import Reduction
+from foldserve.reducers.reduction import FIELDS, Reduction
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.usage import VisionTokens
 from foldserve.server.settings import CONFIG_KEY, Settings
 
-_REDUCTION_SCHEMA = {
+_REDUCTION_SCHEMA: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
     "description": "How the request's images are reduced. Without `ratio` and `keep_tokens` nothing is removed.",
-    "properties": {
-        "method": {"type": "string", "enum": sorted(METHODS), "default": "folder"},
-        "ratio": {"type": "number", "minimum": 0, "exclusiveMaximum": 1, "description": "share of tokens removed"},
-        "keep_tokens": {"type": "integer", "minimum": 2, "description": "tokens kept per image; instead of `ratio`"},
-        "scale": {"type": "string", "enum": ["none", "official"], "default": "none"},
-        "withdraw": {"type": "boolean", "default": False, "description": "withdraw vision tokens at the server's K"},
-    },
+    "properties": dict(FIELDS)
+    | {option.name: option.schema() for method in METHODS.values() for option in method.options},
 }
 _RATIO_SCHEMA = {"type": "number", "minimum": 0, "exclusiveMaximum": 1, "description": "short for `reduction.ratio`"}
 _DETAILS = ("auto", "low", "high")

@@ -25,9 +25,9 @@ from vllm.renderers.params import ChatParams
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from foldserve.server.engine import withdrawal
+from foldserve.server.engine.geometry import vision_geometry
 from foldserve.server.engine.kl_walk import last_logits
 from foldserve.server.engine.plugin import register
-from foldserve.server.engine.vision import vision_geometry
 from foldserve.server.engine.withdrawal.batch import BatchMaps
 from foldserve.server.engine.withdrawal.core import TokenMap
 

@@ -17,8 +17,9 @@ from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalPro
 
 from foldserve.reducers.plan import Plan
 from foldserve.server.engine import withdrawal
+from foldserve.server.engine.geometry import vision_geometry
 from foldserve.server.engine.processor import PLAN_FIELD, FoldLlavaMultiModalProcessor
-from foldserve.server.engine.vision import encode_images, vision_geometry
+from foldserve.server.engine.vision import encode_images
 
 
 def _build_processor(
@@ -50,7 +51,10 @@ class FoldLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
         """One (plan.kept, hidden) tensor per image; vLLM's own path, bit for bit, when nothing is reduced."""
         rows = kwargs.pop(PLAN_FIELD, None)
-        plans = [Plan.from_ints(row) for row in rows.tolist()] if isinstance(rows, torch.Tensor) else []  # on the CPU
+        geometry = vision_geometry(self.config)
+        plans: list[Plan] = []
+        if isinstance(rows, torch.Tensor) and geometry is not None:
+            plans = [Plan.from_ints(row, geometry) for row in rows.tolist()]  # on the CPU
         if all(plan.is_identity for plan in plans):
             return super().embed_multimodal(**kwargs)
         image_input = self._parse_and_validate_image_input(**kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from zlib import crc32
 
 import torch
 from transformers import BatchFeature
@@ -15,7 +16,7 @@ from vllm.multimodal.parse import ImageEmbeddingItems, MultiModalDataItems
 from vllm.multimodal.processing import ProcessorInputs, PromptReplacement, PromptUpdate
 
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, make_plan
-from foldserve.server.engine.vision import VisionGeometry, vision_geometry
+from foldserve.server.engine.geometry import vision_geometry
 from foldserve.server.engine.withdrawal import mark
 
 KWARG = "foldserve"
@@ -41,7 +42,9 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         plans = self._plans(mm_items, hf_kwargs)
         processed = super()._apply_hf_processor_main(mm_items, _without_ours(hf_kwargs))
         if plans:
-            processed[PLAN_FIELD] = torch.tensor([plan.to_ints() for plan in plans])  # (images, ints)
+            images = zip(plans, processed["pixel_values"], strict=True)
+            seeded = [plan.with_seed(_seed(pixels)) if plan.is_seeded else plan for plan, pixels in images]
+            processed[PLAN_FIELD] = torch.tensor([plan.to_ints() for plan in seeded])  # (images, ints)
         return processed
 
     def _get_mm_fields_config(
@@ -80,7 +83,7 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         if not plan.is_identity:
             algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
             image_hash = MultiModalHasher.hash_kwargs(algorithm, image=image_hash, plan=plan.to_ints())
-        return mark(image_hash) if plan.withdraw else image_hash
+        return mark(image_hash, plan.decoder, plan.kept_deep) if plan.decoder != "none" else image_hash
 
     def _plans(self, mm_items: MultiModalDataItems, kwargs: _Kwargs) -> list[Plan]:
         """One plan per image; empty where there is nothing to plan (no pixel images)."""
@@ -92,7 +95,7 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
             return []
         geometry = vision_geometry(self.info.get_hf_config())
         assert geometry is not None  # this processor is built for such models only
-        return [plan_for(reduction, geometry) for reduction in reductions]
+        return [make_plan(reduction, geometry) for reduction in reductions]
 
 
 def parse_reductions(value: object, count: int) -> list[Reduction]:
@@ -108,15 +111,9 @@ def parse_reductions(value: object, count: int) -> list[Reduction]:
     return [Reduction.parse(item) for item in value]
 
 
-def plan_for(reduction: Reduction, geometry: VisionGeometry) -> Plan:
-    """The plan of one image on this model; refuses methods that its tower does not support."""
-    plan = make_plan(reduction, geometry.tokens)
-    if not plan.is_identity and plan.method not in geometry.methods:
-        raise InvalidReduction(
-            f"method {plan.method!r} does not work with this model; it supports {sorted(geometry.methods)}",
-            param="method",
-        )
-    return plan
+def _seed(pixels: torch.Tensor) -> int:
+    """A number that only an image's own pixels decide, as the tower sees them."""
+    return crc32(pixels.float().numpy().tobytes())
 
 
 def _without_ours(kwargs: _Kwargs) -> _Kwargs:

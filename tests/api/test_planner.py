@@ -10,10 +10,10 @@ from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.planner import Planner
 from foldserve.server.api.schema import Defaults, FoldChatRequest
-from foldserve.server.engine.vision import VisionGeometry
+from foldserve.reducers.geometry import VisionGeometry
 
-CLIP = VisionGeometry(576, frozenset({"folder", "folder_cls"}))
-SIGLIP = VisionGeometry(729, frozenset({"folder"}))
+CLIP = VisionGeometry(576, (24, 24), layers=23, class_token=True)
+SIGLIP = VisionGeometry(729, (27, 27), layers=26)
 
 
 def request(*details: str, **fields: Any) -> FoldChatRequest:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from foldserve.reducers.folder import folder, folder_cls
-from foldserve.reducers.plan import Plan, Reduction, make_plan
+from foldserve.reducers.plan import Plan, Reduction, VisionGeometry, make_plan
 
 
 class Reference:
@@ -21,10 +21,12 @@ class Reference:
         self.processor = AutoProcessor.from_pretrained(path)
         self.model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
         self.config = self.model.config
-        self.vision_tokens = (self.config.vision_config.image_size // self.config.vision_config.patch_size) ** 2
+        vision = self.config.vision_config
+        side = vision.image_size // vision.patch_size
+        self.geometry = VisionGeometry(side**2, (side, side), vision.num_hidden_layers - 1, class_token=True)
 
     def plan(self, reduction: dict[str, object]) -> Plan:
-        return make_plan(Reduction.parse(reduction), self.vision_tokens)
+        return make_plan(Reduction.parse(reduction), self.geometry)
 
     @torch.no_grad()
     def image_features(self, image: Image.Image, plan: Plan) -> Tensor:
@@ -37,7 +39,9 @@ class Reference:
         else:
             features = states[-2][:, 1:]
             if plan.removed:
-                features = folder(features, plan.folds, scale=plan.scale).tokens
+                features = folder(
+                    features, plan.folds, scale="official" if "official" in plan.options else "none"
+                ).tokens
         return self.model.model.multi_modal_projector(features)[0]
 
     def _folded_in_layer(self, hidden: Tensor, plan: Plan) -> Tensor:
@@ -54,7 +58,7 @@ class Reference:
         weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) * attention.scale).softmax(-1)
         attended = torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)
         hidden = hidden + attention.out_proj(attended)
-        tokens = folder_cls(hidden, k.mean(2), weights[:, :, 0].mean(1), plan.folds).tokens
+        tokens = folder_cls(hidden, k.mean(2), weights[:, :, 0].mean(1), plan.folds).tokens[:, 1:]
         return tokens + layer.mlp(layer.layer_norm2(tokens))
 
     def prompt_ids(self, prompt: str, plans: Sequence[Plan]) -> list[int]:

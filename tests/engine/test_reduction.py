@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from foldserve.reducers.plan import Reduction, make_plan
+from foldserve.reducers.plan import Reduction, VisionGeometry, make_plan
 from tests.engine.conftest import Case, greedy
 from tests.images import photo
 
@@ -81,7 +81,7 @@ def test_blocks_and_prompt_fall_by_the_plan(llm: Any) -> None:
     text = len(llm.get_tokenizer()("USER: <image>\nWhat is in the picture? ASSISTANT:")["input_ids"]) - 1
     free = scheduler.kv_cache_manager.block_pool.get_num_free_blocks()
     for i, ratio in enumerate((0.0, *RATIOS)):
-        kept = make_plan(Reduction.parse({"ratio": ratio}), 144).kept
+        kept = make_plan(Reduction.parse({"ratio": ratio}), VisionGeometry(144)).kept
         params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
         engine.add_request(f"blocks-{i}", one_image(100 + i, ratio=ratio).to_vllm(), params)
         held, prompt_tokens = 0, 0

@@ -6,10 +6,9 @@ from collections.abc import Callable
 
 import torch
 
-from foldserve.reducers import METHODS
 from foldserve.reducers.fold import group_sum
 from foldserve.reducers.folder import folder, folder_cls
-from foldserve.reducers.plan import Reduction, fold_schedule, make_plan
+from foldserve.reducers.plan import Reduction, VisionGeometry, fold_schedule, make_plan
 from tests.golden.case import Case, Row, assert_close, assert_equal
 
 
@@ -39,14 +38,14 @@ def check_folder(case: Case) -> None:
 def check_folder_cls(case: Case) -> None:
     """Features and sizes; the authors' code still carries the class token here, ours drops it."""
     case.require(order="unmerged_even_then_odd", attn_cls_merge="mean_unweighted", class_token=True, r_threshold=0)
-    folds = METHODS["folder_cls"].schedule(case.params["n"] - 1, case.params["r"])
+    folds = fold_schedule(case.params["n"], case.params["r"])
     assert_equal("fold_schedule", list(folds), case.params["fold_schedule"])
 
     inputs, golden = case.read(case.inputs), case.read(case.outputs)
     x, weight = inputs["x"], case.params["attn_weight"]
     reduced = folder_cls(x, inputs["key"], inputs["attn_cls"], folds, attention_weight=weight)
-    assert_close("features", torch.cat([x[:, :1], reduced.tokens], dim=1), golden["features"])
-    assert_equal("size", reduced.sizes, golden["size"][:, 1:].squeeze(-1).long())
+    assert_close("features", reduced.tokens, golden["features"])
+    assert_equal("size", reduced.sizes, golden["size"].squeeze(-1).long())
 
 
 def check_fold_schedule(row: Row) -> None:
@@ -58,13 +57,14 @@ def check_fold_schedule(row: Row) -> None:
 
 
 def check_ratio(row: Row) -> None:
-    """n, ratio -> r, kept, for every method; fewer than two kept tokens are refused."""
-    for method in METHODS:
+    """n, ratio -> r, kept, for both of FOLDER; fewer than two kept tokens are refused."""
+    geometry = VisionGeometry(row["n"], layers=23, class_token=True)
+    for method in ("folder", "folder_cls"):
         reduction = Reduction(method, ratio=row["ratio"])
         if row["kept"] < 2:
-            assert_refused(lambda asked=reduction: make_plan(asked, row["n"]))  # type: ignore[misc]
+            assert_refused(lambda asked=reduction: make_plan(asked, geometry))  # type: ignore[misc]
         else:
-            plan = make_plan(reduction, row["n"])
+            plan = make_plan(reduction, geometry)
             assert_equal(f"{method} of {row}", (plan.removed, plan.kept), (row["r"], row["kept"]))
             assert_equal(f"{method}: sum of folds", sum(plan.folds), row["r"])
 

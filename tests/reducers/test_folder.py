@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from foldserve.reducers.fold import Reduced, fold
 from foldserve.reducers.folder import folder, folder_cls
-from foldserve.reducers.plan import Plan, Reduction, make_plan
+from foldserve.reducers.plan import Plan, Reduction, VisionGeometry, make_plan
 from tests.reducers.naive import naive_folder, naive_folder_cls
 
 
@@ -33,14 +33,22 @@ class Batch:
 
     def reduce(self) -> Reduced:
         if self.plan.method == "folder":
-            return folder(self.patches, self.plan.folds, scale=self.plan.scale)
-        return folder_cls(self.x, self.keys, self.attention, self.plan.folds)
+            return folder(self.patches, self.plan.folds)
+        reduced = folder_cls(self.x, self.keys, self.attention, self.plan.folds)
+        assert torch.equal(reduced.tokens[:, 0], self.x[:, 0])  # the class token: first, and as it was
+        assert (reduced.group[:, 0] == 0).all()
+        return Reduced(reduced.tokens[:, 1:], reduced.sizes[:, 1:], reduced.source[:, 1:] - 1, reduced.group[:, 1:] - 1)
 
     def rows(self, index: Any) -> Batch:
         return Batch(self.plan, self.x[index], self.keys[index], self.attention[index])
 
     def to(self, target: Any) -> Batch:
         return Batch(self.plan, self.x.to(target), self.keys.to(target), self.attention.to(target))
+
+
+def clip(patches: int) -> VisionGeometry:
+    """A tower with a class token."""
+    return VisionGeometry(patches, layers=2, class_token=True)
 
 
 def random_batch(plan: Plan, images: int, *, width: int, seed: int, distinct: int | None = None) -> Batch:
@@ -61,7 +69,7 @@ def random_batch(plan: Plan, images: int, *, width: int, seed: int, distinct: in
 def batches(draw: st.DrawFn, distinct: st.SearchStrategy[int | None] = st.sampled_from([None, 1, 3])) -> Batch:  # noqa: B008
     n = draw(st.integers(3, 70))
     method = draw(st.sampled_from(["folder", "folder_cls"]))
-    plan = make_plan(Reduction(method, keep_tokens=draw(st.integers(2, n - 1))), n)
+    plan = make_plan(Reduction(method, keep_tokens=draw(st.integers(2, n - 1))), clip(n))
     shape = {"images": draw(st.integers(1, 4)), "width": draw(st.integers(1, 20))}
     return random_batch(plan, **shape, seed=draw(st.integers(0, 2**31)), distinct=draw(distinct))
 
@@ -124,7 +132,7 @@ def test_same_bits_again_alone_and_in_any_order(batch: Batch) -> None:
 
 @pytest.mark.parametrize("method", ["folder", "folder_cls"])
 def test_same_bits_alone_at_full_size(method: str) -> None:
-    batch = random_batch(make_plan(Reduction(method, ratio=0.66), 576), 3, width=1024, seed=0)
+    batch = random_batch(make_plan(Reduction(method, ratio=0.66), clip(576)), 3, width=1024, seed=0)
     together = batch.reduce()
     alone = batch.rows(slice(1, 2)).reduce()
     assert all(torch.equal(a, t[1:2]) for a, t in zip(alone, together, strict=True))
@@ -176,7 +184,7 @@ def test_class_token_neither_goes_nor_receives(batch: Batch) -> None:
 def test_no_folds_is_the_identity() -> None:
     x = torch.randn(2, 9, 4).bfloat16()
     assert torch.equal(folder(x, ()).tokens, x)
-    assert torch.equal(folder_cls(x, x, x[..., 0], ()).tokens, x[:, 1:])
+    assert torch.equal(folder_cls(x, x, x[..., 0], ()).tokens, x)
 
 
 @pytest.mark.parametrize("k", [0, -1, 4])
@@ -188,7 +196,7 @@ def test_a_fold_refuses_more_than_half(k: int) -> None:
 @pytest.mark.parametrize("method", ["folder", "folder_cls"])
 def test_no_value_is_read_on_the_host(method: str) -> None:
     """Meta tensors have no values: a host-device sync or a data-dependent shape would raise."""
-    batch = random_batch(make_plan(Reduction(method, ratio=0.9), 576), 2, width=16, seed=0).to("meta")
+    batch = random_batch(make_plan(Reduction(method, ratio=0.9), clip(576)), 2, width=16, seed=0).to("meta")
     assert batch.reduce().tokens.shape == (2, 58, 16)
 
 

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foldserve.reducers import METHODS
+from foldserve.reducers.method import Decoder
 from foldserve.reducers.plan import InvalidReduction, Reduction
 
 amounts: st.SearchStrategy[dict[str, Any]] = st.one_of(
@@ -23,9 +24,10 @@ amounts: st.SearchStrategy[dict[str, Any]] = st.one_of(
 @st.composite
 def reductions(draw: st.DrawFn) -> dict[str, Any]:
     """Valid JSON forms."""
-    method = draw(st.sampled_from(sorted(METHODS)))
+    method = draw(st.sampled_from(sorted(name for name, m in METHODS.items() if not isinstance(m, Decoder))))
     optional: dict[str, st.SearchStrategy[Any]] = {"withdraw": st.booleans()}
-    if "scale" in METHODS[method].parameters:
+    optional |= {option.name: st.just(option.default) for option in METHODS[method].options}
+    if method == "folder":
         optional["scale"] = st.sampled_from(["none", "official"])
     return {"method": method} | draw(amounts) | draw(st.fixed_dictionaries({}, optional=optional))
 
@@ -34,13 +36,28 @@ def reductions(draw: st.DrawFn) -> dict[str, Any]:
 def test_json_round_trip(value: dict[str, Any]) -> None:
     reduction = Reduction.parse(value)
     assert Reduction.parse(reduction.to_json()) == reduction
-    assert reduction.to_json().items() <= value.items() | {("ratio", float(value.get("ratio", 0)))}
+    assert all(value[name] == given for name, given in reduction.to_json().items())
 
 
 @pytest.mark.parametrize("value", [{}, {"ratio": 0}, {"ratio": 0.0}, {"ratio": -0.0}, {"method": "folder"}], ids=str)
 def test_nothing_asked_is_the_default(value: dict[str, Any]) -> None:
     assert Reduction.parse(value) == Reduction()
     assert Reduction.parse(value).to_json() == {}
+
+
+@pytest.mark.parametrize(
+    "value",
+    [{"method": "withdraw"}, {"withdraw": True}, {"method": "folder+withdraw"}],
+    ids=["alone", "flag", "joined"],
+)
+def test_ways_to_ask_for_withdrawal(value: dict[str, Any]) -> None:
+    assert Reduction.parse(value) == Reduction(decoder="withdraw")
+    assert Reduction.parse(value | {"withdraw": True}).to_json() == {"withdraw": True}
+
+
+def test_both_names_of_what_cannot_be_combined() -> None:
+    with pytest.raises(InvalidReduction, match=r"'folder' \(after tower\) and 'folder_cls' \(in tower\)"):
+        Reduction.parse({"method": "folder+folder_cls"})
 
 
 REFUSED = [
@@ -73,6 +90,16 @@ REFUSED = [
     ({"scale": True}, "scale"),
     ({"scale": ["official"]}, "scale"),
     ({"method": "folder_cls", "scale": "official"}, "scale"),
+    ({"method": "folder+folder_cls"}, "method"),
+    ({"method": "withdraw+folder"}, "method"),
+    ({"method": "folder+folder_cls+withdraw"}, "method"),
+    ({"method": "folder+"}, "method"),
+    ({"method": "withdraw", "ratio": 0.5}, "ratio"),
+    ({"method": "withdraw", "keep_tokens": 5}, "keep_tokens"),
+    ({"method": "withdraw", "ratio": 0.5, "decoder_ratio": 0.5}, "ratio"),
+    ({"method": "folder", "ratio": 0.5, "decoder_ratio": 0.5}, "decoder_ratio"),
+    ({"method": "folder", "decoder": True}, "decoder"),
+    ({"decoder": "true"}, "decoder"),
     ({"withdraw": 1}, "withdraw"),
     ({"withdraw": "true"}, "withdraw"),
     ({"rate": 0.5}, "rate"),

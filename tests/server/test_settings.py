@@ -41,7 +41,7 @@ def test_withdraw_layer_out_of_range() -> None:
 
 def test_withdrawing_by_default_needs_a_layer() -> None:
     with pytest.raises(ValueError, match="--withdraw-layer"):
-        Settings(Reduction(withdraw=True))
+        Settings(Reduction(decoder="withdraw"))
 
 
 @pytest.mark.parametrize(

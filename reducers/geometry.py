@@ -1,0 +1,39 @@
+"""What a method has to know of a model before it can count: the geometry of its vision tower."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Stage(Enum):
+    """Where on an image's way a method removes tokens."""
+
+    BEFORE_TOWER = "before_tower"
+    IN_TOWER = "in_tower"
+    AFTER_TOWER = "after_tower"
+    PROJECTOR = "projector"
+    DECODER = "decoder"
+
+
+@dataclass(frozen=True, slots=True)
+class VisionGeometry:
+    """What one image costs at ratio 0, and where it may be reduced on this model.
+
+    Attributes:
+        tokens: vision tokens per image that reach the decoder without reduction.
+        grid: (rows, columns) of those tokens in raster order; None where they are no grid.
+        layers: encoder layers that run, up to the one whose output is used.
+        class_token: the tower has a class token, its token 0, which is dropped at its end.
+        stages: where methods may work on this model.
+        any_resolution: the model lays the tokens of its tiles out as squares, so that a square number has to stay.
+        projector: name of the method that is trained into the checkpoint's projector, or None.
+    """
+
+    tokens: int
+    grid: tuple[int, int] | None = None
+    layers: int = 0
+    class_token: bool = False
+    stages: frozenset[Stage] = frozenset(Stage) - {Stage.PROJECTOR}
+    any_resolution: bool = False
+    projector: str | None = None
