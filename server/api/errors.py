@@ -2,24 +2,40 @@
 
     FoldserveError          500  server_error           internal_error
     ├── InvalidRequest      400  invalid_request_error  invalid_value
-    └── UnsupportedRoute    404  invalid_request_error  unsupported_route
+    │   ├── LimitExceeded       400                         limit_exceeded
+    │   ├── InvalidImage        400                         invalid_image
+    │   ├── RefusedUrl          400                         refused_image_url
+    │   └── ImageUnavailable    400                         image_unavailable
+    ├── BodyTooLarge        413  invalid_request_error  body_too_large
+    ├── Unauthorized        401  invalid_request_error  invalid_api_key
+    ├── Forbidden           403  invalid_request_error  insufficient_permissions
+    ├── UnsupportedRoute    404  invalid_request_error  unsupported_route
+    ├── TooManyRequests     429  invalid_request_error  rate_limit_exceeded
+    └── Unavailable         503  server_error           overloaded
+        ├── ShuttingDown    503                         shutting_down
+        └── EngineStopped   503                         engine_stopped
 
 Errors of the libraries underneath (pydantic, vLLM, the reducers) are translated into the tree by `translate`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import logging
+from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from foldserve.reducers.plan import InvalidReduction
 
 _LONGEST_MESSAGE = 500
+_log = logging.getLogger(__name__)
 
 
 class FoldserveError(Exception):
@@ -28,14 +44,16 @@ class FoldserveError(Exception):
     Args:
         message: what was wrong, what came, what to do.
         param: JSON path of the offending field, `reduction.ratio` or `messages[0].content`.
+        headers: sent with the answer.
     """
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
     code = "internal_error"
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    def __init__(self, message: str, param: str | None = None, headers: Mapping[str, str] | None = None) -> None:
         super().__init__(message)
         self.param = param
+        self.headers = dict(headers or {})
 
 
 class InvalidRequest(FoldserveError):
@@ -45,6 +63,60 @@ class InvalidRequest(FoldserveError):
     code = "invalid_value"
 
 
+class LimitExceeded(InvalidRequest):
+    """More than one request may ask for, see `Limits`."""
+
+    code = "limit_exceeded"
+
+
+class InvalidImage(InvalidRequest):
+    """An image that is no image, or damaged."""
+
+    code = "invalid_image"
+
+
+class RefusedUrl(InvalidRequest):
+    """An image's URL that the server will not ask."""
+
+    code = "refused_image_url"
+
+
+class ImageUnavailable(InvalidRequest):
+    """An image's server did not deliver it."""
+
+    code = "image_unavailable"
+
+
+class BodyTooLarge(FoldserveError):
+    """A body that is not read to its end."""
+
+    status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
+    code = "body_too_large"
+
+
+class Unauthorized(FoldserveError):
+    """No key, or none that is known."""
+
+    status = HTTPStatus.UNAUTHORIZED
+    code = "invalid_api_key"
+
+    def __init__(self, message: str, *, sent: bool = True) -> None:
+        # RFC 6750, section 3: the error code only where a key came
+        challenge = 'Bearer realm="foldserve"' + (', error="invalid_token"' if sent else "")
+        super().__init__(message, headers={"WWW-Authenticate": challenge})
+
+
+class Forbidden(FoldserveError):
+    """A known key that may not do this."""
+
+    status = HTTPStatus.FORBIDDEN
+    code = "insufficient_permissions"
+
+    def __init__(self, message: str, scope: str) -> None:
+        challenge = f'Bearer realm="foldserve", error="insufficient_scope", scope="{scope}"'
+        super().__init__(message, headers={"WWW-Authenticate": challenge})
+
+
 class UnsupportedRoute(FoldserveError):
     """A route of vLLM that would ignore the reduction."""
 
@@ -52,30 +124,107 @@ class UnsupportedRoute(FoldserveError):
     code = "unsupported_route"
 
 
+class _TryLater(FoldserveError):
+    """The same request may succeed later.
+
+    Args:
+        retry_after_s: whole seconds, at least 1.
+    """
+
+    def __init__(self, message: str, retry_after_s: int = 1) -> None:
+        super().__init__(message, headers={"Retry-After": str(retry_after_s)})
+
+
+class TooManyRequests(_TryLater):
+    """A key asks more often than it may."""
+
+    status = HTTPStatus.TOO_MANY_REQUESTS
+    code = "rate_limit_exceeded"
+
+
+class Unavailable(_TryLater):
+    """The server has too much to do."""
+
+    status = HTTPStatus.SERVICE_UNAVAILABLE
+    code = "overloaded"
+
+
+class ShuttingDown(Unavailable):
+    """The server finishes what it has begun and takes nothing new."""
+
+    code = "shutting_down"
+
+
+class EngineStopped(Unavailable):
+    """The process that runs the model is gone; this server is about to end."""
+
+    code = "engine_stopped"
+
+
 def render(error: Exception) -> JSONResponse:
-    """Any error as `{"error": {"message", "type", "param", "code"}}` with its status."""
-    if not isinstance(error, FoldserveError):
-        error = translate(error)
-    return _response(error.status, str(error), error.param, error.code)
+    """Any error as `{"error": {"message", "type", "param", "code"}}` with its status and headers."""
+    known = error if isinstance(error, FoldserveError) else translate(error)
+    return JSONResponse(_body(known), known.status, known.headers)
 
 
 def render_vllm(response: ErrorResponse) -> JSONResponse:
     """vLLM's own error response in the same shape."""
-    status = HTTPStatus(response.error.code)
-    return _response(status, response.error.message, response.error.param, _code(status))
+    return render(_from_vllm(response))
+
+
+def event(error: Exception | ErrorResponse) -> str:
+    """The same as `render`'s body, as the data of an event in a stream."""
+    if isinstance(error, ErrorResponse):
+        error = _from_vllm(error)
+    return json.dumps(_body(error if isinstance(error, FoldserveError) else translate(error)))
 
 
 def translate(error: Exception) -> FoldserveError:
-    """The tree's error for one of a library's."""
+    """The tree's error for one of a library's; the log alone learns the text of one that is the server's fault."""
     if isinstance(error, RequestValidationError):
         return _from_pydantic(error.errors())
     if isinstance(error, InvalidReduction):
         return InvalidRequest(str(error), _reduction_path(error.param))
-    known = create_error_response(error).error  # vLLM's own classification, with paths and addresses taken out
-    translated = FoldserveError(known.message, known.param)
-    translated.status = HTTPStatus(known.code)
-    translated.code = _code(translated.status)
+    if isinstance(error, HTTPException):
+        return _from_http(error)
+    if isinstance(error, EngineDeadError):
+        return EngineStopped("the model stopped before the answer was complete: try again in a while", 10)
+    translated = _from_vllm(create_error_response(error))  # vLLM's own classification
+    if translated.status == HTTPStatus.INTERNAL_SERVER_ERROR:
+        _log.error("a request failed", exc_info=error)
     return translated
+
+
+def _from_vllm(response: ErrorResponse) -> FoldserveError:
+    """vLLM's error; its text, which has lost paths and addresses, only where the client is at fault."""
+    known = response.error
+    status = HTTPStatus(known.code)
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        return Unavailable("the server has too much to do: try again later")
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return _with_status(FoldserveError("the server failed to answer: its log says why"), status)
+    return _with_status(FoldserveError(known.message, known.param), status)
+
+
+def _from_http(error: HTTPException) -> FoldserveError:
+    """What the router found, in words of ours; a validation error of the framework keeps its own."""
+    status = HTTPStatus(error.status_code)
+    message = _HTTP_MESSAGES.get(status, status.phrase)
+    return _with_status(FoldserveError(message, headers=error.headers), status)
+
+
+_HTTP_MESSAGES = {
+    HTTPStatus.NOT_FOUND: "nothing is served at this path: see GET /openapi.json",
+    HTTPStatus.METHOD_NOT_ALLOWED: "this path does not take this method: see the header Allow",
+    HTTPStatus.BAD_REQUEST: "the body can't be read",
+}
+
+
+def _with_status(error: FoldserveError, status: HTTPStatus) -> FoldserveError:
+    error.status = status
+    if status != HTTPStatus.INTERNAL_SERVER_ERROR:
+        error.code = _code(status)
+    return error
 
 
 def _from_pydantic(errors: Sequence[dict[str, object]]) -> FoldserveError:
@@ -114,9 +263,8 @@ def _code(status: HTTPStatus) -> str:
     return "invalid_value" if status == HTTPStatus.BAD_REQUEST else status.phrase.lower().replace(" ", "_")
 
 
-def _response(status: HTTPStatus, message: str, param: str | None, code: str) -> JSONResponse:
-    message = (
-        message if len(message) <= _LONGEST_MESSAGE else f"{message[:_LONGEST_MESSAGE]} ..."
-    )  # it quotes what came
-    kind = "invalid_request_error" if status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
-    return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)
+def _body(error: FoldserveError) -> dict[str, dict[str, str | None]]:
+    text = str(error)
+    message = text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]} ..."  # it quotes what came
+    kind = "invalid_request_error" if error.status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"
+    return {"error": {"message": message, "type": kind, "param": error.param, "code": error.code}}
