@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from foldserve.server.commands import calibrate, demo_model, serve
+from foldserve.server.commands import calibrate, convert, demo_model, serve
 
-_COMMANDS = (serve, calibrate, demo_model)
+_COMMANDS = (serve, calibrate, convert, demo_model)
 
 _DESCRIPTION = """\
 Serve vision-language models with fewer vision tokens: every request chooses how many.
@@ -16,6 +16,7 @@ Serve vision-language models with fewer vision tokens: every request chooses how
   foldserve serve                               the small demo model on port 8000
   foldserve serve llava-hf/llava-1.5-7b-hf      a real model
   foldserve calibrate MODEL --data DIR          find the layer where vision tokens may be withdrawn
+  foldserve convert stf SRC DST                 a LLaVA-STF checkpoint into the layout that is served
   foldserve demo-model DIR                      write the demo model to a directory
 """
 

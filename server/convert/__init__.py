@@ -1,0 +1,1 @@
+"""Other people's checkpoints into the layout that we serve."""

@@ -1,0 +1,75 @@
+"""Writing a checkpoint: a folder that appears when it is complete, and tensors in files of bounded size."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+SHARD_BYTES = 2 << 30
+"""What one file holds at most, and so what is in memory; a single larger tensor gets a file of its own."""
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A hidden folder to write into, renamed to `path` at the end; on an error nothing stays.
+
+    Raises:
+        FileExistsError: `path` exists and is not an empty directory.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists and is not an empty directory; name a new one or remove it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        yield partial
+        partial.chmod(0o755)  # mkdtemp makes it private
+        partial.replace(path)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def write_json(file: Path, content: Mapping[str, object]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+class ShardedWriter:
+    """Collects tensors and writes them as `model-00001-of-0000N.safetensors` with an index."""
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
+        self._folder, self._shard_bytes = folder, shard_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = self._total_bytes = 0
+        self._shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take one tensor; writes a file when enough has come."""
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self._shard_bytes:
+            self._flush()
+        self._pending[name] = tensor.clone()  # contiguous, and sharing no memory with another one
+        self._pending_bytes += size
+        self._total_bytes += size
+
+    def finish(self) -> None:
+        """Write what is left, give the files their names, and the index."""
+        self._flush()
+        weight_map: dict[str, str] = {}
+        for i, names in enumerate(self._shards):
+            file = f"model-{i + 1:05}-of-{len(self._shards):05}.safetensors"
+            (self._folder / str(i)).rename(self._folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
+        write_json(self._folder / "model.safetensors.index.json", index)
+
+    def _flush(self) -> None:
+        save_file(self._pending, self._folder / str(len(self._shards)), metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending, self._pending_bytes = {}, 0
