@@ -1,0 +1,55 @@
+"""docs/adding-a-method.md, followed to the letter on a copy of the package."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TRY_IT = """
+import torch
+from foldserve.reducers import METHODS
+from foldserve.reducers.plan import Plan, Reduction, VisionGeometry, make_plan
+
+geometry = VisionGeometry(16, (4, 4), layers=2)
+x = torch.arange(16.0).expand(1, 16)[..., None] * torch.ones(3)
+for order, expected in (("largest", range(8, 16)), ("smallest", range(8))):
+    reduction = Reduction.parse({"method": "norm+withdraw", "ratio": 0.5, "order": order})
+    plan = Plan.from_ints(make_plan(reduction, geometry).to_ints(), geometry)
+    assert (plan.method, plan.decoder, plan.kept, plan.kept_deep) == ("norm", "withdraw", 8, 0), plan
+    reduced = METHODS["norm"].reduce(x, plan)
+    assert reduced.source[0].tolist() == list(expected)
+    assert torch.equal(reduced.tokens[0, :, 0], x[0, list(expected), 0])
+    assert [reduced.group[0, i] for i in expected] == list(range(8)) and (reduced.group == -1).sum() == 8
+try:
+    Reduction.parse({"method": "norm", "order": "middle"})
+except ValueError as refusal:
+    assert refusal.param == "order"
+else:
+    raise AssertionError("a wrong option was taken")
+print("worked")
+"""
+
+
+def test_the_example_of_the_docs(tmp_path: Path) -> None:
+    file, line = re.findall(r"```python\n(.*?)```", (ROOT / "docs/adding-a-method.md").read_text(), re.DOTALL)
+    assert len(file.splitlines()) <= 34, "the docs promise a short example"
+    package = tmp_path / "foldserve"
+    shutil.copytree(ROOT / "reducers", package / "reducers", ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "__init__.py").touch()
+    (package / "reducers" / "norm.py").write_text(file)
+    registry = package / "reducers" / "__init__.py"
+    before = registry.read_text()
+    after = before.replace("\nMETHODS:", f"\n{line}\nMETHODS:", 1).replace(
+        "Folder(),", "Folder(),\n            Norm(),"
+    )
+    assert after.count("\n") == before.count("\n") + 3
+    registry.write_text(after)
+    run = subprocess.run(
+        [sys.executable, "-c", TRY_IT], cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert run.stdout == "worked\n", run.stderr
