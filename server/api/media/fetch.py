@@ -1,0 +1,148 @@
+"""Images over HTTP. Names are resolved once, and only addresses that passed the check are connected to."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.resolver import ThreadedResolver
+from yarl import URL
+
+from foldserve.server.api.errors import ImageUnavailable, InvalidImage, RefusedUrl
+from foldserve.server.api.media.address import Policy, join
+from foldserve.server.api.media.budget import Budget
+
+_CHUNK_BYTES = 1 << 16
+_REDIRECTS = (301, 302, 303, 307, 308)
+_HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "foldserve"}
+
+
+class CheckedResolver(AbstractResolver):
+    """Resolves a name and refuses it if any of its addresses is one that may not be asked.
+
+    Any, not all: an answer that mixes public and private addresses is an attack or a mistake.
+
+    Args:
+        policy: what is permitted.
+        resolver: does the work; by default the system's.
+
+    Attributes:
+        permitted: the addresses that passed.
+    """
+
+    def __init__(self, policy: Policy, resolver: AbstractResolver | None = None) -> None:
+        self._policy = policy
+        self._resolver = resolver or ThreadedResolver()
+        self.permitted: set[str] = set()
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        found = await self._resolver.resolve(host, port, family)
+        if not all(self._policy.permits(host, entry["host"]) for entry in found):
+            raise RefusedUrl("images may not be fetched from this host: its address is not on the public internet")
+        self.permitted.update(entry["host"] for entry in found)
+        return found
+
+    async def close(self) -> None:
+        await self._resolver.close()
+
+
+class Fetcher:
+    """Fetches the images of one request. Make it with `open_fetcher`.
+
+    Args:
+        session: without redirects, decompression, cookies and proxies of its own.
+        policy: which hosts may be asked.
+        budget: of the request.
+    """
+
+    def __init__(self, session: aiohttp.ClientSession, policy: Policy, budget: Budget) -> None:
+        self._session = session
+        self._policy = policy
+        self._budget = budget
+
+    async def get(self, url: str) -> bytes:
+        """The file behind a URL.
+
+        Raises:
+            RefusedUrl: the URL, or one that it redirects to, may not be asked.
+            ImageUnavailable: no answer, or another than a whole file.
+            LimitExceeded: too large.
+        """
+        for _ in range(self._budget.limits.max_media_redirects + 1):
+            target = self._policy.check(url)
+            try:
+                async with self._session.get(target, headers=_HEADERS, allow_redirects=False) as response:
+                    if response.status not in _REDIRECTS:
+                        return await self._read(response)
+                    url = _redirected(target, response)
+            except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: a host that IDNA can't encode
+                raise ImageUnavailable(_reason(error)) from error
+        raise ImageUnavailable(
+            f"the image's server redirects more than {self._budget.limits.max_media_redirects} times"
+        )
+
+    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+        if response.status != 200:
+            raise ImageUnavailable(f"the image's server answered with status {response.status}")
+        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+            raise InvalidImage("the image's server sent it compressed, which was not asked for")
+        self._budget.check_file(response.content_length or 0)
+        content = bytearray()
+        async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
+            self._budget.spend_bytes(len(chunk))
+            content += chunk
+            if len(content) > self._budget.limits.max_image_bytes:
+                self._budget.check_file(len(content))
+        if not content:
+            raise InvalidImage("the image's server sent an empty file")
+        return bytes(content)
+
+
+@asynccontextmanager
+async def open_fetcher(policy: Policy, budget: Budget) -> AsyncIterator[Fetcher]:
+    """A fetcher whose connections end with the request: nothing is shared between users."""
+
+    resolver = CheckedResolver(policy)
+
+    def checked_socket(info: Any) -> socket.socket:
+        """The second check, of the address itself, where every connection passes whatever led to it."""
+        family, kind, protocol, _, (address, *_) = info
+        if address not in resolver.permitted and not policy.permits(address, address):
+            raise PermissionError("not a permitted address")
+        return socket.socket(family, kind, protocol)
+
+    connector = aiohttp.TCPConnector(resolver=resolver, socket_factory=checked_socket)
+    async with aiohttp.ClientSession(
+        connector=connector,
+        auto_decompress=False,
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None),  # the guard's own bound covers all images and their decoding
+        trust_env=False,
+    ) as session:
+        yield Fetcher(session, policy, budget)
+
+
+def _redirected(target: URL, response: aiohttp.ClientResponse) -> str:
+    location = response.headers.get("Location")
+    if location is None:
+        raise ImageUnavailable("the image's server redirects to nowhere")
+    return join(target, location)
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong, in words of our own: the libraries' name addresses."""
+    if isinstance(error, aiohttp.ClientSSLError):
+        return "the image's server has no valid TLS certificate for its host name"
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        return "the host of the image's URL was not found"
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return "no connection to the image's server"
+    if isinstance(error, aiohttp.ClientPayloadError):
+        return "the image's server broke off before the whole file had come"
+    return "the image's server gave no valid HTTP answer"

@@ -1,0 +1,101 @@
+"""What one request may cost: bounds that are checked before anything is fetched, decoded or generated.
+
+Every field is an option of `foldserve serve`: `max_image_mb` is `--max-image-mb`. MB and megapixels are powers of ten.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+_PILLOW_MEGAPIXELS = 178
+"""Pillow itself refuses images with more than 178,956,970 pixels."""
+
+
+def _bound(default: float, help: str, *, least: float = 1, most: float = float("inf")) -> Any:
+    return field(default=default, metadata={"help": help, "least": least, "most": most})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Bounds on one request; see each field's help.
+
+    Raises:
+        ValueError: a value that can't be a bound.
+    """
+
+    max_body_mb: float = _bound(32, "size of a request's body, images in data: URLs included", least=0)
+    max_json_depth: int = _bound(64, "nesting of the body's JSON")
+    max_json_items: int = _bound(200_000, "values in the body's JSON; counted by its punctuation, in texts too")
+    max_messages: int = _bound(1024, "messages of a chat")
+    max_choices: int = _bound(16, "answers to one prompt, `n`")
+    max_stop_strings: int = _bound(16, "strings in `stop`, and in `bad_words`")
+    max_stop_chars: int = _bound(256, "characters of each of them")
+    max_logit_bias: int = _bound(300, "entries of `logit_bias`, `allowed_token_ids` and other lists of tokens")
+    max_top_logprobs: int = _bound(20, "`top_logprobs` and `prompt_logprobs`", least=0)
+    max_tools: int = _bound(128, "`tools`", least=0)
+    max_schema_kb: float = _bound(64, "JSON of `response_format`, `structured_outputs` and `tools`, each", least=0)
+    max_images_per_request: int = _bound(16, "images of a request", least=0)
+    max_image_mb: float = _bound(20, "size of an image file", least=0)
+    max_media_mb: float = _bound(50, "size of all image files of a request", least=0)
+    max_image_megapixels: float = _bound(40, "width x height of an image", least=0, most=_PILLOW_MEGAPIXELS)
+    max_media_megapixels: float = _bound(80, "the same, summed over a request's images", least=0)
+    min_image_side: int = _bound(8, "pixels of an image's shorter side, at least")
+    max_image_side: int = _bound(16_384, "pixels of an image's longer side")
+    max_image_aspect: float = _bound(50, "longer side over shorter side")
+    max_media_seconds: float = _bound(15, "time to fetch and decode all images of a request", least=0)
+    max_media_redirects: int = _bound(3, "redirects that are followed for one image, each checked anew", least=0)
+    media_decode_threads: int = _bound(4, "threads that decode images, in each API server")
+    allow_media_private_host: tuple[str, ...] = field(
+        default=(),
+        metadata={
+            "help": "host name or address that images may be fetched from although it is not on the public internet; "
+            "may be given several times. Whoever can send a request can then make the server ask that host"
+        },
+    )
+
+    def __post_init__(self) -> None:
+        for bound in fields(self):
+            if "least" not in bound.metadata:
+                continue
+            value, least, most = getattr(self, bound.name), bound.metadata["least"], bound.metadata["most"]
+            if not least <= value <= most or value == float("inf"):
+                above = f" and at most {most}" if most != float("inf") else ""
+                raise ValueError(f"{option(bound.name)} must be at least {least}{above}, not {value}")
+        if self.max_image_side < self.min_image_side:
+            raise ValueError("--max-image-side must not be below --min-image-side")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Limits:
+        """Reads what `to_config` wrote; what is missing has its default."""
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in config.items()})
+
+    def to_config(self) -> dict[str, object]:
+        """The JSON value that travels to the API servers."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @property
+    def max_body_bytes(self) -> int:
+        return int(self.max_body_mb * 1e6)
+
+    @property
+    def max_image_bytes(self) -> int:
+        return int(self.max_image_mb * 1e6)
+
+    @property
+    def max_media_bytes(self) -> int:
+        return int(self.max_media_mb * 1e6)
+
+    @property
+    def max_image_pixels(self) -> int:
+        return int(self.max_image_megapixels * 1e6)
+
+    @property
+    def max_media_pixels(self) -> int:
+        return int(self.max_media_megapixels * 1e6)
+
+
+def option(name: str) -> str:
+    """The command-line option of a field."""
+    return f"--{name.replace('_', '-')}"

@@ -1,0 +1,137 @@
+"""A web server of images that misbehaves in every way that is asked for, on an address that is not 127.0.0.1.
+
+The server under test is told that it may ask this host, so that all other addresses of the machine stay refused.
+"""
+
+from __future__ import annotations
+
+import gzip
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
+
+from tests.images import jpeg, photo
+
+HOST = "127.0.0.2"
+PHOTO = jpeg(photo(11))
+
+
+class Handler(BaseHTTPRequestHandler):
+    """What `GET /NAME` does is the method `do_NAME`."""
+
+    protocol_version = "HTTP/1.1"
+    asked: ClassVar[list[str]] = []
+    stopped: ClassVar[threading.Event] = threading.Event()
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        name, _, rest = self.path[1:].partition("/")
+        getattr(self, f"do_{name}")(rest)
+
+    def do_photo(self, rest: str) -> None:
+        self._answer(200, PHOTO)
+
+    def do_text(self, rest: str) -> None:
+        self._answer(200, b"<html>no image</html>")
+
+    def do_status(self, rest: str) -> None:
+        self._answer(int(rest), PHOTO)
+
+    def do_redirect(self, rest: str) -> None:
+        """To the URL in the path."""
+        self._answer(302, b"", Location=rest)
+
+    def do_relative(self, rest: str) -> None:
+        self._answer(307, b"", Location="/photo")
+
+    def do_loop(self, rest: str) -> None:
+        self._answer(301, b"", Location="/loop")
+
+    def do_nowhere(self, rest: str) -> None:
+        self._answer(302, b"")
+
+    def do_empty(self, rest: str) -> None:
+        self._answer(200, b"")
+
+    def do_gzip(self, rest: str) -> None:
+        self._answer(200, gzip.compress(bytes(10**8)), **{"Content-Encoding": "gzip"})
+
+    def do_announced(self, rest: str) -> None:
+        """Says that it is larger than it is; a client that believes it reads no byte."""
+        self._head(200, 10**12)
+        self._wait()
+
+    def do_short(self, rest: str) -> None:
+        """Breaks off."""
+        self._head(200, len(PHOTO) + 1000)
+        self.wfile.write(PHOTO)
+        self.close_connection = True
+
+    def do_endless(self, rest: str) -> None:
+        """No length, no end."""
+        self.send_response(200)
+        self.end_headers()
+        self.close_connection = True
+        while not self.stopped.is_set():
+            self.wfile.write(bytes(1 << 16))
+
+    def do_drip(self, rest: str) -> None:
+        """A byte now and then."""
+        self._head(200, len(PHOTO))
+        for byte in PHOTO:
+            self.wfile.write(bytes([byte]))
+            if self.stopped.wait(0.2):
+                return
+
+    def do_silent(self, rest: str) -> None:
+        self._wait()
+
+    def do_garbage(self, rest: str) -> None:
+        self.wfile.write(b"SSH-2.0-OpenSSH_9.2\r\n")
+        self.close_connection = True
+
+    def _answer(self, status: int, body: bytes, **headers: str) -> None:
+        self._head(status, len(body), **headers)
+        self.wfile.write(body)
+
+    def _head(self, status: int, length: int, **headers: str) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "image/jpeg")
+        self.send_header("Content-Length", str(length))
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
+    def _wait(self) -> None:
+        self.stopped.wait(60)
+        self.close_connection = True
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """Clients that hang up are what these tests are about."""
+
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        pass
+
+
+@contextmanager
+def hostile_server(host: str = HOST) -> Iterator[str]:
+    """Its base URL, without a trailing slash."""
+    Handler.stopped.clear()
+    server = Server((host, 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield f"http://{host}:{server.server_port}"
+    finally:
+        Handler.stopped.set()
+        server.shutdown()
+        server.server_close()
+        thread.join()

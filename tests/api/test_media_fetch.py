@@ -1,0 +1,191 @@
+"""Fetching from a web server that misbehaves."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+from aiohttp.abc import AbstractResolver, ResolveResult
+
+from foldserve.server.api.errors import FoldserveError, ImageUnavailable, InvalidImage, LimitExceeded, RefusedUrl
+from foldserve.server.api.media.address import Policy
+from foldserve.server.api.media.budget import Budget
+from foldserve.server.api.media.fetch import CheckedResolver, open_fetcher
+from foldserve.server.api.media.guard import MediaGuard
+from foldserve.server.limits import Limits
+from tests.api.hostile import HOST, PHOTO, Handler, hostile_server
+from tests.images import data_uri, photo
+
+POLICY = Policy(private_hosts={HOST})
+
+
+@pytest.fixture(scope="module")
+def web() -> Iterator[str]:
+    with hostile_server() as url:
+        yield url
+
+
+def get(url: str, policy: Policy = POLICY, budget: Budget | None = None) -> bytes:
+    async def run() -> bytes:
+        async with open_fetcher(policy, budget or Budget(Limits())) as fetcher:
+            return await fetcher.get(url)
+
+    return asyncio.run(run())
+
+
+def fails(error: type[FoldserveError], url: str, message: str, **options: Any) -> None:
+    with pytest.raises(error, match=message) as caught:
+        get(url, **options)
+    assert "127.0.0" not in str(caught.value)
+
+
+def test_a_photo(web: str) -> None:
+    budget = Budget(Limits())
+    assert get(f"{web}/photo", budget=budget) == PHOTO
+    assert budget.bytes_used == len(PHOTO)
+
+
+def test_redirects_are_followed_within_the_same_bounds(web: str) -> None:
+    assert get(f"{web}/relative") == PHOTO
+    assert get(f"{web}/redirect/{web}/relative") == PHOTO
+    fails(ImageUnavailable, f"{web}/loop", "more than 3 times")
+    fails(ImageUnavailable, f"{web}/relative", "more than 0 times", budget=Budget(Limits(max_media_redirects=0)))
+    fails(ImageUnavailable, f"{web}/nowhere", "to nowhere")
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "http://127.0.0.1:1/x",
+        "http://localhost:1/x",
+        "http://[::1]:1/x",
+        "http://169.254.169.254/latest/meta-data",
+        "http://2130706433/x",
+        "http://user@127.0.0.2/x",
+        "file:///etc/passwd",
+        "ftp://example.com/x",
+        "gopher://127.0.0.1:6379/_FLUSHALL",
+        "data:image/png;base64,AA==",
+        "//127.0.0.1/x",
+    ],
+)
+def test_redirects_to_what_is_refused(web: str, target: str) -> None:
+    fails(RefusedUrl, f"{web}/redirect/{target}", "URL|fetched from")
+
+
+def test_redirects_leave_the_domains_of_the_operator(web: str) -> None:
+    policy = Policy(domains={HOST}, private_hosts={HOST, "127.0.0.1"})
+    assert get(f"{web}/photo", policy) == PHOTO
+    fails(RefusedUrl, f"{web}/redirect/http://127.0.0.1:1/x", "media domains", policy=policy)
+
+
+def test_loopback_is_refused_without_being_asked(web: str) -> None:
+    Handler.asked.clear()
+    fails(RefusedUrl, f"{web}/photo", "public internet", policy=Policy())
+    port = web.rpartition(":")[2]
+    for host in ("localhost", "LOCALHOST"):
+        fails(RefusedUrl, f"http://{host}:{port}/photo", "public internet")
+    assert Handler.asked == []
+
+
+@pytest.mark.parametrize(
+    ("path", "error", "message"),
+    [
+        ("status/404", ImageUnavailable, "status 404"),
+        ("status/500", ImageUnavailable, "status 500"),
+        ("status/206", ImageUnavailable, "status 206"),
+        ("empty", InvalidImage, "empty"),
+        ("gzip", InvalidImage, "compressed"),
+        ("announced", LimitExceeded, "larger than 20 MB"),
+        ("endless", LimitExceeded, "larger than 20 MB"),
+        ("short", ImageUnavailable, "broke off"),
+        ("garbage", ImageUnavailable, "no valid HTTP answer"),
+    ],
+)
+def test_bad_answers(web: str, path: str, error: type[FoldserveError], message: str) -> None:
+    fails(error, f"{web}/{path}", message)
+
+
+def test_no_tls_and_no_server(web: str) -> None:
+    fails(ImageUnavailable, web.replace("http:", "https:") + "/photo", "TLS")
+    with socket.socket() as unused:
+        unused.bind((HOST, 0))
+        fails(ImageUnavailable, f"http://{HOST}:{unused.getsockname()[1]}/x", "no connection")
+    fails(ImageUnavailable, "http://no-such-host.invalid/x", "not found")
+
+
+def test_the_budget_is_the_requests(web: str) -> None:
+    budget = Budget(Limits(max_media_mb=1.5 * len(PHOTO) / 1e6))
+    assert get(f"{web}/photo", budget=budget) == PHOTO
+    fails(LimitExceeded, f"{web}/photo", "together", budget=budget)
+
+
+class Answers(AbstractResolver):
+    """A name server that answers as it is told, and counts."""
+
+    def __init__(self, *answers: Sequence[str]) -> None:
+        self.answers = list(answers)
+        self.asked = 0
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        self.asked += 1
+        return [
+            ResolveResult(hostname=host, host=address, port=port, family=socket.AF_INET, proto=0, flags=0)
+            for address in self.answers.pop(0)
+        ]
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("addresses", [["127.0.0.1"], ["8.8.8.8", "10.0.0.1"], ["::ffff:127.0.0.1"], ["fe80::1%eth0"]])
+def test_names_with_a_private_address(addresses: list[str]) -> None:
+    resolver = CheckedResolver(Policy(), Answers(addresses))
+    with pytest.raises(RefusedUrl):
+        asyncio.run(resolver.resolve("rebind.example", 80))
+    assert not resolver.permitted
+
+
+def test_rebinding(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name that is public when first asked and private after that is asked once: the checked answer is used."""
+    answers = Answers([HOST], ["127.0.0.1"])
+    monkeypatch.setattr("foldserve.server.api.media.fetch.ThreadedResolver", lambda: answers)
+    policy = Policy(private_hosts={"rebind.example"})
+    assert get(web.replace(HOST, "rebind.example") + "/photo", policy) == PHOTO
+    assert answers.asked == 1
+
+
+def test_the_socket_itself_is_checked(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were URL and resolver checks to miss one, the address is looked at again where the connection is opened."""
+    monkeypatch.setattr(Policy, "check", lambda self, text: __import__("yarl").URL(text))
+    Handler.asked.clear()
+    fails(ImageUnavailable, f"{web}/photo", "no connection", policy=Policy())
+    assert Handler.asked == []
+
+
+def load(limits: Limits, *urls: str) -> list[Any]:
+    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}} for url in urls]}]
+    asyncio.run(MediaGuard(limits).load(messages))
+    return [part["image_pil"] for message in messages for part in message["content"]]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("path", ["drip", "silent"])
+def test_slow_servers_cost_seconds_only(web: str, path: str) -> None:
+    limits = Limits(max_media_seconds=0.5, allow_media_private_host=(HOST,))
+    with pytest.raises(ImageUnavailable, match=r"within 0\.5 s"):
+        load(limits, f"{web}/photo", f"{web}/{path}")
+
+
+def test_images_come_back_in_order_with_their_paths(web: str) -> None:
+    limits = Limits(allow_media_private_host=(HOST,))
+    images = load(limits, f"{web}/photo", data_uri(photo(3)), f"{web}/relative")
+    assert [image.media.mode for image in images] == ["RGB"] * 3
+    assert images[0].original_bytes == images[2].original_bytes == PHOTO != images[1].original_bytes
+    with pytest.raises(ImageUnavailable) as caught:
+        load(limits, data_uri(photo(3)), f"{web}/status/404", f"{web}/silent")
+    assert caught.value.param == "messages[0].content[1].image_url.url"
