@@ -1,0 +1,72 @@
+"""What training minimises, and the two sets of heads that exist only while it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from foldserve.server.quality.demo.batch import Batch
+from foldserve.server.quality.demo.questions import ALL_KINDS, REFERENTS, UNKNOWN
+from foldserve.server.quality.demo.scene import LABELS
+
+_BACKGROUND_WEIGHT = 0.3  # of class 0 of what a patch shows: most patches show nothing
+_WHEREABOUTS = ("row", "column")  # labels without a background class
+
+
+class ClassHeads(nn.Module):
+    """One linear classifier for each of `classes`, read from the same vectors."""
+
+    def __init__(self, width: int, classes: Mapping[str, int]) -> None:
+        super().__init__()
+        self.sizes = list(classes.values())
+        self.linear = nn.Linear(width, sum(self.sizes))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(..., classes) for each."""
+        return torch.split(self.linear(x).float(), self.sizes, -1)  # type: ignore[no-untyped-call,no-any-return]
+
+
+def patch_loss(heads: ClassHeads, features: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of what each patch shows, summed over labels, and accuracy where there is something."""
+    total, right = features.new_zeros(()), {}
+    for index, (name, logits) in enumerate(zip(LABELS, heads(features), strict=True)):
+        wanted, weight = labels[..., index], torch.ones(LABELS[name], device=labels.device)
+        shown = torch.ones_like(wanted, dtype=torch.bool)
+        if name not in _WHEREABOUTS:
+            weight[0], shown = _BACKGROUND_WEIGHT, wanted > 0
+        total = total + F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), weight=weight)
+        right[f"patch_{name}"] = ((logits.argmax(-1) == wanted) & shown).sum() / shown.sum()
+    return total, right
+
+
+def referent_loss(heads: ClassHeads, hidden: Tensor, referents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of what each phrase refers to, summed over `REFERENTS`, and accuracy."""
+    named = (referents != UNKNOWN).any(-1)
+    hidden, referents = hidden[named], referents[named]
+    total, right = hidden.new_zeros(()), {}
+    for index, (name, logits) in enumerate(zip(REFERENTS, heads(hidden), strict=True)):
+        wanted = referents[:, index]
+        total = total + F.cross_entropy(logits, wanted, ignore_index=UNKNOWN)
+        right[f"phrase_{name}"] = (logits.argmax(-1) == wanted).sum() / (wanted != UNKNOWN).sum()
+    return total, right
+
+
+def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy over the tokens of answers."""
+    return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=UNKNOWN)
+
+
+def answers_right(logits: Tensor, batch: Batch) -> dict[str, Tensor]:
+    """Share of dialogues, by kind, of which every answer token is right when those before it are given."""
+    text, wanted = batch.text, batch.text.targets != UNKNOWN
+    wrong = (logits.argmax(-1) != text.targets) & wanted
+    slots = int(text.segments.max()) + 1
+    rows = torch.arange(len(text.ids), device=wrong.device)[:, None] * slots + text.segments
+    failed = torch.zeros(len(text.ids) * slots, device=wrong.device).index_put_((rows[wrong],), wrong[wrong].float())
+    kinds = torch.full_like(failed, -1).index_put_((rows[wanted],), text.kinds[wanted].float())
+    return {
+        kind: 1 - failed[kinds == index].mean() for index, kind in enumerate(ALL_KINDS) if bool((kinds == index).any())
+    }

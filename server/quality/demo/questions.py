@@ -1,0 +1,298 @@
+"""Questions about a scene with their one right answer, by kind; phrases in them are grounded in the scene."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias, TypeVar
+
+import numpy as np
+
+from foldserve.server.quality.demo.glyphs import SHAPES
+from foldserve.server.quality.demo.scene import CELLS, COLOR_NAMES, PLACES, Object, Scene
+
+NUMERALS = ("zero", "one", "two", "three", "four", "five", "six")
+UNKNOWN = -100
+"""A class that is not asked for; `cross_entropy` leaves it out."""
+
+# What a phrase of a question refers to -> number of classes. 0 is "nothing there", counts are as they are.
+REFERENTS = {"cell": 1 + CELLS**2, "shape": 1 + len(SHAPES), "color": 1 + len(COLOR_NAMES), "size": 3, "count": 7}
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """Words of a question and what they refer to: one class for each of `REFERENTS`, or `UNKNOWN`."""
+
+    text: str
+    referent: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One question and its answer; `mentions` holds (where a phrase ends in `question`, its referent)."""
+
+    question: str
+    answer: str
+    mentions: tuple[tuple[int, tuple[int, ...]], ...] = ()
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """Turns about one scene; the last is the one that is judged."""
+
+    kind: str
+    turns: tuple[Turn, ...]
+
+
+_Maker: TypeAlias = Callable[[np.random.Generator, Scene], Turn | None]
+_T = TypeVar("_T")
+
+
+def ask(rng: np.random.Generator, scene: Scene, kind: str) -> Dialogue | None:
+    """A question of `kind`, or None where the scene allows none: a number cannot be read where there is none.
+
+    Raises:
+        KeyError: `kind` is not one of `KINDS`.
+    """
+    if kind == "two_turn":
+        return _two_turn(rng, scene)
+    turn = KINDS[kind](rng, scene)
+    return None if turn is None else Dialogue(kind, (turn,))
+
+
+def _pick(rng: np.random.Generator, options: Sequence[_T]) -> _T:
+    return options[int(rng.integers(len(options)))]
+
+
+def _turn(template: str, answer: str, *phrases: Phrase) -> Turn:
+    """Fills each {} of the template with a phrase and notes where it ends."""
+    text, mentions = "", []
+    for part, phrase in zip(template.split("{}"), (*phrases, None), strict=True):
+        text += part
+        if phrase is not None:
+            text += phrase.text
+            mentions.append((len(text), phrase.referent))
+    return Turn(text, answer, tuple(mentions))
+
+
+def _refer(matches: Sequence[Object]) -> tuple[int, ...]:
+    if not matches:
+        return (0, 0, 0, 0, 0)
+    if len(matches) > 1:
+        return (UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN, len(matches))
+    one = matches[0]
+    return (1 + one.cell, 1 + SHAPES.index(one.shape), 1 + COLOR_NAMES.index(one.color), 1 + one.big, 1)
+
+
+def _place(scene: Scene, cell: int) -> Phrase:
+    where = "in the center" if PLACES[cell] == "center" else f"at the {PLACES[cell]}"
+    _, shape, color, size, count = _refer([thing for thing in scene.objects if thing.cell == cell])
+    return Phrase(where, (1 + cell, shape, color, size, count))
+
+
+def _named(scene: Scene, name: str) -> Phrase:
+    """A colour and a shape, as in "red circle"."""
+    return Phrase(name, _refer([thing for thing in scene.objects if thing.name == name]))
+
+
+def _shaped(scene: Scene, shape: str, plural: bool = False) -> Phrase:
+    return Phrase(_plural(shape) if plural else shape, _refer([t for t in scene.objects if t.shape == shape]))
+
+
+def _colored(scene: Scene, color: str, noun: str) -> Phrase:
+    return Phrase(f"{color} {noun}", _refer([thing for thing in scene.objects if thing.color == color]))
+
+
+def _plural(noun: str) -> str:
+    return f"{noun}es" if noun.endswith("s") else f"{noun}s"
+
+
+def _with_article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def _unique(scene: Scene, key: Callable[[Object], str]) -> list[Object]:
+    keys = [key(thing) for thing in scene.objects]
+    return [thing for thing in scene.objects if keys.count(key(thing)) == 1]
+
+
+def _color_at(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    thing = _pick(rng, scene.objects)
+    templates = ("what color is the object {}?", "what color is {}?", "which color do you see {}?")
+    return _turn(_pick(rng, templates), thing.color, _place(scene, thing.cell))
+
+
+def _shape_at(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    thing = _pick(rng, scene.objects)
+    templates = ("what shape is the object {}?", "what shape is {}?", "which shape do you see {}?")
+    return _turn(_pick(rng, templates), thing.shape, _place(scene, thing.cell))
+
+
+def _what_at(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    cell = int(rng.integers(CELLS**2)) if rng.random() < 0.35 else _pick(rng, scene.objects).cell
+    if cell in scene.number_cells:
+        return None
+    answer = next((_with_article(thing.name) for thing in scene.objects if thing.cell == cell), "nothing")
+    return _turn(_pick(rng, ("what is {}?", "what do you see {}?", "which object is {}?")), answer, _place(scene, cell))
+
+
+def _attribute(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    if rng.random() < 0.5:
+        things = _unique(scene, lambda thing: thing.shape)
+        if not things:
+            return None
+        thing = _pick(rng, things)
+        templates = ("what color is the {}?", "what is the color of the {}?", "which color does the {} have?")
+        return _turn(_pick(rng, templates), thing.color, _shaped(scene, thing.shape))
+    things = _unique(scene, lambda thing: thing.color)
+    if not things:
+        return None
+    thing = _pick(rng, things)
+    templates = ("what shape is the {}?", "what is the shape of the {}?", "which shape does the {} have?")
+    return _turn(_pick(rng, templates), thing.shape, _colored(scene, thing.color, "object"))
+
+
+def _size(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    things = _unique(scene, lambda thing: thing.name)
+    if not things:
+        return None
+    thing = _pick(rng, things)
+    templates = ("is the {} big or small?", "what size is the {}?", "how big is the {}?")
+    return _turn(_pick(rng, templates), "big" if thing.big else "small", _named(scene, thing.name))
+
+
+def _where(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    things = _unique(scene, lambda thing: thing.name)
+    if not things:
+        return None
+    thing = _pick(rng, things)
+    templates = ("where is the {}?", "where do you see the {}?")
+    return _turn(_pick(rng, templates), _place(scene, thing.cell).text, _named(scene, thing.name))
+
+
+def _relation(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    things = _unique(scene, lambda thing: thing.name)
+    if len(things) < 2:
+        return None
+    first, second = (things[int(i)] for i in rng.permutation(len(things))[:2])
+    right = first.cell % CELLS - second.cell % CELLS
+    down = first.cell // CELLS - second.cell // CELLS
+    phrases = _named(scene, first.name), _named(scene, second.name)
+    if rng.random() < 0.3:
+        across = ["left of it" if right < 0 else "right of it"] if right else []
+        along = ["above it" if down < 0 else "below it"] if down else []
+        return _turn("where is the {} compared to the {}?", " and ".join(along + across), *phrases)
+    sides = [("left of", right < 0), ("right of", right > 0)] if right else []
+    sides += [("above", down < 0), ("below", down > 0)] if down else []
+    side, holds = _pick(rng, sides)
+    template = _pick(rng, ("is the {} SIDE the {}?", "do you see the {} SIDE the {}?")).replace("SIDE", side)
+    return _turn(template, "yes" if holds else "no", *phrases)
+
+
+def _exist(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    """As in POPE: as many yes as no, and a no asks mostly for what the scene makes likely."""
+    holds, form = bool(rng.random() < 0.5), rng.random()
+    if form < 0.6:
+        present = {thing.name for thing in scene.objects}
+        options = [name for name in _likely_names(rng, scene) if (name in present) == holds]
+    elif form < 0.8:
+        shapes = {thing.shape for thing in scene.objects}
+        options = [shape for shape in SHAPES if (shape in shapes) == holds]
+    else:
+        colors = {thing.color for thing in scene.objects}
+        options = [color for color in COLOR_NAMES if (color in colors) == holds]
+    if not options:
+        return None
+    choice = _pick(rng, options)
+    phrase = (
+        _named(scene, choice)
+        if form < 0.6
+        else _shaped(scene, choice)
+        if form < 0.8
+        else _colored(scene, choice, "object")
+    )
+    article = _with_article(choice).split()[0]
+    templates = (f"is there {article} {{}}?", f"do you see {article} {{}}?", f"is there {article} {{}} in the image?")
+    return _turn(_pick(rng, templates), "yes" if holds else "no", phrase)
+
+
+def _likely_names(rng: np.random.Generator, scene: Scene) -> list[str]:
+    """Names of what is there, and of what shares a colour, a shape or each with something there."""
+    thing, other = _pick(rng, scene.objects), _pick(rng, scene.objects)
+    mixed = [
+        f"{thing.color} {other.shape}",
+        f"{thing.color} {_pick(rng, SHAPES)}",
+        f"{_pick(rng, COLOR_NAMES)} {thing.shape}",
+    ]
+    return [thing.name, *mixed, f"{_pick(rng, COLOR_NAMES)} {_pick(rng, SHAPES)}"]
+
+
+def _count(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    thing, form = _pick(rng, scene.objects), rng.random()
+    any_other = rng.random() < 0.2
+    if form < 0.3:
+        phrase = Phrase(_pick(rng, ("objects", "shapes")), (*[UNKNOWN] * 4, len(scene.objects)))
+    elif form < 0.65:
+        phrase = _shaped(scene, _pick(rng, SHAPES) if any_other else thing.shape, plural=True)
+    else:
+        phrase = _colored(scene, _pick(rng, COLOR_NAMES) if any_other else thing.color, "objects")
+    templates = ("how many {} are there?", "how many {} do you see?", "count the {}.")
+    return _turn(_pick(rng, templates), NUMERALS[phrase.referent[-1]], phrase)
+
+
+def _ocr(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    if scene.number is None and rng.random() < 0.8:
+        return None
+    templates = (
+        "what number is shown?",
+        "read the number.",
+        "which number do you see?",
+        "what number is in the image?",
+    )
+    return _turn(_pick(rng, templates), scene.number or "no number")
+
+
+def _caption(rng: np.random.Generator, scene: Scene) -> Turn | None:
+    parts = [f"{_with_article(thing.name)} {_place(scene, thing.cell).text}" for thing in scene.objects]
+    if scene.number is not None:
+        parts.append(f"the number {scene.number}")
+    answer = " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
+    templates = ("describe the image.", "what is in the image?", "describe the picture.", "what do you see?")
+    return _turn(_pick(rng, templates), answer)
+
+
+def _two_turn(rng: np.random.Generator, scene: Scene) -> Dialogue | None:
+    """A second question that says "it": which object is meant is in the first turn only."""
+    makers = (_color_at, _shape_at, _attribute, _size)
+    first = _pick(rng, makers)(rng, scene)
+    if first is None:
+        return None
+    referent = first.mentions[0][1]
+    cell, shape, color, size, _ = referent
+    questions = {
+        "what color is it?": COLOR_NAMES[color - 1],
+        "what shape is it?": SHAPES[shape - 1],
+        "what size is it?": ("small", "big")[size - 1],
+        "where is it?": _place(scene, cell - 1).text,
+    }
+    question, answer = _pick(rng, [entry for entry in questions.items() if entry[1] != first.answer])
+    end = question.index("it?") + len("it")
+    return Dialogue("two_turn", (first, Turn(question, answer, ((end, referent),))))
+
+
+KINDS: dict[str, _Maker] = {
+    "color_at": _color_at,
+    "shape_at": _shape_at,
+    "what_at": _what_at,
+    "attribute": _attribute,
+    "size": _size,
+    "where": _where,
+    "relation": _relation,
+    "exist": _exist,
+    "count": _count,
+    "ocr": _ocr,
+    "caption": _caption,
+}
+"""Kinds of single questions; `two_turn` is made of two of them."""
+
+ALL_KINDS = (*KINDS, "two_turn")

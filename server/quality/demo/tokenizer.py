@@ -1,0 +1,114 @@
+"""The demo model's tokenizer: one token per known word, letters and bytes for any other, in Llama's layout."""
+
+from __future__ import annotations
+
+import json
+import string
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+
+BOS, EOS, UNK, PAD, IMAGE = "<s>", "</s>", "<unk>", "<pad>", "<image>"
+USER, ASSISTANT = "USER:", "ASSISTANT:"
+_SPACE = "▁"
+_MULTIPLE = 64  # rows of the embedding matrix
+
+_WORDS = """
+a above all an and any are at below big blue bottom can center circle circles color colors compared count cross crosses
+cyan describe diamond diamonds do does five four green have heart hearts hello how i image in is it large left list
+look many me no not nothing number object objects of on one only or orange picture please purple read red right ring
+rings say see shape shapes show shown six size small square squares star stars tell text thank that the there
+thing things this three to top triangle triangles two what where which white yellow yes you zero
+"""
+_PUNCTUATION = ",.?!:;'\"-()"
+
+# As LLaVA-1.5's own template: all images of a turn come first, whatever their place in the message.
+CHAT_TEMPLATE = """\
+{%- macro render(content) -%}
+{%- if content is string -%}{{ content }}
+{%- else -%}
+{%- for part in content if part['type'] in ('image', 'image_url') -%}{{ '<image>\\n' }}{%- endfor -%}
+{%- for part in content -%}
+{%- if part['type'] == 'text' -%}{{ part['text'] }}
+{%- elif part['type'] not in ('image', 'image_url') -%}{{ raise_exception('unsupported content type ' ~ part['type']) }}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{%- endmacro -%}
+{{- bos_token -}}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}{{ render(message['content']) ~ ' ' }}
+{%- elif message['role'] == 'user' -%}{{ 'USER: ' ~ render(message['content']) ~ ' ' }}
+{%- elif message['role'] == 'assistant' -%}{{ 'ASSISTANT: ' ~ render(message['content']) ~ eos_token }}
+{%- else -%}{{ raise_exception('unsupported role ' ~ message['role']) }}
+{%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
+"""
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """Ids of the tokens that structure a dialogue, and the rows of the embedding matrix."""
+
+    bos: int
+    eos: int
+    pad: int
+    image: int
+    user: int
+    assistant: int
+    vocab_size: int
+
+
+@cache
+def build_tokenizer() -> Tokenizer:
+    """Lower-cases; adds `<s>` in front unless asked not to; spaces around turns are part of the turns' marks."""
+    pieces = [UNK, BOS, EOS, PAD, _SPACE, *string.digits, *_PUNCTUATION, *string.ascii_lowercase]
+    # Viterbi takes the path of the highest score: a whole word before its letters, letters before bytes.
+    scored = [(piece, -4.0) for piece in pieces] + [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
+    scored += [(_SPACE + word, -1.0) for word in _WORDS.split() if len(word) > 1] + [
+        (f"{_SPACE}{x}", -1.0) for x in "ai"
+    ]
+    tokenizer = Tokenizer(models.Unigram(scored, unk_id=0, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="always")
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (UNK, BOS, EOS, PAD)])
+    tokenizer.add_special_tokens([AddedToken(IMAGE, normalized=False, special=True, rstrip=True)])
+    marks = [AddedToken(mark, normalized=False, lstrip=True, rstrip=True) for mark in (USER, ASSISTANT)]
+    tokenizer.add_tokens(marks)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
+    )
+    return tokenizer
+
+
+@cache
+def special_ids() -> SpecialIds:
+    tokenizer = build_tokenizer()
+    ids = tokenizer.get_vocab()
+    rows = -(-len(ids) // _MULTIPLE) * _MULTIPLE
+    return SpecialIds(ids[BOS], ids[EOS], ids[PAD], ids[IMAGE], ids[USER], ids[ASSISTANT], rows)
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Writes `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` into `folder`."""
+    build_tokenizer().save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "processor_class": "LlavaProcessor",
+        "unk_token": UNK,
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "extra_special_tokens": {"image_token": IMAGE},
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": 4096,
+        "padding_side": "left",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)

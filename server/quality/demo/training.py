@@ -1,0 +1,234 @@
+"""Two stages: the vision tower learns what every patch shows, then the whole model learns to answer."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections import defaultdict
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from tqdm import tqdm
+
+from foldserve.server.quality.demo import losses
+from foldserve.server.quality.demo.batch import PREFIX_TOKENS, Batch, draw_batch, draw_patches
+from foldserve.server.quality.demo.model import DemoLlava
+from foldserve.server.quality.demo.muon import Muon
+from foldserve.server.quality.demo.questions import REFERENTS
+from foldserve.server.quality.demo.scene import IMAGE_PX, LABELS, PATCH_PX
+from foldserve.server.quality.demo.tokenizer import special_ids
+from foldserve.server.quality.demo_weights import Geometry
+
+GEOMETRY = Geometry(
+    image_size=IMAGE_PX,
+    patch_size=PATCH_PX,
+    hidden_size=160,
+    num_layers=12,
+    num_heads=5,
+    vision_hidden=128,
+    vision_layers=7,
+    vision_heads=4,
+)
+STATE_FILE, LOG_FILE = "state.pt", "training.jsonl"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`steps` of `images` each; `rate` is AdamW's learning rate, Muon's is 20 times that."""
+
+    name: str
+    steps: int
+    images: int
+    rate: float = 1e-3
+    vision_rate: float = 1.0
+    """Factor on `rate` for the vision tower."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything the result depends on."""
+
+    seed: int = 0
+    vision: Stage = Stage("vision", steps=1000, images=32)
+    answers: Stage = Stage("answers", steps=1500, images=16, vision_rate=0.1)
+    geometry: Geometry = field(default=GEOMETRY)
+    text_tokens: int = 192
+    warmup: int = 50
+    steady: float = 0.5
+    """Share of a stage after which the learning rate falls, linearly to nothing."""
+    phrase_layer: int = 5
+    """Layer after which a phrase must know what it refers to."""
+    early_layer: int = 8
+    """Layer from which, too, answers are read."""
+
+    def rate(self, stage: Stage, step: int) -> float:
+        """Learning rate at `step`, from 0."""
+        done = step / stage.steps
+        return stage.rate * min(1.0, (step + 1) / self.warmup, (1 - done) / (1 - self.steady))
+
+
+class Trainer:
+    """State of one training run in a directory; the same directory continues it, bit for bit."""
+
+    def __init__(self, recipe: Recipe, folder: Path, device: torch.device, compile_blocks: bool) -> None:
+        torch.manual_seed(recipe.seed)
+        self.recipe, self.folder, self.device = recipe, folder, device
+        geometry = recipe.geometry
+        self.model = DemoLlava(geometry, special_ids().vocab_size)
+        self.patch_heads = losses.ClassHeads(geometry.vision_hidden, LABELS)
+        self.phrase_heads = losses.ClassHeads(geometry.hidden_size, REFERENTS)
+        self.modules = nn.ModuleDict({"model": self.model, "patch": self.patch_heads, "phrase": self.phrase_heads})
+        self.modules.to(device)
+        if compile_blocks:
+            for block in (*self.model.vision.layers, *self.model.decoder.layers):
+                block.compile()
+        self.stage, self.step = recipe.vision, 0
+        self.optimizers = self._make_optimizers()
+        folder.mkdir(parents=True, exist_ok=True)
+        if (folder / STATE_FILE).exists():
+            self._load()
+
+    def run(self, save_every_s: float = 180, log_every: int = 20) -> None:
+        """Trains to the end of the recipe, with a progress bar, saving as it goes."""
+        for stage in (self.recipe.vision, self.recipe.answers):
+            if stage.name == "answers" and self.stage.name == "vision":
+                self.stage, self.step = stage, 0
+                self.optimizers = self._make_optimizers()
+            if stage.name == self.stage.name:
+                self._run_stage(save_every_s, log_every)
+        self.save()
+
+    def _run_stage(self, save_every_s: float, log_every: int) -> None:
+        seen: dict[str, list[Tensor]] = defaultdict(list)
+        started = saved = time.monotonic()
+        bar = tqdm(total=self.stage.steps, initial=self.step, desc=self.stage.name, unit="step", mininterval=2)
+        while self.step < self.stage.steps:
+            for name, value in self.train_step().items():
+                seen[name].append(value)
+            bar.update()
+            if self.step % log_every == 0 or self.step == self.stage.steps:
+                means = {name: round(float(torch.stack(values).nanmean()), 4) for name, values in seen.items()}
+                self._log({"seconds": round(time.monotonic() - started, 1)} | means)
+                bar.set_postfix(loss=means["loss"])
+                seen.clear()
+            if time.monotonic() - saved > save_every_s:
+                self.save()
+                saved = time.monotonic()
+        bar.close()
+
+    def train_step(self) -> dict[str, Tensor]:
+        """One update; what was measured on its batch. A step's data depend on seed, stage and number alone."""
+        rng = np.random.default_rng((self.recipe.seed, self.stage.name == "answers", self.step))
+        rate = self.recipe.rate(self.stage, self.step)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["factor"]
+        measure = self._patches if self.stage.name == "vision" else self._answers
+        with self._autocast():
+            loss, measured = measure(rng)
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.modules.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        return measured
+
+    def _patches(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        pixels, labels = (tensor.to(self.device) for tensor in draw_patches(rng, self.stage.images))
+        loss, right = losses.patch_loss(self.patch_heads, self.model.vision(pixels), labels)
+        return loss, {"loss": loss.detach()} | right
+
+    def _answers(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        recipe, batch = self.recipe, draw_batch(rng, self.stage.images, self.recipe.text_tokens).to(self.device)
+        features = self.model.vision(batch.pixels)
+        patch, patch_right = losses.patch_loss(self.patch_heads, features, batch.labels)
+        last = recipe.geometry.num_layers
+        hidden = forward(self.model, features, batch, {recipe.phrase_layer, recipe.early_layer, last})
+        phrase, phrase_right = losses.referent_loss(
+            self.phrase_heads, hidden[recipe.phrase_layer], batch.text.referents
+        )
+        logits = self.model.logits(hidden[last])
+        answer = losses.answer_loss(logits, batch.text.targets)
+        early = losses.answer_loss(self.model.logits(hidden[recipe.early_layer]), batch.text.targets)
+        parts = {"loss": answer, "early": early, "phrase": phrase, "patch": patch}
+        right = losses.answers_right(logits.detach(), batch) | phrase_right | patch_right
+        total = answer + 0.3 * early + 0.3 * phrase + 0.2 * patch
+        return total, {name: part.detach() for name, part in parts.items()} | right
+
+    def _make_optimizers(self) -> tuple[Optimizer, ...]:
+        """For the parameters that the stage trains."""
+        trained = ["model.vision", "patch"] if self.stage.name == "vision" else ["model", "patch", "phrase"]
+        matrices: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
+        others: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
+        for name, param in self.modules.named_parameters():
+            if not any(name.startswith(f"{part}.") for part in trained):
+                continue
+            factor = self.stage.vision_rate if name.startswith(("model.vision", "patch")) else 1.0
+            if ".layers." in name and param.dim() == 2:
+                matrices[tuple(param.shape), factor].append(param)
+            else:
+                others[param.dim() > 1, factor].append(param)
+        muon = Muon([{"params": params, "factor": 20 * factor} for (_, factor), params in matrices.items()])
+        adam = AdamW(
+            [
+                {"params": params, "factor": factor, "weight_decay": 0.05 if decays else 0.0}
+                for (decays, factor), params in others.items()
+            ],
+            betas=(0.9, 0.95),
+            fused=True,
+        )
+        return muon, adam
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda")
+
+    def save(self) -> None:
+        """Writes the state so that a reader finds the old or the new one whole."""
+        state = {
+            "seed": self.recipe.seed,
+            "stage": self.stage.name,
+            "step": self.step,
+            "modules": self.modules.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        partial = self.folder / f"{STATE_FILE}.partial"
+        torch.save(state, partial)
+        os.replace(partial, self.folder / STATE_FILE)
+
+    def _load(self) -> None:
+        state = torch.load(self.folder / STATE_FILE, map_location=self.device)
+        if state["seed"] != self.recipe.seed:
+            raise ValueError(
+                f"{self.folder} holds a run with seed {state['seed']}, and {self.recipe.seed} was asked for: "
+                "give that seed to continue it, or another directory"
+            )
+        self.stage, self.step = getattr(self.recipe, state["stage"]), state["step"]
+        self.modules.load_state_dict(state["modules"])
+        self.optimizers = self._make_optimizers()
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+    def _log(self, entry: dict[str, float]) -> None:
+        line = {"stage": self.stage.name, "step": self.step} | entry
+        with (self.folder / LOG_FILE).open("a") as log:
+            log.write(
+                json.dumps({k: v for k, v in line.items() if not (isinstance(v, float) and math.isnan(v))}) + "\n"
+            )
+
+
+def forward(model: DemoLlava, features: Tensor, batch: Batch, read: set[int]) -> dict[int, Tensor]:
+    """Hidden states of the batch's text, as `DemoLlava.hidden_states`, with the vision tokens in the batch's order."""
+    special = special_ids()
+    prefix = torch.tensor([special.bos, special.user], device=features.device)
+    shuffled = features.gather(1, batch.order[..., None].expand_as(features))
+    mask = batch.text.mask(PREFIX_TOKENS + features.shape[1])
+    return model.hidden_states(prefix, shuffled, batch.text.ids, batch.positions(), mask, read)
