@@ -8,9 +8,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
+from foldserve.reducers.downsample import Downsample
+from foldserve.reducers.fastv import FastV
 from foldserve.reducers.folder import Folder, FolderCls
 from foldserve.reducers.geometry import Stage, VisionGeometry
+from foldserve.reducers.illava import Illava, IllavaDecoder
 from foldserve.reducers.method import Method
+from foldserve.reducers.pool import Pool
+from foldserve.reducers.prumerge import PruMerge
+from foldserve.reducers.random import Random
+from foldserve.reducers.stf import Stf
+from foldserve.reducers.tome import ToMe, Turbo
 from foldserve.reducers.withdraw import Withdraw
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -19,7 +27,17 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         for method in (
             Folder(),
             FolderCls(),
+            Illava(),
+            ToMe(),
+            Turbo(),
+            PruMerge(),
+            Pool(),
+            Random(),
+            Downsample(),
+            Stf(),
             Withdraw(),
+            IllavaDecoder(),
+            FastV(),
         )
     }
 )

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from math import sqrt
 
+import torch
 from torch import Tensor
 
 from foldserve.reducers.fold import at_least_fp32, true_fp32
 
 _QUERIES_AT_ONCE = 64
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,25 +26,27 @@ class LayerAttention:
         query: (B, n, heads here, head_dim).
         key: (B, n, heads here, head_dim), with bias.
         scale: of the layer's logits.
-        class_token: token 0 is the class token.
         key_bias: (B, n), added to the logits of every query: proportional attention's ln(size).
-        mean_over_ranks: mean over the tensor-parallel ranks, of which each has as many heads; None for a single one.
+        class_token: token 0 is the class token.
+        ranks: tensor-parallel ranks that share the heads, each as many.
+        mean_over_ranks: mean of a tensor over them.
     """
 
     query: Tensor
     key: Tensor
     scale: float
-    class_token: bool = False
     key_bias: Tensor | None = None
-    mean_over_ranks: Callable[[Tensor], Tensor] | None = None
+    class_token: bool = False
+    ranks: int = 1
+    mean_over_ranks: Callable[[Tensor], Tensor] = _same
 
     def keys(self) -> Tensor:
         """(B, n, head_dim): mean over heads of the key projections."""
-        return self._over_ranks(at_least_fp32(self.key).mean(dim=2))
+        return self.mean_over_ranks(at_least_fp32(self.key).mean(dim=2))
 
     def class_attention(self) -> Tensor:
         """(B, n): softmaxed attention of the class token to every token, mean over heads."""
-        return self._over_ranks(self._probabilities(self.query[:, :1], self._keys_by_head()).mean(dim=(1, 2)))
+        return self.mean_over_ranks(self._probabilities(self.query[:, :1], self._keys_by_head()).mean(dim=(1, 2)))
 
     def attention_received(self) -> Tensor:
         """(B, n): softmaxed attention that each key receives, mean over heads and over all queries.
@@ -47,29 +55,26 @@ class LayerAttention:
         """
         keys = self._keys_by_head()
         received = keys.new_zeros(keys.shape[0], keys.shape[-1])  # (B, n)
-        for block in self.query.split(_QUERIES_AT_ONCE, dim=1):
+        for block in torch.split(self.query, _QUERIES_AT_ONCE, dim=1):
             received += self._probabilities(block, keys).sum(dim=2).mean(dim=1)
-        return self._over_ranks(received / self.query.shape[1])
+        return self.mean_over_ranks(received / self.query.shape[1])
 
-    def class_attention_as_one_head(self, width: int) -> Tensor:
+    def class_attention_as_one_head(self) -> Tensor:
         """(B, n): softmaxed attention of the class token if the layer were one head of its whole width."""
         query, key = at_least_fp32(self.query[:, :1]).flatten(2), at_least_fp32(self.key).flatten(2)
         with true_fp32():
             logits = (query @ key.mT).squeeze(1)  # (B, n), over the heads of this rank
-        ranks = width // key.shape[-1]
-        return (self._over_ranks(logits) * (ranks * width**-0.5)).softmax(dim=-1)
+        width = self.ranks * key.shape[-1]
+        return (self.mean_over_ranks(logits) * (self.ranks / sqrt(width))).softmax(dim=-1)
 
     def key_cosine(self, index: Tensor) -> Tensor:
         """(B, m) tokens -> (B, m, n): cosine of their keys, all heads as one, to every key."""
         key = at_least_fp32(self.key).flatten(2)
         chosen = key.gather(1, index.unsqueeze(-1).expand(-1, -1, key.shape[-1]))
         with true_fp32():
-            products = self._over_ranks(chosen @ key.mT)
-        norm = self._over_ranks(key.square().sum(dim=-1)).sqrt()  # a mean over ranks too, which cancels
+            products = self.mean_over_ranks(chosen @ key.mT)
+        norm = self.mean_over_ranks(key.square().sum(dim=-1)).sqrt()  # a mean over ranks too, which cancels
         return products / (norm.gather(1, index).unsqueeze(-1) * norm.unsqueeze(1))
-
-    def _over_ranks(self, x: Tensor) -> Tensor:
-        return x if self.mean_over_ranks is None else self.mean_over_ranks(x)
 
     def _keys_by_head(self) -> Tensor:
         """(B, heads, head_dim, n)"""

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from foldserve.reducers.geometry import VisionGeometry
+from foldserve.reducers.method import BeforeTower
+from foldserve.reducers.options import Value
+from foldserve.reducers.refusal import InvalidReduction
+
 
 def grid_for(wanted: int, grid: tuple[int, int]) -> tuple[int, int]:
     """(rows, columns) of the largest grid with at most `wanted` tokens, rows <= columns <= 1.5 rows, within `grid`.
@@ -33,17 +38,43 @@ def resize(pixels: Tensor, rows: int, columns: int, *, patch: int) -> Tensor:
     return F.interpolate(pixels.float(), size, mode="bicubic", antialias=True).to(pixels.dtype)
 
 
-def interpolate_positions(weight: Tensor, rows: int, columns: int, *, class_token: bool) -> Tensor:
+def interpolate_positions(weight: Tensor, grid: tuple[int, int], rows: int, columns: int) -> Tensor:
     """Position embeddings of a tower for another grid; bicubic, as `interpolate_pos_encoding` of transformers.
 
     Args:
-        weight: (n, d), of a square grid in raster order; with a class token (1 + n, d), which keeps its own.
+        weight: (n, d), of `grid` in raster order; with a class token (1 + n, d), which keeps its own.
 
     Returns:
         (rows * columns, d) or (1 + rows * columns, d), dtype of the weight.
     """
-    first = int(class_token)
-    side = isqrt(len(weight) - first)
-    image = weight[first:].float().T.unflatten(1, (side, side)).unsqueeze(0)  # (1, d, side, side)
+    first = len(weight) - grid[0] * grid[1]
+    image = weight[first:].float().T.reshape(1, -1, *grid)  # (1, d, rows, columns)
     resized = F.interpolate(image, (rows, columns), mode="bicubic")
     return torch.cat([weight[:first], resized.squeeze(0).flatten(1).T.to(weight.dtype)])
+
+
+def nearest(grid: tuple[int, int], rows: int, columns: int, device: torch.device) -> Tensor:
+    """(rows * columns,) tokens of `grid` that hold the centres of a smaller grid's, both in raster order."""
+    row = torch.arange(1, 2 * rows, 2, device=device) * grid[0] // (2 * rows)
+    column = torch.arange(1, 2 * columns, 2, device=device) * grid[1] // (2 * columns)
+    return (row.unsqueeze(1) * grid[1] + column).flatten()
+
+
+class Downsample(BeforeTower):
+    """The tower runs on the smaller image: its cost falls too, quadratically in its attention."""
+
+    name = "downsample"
+    summary = "Makes the image smaller before the vision tower; the count is the largest grid that fits the ratio."
+
+    def check(self, geometry: VisionGeometry, options: tuple[Value, ...]) -> None:
+        super().check(geometry, options)
+        if geometry.grid is None:
+            raise InvalidReduction("method 'downsample' needs a grid of tokens, which this model has not", "method")
+
+    def removable(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> int:
+        rows, columns = self.grid(geometry, removed, options)
+        return geometry.tokens - rows * columns
+
+    def grid(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> tuple[int, int]:
+        assert geometry.grid is not None  # see check
+        return grid_for(geometry.tokens - removed, geometry.grid)

@@ -1,4 +1,4 @@
-"""The fold that FOLDER is made of: pair even tokens with odd ones, merge the most alike.
+"""The fold that FOLDER, ToMe and Turbo are made of: pair even tokens with odd ones, merge the most alike.
 
 A fold only decides where each token goes. Values follow in `group_sum`: one sum over the original tokens gives the
 result of any number of folds, and nothing is rounded on the way.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Order = Literal["position", "unmerged_first"]
+Order = Literal["position", "unmerged_first", "best_unmerged_first"]
 
 
 class Reduced(NamedTuple):
@@ -22,10 +22,10 @@ class Reduced(NamedTuple):
 
     Attributes:
         tokens: (B, n_out, d), dtype of the input.
-        sizes: (B, n_out) int64, original tokens in each output token; sums to n.
+        sizes: (B, n_out) int64, original tokens in each output token; sums to n unless some are dropped.
         source: (B, n_out) int64, index of the original token that each output token stands for: itself, or the one
             that the others of its group were merged into.
-        group: (B, n) int64, index of the output token that each original token went into.
+        group: (B, n) int64, index of the output token that each original token went into; -1 if it was dropped.
     """
 
     tokens: Tensor
@@ -53,8 +53,9 @@ def fold(metric: Tensor, k: int, *, order: Order, class_token: bool = False, pen
 
     Args:
         metric: (B, n, d_m), at least fp32; compared by cosine.
-        k: tokens to merge, 1 <= k <= (n - 1) // 2.
-        order: of the folded sequence: by position, or the remaining even tokens before all the odd ones.
+        k: tokens to merge, 1 <= k <= n // 2; with a class token, (n - 1) // 2.
+        order: of the folded sequence: by position, or the remaining even tokens before all the odd ones; "best" sorts
+            the former by descending score.
         class_token: token 0 is the class token: it neither goes nor receives.
         penalty: (B, n), subtracted from an even token's score: changes which tokens go, never where they go.
 
@@ -62,8 +63,9 @@ def fold(metric: Tensor, k: int, *, order: Order, class_token: bool = False, pen
         ValueError: k is out of range.
     """
     n = metric.shape[1]
-    if not 1 <= k <= (n - 1) // 2:
-        raise ValueError(f"one fold of {n} tokens can merge 1 to {(n - 1) // 2} of them, not {k}")
+    most = (n - class_token) // 2
+    if not 1 <= k <= most:
+        raise ValueError(f"one fold of {n} tokens can merge 1 to {most} of them, not {k}")
     metric = F.normalize(metric, dim=-1)
     with true_fp32():
         cosine = metric[:, 0::2] @ metric[:, 1::2].mT  # (B, even, odd)
@@ -72,26 +74,28 @@ def fold(metric: Tensor, k: int, *, order: Order, class_token: bool = False, pen
         score = score - penalty[:, 0::2]
     if class_token:
         score[:, 0] = -torch.inf
-    merged = score.argsort(dim=-1, descending=True, stable=True)[:, :k]  # topk may break ties in any order
-    stays = torch.ones_like(score, dtype=torch.bool).scatter_(1, merged, False)
-    return _place(stays, partner, n, k, order)
+    best_first = score.argsort(dim=-1, descending=True, stable=True)  # topk may break ties in any order
+    return _place(best_first, partner, n, k, order)
 
 
-def _place(stays: Tensor, partner: Tensor, n: int, k: int, order: Order) -> Fold:
+def _place(best_first: Tensor, partner: Tensor, n: int, k: int, order: Order) -> Fold:
     """Number the tokens that stay; a merged one gets the number of its partner.
 
     Args:
-        stays: (B, even) bool, all but k of the even tokens.
+        best_first: (B, even) even tokens, as indices among these, of which the first k merge.
         partner: (B, even), index among the odd tokens.
     """
-    batch, even = stays.shape
+    batch, even = best_first.shape
     odd, n_out = n - even, n - k
-    index = torch.arange(n, device=stays.device).expand(batch, n)
+    index = torch.arange(n, device=best_first.device).expand(batch, n)
+    place = torch.empty_like(best_first).scatter_(1, best_first, index[:, :even])  # of each even token in best_first
+    stays = place >= k
     rank = stays.cumsum(dim=-1)  # remaining even tokens, up to and with this one
     if order == "position":
         even_slot, odd_slot = rank - 1 + index[:, :even], rank[:, :odd] + index[:, :odd]
     else:
-        even_slot, odd_slot = rank - 1, index[:, :odd] + (even - k)
+        even_slot = rank - 1 if order == "unmerged_first" else place - k
+        odd_slot = index[:, :odd] + (even - k)
     slot, target = rank.new_empty(2, batch, n)
     slot[:, 0::2] = torch.where(stays, even_slot, odd_slot.gather(1, partner))
     target[:, 0::2] = torch.where(stays, even_slot, n_out)  # one column more, cut off below
@@ -100,7 +104,7 @@ def _place(stays: Tensor, partner: Tensor, n: int, k: int, order: Order) -> Fold
     return Fold(slot, group_sizes(slot, n_out), survivor)
 
 
-def merge(x: Tensor, steps: Sequence[Fold]) -> Reduced:
+def merge(x: Tensor, steps: Sequence[Fold], sizes: Tensor | None = None) -> Reduced:
     """Apply folds, the first one first: each group becomes the mean of its original tokens.
 
     That is the size-weighted mean of every fold, without its rounding. Tokens come back in at least fp32.
@@ -108,20 +112,24 @@ def merge(x: Tensor, steps: Sequence[Fold]) -> Reduced:
     Args:
         x: (B, n, d).
         steps: folds of n, n - k_1, n - k_1 - k_2, ... tokens.
+        sizes: (B, n) int64, original tokens that each token of x is the mean of already; None: one.
     """
     batch, n, _ = x.shape
     group = source = torch.arange(n, device=x.device).expand(batch, n)
     for step in steps:
         group = step.slot.gather(1, group)
         source = source.gather(1, step.survivor)
-    sizes = group_sizes(group, source.shape[1])
-    tokens = group_sum(at_least_fp32(x), group, sizes) / sizes.unsqueeze(-1)
-    return Reduced(tokens, sizes, source, group)
+    members = group_sizes(group, source.shape[1])
+    values, total = at_least_fp32(x), members
+    if sizes is not None:
+        values, total = values * sizes.unsqueeze(-1), group_sizes(group, source.shape[1], sizes)
+    return Reduced(group_sum(values, group, members) / total.unsqueeze(-1), total, source, group)
 
 
-def group_sizes(slot: Tensor, groups: int) -> Tensor:
-    """(B, n) group of each token -> (B, groups) int64 tokens in each group."""
-    return slot.new_zeros(slot.shape[0], groups).scatter_add_(1, slot, torch.ones_like(slot))
+def group_sizes(slot: Tensor, groups: int, sizes: Tensor | None = None) -> Tensor:
+    """(B, n) group of each token, and (B, n) its own size (None: 1) -> (B, groups) int64 size of each group."""
+    own = torch.ones_like(slot) if sizes is None else sizes
+    return slot.new_zeros(slot.shape[0], groups).scatter_add_(1, slot, own)
 
 
 def group_sum(values: Tensor, slot: Tensor, sizes: Tensor) -> Tensor:

@@ -16,7 +16,6 @@ from foldserve.reducers.fold import Fold, Reduced, at_least_fp32, fold, group_su
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import AfterTower, InTower, Step
 from foldserve.reducers.options import Choice, Value
-from foldserve.reducers.refusal import InvalidReduction
 from foldserve.reducers.schedule import fold_schedule
 
 if TYPE_CHECKING:
@@ -123,13 +122,7 @@ class FolderCls(InTower):
     name = "folder_cls"
     summary = "Merges vision tokens inside the CLIP tower, those first that the class token attends to least."
     paper = _PAPER
-
-    def check(self, geometry: VisionGeometry, options: tuple[Value, ...]) -> None:
-        super().check(geometry, options)
-        if not geometry.class_token:
-            raise InvalidReduction(
-                "method 'folder_cls' needs a class token, which this model's tower has not", "method"
-            )
+    needs_class_token = True
 
     def schedule(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> tuple[Step, ...]:
         # the class token takes part

@@ -86,10 +86,19 @@ class InTower(Method):
 
     Attributes:
         proportional_attention: ln(size) of each token is added to the logits of its key in the layers after.
+        needs_class_token: the tower has to have one.
     """
 
     stage = Stage.IN_TOWER
     proportional_attention: ClassVar[bool] = False
+    needs_class_token: ClassVar[bool] = False
+
+    def check(self, geometry: VisionGeometry, options: tuple[Value, ...]) -> None:
+        super().check(geometry, options)
+        if self.needs_class_token and not geometry.class_token:
+            raise InvalidReduction(
+                f"method {self.name!r} needs a class token, which this model's tower has not", "method"
+            )
 
     @abstractmethod
     def schedule(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> tuple[Step, ...]:

@@ -37,6 +37,7 @@ class Plan:
         grid: (rows, columns) of the kept tokens, of methods that keep a grid.
         decoder: the method that works in the decoder, or "none".
         decoder_removed: tokens that it removes from layer K on.
+        keeps_positions: tokens that stay keep their positions in the decoder, and text goes on from the full length.
         seed: of methods that draw at random.
     """
 
@@ -48,6 +49,7 @@ class Plan:
     grid: tuple[int, int] | None = None
     decoder: str = "none"
     decoder_removed: int = 0
+    keeps_positions: bool = False
     seed: int = 0
 
     @property
@@ -103,6 +105,7 @@ class Plan:
             self.removed,
             _CODES.index(self.decoder),
             self.decoder_removed,
+            int(self.keeps_positions),
             self.seed,
             *codes,
             *[0] * (_MOST_OPTIONS - len(codes)),
@@ -111,10 +114,10 @@ class Plan:
     @classmethod
     def from_ints(cls, ints: Sequence[int], geometry: VisionGeometry) -> Plan:
         """The plan that gave these integers, on the same model."""
-        method, _, removed, decoder, decoder_removed, seed, *codes = ints
+        method, _, removed, decoder, decoder_removed, keeps, seed, *codes = ints
         options = METHODS[_CODES[method]].options if method else ()
         values = tuple(option.from_int(code) for option, code in zip(options, codes, strict=False))
-        plan = _plan(_CODES[method], geometry, removed, values, _CODES[decoder], decoder_removed)
+        plan = _plan(_CODES[method], geometry, removed, values, _CODES[decoder], decoder_removed, bool(keeps))
         return plan.with_seed(seed) if seed else plan
 
 
@@ -132,18 +135,24 @@ def make_plan(reduction: Reduction, geometry: VisionGeometry) -> Plan:
     if removed:
         removed = _fit(reduction, geometry, removed)
     decoder, decoder_removed = _in_decoder(reduction, geometry.tokens - removed)
-    return _plan(reduction.method, geometry, removed, options, decoder, decoder_removed)
+    return _plan(reduction.method, geometry, removed, options, decoder, decoder_removed, reduction.positions == "keep")
 
 
 @lru_cache(maxsize=4096)
 def _plan(
-    name: str, geometry: VisionGeometry, removed: int, options: tuple[Value, ...], decoder: str, decoder_removed: int
+    name: str,
+    geometry: VisionGeometry,
+    removed: int,
+    options: tuple[Value, ...],
+    decoder: str,
+    decoder_removed: int,
+    keeps_positions: bool,
 ) -> Plan:
     if removed == 0:
         return Plan("none", geometry.tokens, decoder=decoder, decoder_removed=decoder_removed)
     method = METHODS[name]
     steps, grid = method.schedule(geometry, removed, options), method.grid(geometry, removed, options)
-    return Plan(name, geometry.tokens, removed, steps, options, grid, decoder, decoder_removed)
+    return Plan(name, geometry.tokens, removed, steps, options, grid, decoder, decoder_removed, keeps_positions)
 
 
 def _tokens_to_remove(reduction: Reduction, encoded: int) -> int:
@@ -169,7 +178,11 @@ def _tokens_to_remove(reduction: Reduction, encoded: int) -> int:
 def _fit(reduction: Reduction, geometry: VisionGeometry, removed: int) -> int:
     """What the method really removes; an exact count or a square that it can't give is refused."""
     name = reduction.method
-    fitting = METHODS[name].removable(geometry, removed, reduction.option_values)
+    try:
+        fitting = METHODS[name].removable(geometry, removed, reduction.option_values)
+    except InvalidReduction as refusal:
+        by_count = refusal.param == "ratio" and reduction.keep_tokens is not None
+        raise InvalidReduction(str(refusal), "keep_tokens" if by_count else refusal.param) from None
     kept = geometry.tokens - fitting
     if reduction.keep_tokens not in (None, kept):
         raise InvalidReduction(

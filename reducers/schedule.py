@@ -23,3 +23,9 @@ def fold_schedule(tokens: int, removed: int) -> tuple[int, ...]:
         tokens -= folds[-1]
         removed -= folds[-1]
     return tuple(folds)
+
+
+def even_schedule(removed: int, layers: int) -> tuple[int, ...]:
+    """The same number in every layer; where that does not come out even, one more in the earlier ones."""
+    each, more = divmod(removed, layers)
+    return (each + 1,) * more + (each,) * (layers - more)

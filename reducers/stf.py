@@ -16,6 +16,8 @@ from reprlib import repr as _short
 import torch
 from torch import Tensor, nn
 
+from foldserve.reducers.method import Projector
+
 LAYERS = (23, 21, 18, 15, 12, 9, 6, 3)
 """Hidden states of CLIP-L that the released checkpoints fuse; the paper says 24, but their select layer -2 is 23."""
 
@@ -160,3 +162,11 @@ def _side(patches: int, kernel: int) -> int:
             f"LLaVA-STF needs a square grid of at least {kernel} x {kernel} tokens (stf.kernel), not {patches} tokens"
         )
     return side
+
+
+class Stf(Projector):
+    """The entry of the registry."""
+
+    name = "stf"
+    summary = "Fuses windows of vision tokens in a trained projector; the checkpoint fixes how many are left."
+    paper = "Learning Compact Vision Tokens for Efficient Large Multimodal Models"

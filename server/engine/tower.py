@@ -44,6 +44,16 @@ class Tower:
         return self._inner.encoder.layers
 
     @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches."""
+        return self._grid
+
+    @property
+    def class_token(self) -> bool:
+        """Hidden states start with a class token."""
+        return self._is_clip
+
+    @property
     def patch_size(self) -> int:
         """Pixels along a patch's side."""
         return self._inner.embeddings.patch_size
@@ -106,7 +116,8 @@ def attend(layer: _Layer, hidden: torch.Tensor, key_bias: torch.Tensor | None) -
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attention.scale)
         attended = attended.transpose(1, 2).flatten(2)
     projected, _ = attention.out_proj(attended)
-    seen = LayerAttention(queries, keys, attention.scale, key_bias)
+    has_class_token = isinstance(layer, CLIPEncoderLayer)
+    seen = LayerAttention(queries, keys, attention.scale, key_bias, class_token=has_class_token)
     if attention.tp_size > 1:
         seen = replace(seen, ranks=attention.tp_size, mean_over_ranks=_mean_over_ranks)
     return hidden + projected, seen

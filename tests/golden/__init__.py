@@ -11,23 +11,43 @@ from pathlib import Path
 
 from tests.golden.case import Case, Row, Unsupported, load_cases, load_tables
 from tests.golden.folder import check_fold_schedule, check_folder, check_folder_cls, check_ratio
+from tests.golden.illava import (
+    check_fastv,
+    check_fastv_kept,
+    check_illava_llm,
+    check_illava_removed,
+    check_illava_vit,
+)
+from tests.golden.pooling import check_pooling
+from tests.golden.prumerge import check_prumerge
 from tests.golden.stf import check_stf
+from tests.golden.tome import check_tome, check_tome_schedule, check_turbo
 from tests.golden.tower import check_folder_tower
 from tests.golden.vtw import check_vtw
 
 HERE = Path(__file__).parent
 
 CHECKS: Mapping[str, Callable[[Case], None]] = {
+    "fastv": check_fastv,
     "folder": check_folder,
     "folder_cls": check_folder_cls,
     "folder_tower": check_folder_tower,
+    "illava_llm": check_illava_llm,
+    "illava_vit": check_illava_vit,
+    "pooling": check_pooling,
+    "prumerge": check_prumerge,
     "stf": check_stf,
+    "tome": check_tome,
+    "turbo": check_turbo,
     "vtw": check_vtw,
 }
 
 TABLES: Mapping[str, Callable[[Row], None]] = {
+    "fastv_keep_round": check_fastv_kept,
     "folder_fold_schedule": check_fold_schedule,
+    "illava_r_round": check_illava_removed,
     "ratio_to_r_int": check_ratio,
+    "tome_parse_r": check_tome_schedule,
 }
 
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
-
 from foldserve.reducers.fold import group_sum
 from foldserve.reducers.folder import folder, folder_cls
 from foldserve.reducers.plan import Reduction, VisionGeometry, fold_schedule, make_plan

@@ -60,11 +60,9 @@ class Layer:
     def attend(self, hidden: Tensor) -> tuple[Tensor, LayerAttention]:
         """(B, n, d) -> the same after attention, and what it was made of."""
         x = self._norm("layer_norm1", hidden)
-        query, key, value = (
-            self._linear(f"self_attn.{name}_proj", x).unflatten(-1, (self.heads, -1)) for name in "qkv"
-        )
-        heads_first = (x.transpose(1, 2) for x in (query, key, value))
-        attended = F.scaled_dot_product_attention(*heads_first).transpose(1, 2).flatten(2)
+        query, key, value = (self._heads(self._linear(f"self_attn.{name}_proj", x)) for name in "qkv")
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         attention = LayerAttention(query, key, query.shape[-1] ** -0.5)
         return hidden + self._linear("self_attn.out_proj", attended), attention
 
@@ -73,6 +71,10 @@ class Layer:
         x = self._linear("mlp.fc1", self._norm("layer_norm2", hidden))
         x = x * torch.sigmoid(1.702 * x) if self.act == "quick_gelu" else F.gelu(x, approximate="tanh")
         return hidden + self._linear("mlp.fc2", x)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(B, n, d) -> (B, n, heads, head_dim)"""
+        return x.view(*x.shape[:2], self.heads, -1)
 
     def _linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, *self._parameters(name))

@@ -35,8 +35,6 @@ class Batch:
         if self.plan.method == "folder":
             return folder(self.patches, self.plan.folds)
         reduced = folder_cls(self.x, self.keys, self.attention, self.plan.folds)
-        assert torch.equal(reduced.tokens[:, 0], self.x[:, 0])  # the class token: first, and as it was
-        assert (reduced.group[:, 0] == 0).all()
         return Reduced(reduced.tokens[:, 1:], reduced.sizes[:, 1:], reduced.source[:, 1:] - 1, reduced.group[:, 1:] - 1)
 
     def rows(self, index: Any) -> Batch:
@@ -175,10 +173,13 @@ def test_ties_go_to_the_first(order: Any) -> None:
 
 @given(batches())
 def test_class_token_neither_goes_nor_receives(batch: Batch) -> None:
-    tokens, sizes, source, _ = folder(batch.x, batch.plan.folds, class_token=True)
-    assert torch.equal(tokens[:, 0], batch.x[:, 0])
-    assert (sizes[:, 0] == 1).all()
-    assert (source[:, 0] == 0).all()
+    outside = folder(batch.x, batch.plan.folds, class_token=True)
+    inside = folder_cls(batch.x, batch.keys, batch.attention, batch.plan.folds)
+    for tokens, sizes, source, group in (outside, inside):
+        assert torch.equal(tokens[:, 0], batch.x[:, 0])
+        assert (sizes[:, 0] == 1).all()
+        assert (source[:, 0] == 0).all()
+        assert (group[:, 0] == 0).all()
 
 
 def test_no_folds_is_the_identity() -> None:
@@ -187,10 +188,15 @@ def test_no_folds_is_the_identity() -> None:
     assert torch.equal(folder_cls(x, x, x[..., 0], ()).tokens, x)
 
 
-@pytest.mark.parametrize("k", [0, -1, 4])
+@pytest.mark.parametrize("k", [0, -1, 5])
 def test_a_fold_refuses_more_than_half(k: int) -> None:
-    with pytest.raises(ValueError, match="1 to 3 of them"):
+    with pytest.raises(ValueError, match="1 to 4 of them"):
         fold(torch.randn(1, 8, 4), k, order="position")
+
+
+def test_a_class_token_is_not_one_of_the_half() -> None:
+    with pytest.raises(ValueError, match="1 to 3 of them"):
+        fold(torch.randn(1, 8, 4), 4, order="position", class_token=True)
 
 
 @pytest.mark.parametrize("method", ["folder", "folder_cls"])

@@ -1,0 +1,123 @@
+"""iLLaVA: An Image is Worth Fewer Than 1/3 Input Tokens in Large Multimodal Models.
+
+The tokens that are attended to least become one token: in layers of the tower, and again before decoder layer K.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from foldserve.reducers.fold import Reduced, at_least_fp32, group_sizes, group_sum
+from foldserve.reducers.geometry import VisionGeometry
+from foldserve.reducers.method import Decoder, InTower, Step
+from foldserve.reducers.options import Layers, Value
+from foldserve.reducers.refusal import InvalidReduction
+from foldserve.reducers.schedule import even_schedule
+
+if TYPE_CHECKING:
+    from foldserve.reducers.attention import LayerAttention
+    from foldserve.reducers.plan import Plan
+
+
+def illava(x: Tensor, score: Tensor, r: int) -> Reduced:
+    """Merge the r + 1 tokens of lowest score into one, at the place of the highest of them; the order stays.
+
+    The least attended weighs most: weights r + 1, r, ..., 1 from the lowest score on, normalised, as in the authors'
+    code. Of equal scores the earlier token counts as lower.
+
+    Args:
+        x: (B, n, d), any float dtype.
+        score: (B, n), attention that each token receives; infinite for a token that has to stay as it is.
+        r: tokens to remove, 0 <= r < n.
+
+    Returns:
+        n - r tokens; the merged one's `sizes` is r + 1, its weights are not uniform.
+
+    Raises:
+        ValueError: r is out of range.
+    """
+    batch, n = score.shape
+    if not 0 <= r < n:
+        raise ValueError(f"{r} of {n} tokens cannot be merged into another: 0 to {n - 1} can")
+    lowest = score.argsort(dim=-1, stable=True)[:, : r + 1]  # (B, r + 1)
+    weights = torch.arange(r + 1, 0, -1, device=x.device, dtype=at_least_fp32(x).dtype)
+    weight = weights.new_ones(batch, n).scatter_(1, lowest, (weights / weights.sum()).expand(batch, -1))
+    source = without(lowest[:, :r], n)
+    slot = torch.zeros_like(lowest[:, :1]).expand(batch, n).scatter(1, source, _count(n - r, lowest))
+    merged_into = slot.gather(1, lowest[:, r:])  # (B, 1), the slot of the highest of them
+    group = slot.scatter(1, lowest, merged_into.expand_as(lowest))
+    sizes = group_sizes(group, n - r)
+    tokens = group_sum(at_least_fp32(x) * weight.unsqueeze(-1), group, sizes)
+    return Reduced(tokens.to(x.dtype), sizes, source, group)
+
+
+def image_score(last_row: Tensor, is_image: Tensor) -> Tensor:
+    """What the decoder's half scores a prompt by: text has to stay.
+
+    Args:
+        last_row: (B, n), attention of the last prompt token in layer K - 1, mean over heads.
+        is_image: (B, n) bool.
+    """
+    return last_row.masked_fill(~is_image, torch.inf)
+
+
+def without(removed: Tensor, n: int) -> Tensor:
+    """(B, r) distinct indices of n -> (B, n - r), the others, ascending."""
+    gone = removed.new_zeros(removed.shape[0], n).scatter_(1, removed, 1)
+    return gone.argsort(dim=-1, stable=True)[:, : n - removed.shape[1]]
+
+
+def _count(m: int, like: Tensor) -> Tensor:
+    """(B, m): 0 ... m - 1 in every row."""
+    return torch.arange(m, device=like.device).expand(like.shape[0], m)
+
+
+_PAPER = "iLLaVA: An Image is Worth Fewer Than 1/3 Input Tokens in Large Multimodal Models"
+
+
+class Illava(InTower):
+    """The same number of tokens goes in each of some layers; with a class token, that one stays as it is."""
+
+    name = "illava"
+    summary = "Merges the vision tokens that are attended to least into one, in some layers of the tower."
+    paper = _PAPER
+    options = (Layers("layers", (5, 6, 7, 8), "tower layers in which tokens go"),)
+    decoder_half = "illava_decoder"
+
+    def check(self, geometry: VisionGeometry, options: tuple[Value, ...]) -> None:
+        super().check(geometry, options)
+        (layers,) = options
+        if not isinstance(layers, tuple) or layers[-1] >= geometry.layers:
+            raise InvalidReduction(
+                f"layers {layers} are not all in this model's vision tower: it runs 0 to {geometry.layers - 1}",
+                "layers",
+            )
+
+    def schedule(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> tuple[Step, ...]:
+        (layers,) = options
+        assert isinstance(layers, tuple)  # as the option parsed it
+        return tuple(Step(r, layer) for r, layer in zip(even_schedule(removed, len(layers)), layers, strict=True) if r)
+
+    def reduce(
+        self, x: Tensor, sizes: Tensor, attention: LayerAttention, removed: tuple[int, ...], plan: Plan
+    ) -> Reduced:
+        score = attention.attention_received()
+        if attention.class_token:
+            score[:, 0] = torch.inf
+        reduced = illava(x, score, sum(removed))
+        return reduced._replace(sizes=group_sizes(reduced.group, reduced.tokens.shape[1], sizes))
+
+
+class IllavaDecoder(Decoder):
+    """The decoder's half."""
+
+    name = "illava_decoder"
+    summary = "Merges the vision tokens that the last prompt token attends to least, before decoder layer K."
+    paper = _PAPER
+    default_ratio = 0.3
+
+    def removed(self, tokens: int, ratio: float | None) -> int:
+        return round(tokens * ratio) if ratio else 0  # halves to even, as the authors round

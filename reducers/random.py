@@ -1,0 +1,48 @@
+"""Random choice of tokens: the control that every published method should beat."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from foldserve.reducers.fold import Reduced
+from foldserve.reducers.method import AfterTower
+
+if TYPE_CHECKING:
+    from foldserve.reducers.plan import Plan
+
+
+def draw(n: int, kept: int, seed: int) -> Tensor:
+    """`kept` of n indices, ascending, on the CPU: (kept,) int64; the same for a seed on every machine."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(n, generator=generator)[:kept].sort().values
+
+
+def keep(x: Tensor, kept: Tensor) -> Reduced:
+    """Keep some tokens as they are.
+
+    Args:
+        x: (B, n, d).
+        kept: (m,) distinct indices, ascending.
+
+    Returns:
+        m tokens of size 1; `group` is -1 for what was dropped.
+    """
+    source = kept.to(x.device, non_blocking=True).expand(x.shape[0], -1)
+    slots = torch.arange(len(kept), device=x.device).expand_as(source)
+    group = source.new_full(x.shape[:2], -1).scatter_(1, source, slots)
+    tokens = x.gather(1, source.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    return Reduced(tokens, torch.ones_like(source), source, group)
+
+
+class Random(AfterTower):
+    """The image decides the draw, so that equal requests get equal answers."""
+
+    name = "random"
+    summary = "Keeps vision tokens drawn at random, the same ones for the same image; the control of every method."
+    seeded = True
+
+    def reduce(self, x: Tensor, plan: Plan) -> Reduced:
+        return keep(x, draw(plan.encoded, plan.kept, plan.seed))
