@@ -1,4 +1,4 @@
-"""FOLDER written down one token at a time, in Python lists and fp64: slow, and as plain as the paper's prose."""
+"""The methods written down one token at a time, in Python lists and fp64: slow, and as plain as the papers' prose."""
 
 from __future__ import annotations
 
@@ -37,8 +37,41 @@ def naive_folder_cls(x: Tensor, keys: Tensor, attention: Tensor, folds: tuple[in
     return tokens[1:]
 
 
-def _fold(tokens: list[Token], k: int, *, spared: int | None, weight: float) -> list[Token]:
-    """Remaining even tokens, then all the odd ones."""
+def naive_tome(
+    x: Tensor, keys: Tensor, sizes: Tensor, r: int, *, class_token: bool, attention: Tensor | None = None
+) -> list[Token]:
+    """(n, d), (n, d_k), (n,) and Turbo's (n,): one step of ToMe, of Turbo if there is an attention."""
+    n = len(x)
+    attention = torch.zeros(n, dtype=x.dtype) if attention is None else attention
+    tokens = [  # as many members as its size, of which only the first is in the sequence
+        Token(x[i], keys[i], attention[i], (i, *range(n, n + size - 1))) for i, size in enumerate(sizes.tolist())
+    ]
+    return _fold(tokens, r, spared=0 if class_token else None, weight=300.0, best_first=not class_token)
+
+
+def naive_illava(x: Tensor, score: Tensor, r: int) -> tuple[list[int], list[Tensor]]:
+    """(n, d), (n,) -> indices of the tokens that stay, and their values."""
+    lowest = sorted(range(len(x)), key=lambda i: float(score[i]))[: r + 1]
+    total = sum(range(1, r + 2))
+    merged = sum(((r + 1 - place) / total * x[i] for place, i in enumerate(lowest)), torch.zeros_like(x[0]))
+    kept = [i for i in range(len(x)) if i not in lowest[:-1]]
+    return kept, [merged if i == lowest[-1] else x[i] for i in kept]
+
+
+def naive_prumerge(x: Tensor, attention: Tensor, keys: Tensor, count: int) -> tuple[list[int], list[Tensor]]:
+    """(n, d), (n,), (n, d_k) -> selected tokens, and what they and all others become."""
+    by_attention = sorted(range(len(x)), key=lambda i: -float(attention[i]))
+    selected, others = by_attention[:count], by_attention[count:]
+    out = []
+    for i in selected:
+        cosine = [float(F.cosine_similarity(keys[i], keys[j], dim=0)) for j in range(len(x))]
+        near = sorted((j for j in range(len(x)) if j != i), key=lambda j: -cosine[j])[:32]
+        out.append(x[i] + sum((attention[j] * x[j] for j in near), torch.zeros_like(x[i])))
+    return selected, [*out, sum((attention[j] * x[j] for j in others), torch.zeros_like(x[0]))]
+
+
+def _fold(tokens: list[Token], k: int, *, spared: int | None, weight: float, best_first: bool = False) -> list[Token]:
+    """Remaining even tokens, in their order or by score, then all the odd ones."""
     even, odd = tokens[0::2], tokens[1::2]
     best, score = [], []
     for a in even:
@@ -48,7 +81,10 @@ def _fold(tokens: list[Token], k: int, *, spared: int | None, weight: float) -> 
     candidates = [i for i, token in enumerate(even) if token.members[0] != spared]
     merged = sorted(candidates, key=lambda i: -score[i])[:k]
     groups = [[b, *(even[i] for i in sorted(merged) if best[i] == j)] for j, b in enumerate(odd)]
-    return [token for i, token in enumerate(even) if i not in merged] + [_mean(group) for group in groups]
+    left = [i for i in range(len(even)) if i not in merged]
+    if best_first:
+        left.sort(key=lambda i: -score[i])
+    return [even[i] for i in left] + [_mean(group) for group in groups]
 
 
 def _mean(group: list[Token]) -> Token:
