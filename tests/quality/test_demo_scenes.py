@@ -12,7 +12,7 @@ from PIL import Image
 
 from foldserve.server.quality.demo.examples import Example, questions
 from foldserve.server.quality.demo.glyphs import SHAPES, digit_mask, shape_mask
-from foldserve.server.quality.demo.questions import ALL_KINDS, NUMERALS, REFERENTS, UNKNOWN, Turn, ask
+from foldserve.server.quality.demo.questions import ALL_KINDS, NUMERALS, REFERENTS, UNKNOWN, ask
 from foldserve.server.quality.demo.scene import COLOR_NAMES, COLORS, GRID, LABELS, PLACES, Object, Scene, draw_scene
 
 
@@ -193,7 +193,3 @@ def test_messages_hold_the_image_once_and_all_turns() -> None:
         {"role": "assistant", "content": "red"},
         {"role": "user", "content": "what shape is it?"},
     ]
-
-
-def test_turns_are_values() -> None:
-    assert Turn("a", "b") == Turn("a", "b", ())

@@ -34,6 +34,7 @@ def export(model: DemoLlava, folder: Path, dtype: torch.dtype = torch.bfloat16) 
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.to(dtype).cpu().contiguous() for name, weight in published_weights(model).items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "model.safetensors").chmod(0o644)  # safetensors makes it private
     write_config(folder, model.geometry, special_ids(), str(dtype).removeprefix("torch."))
     save_tokenizer(folder)
 

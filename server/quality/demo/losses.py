@@ -26,7 +26,7 @@ class ClassHeads(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(..., classes) for each."""
-        return torch.split(self.linear(x).float(), self.sizes, -1)  # type: ignore[no-untyped-call,no-any-return]
+        return torch.split(self.linear(x).float(), self.sizes, -1)
 
 
 def patch_loss(heads: ClassHeads, features: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

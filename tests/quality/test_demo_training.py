@@ -1,0 +1,207 @@
+"""Training at a tiny size: packing hides nothing and leaks nothing, resuming is exact, the export is the same model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+from foldserve.server.quality.demo import losses
+from foldserve.server.quality.demo.batch import Batch, Text, draw_batch, encode, normalise, pack
+from foldserve.server.quality.demo.examples import questions
+from foldserve.server.quality.demo.export import export
+from foldserve.server.quality.demo.model import DemoLlava
+from foldserve.server.quality.demo.muon import orthogonalise
+from foldserve.server.quality.demo.questions import ALL_KINDS, UNKNOWN, Turn, ask
+from foldserve.server.quality.demo.scene import draw_scene
+from foldserve.server.quality.demo.tokenizer import build_tokenizer, special_ids
+from foldserve.server.quality.demo.training import GEOMETRY, Recipe, Stage, Trainer, forward
+
+TINY = replace(GEOMETRY, hidden_size=64, num_layers=3, num_heads=2, vision_hidden=32, vision_layers=3, vision_heads=1)
+RECIPE = Recipe(
+    vision=Stage("vision", steps=4, images=2),
+    answers=Stage("answers", steps=4, images=2, vision_rate=0.1),
+    geometry=TINY,
+    text_tokens=96,
+    warmup=2,
+    phrase_layer=2,
+    early_layer=2,
+)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def model() -> DemoLlava:
+    torch.manual_seed(0)
+    return DemoLlava(TINY, special_ids().vocab_size).eval()
+
+
+def logits(model: DemoLlava, batch: Batch) -> torch.Tensor:
+    with torch.inference_mode():
+        last = TINY.num_layers
+        return model.logits(forward(model, model.vision(batch.pixels), batch, {last})[last])
+
+
+def rows(text: Text, **changes: torch.Tensor) -> Text:
+    """`text`, one row, as a batch of one."""
+    return Text(**{name: value[None] for name, value in (vars(text) | changes).items()})
+
+
+def test_a_packed_dialogue_has_the_logits_it_has_alone(model: DemoLlava) -> None:
+    rng = np.random.default_rng(0)
+    scene = draw_scene(rng)
+    dialogues = [dialogue for kind in ALL_KINDS if (dialogue := ask(rng, scene, kind)) is not None]
+    pixels, labels = normalise(scene.pixels[None]), torch.from_numpy(scene.labels[None])
+    order, span = torch.randperm(144)[None], torch.tensor([100])
+    packed = pack(np.random.default_rng(1), dialogues, 256)
+    together = logits(model, Batch(pixels, labels, rows(packed), order, span))[0]
+    assert int(packed.segments.max()) + 1 == len(dialogues)
+    for segment in range(len(dialogues)):
+        own = packed.segments == segment
+        alone = Text(**{name: value[own] for name, value in vars(packed).items()})
+        apart = logits(model, Batch(pixels, labels, rows(alone), order, span))[0]
+        torch.testing.assert_close(together[own], apart, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_are_full_and_targets_are_the_answers() -> None:
+    batch = draw_batch(np.random.default_rng(0), images=8, tokens=192)
+    assert (batch.text.segments >= 0).float().mean() > 0.95
+    assert batch.text.segments.max(1).values.min() >= 8
+    judged = batch.text.targets != UNKNOWN
+    following = batch.text.ids.roll(-1, 1)
+    assert torch.equal(batch.text.targets[judged], following[judged])
+    assert torch.equal(batch.order.sort(1).values, torch.arange(144).expand(8, -1))
+    assert not torch.equal(batch.order[0], batch.order[1])
+    positions = batch.positions()
+    assert positions.shape == (8, 2 + 144 + 192) and bool((positions[:, 2:146].diff(dim=1) > 0).all())
+    starts = batch.text.offsets == 0
+    assert torch.equal(positions[:, 146:][starts & (batch.text.segments >= 0)] - 2,
+                       batch.span[:, None].expand_as(starts)[starts & (batch.text.segments >= 0)])  # fmt: skip
+
+
+def test_a_referent_stands_at_the_last_token_of_its_phrase() -> None:
+    turns = (Turn("where is the red circle?", "at the top", ((23, (2, 1, 1, 1, 1)),)), Turn("what color is it?", "red"))
+    ids, targets, referents = encode(turns)
+    tokenizer, special = build_tokenizer(), special_ids()
+    assert tokenizer.decode([ids[i] for i, referent in enumerate(referents) if referent[0] == 2]) == "circle"
+    assert ids.count(special.user) == 1 and ids.count(special.assistant) == 2
+    answers = [tokenizer.decode([target]) for target in targets if target not in (UNKNOWN, special.eos)]
+    assert answers == ["at", "the", "top", "red"] and targets.count(special.eos) == 2
+
+
+def test_the_order_of_a_batch_is_that_of_the_decoder(model: DemoLlava) -> None:
+    batch = draw_batch(np.random.default_rng(3), images=1, tokens=64)
+    in_place = replace(batch, order=torch.arange(144)[None])
+    assert not torch.allclose(logits(model, batch), logits(model, in_place), atol=1e-5)
+    with torch.inference_mode():
+        shuffled = model.vision(batch.pixels)[:, batch.order[0]]
+        by_hand = model.logits(forward(model, shuffled, in_place, {TINY.num_layers})[TINY.num_layers])
+    torch.testing.assert_close(by_hand, logits(model, batch))
+
+
+def test_accuracy_of_a_batch_counts_whole_dialogues() -> None:
+    batch = draw_batch(np.random.default_rng(0), images=4, tokens=192)
+    wanted = batch.text.targets.clamp(min=0)
+    perfect = torch.nn.functional.one_hot(wanted, special_ids().vocab_size).float()
+    assert all(float(share) == 1 for share in losses.answers_right(perfect, batch).values())
+    first = int(((batch.text.segments[0] == 0) & (batch.text.targets[0] != UNKNOWN)).nonzero()[0])
+    perfect[0, first] = perfect[0, first].roll(1)
+    kind = ALL_KINDS[int(batch.text.kinds[0, 0])]
+    shares = losses.answers_right(perfect, batch)
+    assert float(shares.pop(kind)) < 1 and all(float(share) == 1 for share in shares.values())
+
+
+def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
+    torch.manual_seed(0)
+    for shape in ((3, 40, 16), (3, 16, 40), (1, 32, 20)):
+        values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
+        assert float(values.min()) > 0.5 and float(values.max()) < 1.3
+
+
+@pytest.mark.parametrize("stop", [2, 4, 6], ids=["in the first stage", "between stages", "in the second stage"])
+def test_a_stopped_run_continues_bit_for_bit(stop: int, tmp_path: Path) -> None:
+    whole = Trainer(RECIPE, tmp_path / "whole", CPU, compile_blocks=False)
+    whole.run()
+
+    class Stopped(Exception):
+        pass
+
+    steps, original = 0, Trainer.train_step
+
+    class Interrupted(Trainer):
+        def train_step(self) -> dict[str, torch.Tensor]:
+            nonlocal steps
+            if steps == stop:
+                self.save()
+                raise Stopped
+            steps += 1
+            return original(self)
+
+    with pytest.raises(Stopped):
+        Interrupted(RECIPE, tmp_path / "parts", CPU, compile_blocks=False).run()
+    resumed = Trainer(RECIPE, tmp_path / "parts", CPU, compile_blocks=False)
+    resumed.run()
+    for name, weight in whole.modules.state_dict().items():
+        assert torch.equal(weight, resumed.modules.state_dict()[name]), name
+
+
+def test_a_directory_of_another_seed_is_refused(tmp_path: Path) -> None:
+    Trainer(RECIPE, tmp_path, CPU, compile_blocks=False).save()
+    with pytest.raises(ValueError, match="seed 0, and 1 was asked for"):
+        Trainer(replace(RECIPE, seed=1), tmp_path, CPU, compile_blocks=False)
+
+
+def test_training_learns_and_logs(tmp_path: Path) -> None:
+    recipe = replace(RECIPE, vision=Stage("vision", 2, 2), answers=Stage("answers", 12, 4, rate=3e-3))
+    Trainer(recipe, tmp_path, CPU, compile_blocks=False).run(log_every=4)
+    log = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
+    assert [(entry["stage"], entry["step"]) for entry in log] == [
+        ("vision", 2), ("answers", 4), ("answers", 8), ("answers", 12),
+    ]  # fmt: skip
+    assert log[-1]["loss"] < 0.8 * log[1]["loss"]
+    assert {"count", "phrase_cell", "patch_digit", "early"} <= log[-1].keys()
+
+
+def test_rates_rise_stay_and_fall() -> None:
+    recipe = Recipe()
+    stage = replace(recipe.answers, steps=1000, rate=1.0)
+    rates = [recipe.rate(stage, step) for step in range(1000)]
+    assert rates[0] == 1 / recipe.warmup and rates[recipe.warmup : 501] == [1.0] * (501 - recipe.warmup)
+    assert all(a > b for a, b in pairwise(rates[501:])) and rates[-1] < 0.01
+
+
+def test_the_export_is_the_model_that_was_trained(model: DemoLlava, tmp_path: Path) -> None:
+    export(model, tmp_path, torch.float32)
+    stock, info = LlavaForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info.values()), info
+    processor: Any = AutoProcessor.from_pretrained(tmp_path)
+    for example in questions(0, 3):
+        text = processor.apply_chat_template(example.messages(), add_generation_prompt=True)
+        inputs = processor(images=example.image, text=text, add_special_tokens=False, return_tensors="pt")
+        with torch.inference_mode():
+            theirs = stock(**inputs).logits[0, 146:]
+        ids = inputs["input_ids"][0, 146:]
+        count = len(ids)
+        row = Text(
+            ids,
+            torch.arange(count),
+            torch.zeros_like(ids),
+            ids,
+            torch.zeros(count, 5, dtype=torch.long),
+            torch.zeros_like(ids),
+        )
+        batch = Batch(
+            normalise(np.array(example.image)[None]),
+            torch.zeros(1, 144, 9, dtype=torch.long),
+            rows(row),
+            torch.arange(144)[None],
+            torch.tensor([144]),
+        )
+        torch.testing.assert_close(logits(model, batch)[0], theirs, rtol=1e-4, atol=1e-4)
