@@ -3,7 +3,7 @@
 The layers < K ("shallow") and >= K ("deep") own separate KV cache groups; the deep ones hold ceil(T(n) / block) blocks
 for n tokens of which T(n) are kept. From plan to page: `core` (T) -> `spec`, `layout` (groups) -> `scheduler`,
 `manager`, `prefix` (blocks) -> `runner_v1` or `state_v2`, `batch`, `metadata` (rows and slots of a step) -> `decoder`,
-`attention`. Everything that imports vLLM's engine is imported on use.
+`attention`, `choose` (which tokens FastV and iLLaVA keep). Everything that imports vLLM's engine is imported on use.
 """
 
 from __future__ import annotations
@@ -11,17 +11,20 @@ from __future__ import annotations
 from typing import Any
 
 from foldserve.server.engine.withdrawal.core import TokenMap, mark, unmark
-from foldserve.server.engine.withdrawal.requests import refuse_request
+from foldserve.server.engine.withdrawal.requests import Room, refuse_prompt, refuse_request
 
 __all__ = [
+    "Room",
     "TokenMap",
     "check",
     "configure",
     "mark",
     "model_state_cls",
+    "refuse_prompt",
     "refuse_request",
     "register",
     "select_decoder",
+    "step_room",
     "unmark",
     "withdraw_layer",
 ]
@@ -47,7 +50,7 @@ def model_state_cls() -> type[Any]:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("check", "configure", "select_decoder", "withdraw_layer"):
+    if name in ("check", "configure", "select_decoder", "step_room", "withdraw_layer"):
         from foldserve.server.engine.withdrawal import config
 
         return getattr(config, name)

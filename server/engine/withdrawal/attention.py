@@ -10,11 +10,17 @@ arguments that are not kept, under a name that is taken; a module of our own wou
 
 from __future__ import annotations
 
+from typing import Any
+
+from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
+from vllm.forward_context import get_forward_context
 from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 
+from foldserve.server.engine.withdrawal.choose import last_token_scores
 from foldserve.server.engine.withdrawal.metadata import deep_backend
 from foldserve.server.engine.withdrawal.spec import DeepAttentionSpec, ShallowAttentionSpec
 
@@ -57,3 +63,33 @@ def adopt(op: Attention, cls: type[ShallowAttention] | type[DeepAttention], buck
         raise ValueError(f"--withdraw-layer knows vLLM's Attention only; {op.layer_name} is a {type(op).__name__}")
     op.__class__ = cls
     op.bucket = bucket
+
+
+def score_in(op: Attention, deep_op: str) -> None:
+    """Makes the op of layer K-1 score prompts whose image tokens are to be chosen, for the deep layers.
+
+    The op's impl becomes a subclass of what it is. It is called from inside vLLM's attention op, so it runs outside the
+    compiled graph, with the very queries and keys of the layer: nothing is computed twice, and a step without such
+    prompts pays one look-up. The scores go to the metadata of the deep layers, as `deep_scores`.
+
+    Args:
+        deep_op: name of an op of the deep layers.
+    """
+    impl: Any = type(op.impl)
+
+    def forward(self: Any, layer: Attention, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        of_step = get_forward_context().attn_metadata
+        if isinstance(of_step, dict) and of_step[deep_op].deep_prompts:
+            q = query if query.dtype.itemsize > 1 else query.float() * layer._q_scale  # fp8, if the KV cache is
+            scores = [last_token_scores(q, key, prompt, self.scale) for prompt in of_step[deep_op].deep_prompts]
+            of_step[deep_op].deep_scores = [_over_all_heads(of_prompt) for of_prompt in scores]
+        output: Tensor = impl.forward(self, layer, query, key, *args, **kwargs)
+        return output
+
+    op.impl.__class__ = type(f"Scoring{impl.__name__}", (impl,), {"forward": forward})
+
+
+def _over_all_heads(scores: Tensor) -> Tensor:
+    """The mean over the heads of all ranks: an all-reduce gives every rank the same bits, hence the same choice."""
+    ranks = get_tensor_model_parallel_world_size()
+    return scores if ranks == 1 else tensor_model_parallel_all_reduce(scores) / ranks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,26 @@ Ints = NDArray[np.int64]
 
 NOT_STORED = -1
 """Compact position of a row that writes no KV."""
+
+
+@dataclass(frozen=True)
+class ChosenImage:
+    """An image of which `kept` of `tokens` tokens stay: its first row, and where the kept ones begin among `rows`."""
+
+    method: str
+    row: int
+    tokens: int
+    kept: int
+    deep_row: int
+
+
+@dataclass(frozen=True)
+class ChosenPrompt:
+    """A prompt of `tokens` tokens, all in this step, its first row, and its images of which tokens are chosen."""
+
+    row: int
+    tokens: int
+    images: tuple[ChosenImage, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,6 +50,7 @@ class DeepBatch:
         positions: (m,) compact position of each row, or NOT_STORED.
         query_lens: (r,) rows of each request.
         seq_lens: (r,) kept tokens of each request after this step.
+        prompts: whose kept image tokens are chosen in this step; until then `rows` has any of the image in their place.
     """
 
     rows: Ints | None
@@ -38,6 +59,7 @@ class DeepBatch:
     positions: Ints
     query_lens: Ints
     seq_lens: Ints
+    prompts: tuple[ChosenPrompt, ...] = ()
 
 
 class BatchMaps:
@@ -45,6 +67,7 @@ class BatchMaps:
 
     def __init__(self, maps: Sequence[TokenMap]) -> None:
         self.maps = list(maps)
+        self._choosing = [r for r, m in enumerate(maps) if m.choices]
         self._owner = np.repeat(np.arange(len(maps)), [len(m.ranges) for m in maps])  # (ranges,) request of each range
         self._start = _concatenate([m.starts for m in maps])
         self._length = _concatenate([m.lengths for m in maps])
@@ -78,8 +101,20 @@ class BatchMaps:
         rows = None if np.array_equal(kept, scheduled) else self._kept_rows(computed, scheduled)
         requests = np.flatnonzero(kept)
         if len(requests) == len(kept):
-            return _compact(rows, None, kept, seq_lens)
-        return _compact(rows, requests, kept[requests], seq_lens[requests])
+            batch = _compact(rows, None, kept, seq_lens)
+        else:
+            batch = _compact(rows, requests, kept[requests], seq_lens[requests])
+        return replace(batch, prompts=self._prompts(computed, scheduled, kept)) if self._choosing else batch
+
+    def _prompts(self, computed: Ints, scheduled: Ints, kept: Ints) -> tuple[ChosenPrompt, ...]:
+        row, deep_row = np.cumsum(scheduled) - scheduled, np.cumsum(kept) - kept
+        starting = [r for r in self._choosing if computed[r] < self.maps[r].whole]
+        for r in starting:
+            if computed[r] or scheduled[r] < self.maps[r].whole:  # the scheduler sees to it
+                raise RuntimeError(
+                    f"tokens {computed[r]}..+{scheduled[r]} of a prompt of {self.maps[r].whole}, to be whole"
+                )
+        return tuple(_chosen(self.maps[r], int(row[r]), int(deep_row[r])) for r in starting)
 
     def _kept_rows(self, computed: Ints, scheduled: Ints) -> Ints:
         """(m,) rows of the full batch outside every withdrawn range, from the +1/-1 edges of the ranges."""
@@ -90,6 +125,14 @@ class BatchMaps:
         np.add.at(edges, np.clip(begin, 0, limit) + first_row[self._owner], 1)
         np.add.at(edges, np.clip(begin + self._length, 0, limit) + first_row[self._owner], -1)
         return np.flatnonzero(np.cumsum(edges[:-1]) == 0)
+
+
+def _chosen(token_map: TokenMap, row: int, deep_row: int) -> ChosenPrompt:
+    images = [
+        ChosenImage(c.method, row + c.start, c.tokens, c.kept, deep_row + token_map.kept(c.start))
+        for c in token_map.choices
+    ]
+    return ChosenPrompt(row, token_map.whole, tuple(images))
 
 
 def _in_place(positions: Ints, kept: Ints, seq_lens: Ints) -> DeepBatch:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 from vllm import envs
 from vllm.config import VllmConfig
 
+from foldserve.server.engine.withdrawal.requests import Room
+
 _PACKAGE = "foldserve.server.engine.withdrawal"
 _SCHEDULER = f"{_PACKAGE}.scheduler.WithdrawingScheduler"
 _ASYNC_SCHEDULER = f"{_PACKAGE}.scheduler.WithdrawingAsyncScheduler"
@@ -39,6 +41,17 @@ def withdraw_layer(vllm_config: VllmConfig) -> int | None:
     if type(value) is not int or not 1 <= value < layers:
         raise ValueError(f"--withdraw-layer must be an integer from 1 to {layers - 1} for this model, got {value!r}")
     return value
+
+
+def step_room(vllm_config: VllmConfig) -> Room:
+    """Tokens of one request that are sure to fit into a step, once no other prompt is being computed."""
+    scheduler = vllm_config.scheduler_config
+    budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
+    others = (scheduler.max_num_active_seqs or scheduler.max_num_seqs) - 1
+    rooms = [Room(budget - others, f"--max-num-batched-tokens {budget} less one for each of {others} other sequences")]
+    if threshold := scheduler.long_prefill_token_threshold:
+        rooms.append(Room(threshold, f"--long-prefill-token-threshold {threshold}"))
+    return min(rooms)
 
 
 def configure(

@@ -3,43 +3,58 @@
 The method is VTW ("Boosting Multimodal Large Language Models with Visual Tokens Withdrawal for Rapid Inference",
 Eq. 5), restated per token: at layers >= K a token attends only to the earlier *kept* tokens, positions unchanged.
 Everything follows from one function of a request, T(x) = tokens that the deep layers keep among its first x tokens.
+
+FastV and iLLaVA's decoder merge keep some tokens of an image. Which ones is found on the device, but how many is known
+before, and since such a prompt is computed in one step (`TokenMap.whole`), counts are all that T has to be right in.
 """
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
-from typing import Protocol
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-_MARK = re.compile(r"~deep(\d+)\Z")
+WITHDRAW = "withdraw"
+"""The method that keeps nothing."""
+
+_MARK = re.compile(r"~([a-z_]+):(\d+)\Z")
 
 Range = tuple[int, int]
 """Half-open [start, end) of token indices in a request."""
 
 
-def mark(identifier: str, kept_deep: int = 0) -> str:
-    """Identity of an image whose tokens leave the decoder at layer K, all but the last `kept_deep` of them.
+class Mark(NamedTuple):
+    """What happens to an image at layer K: `kept` of its tokens stay, chosen by `method` (none with `WITHDRAW`)."""
+
+    method: str
+    kept: int
+
+
+def mark(identifier: str, method: str = WITHDRAW, kept: int = 0) -> str:
+    """Identity of an image whose tokens leave the decoder at layer K, all but the `kept` ones that `method` chooses.
 
     The mark is part of the identity itself, so whatever is cached under the identity (embeddings, KV blocks) belongs to
     one mode, and every process that sees the request knows the mode.
 
     Raises:
-        ValueError: already marked, or a negative count.
+        ValueError: already marked, or `kept` is not positive, which it is except with `WITHDRAW`, where it is 0.
     """
-    if kept_deep < 0:
-        raise ValueError(f"kept_deep counts tokens of an image: must be at least 0, got {kept_deep}")
+    if kept < 0 or (kept == 0) != (method == WITHDRAW):
+        raise ValueError(
+            f"kept counts tokens of an image: 0 with {WITHDRAW!r}, else at least 1; got {method!r}, {kept}"
+        )
     if _MARK.search(identifier):
         raise ValueError(f"{identifier!r} is marked already: mark an image's own identity, once")
-    return f"{identifier}~deep{kept_deep}"
+    return f"{identifier}~{method}:{kept}"
 
 
-def unmark(identifier: str) -> tuple[str, int | None]:
-    """Inverse of `mark`: the image's own identity, and `kept_deep` or None where no mark is."""
+def unmark(identifier: str) -> tuple[str, Mark | None]:
+    """Inverse of `mark`: the image's own identity, and its mark or None."""
     found = _MARK.search(identifier)
-    return (identifier[: found.start()], int(found[1])) if found else (identifier, None)
+    return (identifier[: found.start()], Mark(found[1], int(found[2]))) if found else (identifier, None)
 
 
 class _Placeholder(Protocol):
@@ -56,24 +71,42 @@ class Feature(Protocol):
     def mm_position(self) -> _Placeholder: ...
 
 
+class Choice(NamedTuple):
+    """Tokens [start, start + tokens) of a request are an image of which `method` chooses `kept`."""
+
+    method: str
+    start: int
+    tokens: int
+    kept: int
+
+
 class TokenMap:
     """T(x) of one request. Immutable; x counts tokens of the whole sequence, generated ones included.
 
     Vision tokens are known by the position of the image, never by their id: a model may generate the placeholder's id.
-    A prompt that *ends* in a withdrawn token keeps that one token at all layers, since the first output is sampled from
-    it. Its T then differs from that of a longer prompt with the same beginning: `shareable` is the prefix up to which
-    the two agree, and with it the KV blocks that prefix caching may share.
+
+    Attributes:
+        ranges: the tokens that leave; of an image with a choice the first ones, standing in for those not chosen.
+        choices: images of which some tokens are chosen.
+        whole: tokens that have to be computed in one step from the first on: the prompt if there is a choice, else 0.
+        shareable: the prefix whose KV blocks prefix caching may share; None: all. It ends before the first choice,
+            which depends on what comes behind it. And a prompt that *ends* in a withdrawn token keeps that one token at
+            all layers, since the first output is sampled from it: its T then differs from that of a longer prompt.
     """
 
-    __slots__ = ("_before", "_ends", "lengths", "ranges", "shareable", "starts")
+    __slots__ = ("_before", "_ends", "choices", "lengths", "ranges", "shareable", "starts", "whole")
 
-    def __init__(self, ranges: Iterable[Range], prompt_tokens: int) -> None:
-        """Takes disjoint withdrawn ranges inside a prompt of `prompt_tokens` tokens."""
-        ordered = sorted(ranges)
+    def __init__(self, ranges: Iterable[Range], prompt_tokens: int, choices: Iterable[Choice] = ()) -> None:
+        """Takes withdrawn ranges and chosen images, all disjoint, inside a prompt of `prompt_tokens` tokens."""
+        self.choices = tuple(sorted(choices, key=lambda choice: choice.start))
+        self.whole = prompt_tokens if self.choices else 0
+        ordered = sorted([*ranges, *((c.start, c.start + c.tokens - c.kept) for c in self.choices)])
         self.shareable: int | None = None
         if ordered and ordered[-1][1] == prompt_tokens:
             self.shareable = prompt_tokens - 1
             ordered[-1] = (ordered[-1][0], prompt_tokens - 1)
+        if self.choices:
+            self.shareable = self.choices[0].start
         self.ranges = tuple((start, end) for start, end in ordered if start < end)
         self._ends = [end for _, end in self.ranges]
         self.starts = np.array([start for start, _ in self.ranges], dtype=np.int64)
@@ -82,13 +115,23 @@ class TokenMap:
 
     @classmethod
     def of(cls, features: Iterable[Feature], prompt_tokens: int) -> TokenMap:
-        """The map of a request from its multimodal features; the identity if none is marked."""
+        """The map of a request from its multimodal features; the identity if none is marked.
+
+        Raises:
+            ValueError: tokens are to be chosen of an image that has not more than those, or that lies in pieces.
+        """
         ranges: list[Range] = []
+        choices: list[Choice] = []
         for feature in features:
-            _, kept_deep = unmark(feature.identifier)
-            if kept_deep is not None:
-                ranges += _all_but_last(kept_deep, feature.mm_position.extract_embeds_range())
-        return cls(ranges, prompt_tokens)
+            _, marked = unmark(feature.identifier)
+            if marked is None:
+                continue
+            pieces = [(first, last + 1) for first, last in feature.mm_position.extract_embeds_range()]
+            if marked.method == WITHDRAW:
+                ranges += pieces
+            else:
+                choices.append(_choice(marked, pieces))
+        return cls(ranges, prompt_tokens, choices)
 
     @property
     def total(self) -> int:
@@ -107,11 +150,10 @@ class TokenMap:
         return x - self.withdrawn(x)
 
 
-def _all_but_last(kept: int, inclusive: Sequence[Range]) -> list[Range]:
-    """Half-open ranges without the last `kept` tokens of them all together."""
-    ranges: list[Range] = []
-    for first, last in reversed(inclusive):
-        spared = min(kept, last + 1 - first)
-        kept -= spared
-        ranges.append((first, last + 1 - spared))
-    return ranges[::-1]
+def _choice(marked: Mark, pieces: list[Range]) -> Choice:
+    (start, end), *more = pieces
+    if more or end - start <= marked.kept:
+        raise ValueError(
+            f"{marked.method} chooses {marked.kept} of more tokens, all in one piece; the image has {pieces}"
+        )
+    return Choice(marked.method, start, end - start, marked.kept)

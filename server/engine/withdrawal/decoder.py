@@ -17,7 +17,8 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
-from foldserve.server.engine.withdrawal.attention import DeepAttention, ShallowAttention, adopt
+from foldserve.server.engine.withdrawal.attention import DeepAttention, ShallowAttention, adopt, score_in
+from foldserve.server.engine.withdrawal.choose import choose
 from foldserve.server.engine.withdrawal.config import withdraw_layer
 from foldserve.server.engine.withdrawal.layout import bucket_of
 
@@ -74,6 +75,7 @@ class WithdrawingDecoder(nn.Module):
         with set_model_tag("deep_half"):
             self.deep = DeepHalf(layers=self.layers[first:], norm=self.norm, vllm_config=vllm_config, prefix=prefix)
         self._deep_ops = [layer.self_attn.attn.layer_name for layer in self.layers[first:]]
+        score_in(self.layers[first - 1].self_attn.attn, self._deep_ops[0])
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         embeds: Tensor = self.embed_tokens(input_ids)
@@ -92,7 +94,7 @@ class WithdrawingDecoder(nn.Module):
             assert input_ids is not None
             inputs_embeds = self.embed_input_ids(input_ids)
         hidden, residual = self.shallow(positions, inputs_embeds)
-        rows = self._enter_deep_half()
+        rows = self._enter_deep_half(hidden, residual)
         if rows is None:
             kept: Tensor = self.deep(positions, hidden, residual)
             return kept
@@ -101,14 +103,21 @@ class WithdrawingDecoder(nn.Module):
             output[rows] = self.deep(positions[rows], hidden[rows], residual[rows])
         return output
 
-    def _enter_deep_half(self) -> Tensor | None:
-        """Lets the deep ops write KV at their own slots, and returns the rows to gather; None: all."""
+    def _enter_deep_half(self, hidden: Tensor, residual: Tensor) -> Tensor | None:
+        """Lets the deep ops write KV at their own slots, and returns the rows to gather; None: all.
+
+        Where the rows of an image are chosen by their scores, the merged ones are written into `hidden` and `residual`.
+        """
         context = get_forward_context()
         if not isinstance(context.attn_metadata, dict):  # a dummy run without attention
             return None
         for op in self._deep_ops:
             context.slot_mapping[op] = context.attn_metadata[op].deep_slots
-        rows: Tensor | None = context.attn_metadata[self._deep_ops[0]].deep_rows
+        deep = context.attn_metadata[self._deep_ops[0]]
+        rows: Tensor | None = deep.deep_rows
+        if deep.deep_prompts:
+            assert rows is not None  # not all tokens of the images stay
+            choose(deep.deep_prompts, deep.deep_scores, rows, hidden, residual)
         return rows
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:

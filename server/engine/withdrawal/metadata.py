@@ -1,8 +1,8 @@
 """Attention metadata of the deep layers, for whichever backend vLLM selected.
 
-The backend's own builder is given the compacted batch in place of the full one. What it returns carries two more
-attributes, which the decoder reads: `deep_rows`, the rows to gather (None: all), and `deep_slots`, the KV slots of the
-rows that enter.
+The backend's own builder is given the compacted batch in place of the full one. What it returns carries three more
+attributes, which the decoder reads: `deep_rows`, the rows to gather (None: all), `deep_slots`, the KV slots of the rows
+that enter, and `deep_prompts`, those whose image tokens are chosen in this step.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ class DeepMetadataBuilder(AttentionMetadataBuilder[Any]):
             common = self._graph.hold(common)
         metadata = super().build(common_prefix_len, common, fast_build)
         metadata.deep_rows, metadata.deep_slots = rows, common.slot_mapping
+        metadata.deep_prompts = () if self.step is None else self.step.host.prompts
         return metadata
 
 

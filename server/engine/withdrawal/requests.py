@@ -2,6 +2,17 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+from foldserve.server.engine.withdrawal.core import TokenMap
+
+
+class Room(NamedTuple):
+    """Tokens that one request can have in a step, and the setting that says so."""
+
+    tokens: int
+    setting: str
+
 
 def refuse_request(*, withdraws: bool, prompt_logprobs: int | None = None, resumable: bool = False) -> None:
     """Raises ValueError if a request that withdraws tokens asks for what it cannot have.
@@ -17,3 +28,21 @@ def refuse_request(*, withdraws: bool, prompt_logprobs: int | None = None, resum
         )
     if resumable:
         raise ValueError("a streaming-input session does not go with withdrawn images: send a complete prompt")
+
+
+def refuse_prompt(token_map: TokenMap, prompt_tokens: int, room: Room) -> None:
+    """Raises ValueError if image tokens are to be chosen of a prompt that does not allow it; to be asked first, too."""
+    if not token_map.choices:
+        return
+    last = token_map.choices[-1]
+    if last.start + last.tokens == prompt_tokens:
+        raise ValueError(
+            f"{last.method} chooses image tokens by the attention of the prompt's last token, which has to be text: "
+            "put the image before the text"
+        )
+    if token_map.whole > room.tokens:
+        raise ValueError(
+            f"{last.method} needs the whole prompt in one step: it has {token_map.whole} tokens, and a step has room "
+            f"for {room.tokens} ({room.setting}); shorten the prompt, remove more tokens before the decoder, or start "
+            "the server with a higher limit"
+        )

@@ -12,20 +12,25 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from foldserve.server.engine.withdrawal.config import step_room
 from foldserve.server.engine.withdrawal.core import TokenMap
 from foldserve.server.engine.withdrawal.manager import DeepKVCacheManager
 from foldserve.server.engine.withdrawal.prefix import MappedHashes
-from foldserve.server.engine.withdrawal.requests import refuse_request
+from foldserve.server.engine.withdrawal.requests import refuse_prompt, refuse_request
 
 
 class WithdrawingScheduler(Scheduler):
-    """Modifications: a request's block hashes carry its `TokenMap`, where the deep managers and cache lookups find it.
+    """Modifications:
 
-    The map lives exactly as long as its request, through preemption too; nothing has to be cleaned up.
+    - a request's block hashes carry its `TokenMap`, where the deep managers and cache lookups find it; the map lives
+      exactly as long as its request, through preemption too, and nothing has to be cleaned up;
+    - a prompt of which image tokens are chosen is scheduled whole, from its first token on: the choice depends on the
+      last token and all keys.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._room = step_room(self.vllm_config)
         self._hashes: WeakValueDictionary[str, MappedHashes] = WeakValueDictionary()
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if isinstance(manager, DeepKVCacheManager):
@@ -39,11 +44,38 @@ class WithdrawingScheduler(Scheduler):
             prompt_logprobs=None if params is None else params.prompt_logprobs,
             resumable=request.resumable,
         )
+        refuse_prompt(token_map, request.num_prompt_tokens, self._room)
+        if token_map.choices:
+            request.skip_reading_prefix_cache = True
         if request.request_id not in self.requests:
             request.block_hashes = MappedHashes(request.block_hashes)
             request.block_hashes.token_map = token_map
             self._hashes[request.request_id] = request.block_hashes
         super().add_request(request)
+
+    def _try_schedule_encoder_inputs(
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        encoder_compute_budget: int,
+        **kwargs: Any,
+    ) -> tuple[list[int], int, int, list[int], list[int]]:
+        """The last place where a request's tokens of a step are cut; 0 tokens make a waiting request wait.
+
+        It then waits at the head of the queue, so the prompts that run get done, and what room decoding requests leave
+        suffices (`step_room`).
+        """
+        whole = self._hashes[request.request_id].token_map.whole
+        if num_computed_tokens < whole and num_new_tokens < whole:
+            return [], 0, encoder_compute_budget, [], []
+        inputs: tuple[list[int], int, int, list[int], list[int]] = super()._try_schedule_encoder_inputs(
+            request, num_computed_tokens, num_new_tokens, encoder_compute_budget, **kwargs
+        )
+        if num_computed_tokens < whole and inputs[1] < whole:  # the encoder's budget or cache is used up
+            self.encoder_cache_manager.free(request)
+            return [], 0, encoder_compute_budget, [], []
+        return inputs
 
 
 class WithdrawingAsyncScheduler(WithdrawingScheduler, AsyncScheduler):

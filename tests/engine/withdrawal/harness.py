@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,18 @@ class Case:
         return prompt | {"multi_modal_data": {"image": self.images}, "mm_processor_kwargs": kwargs}
 
 
+@dataclass(frozen=True)
+class AskedCase(Case):
+    """A case whose images have a reduction each, as JSON; one for all of them if it is a string."""
+
+    asked: str | tuple[str, ...] = "{}"
+
+    @property
+    def reductions(self) -> list[dict[str, object]]:
+        each = (self.asked,) * len(self.photos) if isinstance(self.asked, str) else self.asked
+        return [json.loads(reduction) for reduction in each]
+
+
 def words(seed: int, count: int) -> str:
     """`count` words of a token each, or about."""
     return " ".join(
@@ -55,7 +68,8 @@ class Engine:
     """vLLM's offline LLM with K, plus the counts that the tests assert on.
 
     `steps` counts scheduling steps by what they held: "all", "no_deep_row" (every scheduled token was withdrawn),
-    "preempted".
+    "preempted", "whole" (prompts that have to be scheduled whole, and were), "whole_again" (after a preemption),
+    "waiting" (whole prompts that waited while something else ran).
     """
 
     def __init__(self, path: Path, layer: int | None, **options: Any) -> None:
@@ -121,10 +135,15 @@ class Engine:
         deep_rows = 0
         for request_id, request in self.scheduler.requests.items():
             n = request.num_computed_tokens
+            scheduled = output.num_scheduled_tokens.get(request_id, 0)
             kept = n - len([x for x in withdrawn_tokens(request) if x < n])
-            before = n - output.num_scheduled_tokens.get(request_id, 0)
+            before = n - scheduled
             deep_rows += kept - (before - len([x for x in withdrawn_tokens(request) if x < before]))
             self._assert_blocks(request_id, n, kept)
+            if needs_whole(request) and before < request.num_prompt_tokens:
+                assert not scheduled or (before == 0 and scheduled >= request.num_prompt_tokens)
+                kind = "waiting" if not scheduled else "whole_again" if request.num_preemptions else "whole"
+                self.steps[kind] += bool(output.total_num_scheduled_tokens)
         self.steps["all"] += 1
         self.steps["no_deep_row"] += bool(output.total_num_scheduled_tokens) and not deep_rows
         self.steps["preempted"] += len(output.preempted_req_ids or ())
@@ -140,13 +159,25 @@ class Engine:
 
 
 def withdrawn_tokens(request: Any) -> list[int]:
-    """Token numbers of the request that the deep layers do not keep, one by one."""
+    """Token numbers of the request that the deep layers do not keep; where they are chosen, only the count is right."""
     tokens = []
     for feature in request.mm_features:
-        if feature.identifier.endswith("~deep0"):
-            offset, length = feature.mm_position.offset, feature.mm_position.length
+        method, kept = deep_mode(feature.identifier)
+        if method:
+            offset, length = feature.mm_position.offset, feature.mm_position.length - kept
             tokens += [x for x in range(offset, offset + length) if x != request.num_prompt_tokens - 1]
     return tokens
+
+
+def needs_whole(request: Any) -> bool:
+    """Some image of the request keeps tokens that are chosen by their scores."""
+    return any(deep_mode(feature.identifier)[1] for feature in request.mm_features)
+
+
+def deep_mode(identifier: str) -> tuple[str, int]:
+    """Method and kept tokens that an image is marked with."""
+    method, is_marked, kept = identifier.rpartition("~")[2].partition(":")
+    return (method, int(kept)) if is_marked else ("", 0)
 
 
 def answer_of(output: Any) -> tuple[list[int], list[float]]:

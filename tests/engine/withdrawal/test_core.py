@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foldserve.server.engine.withdrawal.batch import NOT_STORED, BatchMaps
-from foldserve.server.engine.withdrawal.core import TokenMap, mark, unmark
-from foldserve.server.engine.withdrawal.requests import refuse_request
+from foldserve.server.engine.withdrawal.core import Choice, TokenMap, mark, unmark
+from foldserve.server.engine.withdrawal.requests import Room, refuse_prompt, refuse_request
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,17 @@ def prompts(draw: st.DrawFn) -> Prompt:
     for i in range(draw(st.integers(0, 3))):
         kept += [True] * draw(st.integers(0, 7))
         embeds = tuple(draw(st.lists(st.booleans(), min_size=1, max_size=9)))
-        kept_deep = draw(st.none() | st.integers(0, 4))
-        identifier = f"image{i}" if kept_deep is None else mark(f"image{i}", kept_deep)
-        images.append(Image(identifier, Placeholder(len(kept), embeds)))
-        spare = sum(embeds) if kept_deep is None else kept_deep
-        stays = []
-        for embed in reversed(embeds):
-            stays.append(not embed or spare > 0)
-            spare -= embed
-        kept += stays[::-1]
+        if draw(st.booleans()):
+            images.append(Image(f"image{i}", Placeholder(len(kept), embeds)))
+            kept += [True] * len(embeds)
+        elif draw(st.booleans()):
+            images.append(Image(mark(f"image{i}"), Placeholder(len(kept), embeds)))
+            kept += [not embed for embed in embeds]
+        else:
+            chosen = draw(st.integers(1, 4))
+            gone = draw(st.integers(1, 5))
+            images.append(Image(mark(f"image{i}", "fastv", chosen), Placeholder(len(kept), (True,) * (gone + chosen))))
+            kept += [False] * gone + [True] * chosen
     kept += [True] * draw(st.integers(0 if kept else 1, 7))
     kept[-1] = True  # the output is sampled from the last token
     return Prompt(tuple(images), tuple(kept))
@@ -79,7 +81,9 @@ def test_kept_tokens_of_every_prefix_equal_a_loop(prompt: Prompt) -> None:
 def test_shareable_prefix_is_where_a_longer_prompt_has_the_same_map(prompt: Prompt) -> None:
     longer = TokenMap.of(prompt.images, len(prompt.kept) + 1)
     agree = [prompt.map.kept(x) == longer.kept(x) for x in range(len(prompt.kept) + 5)]
-    if all(agree):
+    if prompt.map.choices:
+        assert prompt.map.shareable == prompt.map.choices[0].start
+    elif all(agree):
         assert prompt.map.shareable is None
     else:
         assert prompt.map.shareable == agree.index(False) - 1
@@ -88,18 +92,27 @@ def test_shareable_prefix_is_where_a_longer_prompt_has_the_same_map(prompt: Prom
 @st.composite
 def steps(draw: st.DrawFn) -> tuple[list[Prompt], list[int], list[int]]:
     batch = draw(st.lists(prompts(), min_size=1, max_size=4))
-    computed = [draw(st.integers(0, len(p.kept) + 3)) for p in batch]
     longest = draw(st.sampled_from([1, 12]))
-    return batch, computed, [draw(st.integers(1, longest)) for _ in batch]
+    computed = [draw(st.integers(0, len(p.kept) + 3)) for p in batch]
+    scheduled = [draw(st.integers(1, longest)) for _ in batch]
+    for r, p in enumerate(batch):
+        if computed[r] < p.map.whole and longest == 1:
+            computed[r] = p.map.whole
+        elif computed[r] < p.map.whole:  # as the scheduler does it
+            computed[r], scheduled[r] = 0, p.map.whole + draw(st.integers(0, 3))
+    return batch, computed, scheduled
 
 
 @given(steps())
 def test_deep_batch_equals_a_loop_over_tokens(step: tuple[list[Prompt], list[int], list[int]]) -> None:
     batch, computed, scheduled = step
     got = BatchMaps([p.map for p in batch]).step(np.array(computed), np.array(scheduled))
-    rows, owners, positions, seq_lens = [], [], [], []
+    rows: list[int] = []
+    owners, positions, seq_lens, chosen = [], [], [], []
     row = 0
     for r, (p, c, n) in enumerate(zip(batch, computed, scheduled, strict=True)):
+        if c < p.map.whole:
+            chosen.append((row, len(rows), p))
         for x in range(c, c + n):
             if p.naive(x + 1) > p.naive(x):
                 rows.append(row)
@@ -127,6 +140,22 @@ def test_deep_batch_equals_a_loop_over_tokens(step: tuple[list[Prompt], list[int
     assert got.positions.tolist() == positions
     assert got.query_lens.tolist() == [owners.count(r) for r in present]
     assert got.seq_lens.tolist() == [seq_lens[r] for r in present]
+    assert [(prompt.row, prompt.tokens) for prompt in got.prompts] == [(row, p.map.whole) for row, _, p in chosen]
+    for prompt, (row, deep_row, p) in zip(got.prompts, chosen, strict=True):
+        assert len(prompt.images) == len(p.map.choices) > 0
+        for image, (method, start, tokens, kept) in zip(prompt.images, p.map.choices, strict=True):
+            assert (image.method, image.row, image.tokens, image.kept) == (method, row + start, tokens, kept)
+            placed = rows[image.deep_row : image.deep_row + kept]
+            assert image.deep_row >= deep_row and placed == list(
+                range(row + start + tokens - kept, row + start + tokens)
+            )
+
+
+@pytest.mark.parametrize(("computed", "scheduled"), [(0, 9), (1, 9)])
+def test_a_cut_prompt_whose_tokens_are_to_be_chosen_is_an_error(computed: int, scheduled: int) -> None:
+    maps = BatchMaps([TokenMap([], 10, [Choice("fastv", 2, 5, 3)])])
+    with pytest.raises(RuntimeError, match=f"{computed}..\\+9 of a prompt of 10, to be whole"):
+        maps.step(np.array([computed]), np.array([scheduled]))
 
 
 def test_a_step_without_withdrawn_tokens_is_nobodys_business() -> None:
@@ -135,17 +164,24 @@ def test_a_step_without_withdrawn_tokens_is_nobodys_business() -> None:
     assert BatchMaps([text, image]).step(np.array([0, 0]), np.array([9, 4])) is None
 
 
-@pytest.mark.parametrize("kept_deep", [0, 1, 40])
-def test_mark_and_unmark_are_inverse(kept_deep: int) -> None:
-    assert unmark(mark("lora:3f~deep", kept_deep)) == ("lora:3f~deep", kept_deep)
+@pytest.mark.parametrize("mode", [("withdraw", 0), ("fastv", 1), ("illava_decoder", 40)])
+def test_mark_and_unmark_are_inverse(mode: tuple[str, int]) -> None:
+    assert unmark(mark("lora:3f~x", *mode)) == ("lora:3f~x", mode)
     assert unmark("3f") == ("3f", None)
 
 
-def test_mark_refuses_a_second_mark_and_negative_counts() -> None:
+def test_mark_refuses_a_second_mark_and_impossible_counts() -> None:
     with pytest.raises(ValueError, match="marked already"):
         mark(mark("3f"))
-    with pytest.raises(ValueError, match="at least 0, got -1"):
-        mark("3f", -1)
+    for mode in [("fastv", -1), ("fastv", 0), ("withdraw", 3)]:
+        with pytest.raises(ValueError, match=f"got '{mode[0]}', {mode[1]}"):
+            mark("3f", *mode)
+
+
+@pytest.mark.parametrize("embeds", [(True,) * 4, (True, False) * 5])
+def test_choosing_all_tokens_of_an_image_or_of_pieces_is_an_error(embeds: tuple[bool, ...]) -> None:
+    with pytest.raises(ValueError, match="fastv chooses 4 of more tokens"):
+        TokenMap.of([Image(mark("3f", "fastv", 4), Placeholder(3, embeds))], 20)
 
 
 def test_prompt_logprobs_and_sessions_are_refused_only_with_withdrawal() -> None:
@@ -155,3 +191,16 @@ def test_prompt_logprobs_and_sessions_are_refused_only_with_withdrawal() -> None
         refuse_request(withdraws=True, prompt_logprobs=0)
     with pytest.raises(ValueError, match="streaming-input session"):
         refuse_request(withdraws=True, resumable=True)
+
+
+def test_prompts_that_do_not_fit_into_a_step_or_end_in_the_image_are_refused() -> None:
+    room = Room(20, "--max-num-batched-tokens 30 less one for each of 10 other sequences")
+    chosen = [Choice("fastv", 2, 5, 3)]
+    refuse_prompt(TokenMap([(0, 4)], 99), 99, room)
+    refuse_prompt(TokenMap([], 20, chosen), 20, room)
+    with pytest.raises(
+        ValueError, match=r"it has 21 tokens, and a step has room for 20 \(--max-num-batched-tokens 30 "
+    ):
+        refuse_prompt(TokenMap([], 21, chosen), 21, room)
+    with pytest.raises(ValueError, match="the prompt's last token, which has to be text"):
+        refuse_prompt(TokenMap([], 7, chosen), 7, room)

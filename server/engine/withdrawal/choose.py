@@ -1,0 +1,75 @@
+"""FastV and iLLaVA's decoder half: which of an image's tokens enter the deep layers.
+
+Runs between the two compiled halves, and only in steps that start such a prompt. All shapes are known on the host, and
+nothing of the device is read there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from foldserve.reducers.fastv import fastv
+from foldserve.reducers.illava import illava
+from foldserve.server.engine.withdrawal.batch import ChosenImage, ChosenPrompt
+
+Choose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
+"""x (tokens, d), scores (tokens,), r -> tokens that stay, ascending (tokens - r,), and what becomes of them (., d)."""
+
+
+def _fastv(x: Tensor, scores: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    (kept,) = fastv(scores[None], torch.ones_like(scores, dtype=torch.bool)[None], r)
+    return kept, x[kept]
+
+
+def _illava(x: Tensor, scores: Tensor, r: int) -> tuple[Tensor, Tensor]:
+    merged = illava(x[None], scores[None], r)
+    return merged.source[0], merged.tokens[0]
+
+
+METHODS: Mapping[str, Choose] = MappingProxyType({"fastv": _fastv, "illava_decoder": _illava})
+
+
+def last_token_scores(query: Tensor, key: Tensor, prompt: ChosenPrompt, scale: float) -> Tensor:
+    """Attention of a prompt's last token to each of its tokens: fp32 (tokens,), mean over the heads.
+
+    Args:
+        query: (rows, heads, head size) of the whole batch, after the rotary embedding.
+        key: (rows, KV heads, head size).
+        scale: of the logits.
+    """
+    end = prompt.row + prompt.tokens
+    keys = key[prompt.row : end].float()
+    grouped = query[end - 1].float().view(keys.shape[1], -1, keys.shape[2])  # (KV heads, group, head size)
+    logits = torch.einsum("hgd,nhd->hgn", grouped, keys) * scale
+    return logits.softmax(-1).mean((0, 1))
+
+
+def choose(
+    prompts: tuple[ChosenPrompt, ...], scores: list[Tensor], rows: Tensor, hidden: Tensor, residual: Tensor
+) -> None:
+    """Writes the chosen rows of each image into `rows` and what they hold into `hidden` and `residual`.
+
+    Merging is linear, so merging the two addends merges the hidden state.
+
+    Args:
+        scores: of each prompt, as `last_token_scores` gives them.
+        rows: (m,) rows of the batch that enter the deep layers.
+        hidden, residual: (rows, d) of the whole batch.
+    """
+    for prompt, of_prompt in zip(prompts, scores, strict=True):
+        for image in prompt.images:
+            first = image.row - prompt.row
+            _choose_of(image, of_prompt[first : first + image.tokens], rows, hidden, residual)
+
+
+def _choose_of(image: ChosenImage, scores: Tensor, rows: Tensor, hidden: Tensor, residual: Tensor) -> None:
+    own = slice(image.row, image.row + image.tokens)
+    x = torch.cat([hidden[own], residual[own]], dim=-1)  # (tokens, 2d)
+    kept, x = METHODS[image.method](x, scores, image.tokens - image.kept)
+    chosen = kept + image.row
+    rows[image.deep_row : image.deep_row + image.kept] = chosen
+    hidden[chosen], residual[chosen] = x.chunk(2, dim=-1)
