@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from foldserve.server.commands import calibrate, convert, demo_model, serve
+from foldserve.server.commands import calibrate, convert, demo_model, evaluate, hash_key, serve, train_demo
 
-_COMMANDS = (serve, calibrate, convert, demo_model)
+_COMMANDS = (serve, calibrate, evaluate, convert, demo_model, train_demo, hash_key)
 
 _DESCRIPTION = """\
 Serve vision-language models with fewer vision tokens: every request chooses how many.
@@ -16,8 +16,11 @@ Serve vision-language models with fewer vision tokens: every request chooses how
   foldserve serve                               the small demo model on port 8000
   foldserve serve llava-hf/llava-1.5-7b-hf      a real model
   foldserve calibrate MODEL --data DIR          find the layer where vision tokens may be withdrawn
+  foldserve evaluate MODEL                      accuracy against vision tokens, for every method
   foldserve convert stf SRC DST                 a LLaVA-STF checkpoint into the layout that is served
-  foldserve demo-model DIR                      write the demo model to a directory
+  foldserve hash-key NAME                       an API key, for serve --api-keys
+  foldserve demo-model DIR                      copy the demo model into a directory
+  foldserve train-demo DIR                      train the demo model anew
 """
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Literal
 
 from foldserve.reducers.reduction import InvalidReduction, Reduction
+from foldserve.server.access import Access
+from foldserve.server.limits import Limits
 
 CONFIG_KEY = "foldserve"
 """Our key in vLLM's `--additional-config`, which the API processes and the engine both read."""
@@ -24,6 +26,8 @@ class Settings:
         low_detail_ratio: reduction ratio of images sent with OpenAI's `detail: low`, in [0, 1).
         withdraw_layer: K, the first decoder layer without vision tokens, at least 1; None builds the model without it.
         calibration: of a K that `foldserve calibrate` found: its eta, samples, and mean KL in nats; else None.
+        limits: what one request may cost.
+        access: who may use the server, how much it takes on, and how it ends.
 
     Raises:
         ValueError: a value outside these bounds.
@@ -33,6 +37,8 @@ class Settings:
     low_detail_ratio: float = 0.75
     withdraw_layer: int | None = None
     calibration: Mapping[str, float | int] | None = None
+    limits: Limits = field(default_factory=Limits)
+    access: Access = field(default_factory=Access)
 
     def __post_init__(self) -> None:
         if not 0 <= self.low_detail_ratio < 1:
@@ -49,6 +55,8 @@ class Settings:
             "low_detail_ratio": self.low_detail_ratio,
             "withdraw_layer": self.withdraw_layer,
             "calibration": self.calibration,
+            "limits": self.limits.to_config(),
+            "access": self.access.to_config(),
         }
 
 
@@ -81,6 +89,13 @@ def parse_withdraw_layer(text: str) -> int | Literal["auto"]:
         raise ValueError(f"the number of a decoder layer or auto is needed, not {text!r}") from error
 
 
+_REFUSED = {
+    "VLLM_API_KEY": "keys come from the file of --api-keys",
+    "VLLM_DEBUG_LOG_API_SERVER_RESPONSE": "answers are never logged",
+    "VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "a server without its engine ends",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Environment:
     """The environment variables that matter to us.
@@ -90,12 +105,14 @@ class Environment:
         vllm_plugins: the names in `VLLM_PLUGINS`; None when unset, which to vLLM means all but endpoint plugins.
         sets_cpu_kv_cache: the user sized the CPU's KV cache by `VLLM_CPU_KVCACHE_SPACE`.
         cxx: the C++ compiler that torch's inductor uses on CPU.
+        refused: names of variables that are set and would undo what the server promises, with what to do instead.
     """
 
     cache_dir: Path
     vllm_plugins: tuple[str, ...] | None
     sets_cpu_kv_cache: bool
     cxx: str
+    refused: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, env: Mapping[str, str] = os.environ) -> Environment:
@@ -107,4 +124,5 @@ class Environment:
             vllm_plugins=None if plugins is None else tuple(name for name in plugins.split(",") if name),
             sets_cpu_kv_cache=bool(env.get("VLLM_CPU_KVCACHE_SPACE")),
             cxx=env.get("CXX") or "g++",
+            refused=tuple(f"{name}: {why}" for name, why in _REFUSED.items() if env.get(name) not in (None, "", "0")),
         )

@@ -172,7 +172,7 @@ def render_vllm(response: ErrorResponse) -> JSONResponse:
     return render(_from_vllm(response))
 
 
-def event(error: Exception | ErrorResponse) -> str:
+def render_event(error: Exception | ErrorResponse) -> str:
     """The same as `render`'s body, as the data of an event in a stream."""
     if isinstance(error, ErrorResponse):
         error = _from_vllm(error)
@@ -208,6 +208,8 @@ def _from_vllm(response: ErrorResponse) -> FoldserveError:
 
 def _from_http(error: HTTPException) -> FoldserveError:
     """What the router found, in words of ours; a validation error of the framework keeps its own."""
+    if isinstance(error.__cause__, FoldserveError):
+        return error.__cause__  # FastAPI wraps what reading the body raised
     status = HTTPStatus(error.status_code)
     message = _HTTP_MESSAGES.get(status, status.phrase)
     return _with_status(FoldserveError(message, headers=error.headers), status)

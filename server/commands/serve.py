@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
+from foldserve.server.access import Access
 from foldserve.server.commands.arguments import Commands, argument
+from foldserve.server.limits import Limits, option
 from foldserve.server.settings import Environment, Settings, parse_reduction, parse_withdraw_layer
 
 _DESCRIPTION = """\
 Starts vLLM's OpenAI-compatible server with per-request vision-token reduction.
 
-MODEL is a Hugging Face name or a local directory and comes first. Without it a small model is made and served: its
-weights are random, so it answers nonsense, but everything else is real.
+MODEL is a Hugging Face name or a local directory and comes first. Without it a small model is served that foldserve
+brings along: it answers questions about drawn scenes of coloured shapes and numbers (docs/demo-model.md).
 
 Every option of `vllm serve` works here too: --help=all lists them, --help=WORD searches them.
 """
@@ -59,7 +62,64 @@ def add(commands: Commands) -> None:
         metavar="FILE",
         help="what --withdraw-layer auto reads (default: where `foldserve calibrate MODEL` writes)",
     )
+    _add_limits(serve)
+    _add_access(serve)
     serve.set_defaults(run=_run, takes_engine_options=True, usage=serve.format_help, fail=serve.error)
+
+
+def _add_limits(serve: argparse.ArgumentParser) -> None:
+    """One option per field of `Limits`."""
+    group = serve.add_argument_group("limits of one request", "docs/security.md says what each is good for")
+    for limit in fields(Limits):
+        help = limit.metadata["help"]
+        if limit.default == ():
+            group.add_argument(option(limit.name), action="append", default=[], metavar="NAME", help=help)
+        else:
+            kind = int if limit.type == "int" else float  # the annotation, as text
+            group.add_argument(
+                option(limit.name), type=kind, default=limit.default, metavar="N", help=f"{help} (default: %(default)s)"
+            )
+
+
+def _add_access(serve: argparse.ArgumentParser) -> None:
+    defaults = Access()
+    add = serve.add_argument_group("access and life cycle", "docs/lifecycle.md").add_argument
+    add("--api-keys", type=Path, metavar="FILE", help="keys that may ask, see `foldserve hash-key` (default: all may)")
+    add("--guard-metrics", action="store_true", help="/metrics needs a key with the scope `metrics`")
+    add(
+        "--max-queue",
+        type=int,
+        default=defaults.max_queue,
+        metavar="N",
+        help="requests that may wait beside those the engine runs; more are told to come later (default: %(default)s)",
+    )
+    add(
+        "--shutdown-timeout",
+        type=int,
+        default=defaults.shutdown_timeout_s,
+        metavar="S",
+        help="seconds that requests in flight have to finish after SIGTERM (default: %(default)s)",
+    )
+    add("--log-format", choices=("text", "json"), default=defaults.log_format, help="(default: %(default)s)")
+
+
+def _access(args: argparse.Namespace) -> Access:
+    path = args.api_keys
+    if path is not None:
+        from foldserve.server.api.auth.keys import read_keys
+
+        read_keys(path)  # the API processes read it again: here a mistake shows before the model is loaded
+    return Access(
+        api_keys=path and path.absolute(),
+        guard_metrics=args.guard_metrics,
+        max_queue=args.max_queue,
+        shutdown_timeout_s=args.shutdown_timeout,
+        log_format=args.log_format,
+    )
+
+
+def _limits(args: argparse.Namespace) -> Limits:
+    return Limits.from_config({limit.name: getattr(args, limit.name) for limit in fields(Limits)})
 
 
 def _run(args: argparse.Namespace, rest: list[str]) -> None:
@@ -71,27 +131,34 @@ def _run(args: argparse.Namespace, rest: list[str]) -> None:
     environment = Environment.read()
     settings: Settings | Callable[[str, str | None], Settings]
     try:
+        limits, access = _limits(args), _access(args)
         if args.withdraw_layer == "auto":
-            settings = _calibrated_settings(args, environment)
+            settings = _calibrated_settings(args, environment, limits, access)
         elif args.calibration is not None:
             raise ValueError("--calibration is what --withdraw-layer auto reads: give both or none")
         else:
-            settings = Settings(args.default_reduction, args.low_detail_ratio, args.withdraw_layer)
+            settings = Settings(
+                args.default_reduction, args.low_detail_ratio, args.withdraw_layer, None, limits, access
+            )
     except ValueError as error:
         args.fail(str(error))
 
     from foldserve.server.api import launch
-    from foldserve.server.quality import demo_model
+    from foldserve.server.quality.demo.export import CHECKPOINT
 
-    launch.serve(rest, settings, environment, lambda: demo_model.cached(environment.cache_dir))
+    launch.serve(rest, settings, environment, CHECKPOINT)
 
 
-def _calibrated_settings(args: argparse.Namespace, environment: Environment) -> Callable[[str, str | None], Settings]:
+def _calibrated_settings(
+    args: argparse.Namespace, environment: Environment, limits: Limits, access: Access
+) -> Callable[[str, str | None], Settings]:
     """Settings for a model and its revision, which only vLLM's parser can tell from its options."""
     from foldserve.server.quality.calibration_file import default_file, read_for
 
     def settings(model: str, revision: str | None) -> Settings:
         found = read_for(model, revision, args.calibration or default_file(model, environment.cache_dir))
-        return Settings(args.default_reduction, args.low_detail_ratio, found.withdraw_layer, found.summary())
+        return Settings(
+            args.default_reduction, args.low_detail_ratio, found.withdraw_layer, found.summary(), limits, access
+        )
 
     return settings

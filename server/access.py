@@ -1,0 +1,49 @@
+"""Who may use the server, how much it takes on, and how it ends: settings of an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+LogFormat = Literal["text", "json"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """Settings of access and life cycle.
+
+    Attributes:
+        api_keys: file of keys, see `foldserve hash-key`; None lets everybody in.
+        guard_metrics: `/metrics` asks for a key with the scope `metrics`.
+        max_queue: requests that may wait beside those that the engine can run at once.
+        shutdown_timeout_s: time that requests in flight have to finish after SIGTERM, in whole seconds.
+        log_format: of everything on standard output.
+
+    Raises:
+        ValueError: values that don't go together, or out of bounds.
+    """
+
+    api_keys: Path | None = None
+    guard_metrics: bool = False
+    max_queue: int = 1024
+    shutdown_timeout_s: int = 30
+    log_format: LogFormat = "text"
+
+    def __post_init__(self) -> None:
+        if self.guard_metrics and self.api_keys is None:
+            raise ValueError("--guard-metrics asks for keys: give --api-keys too")
+        for option, value in (("--max-queue", self.max_queue), ("--shutdown-timeout", self.shutdown_timeout_s)):
+            if value < 0:
+                raise ValueError(f"{option} must be at least 0, not {value}")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Access:
+        """Reads what `to_config` wrote; what is missing has its default."""
+        path = config.get("api_keys")
+        return cls(**{**config, "api_keys": None if path is None else Path(path)})
+
+    def to_config(self) -> dict[str, object]:
+        """The JSON value that travels to the API servers."""
+        return asdict(self) | {"api_keys": None if self.api_keys is None else str(self.api_keys)}

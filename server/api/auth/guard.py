@@ -1,0 +1,129 @@
+"""The check of every guarded route: who asks, may they, and is there room."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+
+from limits.strategies import FixedWindowRateLimiter
+from starlette.datastructures import Headers
+
+from foldserve.server.api.auth.counters import SharedCounters
+from foldserve.server.api.auth.keyring import Keyring
+from foldserve.server.api.auth.keys import Key, Scope
+from foldserve.server.api.errors import Forbidden, InvalidRequest, TooManyRequests, Unauthorized, Unavailable
+
+_LONGEST_KEY = 512
+_IN_FLIGHT = "in flight"
+_SALT = re.compile(r"[A-Za-z0-9._~-]{1,128}")
+
+
+class Guard:
+    """Checks requests before their body is read.
+
+    Args:
+        keyring: the valid keys; None lets everybody in.
+        counters: shared with the other API processes.
+        capacity: requests that the server holds at once, running and waiting.
+        open_scopes: what needs no key.
+    """
+
+    def __init__(
+        self,
+        keyring: Keyring | None,
+        counters: SharedCounters,
+        capacity: int,
+        open_scopes: Container[Scope] = (),
+    ) -> None:
+        self._keyring = keyring
+        self._open_scopes = open_scopes
+        self._counters = counters
+        self._rates = FixedWindowRateLimiter(counters)
+        self._capacity = capacity
+
+    def identify(self, headers: Headers, scope: Scope) -> Key | None:
+        """The key that a request brings; None where no keys are asked for.
+
+        Raises:
+            Unauthorized: no key, or not one that is known.
+            Forbidden: the key does not open this.
+        """
+        if self._keyring is None or scope in self._open_scopes:
+            return None
+        key = self._keyring.find(_presented(headers))
+        if key is None:
+            raise Unauthorized("the API key is not valid")
+        if scope not in key.scopes:
+            raise Forbidden(f"this API key does not have the scope {scope!r}", scope)
+        return key
+
+    @contextmanager
+    def admit(self, key: Key | None) -> Iterator[None]:
+        """Holds a place for a request while it is in flight.
+
+        Raises:
+            Unavailable: the server is full.
+            TooManyRequests: the key has used up its rate or its places.
+        """
+        names = {_IN_FLIGHT: self._capacity}
+        if key is not None and key.concurrent is not None:
+            names[f"in flight/{key.name}"] = key.concurrent
+        taken: list[str] = []
+        try:
+            for name, most in names.items():
+                if not self._counters.take(name, most):
+                    raise _full(key if taken else None, most)
+                taken.append(name)
+            self._charge(key)
+            yield
+        finally:
+            for name in taken:
+                self._counters.give(name)
+
+    def _charge(self, key: Key | None) -> None:
+        if key is None or key.rate is None or self._rates.hit(key.rate, key.name):
+            return
+        wait_s = self._rates.get_window_stats(key.rate, key.name).reset_time - time.time()
+        raise TooManyRequests(f"this API key may make {key.rate} requests", max(1, math.ceil(wait_s)))
+
+
+def cache_salt(key: Key | None, chosen: str | None) -> str | None:
+    """The salt that a request's prefix-cache blocks get.
+
+    Raises:
+        InvalidRequest: the client's own salt holds other characters than those of a URL.
+    """
+    if chosen is not None and not _SALT.fullmatch(chosen):
+        raise InvalidRequest("cache_salt must be 1 to 128 letters, digits or one of ._~-", "cache_salt")
+    return chosen if key is None else key.cache_salt(chosen)
+
+
+def _presented(headers: Headers) -> str:
+    """The bearer token (RFC 6750, section 2.1).
+
+    Raises:
+        Unauthorized: there is not exactly one, or it can't be a key.
+    """
+    sent = headers.getlist("authorization")
+    if not sent:
+        raise Unauthorized("an API key is needed: send the header `Authorization: Bearer KEY`", sent=False)
+    if len(sent) > 1:
+        raise Unauthorized("more than one header Authorization came")
+    scheme, _, token = sent[0].partition(" ")
+    if scheme.lower() != "bearer":
+        raise Unauthorized("only the scheme Bearer is known: send the header `Authorization: Bearer KEY`")
+    token = token.strip(" ")
+    if not 0 < len(token) <= _LONGEST_KEY:
+        raise Unauthorized("the API key is not valid")
+    return token
+
+
+def _full(key: Key | None, most: int) -> Exception:
+    if key is None:
+        return Unavailable("the server has too much to do: try again later")
+    error = TooManyRequests(f"this API key may have {most} requests in flight")
+    error.code = "concurrency_limit_exceeded"
+    return error

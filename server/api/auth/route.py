@@ -1,0 +1,92 @@
+"""The kinds of routes: what each asks of a request before it reads the body.
+
+A check belongs to the route that was matched: the text of a path can be bent by a header (CVE-2026-48746). FastAPI
+would run a dependency only after it has read and parsed the body, which a stranger could make large.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from contextlib import ExitStack
+from typing import Any, ClassVar
+
+from fastapi import Request, Response
+from fastapi.routing import APIRoute
+from starlette.datastructures import Headers, State
+from starlette.types import Receive, Scope, Send
+
+from foldserve.server.api.auth.keys import Key
+from foldserve.server.api.auth.keys import Scope as KeyScope
+from foldserve.server.api.errors import FoldserveError, render
+
+_Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+class FoldRoute(APIRoute):
+    """A route whose errors, those of validation too, are rendered by `errors.render`."""
+
+    def get_route_handler(self) -> _Handler:
+        handle = super().get_route_handler()
+
+        async def rendered(request: Request) -> Response:
+            try:
+                return await handle(request)
+            except Exception as error:
+                return render(request.app.state.foldserve_lifecycle.explain(error))
+
+        return rendered
+
+
+class OpenRoute(FoldRoute):
+    """A route for everybody, whose successes are not worth a line in the log."""
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})["foldserve_quiet"] = True
+        await super().handle(scope, receive, send)
+
+
+class GuardedRoute(FoldRoute):
+    """A route that needs a key where the server has keys, and a server that is not about to end."""
+
+    key_scope: ClassVar[KeyScope] = "api"
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        state = scope["app"].state
+        with ExitStack() as held:
+            try:
+                key = state.foldserve_guard.identify(Headers(scope=scope), self.key_scope)
+                scope.setdefault("state", {})["foldserve_key"] = key
+                self.admit(held, state, key)
+            except FoldserveError as error:
+                await render(error)(scope, receive, send)
+                return
+            await super().handle(scope, receive, send)
+
+    def admit(self, held: ExitStack, state: State, key: Key | None) -> None:
+        """Enters into `held` what the request occupies until its answer has been sent.
+
+        Raises:
+            FoldserveError: there is no room.
+        """
+        held.enter_context(state.foldserve_lifecycle.request())
+
+
+class WorkRoute(GuardedRoute):
+    """A guarded route that makes the model work: it counts towards a key's rate, and takes a place in the queue."""
+
+    def admit(self, held: ExitStack, state: State, key: Key | None) -> None:
+        super().admit(held, state, key)
+        held.enter_context(state.foldserve_guard.admit(key))
+
+
+class MetricsRoute(GuardedRoute):
+    """A route for whoever watches the server, to its last moment."""
+
+    key_scope = "metrics"
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope.setdefault("state", {})["foldserve_quiet"] = True
+        await super().handle(scope, receive, send)
+
+    def admit(self, held: ExitStack, state: State, key: Key | None) -> None:
+        """Nothing: a scrape must not hold up the end, nor be refused on the way there."""

@@ -1,0 +1,34 @@
+"""Where the life cycle joins the server: vLLM's own lifespan belongs to vLLM, so this listens to it going by."""
+
+from __future__ import annotations
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from foldserve.server.api.routes import drop_foreign_routes
+
+
+class LifespanHook:
+    """ASGI middleware: starts `app.state.foldserve_lifecycle` once vLLM has set up its signal handlers and server.
+
+    uvicorn begins the lifespan after that, and listens only when it has answered.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await self._app(scope, receive, send)
+            return
+        state = scope["app"].state
+
+        async def send_and_start(message: Message) -> None:
+            if message["type"] == "lifespan.startup.complete":
+                drop_foreign_routes(scope["app"])
+                state.foldserve_lifecycle.start(state.server)
+            elif message["type"] == "lifespan.shutdown.complete":
+                lifecycle.stop()
+            await send(message)
+
+        lifecycle = state.foldserve_lifecycle  # vLLM deletes the state before the end
+        await self._app(scope, receive, send_and_start)

@@ -1,0 +1,153 @@
+"""From ready through drain to the end: what this API process answers, and when it goes.
+
+    SERVING --SIGTERM--> DRAINING --all answered, or out of time--> the process ends, status 0
+       └------ the engine's process ends ------> STOPPED ---------> the process ends, status 1
+
+vLLM's own handler of SIGTERM goes on taking requests, and with several API processes cuts those in flight.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from enum import Enum
+from functools import partial
+from multiprocessing.synchronize import Event
+from typing import Any
+
+import uvicorn
+from vllm.engine.protocol import EngineClient
+
+from foldserve.server.api.errors import EngineStopped, FoldserveError, ShuttingDown
+from foldserve.server.api.lifecycle.processes import EngineWatch, engine_processes
+
+_LAST_WORDS_S = 2.0
+"""For clients to take the error that ends their answer."""
+_RETRY_AFTER_S = 10
+_log = logging.getLogger(__name__)
+
+
+class Phase(Enum):
+    SERVING = "ready"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+class Lifecycle:
+    """The life of one API process.
+
+    Args:
+        engine: vLLM's client of the engine.
+        timeout_s: that requests in flight have to finish.
+        engine_died: set when the engine ends although nobody asked the server to.
+    """
+
+    def __init__(self, engine: EngineClient, timeout_s: float, engine_died: Event) -> None:
+        self._engine = engine
+        self._timeout_s = timeout_s
+        self._engine_died = engine_died
+        self._phase = Phase.SERVING
+        self._in_flight = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._server: uvicorn.Server | None = None
+        self._watch = EngineWatch(self._on_engine_end)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def phase(self) -> Phase:
+        return Phase.STOPPED if self._engine.errored else self._phase
+
+    def start(self, server: uvicorn.Server) -> None:
+        """Takes the signals over from vLLM and watches the engine; called when `server` is about to listen."""
+        self._server = server
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.drain)
+        self._watch.start(engine_processes())
+
+    def stop(self) -> None:
+        """Ends the watch; called when the server has ended."""
+        self._watch.stop()
+
+    @contextmanager
+    def request(self) -> Iterator[None]:
+        """Holds the end back while a request is worked on.
+
+        Raises:
+            ShuttingDown, EngineStopped: too late for a new one.
+        """
+        if self.phase is Phase.DRAINING:
+            raise ShuttingDown("the server is shutting down: ask another, or try again later", _RETRY_AFTER_S)
+        if self.phase is Phase.STOPPED:
+            raise _stopped()
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._in_flight -= 1
+            if self._in_flight == 0:
+                self._idle.set()
+
+    def explain(self, error: Exception) -> Exception:
+        """The error to show for one that a request ended in: whatever fails once the engine is gone fails for that."""
+        return error if isinstance(error, FoldserveError) or self.phase is not Phase.STOPPED else _stopped()
+
+    def drain(self) -> None:
+        """Lets requests in flight finish, takes no new ones, then ends the server."""
+        if self._phase is Phase.SERVING:
+            self._phase = Phase.DRAINING
+            _log.info("draining: %d requests have %g s to finish", self._in_flight, self._timeout_s)
+            self._run(self._drain())
+
+    async def _drain(self) -> None:
+        if not await self._all_answered(self._timeout_s):
+            _log.warning("cut off after %g s: %d requests", self._timeout_s, self._in_flight)
+            await self._end_answers()
+        await self._end_server()
+
+    def _on_engine_end(self) -> None:
+        """Every engine is needed: a request in flight on this one would wait forever."""
+        if self._phase is Phase.SERVING:
+            self._engine_died.set()
+            _log.error("the engine's process has ended: so does the server; %d requests fail", self._in_flight)
+        was, self._phase = self._phase, Phase.STOPPED
+        if was is not Phase.STOPPED:
+            self._run(self._abandon())
+
+    async def _abandon(self) -> None:
+        await self._end_answers()
+        await self._end_server()
+
+    async def _end_answers(self) -> None:
+        """Makes every request in flight fail: they wait for an engine that this client then calls dead."""
+        loop = asyncio.get_running_loop()
+        await loop.run_in_executor(None, partial(self._engine.shutdown, timeout=0))
+        await self._all_answered(_LAST_WORDS_S)
+
+    async def _all_answered(self, within_s: float) -> bool:
+        try:
+            async with asyncio.timeout(within_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    async def _end_server(self) -> None:
+        assert self._server is not None, "started"
+        self._server.should_exit = True
+        await asyncio.sleep(_LAST_WORDS_S)
+        self._server.force_exit = True  # a connection that is idle in the middle of a request holds uvicorn up
+
+    def _run(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)  # the loop itself holds tasks weakly
+        task.add_done_callback(self._tasks.discard)
+
+
+def _stopped() -> EngineStopped:
+    return EngineStopped("the model has stopped: ask another server, or try again later", _RETRY_AFTER_S)

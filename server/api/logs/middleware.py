@@ -1,0 +1,67 @@
+"""Gives every request an id and writes one line about it when it ends; never what it says."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from foldserve.server.api.logs.context import choose_request_id, request_id
+
+_HEADER = "x-request-id"
+_log = logging.getLogger("foldserve.requests")
+
+
+class RequestLog:
+    """ASGI middleware; vLLM below reads the id that was chosen from the request's header.
+
+    Health checks and scrapes that succeed are logged as DEBUG.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        chosen = choose_request_id(Headers(scope=scope).get(_HEADER))
+        others = [header for header in scope["headers"] if header[0] != _HEADER.encode()]
+        scope["headers"] = [*others, (_HEADER.encode(), chosen.encode())]
+        request_id.set(chosen)
+        status = 0
+        started = time.perf_counter()
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(raw=message["headers"])[_HEADER] = chosen
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_id)
+        finally:
+            _report(scope, status, time.perf_counter() - started)
+
+
+def _report(scope: Scope, status: int, seconds: float) -> None:
+    """The route as it is declared, not the path as it came: that may hold anything."""
+    route = getattr(scope.get("route"), "path", None)
+    key = scope.get("state", {}).get("foldserve_key")
+    fields = {
+        "method": scope["method"],
+        "route": route,
+        "status": status or None,  # None: the client went away before there was one
+        "seconds": round(seconds, 4),
+        "key": getattr(key, "name", None),
+    }
+    quiet = scope.get("state", {}).get("foldserve_quiet", False) and status < 400
+    _log.log(
+        logging.DEBUG if quiet else logging.INFO,
+        "%s %s %s in %.3f s, key %s",
+        *fields.values(),
+        extra=fields,
+    )
