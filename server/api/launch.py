@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from importlib.metadata import distribution, entry_points
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NoReturn
 
 from vllm.config import CUDAGraphMode
@@ -20,6 +21,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 
 from foldserve.server.api.announce import announce_when_ready
+from foldserve.server.api.lifecycle.arguments import SHARED, Shared, configure_logs, prepare
 from foldserve.server.engine import withdrawal
 from foldserve.server.settings import CONFIG_KEY, Environment, Settings
 
@@ -38,13 +40,11 @@ SettingsFor = Callable[[str, str | None], Settings]
 """Settings that depend on the model: its name or directory and its revision -> settings; ValueError refuses."""
 
 
-def serve(
-    argv: list[str], settings: Settings | SettingsFor, environment: Environment, small_model: Callable[[], Path]
-) -> None:
+def serve(argv: list[str], settings: Settings | SettingsFor, environment: Environment, small_model: Path) -> None:
     """Serves until stopped.
 
     Args:
-        argv: the arguments of `vllm serve`; without a model, the one that `small_model` returns is served.
+        argv: the arguments of `vllm serve`; without a model, the one in the directory `small_model` is served.
         settings: ours, handed to the API processes and the engine in vLLM's additional config.
 
     Raises:
@@ -54,10 +54,15 @@ def serve(
     cli_env_setup()
     args = serve_args(argv, settings, environment, small_model)
     command = ServeSubcommand()
-    configure_logging_from_args(args)
-    command.validate(args)
-    announce_when_ready(args)
-    command.cmd(args)
+    with TemporaryDirectory(prefix="foldserve-") as directory:
+        configure_logs(args, Path(directory), _refuse)
+        configure_logging_from_args(args)
+        command.validate(args)
+        announce_when_ready(args)
+        command.cmd(args)
+    shared: Shared = getattr(args, SHARED)
+    if shared.engine_died.is_set():
+        raise SystemExit("foldserve: the engine's process has died")
 
 
 def plugins_to_load(environment: Environment) -> list[str]:
@@ -70,7 +75,7 @@ def plugins_to_load(environment: Environment) -> list[str]:
 
 
 def serve_args(
-    argv: list[str], settings: Settings | SettingsFor, environment: Environment, small_model: Callable[[], Path]
+    argv: list[str], settings: Settings | SettingsFor, environment: Environment, small_model: Path
 ) -> Namespace:
     """vLLM's parsed arguments, completed where the user left the choice."""
     parser = FlexibleArgumentParser(prog="foldserve")
@@ -83,8 +88,8 @@ def serve_args(
     choices: dict[str, object] = {}
     small = args.model_tag is None and args.model is None
     if small:
-        choices = {"model": str(small_model()), "served_model_name": [_SMALL_MODEL_NAME]}
-        _say("no MODEL given: serving the small demo model, whose weights are random, so that it answers nonsense")
+        choices = {"model": str(small_model), "served_model_name": [_SMALL_MODEL_NAME]}
+        _say("no MODEL given: serving the small demo model, which knows drawn scenes of coloured shapes and numbers")
     if current_platform.is_cpu():
         choices |= _cpu_choices(args, environment, small)
     _complete(args, choices, defaults)
@@ -95,8 +100,15 @@ def serve_args(
         options.error(f"{CONFIG_KEY!r} in --additional-config is set by foldserve's own options: use those")
     if settings.withdraw_layer is not None:
         _add_withdrawal(args, settings.withdraw_layer, options.error)
+    for variable in environment.refused:
+        options.error(f"not taken from the environment: {variable}")
+    prepare(args, settings.access, options.error)
     args.additional_config = {**args.additional_config, CONFIG_KEY: settings.to_config()}
     return args
+
+
+def _refuse(message: str) -> NoReturn:
+    raise SystemExit(f"foldserve: {message}")
 
 
 def _settings_for(choose: SettingsFor, args: Namespace, refuse: Callable[[str], NoReturn]) -> Settings:
