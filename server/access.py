@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-LogFormat = Literal["text", "json"]
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +17,6 @@ class Access:
         guard_metrics: `/metrics` asks for a key with the scope `metrics`.
         max_queue: requests that may wait beside those that the engine can run at once.
         shutdown_timeout_s: time that requests in flight have to finish after SIGTERM, in whole seconds.
-        log_format: of everything on standard output.
 
     Raises:
         ValueError: values that don't go together, or out of bounds.
@@ -29,7 +26,6 @@ class Access:
     guard_metrics: bool = False
     max_queue: int = 1024
     shutdown_timeout_s: int = 30
-    log_format: LogFormat = "text"
 
     def __post_init__(self) -> None:
         if self.guard_metrics and self.api_keys is None:

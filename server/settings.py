@@ -105,6 +105,8 @@ class Environment:
         vllm_plugins: the names in `VLLM_PLUGINS`; None when unset, which to vLLM means all but endpoint plugins.
         sets_cpu_kv_cache: the user sized the CPU's KV cache by `VLLM_CPU_KVCACHE_SPACE`.
         cxx: the C++ compiler that torch's inductor uses on CPU.
+        log_level: `VLLM_LOGGING_LEVEL`.
+        own_logging: the user has a logging configuration of their own, or wants none.
         refused: names of variables that are set and would undo what the server promises, with what to do instead.
     """
 
@@ -112,6 +114,8 @@ class Environment:
     vllm_plugins: tuple[str, ...] | None
     sets_cpu_kv_cache: bool
     cxx: str
+    log_level: str = "INFO"
+    own_logging: bool = False
     refused: tuple[str, ...] = ()
 
     @classmethod
@@ -124,5 +128,7 @@ class Environment:
             vllm_plugins=None if plugins is None else tuple(name for name in plugins.split(",") if name),
             sets_cpu_kv_cache=bool(env.get("VLLM_CPU_KVCACHE_SPACE")),
             cxx=env.get("CXX") or "g++",
+            log_level=(env.get("VLLM_LOGGING_LEVEL") or "INFO").upper(),
+            own_logging=bool(env.get("VLLM_LOGGING_CONFIG_PATH")) or env.get("VLLM_CONFIGURE_LOGGING") == "0",
             refused=tuple(f"{name}: {why}" for name, why in _REFUSED.items() if env.get(name) not in (None, "", "0")),
         )

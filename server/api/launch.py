@@ -9,7 +9,6 @@ from argparse import Namespace
 from collections.abc import Callable
 from importlib.metadata import distribution, entry_points
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NoReturn
 
 from vllm.config import CUDAGraphMode
@@ -21,7 +20,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 
 from foldserve.server.api.announce import announce_when_ready
-from foldserve.server.api.lifecycle.arguments import SHARED, Shared, configure_logs, prepare
+from foldserve.server.api.lifecycle.arguments import SHARED, Shared, prepare
 from foldserve.server.engine import withdrawal
 from foldserve.server.settings import CONFIG_KEY, Environment, Settings
 
@@ -54,12 +53,10 @@ def serve(argv: list[str], settings: Settings | SettingsFor, environment: Enviro
     cli_env_setup()
     args = serve_args(argv, settings, environment, small_model)
     command = ServeSubcommand()
-    with TemporaryDirectory(prefix="foldserve-") as directory:
-        configure_logs(args, Path(directory), _refuse)
-        configure_logging_from_args(args)
-        command.validate(args)
-        announce_when_ready(args)
-        command.cmd(args)
+    configure_logging_from_args(args)
+    command.validate(args)
+    announce_when_ready(args)
+    command.cmd(args)
     shared: Shared = getattr(args, SHARED)
     if shared.engine_died.is_set():
         raise SystemExit("foldserve: the engine's process has died")
@@ -105,10 +102,6 @@ def serve_args(
     prepare(args, settings.access, options.error)
     args.additional_config = {**args.additional_config, CONFIG_KEY: settings.to_config()}
     return args
-
-
-def _refuse(message: str) -> NoReturn:
-    raise SystemExit(f"foldserve: {message}")
 
 
 def _settings_for(choose: SettingsFor, args: Namespace, refuse: Callable[[str], NoReturn]) -> Settings:

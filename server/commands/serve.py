@@ -22,6 +22,9 @@ Every option of `vllm serve` works here too: --help=all lists them, --help=WORD 
 """
 
 
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+
 def add(commands: Commands) -> None:
     """Declares the command."""
     defaults = Settings()
@@ -100,7 +103,8 @@ def _add_access(serve: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds that requests in flight have to finish after SIGTERM (default: %(default)s)",
     )
-    add("--log-format", choices=("text", "json"), default=defaults.log_format, help="(default: %(default)s)")
+    add("--log-format", choices=("text", "json"), default="text", help="of standard output (default: %(default)s)")
+    add("--log-level", choices=_LEVELS, help="(default: VLLM_LOGGING_LEVEL, or else INFO)")
 
 
 def _access(args: argparse.Namespace) -> Access:
@@ -114,7 +118,6 @@ def _access(args: argparse.Namespace) -> Access:
         guard_metrics=args.guard_metrics,
         max_queue=args.max_queue,
         shutdown_timeout_s=args.shutdown_timeout,
-        log_format=args.log_format,
     )
 
 
@@ -132,6 +135,8 @@ def _run(args: argparse.Namespace, rest: list[str]) -> None:
     settings: Settings | Callable[[str, str | None], Settings]
     try:
         limits, access = _limits(args), _access(args)
+        if environment.own_logging and (args.log_format != "text" or args.log_level):
+            raise ValueError("--log-format and --log-level exclude a logging configuration of your own")
         if args.withdraw_layer == "auto":
             settings = _calibrated_settings(args, environment, limits, access)
         elif args.calibration is not None:
@@ -143,10 +148,13 @@ def _run(args: argparse.Namespace, rest: list[str]) -> None:
     except ValueError as error:
         args.fail(str(error))
 
-    from foldserve.server.api import launch
+    from foldserve.server.api.logs.config import configured
     from foldserve.server.quality.demo.export import CHECKPOINT
 
-    launch.serve(rest, settings, environment, CHECKPOINT)
+    with configured(args.log_format, args.log_level or environment.log_level, own=environment.own_logging):
+        from foldserve.server.api import launch  # imports vllm, which looks at once how to log
+
+        launch.serve(rest, settings, environment, CHECKPOINT)
 
 
 def _calibrated_settings(

@@ -1,16 +1,26 @@
-"""The one logging configuration of all our processes, in text or JSON, made from vLLM's own."""
+"""The one logging configuration of all our processes, in text or JSON. vLLM and uvicorn apply it themselves."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from copy import deepcopy
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
+VARIABLE = "VLLM_LOGGING_CONFIG_PATH"
+"""Names a file for `logging.config.dictConfig`; every process of vLLM reads it as the first thing."""
+
+_TEXT = (
+    "(%(vllm_process_name)s pid=%(process)d) %(levelname)s %(asctime)s [%(fileinfo)s:%(lineno)d] "
+    "%(request_tag)s%(message)s"
+)
 _ONLY_FOR_TEXT = ("color_message", "fileinfo", "request_tag")
 _HERE = "foldserve.server.api.logs"
 
@@ -20,31 +30,59 @@ def json_formatter() -> JsonFormatter:
     return JsonFormatter(
         "%(levelname)s %(name)s %(process)d %(message)s",
         rename_fields={"levelname": "level", "name": "logger", "process": "pid", "vllm_process_name": "process"},
-        rename_fields_keep_missing=False,
         reserved_attrs=[*RESERVED_ATTRS, *_ONLY_FOR_TEXT],
         timestamp=True,
     )
 
 
-def write_config(file: Path, vllm: Mapping[str, Any], log_format: str, level: str) -> None:
-    """Writes a `dictConfig` for vLLM's `--log-config-file`, which its processes and uvicorn apply.
+def logging_config(log_format: str, level: str, *, color: bool = False) -> dict[str, Any]:
+    """The configuration, for `dictConfig`: everything goes to standard output.
 
     Args:
-        vllm: vLLM's default configuration, whose handler and text formatters are kept.
         log_format: `text` or `json`.
-        level: of vLLM's and our loggers; others log from WARNING on.
+        level: of vLLM's, uvicorn's and our loggers; others log from WARNING on.
+        color: text for a terminal.
     """
-    config = deepcopy(dict(vllm))
-    handler = config["handlers"]["vllm"]
-    handler |= {"level": "NOTSET", "filters": ["request_id"]}
-    config["filters"] = {"request_id": {"()": f"{_HERE}.context.RequestIdFilter"}}
-    for formatter in config["formatters"].values():
-        formatter["format"] = formatter["format"].replace("%(message)s", "%(request_tag)s%(message)s")
-        formatter["log_level"] = level
-    if log_format == "json":
-        config["formatters"]["json"] = {"()": f"{_HERE}.config.json_formatter"}
-        handler["formatter"] = "json"
-    ours = {"handlers": ["vllm"], "level": level, "propagate": False}
-    config["loggers"] = {name: dict(ours) for name in ("vllm", "foldserve", "uvicorn")}
-    config["root"] = {"handlers": ["vllm"], "level": "WARNING"}
-    file.write_text(json.dumps(config))
+    logger = {"handlers": ["vllm"], "level": level, "propagate": False}
+    text = {
+        "()": f"vllm.logging_utils.{'ColoredFormatter' if color else 'NewLineFormatter'}",
+        "format": _TEXT,
+        "datefmt": "%m-%d %H:%M:%S",
+        "log_level": level,
+    }
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "filters": {"request_id": {"()": f"{_HERE}.context.RequestIdFilter"}},
+        "formatters": {"chosen": text if log_format == "text" else {"()": f"{_HERE}.config.json_formatter"}},
+        "handlers": {
+            "vllm": {  # the name by which vLLM finds out whether it may draw its logo
+                "class": "logging.StreamHandler",
+                "stream": "ext://sys.stdout",
+                "formatter": "chosen",
+                "filters": ["request_id"],
+            }
+        },
+        "loggers": {name: logger for name in ("vllm", "foldserve", "uvicorn")},
+        "root": {"handlers": ["vllm"], "level": "WARNING"},
+    }
+
+
+@contextmanager
+def configured(log_format: str, level: str, *, own: bool) -> Iterator[None]:
+    """Makes the processes that are started inside log alike; to be entered before vllm is imported.
+
+    Args:
+        own: the user has a configuration of their own, which stays.
+    """
+    if own:
+        yield
+        return
+    with TemporaryDirectory(prefix="foldserve-") as directory:
+        file = Path(directory) / "logging.json"
+        file.write_text(json.dumps(logging_config(log_format, level, color=sys.stdout.isatty())))
+        os.environ[VARIABLE] = str(file)
+        try:
+            yield
+        finally:
+            del os.environ[VARIABLE]

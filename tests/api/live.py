@@ -1,0 +1,148 @@
+"""A server of one's own, that a test may fill, drain and kill."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+START_LIMIT_S = 1800  # a server that fails to start ends; this is for one that hangs
+PATIENCE_S = 60
+CHAT = "/v1/chat/completions"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A whole HTTP response; names of headers are lower-case."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.body)
+
+    @property
+    def events(self) -> list[str]:
+        """The data of a stream's events."""
+        return [line.removeprefix("data: ") for line in self.body.decode().splitlines() if line]
+
+
+def chat(text: str = "hello", *parts: dict[str, Any], **fields: Any) -> dict[str, Any]:
+    """A chat of exactly `max_tokens` tokens."""
+    content = [*parts, {"type": "text", "text": text}]
+    return {"messages": [{"role": "user", "content": content}], "max_tokens": 4, "ignore_eos": True} | fields
+
+
+class Live:
+    """A running server; what it prints lies in `out` and `err`.
+
+    Args:
+        model: the checkpoint.
+        folder: for its output.
+        options: more options of `foldserve serve`.
+    """
+
+    def __init__(self, model: Path, folder: Path, *options: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self.out, self.err = folder / "out", folder / "err"
+        command = [sys.executable, "-m", "foldserve.server.cli", "serve", str(model), "--port", str(self.port)]
+        command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
+        command += ["--kv-cache-memory-bytes", str(64 << 20), "--served-model-name", "tiny", *options]
+        env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+        env["VLLM_LOGGING_LEVEL"] = "INFO"
+        with self.out.open("w") as out, self.err.open("w") as err:
+            self.process = subprocess.Popen(command, stdout=out, stderr=err, env=env)
+        self.wait(lambda: self.process.poll() is not None or self.is_ready(), START_LIMIT_S)
+        assert self.process.poll() is None, self.out.read_text()[-4000:] + self.err.read_text()[-4000:]
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=PATIENCE_S)
+
+    def ask(self, method: str, path: str, body: object = None, **headers: str) -> Answer:
+        """One request over a connection of its own; `headers` in the spelling of Python."""
+        connection = self.connect()
+        try:
+            self.send(connection, method, path, body, **headers)
+            got = connection.getresponse()
+            return Answer(got.status, {name.lower(): value for name, value in got.getheaders()}, got.read())
+        finally:
+            connection.close()
+
+    def send(
+        self, connection: http.client.HTTPConnection, method: str, path: str, body: object = None, **headers: str
+    ) -> None:
+        """Sends a request without waiting for the answer."""
+        names = {"Content-Type": "application/json"} if body is not None else {}
+        names |= {name.replace("_", "-"): value for name, value in headers.items()}
+        connection.request(method, path, None if body is None else json.dumps(body), names)
+
+    def chat(self, text: str = "hello", *parts: dict[str, Any], key: str | None = None, **fields: Any) -> Answer:
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        return self.ask("POST", CHAT, chat(text, *parts, **fields), **headers)
+
+    @contextmanager
+    def stream(self, text: str = "hello", key: str | None = None, **fields: Any) -> Iterator[http.client.HTTPResponse]:
+        """A stream that has begun; leaving hangs up."""
+        connection = self.connect()
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        try:
+            self.send(connection, "POST", CHAT, chat(text, stream=True, **fields), **headers)
+            response = connection.getresponse()
+            assert response.status == 200, response.read()
+            response.readline()
+            yield response
+        finally:
+            connection.close()
+
+    def is_ready(self) -> bool:
+        try:
+            return self.ask("GET", "/health/ready").status == 200
+        except OSError:
+            return False
+
+    def metrics(self, name: str) -> float:
+        """The sum of a metric's samples."""
+        text = self.ask("GET", "/metrics").body.decode()
+        return sum(s.value for family in text_string_to_metric_families(text) for s in family.samples if s.name == name)
+
+    def wait(self, condition: Callable[[], bool], limit_s: float = PATIENCE_S) -> None:
+        """Waits until the condition holds."""
+        end = time.monotonic() + limit_s
+        while not condition():
+            assert time.monotonic() < end, f"waited {limit_s} s in vain"
+            time.sleep(0.2)
+
+    def tree(self) -> list[psutil.Process]:
+        """The server's processes, the first one first."""
+        first = psutil.Process(self.process.pid)
+        return [first, *first.children(recursive=True)]
+
+    def engine(self) -> psutil.Process:
+        return next(process for process in self.tree() if "EngineCore" in " ".join(process.cmdline()))
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def end(self) -> None:
+        """Leaves no process behind, whatever the test did."""
+        if self.process.poll() is None:
+            for process in reversed(self.tree()):
+                process.kill()
+        self.process.wait()

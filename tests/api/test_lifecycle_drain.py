@@ -1,0 +1,151 @@
+"""A server with one API process, until it is told to end: clients that hang up, many streams at once, drain.
+
+The tests share it and run in order; the last ones end it and read its logs.
+"""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.api.hostile import HOST, Handler, hostile_server
+from tests.api.live import CHAT, Live, chat
+from tests.images import data_uri, photo
+
+SEATS = 4
+STREAMS = 200
+SECRET = "the word that no log may hold: quagmire"
+
+
+@pytest.fixture(scope="module")
+def live(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    folder = tmp_path_factory.mktemp("live")
+    server = Live(tiny_llava, folder, "--max-num-seqs", str(SEATS), "--allow-media-private-host", HOST)
+    yield server
+    server.end()
+
+
+def image(url: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def is_empty(live: Live) -> bool:
+    """A request that ends shows what the engine still holds, since its numbers come with its answers."""
+    assert live.chat().status == 200
+    names = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+    return [live.metrics(name) for name in names] == [0, 0, 0]
+
+
+def gone(live: Live) -> int:
+    """Requests of the log whose client was gone before there was an answer."""
+    return len(re.findall(f"POST {CHAT} None in", live.out.read_text()))
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_client_that_hangs_up_while_queued(live: Live, stream: bool) -> None:
+    with ExitStack() as held:
+        for _ in range(SEATS):
+            held.enter_context(live.stream(max_tokens=900))
+        connection = live.connect()
+        live.send(connection, "POST", CHAT, chat(max_tokens=900, stream=stream))
+        live.wait(lambda: live.metrics("vllm:num_requests_waiting") == 1)
+        connection.close()
+        live.wait(lambda: live.metrics("vllm:num_requests_waiting") == 0)
+        assert live.metrics("vllm:num_requests_running") == SEATS
+    live.wait(lambda: is_empty(live))
+
+
+def test_a_client_that_hangs_up_while_its_image_is_fetched(live: Live) -> None:
+    with hostile_server() as url:
+        before = gone(live)
+        Handler.asked.clear()
+        connection = live.connect()
+        live.send(connection, "POST", CHAT, chat("x", image(f"{url}/drip")))
+        live.wait(lambda: "/drip" in Handler.asked)
+        connection.close()
+        live.wait(lambda: gone(live) == before + 1)
+    live.wait(lambda: is_empty(live))
+
+
+def test_a_client_that_hangs_up_while_its_images_are_encoded(live: Live) -> None:
+    """The count of vision tokens rises when a request goes to the engine; its first step encodes."""
+    images = [image(data_uri(photo(seed))) for seed in range(6)]
+    before = live.metrics("foldserve_vision_tokens_total")
+    connection = live.connect()
+    live.send(connection, "POST", CHAT, chat("x", *images, max_tokens=100, stream=True))
+    live.wait(lambda: live.metrics("foldserve_vision_tokens_total") > before)
+    connection.close()
+    live.wait(lambda: is_empty(live))
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_client_that_hangs_up_while_decoding(live: Live, stream: bool) -> None:
+    before = live.metrics("vllm:generation_tokens_total")
+    connection = live.connect()
+    live.send(connection, "POST", CHAT, chat(SECRET, image(data_uri(photo(3))), max_tokens=700, stream=stream))
+    live.wait(lambda: live.metrics("vllm:generation_tokens_total") > before + 3)
+    assert live.metrics("vllm:kv_cache_usage_perc") > 0
+    connection.close()
+    live.wait(lambda: is_empty(live))
+    assert live.metrics("vllm:generation_tokens_total") < before + 700
+
+
+def test_many_streams(live: Live) -> None:
+    """All are answered in full, and readiness is too."""
+    start = threading.Barrier(STREAMS)
+
+    def listen(number: int) -> list[str]:
+        start.wait()
+        return live.chat(f"stream {number}", stream=True, max_tokens=3).events
+
+    with ThreadPoolExecutor(STREAMS + 1) as pool:
+        answers = [pool.submit(listen, number) for number in range(STREAMS)]
+        while not all(answer.done() for answer in answers):
+            assert live.is_ready()
+        for answer in answers:
+            assert answer.result()[-1] == "[DONE]"
+            assert not any(event.startswith('{"error"') for event in answer.result())
+    live.wait(lambda: is_empty(live))
+
+
+def test_drain(live: Live) -> None:
+    """What is in flight ends as it would have; what is new is sent away; the readiness says so at once."""
+    whole: list[list[str]] = []
+
+    def listen() -> None:
+        whole.append(live.chat("drain", stream=True, max_tokens=800).events)
+
+    clients = [threading.Thread(target=listen) for _ in range(SEATS + 2)]  # two of them wait
+    for client in clients:
+        client.start()
+    live.wait(lambda: live.metrics("vllm:num_requests_waiting") == 2)
+    live.terminate()
+    live.wait(lambda: not live.is_ready(), 1)
+    ready = live.ask("GET", "/health/ready")
+    assert (ready.status, ready.json) == (503, {"status": "draining"})
+    assert live.ask("GET", "/health").status == 503
+    assert live.ask("GET", "/health/live").status == 200
+    refused = live.chat()
+    assert (refused.status, refused.json["error"]["code"]) == (503, "shutting_down")
+    assert int(refused.headers["retry-after"]) >= 1
+    assert live.ask("GET", "/metrics").status == 200
+    for client in clients:
+        client.join()
+    for events in whole:
+        assert events[-1] == "[DONE]"
+        assert '"finish_reason":"length"' in events[-2]
+        assert len(events) > 100
+    assert live.process.wait(30) == 0
+
+
+def test_log_of_text(live: Live) -> None:
+    everything = live.out.read_text() + live.err.read_text()
+    assert "quagmire" not in everything
+    assert re.search(r"INFO .*\[[0-9a-f]{32}\] POST /v1/chat/completions 200 in [\d.]+ s, key None", everything)

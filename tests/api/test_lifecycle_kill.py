@@ -1,0 +1,301 @@
+"""A server with keys, two API processes and JSON logs, until its engine is killed.
+
+The tests share it and run in order; the last ones end it and read its logs.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foldserve.server.api.auth.keys import entry, new_key
+from tests.api.live import CHAT, Live
+from tests.images import data_uri, photo
+
+ALICE, BOB, SLOW, FEW, WATCHER, LATE = (new_key() for _ in range(6))
+SEATS, QUEUE = 4, 4
+SECRET = "the word that no log may hold: xylograph"
+IMAGE = data_uri(photo(77))
+ANSWERED_WITHIN_S = 5
+ENDED_WITHIN_S = 10
+
+
+def key_entries() -> str:
+    def made(name: str, key: str, rate: str | None = None, concurrent: int | None = None, scope: Any = "api") -> str:
+        return entry(name, key, rate=rate, concurrent=concurrent, scopes=[scope])
+
+    return (
+        made("alice", ALICE)
+        + made("bob", BOB)
+        + made("slow", SLOW, rate="2/hour")
+        + made("few", FEW, concurrent=1)
+        + made("watcher", WATCHER, scope="metrics")
+    )
+
+
+@pytest.fixture(scope="module")
+def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("keys") / "keys.toml"
+    file.write_text(key_entries())
+    return file
+
+
+@pytest.fixture(scope="module")
+def live(tiny_llava: Path, keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    options = ["--api-keys", str(keys), "--log-format", "json", "--api-server-count", "2"]
+    options += ["--max-num-seqs", str(SEATS), "--max-queue", str(QUEUE)]
+    server = Live(tiny_llava, tmp_path_factory.mktemp("live"), *options)
+    yield server
+    server.end()
+
+
+def error(status: int, code: str, answer: Any) -> None:
+    assert answer.status == status, answer.body
+    assert set(answer.json) == {"error"}
+    assert set(answer.json["error"]) == {"message", "type", "param", "code"}
+    assert answer.json["error"]["code"] == code
+
+
+ROUTES = [
+    ("POST", CHAT),
+    ("GET", "/v1/reducers"),
+    ("GET", "/v1/models"),
+    ("GET", "/version"),
+    ("GET", "/openapi.json"),
+    ("GET", "/docs"),
+    ("GET", "/redoc"),
+    ("GET", "/load"),
+    ("POST", "/tokenize"),
+    ("POST", "/detokenize"),
+    ("POST", "/invocations"),
+    ("GET", "/ping"),
+    ("POST", "/v1/completions"),
+    ("POST", "/v1/chat/completions/render"),
+    ("POST", "/inference/v1/generate"),
+    ("POST", "/scale_elastic_ep"),
+    ("GET", "/kv_event_sources"),
+]
+
+
+@pytest.mark.parametrize(("method", "path"), ROUTES, ids=lambda value: str(value))
+def test_every_route_asks_for_a_key(live: Live, method: str, path: str) -> None:
+    refused = live.ask(method, path)
+    error(401, "invalid_api_key", refused)
+    assert refused.headers["www-authenticate"] == 'Bearer realm="foldserve"'
+    assert live.ask(method, path, authorization=f"Bearer {ALICE}").status in {200, 400, 404}
+
+
+def test_all_declared_paths_were_tried(live: Live) -> None:
+    declared = live.ask("GET", "/openapi.json", authorization=f"Bearer {ALICE}").json["paths"]
+    open_paths = {"/health", "/health/live", "/health/ready", "/metrics"}
+    assert set(declared) - open_paths <= {path for _, path in ROUTES}
+
+
+def test_health_and_metrics_are_open(live: Live) -> None:
+    for path in ("/health", "/health/live", "/health/ready"):
+        assert live.ask("GET", path).json == {"status": "ready"}
+    assert b"vllm:num_requests_running" in live.ask("GET", "/metrics").body
+
+
+def test_a_key_of_another_scope(live: Live) -> None:
+    refused = live.ask("GET", "/v1/models", authorization=f"Bearer {WATCHER}")
+    error(403, "insufficient_permissions", refused)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"authorization": "Bearer "},
+        {"authorization": f"Bearer {ALICE[:-1]}"},
+        {"authorization": "Bearer " + "k" * 60_000},
+        {"authorization": f"Basic {ALICE}"},
+        {"authorization": ALICE},
+        {"api_key": ALICE},
+        {"x_api_key": ALICE},
+        {"cookie": f"authorization=Bearer {ALICE}"},
+        {"x_forwarded_authorization": f"Bearer {ALICE}"},
+        {"x_original_url": "/health", "x_rewrite_url": "/health", "x_forwarded_prefix": "/health"},
+        {"x_http_method_override": "OPTIONS"},
+        {"host": "x/health?"},
+        {"host": "localhost/health#"},
+        {"host": "/metrics"},
+        {"host": "a@b:8000/health/"},
+        {"forwarded": "host=health;proto=http", "x_forwarded_host": "x/health?"},
+    ],
+    ids=lambda headers: f"{next(iter(headers))} {next(iter(headers.values()))}"[:40],
+)
+def test_no_header_opens_a_route(live: Live, headers: dict[str, str]) -> None:
+    error(401, "invalid_api_key", live.ask("GET", "/v1/models", **headers))
+
+
+@pytest.mark.parametrize("target", ["//v1/models", "/health/../v1/models", "/v1/models/", "/V1/MODELS", "/v1%2fmodels"])
+def test_no_spelling_of_a_path_opens_a_route(live: Live, target: str) -> None:
+    assert live.ask("GET", target).status in {401, 404}
+
+
+def test_two_keys_in_one_request(live: Live) -> None:
+    connection = live.connect()
+    connection.putrequest("GET", "/v1/models")
+    for key in (ALICE, BOB):
+        connection.putheader("Authorization", f"Bearer {key}")
+    connection.endheaders()
+    assert connection.getresponse().status == 401
+    connection.close()
+
+
+def test_rate(live: Live) -> None:
+    """Counted over both processes: each request takes a connection of its own."""
+    statuses = [live.chat(key=SLOW).status for _ in range(4)]
+    assert statuses == [200, 200, 429, 429]
+    refused = live.chat(key=SLOW)
+    error(429, "rate_limit_exceeded", refused)
+    assert 3000 < int(refused.headers["retry-after"]) <= 3600
+    assert live.ask("GET", "/v1/models", authorization=f"Bearer {SLOW}").status == 200
+
+
+def test_places_of_a_key(live: Live) -> None:
+    with live.stream(key=FEW, max_tokens=900):
+        for _ in range(3):
+            refused = live.chat(key=FEW)
+            error(429, "concurrency_limit_exceeded", refused)
+            assert int(refused.headers["retry-after"]) >= 1
+        assert live.chat(key=ALICE).status == 200
+    live.wait(lambda: live.chat(key=FEW).status == 200)
+
+
+def test_a_full_server(live: Live) -> None:
+    with ExitStack() as held:
+        for _ in range(SEATS):
+            held.enter_context(live.stream(key=ALICE, max_tokens=900))
+        for _ in range(QUEUE):  # these wait, and have no first token to wait for
+            connection = live.connect()
+            held.callback(connection.close)
+            live.send(connection, "POST", CHAT, chat_of(900), authorization=f"Bearer {BOB}")
+        refused = live.ask("GET", "/v1/models", authorization=f"Bearer {BOB}")
+        assert refused.status == 200, "only work is refused"
+        live.wait(lambda: live.chat(key=BOB).status == 503)
+        refused = live.chat(key=BOB)
+        error(503, "overloaded", refused)
+        assert int(refused.headers["retry-after"]) >= 1
+        assert live.ask("GET", "/health/ready").status == 200
+    live.wait(lambda: live.chat(key=BOB).status == 200)
+
+
+def chat_of(tokens: int) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "wait"}], "max_tokens": tokens, "ignore_eos": True}
+
+
+def test_a_prompt_is_cached_for_its_own_key(live: Live) -> None:
+    prompt = "A text that is long enough to fill some blocks of the cache. " * 12
+
+    def hits(key: str, **fields: Any) -> float:
+        before = live.metrics("vllm:prefix_cache_hits_total")
+        assert live.chat(prompt, key=key, **fields).status == 200
+        return live.metrics("vllm:prefix_cache_hits_total") - before
+
+    assert hits(ALICE) == 0
+    assert hits(ALICE) > 0
+    assert hits(BOB) == 0
+    assert hits(ALICE, cache_salt="apart") == 0
+    assert hits(ALICE, cache_salt="apart") > 0
+    assert hits(BOB, cache_salt="apart") == 0
+    error(400, "invalid_value", live.chat(key=ALICE, cache_salt="a b"))
+
+
+def test_a_key_that_is_added_later(live: Live, keys: Path) -> None:
+    assert live.chat(key=LATE).status == 401
+    keys.write_text(key_entries() + entry("late", LATE, rate=None, concurrent=None, scopes=["api"]))
+    live.wait(lambda: all(live.chat(key=LATE).status == 200 for _ in range(4)))
+    assert live.chat(key=ALICE).status == 200
+
+
+def test_request_ids(live: Live) -> None:
+    mine = live.ask("POST", CHAT, chat_of(1), authorization=f"Bearer {ALICE}", x_request_id="my-own.id:1")
+    assert mine.headers["x-request-id"] == "my-own.id:1"
+    assert mine.json["id"] == "chatcmpl-my-own.id:1"
+    for sent in ("with space", "x" * 129, "a/b", '"', ""):
+        answer = live.ask("GET", "/v1/models", authorization=f"Bearer {ALICE}", x_request_id=sent)
+        assert re.fullmatch("[0-9a-f]{32}", answer.headers["x-request-id"])
+    for method, path in (("GET", "/nowhere"), ("GET", CHAT), ("GET", "/health"), ("GET", "/metrics")):
+        assert live.ask(method, path).headers["x-request-id"]
+    error(404, "not_found", live.ask("GET", "/nowhere"))
+
+
+def test_wrong_method(live: Live) -> None:
+    refused = live.ask("GET", CHAT, authorization=f"Bearer {ALICE}")
+    error(405, "method_not_allowed", refused)
+    assert refused.headers["allow"] == "POST"
+
+
+def test_what_is_asked(live: Live) -> None:
+    """Prompts, images and bad requests that the logs are searched for at the end."""
+    image = {"type": "image_url", "image_url": {"url": IMAGE}}
+    assert live.chat(SECRET, image, key=ALICE).status == 200
+    assert live.chat(SECRET, key=ALICE, reduction={"method": SECRET}).status == 400
+    assert live.chat(SECRET, key=ALICE, max_tokens=10**7).status == 400
+    assert live.chat(SECRET, {"type": "image_url", "image_url": {"url": IMAGE[:-900]}}, key=ALICE).status == 400
+    assert live.chat(SECRET, key=ALICE, model=SECRET).status == 404
+    assert live.chat(SECRET, key=SECRET).status == 401
+
+
+def test_the_engine_is_killed_under_load(live: Live) -> None:
+    """Streams, whole answers, requests that wait, and images on their way: everyone hears of it; the server ends."""
+    answers: list[tuple[float, int, str]] = []
+
+    def listen(number: int) -> None:
+        body = chat_of(900) | {"stream": number % 2 == 0}
+        if number % 4 > 1:
+            parts = [{"type": "image_url", "image_url": {"url": data_uri(photo(number))}}] * 4
+            body["messages"] = [{"role": "user", "content": [*parts, {"type": "text", "text": SECRET}]}]
+        connection = live.connect()
+        live.send(connection, "POST", CHAT, body, authorization=f"Bearer {ALICE}")
+        response = connection.getresponse()
+        text = response.read().decode()
+        answers.append((time.monotonic(), response.status, text))
+        connection.close()
+
+    clients = [threading.Thread(target=listen, args=(number,)) for number in range(SEATS + QUEUE)]
+    for client in clients:
+        client.start()
+    live.wait(lambda: live.metrics("vllm:num_requests_running") >= SEATS)
+    live.engine().kill()
+    killed = time.monotonic()
+    while live.is_ready():
+        pass
+    assert time.monotonic() - killed < 1
+    for client in clients:
+        client.join()
+    assert len(answers) == len(clients)
+    for heard, status, text in answers:
+        assert heard - killed < ANSWERED_WITHIN_S
+        assert status in {200, 503}
+        last = text if status == 503 else text.split("data: ")[-2]
+        assert json.loads(last)["error"]["code"] == "engine_stopped"
+    assert live.process.wait(ENDED_WITHIN_S) != 0
+    assert time.monotonic() - killed < ENDED_WITHIN_S
+
+
+def test_logs_are_json_and_hold_no_prompt(live: Live) -> None:
+    live.process.wait(30)
+    text = live.out.read_text()
+    lines = [json.loads(line) for line in text.splitlines()]
+    everything = text + live.err.read_text()
+    assert "xylograph" not in everything
+    assert IMAGE[100:160] not in everything
+    for key in (ALICE, BOB, SLOW, FEW, WATCHER, LATE):
+        assert key not in everything
+    mine = [line for line in lines if line.get("request_id") == "my-own.id:1"]
+    assert [(line["route"], line["method"], line["status"], line["key"]) for line in mine] == [
+        (CHAT, "POST", 200, "alice")
+    ]
+    asked = [line for line in lines if line["logger"] == "foldserve.requests"]
+    assert all(line["request_id"] and line["timestamp"] and line["level"] for line in asked)
+    assert {line["status"] for line in asked} >= {200, 400, 401, 403, 404, 405, 429, 503}
