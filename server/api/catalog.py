@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from foldserve.reducers import METHODS, Method, VisionGeometry
 from foldserve.reducers.refusal import InvalidReduction
@@ -25,6 +27,7 @@ def describe(chat: FoldServingChat) -> dict[str, object]:
         "low_detail_ratio": planner.defaults.low_detail_ratio,
         "withdraw_layer": planner.withdraw_layer,
         "calibration": chat.engine_client.vllm_config.additional_config.get(CONFIG_KEY, {}).get("calibration"),
+        "quality": served_card(chat.engine_client.vllm_config.model_config.model),
         "data": [
             {
                 "id": method.name,
@@ -38,6 +41,15 @@ def describe(chat: FoldServingChat) -> dict[str, object]:
             for method in methods
         ],
     }
+
+
+def served_card(model: str) -> dict[str, Any] | None:
+    """What `foldserve evaluate` measured on the model in this directory: the `summary` of its quality.json."""
+    file = Path(model) / "quality.json"
+    if not file.is_file():
+        return None
+    summary: dict[str, Any] = json.loads(file.read_text())["summary"]
+    return summary
 
 
 def _works_with(method: Method, geometry: VisionGeometry) -> bool:

@@ -1,0 +1,184 @@
+"""A served model that is asked many questions at once: what evaluation reads is what vLLM answers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from vllm import LLM, SamplingParams
+from vllm.config import CUDAGraphMode
+from vllm.engine.arg_utils import EngineArgs
+from vllm.platforms import current_platform
+from vllm.renderers.params import ChatParams
+from vllm.sampling_params import RequestOutputKind
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from foldserve.reducers.plan import Plan, Reduction
+from foldserve.server.engine import withdrawal
+from foldserve.server.engine.geometry import vision_geometry
+from foldserve.server.engine.plugin import register
+from foldserve.server.engine.processor import KWARG
+from foldserve.server.engine.withdrawal import Room, TokenMap, refuse_prompt
+
+_CPU_KV_CACHE_BYTES = 2 << 30
+"""On a CPU vLLM would take nearly all of the memory."""
+
+Messages = list[dict[str, Any]]
+"""A dialogue as OpenAI's chat messages; images are parts `{"type": "image_pil", "image_pil": image}`."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Reply:
+    """What the model said.
+
+    Attributes:
+        text: greedy answer.
+        first: (vocab,) fp32 log-probabilities of its first token, over the whole vocabulary.
+    """
+
+    text: str
+    first: NDArray[np.float32]
+
+
+class AskedModel:
+    """A checkpoint with the engine options it is served with; at most one engine of it runs at a time.
+
+    Attributes:
+        model: name or directory.
+        revision: of it on the Hugging Face hub, or None.
+        layers: L, the decoder layers.
+        geometry: of its vision tower.
+    """
+
+    def __init__(self, model: str, argv: Sequence[str] = ()) -> None:
+        """Reads the model's configuration.
+
+        Args:
+            argv: engine options as `vllm serve` takes them.
+
+        Raises:
+            ValueError: not a model that foldserve can reduce.
+            SystemExit: options that vLLM's parser refuses.
+        """
+        if not current_platform.is_cpu():
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # as `foldserve serve` does with withdrawal
+        register()
+        parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="foldserve evaluate MODEL"))
+        if current_platform.is_cpu():
+            parser.set_defaults(kv_cache_memory_bytes=_CPU_KV_CACHE_BYTES, enforce_eager=True)
+        self._args = EngineArgs.from_cli_args(parser.parse_args(["--model", model, *argv]))
+        self._args.max_logprobs = -1
+        hf_config = self._args.create_model_config().hf_config
+        geometry = vision_geometry(hf_config)
+        if geometry is None:
+            raise ValueError(f"foldserve reduces the vision tokens of LLaVA-1.5-like models; {model} is another one")
+        self.model, self.revision, self.geometry = model, self._args.revision, geometry
+        self.layers: int = hf_config.get_text_config().num_hidden_layers
+
+    @contextmanager
+    def engine(self, withdraw_layer: int | None) -> Iterator[AskedEngine]:
+        """A running engine, with K = `withdraw_layer` or without withdrawal.
+
+        Raises:
+            ValueError: options or a decoder that withdrawal does not go with.
+        """
+        args = copy(self._args)
+        if withdraw_layer is not None:
+            _add_withdrawal(args, withdraw_layer)
+        llm = LLM.from_engine_args(args)
+        try:
+            yield AskedEngine(llm)
+        finally:
+            llm.llm_engine.engine_core.shutdown()
+
+
+def _add_withdrawal(args: EngineArgs, layer: int) -> None:
+    device: Literal["cpu", "cuda"] = "cpu" if current_platform.is_cpu() else "cuda"
+    needed = withdrawal.configure(layer, device=device, async_scheduling=args.async_scheduling is not False)
+    mode = needed.pop("compilation_config", {}).get("cudagraph_mode")
+    if mode is not None and not args.enforce_eager:
+        args.compilation_config = copy(args.compilation_config)
+        args.compilation_config.cudagraph_mode = CUDAGraphMode[mode]
+    for name, value in needed.items():
+        setattr(args, name, value)
+
+
+class AskedEngine:
+    """vLLM's engine behind its own chat template, processor and scheduler."""
+
+    def __init__(self, llm: LLM) -> None:
+        self._llm = llm
+        self._room: Room = withdrawal.step_room(llm.llm_engine.vllm_config)
+        self._vocab_size: int = llm.model_config.get_vocab_size()
+        self._asked = 0
+
+    def ask(self, dialogues: Sequence[Messages], reduction: Reduction, plan: Plan, max_tokens: int) -> list[Reply]:
+        """Answers all dialogues, each with one image, whose reduction on this model is `plan`.
+
+        Raises:
+            ValueError: a prompt that the reduction does not go with.
+            RuntimeError: an image that did not get the plan's tokens.
+        """
+        extras = {"mm_processor_kwargs": {KWARG: reduction.to_json()}}
+        first = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, flat_logprobs=True, detokenize=False)
+        answer = SamplingParams(temperature=0, max_tokens=max_tokens)
+        outputs = self._run([(d, p) for p in (first, answer) for d in dialogues], extras, plan)
+        firsts, answers = outputs[: len(dialogues)], outputs[len(dialogues) :]
+        return [Reply(told.text, self._log_probabilities(begun)) for begun, told in zip(firsts, answers, strict=True)]
+
+    def _run(
+        self, requests: Sequence[tuple[Messages, SamplingParams]], extras: Mapping[str, Any], plan: Plan
+    ) -> list[Any]:
+        """The completion of each request, in their order."""
+        engine = self._llm.llm_engine
+        ids = []
+        for messages, params in requests:
+            prompt = self._render(messages, extras)
+            self._check(prompt, plan)
+            params = params.clone()
+            params.output_kind = RequestOutputKind.FINAL_ONLY
+            self._asked += 1
+            engine.add_request(str(self._asked), prompt, params)
+            ids.append(str(self._asked))
+        done: dict[str, Any] = {}
+        while engine.has_unfinished_requests():
+            done |= {output.request_id: output.outputs[0] for output in engine.step() if output.finished}
+        return [done[request_id] for request_id in ids]
+
+    def _render(self, messages: Messages, extras: Mapping[str, Any]) -> Any:
+        template = ChatParams(chat_template_kwargs={"add_generation_prompt": True, "tokenize": False})
+        renderer = self._llm.renderer
+        tokenizing = renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)  # the template writes them
+        _, (rendered,) = renderer.render_chat([messages], template, tokenizing, prompt_extras=dict(extras))
+        return rendered
+
+    def _check(self, prompt: Any, plan: Plan) -> None:
+        """The prompt holds what was planned, and the scheduler will take it: there, a refusal ends the engine."""
+        places = prompt["mm_placeholders"]["image"]
+        images = [_Image(name, place) for name, place in zip(prompt["mm_hashes"]["image"], places, strict=True)]
+        length = len(prompt["prompt_token_ids"])
+        token_map = TokenMap.of(images, length)
+        refuse_prompt(token_map, length, self._room)
+        found = [place.get_num_embeds() for place in places], token_map.total
+        if found != ([plan.kept], plan.decoder_removed):
+            raise RuntimeError(f"(vision tokens, withdrawn) {found} in the prompt, where {plan} was planned")
+
+    def _log_probabilities(self, completion: Any) -> NDArray[np.float32]:
+        flat = completion.logprobs
+        values = np.full(self._vocab_size, -np.inf, np.float32)
+        values[flat.token_ids] = flat.logprobs
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class _Image:
+    """An image in the prompt, as `TokenMap` reads it."""
+
+    identifier: str
+    mm_position: Any

@@ -1,0 +1,1 @@
+"""`foldserve evaluate`: what a reduction costs in answers, measured through the engine that serves them."""

@@ -1,0 +1,193 @@
+"""The quality card: what was measured on which model, as one JSON value."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from foldserve.server.quality.evaluation.journal import Journal, Outcome
+from foldserve.server.quality.evaluation.questions import Question
+from foldserve.server.quality.evaluation.scores import Estimate, mean, share
+from foldserve.server.quality.evaluation.variants import CONTROLS, Refusal, Variant
+
+CARD_FILE = "quality.json"
+OCR = "ocr"
+"""Kinds with this in their name are reading: they suffer first, so that they are kept out of the average."""
+
+
+class Result(BaseModel):
+    """One variant.
+
+    Attributes:
+        label: method as named on the command line; "none" at ratio 0.
+        ratio: asked for; None where the method has no amount, or for a control at another method's count.
+        layer: K of the server, or None.
+        reduction: what a request sends.
+        kept: vision tokens of an image that reach the decoder.
+        kept_deep: that its layers from K on see.
+        layer_tokens: that a layer sees, mean over all layers.
+        count: `layer_tokens` as an integer, at which the controls are measured.
+        accuracy: over all kinds but OCR; None where no answers are known.
+        ocr: over OCR.
+        kinds: accuracy by kind.
+        lost, gained: questions that were right at ratio 0 and are wrong now, and the other way round.
+        kl: mean KL(P_variant || P_ratio0) of the answer's first token, in nats.
+        agreement: share of questions whose likeliest first token is that of ratio 0.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    label: str
+    ratio: float | None
+    layer: int | None
+    reduction: dict[str, Any]
+    kept: int
+    kept_deep: int
+    layer_tokens: float
+    count: int
+    accuracy: Estimate | None
+    ocr: Estimate | None
+    kinds: dict[str, Estimate]
+    lost: int
+    gained: int
+    kl: Estimate
+    agreement: Estimate
+
+    @property
+    def is_control(self) -> bool:
+        return self.label in CONTROLS and self.ratio is None
+
+
+class Refused(BaseModel):
+    """What this model can't do, in the words of the refusal."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    label: str
+    ratio: float | None
+    layer: int | None
+    reason: str
+
+
+class Card(BaseModel):
+    """Everything that was measured in a run.
+
+    Attributes:
+        model: as it was named.
+        model_hash, data_hash: identities of weights and questions.
+        data: where the questions come from.
+        questions: how many.
+        tokens: vision tokens of an image at ratio 0.
+        layers: L, the decoder's layers.
+        engine: versions, and the engine options that were given.
+        results: ratio 0 first.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str
+    model_hash: str
+    data: str
+    data_hash: str
+    questions: int
+    tokens: int
+    layers: int
+    engine: dict[str, str]
+    results: list[Result]
+    refused: list[Refused]
+
+    @property
+    def reference(self) -> Result:
+        """Ratio 0."""
+        return self.results[0]
+
+    def control(self, name: str, count: int) -> Result | None:
+        """The result of a control measured at `count`, which may keep a few tokens less; None if it is refused."""
+        fitting = [r for r in self.results if r.label == name and r.layer is None and r.kept <= count]
+        return max(fitting, key=lambda result: result.kept, default=None)
+
+    def write(self, file: Path) -> None:
+        """Writes `file` as a whole or not at all; what `/v1/reducers` shows of it stands under `summary`."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial = file.with_name(f"{file.name}.part")
+        fields = self.model_dump(mode="json")
+        partial.write_text(json.dumps({"summary": self.summary()} | fields, indent=1) + "\n")
+        partial.replace(file)
+
+    def summary(self) -> dict[str, Any]:
+        """The figures per method and amount, without intervals and kinds."""
+        return {
+            "model_hash": self.model_hash,
+            "data": self.data,
+            "questions": self.questions,
+            "results": [_summary(result) for result in self.results],
+            "refused": [refused.model_dump(mode="json") for refused in self.refused],
+        }
+
+
+def read_card(file: Path) -> Card:
+    """The card that `write` wrote."""
+    fields = json.loads(file.read_text())
+    fields.pop("summary")
+    return Card.model_validate(fields)
+
+
+def _summary(result: Result) -> dict[str, Any]:
+    return {
+        "method": result.label,
+        "reduction": result.reduction,
+        "withdraw_layer": result.layer,
+        "kept": result.kept,
+        "layer_tokens": round(result.layer_tokens, 2),
+        "accuracy": None if result.accuracy is None else round(result.accuracy.value, 4),
+        "ocr": None if result.ocr is None else round(result.ocr.value, 4),
+        "kl": round(result.kl.value, 6),
+        "agreement": round(result.agreement.value, 4),
+    }
+
+
+def results(
+    questions: Sequence[Question], base: Variant, variants: Sequence[Variant], journal: Journal
+) -> list[Result]:
+    """What the journal says, ratio 0 first; variants that the engine can't tell apart share their outcomes."""
+    full = journal[base.key]
+    return [_result(variant, questions, journal[variant.key], full) for variant in (base, *variants)]
+
+
+def refusals(refused: Sequence[Refusal]) -> list[Refused]:
+    """As they stand in the card."""
+    return [Refused(label=r.label, ratio=r.ratio, layer=r.layer, reason=r.reason) for r in refused]
+
+
+def _result(
+    variant: Variant, questions: Sequence[Question], outcomes: Sequence[Outcome], full: Sequence[Outcome]
+) -> Result:
+    judged = [(q.kind, o.right) for q, o in zip(questions, outcomes, strict=True) if o.right is not None]
+    by_kind = {kind: [right for k, right in judged if k == kind] for kind, _ in judged}
+    changed = [(before.right, now.right) for before, now in zip(full, outcomes, strict=True)]
+    return Result(
+        label=variant.label,
+        ratio=variant.ratio,
+        layer=variant.layer,
+        reduction=variant.reduction.to_json(),
+        kept=variant.plan.kept,
+        kept_deep=variant.plan.kept_deep,
+        layer_tokens=variant.layer_tokens,
+        count=variant.count,
+        accuracy=_share_of(judged, reading=False),
+        ocr=_share_of(judged, reading=True),
+        kinds={kind: share(hits) for kind, hits in sorted(by_kind.items())},
+        lost=changed.count((True, False)),
+        gained=changed.count((False, True)),
+        kl=mean([outcome.kl for outcome in outcomes]),
+        agreement=share([outcome.agrees for outcome in outcomes]),
+    )
+
+
+def _share_of(judged: Sequence[tuple[str, bool]], *, reading: bool) -> Estimate | None:
+    hits = [right for kind, right in judged if (OCR in kind.casefold()) == reading]
+    return share(hits) if hits else None

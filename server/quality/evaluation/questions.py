@@ -1,0 +1,121 @@
+"""The questions that an evaluation asks, with their answers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from foldserve.server.quality.calibration_data import Sample, load_samples
+from foldserve.server.quality.demo.examples import questions as demo_questions
+
+HELD_OUT_SEED = 1
+"""Of the built-in scenes; none of them occurs in the demo model's training, whatever its seed."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Question:
+    """One question about one image.
+
+    Attributes:
+        image: a file, or the image itself.
+        text: the question.
+        answers: each of them is right; empty if none is known.
+        kind: by which accuracy is told apart.
+        history: earlier turns (question, answer) about the image.
+    """
+
+    image: Path | Image.Image
+    text: str
+    answers: tuple[str, ...] = ()
+    kind: str = "all"
+    history: tuple[tuple[str, str], ...] = ()
+
+    def open(self) -> Image.Image:
+        """The image in RGB; ValueError if it can't be read."""
+        if isinstance(self.image, Image.Image):
+            return self.image.convert("RGB")
+        return Sample(self.image, self.text).open()
+
+    def messages(self) -> list[dict[str, Any]]:
+        """The dialogue as OpenAI's chat messages, the image in front of the first question."""
+        texts = [text for turn in self.history for text in turn] + [self.text]
+        messages: list[dict[str, Any]] = [
+            {"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)
+        ]
+        image = {"type": "image_pil", "image_pil": self.open()}
+        messages[0]["content"] = [image, {"type": "text", "text": texts[0]}]
+        return messages
+
+
+class _Row(BaseModel):
+    """A line of a JSONL file; other fields are somebody else's."""
+
+    model_config = ConfigDict(strict=True)
+
+    image: str
+    question: str
+    answer: str | list[str] = Field(default_factory=list)
+    kind: str = "all"
+
+
+def load_questions(data: Path | None, limit: int, question: str) -> list[Question]:
+    """At most `limit` questions; those of a file or folder are spread evenly over it.
+
+    Args:
+        data: None for the built-in scenes; a JSONL file with `{"image": path, "question": text, "answer": text or list
+            of texts, "kind": text}` a line, the last two optional, paths relative to the file; or a folder of images,
+            as `foldserve calibrate` takes it, for which no answers are known.
+        question: asked of a folder's images that bring none.
+
+    Raises:
+        ValueError: no such data, none in it, or a malformed line.
+    """
+    if limit < 1:
+        raise ValueError(f"at least one question is needed, not {limit}")
+    if data is None:
+        found = demo_questions(HELD_OUT_SEED, limit)
+        return [Question(q.image, q.question, (q.answer,), q.kind, q.history) for q in found]
+    if data.is_file():
+        return _spread(_from_jsonl(data), limit, data)
+    return [Question(sample.image, sample.question) for sample in load_samples(data, limit, question)]
+
+
+def _from_jsonl(file: Path) -> list[Question]:
+    found = []
+    for number, line in enumerate(file.read_text().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = _Row.model_validate_json(line)
+        except ValidationError as error:
+            wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'line'}: {e['msg']}" for e in error.errors())
+            raise ValueError(
+                f'{file}, line {number}: {{"image": path, "question": text, "answer": text}} is needed ({wrong})'
+            ) from error
+        answers = (row.answer,) if isinstance(row.answer, str) else tuple(row.answer)
+        found.append(Question(file.parent / row.image, row.question, answers, row.kind))
+    return found
+
+
+def _spread(found: Sequence[Question], limit: int, data: Path) -> list[Question]:
+    if not found:
+        raise ValueError(f"{data} holds no questions")
+    count = min(limit, len(found))
+    return [found[i * len(found) // count] for i in range(count)]
+
+
+def data_hash(questions: Sequence[Question]) -> str:
+    """Identity of what is asked: texts, answers, kinds, and every pixel."""
+    digest = hashlib.sha256()
+    for question in questions:
+        image = question.open()
+        text = json.dumps([image.size, question.text, question.answers, question.kind, question.history])
+        digest.update(text.encode() + image.tobytes())
+    return f"sha256:{digest.hexdigest()}"

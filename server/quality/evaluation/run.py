@@ -1,0 +1,125 @@
+"""Asks every question under every variant that is not measured yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm  # comes with vLLM
+
+from foldserve.reducers.plan import Plan, Reduction, VisionGeometry, make_plan
+from foldserve.server.quality.calibration_search import kl_divergence
+from foldserve.server.quality.evaluation.journal import Journal, Outcome
+from foldserve.server.quality.evaluation.questions import Question
+from foldserve.server.quality.evaluation.scores import is_right
+from foldserve.server.quality.evaluation.variants import Variant
+
+
+class Answered(Protocol):
+    """One reply; `server/engine/asked.py` has the real ones."""
+
+    @property
+    def text(self) -> str:
+        """The whole answer."""
+
+    @property
+    def first(self) -> NDArray[np.float32]:
+        """(vocab,) log-probabilities of the answer's first token."""
+
+
+class Engine(Protocol):
+    """A running engine."""
+
+    def ask(
+        self, dialogues: Sequence[list[dict[str, Any]]], reduction: Reduction, plan: Plan, max_tokens: int
+    ) -> Sequence[Answered]:
+        """One reply to each dialogue."""
+
+
+class Model(Protocol):
+    """Where engines come from."""
+
+    @property
+    def layers(self) -> int:
+        """L, the decoder's layers."""
+
+    @property
+    def geometry(self) -> VisionGeometry:
+        """Of the vision tower."""
+
+    def engine(self, withdraw_layer: int | None) -> AbstractContextManager[Engine]:
+        """A running engine with K = `withdraw_layer`, or without withdrawal."""
+
+
+def reference(model: Model) -> Variant:
+    """Ratio 0: what everything is compared with."""
+    return Variant("none", 0.0, None, model.layers, Reduction(), make_plan(Reduction(), model.geometry))
+
+
+def measure(
+    model: Model,
+    questions: Sequence[Question],
+    variants: Sequence[Variant],
+    journal: Journal,
+    *,
+    max_tokens: int,
+    batch: int,
+) -> None:
+    """Fills the journal, with one engine for each K and one without, and a progress bar over all questions.
+
+    Args:
+        variants: beside the reference, which comes first.
+        max_tokens: of an answer.
+        batch: questions that the engine is given at once.
+
+    Raises:
+        ValueError: an unreadable image, or log-probabilities that are no distribution.
+    """
+    base = reference(model)
+    first = journal.load_reference() if base.key in journal else None
+    wanted = {v.key: v for v in [*([base] if first is None else []), *variants] if v is base or v.key not in journal}
+    bar = tqdm(total=len(wanted) * len(questions), desc="foldserve evaluate", unit="question")
+    for layer, group in _by_layer(list(wanted.values())):
+        with model.engine(layer) as engine:
+            for variant in group:
+                bar.set_postfix_str(f"{variant.label} {variant.plan.kept} tokens" + (f" K={layer}" if layer else ""))
+                replies: list[Answered] = []
+                for start in range(0, len(questions), batch):
+                    asked = [question.messages() for question in questions[start : start + batch]]
+                    replies += engine.ask(asked, variant.reduction, variant.plan, max_tokens)
+                    bar.update(len(asked))
+                if variant is base:
+                    first = np.stack([reply.first for reply in replies])
+                    journal.save_reference(first)
+                assert first is not None  # the reference comes first
+                journal.add(variant.key, _outcomes(questions, replies, first))
+    bar.close()
+
+
+def _by_layer(variants: Sequence[Variant]) -> Iterator[tuple[int | None, list[Variant]]]:
+    """Without K first, then by K."""
+    layers = sorted({variant.layer for variant in variants}, key=lambda layer: layer or 0)
+    for layer in layers:
+        yield layer, [variant for variant in variants if variant.layer == layer]
+
+
+def _outcomes(questions: Sequence[Question], replies: Sequence[Answered], first: NDArray[np.float32]) -> list[Outcome]:
+    own = torch.from_numpy(np.stack([reply.first for reply in replies]))
+    full = torch.from_numpy(first)
+    kl = kl_divergence(own, full)
+    if not kl.isfinite().all():
+        raise ValueError("the model's log-probabilities are not finite: try --dtype float32 or bfloat16")
+    agrees = own.argmax(-1) == full.argmax(-1)
+    return [
+        Outcome(
+            answer=reply.text,
+            right=is_right(reply.text, question.answers) if question.answers else None,
+            kl=max(0.0, divergence),  # rounding takes that of equal distributions to -1e-8
+            agrees=agreement,
+        )
+        for question, reply, divergence, agreement in zip(questions, replies, kl.tolist(), agrees.tolist(), strict=True)
+    ]
