@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test check clean
+.PHONY: help setup serve test soak check clean
 
 help: ## show this
 	@echo "make COMMAND, where COMMAND is"
@@ -29,6 +29,9 @@ serve: setup ## start the server (MODEL=name or directory, PORT=8000, ARGS="any 
 
 test: setup ## run all tests, without a GPU (TESTS="paths or pytest options" for some)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+soak: setup ## 10,000 requests, many broken off, against a server: nothing may be left over (ARGS="options of the soak")
+	@$(BIN)/python -m foldserve.loadtest.soak $(ARGS)
 
 check: setup ## lint, formatting, types
 	@$(BIN)/ruff check .

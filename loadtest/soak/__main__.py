@@ -1,0 +1,86 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import time
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tqdm import tqdm
+
+from foldserve.loadtest.soak.load import send_all, stream_at_once
+from foldserve.loadtest.soak.mix import chat, plan
+from foldserve.loadtest.soak.report import Report
+from foldserve.loadtest.soak.server import Held, Server
+from foldserve.loadtest.soak.wire import ask, encode
+
+_SETTLES_WITHIN_S = 30
+_STREAM_TOKENS = 16
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs a soak; status 1 where something was left over, or went wrong."""
+    parser = argparse.ArgumentParser(prog="python -m foldserve.loadtest.soak", description=__doc__)
+    add = parser.add_argument
+    add("--requests", type=int, default=10_000, metavar="N", help="(default: %(default)s)")
+    add("--abort-share", type=float, default=0.3, metavar="SHARE", help="that is broken off (default: %(default)s)")
+    add(
+        "--warm-share",
+        type=float,
+        default=0.2,
+        metavar="SHARE",
+        help="sent before the first look (default: %(default)s)",
+    )
+    add("--at-once", type=int, default=64, metavar="N", help="requests in flight (default: %(default)s)")
+    add("--streams", type=int, default=1000, metavar="N", help="then, all at once; 0: none (default: %(default)s)")
+    add("--seed", type=int, default=0)
+    add("--output", type=Path, metavar="FILE", help="the report as JSON")
+    add(
+        "options", nargs="*", metavar="OPTION", help="after --: of `foldserve serve`, a model first (default: the demo)"
+    )
+    args = parser.parse_args(argv)
+    report = asyncio.run(_run(args))
+    text = json.dumps(report.to_json(), indent=1)
+    if args.output:
+        args.output.write_text(text)
+    print(text)
+    if any(report.failures()):
+        raise SystemExit(1)
+
+
+async def _run(args: argparse.Namespace) -> Report:
+    started = time.monotonic()
+    requests = plan(args.requests, args.abort_share, args.seed)
+    warming = islice(requests, int(args.requests * args.warm_share))
+    with TemporaryDirectory() as folder:
+        server = Server(args.options, Path(folder) / "log")
+        try:
+            await server.wait_until_ready()
+            with tqdm(total=args.requests + args.streams, unit="req", smoothing=0.05) as bar:
+                first = await send_all(server.address, warming, args.at_once, bar)
+                streams = await stream_at_once(server.address, args.streams, _STREAM_TOKENS, bar)
+                warm = await _settled(server)
+                rest = await send_all(server.address, requests, args.at_once, bar)
+                end = await _settled(server)
+            return Report(warm, end, first + rest, streams, server.stop(), round(time.monotonic() - started, 1))
+        finally:
+            server.kill()
+
+
+async def _settled(server: Server) -> Held:
+    """What is held once nothing is on its way; a short request makes the engine tell its numbers anew."""
+    end = time.monotonic() + _SETTLES_WITHIN_S
+    while True:
+        await asyncio.sleep(1)
+        await ask(server.address, encode("POST", "/v1/chat/completions", chat("settle", [], 2)))
+        held = await server.held()
+        if (not held.requests and not held.kv_share) or time.monotonic() > end:
+            return held
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""Sends the requests, a bounded number at a time, and asks all the while whether the server is ready."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tqdm import tqdm
+
+from foldserve.loadtest.soak.mix import HangUp, Planned, chat
+from foldserve.loadtest.soak.wire import Address, ask, connect, encode, read_status
+
+_READY_EVERY_S = 0.1
+_PATIENCE_S = 300
+_EVENTS_MIDWAY = 5
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What came of some requests.
+
+    Attributes:
+        counts: of answers by status, and of clients that hung up, by where.
+        wrong: what should not have happened, in words.
+        ready_s: the longest time that `/health/ready` took.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+    ready_s: float = 0.0
+
+    def __add__(self, other: Outcome) -> Outcome:
+        return Outcome(self.counts + other.counts, self.wrong + other.wrong, max(self.ready_s, other.ready_s))
+
+
+async def send_all(address: Address, requests: Iterable[Planned], at_once: int, bar: tqdm[Any]) -> Outcome:
+    """Sends the requests in order, at most `at_once` at a time."""
+    outcome = Outcome()
+    waiting = iter(requests)
+
+    async def client() -> None:
+        for request in waiting:  # shared by all clients
+            try:
+                async with asyncio.timeout(_PATIENCE_S):
+                    outcome.counts[await _send(address, request, outcome)] += 1
+            except (OSError, TimeoutError, asyncio.IncompleteReadError, ValueError) as error:
+                outcome.wrong.append(f"{type(error).__name__}: {error}")
+            bar.update()
+
+    async with asyncio.TaskGroup() as group:
+        watch = group.create_task(_watch(address, outcome))
+        async with asyncio.TaskGroup() as clients:
+            for _ in range(at_once):
+                clients.create_task(client())
+        watch.cancel()
+    return outcome
+
+
+async def stream_at_once(address: Address, count: int, tokens: int, bar: tqdm[Any]) -> Outcome:
+    """`count` streams that are all open at the same time."""
+    requests = [
+        Planned(chat(f"stream {number}", [], tokens) | {"stream": True}, 200, HangUp.NEVER, 0)
+        for number in range(count)
+    ]
+    return await send_all(address, requests, count, bar)
+
+
+async def _send(address: Address, request: Planned, outcome: Outcome) -> str:
+    """Sends one request; what it counts as."""
+    data = encode("POST", request.path, request.body)
+    if request.hang_up is HangUp.NEVER:
+        answer = await ask(address, data)
+        is_cut = request.body["stream"] and (b'{"error"' in answer.body or b"[DONE]" not in answer.body)
+        if answer.status != request.expected or (answer.status == 200 and is_cut):
+            outcome.wrong.append(f"{request.expected} was expected: {answer.status} {answer.body[-300:]!r}")
+        return f"answered {answer.status}"
+    async with connect(address) as (reader, writer):
+        writer.write(data[: len(data) // 2] if request.hang_up is HangUp.IN_BODY else data)
+        await writer.drain()
+        if request.hang_up in (HangUp.IN_BODY, HangUp.WAITING):
+            await asyncio.sleep(request.wait_s)
+        else:
+            status = await read_status(reader)
+            if status != 200:
+                outcome.wrong.append(f"a stream began with {status}")
+            for _ in range(1 if request.hang_up is HangUp.FIRST_TOKEN else _EVENTS_MIDWAY):
+                await reader.readuntil(b"\n\n")
+    return f"hung up {request.hang_up.value}"
+
+
+async def _watch(address: Address, outcome: Outcome) -> None:
+    """Notes how long readiness takes to be told, and every time that it is not."""
+    while True:
+        started = time.perf_counter()
+        status = (await ask(address, encode("GET", "/health/ready"))).status
+        outcome.ready_s = max(outcome.ready_s, time.perf_counter() - started)
+        if status != 200:
+            outcome.wrong.append(f"/health/ready answered {status}")
+        await asyncio.sleep(_READY_EVERY_S)

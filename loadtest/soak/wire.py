@@ -1,0 +1,71 @@
+"""As much of HTTP/1.1 as a client needs that hangs up wherever it likes: one connection a request."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where the server listens."""
+
+    host: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A response that was read to its end.
+
+    Attributes:
+        status: of HTTP.
+        body: with the marks of chunks between its parts, where it came in chunks.
+    """
+
+    status: int
+    body: bytes
+
+
+@asynccontextmanager
+async def connect(address: Address) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A connection that is cut at the end."""
+    reader, writer = await asyncio.open_connection(address.host, address.port)
+    try:
+        yield reader, writer
+    finally:
+        writer.transport.abort()  # not a polite end: what is under way on the other side must notice by itself
+
+
+def encode(method: str, path: str, body: object = None) -> bytes:
+    """The bytes of a request."""
+    content = b"" if body is None else json.dumps(body).encode()
+    head = f"{method} {path} HTTP/1.1\r\nHost: soak\r\nConnection: close\r\n"
+    if body is not None:
+        head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
+    return head.encode() + b"\r\n" + content
+
+
+async def read_status(reader: asyncio.StreamReader) -> int:
+    """Reads a response's head.
+
+    Raises:
+        ConnectionError: there was none.
+    """
+    line = await reader.readline()
+    if not line:
+        raise ConnectionError("the server closed the connection without an answer")
+    while (await reader.readline()).strip():
+        pass
+    return int(line.split()[1])
+
+
+async def ask(address: Address, request: bytes) -> Answer:
+    """Sends a request and reads the whole answer."""
+    async with connect(address) as (reader, writer):
+        writer.write(request)
+        await writer.drain()
+        return Answer(await read_status(reader), await reader.read())
