@@ -6,14 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from reprlib import repr as _short
-from typing import Any
+from typing import Any, Literal
 
 from foldserve.reducers import METHODS
 from foldserve.reducers.method import Decoder, Method
 from foldserve.reducers.options import Value, parse_options
 from foldserve.reducers.refusal import InvalidReduction
 
-__all__ = ["FIELDS", "MIN_KEPT", "InvalidReduction", "Reduction"]
+__all__ = ["FIELDS", "MIN_KEPT", "InvalidReduction", "Positions", "Reduction"]
+
+Positions = Literal["renumber", "keep"]
 
 MIN_KEPT = 2  # a fold needs two sides
 _DEFAULT_METHOD = "folder"
@@ -26,6 +28,11 @@ FIELDS: Mapping[str, Mapping[str, Any]] = {
     },
     "ratio": {"type": "number", "minimum": 0, "exclusiveMaximum": 1, "description": "share of tokens removed"},
     "keep_tokens": {"type": "integer", "minimum": MIN_KEPT, "description": "tokens kept per image; instead of `ratio`"},
+    "positions": {
+        "type": "string",
+        "enum": ["renumber", "keep"],
+        "description": "rotary positions of the tokens that stay: counted anew, or those that they had in the image",
+    },
     "withdraw": {"type": "boolean", "default": False, "description": "short for `+withdraw` in `method`"},
     "decoder": {"type": "boolean", "default": False, "description": "add the method's own half in the decoder"},
     "decoder_ratio": {
@@ -48,6 +55,8 @@ class Reduction:
         keep_tokens: tokens to keep per image instead, at least 2; neither of the two: it removes nothing.
         decoder: the method that works in the decoder, or None.
         decoder_ratio: share that it removes of the tokens that are left, in (0, 1); None if it can't be chosen.
+        positions: of the tokens that stay: "renumber" counts them anew, "keep" leaves each where it was; None: the
+            server's default.
         options: (name, value) of the methods' own fields that differ from their defaults.
 
     Raises:
@@ -59,6 +68,7 @@ class Reduction:
     keep_tokens: int | None = None
     decoder: str | None = None
     decoder_ratio: float | None = None
+    positions: Positions | None = None
     options: tuple[tuple[str, Value], ...] = ()
 
     def __post_init__(self) -> None:
@@ -68,6 +78,8 @@ class Reduction:
         _check_keep_tokens(self.keep_tokens)
         if self.ratio is not None and self.keep_tokens is not None:
             raise InvalidReduction("ratio and keep_tokens came together: give one of them", "ratio")
+        if self.positions not in (None, "renumber", "keep"):
+            raise InvalidReduction(f"positions must be 'renumber' or 'keep', not {_short(self.positions)}", "positions")
         object.__setattr__(self, "ratio", float(self.ratio) if self.ratio else None)
         self._settle_decoder()
         given: dict[str, object] = dict(self.options)
@@ -131,11 +143,13 @@ class Reduction:
         decoder = _added(method, decoder, "withdraw", _flag(value, "withdraw"))
         decoder = _added(method, decoder, METHODS[method].decoder_half, _flag(value, "decoder"))
         own = tuple((name, given) for name, given in value.items() if name in options)
-        return cls(method, decoder=decoder, options=own, **amounts)
+        positions: Any = value.get("positions")
+        return cls(method, decoder=decoder, positions=positions, options=own, **amounts)
 
     def to_json(self) -> dict[str, Any]:
         """The fields that differ from their defaults; equal reductions give equal dicts, and `parse` inverts it."""
         fields: dict[str, Any] = {"method": self.method, "ratio": self.ratio, "keep_tokens": self.keep_tokens}
+        fields["positions"] = self.positions
         fields |= {name: list(value) if isinstance(value, tuple) else value for name, value in self.options}
         if self.withdraw:
             fields["withdraw"] = True

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings
@@ -16,10 +18,10 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor, BaseProcessingInfo
 
 from foldserve.reducers.plan import Plan
-from foldserve.server.engine import withdrawal
+from foldserve.server.engine import positions, withdrawal
 from foldserve.server.engine.geometry import vision_geometry
 from foldserve.server.engine.processor import PLAN_FIELD, FoldLlavaMultiModalProcessor
-from foldserve.server.engine.vision import encode_images
+from foldserve.server.engine.vision import Survivors, encode_images
 
 
 def _build_processor(
@@ -59,7 +61,15 @@ class FoldLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             return super().embed_multimodal(**kwargs)
         image_input = self._parse_and_validate_image_input(**kwargs)
         assert image_input is not None and image_input["type"] == "pixel_values"
-        strategy = self.config.vision_feature_select_strategy
-        features = encode_images(self.vision_tower, image_input["pixel_values"], plans, strategy)
-        embeds = self.multi_modal_projector(torch.cat(features))  # (sum of kept, hidden)
-        return embeds.split([plan.kept for plan in plans])
+        images = self._embed_reduced(image_input["pixel_values"], plans)
+        return [
+            positions.attach(image.features, image.source) if plan.keeps_positions else image.features
+            for image, plan in zip(images, plans, strict=True)
+        ]
+
+    def _embed_reduced(self, pixel_values: torch.Tensor, plans: Sequence[Plan]) -> Sequence[Survivors]:
+        """Tower, reduction and projector, each image by its plan: embeddings (plan.kept, hidden)."""
+        images = encode_images(self.vision_tower, pixel_values, plans, self.config.vision_feature_select_strategy)
+        embeds = self.multi_modal_projector(torch.cat([image.features for image in images]))  # (sum of kept, hidden)
+        each = zip(images, embeds.split([plan.kept for plan in plans]), strict=True)
+        return [image._replace(features=embedded) for image, embedded in each]

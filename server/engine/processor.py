@@ -16,8 +16,9 @@ from vllm.multimodal.parse import ImageEmbeddingItems, MultiModalDataItems
 from vllm.multimodal.processing import ProcessorInputs, PromptReplacement, PromptUpdate
 
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, make_plan
+from foldserve.server.engine import positions
 from foldserve.server.engine.geometry import vision_geometry
-from foldserve.server.engine.withdrawal import mark
+from foldserve.server.engine.withdrawal import mark, unmark
 
 KWARG = "foldserve"
 """Key in `mm_processor_kwargs`: one reduction (JSON form) for every image, or a list with one per image."""
@@ -80,9 +81,13 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         return {**kwargs, KWARG: [r for r, hit in zip(asked, mm_is_cached["image"], strict=True) if not hit]}
 
     def _identity(self, image_hash: str, plan: Plan) -> str:
+        if unmark(image_hash)[1] is not None:  # a client's own: it would ask for what no plan says
+            raise ValueError(f"the image's uuid {image_hash!r} ends in a mark of foldserve: give it another uuid")
         if not plan.is_identity:
             algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
             image_hash = MultiModalHasher.hash_kwargs(algorithm, image=image_hash, plan=plan.to_ints())
+        if plan.keeps_positions:
+            image_hash = positions.mark(image_hash, plan.encoded)
         return mark(image_hash, plan.decoder, plan.kept_deep) if plan.decoder != "none" else image_hash
 
     def _plans(self, mm_items: MultiModalDataItems, kwargs: _Kwargs) -> list[Plan]:

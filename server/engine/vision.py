@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import nn
 
 from foldserve.reducers import METHODS
-from foldserve.reducers.downsample import resize
+from foldserve.reducers.downsample import nearest, resize
 from foldserve.reducers.method import AfterTower, BeforeTower, InTower
 from foldserve.reducers.plan import Plan
 from foldserve.server.engine.tower import Tower, attend, run_layer, run_mlp
@@ -21,9 +21,21 @@ from foldserve.server.engine.tower import Tower, attend, run_layer, run_mlp
 _K = TypeVar("_K", bound=Hashable)
 
 
+class Survivors(NamedTuple):
+    """What is left of one image.
+
+    Attributes:
+        features: (kept, C).
+        source: (kept,) int64, on the device: the token of the unreduced image that each one stands for.
+    """
+
+    features: torch.Tensor
+    source: torch.Tensor
+
+
 def encode_images(
     tower: nn.Module, pixel_values: torch.Tensor, plans: Sequence[Plan], select_strategy: str
-) -> list[torch.Tensor]:
+) -> list[Survivors]:
     """Runs the tower and reduces each image by its own plan; images share a batch as far as their plans agree.
 
     Args:
@@ -33,30 +45,33 @@ def encode_images(
         select_strategy: `vision_feature_select_strategy` of the checkpoint.
 
     Returns:
-        B tensors (plan.kept, C), in the order of the images.
+        What is left of each image, in their order. Images whose plan keeps positions come in the order of these.
     """
     walk = Tower(tower, select_strategy)
 
-    def encode(grid: tuple[int, int] | None, members: list[int]) -> Sequence[torch.Tensor]:
+    def encode(grid: tuple[int, int] | None, members: list[int]) -> Sequence[Survivors]:
         pixels, group = rows(pixel_values, members), [plans[i] for i in members]
         if grid is not None:
             smaller = resize(pixels, *grid, patch=walk.patch_size)
-            return list(walk.finish(_run(walk, walk.embed(smaller, grid))))
+            features = walk.finish(_run(walk, walk.embed(smaller, grid)))
+            return _survivors(features, nearest(walk.grid, *grid, features.device).expand(len(features), -1))
         if any(_acts_in_tower(plan) for plan in group):
             return _run_reducing(walk, walk.embed(pixels), group)
-        return list(walk.run(pixels))
+        return untouched(walk.run(pixels))
 
-    features = _each(plans, _tower_grid, encode)
-    return reduce_features(features, plans)
+    return reduce_features(_each(plans, _tower_grid, encode), plans)
 
 
-def reduce_features(features: Sequence[torch.Tensor], plans: Sequence[Plan]) -> list[torch.Tensor]:
-    """The methods that work after the tower, on B tensors (n, C); those of other plans pass through."""
+def reduce_features(images: Sequence[Survivors], plans: Sequence[Plan]) -> list[Survivors]:
+    """The methods that work after the tower, and the order of positions where a plan keeps them."""
 
-    def reduce(plan: Plan, members: list[int]) -> Sequence[torch.Tensor]:
+    def reduce(plan: Plan, members: list[int]) -> Sequence[Survivors]:
         method = METHODS.get(plan.method)
-        images = [features[i] for i in members]
-        return list(method.reduce(torch.stack(images), plan).tokens) if isinstance(method, AfterTower) else images
+        group = [images[i] for i in members]
+        if isinstance(method, AfterTower):
+            reduced = method.reduce(torch.stack([image.features for image in group]), plan)
+            group = _survivors(reduced.tokens, reduced.source)
+        return [_in_order(image) for image in group] if plan.keeps_positions else group
 
     return _each(plans, lambda plan: plan, reduce)
 
@@ -68,21 +83,39 @@ def rows(x: torch.Tensor, members: Sequence[int]) -> torch.Tensor:
     return torch.stack([x[i] for i in members])
 
 
+def _survivors(features: torch.Tensor, source: torch.Tensor) -> list[Survivors]:
+    return [Survivors(*image) for image in zip(features, source, strict=True)]
+
+
+def untouched(features: torch.Tensor) -> list[Survivors]:
+    """Images (B, n, C) of which nothing is removed yet."""
+    return _survivors(features, _count(features))
+
+
+def _in_order(image: Survivors) -> Survivors:
+    order = image.source.argsort()
+    return Survivors(image.features[order], image.source[order])
+
+
+def _count(x: torch.Tensor) -> torch.Tensor:
+    """(B, n, C) -> (B, n): 0 ... n - 1 for each image."""
+    return torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
+
+
 def _run(tower: Tower, hidden: torch.Tensor) -> torch.Tensor:
     for layer in tower.layers:
         hidden = run_layer(layer, hidden)
     return hidden
 
 
-def _run_reducing(tower: Tower, hidden: torch.Tensor, plans: Sequence[Plan]) -> list[torch.Tensor]:
+def _run_reducing(tower: Tower, hidden: torch.Tensor, plans: Sequence[Plan]) -> list[Survivors]:
     """All layers: together up to the layer in which a plan acts first, then each such plan's images by themselves."""
     together = list(range(len(plans)))  # places in the batch of the images that are still in `hidden`
     groups: list[_Group] = []
     for index, layer in enumerate(tower.layers):
         leaving = [i for i in together if _acts_in_tower(plans[i]) and plans[i].removed_in(index)]
         for plan, members in _by(leaving, lambda i: plans[i]).items():
-            apart = rows(hidden, [together.index(i) for i in members])
-            groups.append(_Group(plan, members, apart, apart.new_ones(apart.shape[:2], dtype=torch.int64)))
+            groups.append(_Group.of(plan, members, rows(hidden, [together.index(i) for i in members])))
         if leaving:
             staying = [i for i in together if i not in leaving]
             hidden = rows(hidden, [together.index(i) for i in staying]) if staying else hidden[:0]
@@ -91,9 +124,11 @@ def _run_reducing(tower: Tower, hidden: torch.Tensor, plans: Sequence[Plan]) -> 
             group.through(layer, index)
         if together:
             hidden = run_layer(layer, hidden)
-    out: dict[int, torch.Tensor] = {}
-    for members, last in [*((group.members, group.hidden) for group in groups), (together, hidden)]:
-        out |= zip(members, tower.finish(last) if members else (), strict=True)
+    out: dict[int, Survivors] = {}
+    for group in groups:
+        out |= zip(group.members, group.finish(tower), strict=True)
+    if together:
+        out |= zip(together, untouched(tower.finish(hidden)), strict=True)
     return [out[i] for i in range(len(plans))]
 
 
@@ -105,6 +140,7 @@ class _Group:
         members: their places in the batch.
         hidden: (B, n, C).
         sizes: (B, n) int64, patches in each token.
+        source: (B, n) int64, the token that each one stands for, of those that entered.
         reduced: tokens have been removed.
     """
 
@@ -112,7 +148,13 @@ class _Group:
     members: list[int]
     hidden: torch.Tensor
     sizes: torch.Tensor
+    source: torch.Tensor
     reduced: bool = False
+
+    @classmethod
+    def of(cls, plan: Plan, members: list[int], hidden: torch.Tensor) -> _Group:
+        count = _count(hidden)
+        return cls(plan, members, hidden, torch.ones_like(count), count)
 
     def through(self, layer: nn.Module, index: int) -> None:
         """Runs a layer with the plan's steps in it."""
@@ -125,9 +167,15 @@ class _Group:
             return
         hidden, attention = attend(layer, self.hidden, key_bias)
         if steps:
-            hidden, self.sizes, _, _ = method.reduce(hidden, self.sizes, attention, steps, self.plan)
+            hidden, self.sizes, source, _ = method.reduce(hidden, self.sizes, attention, steps, self.plan)
+            self.source = self.source.gather(1, source)
             self.reduced = True
         self.hidden = run_mlp(layer, hidden)
+
+    def finish(self, tower: Tower) -> list[Survivors]:
+        """Features, and sources that count the patches alone."""
+        source = self.source[:, 1:] - 1 if tower.class_token else self.source
+        return _survivors(tower.finish(self.hidden), source)
 
 
 def _acts_in_tower(plan: Plan) -> bool:
@@ -140,10 +188,10 @@ def _tower_grid(plan: Plan) -> tuple[int, int] | None:
 
 
 def _each(
-    plans: Sequence[Plan], key: Callable[[Plan], _K], run: Callable[[_K, list[int]], Sequence[torch.Tensor]]
-) -> list[torch.Tensor]:
+    plans: Sequence[Plan], key: Callable[[Plan], _K], run: Callable[[_K, list[int]], Sequence[Survivors]]
+) -> list[Survivors]:
     """Runs the images of each key together: `run(key, their places)`; results in the order of the images."""
-    out: dict[int, torch.Tensor] = {}
+    out: dict[int, Survivors] = {}
     for group, members in _by(range(len(plans)), lambda i: key(plans[i])).items():
         out |= zip(members, run(group, members), strict=True)
     return [out[i] for i in range(len(plans))]

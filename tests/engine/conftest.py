@@ -43,6 +43,7 @@ def start_engine(path: Path, **options: Any) -> Any:
         "max_num_seqs": 16,
         "mm_processor_cache_gb": 0.1,
         "seed": 0,
+        "worker_cls": "foldserve.server.engine.worker_cpu.FoldWorker",
     }
     return LLM(str(path), **(defaults | options))
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from foldserve.server.engine.withdrawal.runner_v1 import WithdrawingRunner
+from foldserve.server.engine.worker_cpu import FoldCPUModelRunner
 
 
-class WithdrawingCPUModelRunner(WithdrawingRunner, CPUModelRunner):
+class WithdrawingCPUModelRunner(WithdrawingRunner, FoldCPUModelRunner):
     """See `WithdrawingRunner`."""
 
 

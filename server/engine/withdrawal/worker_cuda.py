@@ -6,9 +6,10 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from foldserve.server.engine.withdrawal.runner_v1 import WithdrawingRunner
+from foldserve.server.engine.worker_cuda import FoldGPUModelRunner
 
 
-class WithdrawingGPUModelRunner(WithdrawingRunner, GPUModelRunner):
+class WithdrawingGPUModelRunner(WithdrawingRunner, FoldGPUModelRunner):
     """See `WithdrawingRunner`."""
 
 

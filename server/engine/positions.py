@@ -1,0 +1,143 @@
+"""Vision tokens that stay keep the positions that they had in the image; text goes on from the full length.
+
+A token's position is then data: which tokens stay is known on the device alone. It travels as two columns beside the
+embedding, so that the encoder cache holds both, and goes into the runner's positions after slot mapping has used them.
+What the host has to know, the full length of an image, is part of the image's identity, and with it of every cache's.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from vllm.utils.torch_utils import async_tensor_h2d
+
+_MARK = re.compile(r"@(\d+)(?=~|\Z)")
+_COLUMNS = 2  # a position in base 256: each digit is exact in bfloat16
+_BASE = 256
+
+
+def mark(identifier: str, full_length: int) -> str:
+    """Identity of an image of `full_length` tokens, unreduced, whose remaining ones keep their positions."""
+    return f"{identifier}@{full_length}"
+
+
+def full_length(identifier: str) -> int | None:
+    """Inverse of `mark`: None where the tokens are renumbered."""
+    found = _MARK.search(identifier)
+    return int(found[1]) if found else None
+
+
+def attach(embeds: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """(n, hidden) and (n,) int64 below 65,536 -> (n, hidden + 2)."""
+    digits = torch.stack([source // _BASE, source % _BASE], dim=-1)
+    return torch.cat([embeds, digits.to(embeds.dtype)], dim=-1)
+
+
+def detach(embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inverse of `attach`."""
+    high, low = embeds[:, -_COLUMNS:].long().unbind(-1)
+    return embeds[:, :-_COLUMNS], high * _BASE + low
+
+
+class Image(NamedTuple):
+    """An image of a prompt: its place among the tokens, and how many positions it takes beyond them."""
+
+    start: int
+    end: int
+    removed: int
+
+
+class PositionMap:
+    """Rotary positions of one request's tokens. Immutable; token indices count generated tokens too."""
+
+    __slots__ = ("images", "shift")
+
+    def __init__(self, images: Sequence[Image]) -> None:
+        self.images = tuple(images)
+        self.shift = sum(image.removed for image in images)  # of every token after the last image
+
+    @classmethod
+    def of(cls, features: Sequence[Any]) -> PositionMap | None:
+        """The map of a request from its multimodal features; None if its tokens are numbered as they come."""
+        images = []
+        for feature in features:
+            length = full_length(feature.identifier)
+            if length is not None:
+                place = feature.mm_position
+                images.append(Image(place.offset, place.offset + place.length, length - place.length))
+        return cls(images) if images else None
+
+    def shifts(self, start: int, end: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """What text tokens start..end - 1 are moved by; tokens of an image by what moves the image's first one."""
+        shifts = np.zeros(end - start, dtype=np.int64)
+        for image in self.images:
+            shifts[max(image.end - start, 0) :] += image.removed
+        return shifts
+
+
+class PositionsRunner:
+    """Mixin before a V1 runner class. Modification: positions of requests whose images keep theirs.
+
+    Nothing is done in a step without such a request.
+    """
+
+    _position_maps: dict[str, tuple[object, PositionMap | None]] | None = None
+
+    def _gather_mm_embeddings(
+        self: Any, scheduler_output: Any, shift_computed_tokens: int = 0
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """Called once per step, after slot mapping and before the positions are handed to the model."""
+        embeds, is_embed = super()._gather_mm_embeddings(  # type: ignore[misc]
+            scheduler_output, shift_computed_tokens
+        )
+        maps = {request_id: self._position_map(request_id) for request_id in self.input_batch.req_ids}
+        if not any(maps.values()):
+            return embeds, is_embed
+        return self._place(scheduler_output, maps, embeds), is_embed
+
+    def _place(
+        self: Any, scheduler_output: Any, maps: dict[str, PositionMap | None], embeds: list[torch.Tensor]
+    ) -> list[torch.Tensor]:
+        """Moves the step's positions; returns the embeddings without their columns."""
+        shifts = np.zeros(scheduler_output.total_num_scheduled_tokens, dtype=np.int64)
+        plain: list[torch.Tensor] = []
+        images: list[tuple[int, int, torch.Tensor]] = []  # (first row in the step, first position, tokens)
+        remaining = iter(embeds)
+        row = 0
+        for request_id, positions in maps.items():
+            state = self.requests[request_id]
+            start = state.num_computed_tokens
+            end = start + scheduler_output.num_scheduled_tokens[request_id]
+            if positions is not None:
+                shifts[row : row + end - start] = positions.shifts(start, end)
+            for feature in state.mm_features:
+                place = feature.mm_position
+                first, last = max(place.offset, start), min(place.offset + place.length, end)
+                if first >= last:
+                    continue
+                item = next(remaining)
+                if full_length(feature.identifier) is not None:
+                    assert positions is not None
+                    item, source = detach(item)
+                    base = place.offset + int(positions.shifts(place.offset, place.offset + 1)[0])
+                    images.append((row + first - start, base, source))
+                plain.append(item)
+            row += end - start
+        self.positions[:row] += async_tensor_h2d(shifts, self.positions.device)
+        for first_row, base, source in images:
+            self.positions[first_row : first_row + len(source)] = source + base
+        return plain
+
+    def _position_map(self: Any, request_id: str) -> PositionMap | None:
+        state = self.requests[request_id]
+        known = self._position_maps = self._position_maps or {}
+        entry = known.get(request_id)
+        if entry is None or entry[0] is not state:  # new, or another request under an old id
+            if len(known) > 2 * len(self.requests):
+                known = self._position_maps = {i: e for i, e in known.items() if self.requests.get(i) is e[0]}
+            entry = known[request_id] = state, PositionMap.of(state.mm_features)
+        return entry[1]
