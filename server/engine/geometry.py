@@ -9,10 +9,13 @@ from transformers import CLIPVisionConfig, PretrainedConfig, SiglipVisionConfig
 from vllm.model_executor.models.vision import get_num_selected_vision_tokens, get_vision_encoder_info
 
 from foldserve.reducers.geometry import Stage, VisionGeometry
+from foldserve.server.engine import stf_config
 
 
 def vision_geometry(hf_config: PretrainedConfig) -> VisionGeometry | None:
     """Geometry of a LLaVA-1.5-like model (fixed image size), or None for any other model."""
+    if stf_config.ARCHITECTURE in (hf_config.architectures or ()):
+        return stf_config.stf_geometry(hf_config)
     if "LlavaForConditionalGeneration" not in (hf_config.architectures or ()):
         return None
     vision_config, strategy = hf_config.vision_config, hf_config.vision_feature_select_strategy

@@ -7,6 +7,7 @@ from importlib.metadata import version
 VLLM_VERSION = "0.32.0"
 
 _LLAVA = "foldserve.server.engine.llava:FoldLlavaForConditionalGeneration"
+_LLAVA_STF = "foldserve.server.engine.stf:FoldLlavaStfForConditionalGeneration"
 
 
 def register() -> None:
@@ -22,6 +23,7 @@ def register() -> None:
 
     _enable_amx()
     ModelRegistry.register_model("LlavaForConditionalGeneration", _LLAVA)
+    ModelRegistry.register_model("LlavaStfForConditionalGeneration", _LLAVA_STF)
     withdrawal.register()
 
 

@@ -1,0 +1,83 @@
+"""LLaVA-STF in vLLM: LLaVA-1.5 with another projector, whose output may be reduced further."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.models.llava import LlavaDummyInputsBuilder, LlavaProcessingInfo
+from vllm.model_executor.models.utils import maybe_prefix
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from foldserve.reducers.plan import Plan
+from foldserve.reducers.stf import StfProjector
+from foldserve.server.engine.llava import FoldLlavaForConditionalGeneration
+from foldserve.server.engine.processor import FoldLlavaMultiModalProcessor
+from foldserve.server.engine.stf_config import stf_config, stf_geometry
+from foldserve.server.engine.vision import Survivors, reduce_features, untouched
+
+
+class StfProcessingInfo(LlavaProcessingInfo):
+    """Modification to vLLM's LLaVA: the number of tokens that the projector gives."""
+
+    def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
+        return stf_geometry(self.get_hf_config()).tokens
+
+
+class ParallelMlp(nn.Module):
+    """`plain_mlp` under tensor parallelism: the inner width is split over the ranks."""
+
+    def __init__(
+        self, width: int, inner: int, out: int, *, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
+        super().__init__()
+        self.linear_1 = ColumnParallelLinear(width, inner, quant_config=quant_config, prefix=f"{prefix}.linear_1")
+        self.act = nn.GELU()
+        self.linear_2 = RowParallelLinear(inner, out, quant_config=quant_config, prefix=f"{prefix}.linear_2")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., width) -> (..., out), whole on every rank."""
+        inner, _ = self.linear_1(x)
+        projected, _ = self.linear_2(self.act(inner))
+        return projected
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    FoldLlavaMultiModalProcessor, info=StfProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
+)
+class FoldLlavaStfForConditionalGeneration(FoldLlavaForConditionalGeneration):
+    """Modifications to our LLaVA:
+
+    - the tower gives the hidden states of several blocks, joined on the channels;
+    - the projector is LLaVA-STF's;
+    - reductions work on what the projector gives.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        config = vllm_config.model_config.hf_config
+        stf = stf_config(config)
+        config.vision_feature_layer = list(stf.layers)  # the tower is built up to the deepest of them
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+
+        def mlp(name: str, width: int, inner: int, out: int) -> nn.Module:
+            path = maybe_prefix(prefix, f"multi_modal_projector.{name}")
+            return ParallelMlp(width, inner, out, quant_config=vllm_config.quant_config, prefix=path)
+
+        with self._mark_tower_model(vllm_config, "image"):
+            self.multi_modal_projector = StfProjector(
+                stf, config.vision_config.hidden_size, config.text_config.hidden_size, mlp
+            )
+
+    def _image_pixels_to_features(self, vision_tower: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) -> (B, patches, layers * C)."""
+        return vision_tower(
+            pixel_values, select_layers=self.config.vision_feature_layer, feature_select_strategy="default"
+        )
+
+    def _embed_reduced(self, pixel_values: torch.Tensor, plans: Sequence[Plan]) -> Sequence[Survivors]:
+        embeds = self.multi_modal_projector(self._image_pixels_to_features(self.vision_tower, pixel_values))
+        return reduce_features(untouched(embeds), plans)
