@@ -28,6 +28,7 @@ def add(commands: Commands) -> None:
     train.add_argument("--seed", type=int, default=0, help="other scenes and weights for each (default: %(default)s)")
     train.add_argument("--vision-steps", type=_positive, metavar="N", help="updates of the vision tower alone")
     train.add_argument("--answer-steps", type=_positive, metavar="N", help="updates of the whole model")
+    train.add_argument("--practice-steps", type=_positive, metavar="N", help="updates on mostly hard questions")
     train.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
     train.set_defaults(run=_run, fail=train.error)
 
@@ -47,10 +48,13 @@ def _run(args: argparse.Namespace, rest: list[str]) -> None:
     from foldserve.server.quality.demo.training import Recipe, Trainer
 
     recipe = Recipe(seed=args.seed)
-    if args.vision_steps:
-        recipe = replace(recipe, vision=replace(recipe.vision, steps=args.vision_steps))
-    if args.answer_steps:
-        recipe = replace(recipe, answers=replace(recipe.answers, steps=args.answer_steps))
+    for name, steps in (
+        ("vision", args.vision_steps),
+        ("answers", args.answer_steps),
+        ("practice", args.practice_steps),
+    ):
+        if steps:
+            recipe = replace(recipe, **{name: replace(getattr(recipe, name), steps=steps)})
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     compiles = device.type == "cuda" or shutil.which("g++") is not None  # half the time per step, after a minute
     try:

@@ -173,6 +173,17 @@ def test_phrases_end_where_they_are_mentioned_and_know_what_they_mean(scenes: li
     assert {"circle", "objects", "center", "left", "it"} <= ends.keys()
 
 
+def test_the_second_phrase_of_a_relation_knows_the_sides(scenes: list[Scene]) -> None:
+    rng = np.random.default_rng(4)
+    for scene in scenes:
+        dialogue = ask(rng, scene, "relation")
+        if dialogue is not None:
+            (_, first), (_, second) = dialogue.turns[0].mentions
+            cells = first[0] - 1, second[0] - 1
+            signs = np.sign(cells[0] % 3 - cells[1] % 3), np.sign(cells[0] // 3 - cells[1] // 3)
+            assert second[-2:] == (1 + signs[0], 1 + signs[1]) and first[-2:] == (UNKNOWN, UNKNOWN)
+
+
 def test_held_out_questions() -> None:
     some = questions(5, 30)
     assert [example.kind for example in some] == [*ALL_KINDS, *ALL_KINDS, *ALL_KINDS][:30]

@@ -26,11 +26,11 @@ from foldserve.server.quality.demo.training import GEOMETRY, Recipe, Stage, Trai
 
 TINY = replace(GEOMETRY, hidden_size=64, num_layers=3, num_heads=2, vision_hidden=32, vision_layers=3, vision_heads=1)
 RECIPE = Recipe(
-    vision=Stage("vision", steps=4, images=2),
-    answers=Stage("answers", steps=4, images=2, vision_rate=0.1),
+    vision=Stage("vision", steps=3, images=2, warmup=2),
+    answers=Stage("answers", steps=3, images=2, vision_rate=0.1, warmup=2, steady=1.0),
+    practice=Stage("practice", steps=3, images=2, vision_rate=0.1, mix="hard", warmup=2),
     geometry=TINY,
     text_tokens=96,
-    warmup=2,
     phrase_layer=2,
     early_layer=2,
 )
@@ -87,7 +87,10 @@ def test_rows_are_full_and_targets_are_the_answers() -> None:
 
 
 def test_a_referent_stands_at_the_last_token_of_its_phrase() -> None:
-    turns = (Turn("where is the red circle?", "at the top", ((23, (2, 1, 1, 1, 1)),)), Turn("what color is it?", "red"))
+    turns = (
+        Turn("where is the red circle?", "at the top", ((23, (2, 1, 1, 1, 1, 1, 1)),)),
+        Turn("what color is it?", "red"),
+    )
     ids, targets, referents = encode(turns)
     tokenizer, special = build_tokenizer(), special_ids()
     assert tokenizer.decode([ids[i] for i, referent in enumerate(referents) if referent[0] == 2]) == "circle"
@@ -125,10 +128,10 @@ def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
         assert float(values.min()) > 0.5 and float(values.max()) < 1.3
 
 
-@pytest.mark.parametrize("stop", [2, 4, 6], ids=["in the first stage", "between stages", "in the second stage"])
+@pytest.mark.parametrize("stop", [2, 3, 7], ids=["in a stage", "between stages", "in the last stage"])
 def test_a_stopped_run_continues_bit_for_bit(stop: int, tmp_path: Path) -> None:
     whole = Trainer(RECIPE, tmp_path / "whole", CPU, compile_blocks=False)
-    whole.run()
+    whole.run(log_every=1)
 
     class Stopped(Exception):
         pass
@@ -145,11 +148,14 @@ def test_a_stopped_run_continues_bit_for_bit(stop: int, tmp_path: Path) -> None:
             return original(self)
 
     with pytest.raises(Stopped):
-        Interrupted(RECIPE, tmp_path / "parts", CPU, compile_blocks=False).run()
+        Interrupted(RECIPE, tmp_path / "parts", CPU, compile_blocks=False).run(log_every=1)
     resumed = Trainer(RECIPE, tmp_path / "parts", CPU, compile_blocks=False)
-    resumed.run()
+    resumed.run(log_every=1)
     for name, weight in whole.modules.state_dict().items():
         assert torch.equal(weight, resumed.modules.state_dict()[name]), name
+    logs = [(tmp_path / run / "training.jsonl").read_text().splitlines() for run in ("whole", "parts")]
+    without_time = [[{**json.loads(line), "seconds": 0} for line in log] for log in logs]
+    assert without_time[0] == without_time[1]
 
 
 def test_a_directory_of_another_seed_is_refused(tmp_path: Path) -> None:
@@ -159,22 +165,27 @@ def test_a_directory_of_another_seed_is_refused(tmp_path: Path) -> None:
 
 
 def test_training_learns_and_logs(tmp_path: Path) -> None:
-    recipe = replace(RECIPE, vision=Stage("vision", 2, 2), answers=Stage("answers", 12, 4, rate=3e-3))
+    stages = [
+        Stage("vision", 2, 2),
+        Stage("answers", 12, 4, rate=3e-3, steady=1.0),
+        Stage("practice", 2, 2, mix="hard"),
+    ]
+    recipe = replace(RECIPE, vision=stages[0], answers=stages[1], practice=stages[2])
     Trainer(recipe, tmp_path, CPU, compile_blocks=False).run(log_every=4)
     log = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
     assert [(entry["stage"], entry["step"]) for entry in log] == [
-        ("vision", 2), ("answers", 4), ("answers", 8), ("answers", 12),
+        ("vision", 2), ("answers", 4), ("answers", 8), ("answers", 12), ("practice", 2),
     ]  # fmt: skip
-    assert log[-1]["loss"] < 0.8 * log[1]["loss"]
-    assert {"count", "phrase_cell", "patch_digit", "early"} <= log[-1].keys()
+    assert log[3]["loss"] < 0.8 * log[1]["loss"]
+    assert {"phrase_cell", "patch_digit", "early", "late_count"} <= log[-1].keys()
 
 
 def test_rates_rise_stay_and_fall() -> None:
-    recipe = Recipe()
-    stage = replace(recipe.answers, steps=1000, rate=1.0)
-    rates = [recipe.rate(stage, step) for step in range(1000)]
-    assert rates[0] == 1 / recipe.warmup and rates[recipe.warmup : 501] == [1.0] * (501 - recipe.warmup)
+    stage = Stage("vision", steps=1000, images=1, rate=1.0, warmup=50, steady=0.5)
+    rates = [stage.rate_at(step) for step in range(1000)]
+    assert rates[0] == 1 / 50 and rates[50:501] == [1.0] * 451
     assert all(a > b for a, b in pairwise(rates[501:])) and rates[-1] < 0.01
+    assert replace(stage, steady=1.0).rate_at(999) == 1.0
 
 
 def test_the_export_is_the_model_that_was_trained(model: DemoLlava, tmp_path: Path) -> None:
@@ -194,7 +205,7 @@ def test_the_export_is_the_model_that_was_trained(model: DemoLlava, tmp_path: Pa
             torch.arange(count),
             torch.zeros_like(ids),
             ids,
-            torch.zeros(count, 5, dtype=torch.long),
+            torch.zeros(count, 7, dtype=torch.long),
             torch.zeros_like(ids),
         )
         batch = Batch(

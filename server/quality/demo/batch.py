@@ -17,22 +17,12 @@ from foldserve.server.quality.demo.tokenizer import build_tokenizer, special_ids
 PREFIX_TOKENS = 2  # <s> USER:
 MASKED = -3e4  # low enough for a weight of exactly 0 after the softmax, and finite
 
-# Share of each kind among the questions; the ones that take two steps in the scene need the most practice.
-_WEIGHTS = {
-    "color_at": 0.05,
-    "shape_at": 0.05,
-    "what_at": 0.07,
-    "attribute": 0.09,
-    "size": 0.07,
-    "where": 0.09,
-    "relation": 0.15,
-    "exist": 0.13,
-    "count": 0.13,
-    "ocr": 0.08,
-    "caption": 0.03,
-    "two_turn": 0.06,
+# Share of each kind among the questions. What takes two steps in the scene needs the most practice: once the rest is
+# known, "hard" asks mostly for that.
+MIXES = {
+    "even": (0.05, 0.05, 0.07, 0.09, 0.07, 0.09, 0.15, 0.13, 0.13, 0.08, 0.03, 0.06),
+    "hard": (0.03, 0.03, 0.06, 0.05, 0.04, 0.05, 0.18, 0.11, 0.20, 0.14, 0.06, 0.05),
 }
-_KIND_WEIGHTS = np.array([_WEIGHTS[kind] for kind in ALL_KINDS])
 _OPENINGS = ("please tell me,", "look at the image.", "in this picture,", "hello!")
 _GIVE_UP_AFTER = 8  # questions in a row that do not fit
 
@@ -106,14 +96,14 @@ def normalise(pixels: NDArray[np.uint8]) -> Tensor:
     return ((scaled - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(0, 3, 1, 2).contiguous()
 
 
-def draw_batch(rng: np.random.Generator, images: int, tokens: int) -> Batch:
-    """A batch of new scenes.
+def draw_batch(rng: np.random.Generator, images: int, tokens: int, mix: str = "even") -> Batch:
+    """A batch of new scenes, with questions of one of `MIXES`.
 
     Vision tokens come in random order, and half of the images pretend to have had some removed (fewer positions for
     the same tokens): the decoder has to find a patch by what its features say, never by its position id.
     """
     scenes = [draw_scene(rng) for _ in range(images)]
-    rows = [pack(rng, _dialogues(rng, scene, tokens), tokens) for scene in scenes]
+    rows = [pack(rng, _dialogues(rng, scene, tokens, mix), tokens) for scene in scenes]
     text = Text(**{field.name: torch.stack([getattr(row, field.name) for row in rows]) for field in fields(Text)})
     patches = scenes[0].labels.shape[0]
     order = np.argsort(rng.random((images, patches)), axis=1)
@@ -134,9 +124,10 @@ def draw_patches(rng: np.random.Generator, images: int) -> tuple[Tensor, Tensor]
     return normalise(np.stack([scene.pixels for scene in scenes])), labels
 
 
-def _dialogues(rng: np.random.Generator, scene: Scene, tokens: int) -> list[Dialogue]:
+def _dialogues(rng: np.random.Generator, scene: Scene, tokens: int, mix: str) -> list[Dialogue]:
     """More than fit into `tokens`, without repetition."""
-    drawn = rng.choice(len(ALL_KINDS), tokens // 5, p=_KIND_WEIGHTS / _KIND_WEIGHTS.sum())
+    weights = np.array(MIXES[mix])
+    drawn = rng.choice(len(ALL_KINDS), tokens // 5, p=weights / weights.sum())
     asked = [ask(rng, scene, ALL_KINDS[index]) for index in drawn]
     return list({dialogue.turns[-1].question: dialogue for dialogue in asked if dialogue is not None}.values())
 

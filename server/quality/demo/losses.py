@@ -21,12 +21,12 @@ class ClassHeads(nn.Module):
 
     def __init__(self, width: int, classes: Mapping[str, int]) -> None:
         super().__init__()
-        self.sizes = list(classes.values())
-        self.linear = nn.Linear(width, sum(self.sizes))
+        self.classes = dict(classes)
+        self.linear = nn.Linear(width, sum(classes.values()))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """(..., classes) for each."""
-        return torch.split(self.linear(x).float(), self.sizes, -1)
+        return torch.split(self.linear(x).float(), list(self.classes.values()), -1)
 
 
 def patch_loss(heads: ClassHeads, features: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -42,15 +42,19 @@ def patch_loss(heads: ClassHeads, features: Tensor, labels: Tensor) -> tuple[Ten
     return total, right
 
 
-def referent_loss(heads: ClassHeads, hidden: Tensor, referents: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of what each phrase refers to, summed over `REFERENTS`, and accuracy."""
-    named = (referents != UNKNOWN).any(-1)
-    hidden, referents = hidden[named], referents[named]
+def referent_loss(
+    heads: ClassHeads, hidden: Tensor, referents: Tensor, prefix: str = "phrase"
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy of what each phrase refers to, summed over the heads (some of `REFERENTS`), and accuracy."""
+    columns = [list(REFERENTS).index(name) for name in heads.classes]
+    named = (referents[..., columns] != UNKNOWN).any(-1)
+    hidden, referents = hidden[named], referents[named][:, columns]
     total, right = hidden.new_zeros(()), {}
-    for index, (name, logits) in enumerate(zip(REFERENTS, heads(hidden), strict=True)):
+    for index, (name, logits) in enumerate(zip(heads.classes, heads(hidden), strict=True)):
         wanted = referents[:, index]
-        total = total + F.cross_entropy(logits, wanted, ignore_index=UNKNOWN)
-        right[f"phrase_{name}"] = (logits.argmax(-1) == wanted).sum() / (wanted != UNKNOWN).sum()
+        count = (wanted != UNKNOWN).sum()  # 0 in a small batch: no loss, rather than NaN
+        total = total + F.cross_entropy(logits, wanted, ignore_index=UNKNOWN, reduction="sum") / count.clamp(min=1)
+        right[f"{prefix}_{name}"] = (logits.argmax(-1) == wanted).sum() / count
     return total, right
 
 

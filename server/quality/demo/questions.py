@@ -15,8 +15,17 @@ NUMERALS = ("zero", "one", "two", "three", "four", "five", "six")
 UNKNOWN = -100
 """A class that is not asked for; `cross_entropy` leaves it out."""
 
-# What a phrase of a question refers to -> number of classes. 0 is "nothing there", counts are as they are.
-REFERENTS = {"cell": 1 + CELLS**2, "shape": 1 + len(SHAPES), "color": 1 + len(COLOR_NAMES), "size": 3, "count": 7}
+# What a phrase of a question refers to -> number of classes. 0 is "nothing there", counts are as they are. `across` and
+# `along` say where the object of the phrase before lies from this one's: 0 left or above, 1 in line, 2 right or below.
+REFERENTS = {
+    "cell": 1 + CELLS**2,
+    "shape": 1 + len(SHAPES),
+    "color": 1 + len(COLOR_NAMES),
+    "size": 3,
+    "count": 7,
+    "across": 3,
+    "along": 3,
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,8 @@ class Dialogue:
     kind: str
     turns: tuple[Turn, ...]
 
+
+_NO_SIDE = (UNKNOWN, UNKNOWN)
 
 _Maker: TypeAlias = Callable[[np.random.Generator, Scene], Turn | None]
 _T = TypeVar("_T")
@@ -77,17 +88,17 @@ def _turn(template: str, answer: str, *phrases: Phrase) -> Turn:
 
 def _refer(matches: Sequence[Object]) -> tuple[int, ...]:
     if not matches:
-        return (0, 0, 0, 0, 0)
+        return (0, 0, 0, 0, 0, *_NO_SIDE)
     if len(matches) > 1:
-        return (UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN, len(matches))
+        return (*[UNKNOWN] * 4, len(matches), *_NO_SIDE)
     one = matches[0]
-    return (1 + one.cell, 1 + SHAPES.index(one.shape), 1 + COLOR_NAMES.index(one.color), 1 + one.big, 1)
+    return (1 + one.cell, 1 + SHAPES.index(one.shape), 1 + COLOR_NAMES.index(one.color), 1 + one.big, 1, *_NO_SIDE)
 
 
 def _place(scene: Scene, cell: int) -> Phrase:
     where = "in the center" if PLACES[cell] == "center" else f"at the {PLACES[cell]}"
-    _, shape, color, size, count = _refer([thing for thing in scene.objects if thing.cell == cell])
-    return Phrase(where, (1 + cell, shape, color, size, count))
+    _, *rest = _refer([thing for thing in scene.objects if thing.cell == cell])
+    return Phrase(where, (1 + cell, *rest))
 
 
 def _named(scene: Scene, name: str) -> Phrase:
@@ -177,14 +188,16 @@ def _relation(rng: np.random.Generator, scene: Scene) -> Turn | None:
     first, second = (things[int(i)] for i in rng.permutation(len(things))[:2])
     right = first.cell % CELLS - second.cell % CELLS
     down = first.cell // CELLS - second.cell // CELLS
-    phrases = _named(scene, first.name), _named(scene, second.name)
+    target = _named(scene, second.name)
+    sides = 1 + int(np.sign(right)), 1 + int(np.sign(down))
+    phrases = _named(scene, first.name), Phrase(target.text, (*target.referent[:-2], *sides))
     if rng.random() < 0.3:
         across = ["left of it" if right < 0 else "right of it"] if right else []
         along = ["above it" if down < 0 else "below it"] if down else []
         return _turn("where is the {} compared to the {}?", " and ".join(along + across), *phrases)
-    sides = [("left of", right < 0), ("right of", right > 0)] if right else []
-    sides += [("above", down < 0), ("below", down > 0)] if down else []
-    side, holds = _pick(rng, sides)
+    claims = [("left of", right < 0), ("right of", right > 0)] if right else []
+    claims += [("above", down < 0), ("below", down > 0)] if down else []
+    side, holds = _pick(rng, claims)
     template = _pick(rng, ("is the {} SIDE the {}?", "do you see the {} SIDE the {}?")).replace("SIDE", side)
     return _turn(template, "yes" if holds else "no", *phrases)
 
@@ -231,13 +244,13 @@ def _count(rng: np.random.Generator, scene: Scene) -> Turn | None:
     thing, form = _pick(rng, scene.objects), rng.random()
     any_other = rng.random() < 0.2
     if form < 0.3:
-        phrase = Phrase(_pick(rng, ("objects", "shapes")), (*[UNKNOWN] * 4, len(scene.objects)))
+        phrase = Phrase(_pick(rng, ("objects", "shapes")), (*[UNKNOWN] * 4, len(scene.objects), *_NO_SIDE))
     elif form < 0.65:
         phrase = _shaped(scene, _pick(rng, SHAPES) if any_other else thing.shape, plural=True)
     else:
         phrase = _colored(scene, _pick(rng, COLOR_NAMES) if any_other else thing.color, "objects")
     templates = ("how many {} are there?", "how many {} do you see?", "count the {}.")
-    return _turn(_pick(rng, templates), NUMERALS[phrase.referent[-1]], phrase)
+    return _turn(_pick(rng, templates), NUMERALS[phrase.referent[4]], phrase)
 
 
 def _ocr(rng: np.random.Generator, scene: Scene) -> Turn | None:
@@ -268,7 +281,7 @@ def _two_turn(rng: np.random.Generator, scene: Scene) -> Dialogue | None:
     if first is None:
         return None
     referent = first.mentions[0][1]
-    cell, shape, color, size, _ = referent
+    cell, shape, color, size, *_ = referent
     questions = {
         "what color is it?": COLOR_NAMES[color - 1],
         "what shape is it?": SHAPES[shape - 1],

@@ -1,4 +1,4 @@
-"""Two stages: the vision tower learns what every patch shows, then the whole model learns to answer."""
+"""Three stages: the vision tower learns what every patch shows, the whole model to answer, then the hard questions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 import os
 import time
 from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +38,13 @@ GEOMETRY = Geometry(
     vision_layers=7,
     vision_heads=4,
 )
+# Streams of random numbers; 2 is that of the held-out questions.
+_STREAMS = {"vision": 0, "answers": 1, "practice": 3}
+_TRAINED = {
+    "vision": ("model.vision", "patch"),
+    "answers": ("model", "patch", "phrase"),
+    "practice": ("model", "patch", "phrase", "late"),
+}
 STATE_FILE, LOG_FILE = "state.pt", "training.jsonl"
 
 
@@ -50,6 +58,16 @@ class Stage:
     rate: float = 1e-3
     vision_rate: float = 1.0
     """Factor on `rate` for the vision tower."""
+    mix: str = "even"
+    """Which of `MIXES` the questions are."""
+    warmup: int = 50
+    steady: float = 0.5
+    """Share of the stage after which the rate falls, linearly to nothing."""
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate at `step`, from 0."""
+        left = (1 - step / self.steps) / (1 - self.steady) if self.steady < 1 else 1.0
+        return self.rate * min(1.0, (step + 1) / self.warmup, left)
 
 
 @dataclass(frozen=True)
@@ -57,22 +75,23 @@ class Recipe:
     """Everything the result depends on."""
 
     seed: int = 0
-    vision: Stage = Stage("vision", steps=1000, images=32)
-    answers: Stage = Stage("answers", steps=1500, images=16, vision_rate=0.1)
+    vision: Stage = Stage("vision", steps=900, images=32)
+    answers: Stage = Stage("answers", steps=600, images=16, vision_rate=0.1, steady=1.0)
+    practice: Stage = Stage("practice", steps=650, images=16, vision_rate=0.1, mix="hard", warmup=10, steady=0.1)
     geometry: Geometry = field(default=GEOMETRY)
     text_tokens: int = 192
-    warmup: int = 50
-    steady: float = 0.5
-    """Share of a stage after which the learning rate falls, linearly to nothing."""
     phrase_layer: int = 5
     """Layer after which a phrase must know what it refers to."""
     early_layer: int = 8
-    """Layer from which, too, answers are read."""
+    """Layer from which, too, answers are read, and, in practice, counts and sides."""
 
-    def rate(self, stage: Stage, step: int) -> float:
-        """Learning rate at `step`, from 0."""
-        done = step / stage.steps
-        return stage.rate * min(1.0, (step + 1) / self.warmup, (1 - done) / (1 - self.steady))
+
+_OF_PHRASES = ("cell", "shape", "color", "size", "count")
+_LATER = ("count", "across", "along")
+
+
+def _some(classes: Mapping[str, int], names: tuple[str, ...]) -> dict[str, int]:
+    return {name: classes[name] for name in names}
 
 
 class Trainer:
@@ -84,8 +103,10 @@ class Trainer:
         geometry = recipe.geometry
         self.model = DemoLlava(geometry, special_ids().vocab_size)
         self.patch_heads = losses.ClassHeads(geometry.vision_hidden, LABELS)
-        self.phrase_heads = losses.ClassHeads(geometry.hidden_size, REFERENTS)
-        self.modules = nn.ModuleDict({"model": self.model, "patch": self.patch_heads, "phrase": self.phrase_heads})
+        self.phrase_heads = losses.ClassHeads(geometry.hidden_size, _some(REFERENTS, _OF_PHRASES))
+        self.late_heads = losses.ClassHeads(geometry.hidden_size, _some(REFERENTS, _LATER))
+        heads = {"patch": self.patch_heads, "phrase": self.phrase_heads, "late": self.late_heads}
+        self.modules = nn.ModuleDict({"model": self.model, **heads})
         self.modules.to(device)
         if compile_blocks:
             for block in (*self.model.vision.layers, *self.model.decoder.layers):
@@ -98,12 +119,12 @@ class Trainer:
 
     def run(self, save_every_s: float = 180, log_every: int = 20) -> None:
         """Trains to the end of the recipe, with a progress bar, saving as it goes."""
-        for stage in (self.recipe.vision, self.recipe.answers):
-            if stage.name == "answers" and self.stage.name == "vision":
+        stages = (self.recipe.vision, self.recipe.answers, self.recipe.practice)
+        for stage in stages[[stage.name for stage in stages].index(self.stage.name) :]:
+            if stage.name != self.stage.name:
                 self.stage, self.step = stage, 0
                 self.optimizers = self._make_optimizers()
-            if stage.name == self.stage.name:
-                self._run_stage(save_every_s, log_every)
+            self._run_stage(save_every_s, log_every)
         self.save()
 
     def _run_stage(self, save_every_s: float, log_every: int) -> None:
@@ -126,8 +147,8 @@ class Trainer:
 
     def train_step(self) -> dict[str, Tensor]:
         """One update; what was measured on its batch. A step's data depend on seed, stage and number alone."""
-        rng = np.random.default_rng((self.recipe.seed, self.stage.name == "answers", self.step))
-        rate = self.recipe.rate(self.stage, self.step)
+        rng = np.random.default_rng((self.recipe.seed, _STREAMS[self.stage.name], self.step))
+        rate = self.stage.rate_at(self.step)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = rate * group["factor"]
@@ -148,7 +169,7 @@ class Trainer:
         return loss, {"loss": loss.detach()} | right
 
     def _answers(self, rng: np.random.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        recipe, batch = self.recipe, draw_batch(rng, self.stage.images, self.recipe.text_tokens).to(self.device)
+        recipe, batch = self.recipe, self._draw(rng)
         features = self.model.vision(batch.pixels)
         patch, patch_right = losses.patch_loss(self.patch_heads, features, batch.labels)
         last = recipe.geometry.num_layers
@@ -162,11 +183,19 @@ class Trainer:
         parts = {"loss": answer, "early": early, "phrase": phrase, "patch": patch}
         right = losses.answers_right(logits.detach(), batch) | phrase_right | patch_right
         total = answer + 0.3 * early + 0.3 * phrase + 0.2 * patch
+        if self.stage.name == "practice":
+            late, late_right = losses.referent_loss(
+                self.late_heads, hidden[recipe.early_layer], batch.text.referents, "late"
+            )
+            total, parts["late"], right = total + 0.3 * late, late, right | late_right
         return total, {name: part.detach() for name, part in parts.items()} | right
+
+    def _draw(self, rng: np.random.Generator) -> Batch:
+        return draw_batch(rng, self.stage.images, self.recipe.text_tokens, self.stage.mix).to(self.device)
 
     def _make_optimizers(self) -> tuple[Optimizer, ...]:
         """For the parameters that the stage trains."""
-        trained = ["model.vision", "patch"] if self.stage.name == "vision" else ["model", "patch", "phrase"]
+        trained = _TRAINED[self.stage.name]
         matrices: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
         others: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
         for name, param in self.modules.named_parameters():
@@ -197,6 +226,7 @@ class Trainer:
             "seed": self.recipe.seed,
             "stage": self.stage.name,
             "step": self.step,
+            "log_bytes": log.stat().st_size if (log := self.folder / LOG_FILE).exists() else 0,
             "modules": self.modules.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
@@ -216,6 +246,8 @@ class Trainer:
         self.optimizers = self._make_optimizers()
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+        if state["log_bytes"]:
+            os.truncate(self.folder / LOG_FILE, state["log_bytes"])  # what came later is done, and logged, again
 
     def _log(self, entry: dict[str, float]) -> None:
         line = {"stage": self.stage.name, "step": self.step} | entry
