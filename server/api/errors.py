@@ -27,6 +27,7 @@ from http import HTTPStatus
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from prometheus_client import Counter
 from starlette.exceptions import HTTPException
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -36,6 +37,9 @@ from foldserve.reducers.plan import InvalidReduction
 
 _LONGEST_MESSAGE = 500
 _log = logging.getLogger(__name__)
+_REJECTED = Counter(
+    "foldserve_requests_rejected", "Requests that were answered with an error, by its code.", ["reason"]
+)
 
 
 class FoldserveError(Exception):
@@ -164,6 +168,7 @@ class EngineStopped(Unavailable):
 def render(error: Exception) -> JSONResponse:
     """Any error as `{"error": {"message", "type", "param", "code"}}` with its status and headers."""
     known = error if isinstance(error, FoldserveError) else translate(error)
+    _REJECTED.labels(known.code).inc()
     return JSONResponse(_body(known), known.status, known.headers)
 
 
