@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.schema import Defaults, FoldChatRequest
-from foldserve.server.engine.withdrawal import refuse_request
+from foldserve.server.engine.withdrawal import Room, refuse_request
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +19,13 @@ class Planner:
         geometry: of the served model; None where it can't reduce.
         defaults: what applies where a request says nothing.
         withdraw_layer: K of the server, or None.
+        room: that a prompt has in one step of the engine.
     """
 
     geometry: VisionGeometry | None
     defaults: Defaults
     withdraw_layer: int | None
+    room: Room
 
     def plan(self, request: FoldChatRequest) -> tuple[list[Reduction], list[Plan]]:
         """One reduction and one plan per image, in prompt order; no plans where the model can't reduce.

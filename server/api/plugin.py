@@ -19,6 +19,7 @@ from foldserve.server.api.schema import Defaults
 from foldserve.server.api.serving import FoldServingChat
 from foldserve.server.engine.geometry import vision_geometry
 from foldserve.server.engine.kv_cost import kv_cost
+from foldserve.server.engine.withdrawal import step_room
 from foldserve.server.settings import CONFIG_KEY
 
 
@@ -44,6 +45,7 @@ class FoldserveEndpoint:
                 vision_geometry(engine_client.model_config.hf_config),
                 Defaults.from_config(config),
                 withdraw_layer,
+                step_room(engine_client.vllm_config),
             ),
             kv_cost=kv_cost(engine_client.vllm_config, withdraw_layer),
             online_renderer=_renderer(engine_client, state, args),

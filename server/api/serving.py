@@ -55,7 +55,7 @@ class FoldServingChat(OpenAIServingChat):
         rendered = await super().render_chat_request(request)
         if not isinstance(rendered, ErrorResponse):
             (prompt,) = rendered[1]
-            request._vision = vision_tokens(plans, prompt, self.planner.withdraw_layer)
+            request._vision = vision_tokens(plans, prompt, self.planner.withdraw_layer, self.planner.room)
             metrics.observe_accepted(request._vision, self.kv_cost)
         return rendered
 

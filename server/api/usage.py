@@ -9,8 +9,8 @@ from typing import Any
 from vllm.inputs import EngineInput
 
 from foldserve.reducers.plan import Plan
-from foldserve.server.api.errors import FoldserveError
-from foldserve.server.engine.withdrawal import TokenMap
+from foldserve.server.api.errors import FoldserveError, InvalidRequest
+from foldserve.server.engine.withdrawal import Room, TokenMap, refuse_prompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +19,7 @@ class VisionTokens:
 
     Attributes:
         plans: one per image, in prompt order.
-        withdrawn_each: tokens of each image that leave the decoder at layer K.
+        withdrawn_each: tokens of each image that leave the decoder at layer K: all, or those that its method removes.
         withdraw_layer: K of the server, None without withdrawal.
     """
 
@@ -46,6 +46,12 @@ class VisionTokens:
         return methods.pop() if len(methods) == 1 else "mixed"
 
     @property
+    def decoder(self) -> str:
+        """The method that works in the decoder, likewise."""
+        methods = {plan.decoder for plan in self.plans}
+        return methods.pop() if len(methods) == 1 else "mixed"
+
+    @property
     def ratio(self) -> float:
         """Share of the encoded tokens that was removed before the decoder, as really applied."""
         return 1 - self.kept / self.encoded
@@ -53,8 +59,10 @@ class VisionTokens:
     def to_json(self) -> dict[str, object]:
         """The body of `usage.vision_tokens`; `images` lists each image where they were reduced differently."""
         body = _entry(self.encoded, self.kept, self.withdrawn, self.method)
+        if any(plan.keeps_positions for plan in self.plans):
+            body["positions"] = "keep"
         if self.withdrawn:
-            body["withdraw_layer"] = self.withdraw_layer
+            body |= {"withdraw_layer": self.withdraw_layer, "decoder": self.decoder}
         if len(set(self.plans)) > 1:
             each = zip(self.plans, self.withdrawn_each, strict=True)
             body["images"] = [_entry(plan.encoded, plan.kept, withdrawn, plan.method) for plan, withdrawn in each]
@@ -69,10 +77,16 @@ class _Image:
     mm_position: Any
 
 
-def vision_tokens(plans: Sequence[Plan], prompt: EngineInput, withdraw_layer: int | None) -> VisionTokens | None:
+def vision_tokens(
+    plans: Sequence[Plan], prompt: EngineInput, withdraw_layer: int | None, room: Room
+) -> VisionTokens | None:
     """Counts of a rendered prompt; None for one without planned images.
 
+    Args:
+        room: that a prompt has in one step of the engine.
+
     Raises:
+        InvalidRequest: the prompt does not go with what its images' plans want in the decoder.
         FoldserveError: the prompt holds another number of vision tokens than was planned: usage, KV blocks and encoder
             would drift apart unnoticed.
     """
@@ -86,6 +100,10 @@ def vision_tokens(plans: Sequence[Plan], prompt: EngineInput, withdraw_layer: in
         raise FoldserveError(f"the prompt holds {found} vision tokens where {planned} were planned")
     images = [_Image(h, place) for h, place in zip(fields["mm_hashes"]["image"], places, strict=True)]
     kept_deep = TokenMap.of(images, len(fields["prompt_token_ids"]))
+    try:
+        refuse_prompt(kept_deep, len(fields["prompt_token_ids"]), room)
+    except ValueError as error:
+        raise InvalidRequest(str(error), "messages") from error
     return VisionTokens(tuple(plans), tuple(_withdrawn(kept_deep, places)), withdraw_layer)
 
 

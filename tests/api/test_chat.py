@@ -67,13 +67,22 @@ def test_withdrawal(client: openai.OpenAI) -> None:
     """Withdrawn tokens are in the prompt, and counted apart; with a ratio on top, and beside a request without."""
     plain = ask(client, image_part())
     answer = ask(client, image_part(), extra={"reduction": {"withdraw": True}})
-    assert vision_tokens(answer) == expected(0) | {"withdrawn": ENCODED, "withdraw_layer": 2}
+    assert vision_tokens(answer) == expected(0) | {"withdrawn": ENCODED, "withdraw_layer": 2, "decoder": "withdraw"}
     assert answer.usage.prompt_tokens == plain.usage.prompt_tokens
     assert answer.choices[0].logprobs != plain.choices[0].logprobs
     both = ask(client, image_part(), extra={"reduction": {"ratio": 0.5, "withdraw": True}})
-    assert vision_tokens(both) == expected(72) | {"withdrawn": 72, "withdraw_layer": 2}
+    assert vision_tokens(both) == expected(72) | {"withdrawn": 72, "withdraw_layer": 2, "decoder": "withdraw"}
     again = ask(client, image_part())
     assert again.choices[0].message.content == plain.choices[0].message.content
+
+
+@pytest.mark.parametrize("method", ["fastv", "illava_decoder"])
+def test_tokens_chosen_in_the_decoder(client: openai.OpenAI, method: str) -> None:
+    plain = ask(client, image_part())
+    answer = ask(client, image_part(), extra={"reduction": {"method": method, "ratio": 0.75}})
+    assert vision_tokens(answer) == expected(0) | {"withdrawn": 108, "withdraw_layer": 2, "decoder": method}
+    assert answer.usage.prompt_tokens == plain.usage.prompt_tokens
+    assert answer.choices[0].logprobs != plain.choices[0].logprobs
 
 
 def test_stream_is_the_same_answer_and_ends_with_usage(client: openai.OpenAI) -> None:

@@ -10,6 +10,7 @@ from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.planner import Planner
 from foldserve.server.api.schema import Defaults, FoldChatRequest
+from foldserve.server.engine.withdrawal import Room
 from foldserve.reducers.geometry import VisionGeometry
 
 CLIP = VisionGeometry(576, (24, 24), layers=23, class_token=True)
@@ -22,7 +23,7 @@ def request(*details: str, **fields: Any) -> FoldChatRequest:
 
 
 def planner(geometry: VisionGeometry | None = CLIP, **options: Any) -> Planner:
-    return Planner(geometry, Defaults(**options), withdraw_layer=None)
+    return Planner(geometry, Defaults(**options), withdraw_layer=None, room=Room(100, "--max-num-batched-tokens"))
 
 
 def test_defaults_and_details() -> None:

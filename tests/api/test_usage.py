@@ -1,0 +1,69 @@
+"""What is reported of a rendered prompt's vision tokens, and what is refused of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from vllm.multimodal.inputs import PlaceholderRange
+
+from foldserve.reducers.plan import Plan, Reduction, VisionGeometry, make_plan
+from foldserve.server.api.errors import FoldserveError, InvalidRequest
+from foldserve.server.api.usage import vision_tokens
+from foldserve.server.engine.withdrawal import Room, mark
+
+CLIP = VisionGeometry(144, (12, 12), layers=3, class_token=True)
+ROOM = Room(200, "--max-num-batched-tokens 215 less one for each of 15 other sequences")
+
+
+def plan(reduction: dict[str, object]) -> Plan:
+    return make_plan(Reduction.parse(reduction), CLIP)
+
+
+def prompt(plans: list[Plan], text: int) -> Any:
+    """Images one after the other, and `text` tokens behind them."""
+    ends = [sum(p.kept for p in plans[: i + 1]) for i in range(len(plans))]
+    places = [PlaceholderRange(offset=end - p.kept, length=p.kept) for end, p in zip(ends, plans, strict=True)]
+    hashes = [mark(f"{i}", p.decoder, p.kept_deep) if p.decoder != "none" else f"{i}" for i, p in enumerate(plans)]
+    ids = [0] * (ends[-1] + text)
+    return {"prompt_token_ids": ids, "mm_placeholders": {"image": places}, "mm_hashes": {"image": hashes}}
+
+
+@pytest.mark.parametrize("method", ["fastv", "illava_decoder"])
+def test_tokens_removed_in_the_decoder_are_withdrawn(method: str) -> None:
+    plans = [plan({"method": f"folder+{method}", "ratio": 0.5, "decoder_ratio": 0.25})]
+    vision = vision_tokens(plans, prompt(plans, 9), 4, ROOM)
+    assert vision is not None
+    assert (vision.encoded, vision.kept, vision.withdrawn) == (144, 72, 18)
+    assert vision.to_json() == {
+        "encoded": 144,
+        "kept": 72,
+        "withdrawn": 18,
+        "method": "folder",
+        "ratio": 0.5,
+        "withdraw_layer": 4,
+        "decoder": method,
+    }
+
+
+def test_images_with_modes_of_their_own() -> None:
+    plans = [plan({"withdraw": True, "ratio": 0.75}), plan({"method": "fastv"}), plan({"keep_tokens": 9})]
+    vision = vision_tokens(plans, prompt(plans, 5), 4, Room(300, "none"))
+    assert vision is not None
+    assert vision.withdrawn_each == (36, 72, 0) and vision.decoder == "mixed"
+
+
+def test_a_prompt_that_no_step_can_hold_is_the_clients_error() -> None:
+    plans = [plan({"method": "fastv"})]
+    assert vision_tokens(plans, prompt(plans, 56), 4, ROOM) is not None
+    with pytest.raises(
+        InvalidRequest, match=r"has 201 tokens, and a step has room for 200 \(--max-num-batched"
+    ) as caught:
+        vision_tokens(plans, prompt(plans, 57), 4, ROOM)
+    assert caught.value.param == "messages"
+
+
+def test_another_number_of_placeholders_than_planned_is_our_error() -> None:
+    plans = [plan({"ratio": 0.5})]
+    with pytest.raises(FoldserveError, match=r"holds \[72\] vision tokens where \[144\] were planned"):
+        vision_tokens([plan({})], prompt(plans, 9), 4, ROOM)
