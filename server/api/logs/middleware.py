@@ -31,34 +31,45 @@ class RequestLog:
         others = [header for header in scope["headers"] if header[0] != _HEADER.encode()]
         scope["headers"] = [*others, (_HEADER.encode(), chosen.encode())]
         request_id.set(chosen)
-        status = 0
+        status: int | None = None
+        gone = False
         started = time.perf_counter()
+
+        async def receive_and_see() -> Message:
+            nonlocal gone
+            message = await receive()
+            gone = gone or message["type"] == "http.disconnect"
+            return message
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status = None if gone else message["status"]  # vLLM's handlers answer a client that has gone, too
                 MutableHeaders(raw=message["headers"])[_HEADER] = chosen
             await send(message)
 
         try:
-            await self._app(scope, receive, send_with_id)
+            await self._app(scope, receive_and_see, send_with_id)
         finally:
             _report(scope, status, time.perf_counter() - started)
 
 
-def _report(scope: Scope, status: int, seconds: float) -> None:
-    """The route as it is declared, not the path as it came: that may hold anything."""
+def _report(scope: Scope, status: int | None, seconds: float) -> None:
+    """The route as it is declared, not the path as it came: that may hold anything.
+
+    Args:
+        status: None where the client went away before there was one.
+    """
     route = getattr(scope.get("route"), "path", None)
     key = scope.get("state", {}).get("foldserve_key")
     fields = {
         "method": scope["method"],
         "route": route,
-        "status": status or None,  # None: the client went away before there was one
+        "status": status,
         "seconds": round(seconds, 4),
         "key": getattr(key, "name", None),
     }
-    quiet = scope.get("state", {}).get("foldserve_quiet", False) and status < 400
+    quiet = scope.get("state", {}).get("foldserve_quiet", False) and status is not None and status < 400
     _log.log(
         logging.DEBUG if quiet else logging.INFO,
         "%s %s %s in %.3f s, key %s",
