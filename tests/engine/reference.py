@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from zlib import crc32
 
 import torch
 from PIL import Image
 from torch import Tensor
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoProcessor, CLIPVisionConfig, LlavaForConditionalGeneration
 
-from foldserve.reducers.folder import folder, folder_cls
 from foldserve.reducers.plan import Plan, Reduction, VisionGeometry, make_plan
+from tests.engine.plain_tower import PlainTower
 
 
 class Reference:
@@ -22,8 +23,9 @@ class Reference:
         self.model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
         self.config = self.model.config
         vision = self.config.vision_config
-        side = vision.image_size // vision.patch_size
-        self.geometry = VisionGeometry(side**2, (side, side), vision.num_hidden_layers - 1, class_token=True)
+        side, class_token = vision.image_size // vision.patch_size, isinstance(vision, CLIPVisionConfig)
+        self.geometry = VisionGeometry(side**2, (side, side), vision.num_hidden_layers - 1, class_token)
+        self.tower = PlainTower(self.model.model.vision_tower, class_token=class_token)
 
     def plan(self, reduction: dict[str, object]) -> Plan:
         return make_plan(Reduction.parse(reduction), self.geometry)
@@ -32,34 +34,8 @@ class Reference:
     def image_features(self, image: Image.Image, plan: Plan) -> Tensor:
         """Projected vision tokens (plan.kept, hidden)."""
         pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
-        tower = self.model.model.vision_tower
-        states = tower(pixels, output_hidden_states=True).hidden_states
-        if plan.method == "folder_cls":
-            features = self._folded_in_layer(states[-3], plan)
-        else:
-            features = states[-2][:, 1:]
-            if plan.removed:
-                features = folder(
-                    features, plan.folds, scale="official" if "official" in plan.options else "none"
-                ).tokens
-        return self.model.model.multi_modal_projector(features)[0]
-
-    def _folded_in_layer(self, hidden: Tensor, plan: Plan) -> Tensor:
-        """The layer before the last one, with plain softmax attention and the merge before its MLP."""
-        tower = self.model.model.vision_tower
-        encoder = getattr(tower, "vision_model", tower).encoder
-        layer = encoder.layers[len(encoder.layers) - 2]
-        attention = layer.self_attn
-        x = layer.layer_norm1(hidden)
-        q, k, v = (
-            p(x).unflatten(-1, (attention.num_heads, -1))
-            for p in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
-        weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) * attention.scale).softmax(-1)
-        attended = torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)
-        hidden = hidden + attention.out_proj(attended)
-        tokens = folder_cls(hidden, k.mean(2), weights[:, :, 0].mean(1), plan.folds).tokens[:, 1:]
-        return tokens + layer.mlp(layer.layer_norm2(tokens))
+        seeded = plan.with_seed(crc32(pixels[0].numpy().tobytes())) if plan.method == "random" else plan
+        return self.model.model.multi_modal_projector(self.tower.features(pixels, seeded))[0]
 
     def prompt_ids(self, prompt: str, plans: Sequence[Plan]) -> list[int]:
         """Token ids with plan.kept placeholders per image."""

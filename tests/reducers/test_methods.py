@@ -1,0 +1,155 @@
+"""The registered methods: what they count, and what they refuse and by which field."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from foldserve.reducers import METHODS
+from foldserve.reducers.attention import LayerAttention
+from foldserve.reducers.method import AfterTower, Decoder, InTower, Projector
+from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
+from tests.reducers.check import draw
+
+CLIP = VisionGeometry(576, (24, 24), 23, class_token=True)
+SIGLIP = VisionGeometry(729, (27, 27), 26)
+NO_GRID = VisionGeometry(577, None, 23, class_token=True)
+STF = VisionGeometry(144, projector="stf", stages=frozenset())
+FREE = [name for name, method in METHODS.items() if not isinstance(method, Decoder | Projector)]
+
+
+@st.composite
+def geometries(draw_: st.DrawFn) -> VisionGeometry:
+    grid = draw_(st.tuples(st.integers(2, 12), st.integers(2, 12)))
+    return VisionGeometry(grid[0] * grid[1], grid, draw_(st.integers(1, 12)), draw_(st.booleans()))
+
+
+@given(geometries(), st.sampled_from(FREE), st.data())
+def test_a_method_leaves_what_its_plan_says(geometry: VisionGeometry, method: str, data: st.DataObject) -> None:
+    """On any model and for any amount: a plan, or a refusal that names a field that was sent."""
+    amount: dict[str, Any] = data.draw(
+        st.fixed_dictionaries({"ratio": st.floats(0, 1, exclude_max=True)})
+        | st.fixed_dictionaries({"keep_tokens": st.integers(2, geometry.tokens)})
+    )
+    options: dict[str, Any] = {"layers": [0]} if method == "illava" else {}
+    try:
+        plan = make_plan(Reduction.parse({"method": method, **options, **amount}), geometry)
+    except InvalidReduction as refusal:
+        assert refusal.param in {"method", *amount}
+        return
+    assert plan.kept == geometry.tokens - plan.removed >= 2
+    assert plan.removed == sum(plan.folds)
+    assert plan.kept == amount.get("keep_tokens", plan.kept)
+    assert plan.removed >= int(geometry.tokens * amount.get("ratio", 0))
+    assert Plan.from_ints(plan.to_ints(), geometry) == plan
+    if plan.grid:
+        assert plan.grid[0] * plan.grid[1] == plan.kept
+    if not plan.is_identity:
+        assert run(plan, geometry) == plan.kept
+
+
+def run(plan: Plan, geometry: VisionGeometry) -> int:
+    """Tokens that are left when the plan's method has run over random tokens of two images."""
+    method = METHODS[plan.method]
+    first = int(geometry.class_token and isinstance(method, InTower))
+    (x,) = draw(plan.removed, (2, geometry.tokens + first, 8))
+    if isinstance(method, AfterTower):
+        return method.reduce(x, plan).tokens.shape[1]
+    if not isinstance(method, InTower):  # before the tower, which then sees the smaller grid
+        assert plan.grid is not None
+        return plan.grid[0] * plan.grid[1]
+    sizes = torch.ones(x.shape[:2], dtype=torch.int64)
+    for layer in range(geometry.layers):
+        if removed := plan.removed_in(layer):
+            query, key = draw(layer, (2, x.shape[1], 2, 4), (2, x.shape[1], 2, 4))
+            attention = LayerAttention(query, key, 0.5, class_token=bool(first))
+            before, class_token = x.shape[1], x[:, :first]
+            x, sizes, source, group = method.reduce(x, sizes, attention, removed, plan)
+            assert x.shape[1] == before - sum(removed)
+            assert torch.equal(x[:, :first], class_token)
+            assert (sizes.sum(dim=1) == geometry.tokens + first).all()
+            assert (source.shape, group.shape) == (x.shape[:2], (2, before))
+    return x.shape[1] - first
+
+
+REFUSED: list[tuple[VisionGeometry, dict[str, Any], str, str]] = [
+    (CLIP, {"method": "illava", "ratio": 0.5, "layers": [5, 23]}, "layers", "0 to 22"),
+    (VisionGeometry(144, (12, 12), 3), {"method": "illava", "ratio": 0.5}, "layers", "0 to 2"),
+    (CLIP, {"method": "illava", "ratio": 0.5, "layers": [-1]}, "layers", "from 0 on"),
+    (CLIP, {"method": "illava", "ratio": 0.5, "layers": []}, "layers", "from 0 on"),
+    (CLIP, {"method": "illava", "ratio": 0.999}, "ratio", "2 have to stay"),
+    (CLIP, {"method": "tome", "ratio": 0.99}, "ratio", "at most half"),
+    (CLIP, {"method": "tome", "keep_tokens": 2}, "keep_tokens", "at most half"),
+    (CLIP, {"method": "turbo", "ratio": 0.99}, "ratio", "at most half"),
+    (SIGLIP, {"method": "turbo", "ratio": 0.5}, "method", "needs a class token"),
+    (SIGLIP, {"method": "prumerge", "ratio": 0.5}, "method", "needs a class token"),
+    (SIGLIP, {"method": "folder_cls", "ratio": 0.5}, "method", "needs a class token"),
+    (CLIP, {"method": "pool", "ratio": 0.5}, "ratio", r"0.75 \(144 tokens\) or 0.8889 \(64 tokens\)"),
+    (CLIP, {"method": "pool", "keep_tokens": 143}, "keep_tokens", "144 tokens"),
+    (CLIP, {"method": "pool", "ratio": 0.7, "window": "row"}, "ratio", "0.5 .288 tokens"),
+    (CLIP, {"method": "pool", "ratio": 0.75, "window": "round"}, "window", "'square' or 'row'"),
+    (NO_GRID, {"method": "pool", "ratio": 0.75}, "method", "needs a grid"),
+    (NO_GRID, {"method": "downsample", "ratio": 0.5}, "method", "needs a grid"),
+    (CLIP, {"method": "downsample", "keep_tokens": 287}, "keep_tokens", "next lower number is 285"),
+    (STF, {"method": "folder_cls", "ratio": 0.5}, "method", "'stf'"),
+    (STF, {"method": "stf", "ratio": 0.5}, "ratio", "144 tokens per image"),
+    (CLIP, {"method": "random", "ratio": 0.5, "layers": [1]}, "layers", "takes no layers"),
+    (CLIP, {"method": "fastv", "keep_tokens": 100}, "keep_tokens", "takes a ratio"),
+    (CLIP, {"method": "fastv", "ratio": 0.9999}, "decoder_ratio", "all 576"),
+]
+
+
+@pytest.mark.parametrize(("geometry", "asked", "param", "told"), REFUSED, ids=[str(case[1]) for case in REFUSED])
+def test_refused(geometry: VisionGeometry, asked: dict[str, Any], param: str, told: str) -> None:
+    with pytest.raises(InvalidReduction, match=told) as refusal:
+        make_plan(Reduction.parse(asked), geometry)
+    assert refusal.value.param == param
+
+
+@pytest.mark.parametrize("method", ["folder", "illava", "tome", "random", "downsample"])
+def test_any_resolution_needs_a_square(method: str) -> None:
+    squares = VisionGeometry(729, (27, 27), 26, any_resolution=True)
+    options = {"layers": [5, 6, 7, 8]} if method == "illava" else {}
+    assert make_plan(Reduction.parse({"method": method, "keep_tokens": 361, **options}), squares).kept == 361
+    with pytest.raises(InvalidReduction, match="keep_tokens 361") as refusal:
+        make_plan(Reduction.parse({"method": method, "keep_tokens": 380, **options}), squares)
+    assert refusal.value.param == "keep_tokens"
+
+
+def test_illavas_own_setting_on_siglip() -> None:
+    """92 tokens in each of four layers leave 19 x 19 of 27 x 27."""
+    plan = make_plan(Reduction("illava", keep_tokens=361), SIGLIP)
+    assert plan.steps == ((92, 5), (92, 6), (92, 7), (92, 8))
+
+
+def test_what_does_not_come_out_even_goes_early() -> None:
+    plan = make_plan(Reduction("tome", keep_tokens=576 - 50), CLIP)
+    assert plan.folds == (3,) * 4 + (2,) * 19
+    plan = make_plan(Reduction("tome", keep_tokens=574), CLIP)
+    assert plan.steps == ((1, 0), (1, 1))  # a layer that removes nothing has no step
+
+
+@given(st.sampled_from([CLIP, SIGLIP]), st.sampled_from(["square", "row"]))
+def test_the_ratios_that_pooling_tells_work(geometry: VisionGeometry, window: str) -> None:
+    with pytest.raises(InvalidReduction) as refusal:
+        make_plan(Reduction.parse({"method": "pool", "ratio": 0.01, "window": window}), geometry)
+    told = str(refusal.value).split("give ratio ")[1].split(" or ")
+    for one in told:
+        ratio, count = one.removesuffix(" tokens)").split(" (")
+        assert make_plan(
+            Reduction.parse({"method": "pool", "ratio": float(ratio), "window": window}), geometry
+        ).kept == int(count)
+
+
+@pytest.mark.parametrize("method", ["tome", "turbo"])
+def test_the_limit_that_tome_tells_works(method: str) -> None:
+    with pytest.raises(InvalidReduction) as refusal:
+        make_plan(Reduction(method, ratio=0.99), CLIP)
+    count = int(str(refusal.value).rsplit("or ", 1)[1].split()[0])
+    assert make_plan(Reduction(method, keep_tokens=count), CLIP).kept == count
+    with pytest.raises(InvalidReduction):
+        make_plan(Reduction(method, keep_tokens=count - 1), CLIP)
