@@ -12,11 +12,11 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test soak check clean
+.PHONY: help setup serve test test-deploy soak check clean
 
 help: ## show this
 	@echo "make COMMAND, where COMMAND is"
-	@sed -n 's/^\([a-z]*\):[^#]*## /  \1\t/p' Makefile
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1\t/p' Makefile
 
 setup: ## install into .venv (DEVICE=auto|cpu|gpu); quick when nothing changed
 	@test -n "$(PYTHON)" || { echo "Python 3.11 was not found. Install it (Debian, Ubuntu: apt-get install python3.11" \
@@ -29,6 +29,10 @@ serve: setup ## start the server (MODEL=name or directory, PORT=8000, ARGS="any 
 
 test: setup ## run all tests, without a GPU (TESTS="paths or pytest options" for some)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
+
+test-deploy: setup ## routing, data parallel, Prometheus and image steps on real programs (fetches Prometheus, vllm-router)
+	@tests/deploy/live/tools.sh $(VENV)
+	@$(BIN)/python -m pytest tests/deploy/live $(TESTS)
 
 soak: setup ## 10,000 requests, many broken off, against a server: nothing may be left over (ARGS="options of the soak")
 	@$(BIN)/python -m foldserve.loadtest.soak $(ARGS)

@@ -106,7 +106,7 @@ def _row(cells: list[str]) -> str:
 def main() -> None:
     """Prints the table for the options."""
     parser = argparse.ArgumentParser(description="How many requests a GPU holds at once, by ratio and withdrawal.")
-    parser.add_argument("--text", type=int, default=256, help="prompt's and answer's text tokens (default: %(default)s)")
+    parser.add_argument("--text", type=int, default=256, help="text tokens of prompt and answer (default: %(default)s)")
     parser.add_argument("--images", type=int, default=1, help="images of a request (default: %(default)s)")
     options = parser.parse_args()
     if options.text < 1 or options.images < 1:

@@ -1,0 +1,87 @@
+"""Requests with reduction, and a steady load of them."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from tests.images import data_uri, photo
+
+VISION_TOKENS = 144
+"""Of the small model, per image."""
+TIMEOUT_S = 300
+
+
+def body(ratio: float, seed: int, *, question: str = "What is this?", tokens: int = 4) -> dict[str, Any]:
+    """A chat about a picture of its own."""
+    image = {"type": "image_url", "image_url": {"url": data_uri(photo(seed, 64, 48))}}
+    content = [image, {"type": "text", "text": question}]
+    return {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": content}],
+        "max_tokens": tokens,
+        "reduction_ratio": ratio,
+    }
+
+
+def ask(url: str, request: dict[str, Any]) -> httpx.Response:
+    return httpx.post(f"{url}/v1/chat/completions", json=request, timeout=TIMEOUT_S)
+
+
+def is_right(request: dict[str, Any], answer: httpx.Response) -> bool:
+    """The usage says what the request asked for."""
+    vision = answer.json()["usage"]["vision_tokens"]
+    removed = int(VISION_TOKENS * request["reduction_ratio"])
+    return bool(vision["encoded"] == VISION_TOKENS and vision["kept"] == VISION_TOKENS - removed)
+
+
+@dataclass
+class Load:
+    """Asks at a few ratios until told to stop, at most `most` times; counts how it ended.
+
+    Attributes:
+        ended: requests by outcome: `right`, `wrong`, a status, or the name of what broke the connection.
+    """
+
+    url: str
+    clients: int = 3
+    most: int = 2000
+    ended: Counter[str] = field(default_factory=Counter)
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> Load:
+        self._pool = ThreadPoolExecutor(self.clients)
+        self._work = [self._pool.submit(self._ask_on, first) for first in range(self.clients)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._pool.shutdown()
+        for work in self._work:
+            work.result()
+
+    def wait_for(self, more: int) -> None:
+        """Until so many further requests have ended."""
+        wanted = self.ended.total() + more
+        while self.ended.total() < wanted and not all(work.done() for work in self._work):
+            time.sleep(0.2)
+        assert self.ended.total() >= wanted, self.ended
+
+    def _ask_on(self, first: int) -> None:
+        for number in range(first, self.most, self.clients):
+            if self._stop.is_set():
+                return
+            request = body((0.0, 0.5, 0.9)[number % 3], number % 7, question=f"Question {number}?")
+            try:
+                answer = ask(self.url, request)
+            except httpx.TransportError as error:
+                self.ended[type(error).__name__] += 1
+                continue
+            right = answer.status_code == 200 and is_right(request, answer)
+            self.ended["right" if right else "wrong" if answer.status_code == 200 else str(answer.status_code)] += 1

@@ -1,0 +1,77 @@
+"""Rules and dashboard on a real Prometheus that scrapes real servers under load."""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.deploy.files import DEPLOY, RULES, expressions, metrics, rules, run, without_threshold
+from tests.deploy.live.clients import Load, ask, body
+from tests.deploy.live.conftest import Fleet
+from tests.deploy.live.processes import QUEUE, wait_for
+
+
+def query(url: str, expression: str) -> list[dict[str, Any]]:
+    answer = httpx.get(f"{url}/api/v1/query", params={"query": expression}, timeout=30).json()
+    assert answer["status"] == "success", answer
+    return list(answer["data"]["result"])
+
+
+@pytest.fixture(scope="session")
+def watched(fleet: Fleet) -> str:
+    """Prometheus after requests at several ratios, and more at once than a server takes."""
+    with Load(fleet.router) as load:
+        load.wait_for(30)
+    assert load.ended == {"right": load.ended.total()}
+    one = next(iter(fleet.servers))
+    with ThreadPoolExecutor(4 * QUEUE) as pool:
+        burst = pool.map(lambda seed: ask(one, body(0.5, seed, tokens=64)).status_code, range(4 * QUEUE))
+        statuses = Counter(burst)
+    assert set(statuses) == {200, 503} and statuses[200] >= 2 * QUEUE  # those running, and those that may wait
+
+    def recorded() -> bool:
+        names = {rule["record"] for rule in rules() if "record" in rule}
+        seen = {
+            sample["metric"]["__name__"] for sample in query(fleet.prometheus, f'{{__name__=~"{"|".join(names)}"}}')
+        }
+        turned_away = query(fleet.prometheus, 'rate(foldserve_requests_rejected_total{reason="overloaded"}[1m])')
+        return names <= seen and bool(turned_away)
+
+    wait_for("the recording rules", recorded, 60)
+    return fleet.prometheus
+
+
+def test_promtool() -> None:
+    run("promtool", "check", "rules", RULES)
+    run("promtool", "check", "config", DEPLOY / "prometheus" / "prometheus.yml")
+    run("promtool", "test", "rules", DEPLOY / "prometheus" / "tests" / "foldserve.yaml")
+
+
+@pytest.mark.parametrize("name", sorted(expressions()))
+def test_an_expression_has_a_result(name: str, watched: str) -> None:
+    expression = expressions()[name]
+    assert query(watched, without_threshold(expression)), f"{name} is empty: {expression}"
+    query(watched, expression)
+
+
+def test_every_metric_is_exposed(watched: str, fleet: Fleet) -> None:
+    used = {metric for expression in expressions().values() for metric in metrics(expression)}
+    known = {rule.get("record") for rule in rules()} | {"up"}
+    page = httpx.get(f"{next(iter(fleet.servers))}/metrics").text
+    exposed = {line.split("{")[0].split(" ")[0] for line in page.splitlines() if not line.startswith("#")}
+    assert used - known <= exposed
+
+
+def test_the_router_is_scraped(watched: str, fleet: Fleet) -> None:
+    assert query(watched, 'up{job="foldserve-router"} == 1')
+    assert "vllm_router_requests_total" in httpx.get(fleet.router_metrics).text
+
+
+def test_no_alert_but_those_of_the_burst(watched: str) -> None:
+    alerts = httpx.get(f"{watched}/api/v1/alerts").json()["data"]["alerts"]
+    raised = {alert["labels"]["alertname"] for alert in alerts}
+    assert raised <= {"FoldserveErrors", "FoldserveRejections"}

@@ -1,0 +1,84 @@
+"""Two servers behind vllm-router with the options of deploy/: what passes, an update, and a server that is gone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import time
+
+import httpx
+import pytest
+
+from tests.deploy.files import router_commands
+from tests.deploy.live.clients import TIMEOUT_S, Load, ask, body, is_right
+from tests.deploy.live.conftest import Fleet
+
+
+def finished(url: str) -> float:
+    """Requests that a server has answered."""
+    page = httpx.get(f"{url}/metrics").text
+    return sum(float(value) for value in re.findall(r"^vllm:request_success_total\{.*\} (\S+)$", page, re.MULTILINE))
+
+
+@pytest.mark.parametrize("place", sorted(router_commands()))
+def test_the_router_takes_its_options(place: str) -> None:
+    from vllm_router.router_args import RouterArgs
+
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    RouterArgs.add_cli_args(parser)
+    args = parser.parse_args(router_commands()[place])
+    assert args.health_check_endpoint == "/health/ready"
+
+
+def test_reduction_usage_and_errors_pass(fleet: Fleet) -> None:
+    for ratio in (0.0, 0.5, 0.9):
+        request = body(ratio, 1)
+        assert is_right(request, ask(fleet.router, request))
+    refused = ask(fleet.router, body(7, 1))
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "reduction_ratio"
+
+
+def test_streams_pass(fleet: Fleet) -> None:
+    request = body(0.5, 1) | {"stream": True, "stream_options": {"include_usage": True}}
+    with httpx.stream("POST", f"{fleet.router}/v1/chat/completions", json=request, timeout=TIMEOUT_S) as answer:
+        events = [line.removeprefix("data: ") for line in answer.iter_lines() if line]
+    assert events[-1] == "[DONE]"
+    assert json.loads(events[-2])["usage"]["vision_tokens"]["kept"] == 72
+
+
+def test_what_cache_aware_calls_alike_are_texts(fleet: Fleet) -> None:
+    before = {url: finished(url) for url in fleet.servers}
+    for seed in range(8):
+        assert ask(fleet.router, body(0.5, 100 + seed, question="The same question about every image?")).is_success
+    got = sorted(finished(url) - before[url] for url in fleet.servers)
+    assert got == [0, 8]
+
+
+def test_a_rolling_update_drops_nothing(fleet: Fleet) -> None:
+    with Load(fleet.router) as load:
+        for process in fleet.servers.values():
+            load.wait_for(6)
+            assert process.terminate() == 0
+            load.wait_for(6)  # by the other one
+            process.start()
+            process.wait_until_ready()
+            wait_until_asked(fleet)
+    print("rolling update:", dict(load.ended))
+    assert load.ended == {"right": load.ended.total()}
+
+
+def test_a_server_that_is_gone_costs_no_request_that_can_be_sent_again(fleet: Fleet) -> None:
+    gone = next(iter(fleet.servers.values()))
+    with Load(fleet.router, clients=6) as load:
+        load.wait_for(6)
+        gone.kill()
+        load.wait_for(20)
+    print("server gone:", dict(load.ended))
+    assert load.ended == {"right": load.ended.total()}
+
+
+def wait_until_asked(fleet: Fleet) -> None:
+    """The router has seen that every server is ready: two of its checks."""
+    time.sleep(11)

