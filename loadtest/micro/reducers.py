@@ -1,8 +1,9 @@
 """What reduction costs against the vision encoder: `python -m foldserve.loadtest.micro.reducers`.
 
-The encoder has the shape of CLIP-L/14-336 as LLaVA-1.5 runs it (23 of 24 layers, 576 patches) and random weights. Both
-are timed in one process, in turns, so that a busy machine slows both; medians are reported. For `folder_cls` the time
-includes what it needs from the layer: the mean of the keys over heads, and the class token's attention.
+Encoders have the shape of published towers up to the layer that LLaVA reads, and random weights. Both are timed in one
+process, in turns; medians are reported, on a CPU of the process's CPU time, since a busy machine stretches wall time. A
+method inside the tower counts with all its steps and what they ask of their layers' attention, but not with what the
+layers after save; `downsample` with the smaller image and its position embeddings.
 """
 
 from __future__ import annotations
@@ -17,72 +18,160 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
-from foldserve.reducers.folder import folder, folder_cls
-from foldserve.reducers.plan import Reduction, VisionGeometry, make_plan
+from foldserve.reducers import METHODS
+from foldserve.reducers.attention import LayerAttention
+from foldserve.reducers.downsample import interpolate_positions, resize
+from foldserve.reducers.method import AfterTower, BeforeTower, InTower
+from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 
-PATCHES, WIDTH, HEADS = 576, 1024, 16
-RATIOS = (0.25, 0.5, 0.66, 0.75, 0.9)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-REDUCTIONS_PER_ENCODING = 3  # they take a hundredth of the time
+REDUCTIONS_PER_ENCODING = 3  # they take a small part of the time
+
+
+@dataclass(frozen=True, slots=True)
+class Tower:
+    """Shape of a vision tower.
+
+    Attributes:
+        side: patches along a side of an image.
+        tiles: images that make up one, whose tokens methods after the tower see at once; the tower and methods inside
+            see a batch of them.
+        layers: that run.
+    """
+
+    name: str
+    side: int
+    tiles: int
+    layers: int
+    width: int
+    mlp: int
+    heads: int
+    patch: int
+    class_token: bool
+
+    @property
+    def geometry(self) -> VisionGeometry:
+        """Of one tile."""
+        return VisionGeometry(self.side**2, (self.side, self.side), self.layers, self.class_token)
+
+    @property
+    def whole(self) -> VisionGeometry:
+        """Of all tiles, one below the other."""
+        return VisionGeometry(self.tiles * self.side**2, (self.tiles * self.side, self.side), self.layers)
+
+    def build(self) -> nn.Module:
+        """The encoder, random weights; (tiles, 3, H, W) -> `last_hidden_state`."""
+        shape = {
+            "hidden_size": self.width,
+            "intermediate_size": self.mlp,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "image_size": self.side * self.patch,
+            "patch_size": self.patch,
+        }
+        clip, siglip = CLIPVisionConfig(**shape), SiglipVisionConfig(**shape, vision_use_head=False)
+        encoder: nn.Module = CLIPVisionModel(clip) if self.class_token else SiglipVisionModel(siglip)
+        return encoder.eval()
+
+
+TOWERS = {
+    tower.whole.tokens: tower
+    for tower in (
+        Tower("CLIP-L/14-336", 24, 1, 23, 1024, 4096, 16, 14, class_token=True),
+        Tower("SigLIP-so400m/14-384", 27, 1, 26, 1152, 4304, 16, 14, class_token=False),
+        Tower("CLIP-L/14-336, 5 tiles", 24, 5, 23, 1024, 4096, 16, 14, class_token=True),
+    )
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Medians for one batch; share: reduction time / encoder time."""
+    """Medians; share: reduction time / encoder time."""
 
+    tower: str
+    tokens: int
     dtype: str
     method: str
-    ratio: float
     kept: int
     encoder_ms: float
     reduction_ms: float
     share: float
 
 
-GEOMETRY = VisionGeometry(PATCHES, layers=23, class_token=True)
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Random stand-ins for what a tower gives: hidden states (tiles, n, width), projections (tiles, n, 3 width)."""
+
+    tower: Tower
+    pixels: Tensor
+    hidden: Tensor
+    qkv: Tensor
+
+    @classmethod
+    def draw(cls, tower: Tower, dtype: torch.dtype, device: str) -> Inputs:
+        n = tower.side**2 + tower.class_token
+        shapes = [(3, tower.side * tower.patch, tower.side * tower.patch), (n, tower.width), (n, 3 * tower.width)]
+        return cls(tower, *(torch.randn(tower.tiles, *shape, device=device).to(dtype) for shape in shapes))
+
+    def attention(self, n: int) -> LayerAttention:
+        """Of a layer with n tokens; like vLLM's, a view of the fused projections."""
+        query, key, _ = self.qkv[:, :n].unflatten(-1, (3, self.tower.heads, -1)).unbind(2)  # type: ignore[no-untyped-call]
+        return LayerAttention(query, key, key.shape[-1] ** -0.5, class_token=self.tower.class_token)
 
 
-def build_encoder(device: str) -> CLIPVisionModel:
-    """CLIP-L/14-336 without its last layer, random weights."""
-    config = CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=4 * WIDTH,
-        num_hidden_layers=23,
-        num_attention_heads=HEADS,
-        image_size=336,
-        patch_size=14,
-    )
-    return CLIPVisionModel(config).eval().to(device)
+def calls(inputs: Inputs, ratios: tuple[float, ...]) -> Iterator[tuple[str, int, Callable[[], object]]]:
+    """(method, tokens kept, call) of everything that works before the decoder on this tower."""
+    tower = inputs.tower
+    for method in METHODS.values():
+        geometry = tower.whole if isinstance(method, AfterTower) else tower.geometry
+        for plan in plans(method.name, geometry, ratios):
+            if isinstance(method, AfterTower):
+                tokens = inputs.hidden[:, int(tower.class_token) :].reshape(1, geometry.tokens, -1)
+                yield method.name, plan.kept, partial(method.reduce, tokens, plan)
+            elif isinstance(method, InTower):
+                yield method.name, tower.tiles * plan.kept, partial(in_tower, method, inputs, plan)
+            elif isinstance(method, BeforeTower):
+                yield method.name, tower.tiles * plan.kept, partial(before_tower, inputs, plan)
 
 
-def reduce_cls(hidden: Tensor, query: Tensor, key: Tensor, folds: tuple[int, ...]) -> Tensor:
-    """`folder_cls` and what it needs of its layer; query and key: (B, n + 1, heads, head_dim)."""
-    logits = torch.einsum("bhd,bnhd->bhn", query[:, 0].float(), key.float()) * key.shape[-1] ** -0.5
-    attention = logits.softmax(dim=-1).mean(dim=1)  # (B, n + 1)
-    return folder_cls(hidden, key.float().mean(dim=2), attention, folds).tokens
+def plans(method: str, geometry: VisionGeometry, ratios: tuple[float, ...]) -> Iterator[Plan]:
+    """One for each ratio; of pooling, which has few, one for each of its two smallest windows."""
+    sides = [geometry.tokens // k**2 for k in (2, 3) if geometry.grid and not any(side % k for side in geometry.grid)]
+    amounts = [{"keep_tokens": kept} for kept in sides] if method == "pool" else [{"ratio": ratio} for ratio in ratios]
+    for amount in amounts:
+        try:
+            yield make_plan(Reduction.parse({"method": method, **amount}), geometry)
+        except InvalidReduction:  # the method does not work on this tower
+            return
 
 
-def reductions(hidden: Tensor) -> Iterator[tuple[str, float, int, Callable[[], Tensor]]]:
-    """(method, ratio, tokens kept, call) for every row of the table; hidden: (B, n + 1, d)."""
-    patches = hidden[:, 1:].contiguous()
-    query, key = torch.randn(2, *hidden.shape[:2], HEADS, WIDTH // HEADS, device=hidden.device).to(hidden.dtype)
-    for ratio in RATIOS:
-        plan = make_plan(Reduction("folder", ratio=ratio), GEOMETRY)
-        yield "folder", ratio, plan.kept, partial(_tokens, patches, plan.folds)
-        plan = make_plan(Reduction("folder_cls", ratio=ratio), GEOMETRY)
-        yield "folder_cls", ratio, plan.kept, partial(reduce_cls, hidden, query, key, plan.folds)
+def in_tower(method: InTower, inputs: Inputs, plan: Plan) -> Tensor:
+    """All steps of a plan, one layer's after the other's."""
+    x, sizes = inputs.hidden, torch.ones(inputs.hidden.shape[:2], dtype=torch.int64, device=inputs.hidden.device)
+    for layer in sorted({step.layer for step in plan.steps if step.layer is not None}):
+        attention = inputs.attention(x.shape[1])
+        x, sizes, _, _ = method.reduce(x, sizes, attention, plan.removed_in(layer), plan)
+    return x
 
 
-def _tokens(patches: Tensor, folds: tuple[int, ...]) -> Tensor:
-    return folder(patches, folds).tokens
+def before_tower(inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor]:
+    """The smaller image and its position embeddings."""
+    assert plan.grid is not None
+    side = inputs.tower.side
+    positions = interpolate_positions(inputs.hidden[0], (side, side), *plan.grid)
+    return resize(inputs.pixels, *plan.grid, patch=inputs.tower.patch), positions
 
 
 def time_ms(call: Callable[[], object], device: str) -> float:
-    """Wall time of one call, with everything that it started on the device."""
-    synchronize = torch.get_device_module(device).synchronize  # returns at once on a CPU
+    """Time of one call with everything that it started: the process's on a CPU, wall time on a GPU."""
+    if device == "cpu":
+        start = time.process_time()
+        call()
+        return (time.process_time() - start) * 1e3
+    synchronize = torch.get_device_module(device).synchronize
     synchronize()
     start = time.perf_counter()
     call()
@@ -91,46 +180,52 @@ def time_ms(call: Callable[[], object], device: str) -> float:
 
 
 @torch.inference_mode()
-def measure(encoder: CLIPVisionModel, dtype: str, *, batch: int, rounds: int, device: str) -> list[Row]:
-    """All methods and ratios in one dtype."""
-    encoder = encoder.to(DTYPES[dtype])
-    pixels = torch.randn(batch, 3, 336, 336, device=device).to(DTYPES[dtype])
-    cases = list(reductions(encoder(pixels).last_hidden_state))  # the first run of each is not counted
+def measure(tower: Tower, dtype: str, *, ratios: tuple[float, ...], rounds: int, device: str) -> list[Row]:
+    """All methods and ratios on one tower in one dtype; the first run of each is not counted."""
+    encoder = tower.build().to(device, DTYPES[dtype])
+    inputs = Inputs.draw(tower, DTYPES[dtype], device)
+    cases = list(calls(inputs, ratios))
+    encoder(inputs.pixels)
     for *_, call in cases:
         call()
     encoder_ms: list[float] = []
     reduction_ms: list[list[float]] = [[] for _ in cases]
     for _ in range(rounds):
-        encoder_ms.append(time_ms(lambda: encoder(pixels), device))
+        encoder_ms.append(time_ms(lambda: encoder(inputs.pixels), device))
         for _ in range(REDUCTIONS_PER_ENCODING):
             for times, (*_, call) in zip(reduction_ms, cases, strict=True):
                 times.append(time_ms(call, device))
     whole = median(encoder_ms)
     return [
-        Row(dtype, method, ratio, kept, whole, median(times), median(times) / whole)
-        for times, (method, ratio, kept, _) in zip(reduction_ms, cases, strict=True)
+        Row(tower.name, tower.whole.tokens, dtype, method, kept, whole, median(times), median(times) / whole)
+        for times, (method, kept, _) in zip(reduction_ms, cases, strict=True)
     ]
+
+
+def render(row: Row) -> str:
+    """One line of a Markdown table."""
+    ratio = 1 - row.kept / row.tokens
+    return f"| `{row.method}` | {ratio:.2f} | {row.kept} | {row.reduction_ms:.1f} | {row.share:.2%} |"
 
 
 def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
-    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=list(DTYPES))
-    parser.add_argument("--batch", type=int, default=1, help="images at once (%(default)s)")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of the encoder per dtype (%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["fp32"])
+    parser.add_argument("--tokens", type=int, choices=TOWERS, nargs="+", default=list(TOWERS))
+    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.75, 0.9])
+    parser.add_argument("--rounds", type=int, default=3, help="runs of the encoder per table (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    encoder = build_encoder(args.device)
     rows: list[Row] = []
-    print(f"{args.device}, {torch.get_num_threads()} threads, batch {args.batch}, medians of {args.rounds} rounds")
-    print("dtype  method      ratio  kept  encoder ms  reduction ms   share")
-    for dtype in args.dtype:
-        for row in measure(encoder, dtype, batch=args.batch, rounds=args.rounds, device=args.device):
-            rows.append(row)
-            print(
-                f"{row.dtype:5}  {row.method:10}  {row.ratio:5}  {row.kept:4}  {row.encoder_ms:10.1f}  "
-                f"{row.reduction_ms:12.2f}  {row.share:6.2%}"
-            )
+    print(f"{args.device}, {torch.get_num_threads()} threads, medians of {args.rounds} rounds")
+    for tokens in args.tokens:
+        for dtype in args.dtype:
+            found = measure(TOWERS[tokens], dtype, ratios=tuple(args.ratios), rounds=args.rounds, device=args.device)
+            print(f"\n{tokens} tokens, {TOWERS[tokens].name}, {dtype}: encoder {found[0].encoder_ms:.0f} ms\n")
+            print("| method | ratio | kept | reduction ms | share of the encoder |\n|---|---|---|---|---|")
+            print(*map(render, found), sep="\n", flush=True)
+            rows += found
     if args.json:
         args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 

@@ -1,0 +1,31 @@
+"""The reduction benchmark's own logic, on tiny towers; nothing here is asserted about time."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from foldserve.loadtest.micro.reducers import TOWERS, Tower, measure, render
+from foldserve.reducers import METHODS
+from foldserve.reducers.method import Decoder, Projector
+
+TINY = Tower("tiny", 6, 1, 9, 32, 32, 2, 2, class_token=True)
+
+
+@pytest.mark.parametrize("tower", [TINY, replace(TINY, class_token=False), replace(TINY, tiles=5)], ids=str)
+def test_every_method_that_works_on_a_tower_is_timed(tower: Tower) -> None:
+    rows = measure(tower, "fp32", ratios=(0.5, 0.75), rounds=1, device="cpu")
+    before_the_decoder = {name for name, method in METHODS.items() if not isinstance(method, Decoder | Projector)}
+    only_clip = {"folder_cls", "turbo", "prumerge"}
+    assert {row.method for row in rows} == before_the_decoder - (set() if tower.class_token else only_clip)
+    n = 36 * tower.tiles
+    assert {row.tokens for row in rows} == {n}
+    assert {row.kept for row in rows if row.method == "pool"} == {n // 4, n // 9}
+    assert {row.kept for row in rows if row.method in ("folder", "illava", "tome")} == {n // 2, n // 4}
+    assert all(row.encoder_ms > 0 and row.reduction_ms >= 0 for row in rows)
+    assert all(render(row).count("|") == 6 for row in rows)
+
+
+def test_published_towers() -> None:
+    assert list(TOWERS) == [576, 729, 2880]
