@@ -20,7 +20,7 @@ from vllm.sampling_params import RequestOutputKind
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from foldserve.reducers.plan import Plan, Reduction
-from foldserve.server.engine import withdrawal
+from foldserve.server.engine import positions, withdrawal
 from foldserve.server.engine.geometry import vision_geometry
 from foldserve.server.engine.plugin import register
 from foldserve.server.engine.processor import KWARG
@@ -67,7 +67,7 @@ class AskedModel:
             SystemExit: options that vLLM's parser refuses.
         """
         if not current_platform.is_cpu():
-            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # as `foldserve serve` does with withdrawal
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # as `foldserve serve` does
         register()
         parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="foldserve evaluate MODEL"))
         if current_platform.is_cpu():
@@ -91,6 +91,8 @@ class AskedModel:
         args = copy(self._args)
         if withdraw_layer is not None:
             _add_withdrawal(args, withdraw_layer)
+        elif args.worker_cls == "auto" and args.pipeline_parallel_size == 1:
+            args.worker_cls = positions.worker(_device())
         llm = LLM.from_engine_args(args)
         try:
             yield AskedEngine(llm)
@@ -98,9 +100,12 @@ class AskedModel:
             llm.llm_engine.engine_core.shutdown()
 
 
+def _device() -> Literal["cpu", "cuda"]:
+    return "cpu" if current_platform.is_cpu() else "cuda"
+
+
 def _add_withdrawal(args: EngineArgs, layer: int) -> None:
-    device: Literal["cpu", "cuda"] = "cpu" if current_platform.is_cpu() else "cuda"
-    needed = withdrawal.configure(layer, device=device, async_scheduling=args.async_scheduling is not False)
+    needed = withdrawal.configure(layer, device=_device(), async_scheduling=args.async_scheduling is not False)
     mode = needed.pop("compilation_config", {}).get("cudagraph_mode")
     if mode is not None and not args.enforce_eager:
         args.compilation_config = copy(args.compilation_config)

@@ -169,6 +169,16 @@ def test_each_method_at_each_amount_and_controls_at_each_count() -> None:
         assert 0.7 * count <= variant.plan.kept <= count
 
 
+def test_controls_have_the_positions_of_what_they_control() -> None:
+    found, _ = planned("folder,folder:positions=keep")
+    controls = [(v.label, v.reduction.positions, v.plan.keeps_positions) for v in found if v.is_control]
+    assert controls == [
+        ("random", None, False),
+        ("random:positions=keep", "keep", True),
+        ("downsample", None, False),
+    ]
+
+
 def test_what_the_model_cannot_do_is_told_with_its_reason() -> None:
     found, refused = planned("stf", "fastv", "nonesuch", "folder", ratios=(0.5, 0.995))
     assert [v.label for v in found] == ["folder", *CONTROLS]
@@ -305,7 +315,7 @@ def test_figures_of_a_card(tmp_path: Path) -> None:
     assert (half.agreement.value, quarter.agreement.value) == (1.0, 0.0)
     assert (withdrawn.layer_tokens, withdrawn.kept_deep) == (36.0, 0)
     assert {(r.label, r.is_control) for r in controls} == {(name, True) for name in CONTROLS}
-    assert card.control("random", quarter.count) == next(r for r in controls if r.kept == 36)
+    assert card.control("random", quarter) == next(r for r in controls if r.kept == 36)
     assert set(full.kinds) == {"ocr", "exist"}
 
 

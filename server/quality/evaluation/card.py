@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict
 from foldserve.server.quality.evaluation.journal import Journal, Outcome
 from foldserve.server.quality.evaluation.questions import Question
 from foldserve.server.quality.evaluation.scores import Estimate, mean, share
-from foldserve.server.quality.evaluation.variants import CONTROLS, Refusal, Variant
+from foldserve.server.quality.evaluation.variants import Refusal, Variant, control_positions
 
 CARD_FILE = "quality.json"
 OCR = "ocr"
@@ -31,6 +32,7 @@ class Result(BaseModel):
         kept_deep: that its layers from K on see.
         layer_tokens: that a layer sees, mean over all layers.
         count: `layer_tokens` as an integer, at which the controls are measured.
+        is_control: it stands for no request but for the count of others.
         accuracy: over all kinds but OCR; None where no answers are known.
         ocr: over OCR.
         kinds: accuracy by kind.
@@ -49,6 +51,7 @@ class Result(BaseModel):
     kept_deep: int
     layer_tokens: float
     count: int
+    is_control: bool
     accuracy: Estimate | None
     ocr: Estimate | None
     kinds: dict[str, Estimate]
@@ -56,10 +59,6 @@ class Result(BaseModel):
     gained: int
     kl: Estimate
     agreement: Estimate
-
-    @property
-    def is_control(self) -> bool:
-        return self.label in CONTROLS and self.ratio is None
 
 
 class Refused(BaseModel):
@@ -105,10 +104,18 @@ class Card(BaseModel):
         """Ratio 0."""
         return self.results[0]
 
-    def control(self, name: str, count: int) -> Result | None:
-        """The result of a control measured at `count`, which may keep a few tokens less; None if it is refused."""
-        fitting = [r for r in self.results if r.label == name and r.layer is None and r.kept <= count]
-        return max(fitting, key=lambda result: result.kept, default=None)
+    def control(self, name: str, beside: Result) -> Result | None:
+        """The result of a control at another's count, which may keep a few tokens less; None if it is refused."""
+        positions = control_positions(name, beside.reduction.get("positions", ""))
+        fitting = [
+            r
+            for r in self.results
+            if r.is_control
+            and r.reduction["method"] == name
+            and r.reduction.get("positions", "") == positions
+            and r.kept <= beside.count
+        ]
+        return max(fitting, key=attrgetter("kept"), default=None)
 
     def write(self, file: Path) -> None:
         """Writes `file` as a whole or not at all; what `/v1/reducers` shows of it stands under `summary`."""
@@ -178,6 +185,7 @@ def _result(
         kept_deep=variant.plan.kept_deep,
         layer_tokens=variant.layer_tokens,
         count=variant.count,
+        is_control=variant.is_control,
         accuracy=_share_of(judged, reading=False),
         ocr=_share_of(judged, reading=True),
         kinds={kind: share(hits) for kind, hits in sorted(by_kind.items())},

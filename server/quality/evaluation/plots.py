@@ -80,8 +80,9 @@ def _line(axes: Axes, name: str, points: list[tuple[float, Estimate]], scale: fl
         [scale * (e.value - e.low) for _, e in points],
         [scale * (e.high - e.value) for _, e in points],
     ]
-    style: dict[str, Any] = {"linestyle": "--", "color": "black" if name == CONTROLS[0] else "gray"}
-    if name not in CONTROLS:
+    control = name.partition(":")[0]
+    style: dict[str, Any] = {"linestyle": "--", "color": "black" if control == CONTROLS[0] else "gray"}
+    if control not in CONTROLS:
         style = {}
     axes.errorbar(x, y, yerr=errors, label=name, marker="o", markersize=3, linewidth=1.2, elinewidth=0.5, **style)
 

@@ -53,7 +53,7 @@ def rows(card: Card) -> list[list[str]]:
 
 
 def _row(card: Card, result: Result) -> list[str]:
-    controls = [card.control(name, result.count) if result is not card.reference else None for name in CONTROLS]
+    controls = [card.control(name, result) if result is not card.reference else None for name in CONTROLS]
     return [
         *_names(result),
         str(result.kept),

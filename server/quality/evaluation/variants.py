@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from foldserve.reducers import METHODS
-from foldserve.reducers.method import Decoder
+from foldserve.reducers.method import BeforeTower, Decoder
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 from foldserve.reducers.reduction import MIN_KEPT
 
@@ -41,6 +41,7 @@ class Variant:
         layers: L, the decoder's layers.
         reduction: what a request sends.
         plan: what becomes of an image.
+        is_control: it stands for no request but for the count of others.
     """
 
     label: str
@@ -49,6 +50,7 @@ class Variant:
     layers: int
     reduction: Reduction
     plan: Plan
+    is_control: bool = False
 
     @property
     def layer_tokens(self) -> float:
@@ -195,10 +197,11 @@ def variants(
                 found.append(Variant(spec.label, ratio, layer, layers, reduction, make_plan(reduction, geometry)))
             except InvalidReduction as error:
                 refused.append(Refusal(spec.label, ratio, layer, str(error)))
-    for count in sorted({variant.count for variant in found if variant.count < geometry.tokens}):
-        for name in CONTROLS:
+    counts = {(v.count, v.reduction.positions or "") for v in found if v.count < geometry.tokens}
+    for name in CONTROLS:
+        for count, positions in sorted({(count, control_positions(name, asked)) for count, asked in counts}):
             try:
-                found.append(control(name, count, geometry, layers))
+                found.append(_control(name, count, positions, geometry, layers))
             except InvalidReduction as error:
                 refused.append(Refusal(f"{name} at {count} tokens", None, None, str(error)))
     return found, refused
@@ -220,13 +223,24 @@ def _grid(
             yield ratio, layer
 
 
-def control(name: str, count: int, geometry: VisionGeometry, layers: int) -> Variant:
+def control_positions(name: str, asked: str) -> str:
+    """Which positions the tokens of a control have, beside a method's; "" is the server's default.
+
+    Those of a smaller image are its own: it has no others.
+    """
+    return "" if isinstance(METHODS[name], BeforeTower) else asked
+
+
+def _control(name: str, count: int, positions: str, geometry: VisionGeometry, layers: int) -> Variant:
     """A control that keeps `count` tokens of an image, or the next lower number that it can keep.
 
     Raises:
         InvalidReduction: the model is not one that it works with.
     """
-    method = Reduction.parse({"method": name, "ratio": 0.5}).method
-    removed = METHODS[method].removable(geometry, geometry.tokens - count, Reduction(method).option_values)
-    reduction = Reduction(method, keep_tokens=geometry.tokens - removed)
-    return Variant(name, None, None, layers, reduction, make_plan(reduction, geometry))
+    fields = {"method": name} | ({"positions": positions} if positions else {})
+    plain = Reduction.parse(fields)
+    METHODS[name].check(geometry, plain.option_values)
+    removed = METHODS[name].removable(geometry, geometry.tokens - count, plain.option_values)
+    reduction = Reduction.parse(fields | {"keep_tokens": geometry.tokens - removed})
+    label = f"{name}:positions={positions}" if positions else name
+    return Variant(label, None, None, layers, reduction, make_plan(reduction, geometry), is_control=True)
