@@ -26,13 +26,14 @@ LABEL org.opencontainers.image.title="foldserve" \
       org.opencontainers.image.created="${CREATED}" \
       org.opencontainers.image.base.name="docker.io/vllm/vllm-openai:v${VLLM_VERSION}"
 
-# The wheel, then what the image lacks of its dependencies. All that the image has stays as it is: what doesn't fit is an
-# error here, rather than another torch.
+# The wheel, then what vLLM doesn't bring of its dependencies. All that the image has stays as it is: what doesn't fit is an
+# error here, rather than another torch. The image's other complaints (it overrides some of torch's pins) are its own.
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     python3 -m pip list --format=freeze > /tmp/base.txt \
     && python3 -m pip install --no-cache-dir --no-deps /wheels/foldserve-*.whl \
-    && python3 -m pip install --no-cache-dir --constraint /tmp/base.txt /wheels/foldserve-*.whl \
-    && rm /tmp/base.txt \
+    && python3 -m pip install --no-cache-dir --constraint /tmp/base.txt "limits>=5.6" \
+    && (python3 -m pip check > /tmp/check.txt || ! grep "^foldserve " /tmp/check.txt) \
+    && rm /tmp/base.txt /tmp/check.txt \
     && foldserve --version \
     && install -d -o vllm -g 0 -m 775 /home/vllm/.cache /home/vllm/.cache/huggingface
 

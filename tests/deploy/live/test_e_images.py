@@ -9,8 +9,9 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import venv
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, distribution, requires
 from io import BytesIO
@@ -30,13 +31,13 @@ class Image:
     """A Dockerfile and a folder that stands for the image's file system.
 
     Args:
-        arguments: of the build, over the defaults in the file.
+        unset: build arguments that are given no value, not even the file's default.
     """
 
-    def __init__(self, name: str, folder: Path, **arguments: str) -> None:
+    def __init__(self, name: str, folder: Path, unset: Collection[str] = ()) -> None:
         self._steps = DockerfileParser(fileobj=BytesIO((ROOT / name).read_bytes())).structure
         defaults = dict(value.split("=", 1) for value in self._values("ARG") if "=" in value)
-        self._arguments = defaults | arguments
+        self._arguments = {name: value for name, value in defaults.items() if name not in unset}
         self._folder = folder
         for part in ("wheels", "tmp"):
             (folder / part).mkdir()
@@ -122,6 +123,7 @@ _IMPORTS = "import foldserve.server.api.plugin, foldserve.server.engine.llava as
 def test_the_gpu_images_steps_on_what_vllm_brings(tmp_path: Path) -> None:
     image = Image("Dockerfile", tmp_path)
     site = Path(image.run("python3 -c 'import sysconfig; print(sysconfig.get_path(\"purelib\"))'").strip())
+    image.run("python3 -m pip uninstall --quiet --yes setuptools")  # of the environment; vLLM brings its own
     for name in _needed("vllm"):
         _link(name, site)
     before = image.packages()
@@ -137,19 +139,19 @@ def test_the_gpu_images_steps_on_what_vllm_brings(tmp_path: Path) -> None:
 
 
 def test_the_cpu_images_steps_on_nothing(tmp_path: Path) -> None:
-    image = Image("deploy/Dockerfile.cpu", tmp_path, **_own_torch(tmp_path))
+    image = Image("deploy/Dockerfile.cpu", tmp_path, unset=_of_this_pip(tmp_path))
     image.build()
     assert {"vllm==0.32.0+cpu", "torch==2.13.0+cpu"} < image.packages()
     assert "vLLM 0.32.0" in image.run("foldserve --version")
     assert str(tmp_path) in image.run(f"python3 -c '{_IMPORTS}'")
 
 
-def _own_torch(folder: Path) -> dict[str, str]:
-    """The build argument for a pip whose own sources have torch for CPU; none where PyTorch's index is to be asked."""
-    pip = [shutil.which("python3") or "python3", "-m", "pip", "download", "--quiet", "--no-deps"]
-    has = subprocess.run([*pip, "--dest", folder / "torch", "torch==2.13.0+cpu"], capture_output=True, check=False)
+def _of_this_pip(folder: Path) -> list[str]:
+    """Leaves PyTorch's index out where pip's own sources have torch for CPU, as `make setup` does."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder / "torch")]
+    has = subprocess.run([*pip, "torch==2.13.0+cpu"], capture_output=True, check=False).returncode == 0
     shutil.rmtree(folder / "torch", ignore_errors=True)
-    return {"PIP_EXTRA_INDEX_URL": os.environ.get("PIP_EXTRA_INDEX_URL", "")} if has.returncode == 0 else {}
+    return ["PIP_EXTRA_INDEX_URL"] if has else []
 
 
 @pytest.mark.parametrize("name", ["Dockerfile", "deploy/Dockerfile.cpu"])
