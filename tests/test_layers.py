@@ -36,6 +36,7 @@ OURS = {
     "server/commands": [
         "server/commands",
         "server/access",
+        "server/limits",
         "server/settings",
         "server/api",
         "server/convert",
