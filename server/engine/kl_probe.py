@@ -60,13 +60,15 @@ class KLProbe:
         model: name or directory of the checkpoint.
         revision: of it on the Hugging Face hub, or None.
         layers: N, the decoder layers.
+        geometry: of the vision tower.
     """
 
-    def __init__(self, model: str, argv: Sequence[str] = ()) -> None:
+    def __init__(self, model: str, argv: Sequence[str] = (), command: str = "calibrate") -> None:
         """Reads the model's configuration; `start` loads it.
 
         Args:
             argv: engine options as `vllm serve` takes them.
+            command: of ours, for messages.
 
         Raises:
             ValueError: not a model whose vision tokens foldserve can withdraw.
@@ -76,17 +78,18 @@ class KLProbe:
         if not current_platform.is_cpu():
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # as `foldserve serve` does with withdrawal
         register()
-        parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="foldserve calibrate MODEL"))
+        parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog=f"foldserve {command} MODEL"))
         parser.set_defaults(max_model_len=-1, max_num_seqs=1, kv_cache_memory_bytes=_KV_CACHE_BYTES)
         self._args = EngineArgs.from_cli_args(parser.parse_args(["--model", model, *argv]))
         for name, value in _engine_options().items():
             if getattr(self._args, name) not in (parser.get_default(name), value):
-                parser.error(f"foldserve calibrate sets --{name.replace('_', '-')} itself: leave that option out")
+                parser.error(f"foldserve {command} sets --{name.replace('_', '-')} itself: leave that option out")
             setattr(self._args, name, value)
         hf_config = self._args.create_model_config().hf_config
-        if vision_geometry(hf_config) is None:
+        geometry = vision_geometry(hf_config)
+        if geometry is None:
             raise ValueError(f"foldserve withdraws vision tokens of LLaVA-1.5-like models; {model} is another one")
-        self.model, self.revision = model, self._args.revision
+        self.model, self.revision, self.geometry = model, self._args.revision, geometry
         self.layers: int = hf_config.get_text_config().num_hidden_layers
 
     def start(self) -> None:
@@ -144,19 +147,19 @@ def probe(llm: Any, prompt: Prompt, candidates: range) -> tuple[Tensor, Tensor]:
 @torch.inference_mode()
 def _probe(model: Any, prompt: Prompt, candidates: range) -> tuple[Tensor, Tensor]:
     decoder = model.get_language_model().model
-    embeds = _embed(model, prompt)
+    embeds = embed(model, prompt)
     kept = torch.from_numpy(_kept_rows(prompt)).to(embeds.device)
 
     def head(hidden: Tensor, residual: Tensor) -> Tensor:
         logits: Tensor = model.compute_logits(decoder.norm(hidden, residual)[0])
         return logits
 
-    with _dense(decoder.layers):
+    with dense(decoder.layers):
         full, withdrawn = last_logits(list(decoder.layers), head, embeds, kept, candidates)
     return full.float().cpu(), withdrawn.float().cpu()
 
 
-def _embed(model: Any, prompt: Prompt) -> Tensor:
+def embed(model: Any, prompt: Prompt) -> Tensor:
     """(n, hidden) input of the decoder."""
     device = next(model.parameters()).device
     is_vision = torch.zeros(len(prompt.token_ids), dtype=torch.bool)
@@ -179,7 +182,7 @@ def _kept_rows(prompt: Prompt) -> np.ndarray[Any, np.dtype[np.int64]]:
     return step.rows
 
 
-class _DenseAttention(Attention):
+class DenseAttention(Attention):
     """Modifications: causal attention among the rows that come, without KV cache and forward context."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
@@ -193,13 +196,13 @@ class _DenseAttention(Attention):
 
 
 @contextmanager
-def _dense(layers: Iterable[Any]) -> Iterator[None]:
+def dense(layers: Iterable[Any], attention: type[DenseAttention] = DenseAttention) -> Iterator[None]:
     """Attention of vLLM's decoder layers is dense inside; only the class of each op changes, as in `adopt`."""
     ops = [layer.self_attn.attn for layer in layers]
     own = [type(op) for op in ops]
     try:
         for op in ops:
-            op.__class__ = _DenseAttention
+            op.__class__ = attention
         yield
     finally:
         for op, cls in zip(ops, own, strict=True):

@@ -1,0 +1,1 @@
+"""`foldserve analyze`: three studies of a model that need no labels and show where reduction is safe on it."""
