@@ -27,7 +27,7 @@ class AnswerEngine:
         max_tokens: int = 96,
         progress: bool = False,
     ) -> list[str]:
-        """The text that follows each dialogue.
+        """The text that follows each dialogue, without spaces around it.
 
         Args:
             dialogues: chat messages with one `{"type": "image"}` part, and that image.
@@ -38,7 +38,7 @@ class AnswerEngine:
 
         prompts = [self._prompt(messages, image, reduction) for messages, image in dialogues]
         params = SamplingParams(temperature=0, max_tokens=max_tokens)
-        return [output.outputs[0].text for output in self._llm.generate(prompts, params, use_tqdm=progress)]
+        return [output.outputs[0].text.strip() for output in self._llm.generate(prompts, params, use_tqdm=progress)]
 
     def _prompt(
         self, messages: Sequence[Mapping[str, object]], image: Image.Image, reduction: Reduction | None

@@ -167,7 +167,7 @@ def test_a_directory_of_another_seed_is_refused(tmp_path: Path) -> None:
 def test_training_learns_and_logs(tmp_path: Path) -> None:
     stages = [
         Stage("vision", 2, 2),
-        Stage("answers", 12, 4, rate=3e-3, steady=1.0),
+        Stage("answers", 12, 4, rate=3e-3, warmup=2, steady=1.0),
         Stage("practice", 2, 2, mix="hard"),
     ]
     recipe = replace(RECIPE, vision=stages[0], answers=stages[1], practice=stages[2])

@@ -35,5 +35,5 @@ def accuracy(
 def scores(examples: Sequence[Example], given: Sequence[str]) -> dict[str, Score]:
     """Score by kind of `given` answers, one for each of `examples`."""
     total = Counter(example.kind for example in examples)
-    right = Counter(e.kind for e, answer in zip(examples, given, strict=True) if answer.strip() == e.answer)
+    right = Counter(e.kind for e, answer in zip(examples, given, strict=True) if answer == e.answer)
     return {kind: Score(right[kind], count) for kind, count in total.items()}
