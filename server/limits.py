@@ -30,9 +30,9 @@ class Limits:
     max_json_items: int = _bound(200_000, "values in the body's JSON; counted by its punctuation, in texts too")
     max_messages: int = _bound(1024, "messages of a chat")
     max_choices: int = _bound(16, "answers to one prompt, `n`")
-    max_stop_strings: int = _bound(16, "strings in `stop`, and in `bad_words`")
-    max_stop_chars: int = _bound(256, "characters of each of them")
-    max_logit_bias: int = _bound(300, "entries of `logit_bias`, `allowed_token_ids` and other lists of tokens")
+    max_stop_strings: int = _bound(4, "strings in `stop`", most=4)
+    max_stop_chars: int = _bound(256, "characters of each of them, and of each in `bad_words`")
+    max_logit_bias: int = _bound(300, "entries of `logit_bias`, `bad_words`, `allowed_token_ids` and the like")
     max_top_logprobs: int = _bound(20, "`top_logprobs` and `prompt_logprobs`", least=0)
     max_tools: int = _bound(128, "`tools`", least=0)
     max_schema_kb: float = _bound(64, "JSON of `response_format`, `structured_outputs` and `tools`, each", least=0)
@@ -69,7 +69,8 @@ class Limits:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Limits:
         """Reads what `to_config` wrote; what is missing has its default."""
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in config.items()})
+        values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in config.items()}
+        return cls(**values)
 
     def to_config(self) -> dict[str, object]:
         """The JSON value that travels to the API servers."""

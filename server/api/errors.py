@@ -208,7 +208,10 @@ def _from_vllm(response: ErrorResponse) -> FoldserveError:
         return Unavailable("the server has too much to do: try again later")
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return _with_status(FoldserveError("the server failed to answer: its log says why"), status)
-    return _with_status(FoldserveError(known.message, known.param), status)
+    return _with_status(FoldserveError(known.message, _FIELDS.get(known.param or "", known.param)), status)
+
+
+_FIELDS = {"input_text": "messages", "input_tokens": "messages"}  # what vLLM calls the prompt
 
 
 def _from_http(error: HTTPException) -> FoldserveError:

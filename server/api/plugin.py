@@ -12,14 +12,24 @@ from vllm.renderers.chat_utils import load_chat_template
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.tasks import SupportedTask
 
+from foldserve.server.access import Access
 from foldserve.server.api import metrics as metrics  # registers the metrics before the first scrape
+from foldserve.server.api.auth.guard import Guard
+from foldserve.server.api.auth.keyring import Keyring
+from foldserve.server.api.lifecycle.arguments import SHARED, Shared
+from foldserve.server.api.lifecycle.hook import LifespanHook
+from foldserve.server.api.lifecycle.state import Lifecycle
+from foldserve.server.api.limits.checks import chat_checks
+from foldserve.server.api.logs.middleware import RequestLog
+from foldserve.server.api.media.guard import media_guard
 from foldserve.server.api.planner import Planner
-from foldserve.server.api.routes import refuse_other_routes, router
+from foldserve.server.api.routes import replace_routes
 from foldserve.server.api.schema import Defaults
 from foldserve.server.api.serving import FoldServingChat
 from foldserve.server.engine.geometry import vision_geometry
 from foldserve.server.engine.kv_cost import kv_cost
 from foldserve.server.engine.withdrawal import step_room
+from foldserve.server.limits import Limits
 from foldserve.server.settings import CONFIG_KEY
 
 
@@ -27,15 +37,21 @@ class FoldserveEndpoint:
     """See `vllm.plugins.endpoint_plugins.interface.EndpointPlugin`."""
 
     name = "foldserve_api"
-    required_tasks: tuple[SupportedTask, ...] | None = ("generate",)
+    required_tasks: tuple[SupportedTask, ...] | None = (
+        None  # never left out: vLLM would serve its own routes, unguarded
+    )
 
     def attach_router(self, app: FastAPI) -> None:
-        refuse_other_routes(app)
-        app.include_router(router)
+        replace_routes(app)
+        app.add_middleware(LifespanHook)
+        app.add_middleware(RequestLog)
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        assert engine_client is not None, "required_tasks asks for an engine"
+        if engine_client is None or "generate" not in await engine_client.get_supported_tasks():
+            raise RuntimeError("foldserve serves models that generate text: leave its plugins out to serve this one")
         config = args.additional_config or {}
+        _init_access(engine_client, state, args)
+        limits = Limits.from_config(config.get(CONFIG_KEY, {}).get("limits", {}))
         withdraw_layer = config.get(CONFIG_KEY, {}).get("withdraw_layer")
         state.foldserve_chat = FoldServingChat(
             engine_client,
@@ -48,6 +64,8 @@ class FoldserveEndpoint:
                 step_room(engine_client.vllm_config),
             ),
             kv_cost=kv_cost(engine_client.vllm_config, withdraw_layer),
+            checks=chat_checks(engine_client, limits),
+            media=media_guard(engine_client.model_config, limits),
             online_renderer=_renderer(engine_client, state, args),
             request_logger=state.openai_serving_chat.request_logger,
             chat_template=load_chat_template(args.chat_template),
@@ -66,6 +84,21 @@ class FoldserveEndpoint:
             enable_log_deltas=args.enable_log_deltas,
             enable_per_request_metrics=args.enable_per_request_metrics,
         )
+
+
+def _init_access(engine_client: EngineClient, state: State, args: Namespace) -> None:
+    """Guard and life cycle; under plain `vllm serve` they have no other processes to share with."""
+    access = Access.from_config((args.additional_config or {}).get(CONFIG_KEY, {}).get("access", {}))
+    shared: Shared = getattr(args, SHARED, None) or Shared()
+    vllm = engine_client.vllm_config
+    runs = vllm.scheduler_config.max_num_seqs * vllm.parallel_config.data_parallel_size
+    state.foldserve_guard = Guard(
+        Keyring(access.api_keys) if access.api_keys else None,
+        shared.counters,
+        runs + access.max_queue,
+        open_scopes=() if access.guard_metrics else ("metrics",),
+    )
+    state.foldserve_lifecycle = Lifecycle(engine_client, access.shutdown_timeout_s, shared.engine_died)
 
 
 def _renderer(engine_client: EngineClient, state: State, args: Namespace) -> OnlineRenderer:

@@ -1,63 +1,50 @@
-"""The HTTP routes of foldserve, and the refusal of vLLM's routes that would ignore a reduction."""
+"""The HTTP routes of foldserve, those of vLLM that are kept, and the refusal of the others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
+import logging
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_json_request, with_cancellation
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 
 from foldserve.server.api import catalog
+from foldserve.server.api.auth.guard import cache_salt
+from foldserve.server.api.auth.route import FoldRoute, GuardedRoute, MetricsRoute
 from foldserve.server.api.errors import UnsupportedRoute, render, render_vllm
+from foldserve.server.api.lifecycle.health import health
+from foldserve.server.api.limits.route import ChatRoute
 from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.api.serving import FoldServingChat
 
 CHAT = "/v1/chat/completions"
 
-_REFUSED = (
-    f"{CHAT}/",
-    "/v1/completions",
-    "/v1/responses",
-    "/v1/messages",
-    "/v1/systemone",
-    "/inference/",
-    "/invocations",
-    "/cohere/",
-    "/generative_scoring",
-)
+# vLLM's own routes that stay; all others are refused, those too that a later version or a setting of it may add.
+_KEPT = {
+    "/metrics": MetricsRoute,
+    "/v1/models": GuardedRoute,
+    "/version": GuardedRoute,
+    "/openapi.json": GuardedRoute,
+    "/docs": GuardedRoute,
+    "/docs/oauth2-redirect": GuardedRoute,
+    "/redoc": GuardedRoute,
+}
+_log = logging.getLogger(__name__)
+_DOCUMENTS_THE_KEY = [Depends(HTTPBearer(auto_error=False, description="where the server was given --api-keys"))]
 
-_Handler = Callable[[Request], Coroutine[Any, Any, Response]]
-
-
-class FoldRoute(APIRoute):
-    """A route whose errors, those of validation too, are rendered by `errors.render`."""
-
-    def get_route_handler(self) -> _Handler:
-        handle = super().get_route_handler()
-
-        async def rendered(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except HTTPException:
-                raise
-            except Exception as error:
-                return render(error)
-
-        return rendered
+router = APIRouter(route_class=GuardedRoute, dependencies=_DOCUMENTS_THE_KEY)
+work = APIRouter(route_class=ChatRoute, dependencies=_DOCUMENTS_THE_KEY)
 
 
-router = APIRouter(route_class=FoldRoute)
-
-
-@router.post(
+@work.post(
     CHAT,
     dependencies=[Depends(validate_json_request)],
     responses={HTTPStatus.OK: {"model": ChatCompletionResponse, "content": {"text/event-stream": {}}}},
@@ -67,6 +54,7 @@ router = APIRouter(route_class=FoldRoute)
 async def create_chat_completion(request: FoldChatRequest, raw_request: Request) -> Response:
     """Answers a chat whose images cost as many vision tokens as the request says."""
     serving: FoldServingChat = raw_request.app.state.foldserve_chat
+    request.cache_salt = cache_salt(raw_request.state.foldserve_key, request.cache_salt)
     answer = await serving.create_chat_completion(request, raw_request)
     if isinstance(answer, ErrorResponse):
         return render_vllm(answer)
@@ -82,14 +70,39 @@ async def list_reducers(raw_request: Request) -> dict[str, object]:
     return catalog.describe(raw_request.app.state.foldserve_chat)
 
 
-def refuse_other_routes(app: FastAPI) -> None:
-    """Replaces every generating route that knows nothing of `reduction` by a clear error."""
-    refusals = APIRouter(route_class=FoldRoute, include_in_schema=False)
-    for route in app.routes:
-        if isinstance(route, APIRoute) and route.path.startswith(_REFUSED):
-            refusals.add_api_route(route.path, _refuse, methods=list(route.methods))
-    app.include_router(refusals)
+def replace_routes(app: FastAPI) -> None:
+    """Puts our routes in place of vLLM's: few of those are kept, the others refused."""
+    ours = (health, router, work)
+    paths = {route.path for some in ours for route in some.routes if isinstance(route, Route)}
+    theirs = [route for route in app.routes if isinstance(route, Route) and route.path not in paths]
+    app.router.routes.clear()
+    app.router.redirect_slashes = False  # it would redirect to whatever the header Host says
+    for route in theirs:
+        kind = _KEPT.get(route.path)
+        endpoint, schema = (route.endpoint, route.include_in_schema) if kind else (_refuse, False)
+        app.include_router(_router_of(kind or GuardedRoute, route, endpoint, schema))
+    for some in ours:
+        app.include_router(some)
+    app.add_exception_handler(HTTPException, _render_http)  # of the router itself: no such path, or method
+
+
+def _router_of(kind: type[FoldRoute], route: Route, endpoint: Any, schema: bool) -> APIRouter:
+    one = APIRouter(route_class=kind, dependencies=[] if kind is MetricsRoute else _DOCUMENTS_THE_KEY)
+    one.add_api_route(route.path, endpoint, methods=sorted(route.methods or ()), include_in_schema=schema)
+    return one
 
 
 async def _refuse(raw_request: Request) -> None:
     raise UnsupportedRoute(f"{raw_request.scope['route'].path} is not served: send chats with images to POST {CHAT}")
+
+
+async def _render_http(request: Request, error: Exception) -> Response:
+    return render(error)
+
+
+def drop_foreign_routes(app: FastAPI) -> None:
+    """Takes away what was added after ours, as vLLM lets SageMaker's handlers be: no check of ours would see it."""
+    foreign = [route for route in app.routes if not isinstance(route, FoldRoute)]
+    for route in foreign:
+        _log.warning("not served, since it was added behind the checks: %s", getattr(route, "path", route))
+        app.router.routes.remove(route)

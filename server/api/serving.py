@@ -5,59 +5,101 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
+from http import HTTPStatus
 from typing import Any
 
+from fastapi import Request
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.exceptions import GenerationError, RetryableRequestError
 from vllm.inputs import EngineInput
 from vllm.outputs import RequestOutput
 from vllm.renderers.chat_utils import ConversationMessage
 
 from foldserve.reducers.plan import Reduction
 from foldserve.server.api import metrics
-from foldserve.server.api.errors import InvalidRequest
+from foldserve.server.api.errors import InvalidRequest, render_event
+from foldserve.server.api.limits.checks import ChatChecks
+from foldserve.server.api.media.guard import MediaGuard
 from foldserve.server.api.planner import Planner
 from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.api.usage import VisionTokens, vision_tokens
 from foldserve.server.engine.kv_cost import KvCost
 from foldserve.server.engine.processor import KWARG
 
-_ENGINE_ONLY = ("mm_processor_kwargs", "media_io_kwargs")
+_FORMS = ("response_format", "structured_outputs")
 
 
 class FoldServingChat(OpenAIServingChat):
     """Modifications to vLLM's chat handler:
 
     - the request's reductions become one plan per image and travel in `mm_processor_kwargs`, which clients can't set;
+    - images are loaded here, under the server's limits: vLLM sees pixels, never a URL;
     - `usage.vision_tokens` reports the plans, in the last chunk of a stream too;
-    - time to first token and vision tokens are counted.
+    - time to first token and vision tokens are counted;
+    - an error in a stream is rendered as all others are.
 
     Args:
         planner: makes the plans.
         kv_cost: of the served model, for the metrics.
+        checks: refuse what clients may not ask for.
+        media: loads the images.
     """
 
-    def __init__(self, *args: Any, planner: Planner, kv_cost: KvCost, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, planner: Planner, kv_cost: KvCost, checks: ChatChecks, media: MediaGuard, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
+        self.checks = checks
+        self.media = media
         self.planner = planner
         self.kv_cost = kv_cost
+
+    async def create_chat_completion(
+        self, request: FoldChatRequest, raw_request: Request | None = None
+    ) -> AsyncGenerator[str, None] | ChatCompletionResponse | ErrorResponse:
+        try:
+            return await super().create_chat_completion(request, raw_request)
+        except RetryableRequestError:
+            raise
+        except GenerationError as error:
+            # The engine ends a request, and says no more, whose form of answer it can't compile or follow.
+            form = next((name for name in _FORMS if getattr(request, name) is not None), None)
+            if form is None:
+                raise
+            message = f"an answer in the form that {form} asks for can't be made: simplify it"
+            raise InvalidRequest(message, form) from error
 
     async def render_chat_request(
         self, request: FoldChatRequest
     ) -> tuple[list[ConversationMessage], list[EngineInput]] | ErrorResponse:
-        for name in _ENGINE_ONLY:
-            if getattr(request, name):
-                raise InvalidRequest(f"{name} can't be set by a request: use `reduction`", name)
+        self.checks.check(request)
+        if (refusal := await self._check_model(request)) is not None:
+            return refusal
         reductions, plans = self.planner.plan(request)
         if any(reduction != Reduction() for reduction in reductions):
             request.mm_processor_kwargs = {KWARG: [reduction.to_json() for reduction in reductions]}
+        await self.media.load(request.messages)
         rendered = await super().render_chat_request(request)
         if not isinstance(rendered, ErrorResponse):
             (prompt,) = rendered[1]
+            self.checks.check_prompt(prompt)
+            self.planner.check_positions(plans, len(dict(prompt)["prompt_token_ids"]), request)
             request._vision = vision_tokens(plans, prompt, self.planner.withdraw_layer, self.planner.room)
             metrics.observe_accepted(request._vision, self.kv_cost)
         return rendered
+
+    def create_streaming_error_response(
+        self,
+        message: str | Exception,
+        err_type: str = "BadRequestError",
+        status_code: HTTPStatus = HTTPStatus.BAD_REQUEST,
+        param: str | None = None,
+    ) -> str:
+        if isinstance(message, Exception):
+            return render_event(message)
+        return render_event(self.create_error_response(message, err_type, status_code, param))
 
     async def chat_completion_full_generator(
         self,

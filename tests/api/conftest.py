@@ -6,17 +6,15 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
-from tests.images import jpeg, photo
+from tests.api import hostile
 
 START_LIMIT_S = 240
 
@@ -35,6 +33,7 @@ def server_url(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
     command += ["--kv-cache-memory-bytes", str(64 << 20), "--served-model-name", "tiny", "--api-server-count", "2"]
     command += ["--mm-processor-cache-gb", "0.1", "--withdraw-layer", "2"]
+    command += ["--allow-media-private-host", hostile.HOST, "--max-media-seconds", "5", "--max-image-mb", "2"]
     env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     with log.open("w") as out:
         process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
@@ -73,23 +72,5 @@ def client(server_url: str) -> Iterator[openai.OpenAI]:
 @pytest.fixture(scope="session")
 def image_url() -> Iterator[str]:
     """A photo on a local web server."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = jpeg(photo(11))
-            self.send_response(200)
-            self.send_header("Content-Type", "image/jpeg")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_port}/photo.jpg"
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with hostile.hostile_server() as url:
+        yield f"{url}/photo"

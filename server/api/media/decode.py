@@ -6,7 +6,7 @@ import io
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from vllm.multimodal.image import convert_image_mode, normalize_image
 from vllm.multimodal.media import MediaWithBytes
 
@@ -42,7 +42,7 @@ class ImageFile:
             raise InvalidImage(f"the JPEG has more than {_MOST_SCANS} scans: save it as a baseline JPEG")
         try:
             return cls(content, Image.open(io.BytesIO(content), formats=FORMATS))
-        except Image.UnidentifiedImageError as error:
+        except UnidentifiedImageError as error:
             raise InvalidImage("the file is no JPEG, PNG, WebP or GIF image") from error
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise LimitExceeded("the image has too many pixels to be decoded safely; make it smaller") from error

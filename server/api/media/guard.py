@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+from vllm.config import ModelConfig
 from vllm.multimodal.media import ImageMediaIO
 
-from foldserve.server.api.errors import FoldserveError, ImageUnavailable
+from foldserve.server.api.errors import FoldserveError, ImageUnavailable, InvalidRequest
 from foldserve.server.api.media import data_url
 from foldserve.server.api.media.address import Policy
 from foldserve.server.api.media.budget import Budget
@@ -98,12 +100,28 @@ class MediaGuard:
             raise
 
 
-def _places(messages: Sequence[Any]) -> Any:
+def media_guard(model: ModelConfig, limits: Limits) -> MediaGuard:
+    """The guard for a served model, with what vLLM's own options say about images.
+
+    Raises:
+        ValueError: an option that would be ignored.
+    """
+    if model.allowed_local_media_path:
+        raise ValueError("--allowed-local-media-path: images are never read from the server's disk, leave it out")
+    config = model.multimodal_config
+    return MediaGuard(limits, model.allowed_media_domains or (), config.media_io_kwargs if config else None)
+
+
+def _places(messages: Sequence[Any]) -> Iterator[_Place]:
+    """The images of validated messages; their content becomes lists, since pydantic's is a one-shot iterator."""
     for m, message in enumerate(messages):
         content = message.get("content")
         if content is None or isinstance(content, str):
             continue
-        parts = message["content"] = list(content)  # pydantic's is a one-shot iterator
+        try:
+            parts = message["content"] = list(content)
+        except ValidationError as error:
+            raise InvalidRequest("a part of this message has no known form", f"messages[{m}].content") from error
         for p, part in enumerate(parts):
             if isinstance(part, dict) and "image_url" in part:
                 source = part["image_url"]

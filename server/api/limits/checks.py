@@ -1,0 +1,84 @@
+"""All checks of a chat request against one served model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vllm.engine.protocol import EngineClient
+from vllm.inputs import EngineInput
+from vllm.renderers.chat_utils import MODALITY_PLACEHOLDERS_MAP, PROMPT_EMBEDS_PLACEHOLDER_TOKEN
+
+from foldserve.server.api.errors import InvalidRequest
+from foldserve.server.api.limits.body import check_body
+from foldserve.server.api.limits.fields import check_fields
+from foldserve.server.api.limits.special_tokens import SpecialTokens
+from foldserve.server.api.limits.strict_json import parse
+from foldserve.server.limits import Limits
+
+if TYPE_CHECKING:
+    from foldserve.server.api.schema import FoldChatRequest
+
+
+@dataclass(frozen=True, slots=True)
+class ChatChecks:
+    """What the checks depend on beside the request.
+
+    Attributes:
+        limits: the operator's bounds.
+        special_tokens: of the model's tokenizer.
+        context: tokens of prompt and answer together.
+        vocabulary: number of the model's tokens.
+        image_token: id of the token that stands for one embedding of an image; None for a model without images.
+    """
+
+    limits: Limits
+    special_tokens: SpecialTokens
+    context: int
+    vocabulary: int
+    image_token: int | None
+
+    def read(self, body: bytes) -> dict[str, Any]:
+        """A body's JSON, checked, its texts free of special tokens.
+
+        Raises:
+            InvalidRequest: what is wrong, with its path.
+        """
+        value = parse(body, self.limits)
+        if not isinstance(value, dict):
+            raise InvalidRequest("the body must be a JSON object")
+        check_body(value, self.limits)
+        self.special_tokens.neutralise_body(value)
+        return value
+
+    def check(self, request: FoldChatRequest) -> None:
+        """The fields of a validated request.
+
+        Raises:
+            InvalidRequest: what is wrong, with its path.
+        """
+        check_fields(request, self.limits, self.context, self.vocabulary)
+
+    def check_prompt(self, prompt: EngineInput) -> None:
+        """The tokens that go to the engine: as many for images as its images have, none from a text.
+
+        Raises:
+            InvalidRequest: more, or fewer.
+        """
+        fields: dict[str, Any] = dict(prompt)
+        planned = sum(place.get_num_embeds() for place in fields.get("mm_placeholders", {}).get("image", ()))
+        found = list(fields["prompt_token_ids"]).count(self.image_token)
+        if found != planned:
+            raise InvalidRequest(f"the prompt holds {found} image tokens where its images have {planned}", "messages")
+
+
+def chat_checks(engine: EngineClient, limits: Limits) -> ChatChecks:
+    """The checks for the model that an engine serves."""
+    model = engine.model_config
+    config, tokenizer = model.hf_config, engine.renderer.tokenizer
+    image_token = getattr(config, "image_token_index", None) or getattr(config, "image_token_id", None)
+    placeholders = [*MODALITY_PLACEHOLDERS_MAP.values(), PROMPT_EMBEDS_PLACEHOLDER_TOKEN]
+    if image_token is not None:
+        placeholders += tokenizer.convert_ids_to_tokens([image_token])
+    special = SpecialTokens(tokenizer, placeholders)
+    return ChatChecks(limits, special, model.max_model_len, model.get_vocab_size(), image_token)

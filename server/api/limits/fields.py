@@ -1,0 +1,78 @@
+"""Bounds on a chat request's numbers and lists, once pydantic has read them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sized
+from typing import TYPE_CHECKING, Any
+
+from foldserve.server.api.errors import InvalidRequest, LimitExceeded
+from foldserve.server.limits import Limits
+
+if TYPE_CHECKING:
+    from foldserve.server.api.schema import FoldChatRequest
+
+_NAME = re.compile(r"[A-Za-z0-9._:/=+-]{1,128}")
+
+
+def check_fields(request: FoldChatRequest, limits: Limits, context: int, vocabulary: int) -> None:
+    """Refuses what costs too much, or can't be.
+
+    Args:
+        context: tokens of prompt and answer together that the model takes.
+        vocabulary: number of tokens that the model knows.
+
+    Raises:
+        InvalidRequest, LimitExceeded: with the field as `param`.
+    """
+    values = vars(request)  # as attributes, OpenAI's older names warn
+    for name, least, most in (
+        ("n", 1, limits.max_choices),
+        ("max_tokens", 1, context),
+        ("max_completion_tokens", 1, context),
+        ("min_tokens", 0, context),
+        ("top_logprobs", 0, limits.max_top_logprobs),
+        ("prompt_logprobs", 0, limits.max_top_logprobs),
+    ):
+        _check_range(values[name], name, least, most)
+    _check_strings(values["stop"], "stop", limits.max_stop_strings, limits)
+    _check_strings(values["bad_words"], "bad_words", limits.max_logit_bias, limits)
+    for name in ("logit_bias", "stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
+        _check_tokens(values[name], name, limits, vocabulary)
+    _check_length(values["tools"], "tools", limits.max_tools)
+    for name in ("request_id", "session_id"):
+        value = values[name]
+        if value is not None and not _NAME.fullmatch(value):
+            raise InvalidRequest(f"{name} must be 1 to 128 letters, digits or one of ._:/=+-", name)
+    if values["truncate_prompt_tokens"] is not None and request.has_images:
+        raise InvalidRequest("a prompt with images can't be cut: leave this out", "truncate_prompt_tokens")
+
+
+def _check_range(value: int | None, name: str, least: int, most: int) -> None:
+    if value is not None and not least <= value <= most:
+        raise LimitExceeded(f"{name} must be at least {least} and at most {most}, not {value}", name)
+
+
+def _check_length(value: Sized | None, name: str, most: int) -> None:
+    if value is not None and len(value) > most:
+        raise LimitExceeded(f"{name} may have {most} entries at most, not {len(value)}", name)
+
+
+def _check_strings(value: str | list[str] | None, name: str, most: int, limits: Limits) -> None:
+    strings = [value] if isinstance(value, str) else value or []
+    _check_length(strings, name, most)
+    if any(len(text) > limits.max_stop_chars for text in strings):
+        raise LimitExceeded(f"each text in {name} may have {limits.max_stop_chars} characters at most", name)
+
+
+def _check_tokens(value: Any, name: str, limits: Limits, vocabulary: int) -> None:
+    _check_length(value, name, limits.max_logit_bias)
+    for token in value or ():
+        try:
+            known = 0 <= int(token) < vocabulary
+        except ValueError:
+            known = False
+        if not known:
+            raise InvalidRequest(f"{name} holds something that is no token id below {vocabulary}", name)
+    if isinstance(value, dict) and not all(-100 <= bias <= 100 for bias in value.values()):
+        raise InvalidRequest("a bias must lie in [-100, 100]", name)

@@ -1,0 +1,61 @@
+"""The chat route's own way to read a body: counted while it comes, checked before FastAPI makes a model of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import Request, Response
+
+from foldserve.server.api.auth.route import WorkRoute
+from foldserve.server.api.errors import BodyTooLarge
+from foldserve.server.api.limits.checks import ChatChecks
+
+_Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+class CheckedRequest(Request):
+    """Modifications to Starlette's request:
+
+    - `body` stops reading at the server's limit, at once where a length is announced;
+    - `json` is strict, and what it returns has passed `ChatChecks.read`.
+    """
+
+    async def body(self) -> bytes:
+        if not hasattr(self, "_body"):
+            most = self._checks.limits.max_body_bytes
+            announced = self.headers.get("content-length", "0")
+            if announced.isdecimal() and int(announced) > most:
+                raise self._too_large()
+            content = bytearray()
+            async for chunk in self.stream():
+                content += chunk
+                if len(content) > most:
+                    raise self._too_large()
+            self._body = bytes(content)
+        return self._body
+
+    async def json(self) -> Any:
+        if not hasattr(self, "_json"):
+            self._json = self._checks.read(await self.body())
+        return self._json
+
+    @property
+    def _checks(self) -> ChatChecks:
+        checks: ChatChecks = self.app.state.foldserve_chat.checks
+        return checks
+
+    def _too_large(self) -> BodyTooLarge:
+        return BodyTooLarge(f"the body is larger than {self._checks.limits.max_body_mb:g} MB")
+
+
+class ChatRoute(WorkRoute):
+    """A route whose body is read by `CheckedRequest`."""
+
+    def get_route_handler(self) -> _Handler:
+        handle = super().get_route_handler()
+
+        async def checked(request: Request) -> Response:
+            return await handle(CheckedRequest(request.scope, request.receive))
+
+        return checked

@@ -1,0 +1,97 @@
+"""Keeps texts from becoming control tokens or image placeholders.
+
+A tokenizer turns `</s>` or `<image>` into one special token wherever it stands in the prompt, also where a user typed
+it. So such a text gets an invisible character after its first one: it reads the same, and is tokenized as text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from itertools import accumulate
+from typing import Any
+
+_INVISIBLE = ("\u2060", "\u200b", "\u200d", "\ufe0e")  # word joiner, zero-width space, ...
+_RENDERED = ("messages", "tools", "documents")  # what a chat template may put into the prompt
+_NOT_TEXT = ("image_url", "role", "type")
+
+
+class SpecialTokens:
+    """The special tokens of one tokenizer.
+
+    Args:
+        tokenizer: vLLM's.
+        placeholders: texts that stand for images in the model's prompts, special tokens or not.
+
+    Raises:
+        ValueError: the tokenizer's normalization undoes what is done here.
+    """
+
+    def __init__(self, tokenizer: Any, placeholders: Iterable[str] = ()) -> None:
+        added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+        special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
+        # One character can't be split: such a token is a letter of its tokenizer's, not a command.
+        self._texts = sorted(text for text in special | set(placeholders) if len(text) > 1)
+        self._invisible = self._choose(tokenizer)
+
+    def _choose(self, tokenizer: Any) -> str:
+        ids = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
+        for character in _INVISIBLE:
+            split = [text[0] + character + text[1:] for text in self._texts]
+            if not any(ids & set(tokenizer.encode(f"a{text}b", add_special_tokens=False)) for text in split):
+                return character
+        raise ValueError("this tokenizer finds its special tokens in any text: it can't be served to the public")
+
+    def neutralise(self, texts: Sequence[str]) -> list[str]:
+        """Texts that follow each other, so that no special token is in them, nor across their borders."""
+        whole, borders = "".join(texts), list(accumulate(map(len, texts)))
+        while found := [text for text in self._texts if text in whole]:
+            pattern = "|".join(re.escape(text) for text in sorted(found, key=len, reverse=True))
+            starts = [match.start() for match in re.finditer(pattern, whole)]
+            for start in reversed(starts):
+                whole = whole[: start + 1] + self._invisible + whole[start + 1 :]
+            borders = [border + sum(start + 1 < border for start in starts) for border in borders]
+        return [whole[begin:end] for begin, end in zip([0, *borders], borders, strict=False)]
+
+    def neutralise_body(self, body: dict[str, Any]) -> None:
+        """The same, in place, for every text of a chat body that may get into the prompt."""
+        for name in _RENDERED:
+            if name in body:
+                body[name] = self._in(body[name])
+
+    def _in(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self.neutralise([value])[0]
+        if isinstance(value, dict):
+            return {
+                self._in(key): inner if key in _NOT_TEXT and isinstance(inner, str | dict) else self._in(inner)
+                for key, inner in value.items()
+            }
+        if isinstance(value, list):
+            return self._in_list(value)
+        return value
+
+    def _in_list(self, parts: list[Any]) -> list[Any]:
+        """Neighbouring texts of one message may be put together by a template."""
+        places = [(p, key) for p, part in enumerate(parts) for key in _text_keys(part)]
+        done = self.neutralise([parts[p] if key is None else parts[p][key] for p, key in places])
+        by_place = dict(zip(places, done, strict=True))
+        result = []
+        for p, part in enumerate(parts):
+            if (p, None) in by_place:
+                result.append(by_place[p, None])
+            elif isinstance(part, dict):
+                texts = {key: by_place[p, key] for key in _text_keys(part)}
+                result.append(self._in({key: inner for key, inner in part.items() if key not in texts}) | texts)
+            else:
+                result.append(self._in(part))
+        return result
+
+
+def _text_keys(part: object) -> list[str | None]:
+    """Where a part of a message has its text: itself (None), or in fields."""
+    if isinstance(part, str):
+        return [None]
+    if isinstance(part, dict):
+        return [key for key in ("text", "refusal", "thinking") if isinstance(part.get(key), str)]
+    return []

@@ -1,0 +1,440 @@
+"""Everything that a stranger may send, against a live server: a clear refusal each time, and nothing left behind.
+
+The last test looks back: the same processes run, no KV block is held, and a request is answered bit for bit as before.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import re
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.api.hostile import Handler, hostile_server
+from tests.api.test_limits import BAD_BODIES, BAD_FIELDS, BAD_JSON
+from tests.api.test_media_address import PRIVATE, SPELLINGS
+from tests.api.test_media_decode import REFUSED, SOUND, data, solid_png
+from tests.images import data_uri, photo
+
+LEAKS = re.compile(
+    r"site-packages|\.py\b|\b0x[0-9a-f]{6}|Traceback|pydantic|PIL|aiohttp|BytesIO|Errno|VLLM[A-Z]|127\.0\.0|/root|/home|/usr",
+)
+PICTURE = data_uri(photo(1))
+
+
+def text(words: str) -> dict[str, Any]:
+    return {"type": "text", "text": words}
+
+
+def image(url: object) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def chat(*parts: object, **more: object) -> dict[str, Any]:
+    body = {"model": "tiny", "max_tokens": 2, "temperature": 0}
+    return body | {"messages": [{"role": "user", "content": list(parts) or [TEXT]}]} | more
+
+
+TEXT = text("What is in the picture?")
+
+
+class Client:
+    """Sends bodies and judges answers."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self._http = httpx.Client(base_url=url, timeout=120)
+
+    def post(self, body: object) -> httpx.Response:
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"}
+        return self._http.post("/v1/chat/completions", content=content, headers=headers)
+
+    def answers(self, body: object) -> dict[str, Any]:
+        answer = self.post(body)
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    def refuses(self, body: object, param: str | None, code: str | None = None, status: int = 400) -> str:
+        answer = self.post(body)
+        assert answer.status_code == status, answer.text[:500]
+        error = answer.json()["error"]
+        assert error.keys() == {"message", "type", "param", "code"}
+        assert error["type"] == "invalid_request_error"
+        assert error["param"] == param
+        assert code is None or error["code"] == code
+        assert not LEAKS.search(answer.text), answer.text
+        return str(error["message"])
+
+    def metric(self, name: str) -> float:
+        families = text_string_to_metric_families(self._http.get("/metrics").text)
+        return sum(sample.value for family in families for sample in family.samples if sample.name == name)
+
+    def close(self) -> None:
+        self._http.close()
+
+
+REFERENCE = chat(image(PICTURE), TEXT, max_tokens=8, logprobs=True, top_logprobs=5, reduction_ratio=0.5)
+
+
+def processes(url: str) -> set[tuple[int, float]]:
+    """Process id and start of the server's processes, the engine's among them."""
+    port = str(urlsplit(url).port)
+    server = next(p for p in psutil.process_iter(["cmdline"]) if port in (p.info["cmdline"] or ()))
+    return {(p.pid, p.create_time()) for p in (server, *server.children(recursive=True))}
+
+
+@pytest.fixture(scope="module")
+def client(server_url: str) -> Iterator[Client]:
+    client = Client(server_url)
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def before(client: Client) -> tuple[set[tuple[int, float]], list[Any]]:
+    client.answers(REFERENCE)  # from now on its prefix is cached
+    choices = client.answers(REFERENCE)["choices"]
+    return processes(client.url), choices
+
+
+@pytest.fixture(scope="module")
+def web() -> Iterator[str]:
+    with hostile_server() as url:
+        yield url
+
+
+# 1. The body
+
+
+@pytest.mark.parametrize(
+    ("body", "param"), [(body, param) for body, _, _, param in BAD_JSON[:-3]], ids=lambda v: str(v)[:40]
+)
+def test_bad_json(body: bytes, param: str | None, client: Client) -> None:
+    client.refuses(body, param)
+
+
+@pytest.mark.parametrize("body", [b"[]", b"5", b'"x"', b"null", b"{}", b'{"messages": []}', b'{"messages": 5}'])
+def test_json_of_another_shape(body: bytes, client: Client) -> None:
+    answer = client.post(body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["message"]
+    assert not LEAKS.search(answer.text)
+
+
+def test_deep_json(client: Client) -> None:
+    deep = b'{"messages": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"
+    assert "nested" in client.refuses(deep, None, "limit_exceeded")
+
+
+def test_a_flood_of_values(client: Client) -> None:
+    client.refuses(b'{"messages": [' + b"0," * 300_000 + b"0]}", None, "limit_exceeded")
+
+
+def test_a_body_of_200_mb_is_refused_by_its_header(client: Client) -> None:
+    connection = http.client.HTTPConnection(urlsplit(client.url).netloc, timeout=30)
+    connection.putrequest("POST", "/v1/chat/completions")
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Content-Length", "200000000")
+    connection.endheaders(b"{")
+    answer = connection.getresponse()
+    assert answer.status == 413
+    assert json.loads(answer.read())["error"]["code"] == "body_too_large"
+    connection.close()
+
+
+def test_a_body_without_a_length_is_counted(client: Client) -> None:
+    connection = http.client.HTTPConnection(urlsplit(client.url).netloc, timeout=30)
+    connection.putrequest("POST", "/v1/chat/completions")
+    connection.putheader("Content-Type", "application/json")
+    connection.putheader("Transfer-Encoding", "chunked")
+    connection.endheaders()
+    for _ in range(33):
+        connection.send(b"f4240\r\n" + b" " * 1_000_000 + b"\r\n")
+    answer = connection.getresponse()
+    assert answer.status == 413
+    connection.close()
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data", "application/x-www-form-urlencoded", ""])
+def test_bodies_that_are_not_declared_as_json(kind: str, client: Client) -> None:
+    headers = {"Content-Type": kind} if kind else {}
+    answer = httpx.post(f"{client.url}/v1/chat/completions", content=json.dumps(chat()).encode(), headers=headers)
+    assert answer.status_code == 400
+    assert "application/json" in answer.json()["error"]["message"]
+
+
+# 2. Reductions are in test_chat.py; this one needs its own spelling
+
+
+def test_a_ratio_too_small_for_a_float(client: Client) -> None:
+    body = json.dumps(chat(image(PICTURE), TEXT)).encode()[:-1] + b', "reduction_ratio": 1e-400}'
+    assert client.answers(body)["usage"]["vision_tokens"]["ratio"] == 0
+
+
+# 3. data: URLs, 4. files, 5. sizes
+
+URL = "messages[0].content[0].image_url.url"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "data:",
+        "data:image/png;base64",
+        "data:image/png;base64,",
+        "data:image/png;base64,AAA",
+        "data:text/html,<b>",
+        "data:text/html;base64,AAAA",
+        "data:image/png,AAAA",
+        "data:image/png;base64,AA%3D%3D",
+        PICTURE + "\n",
+    ],
+    ids=lambda url: ascii(url)[:40],
+)
+def test_bad_data_urls(url: str, client: Client) -> None:
+    client.refuses(chat(image(url), TEXT), URL, "invalid_image")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_files(name: str, client: Client) -> None:
+    client.refuses(chat(image(data(REFUSED[name])), TEXT), URL, "invalid_image")
+
+
+@pytest.mark.parametrize("name", SOUND)
+def test_unusual_files(name: str, client: Client) -> None:
+    assert client.answers(chat(image(data(SOUND[name])), TEXT))["usage"]["vision_tokens"]["encoded"] == 144
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (13_000, 13_000), (20_000, 20_000)], ids=str)
+def test_bad_sizes(size: tuple[int, int], client: Client) -> None:
+    client.refuses(chat(image(data(solid_png(*size))), TEXT), URL, "limit_exceeded")
+
+
+def test_files_that_are_too_large(client: Client) -> None:
+    client.refuses(chat(image(data(bytes(2_000_001)))), URL, "limit_exceeded")
+
+
+# 6. Many images
+
+
+@pytest.mark.parametrize(
+    "url", [PICTURE[:200], "https://example.com/a.png", "http://127.0.0.1/a"], ids=["data", "public", "private"]
+)
+def test_999_images(url: str, client: Client, web: str) -> None:
+    assert "16 images" in client.refuses(chat(*[image(url)] * 999), "messages", "limit_exceeded")
+
+
+def test_more_images_than_the_context_holds(client: Client) -> None:
+    answer = client.post(chat(*[image(PICTURE)] * 8, TEXT))
+    assert answer.status_code == 400
+    assert "1024" in answer.json()["error"]["message"]
+    assert not LEAKS.search(answer.text)
+
+
+# 7. URLs
+
+
+@pytest.mark.parametrize("url", SPELLINGS[:-1], ids=lambda url: ascii(url)[:60])
+def test_bad_urls(url: str, client: Client) -> None:
+    client.refuses(chat(TEXT, image(url)), "messages[0].content[1].image_url.url", "refused_image_url")
+
+
+@pytest.mark.parametrize("address", PRIVATE)
+def test_private_addresses(address: str, client: Client) -> None:
+    host = f"[{address}]" if ":" in address else address
+    client.refuses(chat(image(f"http://{host}:9/x"), TEXT), URL, "refused_image_url")
+
+
+@pytest.mark.parametrize(
+    "target", ["http://127.0.0.1:9/x", "http://[::1]/x", "http://169.254.169.254/", "file:///etc/passwd"]
+)
+def test_redirects_to_private_addresses(target: str, client: Client, web: str) -> None:
+    client.refuses(chat(image(f"{web}/redirect/{target}"), TEXT), URL, "refused_image_url")
+
+
+def test_the_server_never_asks_itself(client: Client, web: str) -> None:
+    """Its own address, behind which it would answer."""
+    client.refuses(chat(image(f"{client.url}/v1/models"), TEXT), URL, "refused_image_url")
+    client.refuses(chat(image(f"{web}/redirect/{client.url}/v1/models"), TEXT), URL, "refused_image_url")
+
+
+@pytest.mark.parametrize(
+    ("path", "code"),
+    [
+        ("loop", "image_unavailable"),
+        ("nowhere", "image_unavailable"),
+        ("status/404", "image_unavailable"),
+        ("status/500", "image_unavailable"),
+        ("short", "image_unavailable"),
+        ("garbage", "image_unavailable"),
+        ("empty", "invalid_image"),
+        ("text", "invalid_image"),
+        ("gzip", "invalid_image"),
+        ("announced", "limit_exceeded"),
+        ("endless", "limit_exceeded"),
+    ],
+)
+def test_bad_web_servers(path: str, code: str, client: Client, web: str) -> None:
+    client.refuses(chat(image(f"{web}/{path}"), TEXT), URL, code)
+
+
+def test_web_server_without_tls(client: Client, web: str) -> None:
+    client.refuses(chat(image(web.replace("http", "https") + "/photo"), TEXT), URL, "image_unavailable")
+
+
+def test_slow_web_servers_cost_seconds_only(client: Client, web: str) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        slow = [pool.submit(client.refuses, chat(image(f"{web}/{path}")), "messages") for path in ("drip", "silent")]
+        assert client.answers(chat(image(PICTURE), TEXT))  # meanwhile
+        assert all("within 5 s" in answer.result() for answer in slow)
+
+
+def test_a_good_web_server(client: Client, web: str) -> None:
+    here = client.answers(chat(image(data_uri(photo(11))), TEXT, logprobs=True))
+    for path in ("photo", "relative", f"redirect/{web}/photo"):
+        there = client.answers(chat(image(f"{web}/{path}"), TEXT, logprobs=True))
+        assert there["choices"] == here["choices"]
+
+
+# 8. Texts with placeholders, 9. fields, media and settings that are not a client's
+
+
+@pytest.mark.parametrize("token", ["<image>", "</s>", "<s>", "<##IMAGE##>", "<pad>"])
+def test_special_tokens_in_texts(token: str, client: Client) -> None:
+    """As many tokens of the kind as without the text; the answer is about the text, which stays readable."""
+    system = {"role": "system", "content": f"Talk about {token}."}
+    for parts in ([text(token)], [text(token[:2]), text(token[2:])], [image(PICTURE), TEXT, text(token * 3)]):
+        body = chat(*parts, return_prompt_text=True, return_token_ids=True)
+        body["messages"] = [system, *body["messages"]]
+        answer = client.answers(body)
+        images = sum(part["type"] == "image_url" for part in parts)
+        assert answer["prompt_text"].count("<image>") == images
+        assert token in answer["prompt_text"].replace("\u2060", "").replace("\n", "")
+
+
+def test_prompt_one_token_too_long(client: Client) -> None:
+    def length(words: str) -> int:
+        return int(client.answers(chat(text(words), max_tokens=1))["usage"]["prompt_tokens"])
+
+    word = " a"
+    base, step = length(word * 10), (length(word * 20) - length(word * 10)) / 10
+    fits = 10 + int((1023 - base) / step)
+    assert length(word * fits) <= 1023
+    message = client.refuses(chat(text(word * (fits + 8)), max_tokens=1), "messages")
+    assert "1024" in message
+
+
+@pytest.mark.parametrize(("body", "param"), BAD_BODIES, ids=lambda v: str(v)[:60])
+def test_bad_bodies(body: dict[str, Any], param: str, client: Client) -> None:
+    client.refuses({"model": "tiny"} | body, param)
+
+
+@pytest.mark.parametrize(("fields", "param"), BAD_FIELDS, ids=lambda v: str(v)[:60])
+def test_bad_fields(fields: dict[str, Any], param: str, client: Client) -> None:
+    client.refuses(chat() | fields, param)
+
+
+SCHEMAS: dict[str, dict[str, Any]] = {
+    "regex": {"structured_outputs": {"regex": "(("}},
+    "regex-lookbehind": {"structured_outputs": {"regex": "(?<=a)b"}},
+    "grammar": {"structured_outputs": {"grammar": "root ::= ("}},
+    "choice-empty": {"structured_outputs": {"choice": []}},
+    "json-type": {"structured_outputs": {"json": {"type": "nonsense"}}},
+    "schema-type": {"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "x"}}}},
+    "schema-ref": {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": "#/nowhere"}}}
+    },
+    "schema-remote": {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "a", "schema": {"$ref": "http://127.0.0.1/"}},
+        }
+    },
+    "format": {"response_format": {"type": "yaml"}},
+    "tag": {"response_format": {"type": "structural_tag", "structures": [], "triggers": ["("]}},
+}
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_bad_schemas(name: str, client: Client) -> None:
+    answer = client.post(chat() | SCHEMAS[name])
+    assert answer.status_code == 400, answer.text
+    assert not LEAKS.search(answer.text), answer.text
+
+
+def test_references_of_a_schema_are_not_fetched(client: Client, web: str) -> None:
+    Handler.asked.clear()
+    schema = {"name": "a", "schema": {"$ref": f"{web}/photo"}}
+    client.post(chat(response_format={"type": "json_schema", "json_schema": schema}))
+    assert Handler.asked == []
+
+
+# 10. Clients that hang up
+
+
+def at_rest(client: Client) -> bool:
+    running = client.metric("vllm:num_requests_running") + client.metric("vllm:num_requests_waiting")
+    return running == 0 and client.metric("vllm:kv_cache_usage_perc") == 0
+
+
+def wait_until_at_rest(client: Client) -> None:
+    deadline = time.monotonic() + 60
+    while not at_rest(client):
+        assert time.monotonic() < deadline, "requests or KV blocks are still held"
+        client.answers(chat(max_tokens=1))  # a step of the engine, after which it reports
+        time.sleep(0.2)
+
+
+@pytest.mark.parametrize("phase", ["fetching", "prefill", "decoding"])
+def test_clients_that_hang_up(phase: str, client: Client, web: str) -> None:
+    if phase == "fetching":
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{client.url}/v1/chat/completions", json=chat(image(f"{web}/silent")), timeout=1)
+    else:
+        body = chat(image(PICTURE), TEXT, max_tokens=800, ignore_eos=True, stream=True)
+        with httpx.stream("POST", f"{client.url}/v1/chat/completions", json=body, timeout=120) as answer:
+            if phase == "decoding":
+                assert answer.status_code == 200
+                next(answer.iter_lines())
+    wait_until_at_rest(client)
+
+
+# 11. One image at two ratios at once
+
+
+def test_one_image_at_several_ratios_at_once(client: Client) -> None:
+    bodies = [chat(image(PICTURE), TEXT, reduction_ratio=ratio, max_tokens=6) for ratio in (0, 0.25, 0.5, 0.75)]
+    alone = [client.answers(body)["choices"] for body in bodies]
+    with ThreadPoolExecutor(8) as pool:
+        together = list(pool.map(client.answers, bodies * 2))
+    assert [answer["choices"] for answer in together] == alone * 2
+    assert [answer["usage"]["vision_tokens"]["kept"] for answer in together] == [144, 108, 72, 36] * 2
+
+
+# 14. Odd requests for other things
+
+
+@pytest.mark.parametrize(
+    "path", ["/tokenize", "/detokenize", "/pooling", "/v1/embeddings", "/v1/files", "/%2e%2e/x", "/"]
+)
+def test_other_paths(path: str, client: Client) -> None:
+    answer = httpx.post(f"{client.url}{path}", json=chat(image("http://127.0.0.1/x")))
+    assert answer.status_code in (404, 405)
+    assert answer.json()["error"]["message"]
+    assert not LEAKS.search(answer.text)
+
+
+def test_nothing_is_left(client: Client, before: tuple[set[tuple[int, float]], list[Any]]) -> None:
+    wait_until_at_rest(client)
+    assert processes(client.url) == before[0]
+    assert client.answers(REFERENCE)["choices"] == before[1]

@@ -1,0 +1,90 @@
+"""Whatever our OpenAPI schema allows and forbids is answered, never with a 5xx, never with a library's text."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+
+from foldserve.server.api.schema import FoldChatRequest
+from tests.api.test_bad_inputs import LEAKS
+
+OURS = ("/v1/chat/completions", "/v1/reducers", "/v1/models", "/health/live", "/health/ready")
+BOUNDED = settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,  # the same cases each time
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
+
+@pytest.fixture(scope="module")
+def schema(server_url: str) -> schemathesis.schemas.BaseSchema:
+    return schemathesis.openapi.from_dict(httpx.get(f"{server_url}/openapi.json").json())
+
+
+def test_schema_has_our_routes(schema: schemathesis.schemas.BaseSchema) -> None:
+    assert {path for path in OURS if path in schema} == set(OURS)
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE], ids=["valid", "invalid"])
+def test_no_request_is_a_server_error(
+    mode: GenerationMode, schema: schemathesis.schemas.BaseSchema, server_url: str
+) -> None:
+    for path in OURS:
+        for operation in schema[path].values():
+            _fuzz(operation, mode, server_url)
+
+
+def _fuzz(operation: schemathesis.APIOperation[Any, Any, Any, Any], mode: GenerationMode, server_url: str) -> None:
+    if mode == GenerationMode.NEGATIVE and not operation.body:
+        return  # nothing to spoil
+
+    @BOUNDED
+    @given(operation.as_strategy(generation_mode=mode))
+    def check(case: schemathesis.Case[Any]) -> None:
+        answer = case.call(base_url=server_url, timeout=60)
+        assert answer.status_code < 500, case.as_curl_command()
+        if answer.status_code >= 400:
+            assert not LEAKS.search(answer.text), answer.text
+
+    check()
+
+
+FIELDS = st.sampled_from(sorted(FoldChatRequest.model_fields))
+WORDS = st.sampled_from(["auto", "content", "function", "json", "name", "role", "text", "type", "url", "value"])
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | WORDS
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["type", "text", "function", "name", "json", "role", "content"]), inner, max_size=3
+        )
+    ),
+    max_leaves=6,
+)
+
+
+@settings(BOUNDED, max_examples=150)
+@given(st.dictionaries(FIELDS, VALUES, min_size=1, max_size=3))
+def test_any_value_in_any_field(server_url: str, fields: dict[str, object]) -> None:
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "x"}], "max_tokens": 1} | fields
+    answer = httpx.post(
+        f"{server_url}/v1/chat/completions",
+        content=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+        timeout=60,
+    )
+    assert answer.status_code < 500, fields
+    if answer.status_code >= 400:
+        assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
+        assert not LEAKS.search(answer.text), (fields, answer.text)
