@@ -132,13 +132,6 @@ def test_nothing_is_left_of_an_attempt_that_fails(tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_cached_model_is_made_once(tmp_path: Path) -> None:
-    made = demo_model.cached(tmp_path / "cache")
-    written = (made / "config.json").stat().st_mtime_ns
-    assert demo_model.cached(tmp_path / "cache") == made
-    assert (made / "config.json").stat().st_mtime_ns == written
-
-
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,7 +19,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[str], Settings]]
 
     calls: list[tuple[list[str], Settings]] = []
 
-    def serve(argv: list[str], settings: Settings, environment: Environment, small: Callable[[], Path]) -> None:
+    def serve(argv: list[str], settings: Settings, environment: Environment, small: Path) -> None:
+        assert (small / "config.json").is_file()
         calls.append((argv, settings))
 
     monkeypatch.setattr(launch, "serve", serve)
@@ -102,10 +102,8 @@ def test_no_command_and_unknown_arguments(capsys: pytest.CaptureFixture[str], tm
     assert not (tmp_path / "m").exists()
 
 
-def test_demo_model_says_that_it_answers_nonsense(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_demo_model_is_copied(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     cli.main(["demo-model", str(tmp_path / "m")])
-    text = capsys.readouterr().out
-    assert "random: it answers nonsense" in text
-    assert f"foldserve serve {tmp_path / 'm'}" in text
+    assert f"foldserve serve {tmp_path / 'm'}" in capsys.readouterr().out
     assert (tmp_path / "m" / "config.json").is_file()
     assert "is not an empty directory" in fails(capsys, "demo-model", str(tmp_path / "m"))

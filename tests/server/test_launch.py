@@ -35,7 +35,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Namespace]:
         memory = SimpleNamespace(available_memory=memory_gib * 2**30)
         monkeypatch.setattr(launch, "get_memory_node_info", lambda node: memory)
         monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" if compiler else None)
-        return launch.serve_args(list(argv), settings, environment, lambda: SMALL)
+        return launch.serve_args(list(argv), settings, environment, SMALL)
 
     return parse
 
@@ -45,7 +45,7 @@ def test_no_model_serves_the_small_one(parsed: Callable[..., Namespace], capsys:
     assert (args.model_tag, args.model, args.served_model_name, args.port) == (None, str(SMALL), ["demo"], 8001)
     assert (args.dtype, args.enforce_eager, args.kv_cache_memory_bytes) == ("float32", True, 2 << 30)
     said = capsys.readouterr().err
-    assert "weights are random" in said
+    assert "serving the small demo model" in said
     options = "--served-model-name demo --dtype float32 --enforce-eager --kv-cache-memory-bytes 2147483648"
     assert f"--model /small/model {options}" in said
 

@@ -77,7 +77,7 @@ class Recipe:
     seed: int = 0
     vision: Stage = Stage("vision", steps=900, images=32)
     answers: Stage = Stage("answers", steps=600, images=16, vision_rate=0.1, steady=1.0)
-    practice: Stage = Stage("practice", steps=650, images=16, vision_rate=0.1, mix="hard", warmup=10, steady=0.1)
+    practice: Stage = Stage("practice", steps=1080, images=16, vision_rate=0.1, mix="hard", warmup=10, steady=0.1)
     geometry: Geometry = field(default=GEOMETRY)
     text_tokens: int = 192
     phrase_layer: int = 5
