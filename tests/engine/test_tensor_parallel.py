@@ -1,4 +1,4 @@
-"""Two tensor-parallel ranks on the CPU: reduction in and after the tower, and withdrawal, equal the plain reference."""
+"""Two tensor-parallel ranks on the CPU: reduction in and after the tower and in the decoder equal plain PyTorch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 from tests.engine.conftest import Case, greedy, start_engine
 from tests.engine.reference import Reference
 from tests.engine.withdrawal.conftest import Expected
-from tests.engine.withdrawal.harness import Case as WithdrawnCase
+from tests.engine.withdrawal.harness import AskedCase
 from tests.images import photo
 
 K = 2
@@ -22,7 +22,11 @@ REDUCED = [
     Case(PROMPT, [photo(1)], [{"method": "folder_cls", "ratio": 0.5}]),
     Case(PROMPT, [photo(2)], [{"ratio": 0.75}]),
 ]
-WITHDRAWN = WithdrawnCase(PROMPT, (3,))
+IN_DECODER = [
+    AskedCase(PROMPT, (3,), asked='{"withdraw": true}'),
+    AskedCase(PROMPT, (3,), asked='{"method": "folder+fastv", "keep_tokens": 36, "decoder_ratio": 0.5}'),
+    AskedCase(PROMPT, (3,), asked='{"method": "folder+illava_decoder", "keep_tokens": 36, "decoder_ratio": 0.5}'),
+]
 
 
 def main(path: Path) -> None:
@@ -30,11 +34,12 @@ def main(path: Path) -> None:
 
     ranks = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}
     llm = start_engine(path, max_num_batched_tokens=100, **ranks, **withdrawal.configure(K, device="cpu"))
-    withdrawn = Case(PROMPT, WITHDRAWN.images, WITHDRAWN.reductions)
-    *reduced, deep = greedy(llm, [*REDUCED, withdrawn], TOKENS)
-    reference = Reference(path)
+    deep = [Case(case.prompt, case.images, case.reductions) for case in IN_DECODER]
+    answers = greedy(llm, [*REDUCED, *deep], TOKENS)
+    reference, known = Reference(path), Expected(path)
     expected = [reference.generate(case.prompt, case.images, case.reductions, TOKENS) for case in REDUCED]
-    for got, want in zip([*reduced, deep], [*expected, Expected(path).answer(K, WITHDRAWN, TOKENS)], strict=True):
+    expected += [known.answer(K, case, TOKENS) for case in IN_DECODER]
+    for got, want in zip(answers, expected, strict=True):
         assert got[0] == want[0]
         assert got[1] == pytest.approx(want[1], abs=2e-4)
     print("equal to the reference")

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from tests.engine.withdrawal.conftest import LAYERS, Expected
-from tests.engine.withdrawal.harness import Case, Engine, words
+from tests.engine.withdrawal.harness import AskedCase, Case, Engine, words
 
 K = LAYERS // 2
 TOKENS = 6
@@ -38,6 +38,8 @@ CASES = [
     dialogue(2, (2,), 60, 6),
     Case(f"{words(2, 40)} <image>", (1,)),
     Case(f"{words(2, 40)} <image>", (2,)),
+    AskedCase(f"{words(2, 40)} <image> {words(1, 9)}", (1,), asked='{"method": "fastv", "ratio": 0.5}'),
+    AskedCase(f"{words(2, 40)} <image> {words(2, 9)}", (1,), asked='{"method": "illava_decoder", "ratio": 0.5}'),
 ]
 TEXT_ONLY = dialogue(2, (), 0, 5)
 

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.engine.withdrawal.conftest import LAYERS, Expected
 from tests.engine.withdrawal.harness import Case, Engine, words
+from tests.engine.withdrawal.test_kept import SHORT, TINY
 from tests.engine.withdrawal.test_reference import MIXED, TOKENS
 
-CASES = [*MIXED[:4], MIXED[5], MIXED[6], MIXED[9]]
+CASES = [*MIXED[:4], MIXED[5], MIXED[6], MIXED[9], *SHORT[:2]]
 
 FAMILIES: dict[str, dict[str, object]] = {
     "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": None},
@@ -63,7 +64,7 @@ def test_groups_of_several_layers_in_several_buckets(tmp_path: Path) -> None:
     assert [len(group.layer_names) for group in groups] == [2] * 5
     expected = Expected(path)
     for _ in range(2):
-        expected.generate(engine, 6, CASES, TOKENS)
+        expected.generate(engine, 6, [*CASES[:-2], TINY], TOKENS)
     engine.assert_all_blocks_free()
 
 
@@ -80,7 +81,7 @@ def test_compiled_by_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     expected.generate(engine, 1, MIXED[3:4], TOKENS)  # vLLM compiles a function for log-probabilities
     before = graphs["unique_graphs"]
     for _ in range(2):
-        expected.generate(engine, 1, MIXED, TOKENS)
+        expected.generate(engine, 1, [*MIXED, *SHORT], TOKENS)
     assert graphs["unique_graphs"] == before  # the same graphs serve batches of every size
     engine.assert_all_blocks_free()
 

@@ -29,10 +29,13 @@ TWO = f"USER: {words(2, 20)} <image> {words(4, 9)} <image> {words(5, 33)} ASSIST
 
 SHORT = [
     AskedCase(QUESTION, (0,), asked=FOLDER_FASTV),
-    AskedCase(QUESTION, (1,), asked=FOLDER_ILLAVA),
+    AskedCase(QUESTION, (0,), asked=FOLDER_ILLAVA),
     AskedCase(f"<image> {words(3, 4)} <image> who", (0, 2), asked=FOLDER_ILLAVA),
 ]
 """Of at most 120 tokens, for engines whose steps are small."""
+
+TINY = AskedCase("<image> who", (1,), asked='{"method": "folder+fastv", "keep_tokens": 12, "decoder_ratio": 0.5}')
+"""Of at most 20 tokens."""
 
 CASES = [
     *SHORT,
@@ -84,7 +87,7 @@ def test_another_question_about_an_image_chooses_anew(small_pool: Engine, expect
 def test_methods_show_in_the_answer(expected: Expected) -> None:
     """Else the comparisons with the reference would prove nothing."""
     cases = [case for case in CASES if case.prompt == QUESTION and case.photos == (0,)]
-    assert len({tuple(expected.answer(K, case, TOKENS)[1]) for case in cases}) == len(cases) == 5
+    assert len({tuple(expected.answer(K, case, TOKENS)[1]) for case in cases}) == len(cases) == 6
 
 
 def test_abort_while_waiting_and_while_decoding(small_pool: Engine, expected: Expected) -> None:
@@ -115,8 +118,14 @@ def test_prompts_that_fit_into_no_step_are_refused(small_chunks: Engine, expecte
     with pytest.raises(ValueError, match=r"has room for 35 \(--max-num-batched-tokens 50 less one for each of 15 "):
         small_chunks.add("refused", CASES[3], TOKENS)
     small_chunks.abort(["refused"])
-    fits = AskedCase("<image> who", (1,), asked='{"method": "folder+fastv", "keep_tokens": 12, "decoder_ratio": 0.5}')
-    expected.generate(small_chunks, K, [fits, CASES[6], Case(QUESTION, (0,))], TOKENS)
+    expected.generate(small_chunks, K, [TINY, CASES[6], Case(QUESTION, (0,))], TOKENS)
+    small_chunks.assert_all_blocks_free()
+
+
+def test_a_uuid_that_looks_like_a_mark_is_refused(small_chunks: Engine) -> None:
+    prompt = CASES[6].to_vllm(small_chunks.llm.get_tokenizer()) | {"multi_modal_uuids": {"image": ["mine~fastv:3"]}}
+    with pytest.raises(ValueError, match="'mine~fastv:3' ends in a mark of foldserve"):
+        small_chunks.llm.generate([prompt], use_tqdm=False)
     small_chunks.assert_all_blocks_free()
 
 
@@ -126,7 +135,7 @@ VARIANTS: dict[str, tuple[int, dict[str, Any]]] = {
         3,
         {
             "scheduler_cls": "foldserve.server.engine.withdrawal.scheduler.WithdrawingAsyncScheduler",
-            "max_num_batched_tokens": 330,
+            "max_num_batched_tokens": 500,
         },
     ),
     "last layer only": (LAYERS - 1, {"max_num_batched_tokens": 1000}),

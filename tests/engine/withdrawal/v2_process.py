@@ -18,6 +18,7 @@ def runner_v2(path: Path) -> None:
     from foldserve.server.engine import withdrawal
     from tests.engine.withdrawal.conftest import LAYERS, Expected
     from tests.engine.withdrawal.harness import Engine
+    from tests.engine.withdrawal.test_kept import TINY
     from tests.engine.withdrawal.test_reference import MIXED
 
     layer = LAYERS // 2
@@ -27,7 +28,7 @@ def runner_v2(path: Path) -> None:
     assert type(worker.model_runner.model_state).__name__ == "WithdrawingModelState"
     expected = Expected(path)
     for _ in range(2):
-        expected.generate(engine, layer, MIXED, 8)
+        expected.generate(engine, layer, [*MIXED, TINY], 8)
     engine.assert_all_blocks_free()
     assert engine.steps["preempted"] and engine.steps["no_deep_row"]
 
