@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.api.hostile import HOST, Handler, hostile_server
-from tests.api.live import CHAT, Live, chat
+from tests.api.live import CHAT, PATIENCE_S, Live, chat
 from tests.images import data_uri, photo
 
 SEATS = 4
@@ -27,7 +27,8 @@ SECRET = "the word that no log may hold: quagmire"
 @pytest.fixture(scope="module")
 def live(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("live")
-    server = Live(tiny_llava, folder, "--max-num-seqs", str(SEATS), "--allow-media-private-host", HOST)
+    options = ["--max-num-seqs", str(SEATS), "--allow-media-private-host", HOST, "--shutdown-timeout", "90"]
+    server = Live(tiny_llava, folder, *options)
     yield server
     server.end()
 
@@ -120,7 +121,7 @@ def test_drain(live: Live) -> None:
     whole: list[list[str]] = []
 
     def listen() -> None:
-        whole.append(live.chat("drain", stream=True, max_tokens=800).events)
+        whole.append(live.chat("drain", stream=True, max_tokens=500).events)
 
     clients = [threading.Thread(target=listen) for _ in range(SEATS + 2)]  # two of them wait
     for client in clients:
@@ -142,7 +143,7 @@ def test_drain(live: Live) -> None:
         assert events[-1] == "[DONE]"
         assert '"finish_reason":"length"' in events[-2]
         assert len(events) > 100
-    assert live.process.wait(30) == 0
+    assert live.process.wait(PATIENCE_S) == 0
 
 
 def test_log_of_text(live: Live) -> None:

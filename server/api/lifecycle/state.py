@@ -19,7 +19,7 @@ from multiprocessing.synchronize import Event
 from typing import Any
 
 import uvicorn
-from vllm.engine.protocol import EngineClient
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from foldserve.server.api.errors import EngineStopped, FoldserveError, ShuttingDown
 from foldserve.server.api.lifecycle.processes import EngineWatch, engine_processes
@@ -45,7 +45,7 @@ class Lifecycle:
         engine_died: set when the engine ends although nobody asked the server to.
     """
 
-    def __init__(self, engine: EngineClient, timeout_s: float, engine_died: Event) -> None:
+    def __init__(self, engine: AsyncLLM, timeout_s: float, engine_died: Event) -> None:
         self._engine = engine
         self._timeout_s = timeout_s
         self._engine_died = engine_died
@@ -124,9 +124,12 @@ class Lifecycle:
         await self._end_server()
 
     async def _end_answers(self) -> None:
-        """Makes every request in flight fail: they wait for an engine that this client then calls dead."""
+        """Makes every request in flight fail, as vLLM does when it finds its engine dead.
+
+        Not by `AsyncLLM.shutdown`: that also stops the task which would tell them, and they would wait for ever.
+        """
         loop = asyncio.get_running_loop()
-        await loop.run_in_executor(None, partial(self._engine.shutdown, timeout=0))
+        await loop.run_in_executor(None, partial(self._engine.engine_core.shutdown, timeout=0))
         await self._all_answered(_LAST_WORDS_S)
 
     async def _all_answered(self, within_s: float) -> bool:

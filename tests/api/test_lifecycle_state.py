@@ -1,0 +1,208 @@
+"""The life cycle of an API process, with an engine that is no more than a process."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from foldserve.server.api.errors import EngineStopped, InvalidRequest, ShuttingDown
+from foldserve.server.api.lifecycle import state
+from foldserve.server.api.lifecycle.processes import EngineWatch, engine_processes
+from foldserve.server.api.lifecycle.state import Lifecycle, Phase
+
+
+class Engine:
+    """Requests wait for `failed`, which is set when the client of the engine is shut down."""
+
+    def __init__(self) -> None:
+        self.errored = False
+        self.failed = asyncio.Event()
+        self.engine_core = SimpleNamespace(shutdown=self.shutdown)
+        self._loop = asyncio.get_running_loop()
+
+    def shutdown(self, timeout: float) -> None:
+        assert timeout == 0
+        self.errored = True
+        self._loop.call_soon_threadsafe(self.failed.set)
+
+
+class Life:
+    """A life cycle with its surroundings.
+
+    Args:
+        processes: what it takes for engines.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, timeout_s: float, processes: list[int]) -> None:
+        monkeypatch.setattr(state, "engine_processes", lambda: processes)
+        monkeypatch.setattr(state, "_LAST_WORDS_S", 0.2)
+        self.engine = Engine()
+        self.died = multiprocessing.get_context("spawn").Event()
+        self.server = SimpleNamespace(should_exit=False, force_exit=False)
+        self.cycle = Lifecycle(self.engine, timeout_s, self.died)
+        self.cycle.start(self.server)  # type: ignore[arg-type]
+
+    async def request(self, seconds: float) -> str:
+        with self.cycle.request():
+            try:
+                async with asyncio.timeout(seconds):
+                    await self.engine.failed.wait()
+            except TimeoutError:
+                return "answered"
+            return "failed"
+
+    async def ended(self) -> None:
+        while not self.server.should_exit:
+            await asyncio.sleep(0.01)
+
+
+@pytest.fixture
+def process() -> Iterator[subprocess.Popen[bytes]]:
+    """Something that runs until it is killed."""
+    sleeper = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    yield sleeper
+    sleeper.kill()
+    sleeper.wait()
+
+
+def run(scenario: Any) -> None:
+    """Runs a scenario in a loop of its own, bounded in time."""
+
+    async def bounded() -> None:
+        async with asyncio.timeout(30):
+            await scenario()
+
+    asyncio.run(bounded())
+
+
+def test_drain_lets_requests_finish(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        life = Life(monkeypatch, 20, [])
+        assert life.cycle.phase is Phase.SERVING
+        request = asyncio.create_task(life.request(0.3))
+        await asyncio.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.sleep(0.05)
+        assert life.cycle.phase is Phase.DRAINING
+        assert not life.server.should_exit
+        with pytest.raises(ShuttingDown) as caught, life.cycle.request():
+            pass
+        assert int(caught.value.headers["Retry-After"]) >= 1
+        await life.ended()
+        assert await request == "answered"
+        assert not life.died.is_set()
+        while not life.server.force_exit:
+            await asyncio.sleep(0.01)
+
+    run(scenario)
+
+
+def test_drain_cuts_off_what_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        life = Life(monkeypatch, 0.1, [])
+        requests = [asyncio.create_task(life.request(20)) for _ in range(3)]
+        await asyncio.sleep(0.05)
+        life.cycle.drain()
+        life.cycle.drain()
+        await life.ended()
+        assert await asyncio.gather(*requests) == ["failed"] * 3
+        assert not life.died.is_set(), "the server was asked to end"
+
+    run(scenario)
+
+
+def test_an_idle_server_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        life = Life(monkeypatch, 600, [])
+        life.cycle.drain()
+        await life.ended()
+
+    run(scenario)
+
+
+def test_the_end_of_the_engine(monkeypatch: pytest.MonkeyPatch, process: subprocess.Popen[bytes]) -> None:
+    async def scenario() -> None:
+        life = Life(monkeypatch, 600, [process.pid])
+        request = asyncio.create_task(life.request(20))
+        await asyncio.sleep(0.05)
+        process.kill()
+        await life.ended()
+        assert await request == "failed"
+        assert life.cycle.phase is Phase.STOPPED
+        assert life.died.is_set()
+        with pytest.raises(EngineStopped), life.cycle.request():
+            pass
+        assert isinstance(life.cycle.explain(RuntimeError("of a library")), EngineStopped)
+        known = InvalidRequest("known")
+        assert life.cycle.explain(known) is known
+        life.cycle.stop()
+
+    run(scenario)
+
+
+def test_the_engine_ends_while_the_server_drains(
+    monkeypatch: pytest.MonkeyPatch, process: subprocess.Popen[bytes]
+) -> None:
+    async def scenario() -> None:
+        life = Life(monkeypatch, 600, [process.pid])
+        request = asyncio.create_task(life.request(20))
+        await asyncio.sleep(0.05)
+        life.cycle.drain()
+        process.kill()
+        await life.ended()
+        assert await request == "failed"
+        assert not life.died.is_set()
+
+    run(scenario)
+
+
+def test_an_engine_that_vllm_calls_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        life = Life(monkeypatch, 600, [])
+        life.engine.errored = True
+        assert life.cycle.phase is Phase.STOPPED
+        life.cycle.stop()
+
+    run(scenario)
+
+
+def test_a_watch_that_has_ended_is_silent(process: subprocess.Popen[bytes]) -> None:
+    async def scenario() -> None:
+        calls: list[None] = []
+        watch = EngineWatch(lambda: calls.append(None))
+        watch.start([process.pid])
+        watch.stop()
+        process.kill()
+        await asyncio.sleep(0.2)
+        assert calls == []
+
+    run(scenario)
+
+
+def test_engines_are_found_by_their_title() -> None:
+    """Among this process's children, whatever else runs."""
+    script = (
+        "import sys, time, setproctitle; setproctitle.setproctitle(sys.argv[1]); print(flush=True); time.sleep(600)"
+    )
+    children = [
+        subprocess.Popen([sys.executable, "-c", script, title], stdout=subprocess.PIPE)
+        for title in ("VLLM::EngineCore_DP0", "VLLM::EngineCore_DP1", "VLLM::APIServer_0")
+    ]
+    try:
+        for child in children:
+            assert child.stdout is not None
+            child.stdout.readline()
+        assert engine_processes() == [child.pid for child in children[:2]]
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()
