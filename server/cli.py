@@ -6,9 +6,19 @@ import argparse
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from foldserve.server.commands import analyze, calibrate, convert, demo_model, evaluate, hash_key, serve, train_demo
+from foldserve.server.commands import (
+    analyze,
+    calibrate,
+    convert,
+    demo_model,
+    evaluate,
+    hash_key,
+    loadtest,
+    serve,
+    train_demo,
+)
 
-_COMMANDS = (serve, calibrate, evaluate, analyze, convert, demo_model, train_demo, hash_key)
+_COMMANDS = (serve, calibrate, evaluate, analyze, loadtest, convert, demo_model, train_demo, hash_key)
 
 _DESCRIPTION = """\
 Serve vision-language models with fewer vision tokens: every request chooses how many.
@@ -18,6 +28,7 @@ Serve vision-language models with fewer vision tokens: every request chooses how
   foldserve calibrate MODEL --data DIR          find the layer where vision tokens may be withdrawn
   foldserve evaluate MODEL                      accuracy against vision tokens, for every method
   foldserve analyze MODEL                       where the model can do with fewer vision tokens
+  foldserve loadtest MODEL                      throughput against vision tokens, beside plain vLLM
   foldserve convert stf SRC DST                 a LLaVA-STF checkpoint into the layout that is served
   foldserve hash-key NAME                       an API key, for serve --api-keys
   foldserve demo-model DIR                      copy the demo model into a directory

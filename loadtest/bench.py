@@ -1,0 +1,82 @@
+"""Sends requests with `vllm bench serve`: its clock and its client, which plain vLLM is measured with too.
+
+It is called as a command, so that nothing of vLLM runs in this process. The dataset `custom` takes whole lists of
+messages where the client has no tokenizer; lengths of answers then come from the extra body.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from foldserve.loadtest.grid import Load
+from foldserve.loadtest.record import Sent
+from foldserve.loadtest.workloads import Messages
+
+CHAT = "/v1/chat/completions"
+
+
+def send(
+    url: str, model: str, chats: Sequence[Messages], body: dict[str, Any], load: Load, burstiness: float, seed: int
+) -> Sent:
+    """Sends every chat once, in order.
+
+    Args:
+        body: further fields of every request.
+
+    Raises:
+        RuntimeError: the command failed, or no request was answered.
+    """
+    with TemporaryDirectory(prefix="foldserve-loadtest-") as name:
+        folder = Path(name)
+        (folder / "chats.jsonl").write_text("".join(json.dumps({"prompt": chat}) + "\n" for chat in chats))
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve"]
+        command += [*arguments(url, model, len(chats), body, load, burstiness, seed), "--result-dir", name]
+        command += ["--dataset-path", str(folder / "chats.jsonl"), "--result-filename", "result.json"]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"`vllm bench serve` ended with {done.returncode}:\n{done.stdout[-4000:]}")
+        return parse(json.loads((folder / "result.json").read_text()))
+
+
+def arguments(
+    url: str, model: str, requests: int, body: dict[str, Any], load: Load, burstiness: float, seed: int
+) -> list[str]:
+    """Of the command, but for its files."""
+    options = ["--backend", "openai-chat", "--base-url", url, "--endpoint", CHAT, "--model", model]
+    options += ["--dataset-name", "custom", "--skip-tokenizer-init", "--disable-shuffle", "--no-oversample"]
+    options += ["--num-prompts", str(requests), "--extra-body", json.dumps(body), "--seed", str(seed)]
+    options += ["--save-result", "--save-detailed", "--disable-tqdm"]
+    if load.concurrency is not None:
+        return [*options, "--max-concurrency", str(load.concurrency)]
+    return [*options, "--request-rate", str(load.rate), "--burstiness", str(burstiness)]
+
+
+def parse(result: dict[str, Any]) -> Sent:
+    """What the command saved.
+
+    Raises:
+        RuntimeError: no request was answered.
+    """
+    errors = [error.strip() for error in result["errors"] if error]
+    good = [number for number, error in enumerate(result["errors"]) if not error]
+    if not good:
+        raise RuntimeError(f"no request was answered; the first error was: {errors[0]}")
+
+    def of_good(name: str) -> list[Any]:
+        return [result[name][number] for number in good]
+
+    return Sent(
+        start_s=of_good("start_times"),
+        ttft_s=of_good("ttfts"),
+        e2e_s=of_good("latencies"),
+        itl_s=of_good("itls"),
+        prompt_tokens=of_good("input_lens"),
+        output_tokens=of_good("output_lens"),
+        errors=errors,
+    )

@@ -1,0 +1,98 @@
+"""`foldserve loadtest` from its options to the files it writes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from foldserve.loadtest.grid import Block, Point, schedule
+from foldserve.loadtest.options import Options
+from foldserve.loadtest.prediction import read_shape
+from foldserve.loadtest.quality import read_accuracy
+from foldserve.loadtest.record import Journal, Record, run_identity
+from foldserve.loadtest.report import Report, write
+from foldserve.loadtest.run import Runner
+from foldserve.loadtest.servers import Fleet
+from foldserve.loadtest.summary import summarise
+from foldserve.loadtest.workloads import WORKLOADS
+
+_RESULTS = "results.jsonl"
+_NOT_THE_SAME = ("output", "quality", "shape_from", "rounds", "methods", "ratios", "withdraw", "concurrency", "rate")
+"""Options that may change while results that lie there stay good: they choose blocks, or what is made of them."""
+
+
+def run(options: Options, engine_options: Sequence[str]) -> Report:
+    """Measures what is missing and writes the report in all its forms.
+
+    Raises:
+        ValueError: what is asked cannot be done.
+        RuntimeError: a server did not come up, or did not answer.
+    """
+    variants, loads = options.grid()
+    blocks = schedule(variants, loads, options.rounds, beside=options.beside)
+    journal = Journal(options.output / _RESULTS, _identity(options, engine_options))
+    fleet = Fleet(
+        options.urls(), options.server_options(engine_options), options.output / "logs", beside=options.beside
+    )
+    load = [os.getloadavg()[0]]
+    try:
+        Runner(options, fleet).measure(blocks, variants, journal)
+    finally:
+        fleet.stop()
+    load.append(os.getloadavg()[0])
+    report = _report(options, engine_options, blocks, journal, load)
+    write(report, options.output)
+    return report
+
+
+def _report(
+    options: Options, engine_options: Sequence[str], blocks: Sequence[Block], journal: Journal, load: Sequence[float]
+) -> Report:
+    records: dict[Point, list[Record]] = {}
+    for block in blocks:
+        records.setdefault(block.point, []).append(journal[block.key])
+    checkpoint = options.shape_from or (Path(options.model) if options.model else None)
+    shape = read_shape(checkpoint, options.withdraw_layer) if checkpoint else None
+    return Report(
+        title=Path(options.model).name if options.model else f"the server at {options.url}",
+        settings=_settings(options, engine_options, load),
+        rows=summarise(records, shape),
+        accuracy=read_accuracy(options.quality) if options.quality else [],
+    )
+
+
+def _settings(options: Options, engine_options: Sequence[str], load: Sequence[float]) -> dict[str, str]:
+    workload = f"trace {options.trace.name}" if options.trace else WORKLOADS[options.workload].describe
+    images = f"{options.repeat_images} different ones" if options.repeat_images else "each a new one"
+    return {
+        "workload": f"{workload}; {options.words} words a question, {options.answer_tokens} output tokens",
+        "images": f"{options.images.name if options.images else f'{options.image_size} px, generated'}, {images}",
+        "blocks": f"{options.requests} requests, {options.rounds} rounds (ABBA), "
+        f"{'servers side by side' if options.beside else 'one server at a time'}",
+        "server options": " ".join(engine_options) or "none",
+        "machine": f"{psutil.cpu_count()} CPUs, {psutil.virtual_memory().total / 2**30:.0f} GiB, "
+        f"load average {load[0]:.1f} before and {load[-1]:.1f} after",
+        "versions": _versions(),
+    }
+
+
+def _versions() -> str:
+    found = []
+    for name in ("foldserve", "vllm", "torch"):
+        try:
+            found.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            found.append(f"{name} not installed here")
+    return ", ".join(found)
+
+
+def _identity(options: Options, engine_options: Sequence[str]) -> str:
+    """Of all that a block's result depends on, beside its key."""
+    fields: dict[str, Any] = {k: v for k, v in asdict(options).items() if k not in _NOT_THE_SAME}
+    return run_identity(options={k: str(v) for k, v in fields.items()}, engine=list(engine_options), of=_versions())

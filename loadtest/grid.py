@@ -1,0 +1,115 @@
+"""What is measured: variants of a request x loads, in rounds whose order turns round."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal
+
+ServerName = Literal["foldserve", "vllm"]
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """How images are reduced, and by which server: `vllm` is the control, which can't.
+
+    Attributes:
+        method: None at ratio 0.
+        ratio: asked for, in [0, 1).
+        withdraw: vision tokens leave the decoder at the server's layer K.
+    """
+
+    server: ServerName = "foldserve"
+    method: str | None = None
+    ratio: float = 0.0
+    withdraw: bool = False
+
+    @property
+    def family(self) -> str:
+        """What one line of a plot shows."""
+        if self.server == "vllm":
+            return "plain vLLM"
+        return " + ".join(filter(None, [self.method, "withdraw" if self.withdraw else None])) or "ratio 0"
+
+    @property
+    def label(self) -> str:
+        return f"{self.family} {self.ratio:g}" if self.method else self.family
+
+    def body(self) -> dict[str, Any]:
+        """The fields that a request has for it; none where nothing is asked."""
+        reduction: dict[str, Any] = {"method": self.method, "ratio": self.ratio} if self.method else {}
+        if self.withdraw:
+            reduction["withdraw"] = True
+        return {"reduction": reduction} if reduction else {}
+
+
+CONTROL = Variant("vllm")
+RATIO_0 = Variant()
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How requests arrive; exactly one is given.
+
+    Attributes:
+        concurrency: so many are always on their way.
+        rate: requests/s, at random times.
+        speed: of a trace that has its own times, as a factor.
+    """
+
+    concurrency: int | None = None
+    rate: float | None = None
+    speed: float | None = None
+
+    def __str__(self) -> str:
+        if self.concurrency is not None:
+            return f"{self.concurrency} at once"
+        return f"{self.rate:g} requests/s" if self.rate is not None else f"trace at speed {self.speed:g}"
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One cell of the grid."""
+
+    variant: Variant
+    load: Load
+
+    def __str__(self) -> str:
+        return f"{self.variant.label}, {self.load}"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A point in one round: what is measured in one go."""
+
+    point: Point
+    round: int
+
+    @property
+    def key(self) -> str:
+        """Under which its result is kept."""
+        return f"{self.point}, round {self.round}"
+
+
+def variants(methods: Sequence[str], ratios: Sequence[float], withdraw: Sequence[bool], control: bool) -> list[Variant]:
+    """The control, ratio 0, and the rest in the order in which they were asked for."""
+    rest = []
+    for leaves, method, ratio in product(withdraw, methods, ratios):
+        rest.append(Variant("foldserve", method if ratio else None, ratio, leaves))
+    return list(dict.fromkeys([*([CONTROL] if control else []), RATIO_0, *rest]))
+
+
+def schedule(variants: Sequence[Variant], loads: Sequence[Load], rounds: int, *, beside: bool) -> list[Block]:
+    """All blocks in the order in which they are to run.
+
+    Every second round runs backwards (ABBA), so that a machine that becomes slower favours nobody.
+
+    Args:
+        beside: the servers run at the same time, and variants of both take turns; otherwise each server does all of its
+            blocks of a round before the other starts.
+    """
+    cells = [Point(variant, load) for load in loads for variant in variants]
+    if not beside:
+        cells.sort(key=lambda point: point.variant.server != "vllm")
+    return [Block(point, number) for number in range(rounds) for point in (cells[::-1] if number % 2 else cells)]

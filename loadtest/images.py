@@ -1,0 +1,53 @@
+"""Images for requests, each of them new to every cache unless repeats are asked for."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+_MARK_PX = 16  # one block of chroma samples, so that JPEG keeps the mark
+
+
+class Images:
+    """A source of data URLs.
+
+    Args:
+        size_px: width and height of generated images.
+        folder: to take images from instead; they come in the order of their names, again and again.
+        repeat: how many different ones there are; 0: every one differs from all before.
+
+    Raises:
+        ValueError: a folder without images.
+    """
+
+    def __init__(self, size_px: int, folder: Path | None = None, repeat: int = 0) -> None:
+        self._size_px, self._repeat = size_px, repeat
+        self._files = sorted(path for path in folder.iterdir() if path.suffix.lower() in _SUFFIXES) if folder else []
+        if folder and not self._files:
+            raise ValueError(f"no images in {folder}: names that end in {', '.join(sorted(_SUFFIXES))} are looked for")
+
+    def url(self, number: int) -> str:
+        """The image of that number as a JPEG; equal numbers give equal images."""
+        number = number % self._repeat if self._repeat else number
+        if self._files:
+            with Image.open(self._files[number % len(self._files)]) as file:
+                image = file.convert("RGB")
+        else:
+            coarse = np.random.default_rng(number).integers(0, 256, (12, 12, 3), dtype=np.uint8)
+            image = Image.fromarray(coarse).resize((self._size_px, self._size_px), Image.Resampling.BICUBIC)
+        if not self._repeat:
+            _mark(image, number)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=90)
+        return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _mark(image: Image.Image, number: int) -> None:
+    """Makes an image that comes again another one, by random dots in its corner."""
+    dots = np.random.default_rng([1, number]).integers(0, 2, (_MARK_PX, _MARK_PX), dtype=np.uint8) * 255
+    image.paste(Image.fromarray(dots).convert("RGB"), (0, 0))

@@ -1,0 +1,87 @@
+"""The server's own view: counters before and after, gauges in between."""
+
+from __future__ import annotations
+
+import threading
+from collections import defaultdict
+from types import TracebackType
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+_COUNTERS = (
+    "vllm:num_preemptions_total",
+    "vllm:prefix_cache_queries_total",
+    "vllm:prefix_cache_hits_total",
+    "vllm:mm_cache_queries_total",
+    "vllm:mm_cache_hits_total",
+    "vllm:prompt_tokens_total",
+    "vllm:generation_tokens_total",
+    "vllm:request_queue_time_seconds_sum",
+    "vllm:request_prefill_time_seconds_sum",
+    "vllm:request_decode_time_seconds_sum",
+    "foldserve_kv_bytes_saved_total",
+)
+_BY_STAGE = "foldserve_vision_tokens_total"
+KV_USE, RUNNING, WAITING = "vllm:kv_cache_usage_perc", "vllm:num_requests_running", "vllm:num_requests_waiting"
+RESIDENT = "resident"
+"""Requests like those that run which the KV cache would hold: running / share of blocks in use."""
+
+
+def read(text: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Counters and gauges of a page, each summed over its labels; vision tokens by stage, as `vision_encoded`."""
+    counters: dict[str, float] = defaultdict(float)
+    gauges: dict[str, float] = defaultdict(float)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name in _COUNTERS:
+                counters[sample.name] += sample.value
+            elif sample.name == _BY_STAGE:
+                counters[f"vision_{sample.labels['stage']}"] += sample.value
+            elif sample.name in (KV_USE, RUNNING, WAITING):
+                gauges[sample.name] += sample.value
+    return dict(counters), dict(gauges)
+
+
+class Watch:
+    """Looks at /metrics before, after and, every `every_s`, in between; a server without that page has no figures.
+
+    Attributes:
+        counters: their growth, once it is over.
+        gauges: what they were while requests ran.
+    """
+
+    def __init__(self, url: str, every_s: float = 1.0) -> None:
+        self._page, self._every_s = f"{url}/metrics", every_s
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self.counters: dict[str, float] = {}
+        self.gauges: dict[str, list[float]] = defaultdict(list)
+
+    def __enter__(self) -> Watch:
+        self._before, _ = self._read()
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._over.set()
+        self._thread.join()
+        after, _ = self._read()
+        self.counters = {name: value - self._before.get(name, 0) for name, value in after.items()}
+
+    def _look(self) -> None:
+        while not self._over.wait(self._every_s):
+            try:
+                _, gauges = self._read()
+            except httpx.TransportError:  # too busy to answer: no figure
+                continue
+            if not gauges.get(RUNNING):
+                continue
+            for name, value in gauges.items():
+                self.gauges[name].append(value)
+            if gauges.get(KV_USE):
+                self.gauges[RESIDENT].append(gauges[RUNNING] / gauges[KV_USE])
+
+    def _read(self) -> tuple[dict[str, float], dict[str, float]]:
+        answer = httpx.get(self._page, timeout=30)
+        return read(answer.text) if answer.status_code == 200 else ({}, {})

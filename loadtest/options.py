@@ -1,0 +1,134 @@
+"""What a user may ask of a load test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from foldserve.loadtest.grid import Load, ServerName, Variant, variants
+from foldserve.loadtest.workloads import WORKLOADS
+
+_NEEDED = ("httpx", "jinja2", "matplotlib", "pandas", "PIL", "vllm")
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """A run.
+
+    Attributes:
+        model: that servers are started with, or None where they run already.
+        url, control_url: of servers that run already: ours, and a plain vLLM.
+        control: a plain vLLM with the same options is started too.
+        beside: both are up at the same time.
+        methods, ratios, withdraw: of the grid; ratio 0 is measured in any case.
+        concurrency, rate: of the grid; the latter in requests/s.
+        workload: a name from `WORKLOADS`.
+        trace: is replayed instead, at each of `speed`.
+        requests: of a block; of a trace, at most so many.
+        rounds: how often every point is measured.
+        warm_up: requests of each variant after a server's start, not counted.
+        output_tokens: of an answer; None: as the workload says.
+        words: of a question.
+        images: folder to take images from; None: they are made up, `image_size` pixels wide and high.
+        repeat_images: how many different images there are; 0: each differs from all others.
+        withdraw_layer: K of the server that is started.
+        quality: the card of `foldserve evaluate`, for accuracy beside throughput.
+        shape_from: a checkpoint's folder, for what the arithmetic predicts.
+        seed: of arrival times.
+        output: the folder to write to; results that lie there are not measured again.
+
+    Raises:
+        ValueError: something that can't be measured.
+    """
+
+    output: Path
+    model: str | None = None
+    url: str | None = None
+    control_url: str | None = None
+    control: bool = True
+    beside: bool = False
+    methods: Sequence[str] = ("folder",)
+    ratios: Sequence[float] = (0.25, 0.5, 0.66, 0.75, 0.9)
+    withdraw: Sequence[bool] = (False,)
+    concurrency: Sequence[int] = (1, 8, 64)
+    rate: Sequence[float] = ()
+    workload: str = "chat"
+    trace: Path | None = None
+    speed: Sequence[float] = (1.0,)
+    requests: int = 128
+    rounds: int = 4
+    warm_up: int = 2
+    output_tokens: int | None = None
+    words: int = 48
+    images: Path | None = None
+    image_size: int = 336
+    repeat_images: int = 0
+    withdraw_layer: int | None = None
+    quality: Path | None = None
+    shape_from: Path | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for problem in self._problems():
+            raise ValueError(problem)
+
+    def _problems(self) -> list[str]:
+        """What is wrong, in words."""
+        found = [
+            f"--ratios are shares of vision tokens, each in [0, 1), not {r}" for r in self.ratios if not 0 <= r < 1
+        ]
+        for name in ("concurrency", "rate", "speed"):
+            found += [f"--{name} must be above 0, not {value}" for value in getattr(self, name) if value <= 0]
+        for name in ("requests", "rounds", "words", "image_size"):
+            if getattr(self, name) < 1:
+                found.append(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+        if self.workload not in WORKLOADS:
+            found.append(f"--workload is one of {', '.join(WORKLOADS)}, not {self.workload!r}")
+        elif not self.trace and self.burstiness != 1 and not self.rate:
+            found.append(f"--workload {self.workload} is about arrival times: give --rate")
+        if not self.trace and max(self.concurrency, default=0) > self.requests:
+            found.append(f"{self.requests} requests can't be {max(self.concurrency)} at once: raise --requests")
+        if (self.model is None) == (self.url is None):
+            found.append("a model to serve or the --url of a server is needed, one of them")
+        if any(self.withdraw) and self.url is None and self.withdraw_layer is None:
+            found.append("--withdraw on needs --withdraw-layer K, which the server is started with")
+        missing = [name for name in _NEEDED if find_spec(name) is None]
+        if missing:
+            found.append(f'a load test needs {" and ".join(missing)}: pip install "foldserve[loadtest]"')
+        return found
+
+    @property
+    def burstiness(self) -> float:
+        return WORKLOADS[self.workload].burstiness
+
+    @property
+    def answer_tokens(self) -> int:
+        """Output tokens of every request."""
+        return self.output_tokens or WORKLOADS[self.workload].output_tokens
+
+    @property
+    def has_control(self) -> bool:
+        return self.control_url is not None or (self.url is None and self.control)
+
+    def grid(self) -> tuple[list[Variant], list[Load]]:
+        """Variants and loads; what arrives at a rate has no fixed concurrency."""
+        loads = [Load(concurrency=n) for n in self.concurrency] if self.burstiness == 1 else []
+        loads += [Load(rate=rate) for rate in self.rate]
+        if self.trace:
+            loads = [Load(speed=speed) for speed in self.speed]
+        return variants(self.methods, self.ratios, self.withdraw, self.has_control), loads
+
+    def urls(self) -> dict[ServerName, str]:
+        """Of servers that run already."""
+        given: dict[ServerName, str | None] = {"foldserve": self.url, "vllm": self.control_url}
+        return {name: url.rstrip("/") for name, url in given.items() if url is not None}
+
+    def server_options(self, engine_options: Sequence[str]) -> dict[ServerName, list[str]]:
+        """Command lines of the servers to start, after `serve`."""
+        if self.model is None:
+            return {}
+        common = [self.model, *engine_options]
+        ours = [] if self.withdraw_layer is None else ["--withdraw-layer", str(self.withdraw_layer)]
+        return {"foldserve": common + ours, "vllm": common}

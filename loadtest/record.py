@@ -1,0 +1,98 @@
+"""What was seen in one block, and the file that keeps it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Sent(BaseModel):
+    """The requests as the client saw them, one entry each; the answered ones only, but for `errors`.
+
+    Attributes:
+        start_s: when they were sent, on any clock.
+        ttft_s, e2e_s: to the first token, and to the last.
+        itl_s: between the parts of an answer.
+        prompt_tokens, output_tokens: as the server counts them.
+        errors: of those that failed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    start_s: list[float]
+    ttft_s: list[float]
+    e2e_s: list[float]
+    itl_s: list[list[float]]
+    prompt_tokens: list[int]
+    output_tokens: list[int]
+    errors: list[str]
+
+
+class Record(BaseModel):
+    """One block.
+
+    Attributes:
+        sent: by the client.
+        counters: growth of the server's counters over the block, by name (sums over labels, but for stages).
+        gauges: their values, seen now and then while the block ran.
+        cpu_s: time on a CPU by kind of process, of servers that were started here.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sent: Sent
+    counters: dict[str, float]
+    gauges: dict[str, list[float]]
+    cpu_s: dict[str, float]
+
+
+class _Line(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: str
+    block: str
+    record: Record
+
+
+def run_identity(**parts: object) -> str:
+    """Equal for runs whose results may stand in for each other."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class Journal:
+    """The records of one run, in a file that may hold those of others: a line a block, written when it is done.
+
+    Raises:
+        ValueError: a file that no load test wrote.
+    """
+
+    def __init__(self, file: Path, run: str) -> None:
+        self._file, self._run = file, run
+        self._known: dict[str, Record] = {}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        text = file.read_text() if file.is_file() else ""
+        complete = text[: text.rfind("\n") + 1]
+        if complete != text:  # cut off while it was written
+            file.write_text(complete)
+        for number, row in enumerate(complete.splitlines(), start=1):
+            try:
+                line = _Line.model_validate_json(row)
+            except ValueError as error:
+                raise ValueError(f"{file}, line {number}, is no result: move the file away ({error})") from error
+            if line.run == run:
+                self._known[line.block] = line.record
+
+    def __contains__(self, block: str) -> bool:
+        return block in self._known
+
+    def __getitem__(self, block: str) -> Record:
+        return self._known[block]
+
+    def add(self, block: str, record: Record) -> None:
+        """Appends a block."""
+        with self._file.open("a") as file:
+            file.write(_Line(run=self._run, block=block, record=record).model_dump_json() + "\n")
+        self._known[block] = record

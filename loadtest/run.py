@@ -1,0 +1,113 @@
+"""Measures every block that is not measured yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import httpx
+from tqdm import tqdm
+
+from foldserve.loadtest import bench
+from foldserve.loadtest.grid import Block, Variant
+from foldserve.loadtest.images import Images
+from foldserve.loadtest.metrics import Watch
+from foldserve.loadtest.options import Options
+from foldserve.loadtest.record import Journal, Record, Sent
+from foldserve.loadtest.servers import Fleet, Server
+from foldserve.loadtest.trace import Recorded, read_trace, replay
+from foldserve.loadtest.workloads import WORKLOADS, Maker, Messages
+
+_WARMING = 900_000  # blocks of images that no measurement uses
+_WARM_UP_TIMEOUT_S = 600
+_WARM_UP_TOKENS = 4
+
+
+class Sender(Protocol):
+    """Sends the requests of one block."""
+
+    def __call__(self, url: str, model: str, chats: Sequence[Messages], body: dict[str, Any], block: Block) -> Sent: ...
+
+
+class Runner:
+    """Measures blocks on servers of a fleet.
+
+    Args:
+        options: of the run.
+        fleet: where servers come from.
+        send: by default `vllm bench serve`, or a trace's replay.
+    """
+
+    def __init__(self, options: Options, fleet: Fleet, send: Sender | None = None) -> None:
+        self._options, self._fleet = options, fleet
+        self._maker = Maker(Images(options.image_size, options.images, options.repeat_images), options.words)
+        self._trace: list[Recorded] = read_trace(options.trace)[: options.requests] if options.trace else []
+        self._send = send or (self._replay if self._trace else self._bench)
+        self._models: dict[str, str] = {}
+
+    @property
+    def requests(self) -> int:
+        """Of a block."""
+        return len(self._trace) or self._options.requests
+
+    def measure(self, blocks: Sequence[Block], variants: Sequence[Variant], journal: Journal) -> None:
+        """Fills the journal, with a progress bar over all requests.
+
+        Raises:
+            RuntimeError: a server does not come up, or does not answer.
+            ValueError: a server refuses a variant.
+        """
+        bar = tqdm(total=len(blocks) * self.requests, unit="req", desc="foldserve loadtest")
+        for number, block in enumerate(blocks):
+            if block.key not in journal:
+                bar.set_postfix_str(block.key)
+                server, is_new = self._fleet.get(block.point.variant.server)
+                if is_new or server.url not in self._models:
+                    self._warm_up(server, [v for v in variants if v.server == block.point.variant.server])
+                journal.add(block.key, self._one(server, block, number))
+            bar.update(self.requests)
+        bar.close()
+
+    def _one(self, server: Server, block: Block, number: int) -> Record:
+        chats, body = self._chats(number, self.requests), block.point.variant.body() | self._answer()
+        cpu = server.cpu_s()
+        with Watch(server.url) as watch:
+            sent = self._send(server.url, self._models[server.url], chats, body, block)
+        spent = {kind: after - cpu[kind] for kind, after in server.cpu_s().items()}
+        return Record(sent=sent, counters=watch.counters, gauges=watch.gauges, cpu_s=spent)
+
+    def _answer(self) -> dict[str, Any]:
+        """Greedy, and of a fixed length; a trace knows its own."""
+        length = {} if self._trace else {"max_completion_tokens": self._options.answer_tokens}
+        return {"temperature": 0, "ignore_eos": True} | length
+
+    def _chats(self, block: int, count: int) -> list[Messages]:
+        source = self._maker.source(block)
+        if self._trace:
+            return [line.chat(source) for line in self._trace[:count]]
+        return WORKLOADS[self._options.workload].make(source, count)
+
+    def _bench(self, url: str, model: str, chats: Sequence[Messages], body: dict[str, Any], block: Block) -> Sent:
+        return bench.send(url, model, chats, body, block.point.load, self._options.burstiness, self._options.seed)
+
+    def _replay(self, url: str, model: str, chats: Sequence[Messages], body: dict[str, Any], block: Block) -> Sent:
+        assert block.point.load.speed is not None
+        return replay(url, model, self._trace, chats, body, block.point.load.speed)
+
+    def _warm_up(self, server: Server, variants: Sequence[Variant]) -> None:
+        """Sends some requests of every variant, so that a refusal shows before anything is measured."""
+        with httpx.Client(base_url=server.url, timeout=_WARM_UP_TIMEOUT_S) as client:
+            model = str(client.get("/v1/models").raise_for_status().json()["data"][0]["id"])
+            for number, variant in enumerate(variants):
+                fields = variant.body() | self._answer() | {"model": model, "max_completion_tokens": _WARM_UP_TOKENS}
+                bodies = [{"messages": chat} | fields for chat in self._chats(_WARMING + number, self._options.warm_up)]
+                for answer in _post_at_once(client, bodies):
+                    if answer.status_code != 200:
+                        raise ValueError(f"{server.url} refuses {variant.label}: {answer.text[:1000]}")
+        self._models[server.url] = model
+
+
+def _post_at_once(client: httpx.Client, bodies: Sequence[dict[str, Any]]) -> list[httpx.Response]:
+    with ThreadPoolExecutor(max(1, len(bodies))) as pool:
+        return list(pool.map(lambda body: client.post(bench.CHAT, json=body), bodies))

@@ -1,0 +1,156 @@
+"""Servers under test: those that run somewhere, and those that are started here, as a user starts them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import httpx
+import psutil
+
+from foldserve.loadtest.grid import ServerName
+
+_HOST = "127.0.0.1"
+_STARTS_WITHIN_S = 1800  # a server that fails to start ends; this is for one that hangs
+_STOPS_WITHIN_S = 60
+_MODULES: dict[ServerName, str] = {"foldserve": "foldserve.server.cli", "vllm": "vllm.entrypoints.cli.main"}
+
+
+class Server(Protocol):
+    """A server that answers."""
+
+    @property
+    def url(self) -> str:
+        """Without a path."""
+
+    def cpu_s(self) -> dict[str, float]:
+        """Time on a CPU so far, by kind of process; empty where it can't be seen."""
+
+    def stop(self) -> None:
+        """Ends what was started here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Remote:
+    """A server that somebody else runs."""
+
+    url: str
+
+    def cpu_s(self) -> dict[str, float]:
+        return {}
+
+    def stop(self) -> None:
+        """It is not ours."""
+
+
+class Local:
+    """A server of our own, on a free port.
+
+    Args:
+        name: ours, or plain vLLM, which then does not load our plugin.
+        options: of the command, a model first.
+        log: for its output.
+
+    Raises:
+        RuntimeError: it did not come up.
+    """
+
+    def __init__(self, name: ServerName, options: Sequence[str], log: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind((_HOST, 0))
+            port = int(probe.getsockname()[1])
+        self.url, self._log = f"http://{_HOST}:{port}", log
+        command = [sys.executable, "-m", _MODULES[name], "serve", *options, "--host", _HOST, "--port", str(port)]
+        env = os.environ | ({"VLLM_PLUGINS": ""} if name == "vllm" else {})
+        log.parent.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        with log.open("a") as out:
+            self._process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, env=env)
+        try:
+            self._wait_until_healthy()
+        except BaseException:
+            self.stop()
+            raise
+        self.start_s = time.monotonic() - started
+
+    def cpu_s(self) -> dict[str, float]:
+        """`engine` is what runs the model, `api` the rest."""
+        times = {"api": 0.0, "engine": 0.0}
+        root = psutil.Process(self._process.pid)
+        for process in [root, *root.children(recursive=True)]:
+            name = " ".join(process.cmdline())
+            spent = process.cpu_times()
+            times["engine" if "EngineCore" in name or "Worker" in name else "api"] += spent.user + spent.system
+        return times
+
+    def stop(self) -> None:
+        """As a supervisor does, and without leaving a process behind."""
+        if self._process.poll() is not None:
+            return
+        children = psutil.Process(self._process.pid).children(recursive=True)
+        self._process.send_signal(signal.SIGTERM)
+        try:
+            self._process.wait(_STOPS_WITHIN_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        for child in psutil.wait_procs(children, timeout=5)[1]:
+            child.kill()
+
+    def _wait_until_healthy(self) -> None:
+        end = time.monotonic() + _STARTS_WITHIN_S
+        while self._process.poll() is None and time.monotonic() < end:
+            try:
+                if httpx.get(f"{self.url}/health", timeout=10).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.5)
+        raise RuntimeError(f"the server did not come up:\n{self._log.read_text()[-4000:]}")
+
+
+class Fleet:
+    """Servers by name, running when they are needed.
+
+    Args:
+        urls: of those that run already.
+        options: of those that are to be started.
+        logs: folder for their output.
+        beside: they may run at the same time; otherwise one has all of the machine.
+    """
+
+    def __init__(
+        self,
+        urls: Mapping[ServerName, str],
+        options: Mapping[ServerName, Sequence[str]],
+        logs: Path,
+        *,
+        beside: bool,
+    ) -> None:
+        self._options, self._logs, self._beside = options, logs, beside
+        self._running: dict[ServerName, Server] = {name: Remote(url) for name, url in urls.items()}
+
+    def get(self, name: ServerName) -> tuple[Server, bool]:
+        """The server, and whether it has just been started."""
+        if name in self._running:
+            return self._running[name], False
+        if not self._beside:
+            self._stop_started()
+        self._running[name] = Local(name, self._options[name], self._logs / f"{name}.log")
+        return self._running[name], True
+
+    def stop(self) -> None:
+        """Ends all that were started."""
+        self._stop_started()
+
+    def _stop_started(self) -> None:
+        for name in [name for name in self._running if name in self._options]:
+            self._running.pop(name).stop()

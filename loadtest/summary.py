@@ -1,0 +1,146 @@
+"""From records to figures: one row per point, each figure with its interval and against its bases."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from foldserve.loadtest.grid import CONTROL, RATIO_0, Load, Point, Variant
+from foldserve.loadtest.metrics import KV_USE, RESIDENT
+from foldserve.loadtest.prediction import ModelShape, Request
+from foldserve.loadtest.record import Record
+from foldserve.loadtest.statistics import Draws, Estimate, draw, gaps, mean, quantile, rate
+
+_PERCENTILES = (50, 90, 99)
+_STAGES = {
+    "queue_s": "vllm:request_queue_time_seconds_sum",
+    "prefill_s": "vllm:request_prefill_time_seconds_sum",
+    "decode_s": "vllm:request_decode_time_seconds_sum",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One point over all its rounds.
+
+    Attributes:
+        figures: by name; times in seconds, counts a request unless the name says otherwise.
+        to_ratio_0, to_vllm: the same figures as ratios to those of a base under the same load.
+        limit: what FLOPs and KV bytes predict for the ratio to ratio 0, by figure.
+    """
+
+    variant: Variant
+    load: Load
+    rounds: int
+    requests: int
+    failures: int
+    figures: dict[str, Estimate]
+    to_ratio_0: dict[str, Estimate]
+    to_vllm: dict[str, Estimate]
+    limit: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"label": self.variant.label} | asdict(self)
+
+
+def summarise(records: Mapping[Point, Sequence[Record]], shape: ModelShape | None) -> list[Row]:
+    """A row per point, in the order of the points."""
+    figures = {point: _figures(rounds) for point, rounds in records.items()}
+    return [_row(point, records, figures, shape) for point in records]
+
+
+def _row(
+    point: Point,
+    records: Mapping[Point, Sequence[Record]],
+    figures: Mapping[Point, dict[str, Draws]],
+    shape: ModelShape | None,
+) -> Row:
+    bases = [Point(base, point.load) for base in (RATIO_0, CONTROL)]
+    ratios = [_ratios(figures[point], figures.get(base, {})) for base in bases]
+    rounds = records[point]
+    limit = {}
+    if shape is not None and point.variant.server == "foldserve" and bases[0] in records:
+        limit = _limit(shape, _mean_request(rounds), _mean_request(records[bases[0]]))
+    return Row(
+        variant=point.variant,
+        load=point.load,
+        rounds=len(rounds),
+        requests=sum(len(record.sent.e2e_s) + len(record.sent.errors) for record in rounds),
+        failures=sum(len(record.sent.errors) for record in rounds),
+        figures={name: each.estimate() for name, each in figures[point].items()},
+        to_ratio_0=ratios[0],
+        to_vllm=ratios[1],
+        limit=limit,
+    )
+
+
+def _ratios(own: dict[str, Draws], base: dict[str, Draws]) -> dict[str, Estimate]:
+    """Of what both have, unless the base has nothing of it."""
+    return {name: (own[name] / base[name]).estimate() for name in own if name in base and base[name].drawn.all()}
+
+
+def _limit(shape: ModelShape, own: Request, base: Request) -> dict[str, float]:
+    return {
+        "requests_per_s": shape.flops(base) / shape.flops(own),
+        "resident": shape.kv_elements(base) / shape.kv_elements(own),
+    }
+
+
+def _mean_request(rounds: Sequence[Record]) -> Request:
+    def per_request(counter: str) -> float:
+        return sum(_counted(record, counter) for record in rounds) / len(rounds)
+
+    answered = sum(len(record.sent.e2e_s) for record in rounds)
+    prompt = sum(sum(record.sent.prompt_tokens) for record in rounds) / answered
+    output = sum(sum(record.sent.output_tokens) for record in rounds) / answered
+    kept = per_request("vision_kept")
+    return Request(per_request("vision_encoded"), kept, per_request("vision_withdrawn"), prompt - kept, output)
+
+
+def _counted(record: Record, counter: str) -> float:
+    """Growth per answered request."""
+    return record.counters.get(counter, 0.0) / len(record.sent.e2e_s)
+
+
+def _figures(rounds: Sequence[Record]) -> dict[str, Draws]:
+    """What can be told of every round; where a round has nothing, neither has the figure."""
+    each = [record.sent for record in rounds]
+    found = {"requests_per_s": draw([[[gap] for gap in gaps(sent.start_s, sent.e2e_s)] for sent in each], rate)}
+    times = {
+        "ttft_s": [[[value] for value in sent.ttft_s] for sent in each],
+        "itl_s": [[itl for itl in sent.itl_s if itl] for sent in each],
+        "e2e_s": [[[value] for value in sent.e2e_s] for sent in each],
+    }
+    for name, by_round in times.items():
+        if all(by_round):
+            found |= {f"{name}_p{p}": draw(by_round, quantile(p / 100)) for p in _PERCENTILES}
+    gauges = {"resident": RESIDENT, "kv_use": KV_USE}
+    for name, gauge in gauges.items():
+        if all(record.gauges.get(gauge) for record in rounds):
+            found[name] = draw([[[value] for value in record.gauges[gauge]] for record in rounds], mean)
+    for name, values in _per_round(rounds).items():
+        found[name] = draw([[[value]] for value in values], mean)
+    return found
+
+
+def _per_round(rounds: Sequence[Record]) -> dict[str, list[float]]:
+    """Figures that a round gives one of."""
+    found = {}
+    for stage in ("encoded", "kept", "withdrawn"):
+        if all(f"vision_{stage}" in record.counters for record in rounds):
+            found[f"vision_{stage}"] = [_counted(record, f"vision_{stage}") for record in rounds]
+    for name, counter in _STAGES.items():
+        if all(counter in record.counters for record in rounds):
+            found[name] = [_counted(record, counter) for record in rounds]
+    for cache in ("prefix_cache", "mm_cache"):
+        asked = [record.counters.get(f"vllm:{cache}_queries_total", 0.0) for record in rounds]
+        if all(asked):
+            hits = [record.counters[f"vllm:{cache}_hits_total"] for record in rounds]
+            found[f"{cache}_hit_share"] = [hit / all_ for hit, all_ in zip(hits, asked, strict=True)]
+    if all("vllm:num_preemptions_total" in record.counters for record in rounds):
+        found["preemptions"] = [_counted(record, "vllm:num_preemptions_total") for record in rounds]
+    for kind in ("api", "engine"):
+        if all(kind in record.cpu_s for record in rounds):
+            found[f"{kind}_cpu_s"] = [record.cpu_s[kind] / len(record.sent.e2e_s) for record in rounds]
+    return found

@@ -1,0 +1,121 @@
+"""What is asked: lists of chats, as messages of the OpenAI API."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+from foldserve.loadtest.images import Images
+
+Messages = list[dict[str, Any]]
+
+_WORDS = (
+    "the",
+    "picture",
+    "shows",
+    "what",
+    "is",
+    "left",
+    "of",
+    "how",
+    "many",
+    "small",
+    "red",
+    "boxes",
+    "stand",
+    "near",
+)
+_TURNS = 4
+_IMAGES = 3
+_ROUND_STRIDE = 1_000_000  # images between the first ones of two blocks
+
+
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """Makes requests that no other block has.
+
+    Attributes:
+        images: where they come from.
+        words: of a question.
+    """
+
+    images: Images
+    words: int
+
+    def source(self, block: int) -> Source:
+        """For the block of that number."""
+        return Source(self, block)
+
+
+class Source:
+    """Parts of messages for one block; images are numbered on."""
+
+    def __init__(self, maker: Maker, block: int) -> None:
+        self._maker = maker
+        self._numbers = count(block * _ROUND_STRIDE)
+        self._random = random.Random(block)
+
+    def image(self) -> dict[str, Any]:
+        return {"type": "image_url", "image_url": {"url": self._maker.images.url(next(self._numbers))}}
+
+    def text(self, words: int | None = None) -> dict[str, Any]:
+        """`words` words that begin differently each time, so that no question is another's prefix."""
+        length = self._maker.words if words is None else words
+        return {"type": "text", "text": " ".join(self._random.choices(_WORDS, k=length))}
+
+    def user(self, images: int, words: int | None = None) -> dict[str, Any]:
+        """A user's message with its images in front."""
+        return {"role": "user", "content": [*(self.image() for _ in range(images)), self.text(words)]}
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """A kind of use.
+
+    Attributes:
+        describe: in a few words.
+        make: `n` chats from a source.
+        output_tokens: of an answer, where nothing else is asked for.
+        burstiness: shape of the gamma distribution of times between requests; 1 is a Poisson process.
+    """
+
+    describe: str
+    make: Callable[[Source, int], list[Messages]]
+    output_tokens: int = 16
+    burstiness: float = 1.0
+
+
+def _chat(source: Source, n: int) -> list[Messages]:
+    return [[source.user(1)] for _ in range(n)]
+
+
+def _several(source: Source, n: int) -> list[Messages]:
+    return [[source.user(_IMAGES)] for _ in range(n)]
+
+
+def _mix(source: Source, n: int) -> list[Messages]:
+    return [[source.user(number % 2)] for number in range(n)]
+
+
+def _turns(source: Source, n: int) -> list[Messages]:
+    """All dialogues' first turns, then all second ones, ...: a turn is asked when the one before has long been."""
+    dialogues = [[source.user(1)] for _ in range(-(-n // _TURNS))]
+    chats = [list(dialogue) for dialogue in dialogues]
+    for _ in range(_TURNS - 1):
+        for dialogue in dialogues:
+            dialogue += [{"role": "assistant", "content": source.text()["text"]}, source.user(0)]
+        chats += [list(dialogue) for dialogue in dialogues]
+    return chats[:n]
+
+
+WORKLOADS = {
+    "chat": Workload("one image and a question", _chat),
+    "turns": Workload(f"dialogues of {_TURNS} questions on one image", _turns),
+    "images": Workload(f"{_IMAGES} images and a question", _several),
+    "mix": Workload("every second request without an image", _mix),
+    "long": Workload("one image and a long answer", _chat, output_tokens=256),
+    "bursts": Workload("one image and a question, arriving in bursts", _chat, burstiness=0.1),
+}

@@ -1,0 +1,156 @@
+"""Figures, intervals and predictions against what is known of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from foldserve.loadtest.grid import CONTROL, RATIO_0, Load, Point, Variant
+from foldserve.loadtest.metrics import read
+from foldserve.loadtest.prediction import ModelShape, Request, read_shape
+from foldserve.loadtest.quality import read_accuracy
+from foldserve.loadtest.record import Journal, Record, Sent, run_identity
+from foldserve.loadtest.report import Report, write
+from foldserve.loadtest.statistics import draw, gaps, mean, quantile, rate
+from foldserve.loadtest.summary import summarise
+
+LOAD = Load(concurrency=2)
+FOLDED = Variant("foldserve", "folder", 0.5)
+SEVEN_B = ModelShape(4096, 11008, 32, 4096, 1024, 4096, 23, withdraw_layer=16)
+
+
+def record(seconds: float, kept: int, seed: int = 0, api_s: float = 0.5) -> Record:
+    """20 requests, one after the other, of about `seconds` each."""
+    each = np.random.default_rng(seed).normal(seconds, 0.05 * seconds, 20)
+    start = np.concatenate([[0], np.cumsum(each)[:-1]])
+    sent = Sent(
+        start_s=start.tolist(),
+        ttft_s=(each / 2).tolist(),
+        e2e_s=each.tolist(),
+        itl_s=[[0.1, 0.2]] * 20,
+        prompt_tokens=[kept + 10] * 20,
+        output_tokens=[3] * 20,
+        errors=["boom"],
+    )
+    counters = {"vision_encoded": 2000.0, "vision_kept": 20.0 * kept, "vision_withdrawn": 0.0}
+    return Record(sent=sent, counters=counters, gauges={"resident": [1000 / kept]}, cpu_s={"api": api_s, "engine": 1.0})
+
+
+def test_a_bootstrap_covers_the_mean_as_often_as_it_says() -> None:
+    random = np.random.default_rng(0)
+    hits = 0
+    for _ in range(200):
+        found = draw([[[value] for value in random.normal(5, 1, 60)]], mean).estimate()
+        hits += found.low <= 5 <= found.high
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+def test_figures_of_rounds() -> None:
+    assert draw([[[1.0], [3.0]], [[5.0], [7.0]]], mean).value == 4
+    assert draw([[[1.0, 2.0], [3.0]]], quantile(0.5)).value == 2
+    assert draw([[[0.5]] * 4], rate).estimate().show(1) == "2.0 [2.0, 2.0]"
+    with pytest.raises(ValueError, match="no values"):
+        draw([[]], mean)
+    assert gaps([1.0, 1.0, 2.0], [1.0, 3.0, 1.0]) == [1.0, 1.0, 1.0]
+
+
+def test_ratios_are_drawn_with_the_same_rounds() -> None:
+    """A machine that is twice as slow in one round does not blur the ratio."""
+    slow = [[[1.0]] * 8, [[2.0]] * 8, [[4.0]] * 8]
+    half = [[[0.5]] * 8, [[1.0]] * 8, [[2.0]] * 8]
+    found = (draw(half, mean) / draw(slow, mean)).estimate()
+    assert (found.value, found.low, found.high) == (0.5, 0.5, 0.5)
+
+
+def test_rows_compare_with_both_bases() -> None:
+    points = {
+        Point(CONTROL, LOAD): [record(0.98, 100, 0), record(0.98, 100, 1)],
+        Point(RATIO_0, LOAD): [record(1.0, 100, 2), record(1.0, 100, 3)],
+        Point(FOLDED, LOAD): [record(0.5, 50, 4, api_s=0.55), record(0.5, 50, 5, api_s=0.55)],
+    }
+    shape = ModelShape(512, 1408, 8, 512, 64, 128, 1)
+    control, full, folded = summarise(points, shape)
+    assert (folded.requests, folded.failures, folded.rounds) == (42, 2, 2)
+    assert folded.to_ratio_0["requests_per_s"].low < 2 < folded.to_ratio_0["requests_per_s"].high
+    assert folded.to_vllm["api_cpu_s"].value == pytest.approx(1.1)
+    assert folded.to_ratio_0["resident"].value == pytest.approx(2)
+    assert full.to_ratio_0["requests_per_s"].value == full.limit["requests_per_s"] == 1
+    assert 1.5 < folded.limit["requests_per_s"] < 2
+    assert folded.limit["resident"] == pytest.approx((110 + 1.5) / (60 + 1.5))
+    assert (control.limit, control.figures["itl_s_p50"].value) == ({}, pytest.approx(0.15))
+
+
+def test_predictions_are_those_of_the_design() -> None:
+    """LLaVA-1.5-7B, 64 text tokens, one token out: the decoder's share is 8.40, 3.33 and 2.08 TFLOP."""
+    full, folded = Request(576, 576, 0, 64, 1), Request(576, 192, 0, 64, 1)
+    withdrawn = Request(576, 192, 192, 64, 1)
+    tower = 23 * (576 * (8 * 1024**2 + 4 * 1024 * 4096) + 4 * 576**2 * 1024)
+
+    def decoder(request: Request) -> float:
+        return SEVEN_B.flops(request) - tower - request.kept * 2 * (1024 * 4096 + 4096**2)
+
+    assert [round(decoder(r) / 1e12, 2) for r in (full, folded, withdrawn)] == [8.4, 3.33, 2.08]
+    kv = [SEVEN_B.kv_elements(Request(576, r.kept, r.withdrawn, 64, 0)) * 2 / 2**20 for r in (full, folded, withdrawn)]
+    assert kv == [320, 128, 80]
+
+
+def test_a_shape_is_read_from_a_checkpoint(tiny_llava: Path, tmp_path: Path) -> None:
+    assert read_shape(tiny_llava, 2) == ModelShape(128, 352, 4, 128, 128, 512, 3, 2)
+    assert read_shape(tmp_path, None) is None
+
+
+def test_metrics_are_summed_over_labels() -> None:
+    text = (
+        "# TYPE vllm:prompt_tokens counter\n"
+        'vllm:prompt_tokens_total{engine="0"} 3\nvllm:prompt_tokens_total{engine="1"} 4\n'
+        "# TYPE foldserve_vision_tokens counter\n"
+        'foldserve_vision_tokens_total{stage="kept",method="a"} 5\n'
+        'foldserve_vision_tokens_total{stage="kept",method="b"} 6\n'
+        "# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 2\n"
+    )
+    assert read(text) == ({"vllm:prompt_tokens_total": 7, "vision_kept": 11}, {"vllm:num_requests_running": 2})
+
+
+def test_a_journal_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+    file, one = tmp_path / "results.jsonl", record(1, 100)
+    assert run_identity(a=1) == run_identity(a=1) != run_identity(a=2)
+    Journal(file, "x").add("first", one)
+    with file.open("a") as out:
+        out.write('{"run": "x", "blo')
+    again = Journal(file, "x")
+    again.add("second", one)
+    assert Journal(file, "x")["second"] == one
+    assert "first" in again and "first" not in Journal(file, "another run")
+    file.write_text("{}\n")
+    with pytest.raises(ValueError, match="line 1, is no result"):
+        Journal(file, "x")
+
+
+def test_the_report_stands_alone_and_shows_every_interval(tmp_path: Path) -> None:
+    share = {"value": 0.9, "low": 0.8, "high": 0.95, "count": 10}
+    results = [
+        {"label": "none", "ratio": 0.0, "accuracy": share},
+        {"label": "folder", "ratio": 0.5, "accuracy": share | {"value": 0.85}},
+        {"label": "withdraw", "ratio": None, "accuracy": share},
+    ]
+    card = tmp_path / "quality.json"
+    card.write_text(json.dumps({"results": results}))
+    accuracy = read_accuracy(card)
+    assert [(a.family, a.ratio, a.share.value) for a in accuracy] == [("folder", 0, 0.9), ("folder", 0.5, 0.85)]
+    points = {Point(v, LOAD): [record(1.0, 100), record(1.1, 100, 1)] for v in (CONTROL, RATIO_0, FOLDED)}
+    rows = summarise(points, ModelShape(512, 1408, 8, 512, 64, 128, 1))
+    write(Report("<model>", {"machine": "2 CPUs"}, rows, accuracy), tmp_path)
+    page = (tmp_path / "index.html").read_text()
+    assert page.count("<svg") == 3 and "&lt;model&gt;" in page and "accuracy (right axis)" in page
+    assert not any(outside in page for outside in ("<script", 'src="', "<link"))
+    main = (tmp_path / "report.md").read_text().split("## ")[1]
+    assert f"| 2 at once | folder 0.5 | {rows[2].figures['requests_per_s'].show(3)} | 1.00 [1.00, 1.00] |" in main
+    fields = json.loads((tmp_path / "report.json").read_text())
+    assert set(fields["rows"][2]["figures"]["requests_per_s"]) == {"value", "low", "high"}
+    assert (tmp_path / "report.csv").read_text().startswith("load,label,server")
+    assert all((tmp_path / f"{stem}.{kind}").is_file() for stem in ("throughput", "ttft") for kind in ("png", "svg"))
+    with pytest.raises(ValueError, match=r"is no quality\.json"):
+        read_accuracy(tmp_path / "report.json")

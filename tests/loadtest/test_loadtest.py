@@ -1,0 +1,117 @@
+"""The whole tool: against a fake server for what it does, once against a real one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from foldserve.loadtest.command import run
+from foldserve.loadtest.grid import Block, schedule
+from foldserve.loadtest.options import Options
+from foldserve.loadtest.record import Journal, Record, Sent
+from foldserve.loadtest.run import Runner
+from foldserve.loadtest.servers import Fleet
+from foldserve.loadtest.trace import read_trace, replay
+from foldserve.loadtest.workloads import Messages
+from foldserve.server.cli import main
+from tests.loadtest.fake_server import ENCODED, Fake, fake_server
+
+
+@pytest.fixture
+def fake() -> Iterator[Fake]:
+    with fake_server() as server:
+        yield server
+
+
+def write_trace(file: Path, *questions: str) -> Path:
+    lines = [
+        {"timestamp_s": 0.02 * n, "output_tokens": 3, "messages": [{"role": "user", "content": question}]}
+        for n, question in enumerate(questions)
+    ]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def test_a_trace_is_replayed_at_its_times(fake: Fake, tmp_path: Path) -> None:
+    trace = read_trace(write_trace(tmp_path / "trace.jsonl", "one", "fail", "three"))
+    chats: list[Messages] = [line.messages or [] for line in trace]
+    sent = replay(fake.url, "fake", trace, chats, {"reduction": {"ratio": 0.5}}, speed=1)
+    assert sent.output_tokens == [3, 3] and sent.prompt_tokens == [60, 60]
+    assert [len(itl) for itl in sent.itl_s] == [2, 2]
+    assert sent.errors == ["500 broken"]
+    assert max(sent.start_s) - min(sent.start_s) >= 0.04
+    assert all(0 < ttft <= e2e for ttft, e2e in zip(sent.ttft_s, sent.e2e_s, strict=True))
+    with pytest.raises(RuntimeError, match="the first error was: 500 broken"):
+        replay(fake.url, "fake", trace[1:2], chats[1:2], {}, speed=1)
+
+
+def test_a_run_ends_in_a_report_and_is_not_done_twice(fake: Fake, tmp_path: Path) -> None:
+    trace = write_trace(tmp_path / "trace.jsonl", "one", "two", "three")
+    options = Options(tmp_path / "out", url=fake.url, trace=trace, ratios=(0.5,), rounds=2, speed=(4.0,), warm_up=1)
+    report = run(options, [])
+    assert [row.variant.label for row in report.rows] == ["ratio 0", "folder 0.5"]
+    for row, kept in zip(report.rows, (ENCODED, ENCODED // 2), strict=True):
+        assert (row.requests, row.failures, row.rounds) == (6, 0, 2)
+        assert row.figures["vision_encoded"].value == ENCODED
+        assert row.figures["vision_kept"].value == kept
+    reductions = [body.get("reduction") is not None for body in fake.asked]
+    assert reductions == [False, True] + [False] * 3 + [True] * 6 + [False] * 3  # warm-up, then ABBA
+    assert run(options, []).rows == report.rows
+    assert len(fake.asked) == 14
+    assert (tmp_path / "out" / "index.html").is_file()
+
+
+def test_a_refused_variant_ends_the_run_before_anything_is_measured(fake: Fake, tmp_path: Path) -> None:
+    fake.refuse = "this model can't"
+    trace = write_trace(tmp_path / "trace.jsonl", "one")
+    options = Options(tmp_path / "out", url=fake.url, trace=trace, ratios=(0.5,))
+    with pytest.raises(ValueError, match=r"refuses folder 0\.5: this model can't"):
+        run(options, [])
+    assert not (tmp_path / "out" / "results.jsonl").exists()
+
+
+def test_blocks_that_are_there_are_left_alone(fake: Fake, tmp_path: Path) -> None:
+    options = Options(tmp_path, url=fake.url, ratios=(0.5,), rounds=2, concurrency=(1,), requests=3, image_size=28)
+    asked: list[str] = []
+    images: list[str] = []
+
+    def send(url: str, model: str, chats: Sequence[Messages], body: dict[str, Any], block: Block) -> Sent:
+        asked.append(block.key)
+        images.extend(chat[0]["content"][0]["image_url"]["url"] for chat in chats)
+        assert (url, model, body["max_completion_tokens"]) == (fake.url, "fake", 16)
+        times = [1.0] * len(chats)
+        tokens = [2] * len(chats)
+        return Sent(
+            start_s=times, ttft_s=times, e2e_s=times, itl_s=[], prompt_tokens=tokens, output_tokens=tokens, errors=[]
+        )
+
+    variants, loads = options.grid()
+    blocks = schedule(variants, loads, 2, beside=False)
+    journal = Journal(tmp_path / "results.jsonl", "run")
+    done = Sent(start_s=[0], ttft_s=[1], e2e_s=[1], itl_s=[], prompt_tokens=[1], output_tokens=[1], errors=[])
+    journal.add(blocks[1].key, Record(sent=done, counters={}, gauges={}, cpu_s={}))
+    fleet = Fleet(options.urls(), {}, tmp_path, beside=False)
+    Runner(options, fleet, send).measure(blocks, variants, journal)
+    assert asked == [blocks[0].key, blocks[2].key, blocks[3].key]
+    assert len(set(images)) == len(images) == 9
+    assert all(block.key in journal for block in blocks)
+
+
+def test_smoke(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything at once: `foldserve serve`, `vllm bench serve`, and a report whose counts are the server's own."""
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
+    server = ["--dtype", "float32", "--max-model-len", "1024", "--enforce-eager", "--mm-processor-cache-gb", "0.1"]
+    server += ["--kv-cache-memory-bytes", str(64 << 20)]
+    main(["loadtest", str(tiny_llava), "--smoke", "--output", str(tmp_path), *server])
+    full, folded = json.loads((tmp_path / "report.json").read_text())["rows"]
+    assert (full["label"], full["requests"], full["failures"]) == ("ratio 0", 4, 0)
+    assert (folded["label"], folded["requests"], folded["failures"]) == ("folder 0.5", 4, 0)
+    assert [row["figures"]["vision_encoded"]["value"] for row in (full, folded)] == [144, 144]
+    assert [row["figures"]["vision_kept"]["value"] for row in (full, folded)] == [144, 72]
+    assert folded["limit"]["requests_per_s"] > 1
+    assert all(row["figures"]["api_cpu_s"]["value"] > 0 for row in (full, folded))
+    assert full["figures"]["mm_cache_hit_share"]["value"] == 0  # every image is a new one
