@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from foldserve.reducers.reduction import InvalidReduction, Reduction
+from foldserve.reducers.reduction import InvalidReduction, Positions, Reduction
 from foldserve.server.access import Access
 from foldserve.server.limits import Limits
 
@@ -24,6 +24,7 @@ class Settings:
     Attributes:
         default_reduction: applied to requests that say nothing.
         low_detail_ratio: reduction ratio of images sent with OpenAI's `detail: low`, in [0, 1).
+        positions: of the tokens that stay, for requests that do not say: "renumber" or "keep".
         withdraw_layer: K, the first decoder layer without vision tokens, at least 1; None builds the model without it.
         calibration: of a K that `foldserve calibrate` found: its eta, samples, and mean KL in nats; else None.
         limits: what one request may cost.
@@ -39,6 +40,7 @@ class Settings:
     calibration: Mapping[str, float | int] | None = None
     limits: Limits = field(default_factory=Limits)
     access: Access = field(default_factory=Access)
+    positions: Positions = "renumber"
 
     def __post_init__(self) -> None:
         if not 0 <= self.low_detail_ratio < 1:
@@ -57,6 +59,7 @@ class Settings:
             "calibration": self.calibration,
             "limits": self.limits.to_config(),
             "access": self.access.to_config(),
+            "positions": self.positions,
         }
 
 
@@ -107,6 +110,7 @@ class Environment:
         cxx: the C++ compiler that torch's inductor uses on CPU.
         log_level: `VLLM_LOGGING_LEVEL`.
         own_logging: the user has a logging configuration of their own, or wants none.
+        wants_v2_runner: `VLLM_USE_V2_MODEL_RUNNER` asks for model runner V2.
         refused: names of variables that are set and would undo what the server promises, with what to do instead.
     """
 
@@ -116,6 +120,7 @@ class Environment:
     cxx: str
     log_level: str = "INFO"
     own_logging: bool = False
+    wants_v2_runner: bool = False
     refused: tuple[str, ...] = ()
 
     @classmethod
@@ -130,5 +135,6 @@ class Environment:
             cxx=env.get("CXX") or "g++",
             log_level=(env.get("VLLM_LOGGING_LEVEL") or "INFO").upper(),
             own_logging=bool(env.get("VLLM_LOGGING_CONFIG_PATH")) or env.get("VLLM_CONFIGURE_LOGGING") == "0",
+            wants_v2_runner=env.get("VLLM_USE_V2_MODEL_RUNNER") == "1",
             refused=tuple(f"{name}: {why}" for name, why in _REFUSED.items() if env.get(name) not in (None, "", "0")),
         )

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foldserve.reducers import METHODS, Method, VisionGeometry
+from foldserve.reducers.method import Projector
+from foldserve.reducers.reduction import MIN_KEPT
 from foldserve.reducers.refusal import InvalidReduction
 from foldserve.server.settings import CONFIG_KEY
 
@@ -25,6 +27,7 @@ def describe(chat: FoldServingChat) -> dict[str, object]:
         "vision_tokens_per_image": geometry.tokens if geometry else None,
         "default_reduction": planner.defaults.reduction.to_json(),
         "low_detail_ratio": planner.defaults.low_detail_ratio,
+        "positions": {"default": planner.defaults.positions, "can_keep": planner.positions is not None},
         "withdraw_layer": planner.withdraw_layer,
         "calibration": chat.engine_client.vllm_config.additional_config.get(CONFIG_KEY, {}).get("calibration"),
         "quality": served_card(chat.engine_client.vllm_config.model_config.model),
@@ -36,7 +39,7 @@ def describe(chat: FoldServingChat) -> dict[str, object]:
                 "paper": method.paper,
                 "stage": method.stage.value,
                 "options": {option.name: option.schema() for option in method.options},
-                "max_removed_tokens": geometry.tokens - 2 if geometry else 0,
+                "max_removed_tokens": _max_removed(method, geometry) if geometry else 0,
             }
             for method in methods
         ],
@@ -59,3 +62,8 @@ def _works_with(method: Method, geometry: VisionGeometry) -> bool:
     except InvalidReduction as refusal:
         return refusal.param in {option.name for option in method.options}
     return True
+
+
+def _max_removed(method: Method, geometry: VisionGeometry) -> int:
+    """Of one image's tokens."""
+    return 0 if isinstance(method, Projector) else geometry.tokens - MIN_KEPT

@@ -21,7 +21,7 @@ from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memo
 
 from foldserve.server.api.announce import announce_when_ready
 from foldserve.server.api.lifecycle.arguments import SHARED, Shared, prepare
-from foldserve.server.engine import withdrawal
+from foldserve.server.engine import positions, withdrawal
 from foldserve.server.settings import CONFIG_KEY, Environment, Settings
 
 # Groups that vLLM loads in full unless VLLM_PLUGINS is set. Endpoint plugins it loads only if VLLM_PLUGINS names them.
@@ -49,6 +49,7 @@ def serve(argv: list[str], settings: Settings | SettingsFor, environment: Enviro
     Raises:
         SystemExit: arguments that vLLM's parser or we refuse.
     """
+    _check_plugins()
     os.environ["VLLM_PLUGINS"] = ",".join(plugins_to_load(environment))
     cli_env_setup()
     args = serve_args(argv, settings, environment, small_model)
@@ -60,6 +61,13 @@ def serve(argv: list[str], settings: Settings | SettingsFor, environment: Enviro
     shared: Shared = getattr(args, SHARED)
     if shared.engine_died.is_set():
         raise SystemExit("foldserve: the engine's process has died")
+
+
+def _check_plugins() -> None:
+    """Stops where one can't be loaded: vLLM would only log that, and serve all its routes to everybody."""
+    for plugin in distribution("foldserve").entry_points:
+        if plugin.group.startswith("vllm."):
+            plugin.load()
 
 
 def plugins_to_load(environment: Environment) -> list[str]:
@@ -97,6 +105,11 @@ def serve_args(
         options.error(f"{CONFIG_KEY!r} in --additional-config is set by foldserve's own options: use those")
     if settings.withdraw_layer is not None:
         _add_withdrawal(args, settings.withdraw_layer, options.error)
+    elif args.worker_cls == "auto" and args.pipeline_parallel_size == 1 and not environment.wants_v2_runner:
+        on_cpu = current_platform.is_cpu()
+        args.worker_cls = positions.worker("cpu" if on_cpu else "cuda")
+        if not on_cpu:
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # positions are kept by a V1 runner
     for variable in environment.refused:
         options.error(f"not taken from the environment: {variable}")
     prepare(args, settings.access, options.error)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 from foldserve.server.api.errors import InvalidRequest
@@ -20,12 +20,15 @@ class Planner:
         defaults: what applies where a request says nothing.
         withdraw_layer: K of the server, or None.
         room: that a prompt has in one step of the engine.
+        positions: rotary positions that the model was trained for; None where the engine's runner can't keep those of
+            the tokens that stay.
     """
 
     geometry: VisionGeometry | None
     defaults: Defaults
     withdraw_layer: int | None
     room: Room
+    positions: int | None = None
 
     def plan(self, request: FoldChatRequest) -> tuple[list[Reduction], list[Plan]]:
         """One reduction and one plan per image, in prompt order; no plans where the model can't reduce.
@@ -33,7 +36,7 @@ class Planner:
         Raises:
             InvalidRequest, InvalidReduction: the server can't do what is asked.
         """
-        reductions = request.image_reductions(self.defaults)
+        reductions = [self._with_positions(reduction) for reduction in request.image_reductions(self.defaults)]
         self._check_withdrawal(request, reductions)
         if self.geometry is None:
             if any(reduction != Reduction() for reduction in reductions):
@@ -45,6 +48,40 @@ class Planner:
             if request.reduction_ratio is not None:
                 raise InvalidRequest(str(error), "reduction_ratio") from error
             raise
+
+    def check_positions(self, plans: Sequence[Plan], prompt_tokens: int, request: FoldChatRequest) -> None:
+        """Sees to it that no token gets a position that the model was not trained for.
+
+        Tokens that keep their positions leave gaps, so that the prompt takes more positions than it has tokens. An
+        answer whose length is left open ends where the positions do.
+
+        Raises:
+            InvalidRequest: the prompt, or the answer asked for, goes beyond.
+        """
+        gaps = sum(plan.removed for plan in plans if plan.keeps_positions)
+        if not gaps or self.positions is None:
+            return
+        free = self.positions - prompt_tokens - gaps
+        asked = request.max_completion_tokens or request.__dict__.get("max_tokens")  # deprecated: a read of it warns
+        if free < (asked or 1):
+            raise InvalidRequest(
+                f"with positions 'keep' the prompt takes {prompt_tokens + gaps} of the model's {self.positions} "
+                f"positions, and {asked or 1} more are asked for: shorten it, or send positions 'renumber'",
+                "reduction.positions",
+            )
+        if asked is None:
+            request.max_completion_tokens = free
+
+    def _with_positions(self, reduction: Reduction) -> Reduction:
+        """The server's default where the request leaves positions open, as far as anything is removed."""
+        if reduction.positions is None and (reduction.ratio or reduction.keep_tokens):
+            reduction = replace(reduction, positions=self.defaults.positions)
+        if reduction.positions == "keep" and self.positions is None:
+            raise InvalidRequest(
+                "this server can't keep positions: start it with `foldserve serve`, on model runner V1",
+                "reduction.positions",
+            )
+        return reduction
 
     def _check_withdrawal(self, request: FoldChatRequest, reductions: Sequence[Reduction]) -> None:
         in_decoder = next((reduction.decoder for reduction in reductions if reduction.decoder), None)

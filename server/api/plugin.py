@@ -26,6 +26,7 @@ from foldserve.server.api.planner import Planner
 from foldserve.server.api.routes import replace_routes
 from foldserve.server.api.schema import Defaults
 from foldserve.server.api.serving import FoldServingChat
+from foldserve.server.engine import positions
 from foldserve.server.engine.geometry import vision_geometry
 from foldserve.server.engine.kv_cost import kv_cost
 from foldserve.server.engine.withdrawal import step_room
@@ -62,6 +63,7 @@ class FoldserveEndpoint:
                 Defaults.from_config(config),
                 withdraw_layer,
                 step_room(engine_client.vllm_config),
+                positions.limit(engine_client.vllm_config),
             ),
             kv_cost=kv_cost(engine_client.vllm_config, withdraw_layer),
             checks=chat_checks(engine_client, limits),

@@ -11,7 +11,7 @@ from pydantic import PlainValidator, PrivateAttr, WithJsonSchema, model_validato
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 
 from foldserve.reducers import METHODS
-from foldserve.reducers.reduction import FIELDS, Reduction
+from foldserve.reducers.reduction import FIELDS, Positions, Reduction
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.usage import VisionTokens
 from foldserve.server.settings import CONFIG_KEY, Settings
@@ -41,13 +41,16 @@ class Defaults:
 
     reduction: Reduction = Reduction()
     low_detail_ratio: float = Settings().low_detail_ratio
+    positions: Positions = Settings().positions
 
     @classmethod
     def from_config(cls, additional_config: Mapping[str, Any]) -> Defaults:
         """Reads `additional_config[CONFIG_KEY]`, which the command line filled."""
         ours = additional_config.get(CONFIG_KEY, {})
         return cls(
-            Reduction.parse(ours.get("default_reduction") or {}), ours.get("low_detail_ratio", cls().low_detail_ratio)
+            Reduction.parse(ours.get("default_reduction") or {}),
+            ours.get("low_detail_ratio", cls().low_detail_ratio),
+            ours.get("positions", cls().positions),
         )
 
 
@@ -76,6 +79,10 @@ class FoldChatRequest(ChatCompletionRequest):
             )
         request._details = details
         return request
+
+    @property
+    def has_images(self) -> bool:
+        return bool(self._details)
 
     def image_reductions(self, defaults: Defaults) -> list[Reduction]:
         """One reduction per image, in prompt order: the explicit one, or else what the image's `detail` says."""

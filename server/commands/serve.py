@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 from foldserve.server.access import Access
@@ -51,6 +51,12 @@ def add(commands: Commands) -> None:
         default=defaults.low_detail_ratio,
         metavar="RATIO",
         help='reduction ratio of images sent with "detail": "low" (default: %(default)s)',
+    )
+    serve.add_argument(
+        "--positions",
+        choices=("renumber", "keep"),
+        default=defaults.positions,
+        help="rotary positions of the vision tokens that stay, for requests that do not say (default: %(default)s)",
     )
     serve.add_argument(
         "--withdraw-layer",
@@ -134,17 +140,21 @@ def _run(args: argparse.Namespace, rest: list[str]) -> None:
     environment = Environment.read()
     settings: Settings | Callable[[str, str | None], Settings]
     try:
-        limits, access = _limits(args), _access(args)
         if environment.own_logging and (args.log_format != "text" or args.log_level):
             raise ValueError("--log-format and --log-level exclude a logging configuration of your own")
-        if args.withdraw_layer == "auto":
-            settings = _calibrated_settings(args, environment, limits, access)
-        elif args.calibration is not None:
+        calibrated = args.withdraw_layer == "auto"
+        if args.calibration is not None and not calibrated:
             raise ValueError("--calibration is what --withdraw-layer auto reads: give both or none")
-        else:
-            settings = Settings(
-                args.default_reduction, args.low_detail_ratio, args.withdraw_layer, None, limits, access
-            )
+        settings = Settings(
+            args.default_reduction,
+            args.low_detail_ratio,
+            None if calibrated else args.withdraw_layer,
+            limits=_limits(args),
+            access=_access(args),
+            positions=args.positions,
+        )
+        if calibrated:
+            settings = _calibrated(settings, args.calibration, environment)
     except ValueError as error:
         args.fail(str(error))
 
@@ -157,16 +167,12 @@ def _run(args: argparse.Namespace, rest: list[str]) -> None:
         launch.serve(rest, settings, environment, CHECKPOINT)
 
 
-def _calibrated_settings(
-    args: argparse.Namespace, environment: Environment, limits: Limits, access: Access
-) -> Callable[[str, str | None], Settings]:
+def _calibrated(base: Settings, file: Path | None, environment: Environment) -> Callable[[str, str | None], Settings]:
     """Settings for a model and its revision, which only vLLM's parser can tell from its options."""
     from foldserve.server.quality.calibration_file import default_file, read_for
 
     def settings(model: str, revision: str | None) -> Settings:
-        found = read_for(model, revision, args.calibration or default_file(model, environment.cache_dir))
-        return Settings(
-            args.default_reduction, args.low_detail_ratio, found.withdraw_layer, found.summary(), limits, access
-        )
+        found = read_for(model, revision, file or default_file(model, environment.cache_dir))
+        return replace(base, withdraw_layer=found.withdraw_layer, calibration=found.summary())
 
     return settings

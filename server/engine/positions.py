@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from vllm.config import VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 
 _MARK = re.compile(r"@(\d+)(?=~|\Z)")
@@ -41,6 +42,19 @@ def detach(embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Inverse of `attach`."""
     high, low = embeds[:, -_COLUMNS:].long().unbind(-1)
     return embeds[:, :-_COLUMNS], high * _BASE + low
+
+
+def limit(vllm_config: VllmConfig) -> int | None:
+    """Positions that the model was trained for; None where the engine's worker is not one of ours, which keep them."""
+    if not vllm_config.parallel_config.worker_cls.startswith("foldserve."):
+        return None
+    model = vllm_config.model_config
+    return max(model.hf_text_config.max_position_embeddings, model.max_model_len)
+
+
+def worker(device: Literal["cpu", "cuda"]) -> str:
+    """The `worker_cls` whose runner keeps positions; every worker of withdrawal does too."""
+    return f"foldserve.server.engine.worker_{device}.FoldWorker"
 
 
 class Image(NamedTuple):

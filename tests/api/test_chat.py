@@ -11,6 +11,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from foldserve.reducers import METHODS
 from tests.images import data_uri, photo
 
 ENCODED = 144
@@ -223,7 +224,9 @@ def test_routes_that_would_ignore_the_reduction_are_refused(server_url: str, pat
 
 def test_catalog(server_url: str) -> None:
     catalog = httpx.get(f"{server_url}/v1/reducers").json()
-    assert [method["id"] for method in catalog["data"]] == ["folder", "folder_cls"]
+    assert [method["id"] for method in catalog["data"]] == [name for name in METHODS if name != "stf"]
+    assert {method["stage"] for method in catalog["data"]} == {"before_tower", "in_tower", "after_tower", "decoder"}
+    assert catalog["positions"] == {"default": "renumber", "can_keep": True}
     assert catalog["vision_tokens_per_image"] == ENCODED
     assert catalog["low_detail_ratio"] == 0.75
     assert catalog["default_reduction"] == {}
@@ -234,7 +237,8 @@ def test_catalog(server_url: str) -> None:
 def test_openapi_documents_the_fields(server_url: str) -> None:
     schema = httpx.get(f"{server_url}/openapi.json").json()
     fields = schema["components"]["schemas"]["FoldChatRequest"]["properties"]
-    assert fields["reduction"]["properties"]["method"]["enum"] == ["folder", "folder_cls"]
+    assert all(name in fields["reduction"]["properties"]["method"]["description"] for name in METHODS)
+    assert fields["reduction"]["properties"]["layers"]["default"] == [5, 6, 7, 8]
     assert fields["reduction_ratio"]["exclusiveMaximum"] == 1
 
 

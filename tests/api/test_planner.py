@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.planner import Planner
 from foldserve.server.api.schema import Defaults, FoldChatRequest
 from foldserve.server.engine.withdrawal import Room
-from foldserve.reducers.geometry import VisionGeometry
 
 CLIP = VisionGeometry(576, (24, 24), layers=23, class_token=True)
 SIGLIP = VisionGeometry(729, (27, 27), layers=26)
@@ -50,3 +51,37 @@ def test_model_that_cannot_reduce() -> None:
     assert planner(None).plan(request("auto", reduction_ratio=0)) == ([Reduction()], [])
     with pytest.raises(InvalidRequest, match="can't reduce"):
         planner(None).plan(request("auto", reduction_ratio=0.5))
+
+
+def test_positions_that_the_server_cannot_keep() -> None:
+    with pytest.raises(InvalidRequest, match="can't keep positions") as caught:
+        planner().plan(request("auto", reduction={"ratio": 0.5, "positions": "keep"}))
+    assert caught.value.param == "reduction.positions"
+
+
+def test_positions_default_and_what_a_request_says() -> None:
+    keeping = replace(planner(positions="keep"), positions=4096)
+
+    def kept(**fields: Any) -> list[bool]:
+        return [plan.keeps_positions for plan in keeping.plan(request("auto", **fields))[1]]
+
+    assert kept(reduction_ratio=0.5) == [True]
+    assert kept(reduction={"ratio": 0.5, "positions": "renumber"}) == [False]
+    assert kept(reduction_ratio=0) == kept() == [False]
+    assert keeping.plan(request("auto"))[0] == [Reduction()]
+
+
+@pytest.mark.parametrize(
+    ("asked", "prompt", "left"), [(None, 300, 12), (12, 300, 12), (13, 300, None), (None, 311, 1), (None, 312, None)]
+)
+def test_no_position_beyond_the_models(asked: int | None, prompt: int, left: int | None) -> None:
+    """Half of 576 tokens leave gaps of 288; the model knows 600 positions."""
+    keeping = replace(planner(), positions=600)
+    asking = request("auto", reduction={"ratio": 0.5, "positions": "keep"}, max_completion_tokens=asked)
+    _, plans = keeping.plan(asking)
+    if left is None:
+        with pytest.raises(InvalidRequest, match="600 positions"):
+            keeping.check_positions(plans, prompt, asking)
+    else:
+        keeping.check_positions(plans, prompt, asking)
+        assert asking.max_completion_tokens == left

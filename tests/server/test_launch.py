@@ -33,6 +33,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Namespace]:
     ) -> Namespace:
         monkeypatch.setattr(launch, "current_platform", SimpleNamespace(is_cpu=lambda: cpu))
         memory = SimpleNamespace(available_memory=memory_gib * 2**30)
+        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")  # set there too: undone here
         monkeypatch.setattr(launch, "get_memory_node_info", lambda node: memory)
         monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" if compiler else None)
         return launch.serve_args(list(argv), settings, environment, SMALL)
@@ -88,13 +89,27 @@ def test_a_kv_cache_sized_in_another_way_stays(
     assert parsed(*argv, environment=environment).kv_cache_memory_bytes is None
 
 
-def test_on_a_gpu_every_choice_is_vllms(parsed: Callable[..., Namespace]) -> None:
+def test_on_a_gpu_every_other_choice_is_vllms(parsed: Callable[..., Namespace]) -> None:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     ours = vars(parsed("m", cpu=False, compiler=False))
     plain = vars(make_arg_parser(FlexibleArgumentParser()).parse_args(["m"]))
-    assert ours | {"additional_config": {}, "subparser": None} == plain | {"subparser": None}
+    needed = {
+        "additional_config",
+        "disable_uvicorn_access_log",  # ours has request ids
+        "foldserve_shared",
+        "shutdown_timeout",
+        "subparser",
+        "worker_cls",
+    }
+    assert {name for name, value in ours.items() if name not in plain or value != plain[name]} == needed
+    assert ours["worker_cls"] == "foldserve.server.engine.worker_cuda.FoldWorker"
+
+
+def test_a_runner_of_ones_own_is_left_alone(parsed: Callable[..., Namespace]) -> None:
+    assert parsed("m", "--worker-cls", "theirs.Worker").worker_cls == "theirs.Worker"
+    assert parsed("m", "--pipeline-parallel-size", "2").worker_cls == "auto"  # later ranks see no images
 
 
 def test_settings_travel_in_the_additional_config(parsed: Callable[..., Namespace]) -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from foldserve.reducers.reduction import InvalidReduction, Reduction
+from foldserve.server.access import Access
+from foldserve.server.limits import Limits
 from foldserve.server.settings import Environment, Settings, parse_reduction
 
 
@@ -17,15 +19,27 @@ def test_defaults_reduce_nothing() -> None:
         "low_detail_ratio": 0.75,
         "withdraw_layer": None,
         "calibration": None,
+        "limits": Limits().to_config(),
+        "access": Access().to_config(),
+        "positions": "renumber",
     }
 
 
 def test_config_is_json_from_which_the_reduction_can_be_parsed() -> None:
     calibration = {"eta": 0.003, "samples": 20, "kl": 0.0021}
-    settings = Settings(Reduction(method="folder_cls", ratio=0.5), 0.9, 16, calibration)
+    limits = Limits(max_images_per_request=3)
+    access = Access(api_keys=Path("/keys.toml"), guard_metrics=True, max_queue=0, shutdown_timeout_s=5)
+    settings = Settings(Reduction(method="folder_cls", ratio=0.5), 0.9, 16, calibration, limits, access, "keep")
     config = json.loads(json.dumps(settings.to_config()))
     assert Reduction.parse(config.pop("default_reduction")) == settings.default_reduction
-    assert config == {"low_detail_ratio": 0.9, "withdraw_layer": 16, "calibration": calibration}
+    assert Limits.from_config(config.pop("limits")) == settings.limits
+    assert Access.from_config(config.pop("access")) == settings.access
+    assert config == {
+        "low_detail_ratio": 0.9,
+        "withdraw_layer": 16,
+        "calibration": calibration,
+        "positions": "keep",
+    }
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, float("nan")])
