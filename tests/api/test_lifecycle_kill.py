@@ -197,9 +197,10 @@ def test_a_prompt_is_cached_for_its_own_key(live: Live) -> None:
     prompt = "A text that is long enough to fill some blocks of the cache. " * 12
 
     def hits(key: str, **fields: Any) -> float:
-        before = live.metrics("vllm:prefix_cache_hits_total")
-        assert live.chat(prompt, key=key, **fields).status == 200
-        return live.metrics("vllm:prefix_cache_hits_total") - before
+        asked, hit = (live.metrics(f"vllm:prefix_cache_{what}_total") for what in ("queries", "hits"))
+        tokens = live.chat(prompt, key=key, **fields).json["usage"]["prompt_tokens"]
+        live.wait(lambda: live.metrics("vllm:prefix_cache_queries_total") == asked + tokens)  # told by one process
+        return live.metrics("vllm:prefix_cache_hits_total") - hit
 
     assert hits(ALICE) == 0
     assert hits(ALICE) > 0
