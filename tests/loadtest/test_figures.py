@@ -80,7 +80,8 @@ def test_rows_compare_with_both_bases() -> None:
     assert full.to_ratio_0["requests_per_s"].value == full.limit["requests_per_s"] == 1
     assert 1.5 < folded.limit["requests_per_s"] < 2
     assert folded.limit["resident"] == pytest.approx((110 + 1.5) / (60 + 1.5))
-    assert (control.limit, control.figures["itl_s_p50"].value) == ({}, pytest.approx(0.15))
+    assert control.limit == {}
+    assert control.figures["itl_s_p50"].value == pytest.approx(0.15)
 
 
 def test_predictions_are_those_of_the_design() -> None:

@@ -86,7 +86,7 @@ def test_arguments_of_the_client() -> None:
 
 
 def test_result_of_the_client() -> None:
-    result = {
+    result: dict[str, list[Any]] = {
         "errors": ["", " boom\n", ""],
         "start_times": [1.0, 2.0, 3.0],
         "ttfts": [0.1, 0.0, 0.3],
