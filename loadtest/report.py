@@ -14,13 +14,14 @@ from foldserve.loadtest.quality import Accuracy
 from foldserve.loadtest.summary import Row
 
 NOTES = (
-    "Every figure stands with its 95 % interval: a bootstrap that draws rounds, and requests within rounds; both sides "
-    "of a ratio are drawn with the same rounds. With few rounds the intervals are rough. Requests/s counts answered "
-    "requests. ITL is the time between two parts of an answer; TTFT and E2E are seen by the client. Times that the "
-    "server tells, CPU time and preemptions are per request; resident is running requests / share of KV blocks in use, "
-    "looked at every second. 'FLOPs allow' and 'KV allows' (the dashed lines) are what the arithmetic says for this "
-    "model's tower, projector and decoder, against ratio 0: a limit for work that is bound by FLOPs, which decoding of "
-    "few requests is not. For TTFT the line is ratio 0 divided by it."
+    "Every figure stands with its 95 % interval: a bootstrap that draws rounds, and requests within rounds; both "
+    "sides of a ratio are drawn with the same rounds. With few rounds the intervals are rough, and where both ends "
+    "are equal there was one value or no spread at all. Requests/s counts answered requests. ITL is the time "
+    "between two parts of an answer; TTFT and E2E are seen by the client. Times that the server tells, CPU time and "
+    "preemptions are per request; resident is running requests / share of KV blocks in use, looked at every second. "
+    "'FLOPs allow' and 'KV allows' (the dashed lines) are what the arithmetic says for this model's tower, "
+    "projector and decoder, against ratio 0: a limit for work that is bound by FLOPs, which decoding of few "
+    "requests is not. For TTFT the line is ratio 0 divided by it."
 )
 
 _PAGE = """\
