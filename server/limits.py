@@ -41,6 +41,7 @@ class Limits:
     max_media_mb: float = _bound(50, "size of all image files of a request", least=0)
     max_image_megapixels: float = _bound(40, "width x height of an image", least=0, most=_PILLOW_MEGAPIXELS)
     max_media_megapixels: float = _bound(80, "the same, summed over a request's images", least=0)
+    max_prepared_megapixels: float = _bound(400, "the same, of all requests that an API server prepares at once", least=0)
     min_image_side: int = _bound(8, "pixels of an image's shorter side, at least")
     max_image_side: int = _bound(16_384, "pixels of an image's longer side")
     max_image_aspect: float = _bound(50, "longer side over shorter side")
@@ -63,8 +64,14 @@ class Limits:
             if not least <= value <= most or value == float("inf"):
                 above = f" and at most {most}" if most != float("inf") else ""
                 raise ValueError(f"{option(bound.name)} must be at least {least}{above}, not {value}")
-        if self.max_image_side < self.min_image_side:
-            raise ValueError("--max-image-side must not be below --min-image-side")
+        for larger, smaller in (
+            ("max_image_side", "min_image_side"),
+            ("max_media_megapixels", "max_image_megapixels"),
+            ("max_prepared_megapixels", "max_media_megapixels"),
+            ("max_media_mb", "max_image_mb"),
+        ):
+            if getattr(self, larger) < getattr(self, smaller):
+                raise ValueError(f"{option(larger)} must not be below {option(smaller)}")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Limits:
@@ -95,6 +102,10 @@ class Limits:
     @property
     def max_media_pixels(self) -> int:
         return int(self.max_media_megapixels * 1e6)
+
+    @property
+    def max_prepared_pixels(self) -> int:
+        return int(self.max_prepared_megapixels * 1e6)
 
 
 def option(name: str) -> str:

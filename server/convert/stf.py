@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm  # type: ignore[import-untyped]  # comes with vLLM
+from tqdm import tqdm  # comes with vLLM
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM
 
 from foldserve.reducers.stf import LAYERS, StfConfig, StfProjector

@@ -48,7 +48,7 @@ def calibrate(probe: Probe, samples: Sequence[Sample], candidates: range, eta: f
     Raises:
         ValueError: an unreadable image, or logits that are not finite.
     """
-    from tqdm import tqdm  # type: ignore[import-untyped]  # comes with vLLM
+    from tqdm import tqdm  # comes with vLLM
 
     probe.start()
     identity = model_hash(model_folder(probe.model, probe.revision))  # by now downloaded

@@ -327,7 +327,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
 
     ready: list[dict[str, Any]] = []
 
-    def parsed(argv: list[str], settings: Any, environment: Environment, small: Callable[[], Path]) -> None:
+    def parsed(argv: list[str], settings: Any, environment: Environment, small: Path) -> None:
         args = launch.serve_args(argv, settings, environment, small)
         ready.append(args.additional_config[CONFIG_KEY] | {"worker_cls": args.worker_cls})
 

@@ -1,7 +1,10 @@
-"""What all images of one request may cost together."""
+"""What all images of one request may cost together, and of all requests at once."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from foldserve.server.api.errors import LimitExceeded
@@ -72,3 +75,28 @@ class Budget:
             raise LimitExceeded(
                 f"the request's images have more than {limits.max_media_megapixels:g} megapixels together"
             )
+
+
+class Room:
+    """Pixels of all requests that one process holds in memory at once.
+
+    Args:
+        pixels: how many; no request may ask for more.
+    """
+
+    def __init__(self, pixels: int) -> None:
+        self._free = pixels
+        self._changed = asyncio.Condition()
+
+    @asynccontextmanager
+    async def take(self, pixels: int) -> AsyncIterator[None]:
+        """Waits until there is room, and keeps it."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._free >= pixels)
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            self._free += pixels
+            async with self._changed:
+                self._changed.notify_all()

@@ -57,48 +57,38 @@ class MediaGuard:
         self._mode: str | None = options.image_mode
         self._background: tuple[int, int, int] = options.rgba_background_color
 
-    async def load(self, messages: Sequence[Any]) -> None:
-        """Replaces every image URL in `messages` by its decoded image, in vLLM's own form of such a part.
+    @asynccontextmanager
+    async def loaded(self, messages: Sequence[Any]) -> AsyncIterator[None]:
+        """While it is entered, every image URL in `messages` is a decoded image, in vLLM's own form of such a part.
+
+        After that an empty URL stands there: pixels are not kept while an answer is generated.
 
         Raises:
             InvalidRequest: an image that can't be had or is refused; `param` names its URL.
+            Unavailable: other requests' images take up all room.
         """
         places = list(_places(messages))
         if not places:
+            yield
             return
         budget = Budget(self._limits)
-        try:
-            async with asyncio.timeout(self._limits.max_media_seconds), open_fetcher(self._policy, budget) as fetcher:
-                images = await self._load_all(places, fetcher, budget)
-        except TimeoutError as error:
-            raise ImageUnavailable(
-                f"the images could not be fetched and decoded within {self._limits.max_media_seconds:g} s", "messages"
-            ) from error
-        for place, image in zip(places, images, strict=True):
-            place.parts[place.index] = {"type": "image_pil", "image_pil": image}
-
-    async def _load_all(self, places: Sequence[_Place], fetcher: Fetcher, budget: Budget) -> list[Any]:
-        try:
-            async with asyncio.TaskGroup() as group:  # the first failure ends the others
-                tasks = [group.create_task(self._load_one(place, fetcher, budget)) for place in places]
-        except BaseExceptionGroup as error:
-            raise error.exceptions[0] from None
-        return [task.result() for task in tasks]
-
-    async def _load_one(self, place: _Place, fetcher: Fetcher, budget: Budget) -> Any:
-        run = asyncio.get_running_loop().run_in_executor
-        try:
-            if data_url.is_data_url(place.url):
-                content = data_url.read(place.url, budget)
-            else:
-                content = await fetcher.get(place.url)
-            file = await run(self._pool, ImageFile.open, content)
-            budget.spend_pixels(*file.image.size)
-            return await run(self._pool, file.decode, self._mode, self._background)
-        except FoldserveError as error:
-            error.param = place.param
-            raise
-
+        async with AsyncExitStack() as held:
+            clock = asyncio.timeout(self._limits.max_media_seconds)
+            try:
+                async with clock:
+                    files = await self._open_all(places, budget)
+                    await self._take_room(held, budget)
+                    images = await _all(self._decode(file) for file in files)
+            except TimeoutError as error:
+                raise ImageUnavailable(f"the images could not be had within {clock_s(self._limits)}", "messages") from error
+            for place, image in zip(places, images, strict=True):
+                place.put({"type": "image_pil", "image_pil": image})
+            del images, files
+            try:
+                yield
+            finally:
+                for place in places:
+                    place.put({"type": "image_url", "image_url": {"url": ""}})
 
 def media_guard(model: ModelConfig, limits: Limits) -> MediaGuard:
     """The guard for a served model, with what vLLM's own options say about images.
