@@ -80,8 +80,8 @@ class FoldServingChat(OpenAIServingChat):
         reductions, plans = self.planner.plan(request)
         if any(reduction != Reduction() for reduction in reductions):
             request.mm_processor_kwargs = {KWARG: [reduction.to_json() for reduction in reductions]}
-        await self.media.load(request.messages)
-        rendered = await super().render_chat_request(request)
+        async with self.media.loaded(request.messages):
+            rendered = await super().render_chat_request(request)
         if not isinstance(rendered, ErrorResponse):
             (prompt,) = rendered[1]
             self.checks.check_prompt(prompt)

@@ -56,7 +56,7 @@ class Handler(BaseHTTPRequestHandler):
         self._answer(200, b"")
 
     def do_gzip(self, rest: str) -> None:
-        self._answer(200, gzip.compress(bytes(10**8)), **{"Content-Encoding": "gzip"})
+        self._answer(200, gzip.compress(bytes(10**7)), **{"Content-Encoding": "gzip"})
 
     def do_announced(self, rest: str) -> None:
         """Says that it is larger than it is; a client that believes it reads no byte."""

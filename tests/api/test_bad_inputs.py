@@ -354,12 +354,6 @@ SCHEMAS: dict[str, dict[str, Any]] = {
     "schema-ref": {
         "response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"$ref": "#/nowhere"}}}
     },
-    "schema-remote": {
-        "response_format": {
-            "type": "json_schema",
-            "json_schema": {"name": "a", "schema": {"$ref": "http://127.0.0.1/"}},
-        }
-    },
     "format": {"response_format": {"type": "yaml"}},
     "tag": {"response_format": {"type": "structural_tag", "structures": [], "triggers": ["("]}},
 }

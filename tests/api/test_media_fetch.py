@@ -5,12 +5,20 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-from foldserve.server.api.errors import FoldserveError, ImageUnavailable, InvalidImage, LimitExceeded, RefusedUrl
+from foldserve.server.api.errors import (
+    FoldserveError,
+    ImageUnavailable,
+    InvalidImage,
+    LimitExceeded,
+    RefusedUrl,
+    Unavailable,
+)
 from foldserve.server.api.media.address import Policy
 from foldserve.server.api.media.budget import Budget
 from foldserve.server.api.media.fetch import CheckedResolver, open_fetcher
@@ -118,7 +126,7 @@ def test_no_tls_and_no_server(web: str) -> None:
 
 
 def test_the_budget_is_the_requests(web: str) -> None:
-    budget = Budget(Limits(max_media_mb=1.5 * len(PHOTO) / 1e6))
+    budget = Budget(Limits(max_image_mb=len(PHOTO) / 1e6, max_media_mb=1.5 * len(PHOTO) / 1e6))
     assert get(f"{web}/photo", budget=budget) == PHOTO
     fails(LimitExceeded, f"{web}/photo", "together", budget=budget)
 
@@ -154,7 +162,7 @@ def test_names_with_a_private_address(addresses: list[str]) -> None:
 def test_rebinding(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that is public when first asked and private after that is asked once: the checked answer is used."""
     answers = Answers([HOST], ["127.0.0.1"])
-    monkeypatch.setattr("foldserve.server.api.media.fetch.ThreadedResolver", lambda: answers)
+    monkeypatch.setattr("foldserve.server.api.media.fetch.SystemResolver", lambda: answers)
     policy = Policy(private_hosts={"rebind.example"})
     assert get(web.replace(HOST, "rebind.example") + "/photo", policy) == PHOTO
     assert answers.asked == 1
@@ -169,9 +177,16 @@ def test_the_socket_itself_is_checked(web: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def load(limits: Limits, *urls: str) -> list[Any]:
-    messages = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}} for url in urls]}]
-    asyncio.run(MediaGuard(limits).load(messages))
-    return [part["image_pil"] for message in messages for part in message["content"]]  # type: ignore[index]
+    content: list[Any] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    messages = [{"role": "user", "content": iter(content)}]  # as pydantic gives it
+
+    async def run() -> list[Any]:
+        async with MediaGuard(limits).loaded(messages):
+            return [part["image_pil"] for part in messages[0]["content"]]
+
+    images = asyncio.run(run())
+    assert all(part == {"type": "image_url", "image_url": {"url": ""}} for part in messages[0]["content"])
+    return images
 
 
 @pytest.mark.parametrize("path", ["drip", "silent"])
@@ -189,3 +204,38 @@ def test_images_come_back_in_order_with_their_paths(web: str) -> None:
     with pytest.raises(ImageUnavailable) as caught:
         load(limits, data_uri(photo(3)), f"{web}/status/404", f"{web}/silent")
     assert caught.value.param == "messages[0].content[1].image_url.url"
+
+
+def test_pixels_of_all_requests_have_a_bound() -> None:
+    """Three images of which two fit at once: the third waits, or is told to come later."""
+    limits = Limits(max_image_megapixels=0.1, max_media_megapixels=0.1, max_prepared_megapixels=0.2)
+    entered: list[int] = []
+
+    async def hold(guard: MediaGuard, number: int, done: asyncio.Event) -> None:
+        message = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": data_uri(photo(number))}}]}
+        async with guard.loaded([message]):
+            entered.append(number)
+            await done.wait()
+
+    async def run(seconds: float) -> None:
+        guard = MediaGuard(replace(limits, max_media_seconds=seconds))
+        done = asyncio.Event()
+        tasks = [asyncio.create_task(hold(guard, number, done)) for number in range(2)]
+        while len(entered) < 2:
+            await asyncio.sleep(0.01)
+        third = asyncio.create_task(hold(guard, 2, done))
+        if seconds < 60:
+            with pytest.raises(Unavailable):
+                await third
+        else:
+            await asyncio.sleep(0.2)
+            assert 2 not in entered
+            tasks.append(third)
+        done.set()
+        await asyncio.gather(*tasks)
+
+    asyncio.run(run(1))
+    assert sorted(entered) == [0, 1]
+    entered.clear()
+    asyncio.run(run(60))
+    assert sorted(entered) == [0, 1, 2]

@@ -59,6 +59,7 @@ def test_they_travel_as_json() -> None:
         (["--max-media-seconds", "inf"], "--max-media-seconds must be at least 0, not inf"),
         (["--max-choices", "0"], "--max-choices must be at least 1, not 0"),
         (["--max-choices", "1.5"], "invalid int value: '1.5'"),
+        (["--max-media-megapixels", "39"], "must not be below --max-image-megapixels"),
         (["--min-image-side", "100", "--max-image-side", "99"], "must not be below --min-image-side"),
     ],
 )

@@ -38,6 +38,7 @@ class CheckedRequest(Request):
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
             self._json = self._checks.read(await self.body())
+            self._body = b""  # not kept while the answer is generated
         return self._json
 
     @property

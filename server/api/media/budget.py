@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from foldserve.server.api.errors import LimitExceeded
+from foldserve.server.api.errors import LimitExceeded, Unavailable
 from foldserve.server.limits import Limits
 
 
@@ -82,18 +82,27 @@ class Room:
 
     Args:
         pixels: how many; no request may ask for more.
+        seconds: how long a request waits for others.
     """
 
-    def __init__(self, pixels: int) -> None:
+    def __init__(self, pixels: int, seconds: float) -> None:
         self._free = pixels
+        self._seconds = seconds
         self._changed = asyncio.Condition()
 
     @asynccontextmanager
     async def take(self, pixels: int) -> AsyncIterator[None]:
-        """Waits until there is room, and keeps it."""
-        async with self._changed:
-            await self._changed.wait_for(lambda: self._free >= pixels)
-            self._free -= pixels
+        """Waits until there is room, and keeps it.
+
+        Raises:
+            Unavailable: there was none in time.
+        """
+        try:
+            async with asyncio.timeout(self._seconds), self._changed:
+                await self._changed.wait_for(lambda: self._free >= pixels)
+                self._free -= pixels
+        except TimeoutError as error:
+            raise Unavailable("the server has too many images to prepare: try again later") from error
         try:
             yield
         finally:

@@ -3,39 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
-from pydantic import ValidationError
 from vllm.config import ModelConfig
 from vllm.multimodal.media import ImageMediaIO
 
-from foldserve.server.api.errors import FoldserveError, ImageUnavailable, InvalidRequest
+from foldserve.server.api.errors import FoldserveError, ImageUnavailable
 from foldserve.server.api.media import data_url
 from foldserve.server.api.media.address import Policy
-from foldserve.server.api.media.budget import Budget
+from foldserve.server.api.media.budget import Budget, Room
 from foldserve.server.api.media.decode import ImageFile
 from foldserve.server.api.media.fetch import Fetcher, open_fetcher
+from foldserve.server.api.media.places import Place, places_of_images
 from foldserve.server.limits import Limits
 
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where an image stands in the messages.
-
-    Attributes:
-        parts: the message's content.
-        index: of the image's part.
-        url: http(s) or data.
-        param: JSON path of the URL.
-    """
-
-    parts: list[Any]
-    index: int
-    url: str
-    param: str
+_T = TypeVar("_T")
+_NO_IMAGE = {"type": "image_url", "image_url": {"url": ""}}
 
 
 class MediaGuard:
@@ -52,6 +38,7 @@ class MediaGuard:
     ) -> None:
         self._limits = limits
         self._policy = Policy(frozenset(domains), frozenset(limits.allow_media_private_host))
+        self._room = Room(limits.max_prepared_pixels, limits.max_media_seconds)
         self._pool = ThreadPoolExecutor(limits.media_decode_threads, thread_name_prefix="foldserve-decode")
         options = ImageMediaIO(**{"image_mode": "RGB", **(media_io_kwargs or {}).get("image", {})})  # checks them
         self._mode: str | None = options.image_mode
@@ -61,26 +48,17 @@ class MediaGuard:
     async def loaded(self, messages: Sequence[Any]) -> AsyncIterator[None]:
         """While it is entered, every image URL in `messages` is a decoded image, in vLLM's own form of such a part.
 
-        After that an empty URL stands there: pixels are not kept while an answer is generated.
+        After that an empty URL stands there: pixels are not kept while the answer is generated.
 
         Raises:
             InvalidRequest: an image that can't be had or is refused; `param` names its URL.
-            Unavailable: other requests' images take up all room.
+            Unavailable: the images of other requests leave no room.
         """
-        places = list(_places(messages))
-        if not places:
-            yield
-            return
+        places = list(places_of_images(messages))
         budget = Budget(self._limits)
-        async with AsyncExitStack() as held:
-            clock = asyncio.timeout(self._limits.max_media_seconds)
-            try:
-                async with clock:
-                    files = await self._open_all(places, budget)
-                    await self._take_room(held, budget)
-                    images = await _all(self._decode(file) for file in files)
-            except TimeoutError as error:
-                raise ImageUnavailable(f"the images could not be had within {clock_s(self._limits)}", "messages") from error
+        files = await self._open_all(places, budget) if places else []
+        async with self._room.take(budget.pixels_used):
+            images = await _all(self._run(file.decode, self._mode, self._background) for file in files)
             for place, image in zip(places, images, strict=True):
                 place.put({"type": "image_pil", "image_pil": image})
             del images, files
@@ -88,7 +66,42 @@ class MediaGuard:
                 yield
             finally:
                 for place in places:
-                    place.put({"type": "image_url", "image_url": {"url": ""}})
+                    place.put(_NO_IMAGE)
+
+    async def _open_all(self, places: Sequence[Place], budget: Budget) -> list[ImageFile]:
+        seconds = self._limits.max_media_seconds
+        try:
+            async with asyncio.timeout(seconds), open_fetcher(self._policy, budget) as fetcher:
+                return await _all(self._open(place, fetcher, budget) for place in places)
+        except TimeoutError as error:
+            raise ImageUnavailable(f"the images could not be fetched within {seconds:g} s", "messages") from error
+
+    async def _open(self, place: Place, fetcher: Fetcher, budget: Budget) -> ImageFile:
+        try:
+            if data_url.is_data_url(place.url):
+                content = data_url.read(place.url, budget)
+            else:
+                content = await fetcher.get(place.url)
+            file = await self._run(ImageFile.open, content)
+            budget.spend_pixels(*file.image.size)
+        except FoldserveError as error:
+            error.param = place.param
+            raise
+        return file
+
+    async def _run(self, function: Any, *args: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+
+
+async def _all(tasks: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """The results in order; the first failure ends the other tasks, and is raised."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(task) for task in tasks]
+    except BaseExceptionGroup as error:
+        raise error.exceptions[0] from None
+    return [task.result() for task in running]
+
 
 def media_guard(model: ModelConfig, limits: Limits) -> MediaGuard:
     """The guard for a served model, with what vLLM's own options say about images.
@@ -100,21 +113,3 @@ def media_guard(model: ModelConfig, limits: Limits) -> MediaGuard:
         raise ValueError("--allowed-local-media-path: images are never read from the server's disk, leave it out")
     config = model.multimodal_config
     return MediaGuard(limits, model.allowed_media_domains or (), config.media_io_kwargs if config else None)
-
-
-def _places(messages: Sequence[Any]) -> Iterator[_Place]:
-    """The images of validated messages; their content becomes lists, since pydantic's is a one-shot iterator."""
-    for m, message in enumerate(messages):
-        content = message.get("content")
-        if content is None or isinstance(content, str):
-            continue
-        try:
-            parts = message["content"] = list(content)
-        except ValidationError as error:
-            raise InvalidRequest("a part of this message has no known form", f"messages[{m}].content") from error
-        for p, part in enumerate(parts):
-            if isinstance(part, dict) and "image_url" in part:
-                source = part["image_url"]
-                is_object = isinstance(source, dict)
-                url = source["url"] if is_object else source
-                yield _Place(parts, p, url, f"messages[{m}].content[{p}].image_url{'.url' if is_object else ''}")
