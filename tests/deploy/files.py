@@ -23,7 +23,7 @@ OVERLAYS = ("cpu-demo", "gpu-single", "replicas")
 PROFILES = ("cpu", "gpu", "router", "router-cpu")
 DOCKERFILES = ("Dockerfile", "deploy/Dockerfile.cpu", "deploy/Dockerfile.router")
 
-_GRAFANA = {"$__rate_interval": "1m", "$__range": "5m", "$job": ".*", "$instance": ".*"}
+_GRAFANA = {"$__rate_interval": "30m", "$__range": "30m", "$job": ".*", "$instance": ".*"}
 _COMPARISONS = {"==", "!=", ">", "<", ">=", "<="}
 
 

@@ -16,6 +16,7 @@ from tests.images import data_uri, photo
 VISION_TOKENS = 144
 """Of the small model, per image."""
 TIMEOUT_S = 300
+PAUSE_S = 0.1
 
 
 def body(ratio: float, seed: int, *, question: str = "What is this?", tokens: int = 4) -> dict[str, Any]:
@@ -43,7 +44,7 @@ def is_right(request: dict[str, Any], answer: httpx.Response) -> bool:
 
 @dataclass
 class Load:
-    """Asks at a few ratios until told to stop, at most `most` times; counts how it ended.
+    """Asks at a few ratios, with pauses, until told to stop, at most `most` times; counts how it ended.
 
     Attributes:
         ended: requests by outcome: `right`, `wrong`, a status, or the name of what broke the connection.
@@ -51,7 +52,7 @@ class Load:
 
     url: str
     clients: int = 3
-    most: int = 2000
+    most: int = 5000
     ended: Counter[str] = field(default_factory=Counter)
     _stop: threading.Event = field(default_factory=threading.Event)
 
@@ -75,7 +76,7 @@ class Load:
 
     def _ask_on(self, first: int) -> None:
         for number in range(first, self.most, self.clients):
-            if self._stop.is_set():
+            if self._stop.wait(PAUSE_S):
                 return
             request = body((0.0, 0.5, 0.9)[number % 3], number % 7, question=f"Question {number}?")
             try:
