@@ -41,7 +41,7 @@ def watched(fleet: Fleet) -> str:
         alerts = query(fleet.prometheus, 'ALERTS{alertname="FoldserveErrors"}')
         return names <= seen and bool(alerts)
 
-    wait_for("the recording rules", recorded, 60)
+    wait_for("the recording rules and the alert", recorded)
     return fleet.prometheus
 
 
