@@ -55,4 +55,12 @@ class Report:
             yield f"the server ended with {self.exit_status}"
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"memory_growth": round(self.memory_growth, 4), "failures": list(self.failures())}
+        fields = {name: _named(value) for name, value in asdict(self).items()}
+        return fields | {"memory_growth": round(self.memory_growth, 4), "failures": list(self.failures())}
+
+
+def _named(value: Any) -> Any:
+    """A mapping whose keys are pairs with keys that JSON can have."""
+    if not isinstance(value, dict):
+        return value
+    return {" ".join(map(str, key)) if isinstance(key, tuple) else key: each for key, each in value.items()}
