@@ -55,12 +55,12 @@ class Report:
             yield f"the server ended with {self.exit_status}"
 
     def to_json(self) -> dict[str, Any]:
-        fields = {name: _named(value) for name, value in asdict(self).items()}
+        fields = _named(asdict(self))
         return fields | {"memory_growth": round(self.memory_growth, 4), "failures": list(self.failures())}
 
 
 def _named(value: Any) -> Any:
-    """A mapping whose keys are pairs with keys that JSON can have."""
+    """The same with keys that JSON can have in place of pairs, in mappings at any depth."""
     if not isinstance(value, dict):
         return value
-    return {" ".join(map(str, key)) if isinstance(key, tuple) else key: each for key, each in value.items()}
+    return {" ".join(map(str, key)) if isinstance(key, tuple) else key: _named(each) for key, each in value.items()}
