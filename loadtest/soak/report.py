@@ -55,7 +55,7 @@ class Report:
             yield f"the server ended with {self.exit_status}"
 
     def to_json(self) -> dict[str, Any]:
-        fields = _named(asdict(self))
+        fields: dict[str, Any] = _named(asdict(self))
         return fields | {"memory_growth": round(self.memory_growth, 4), "failures": list(self.failures())}
 
 
