@@ -89,17 +89,8 @@ def server(model: Path, folder: Path, *options: str) -> tuple[Process, str]:
     """`foldserve serve` on a small model, and its URL."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    command: list[object] = [
-        sys.executable,
-        "-m",
-        "foldserve.server.cli",
-        "serve",
-        model,
-        "--port",
-        port,
-        "--host",
-        "127.0.0.1",
-    ]
+    program = Path(sys.executable).parent / "foldserve"
+    command: list[object] = [program, "serve", model, "--port", port, "--host", "127.0.0.1"]
     command += ["--dtype", "float32", "--max-model-len", 1024, "--enforce-eager", "--served-model-name", "tiny"]
     command += ["--kv-cache-memory-bytes", 64 << 20, "--mm-processor-cache-gb", 0.1, "--withdraw-layer", 2]
     command += ["--max-num-seqs", QUEUE, "--max-queue", QUEUE, *options]
