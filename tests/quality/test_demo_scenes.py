@@ -178,10 +178,12 @@ def test_the_second_phrase_of_a_relation_knows_the_sides(scenes: list[Scene]) ->
     for scene in scenes:
         dialogue = ask(rng, scene, "relation")
         if dialogue is not None:
-            (_, first), (_, second) = dialogue.turns[0].mentions
+            turn = dialogue.turns[0]
+            (_, first), (_, second) = turn.mentions
             cells = first[0] - 1, second[0] - 1
             signs = np.sign(cells[0] % 3 - cells[1] % 3), np.sign(cells[0] // 3 - cells[1] // 3)
-            assert second[-2:] == (1 + signs[0], 1 + signs[1]) and first[-2:] == (UNKNOWN, UNKNOWN)
+            holds = {"no": 0, "yes": 1}.get(turn.answer, UNKNOWN)
+            assert second[-3:] == (1 + signs[0], 1 + signs[1], holds) and first[-3:] == (UNKNOWN,) * 3
 
 
 def test_held_out_questions() -> None:

@@ -33,6 +33,7 @@ RECIPE = Recipe(
     text_tokens=96,
     phrase_layer=2,
     early_layer=2,
+    claim_layer=2,
 )
 CPU = torch.device("cpu")
 
@@ -177,7 +178,7 @@ def test_training_learns_and_logs(tmp_path: Path) -> None:
         ("vision", 2), ("answers", 4), ("answers", 8), ("answers", 12), ("practice", 2),
     ]  # fmt: skip
     assert log[3]["loss"] < 0.8 * log[1]["loss"]
-    assert {"phrase_cell", "patch_digit", "early", "late_count"} <= log[-1].keys()
+    assert {"phrase_cell", "patch_digit", "early", "late_count", "claim_holds"} <= log[-1].keys()
 
 
 def test_rates_rise_stay_and_fall() -> None:

@@ -16,7 +16,8 @@ UNKNOWN = -100
 """A class that is not asked for; `cross_entropy` leaves it out."""
 
 # What a phrase of a question refers to -> number of classes. 0 is "nothing there", counts are as they are. `across` and
-# `along` say where the object of the phrase before lies from this one's: 0 left or above, 1 in line, 2 right or below.
+# `along` say where the object of the phrase before lies from this one's: 0 left or above, 1 in line, 2 right or below;
+# `holds` whether what the question claims of the two is so.
 REFERENTS = {
     "cell": 1 + CELLS**2,
     "shape": 1 + len(SHAPES),
@@ -25,6 +26,7 @@ REFERENTS = {
     "count": 7,
     "across": 3,
     "along": 3,
+    "holds": 2,
 }
 
 
@@ -53,7 +55,7 @@ class Dialogue:
     turns: tuple[Turn, ...]
 
 
-_NO_SIDE = (UNKNOWN, UNKNOWN)
+_ALONE = (UNKNOWN,) * 3  # no relation to another phrase
 
 _Maker: TypeAlias = Callable[[np.random.Generator, Scene], Turn | None]
 _T = TypeVar("_T")
@@ -88,11 +90,11 @@ def _turn(template: str, answer: str, *phrases: Phrase) -> Turn:
 
 def _refer(matches: Sequence[Object]) -> tuple[int, ...]:
     if not matches:
-        return (0, 0, 0, 0, 0, *_NO_SIDE)
+        return (0, 0, 0, 0, 0, *_ALONE)
     if len(matches) > 1:
-        return (*[UNKNOWN] * 4, len(matches), *_NO_SIDE)
+        return (*[UNKNOWN] * 4, len(matches), *_ALONE)
     one = matches[0]
-    return (1 + one.cell, 1 + SHAPES.index(one.shape), 1 + COLOR_NAMES.index(one.color), 1 + one.big, 1, *_NO_SIDE)
+    return (1 + one.cell, 1 + SHAPES.index(one.shape), 1 + COLOR_NAMES.index(one.color), 1 + one.big, 1, *_ALONE)
 
 
 def _place(scene: Scene, cell: int) -> Phrase:
@@ -190,16 +192,20 @@ def _relation(rng: np.random.Generator, scene: Scene) -> Turn | None:
     down = first.cell // CELLS - second.cell // CELLS
     target = _named(scene, second.name)
     sides = 1 + int(np.sign(right)), 1 + int(np.sign(down))
-    phrases = _named(scene, first.name), Phrase(target.text, (*target.referent[:-2], *sides))
+
+    def phrases(holds: int) -> tuple[Phrase, Phrase]:
+        related = (*target.referent[: -len(_ALONE)], *sides, holds)
+        return _named(scene, first.name), Phrase(target.text, related)
+
     if rng.random() < 0.3:
         across = ["left of it" if right < 0 else "right of it"] if right else []
         along = ["above it" if down < 0 else "below it"] if down else []
-        return _turn("where is the {} compared to the {}?", " and ".join(along + across), *phrases)
+        return _turn("where is the {} compared to the {}?", " and ".join(along + across), *phrases(UNKNOWN))
     claims = [("left of", right < 0), ("right of", right > 0)] if right else []
     claims += [("above", down < 0), ("below", down > 0)] if down else []
     side, holds = _pick(rng, claims)
     template = _pick(rng, ("is the {} SIDE the {}?", "do you see the {} SIDE the {}?")).replace("SIDE", side)
-    return _turn(template, "yes" if holds else "no", *phrases)
+    return _turn(template, "yes" if holds else "no", *phrases(int(holds)))
 
 
 def _exist(rng: np.random.Generator, scene: Scene) -> Turn | None:
@@ -244,7 +250,7 @@ def _count(rng: np.random.Generator, scene: Scene) -> Turn | None:
     thing, form = _pick(rng, scene.objects), rng.random()
     any_other = rng.random() < 0.2
     if form < 0.3:
-        phrase = Phrase(_pick(rng, ("objects", "shapes")), (*[UNKNOWN] * 4, len(scene.objects), *_NO_SIDE))
+        phrase = Phrase(_pick(rng, ("objects", "shapes")), (*[UNKNOWN] * 4, len(scene.objects), *_ALONE))
     elif form < 0.65:
         phrase = _shaped(scene, _pick(rng, SHAPES) if any_other else thing.shape, plural=True)
     else:

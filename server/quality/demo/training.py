@@ -43,7 +43,7 @@ _STREAMS = {"vision": 0, "answers": 1, "practice": 3}
 _TRAINED = {
     "vision": ("model.vision", "patch"),
     "answers": ("model", "patch", "phrase"),
-    "practice": ("model", "patch", "phrase", "late"),
+    "practice": ("model", "patch", "phrase", "late", "claim"),
 }
 STATE_FILE, LOG_FILE = "state.pt", "training.jsonl"
 
@@ -77,13 +77,15 @@ class Recipe:
     seed: int = 0
     vision: Stage = Stage("vision", steps=900, images=32)
     answers: Stage = Stage("answers", steps=600, images=16, vision_rate=0.1, steady=1.0)
-    practice: Stage = Stage("practice", steps=1080, images=16, vision_rate=0.1, mix="hard", warmup=10, steady=0.1)
+    practice: Stage = Stage("practice", steps=1200, images=16, vision_rate=0.1, mix="hard", warmup=10, steady=0.1)
     geometry: Geometry = field(default=GEOMETRY)
     text_tokens: int = 192
     phrase_layer: int = 5
     """Layer after which a phrase must know what it refers to."""
     early_layer: int = 8
     """Layer from which, too, answers are read, and, in practice, counts and sides."""
+    claim_layer: int = 10
+    """Layer after which, in practice, a claim about two objects must be known to hold or not."""
 
 
 _OF_PHRASES = ("cell", "shape", "color", "size", "count")
@@ -105,7 +107,9 @@ class Trainer:
         self.patch_heads = losses.ClassHeads(geometry.vision_hidden, LABELS)
         self.phrase_heads = losses.ClassHeads(geometry.hidden_size, _some(REFERENTS, _OF_PHRASES))
         self.late_heads = losses.ClassHeads(geometry.hidden_size, _some(REFERENTS, _LATER))
-        heads = {"patch": self.patch_heads, "phrase": self.phrase_heads, "late": self.late_heads}
+        self.claim_heads = losses.ClassHeads(geometry.hidden_size, _some(REFERENTS, ("holds",)))
+        heads = {"patch": self.patch_heads, "phrase": self.phrase_heads}
+        heads |= {"late": self.late_heads, "claim": self.claim_heads}
         self.modules = nn.ModuleDict({"model": self.model, **heads})
         self.modules.to(device)
         if compile_blocks:
@@ -173,7 +177,8 @@ class Trainer:
         features = self.model.vision(batch.pixels)
         patch, patch_right = losses.patch_loss(self.patch_heads, features, batch.labels)
         last = recipe.geometry.num_layers
-        hidden = forward(self.model, features, batch, {recipe.phrase_layer, recipe.early_layer, last})
+        read = {recipe.phrase_layer, recipe.early_layer, recipe.claim_layer, last}
+        hidden = forward(self.model, features, batch, read)
         phrase, phrase_right = losses.referent_loss(
             self.phrase_heads, hidden[recipe.phrase_layer], batch.text.referents
         )
@@ -184,10 +189,12 @@ class Trainer:
         right = losses.answers_right(logits.detach(), batch) | phrase_right | patch_right
         total = answer + 0.3 * early + 0.3 * phrase + 0.2 * patch
         if self.stage.name == "practice":
-            late, late_right = losses.referent_loss(
-                self.late_heads, hidden[recipe.early_layer], batch.text.referents, "late"
-            )
-            total, parts["late"], right = total + 0.3 * late, late, right | late_right
+            for name, heads, layer in (
+                ("late", self.late_heads, recipe.early_layer),
+                ("claim", self.claim_heads, recipe.claim_layer),
+            ):
+                part, part_right = losses.referent_loss(heads, hidden[layer], batch.text.referents, name)
+                total, parts[name], right = total + 0.3 * part, part, right | part_right
         return total, {name: part.detach() for name, part in parts.items()} | right
 
     def _draw(self, rng: np.random.Generator) -> Batch:
