@@ -7,6 +7,7 @@ minute, and generates much faster than with OpenMP threads that wait for each ot
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
@@ -16,6 +17,16 @@ os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import pytest
+
+
+def pytest_runtest_setup() -> None:
+    """Lets several engines live in this process.
+
+    An engine that ends, or is collected as garbage, takes down the process groups that all of them share. An engine that
+    ends in the very test that imports vLLM is the only one.
+    """
+    if core := sys.modules.get("vllm.v1.engine.core"):
+        vars(core)["cleanup_dist_env_and_memory"] = lambda: None
 
 
 @pytest.fixture(scope="session")
