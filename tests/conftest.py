@@ -22,8 +22,8 @@ import pytest
 def pytest_runtest_setup() -> None:
     """Lets several engines live in this process.
 
-    An engine that ends, or is collected as garbage, takes down the process groups that all of them share. An engine that
-    ends in the very test that imports vLLM is the only one.
+    An engine that ends, or is collected as garbage, takes down the process groups that all of them share. One that ends
+    in the very test that imports vLLM is the only one.
     """
     if core := sys.modules.get("vllm.v1.engine.core"):
         vars(core)["cleanup_dist_env_and_memory"] = lambda: None
