@@ -2,7 +2,8 @@
 # Asks a running foldserve, or a router in front of several, what matters and prints a verdict:
 #   deploy/smoke.sh http://localhost:8000
 # Needs bash, curl and python3. FOLDSERVE_API_KEY: a key, where the server asks for one. METRICS_URL: where /metrics is,
-# if not at URL (a router does not pass it on): a server's address, or empty to leave it out.
+# if not at URL (a router does not pass it on): a server's address, or empty to leave it out. TIMEOUT: seconds for one answer,
+# 120 by default. The exit status is 0 if all is well, 1 if something is not, 2 for a wrong use.
 set -euo pipefail
 
 if [[ $# -ne 1 ]]; then
@@ -27,7 +28,8 @@ verdict() { # verdict STATUS NAME [DETAIL]
 }
 
 ask() { # ask URL [BODY]: prints the status; the body is in $answer
-  local options=(--silent --show-error --max-time "$timeout_s" --output "$answer" --write-out '%{http_code}')
+  local options=(--silent --show-error --connect-timeout 10 --max-time "$timeout_s")
+  options+=(--output "$answer" --write-out '%{http_code}')
   : > "$answer"
   if [[ $# -gt 1 ]]; then
     options+=(--header 'Content-Type: application/json' --data-binary "$2")
@@ -67,6 +69,10 @@ if [[ $status == 200 ]]; then
   verdict 0 "health"
 else
   verdict 1 "health" "status $status, $(excerpt)"
+fi
+if [[ $status == 000 ]]; then # curl has said why; the rest would wait as long, each time
+  echo "FAIL  $url: nothing answers there"
+  exit 1
 fi
 
 status=$(ask "$url/v1/chat/completions" "$(chat 0)")

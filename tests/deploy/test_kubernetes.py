@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from itertools import chain
 from typing import Any
 
 import kubernetes_validate
 import pytest
 
-from tests.deploy.files import OVERLAYS, manifests, of_kind
+from tests.deploy.files import OVERLAYS, RULES, manifests, of_kind
 
 CUSTOM = {"ServiceMonitor", "ScaledObject"}
 """Kinds of Prometheus' operator and KEDA: no schema of Kubernetes."""
@@ -86,16 +87,24 @@ def test_names_that_objects_use_of_each_other_exist(overlay: str) -> None:
                 assert volume["persistentVolumeClaim"]["claimName"] in of_kind(overlay, "PersistentVolumeClaim")
         mounted = {mount["name"] for mount in pod["containers"][0]["volumeMounts"]}
         assert mounted == {volume["name"] for volume in pod["volumes"]}
-    for monitor in of_kind(overlay, "ServiceMonitor").values():
-        wanted = monitor["spec"]["selector"]["matchLabels"]
-        services = of_kind(overlay, "Service").values()
-        (service,) = [item for item in services if wanted.items() <= item["metadata"]["labels"].items()]
-        ports = {port["name"] for port in service["spec"]["ports"]}
-        assert {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]} <= ports
-        assert service["metadata"]["labels"][monitor["spec"]["jobLabel"]] == "foldserve"  # the job that the rules name
     for scaled in of_kind(overlay, "ScaledObject").values():
         target = of_kind(overlay, "Deployment")[scaled["spec"]["scaleTargetRef"]["name"]]
         assert "replicas" not in target["spec"]  # applying the overlay again would undo the scaling
+
+
+@pytest.mark.parametrize("overlay", sorted(set(OVERLAYS) - {"cpu-demo"}))
+def test_prometheus_asks_every_deployment_as_the_job_that_the_rules_name(overlay: str) -> None:
+    services = of_kind(overlay, "Service").values()
+    jobs = set()
+    for monitor in of_kind(overlay, "ServiceMonitor").values():
+        wanted = monitor["spec"]["selector"]["matchLabels"]
+        (service,) = [item for item in services if wanted.items() <= item["metadata"]["labels"].items()]
+        ports = {port["name"] for port in service["spec"]["ports"]}
+        assert {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]} <= ports
+        jobs.add(service["metadata"]["labels"][monitor["spec"]["jobLabel"]])
+    assert jobs == set(of_kind(overlay, "Deployment"))
+    text = RULES.read_text()
+    assert all(re.search(rf'job=~?"[^"]*\b{job}\b[|"]', text) for job in jobs)
 
 
 def test_who_may_reach_a_server() -> None:

@@ -18,8 +18,21 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
-from tests.deploy.files import COMPOSE, DEPLOY, DOCKERFILES, PROFILES, ROOT, RULES, compose, panels, rules, run
+from tests.deploy.files import (
+    COMPOSE,
+    DEPLOY,
+    DOCKERFILES,
+    PROFILES,
+    ROOT,
+    RULES,
+    compose,
+    container,
+    panels,
+    rules,
+    run,
+)
 
+WORKFLOW = ROOT / ".github" / "workflows" / "ci.yaml"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
@@ -32,7 +45,7 @@ def values(name: str, instruction: str) -> list[str]:
 
 
 def test_yaml() -> None:
-    run("yamllint", "--strict", "-c", DEPLOY / ".yamllint", DEPLOY)
+    run("yamllint", "--strict", "-c", DEPLOY / ".yamllint", DEPLOY, WORKFLOW)
 
 
 @pytest.mark.parametrize("name", DOCKERFILES)
@@ -102,6 +115,9 @@ def test_compose(profile: str) -> None:
         assert all(port["host_ip"] == "127.0.0.1" for port in service.get("ports", [])), name
         for volume in service.get("volumes", []):
             assert volume["type"] == "volume" or Path(volume["source"]).exists(), name
+    built = [service["image"] for service in services.values() if "build" in service]
+    ours = {service["image"] for service in services.values() if service["image"].startswith("foldserve")}
+    assert len(built) == len(ours) and set(built) == ours  # each once: parallel builds of one name fail
 
 
 def test_compose_says_all_its_settings_in_the_example() -> None:
@@ -118,6 +134,14 @@ def test_every_server_of_a_profile_is_scraped() -> None:
             known = {name, *(service["networks"]["default"] or {}).get("aliases", [])}
             if service["image"].startswith("foldserve"):
                 assert names["foldserve-router" if "router:" in service["image"] else "foldserve"] in known, name
+
+
+def test_ci_runs_the_tests_that_make_test_leaves_out() -> None:
+    jobs = yaml.safe_load(WORKFLOW.read_text())["jobs"]
+    commands = {step.get("run") for job in jobs.values() for step in job["steps"]}
+    assert {".ci/run", "make test-deploy"} <= commands
+    (loaded,) = re.findall(r"kind load docker-image (\S+)", WORKFLOW.read_text())
+    assert loaded == container("cpu-demo", "foldserve")["image"]
 
 
 def test_the_prometheus_rule_of_kubernetes_is_the_same_file() -> None:

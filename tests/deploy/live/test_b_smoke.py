@@ -7,6 +7,7 @@ import subprocess
 
 from tests.deploy.files import DEPLOY
 from tests.deploy.live.conftest import Fleet
+from tests.deploy.live.processes import free_port
 
 
 def smoke(url: str, **environment: str) -> tuple[int, list[str]]:
@@ -28,6 +29,10 @@ def test_behind_the_router(fleet: Fleet) -> None:
     server = next(iter(fleet.servers))
     assert smoke(fleet.router, METRICS_URL=server)[0] == 0
     assert smoke(fleet.router, METRICS_URL="") == (0, [*(f"ok    {check}" for check in CHECKS[:-1]), "PASS  http"])
+
+
+def test_nobody() -> None:
+    assert smoke(f"http://127.0.0.1:{free_port()}") == (1, ["FAIL  health", "FAIL  http"])
 
 
 def test_something_else(fleet: Fleet) -> None:

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from tests.deploy.files import router_commands
-from tests.deploy.live.clients import TIMEOUT_S, Load, ask, body, is_right
+from tests.deploy.live.clients import KINDS, TIMEOUT_S, Load, ask, body, is_right
 from tests.deploy.live.conftest import Fleet
 from tests.deploy.live.processes import QUEUE, wait_for
 
@@ -33,12 +33,12 @@ def test_the_router_takes_its_options(place: str) -> None:
 
 
 def test_reduction_usage_and_errors_pass(fleet: Fleet) -> None:
-    for ratio in (0.0, 0.5, 0.9):
-        request = body(ratio, 1)
+    for ratio, withdraw in KINDS:
+        request = body(ratio, 1, withdraw=withdraw)
         assert is_right(request, ask(fleet.router, request))
     refused = ask(fleet.router, body(7, 1))
     assert refused.status_code == 400
-    assert refused.json()["error"]["param"] == "reduction_ratio"
+    assert refused.json()["error"]["param"] == "reduction.ratio"
 
 
 def test_streams_pass(fleet: Fleet) -> None:

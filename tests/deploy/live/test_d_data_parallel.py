@@ -24,7 +24,7 @@ def two_engines(tiny_llava: Path, tmp_path: Path) -> Iterator[str]:
         process.stop()
 
 
-def test_both_engines_answer_with_reduction(two_engines: str) -> None:
+def test_both_engines_answer_with_reduction_and_withdrawal(two_engines: str) -> None:
     with Load(two_engines, clients=4) as load:
         load.wait_for(24)
     assert load.ended == {"right": load.ended.total()}
