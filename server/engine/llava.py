@@ -39,24 +39,27 @@ def _build_processor(
 class FoldLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     """Modifications to vLLM's LLaVA:
 
-    - `embed_multimodal` reduces each image by the plan that the processor sent with it;
+    - `embed_multimodal` reduces each image by the plan that the processor sent with it, and refuses to keep positions
+      where the engine's runner would not read them;
     - with a withdrawal layer configured, the decoder is the withdrawing twin of the checkpoint's own.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         withdrawal.select_decoder(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-
+        self._geometry = vision_geometry(self.config)
+        self._can_keep_positions = positions.limit(vllm_config) is not None
         if withdrawal.withdraw_layer(vllm_config) is not None:
             self.get_model_state_cls = withdrawal.model_state_cls  # asked for by model runner V2 only
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
         """One (plan.kept, hidden) tensor per image; vLLM's own path, bit for bit, when nothing is reduced."""
         rows = kwargs.pop(PLAN_FIELD, None)
-        geometry = vision_geometry(self.config)
         plans: list[Plan] = []
-        if isinstance(rows, torch.Tensor) and geometry is not None:
-            plans = [Plan.from_ints(row, geometry) for row in rows.tolist()]  # on the CPU
+        if isinstance(rows, torch.Tensor) and self._geometry is not None:
+            plans = [Plan.from_ints(row, self._geometry) for row in rows.tolist()]  # on the CPU
+        if not self._can_keep_positions and any(plan.keeps_positions for plan in plans):
+            raise ValueError(positions.CANNOT_KEEP)
         if all(plan.is_identity for plan in plans):
             return super().embed_multimodal(**kwargs)
         image_input = self._parse_and_validate_image_input(**kwargs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from zlib import crc32
 
 import torch
@@ -15,6 +16,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import ImageEmbeddingItems, MultiModalDataItems
 from vllm.multimodal.processing import ProcessorInputs, PromptReplacement, PromptUpdate
 
+from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, make_plan
 from foldserve.server.engine import positions
 from foldserve.server.engine.geometry import vision_geometry
@@ -85,7 +87,7 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
             raise ValueError(f"the image's uuid {image_hash!r} ends in a mark of foldserve: give it another uuid")
         if not plan.is_identity:
             algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
-            image_hash = MultiModalHasher.hash_kwargs(algorithm, image=image_hash, plan=plan.to_ints())
+            image_hash = MultiModalHasher.hash_kwargs(algorithm, image=image_hash, plan=repr(plan.to_ints()))
         if plan.keeps_positions:
             image_hash = positions.mark(image_hash, plan.encoded)
         return mark(image_hash, plan.decoder, plan.kept_deep) if plan.decoder != "none" else image_hash
@@ -98,9 +100,13 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
             if any(r != Reduction() for r in reductions):
                 raise InvalidReduction("only images can be reduced: image embeddings are used as they come", param="")
             return []
+        return [make_plan(reduction, self._geometry) for reduction in reductions]
+
+    @cached_property  # a config is slow to read, and plans are made several times per request
+    def _geometry(self) -> VisionGeometry:
         geometry = vision_geometry(self.info.get_hf_config())
         assert geometry is not None  # this processor is built for such models only
-        return [make_plan(reduction, geometry) for reduction in reductions]
+        return geometry
 
 
 def parse_reductions(value: object, count: int) -> list[Reduction]:
@@ -118,7 +124,7 @@ def parse_reductions(value: object, count: int) -> list[Reduction]:
 
 def _seed(pixels: torch.Tensor) -> int:
     """A number that only an image's own pixels decide, as the tower sees them."""
-    return crc32(pixels.float().numpy().tobytes())
+    return crc32(pixels.float().contiguous().numpy().data)
 
 
 def _without_ours(kwargs: _Kwargs) -> _Kwargs:

@@ -1,17 +1,22 @@
-"""The withdrawal benchmark's own logic, on a tiny model; nothing here is asserted about time."""
+"""The benchmarks' own logic, on tiny models; nothing here is asserted about time."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from foldserve.loadtest.micro import processor
 from foldserve.loadtest.micro.pairs import alternate, ratio
 from foldserve.loadtest.micro.shape import Shape
 from foldserve.loadtest.micro.variants import Bench
 from foldserve.loadtest.micro.withdrawal import TIMED, engine_options, render, render_resident, table
+from foldserve.reducers.plan import Reduction
 from foldserve.server.engine.bench import ProbedEngine
+from foldserve.server.engine.bench_processor import Processors
 
 TINY = Shape(layers=4, hidden=128, image_px=168, text=40, withdraw_layer=2)
 IDLE = ("prefill", "decode x1", "decode x4")
@@ -112,3 +117,18 @@ def test_an_engine_in_another_process_is_refused(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(vars(envs), "VLLM_ENABLE_V1_MULTIPROCESSING", True)  # vLLM reads the environment only once
     with pytest.raises(ValueError, match="VLLM_ENABLE_V1_MULTIPROCESSING=0"):
         ProbedEngine(tmp_path, None)
+
+
+def test_processor_is_timed_beside_vllms(tmp_path: Path) -> None:
+    file = tmp_path / "processor.json"
+    processor.main(["--pairs", "2", "--side", "64", "--json", str(file)])
+    found = json.loads(file.read_text())
+    assert found.keys() == processor.ASKED.keys()
+    assert all(0 < row["ratio"]["low"] <= row["ratio"]["high"] and row["stock_ms"] > 0 for row in found.values())
+
+
+def test_both_processors_give_prompts_of_the_plans_length(tiny_llava: Path) -> None:
+    processors, image = Processors(tiny_llava), Image.new("RGB", (40, 40))
+    whole = processors.call("stock", image)()
+    assert processors.call("ours", image)() == whole
+    assert processors.call("ours", image, Reduction.parse({"ratio": 0.5}))() == whole - 72
