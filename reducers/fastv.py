@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from foldserve.reducers.illava import image_score, without
+from foldserve.reducers.fold import Reduced
+from foldserve.reducers.illava import without
 from foldserve.reducers.method import Decoder
+from foldserve.reducers.random import keep
 
 
-def fastv(last_row: Tensor, is_image: Tensor, r: int) -> Tensor:
-    """Positions that stay when the r image tokens go that the last prompt token attends to least.
-
-    Of equal ones the earlier goes.
+def fastv(x: Tensor, score: Tensor, r: int) -> Reduced:
+    """Drop the r tokens of lowest score; of equal ones the earlier goes.
 
     Args:
-        last_row: (B, n), attention of the last prompt token in decoder layer K - 1, mean over heads.
-        is_image: (B, n) bool.
-        r: image tokens to remove, at most as many as there are.
+        x: (B, n, d), any float dtype.
+        score: (B, n), attention of the last prompt token in decoder layer K - 1, mean over heads; infinite for a token
+            that has to stay (`image_score`).
+        r: tokens to remove, 0 <= r <= n.
 
     Returns:
-        (B, n - r) int64, ascending.
+        n - r tokens as they were, in order; `group` is -1 for what was dropped.
     """
-    score = image_score(last_row, is_image)
-    return without(score.argsort(dim=-1, stable=True)[:, :r], score.shape[1])
+    return keep(x, without(score.argsort(dim=-1, stable=True)[:, :r], score.shape[1]))
 
 
 class FastV(Decoder):

@@ -25,13 +25,13 @@ def keep(x: Tensor, kept: Tensor) -> Reduced:
 
     Args:
         x: (B, n, d).
-        kept: (m,) distinct indices, ascending.
+        kept: (m,), or (B, m), distinct indices, ascending.
 
     Returns:
         m tokens of size 1; `group` is -1 for what was dropped.
     """
     source = kept.to(x.device, non_blocking=True).expand(x.shape[0], -1)
-    slots = torch.arange(len(kept), device=x.device).expand_as(source)
+    slots = torch.arange(kept.shape[-1], device=x.device).expand_as(source)
     group = source.new_full(x.shape[:2], -1).scatter_(1, source, slots)
     tokens = x.gather(1, source.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
     return Reduced(tokens, torch.ones_like(source), source, group)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.schema import Defaults, FoldChatRequest
+from foldserve.server.engine.positions import CANNOT_KEEP
 from foldserve.server.engine.withdrawal import Room, refuse_request
 
 
@@ -77,10 +78,7 @@ class Planner:
         if reduction.positions is None and (reduction.ratio or reduction.keep_tokens):
             reduction = replace(reduction, positions=self.defaults.positions)
         if reduction.positions == "keep" and self.positions is None:
-            raise InvalidRequest(
-                "this server can't keep positions: start it with `foldserve serve`, on model runner V1",
-                "reduction.positions",
-            )
+            raise InvalidRequest(CANNOT_KEEP, "reduction.positions")
         return reduction
 
     def _check_withdrawal(self, request: FoldChatRequest, reductions: Sequence[Reduction]) -> None:

@@ -44,9 +44,17 @@ def detach(embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return embeds[:, :-_COLUMNS], high * _BASE + low
 
 
+CANNOT_KEEP = (
+    "this engine can't keep positions: it needs foldserve's worker on model runner V1, both of which `foldserve serve` "
+    "sets, without pipeline parallelism and without speculative decoding; send positions 'renumber' to it"
+)
+
+
 def limit(vllm_config: VllmConfig) -> int | None:
-    """Positions that the model was trained for; None where the engine's worker is not one of ours, which keep them."""
-    if not vllm_config.parallel_config.worker_cls.startswith("foldserve."):
+    """Positions that the model was trained for; None where the engine can't keep any, see `CANNOT_KEEP`."""
+    parallel = vllm_config.parallel_config
+    ours = parallel.worker_cls.startswith("foldserve.") and not vllm_config.use_v2_model_runner
+    if not ours or parallel.pipeline_parallel_size > 1 or vllm_config.speculative_config is not None:
         return None
     model = vllm_config.model_config
     return max(model.hf_text_config.max_position_embeddings, model.max_model_len)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch.nn import functional as F
 
 from foldserve.reducers import METHODS
 from foldserve.reducers.downsample import resize
+from foldserve.reducers.fold import Reduced
 from foldserve.reducers.folder import folder, folder_cls
 from foldserve.reducers.illava import illava
 from foldserve.reducers.plan import Plan
@@ -38,9 +40,13 @@ class PlainTower:
         self.model, self.class_token = getattr(model, "vision_model", model), class_token
         self.layers = self.model.encoder.layers[:-1]
 
-    @torch.no_grad()
     def features(self, pixels: Tensor, plan: Plan) -> Tensor:
         """(1, 3, H, W) -> (1, plan.kept, C)"""
+        return self.survivors(pixels, plan)[0]
+
+    @torch.no_grad()
+    def survivors(self, pixels: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+        """(1, 3, H, W) -> (1, plan.kept, C), and the token of the whole image that each of them stands for."""
         if plan.method == "downsample":
             assert plan.grid is not None
             patch = self.model.embeddings.patch_size
@@ -51,34 +57,44 @@ class PlainTower:
         if self.class_token:
             hidden = self.model.pre_layrnorm(hidden)
         sizes = torch.ones(hidden.shape[:2], dtype=torch.int64)
+        source = torch.arange(hidden.shape[1])[None]
         for index, layer in enumerate(self.layers):
             bias = sizes.log() if plan.method in ("tome", "turbo") else hidden.new_zeros(hidden.shape[:2])
             hidden, seen = attend(layer, hidden, bias)
             for r in plan.removed_in(index) if plan.method != "folder_cls" else ():
-                hidden, sizes = self._reduce(plan, hidden, sizes, seen, r)
+                hidden, sizes, kept, _ = self._reduce(plan, hidden, sizes, seen, r)
+                source = source.gather(1, kept)
             if plan.method == "folder_cls" and plan.removed_in(index):
-                hidden = folder_cls(hidden, seen.key.mean(2), seen.probability[:, :, 0].mean(1), plan.folds).tokens
+                attention = seen.probability[:, :, 0].mean(1)
+                hidden, _, source, _ = folder_cls(hidden, seen.key.mean(2), attention, plan.folds)
             hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
-        return after_tower(hidden[:, 1:] if self.class_token else hidden, plan)
+        if self.class_token:
+            hidden, source = hidden[:, 1:], source[:, 1:] - 1
+        return after_tower(hidden, source, plan)
 
-    def _reduce(self, plan: Plan, x: Tensor, sizes: Tensor, seen: Seen, r: int) -> tuple[Tensor, Tensor]:
+    def _reduce(self, plan: Plan, x: Tensor, sizes: Tensor, seen: Seen, r: int) -> Reduced:
         received = seen.probability.mean(dim=(1, 2))
         if plan.method == "illava":
             first = int(self.class_token)
-            merged = illava(x[:, first:], received[:, first:], r).tokens
-            return torch.cat([x[:, :first], merged], dim=1), sizes
+            return behind(x[:, :first], illava(x[:, first:], received[:, first:], r))
         if plan.method == "prumerge":
             query, key = seen.query.flatten(2), seen.key.flatten(2)
             attention = (query[:, :1] @ key.mT / query.shape[-1] ** 0.5).softmax(dim=-1)[:, 0, 1:]
             selected = most_attended(attention, plan.kept - 1)
             normal = F.normalize(key[:, 1:], dim=-1)
-            merged = prumerge(x[:, 1:], attention, selected, normal[:, selected[0]] @ normal.mT).tokens
-            return torch.cat([x[:, :1], merged], dim=1), sizes
+            return behind(x[:, :1], prumerge(x[:, 1:], attention, selected, normal[:, selected[0]] @ normal.mT))
         if plan.method == "turbo":
-            reduced = turbo(x, seen.key.mean(2), seen.probability[:, :, 0].mean(1), sizes, r)
-        else:
-            reduced = tome(x, seen.key.mean(2), sizes, r, class_token=self.class_token)
-        return reduced.tokens, reduced.sizes
+            return turbo(x, seen.key.mean(2), seen.probability[:, :, 0].mean(1), sizes, r)
+        return tome(x, seen.key.mean(2), sizes, r, class_token=self.class_token)
+
+
+def behind(class_token: Tensor, patches: Reduced) -> Reduced:
+    """The class token (1, 1, d) in front again; (1, 0, d) of a tower without one."""
+    first = class_token.shape[1]
+    sizes, source, group = (
+        F.pad(x, (first, 0)) for x in (patches.sizes, patches.source + first, patches.group + first)
+    )
+    return Reduced(torch.cat([class_token, patches.tokens], dim=1), sizes, source, group)
 
 
 def attend(layer: Any, hidden: Tensor, bias: Tensor) -> tuple[Tensor, Seen]:
@@ -95,16 +111,27 @@ def attend(layer: Any, hidden: Tensor, bias: Tensor) -> tuple[Tensor, Seen]:
     return hidden + attention.out_proj(attended), Seen(query, key, probability)
 
 
-def after_tower(features: Tensor, plan: Plan) -> Tensor:
-    """(1, n, C), n = plan.encoded unless tokens went before -> (1, plan.kept, C)"""
+def after_tower(features: Tensor, source: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """(1, n, C), n = plan.encoded unless tokens went before -> (1, plan.kept, C), and what each of them stands for."""
+    side = isqrt(plan.encoded)
     if plan.method == "folder":
-        return folder(features, plan.folds, scale="official" if "official" in plan.options else "none").tokens
+        reduced = folder(features, plan.folds, scale="official" if "official" in plan.options else "none")
+        return reduced.tokens, reduced.source
     if plan.method == "random":
-        return features[:, draw(plan.encoded, plan.kept, plan.seed)]
+        kept = draw(plan.encoded, plan.kept, plan.seed)
+        return features[:, kept], kept[None]
     if plan.method == "pool":
         assert plan.grid is not None
-        side = int(plan.encoded**0.5)
         image = features.mT.reshape(1, -1, side, side)
-        return F.adaptive_avg_pool2d(image, plan.grid).flatten(2).mT
+        (rows, columns), whole = plan.grid, torch.arange(plan.encoded).view(side, side)
+        first = whole[:: side // rows, :: side // columns]  # of each window
+        return F.adaptive_avg_pool2d(image, plan.grid).flatten(2).mT, first.reshape(1, -1)
+    if plan.method == "downsample":
+        assert plan.grid is not None
+        rows, columns = plan.grid
+        centres = [
+            (int((i + 0.5) * side / rows), int((j + 0.5) * side / columns)) for i in range(rows) for j in range(columns)
+        ]
+        return features, torch.tensor([[i * side + j for i, j in centres]])
     assert plan.method == "none" or METHODS[plan.method].stage.value != "after_tower", plan.method
-    return features
+    return features, source

@@ -1,147 +1,206 @@
-"""Tokens that keep their positions, in a real engine against plain PyTorch."""
+"""Kept positions without an engine: identities, limits, and a step of the runner against a loop over tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
+from vllm.multimodal.inputs import PlaceholderRange
 
-from foldserve.reducers.folder import folder, folder_cls
-from foldserve.reducers.plan import Plan
-from foldserve.server.engine.positions import PositionMap, attach, detach, full_length, mark
-from tests.engine.conftest import MAX_TOKENS, Case, greedy
-from tests.engine.reference import Reference
-from tests.images import photo
+from foldserve.reducers.plan import Reduction, VisionGeometry, make_plan
+from foldserve.server.engine import positions
+from foldserve.server.engine.positions import PositionMap, PositionsRunner, attach, detach, full_length, mark
+from foldserve.server.engine.vision import Survivors, reduce_features
 
-Answer = tuple[list[int], list[float]]
-
-
-class KeepingReference(Reference):
-    """The reference with position ids written out for every token."""
-
-    def survivors(self, image: Image.Image, plan: Plan) -> tuple[Tensor, list[int]]:
-        """Projected vision tokens in position order, and the positions in the image."""
-        tower = self.model.model.vision_tower
-        pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
-        features, source = self.image_features(image, plan), torch.arange(plan.kept)
-        if plan.method == "folder":
-            states = tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
-            source = folder(states, plan.folds).source[0]
-        elif plan.method == "folder_cls":
-            source = self._class_source(tower(pixels, output_hidden_states=True).hidden_states[-3], plan)
-        order = source.argsort() if plan.keeps_positions else torch.arange(plan.kept)
-        positions = source if plan.keeps_positions else torch.arange(plan.kept)
-        return features[order], positions[order].tolist()
-
-    def _class_source(self, hidden: Tensor, plan: Plan) -> Tensor:
-        tower = self.model.model.vision_tower
-        encoder = getattr(tower, "vision_model", tower).encoder
-        layer = encoder.layers[len(encoder.layers) - 2]
-        x, heads = layer.layer_norm1(hidden), layer.self_attn.num_heads
-        q, k = (p(x).unflatten(-1, (heads, -1)) for p in (layer.self_attn.q_proj, layer.self_attn.k_proj))
-        weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) * layer.self_attn.scale).softmax(-1)
-        return folder_cls(hidden, k.mean(2), weights[:, :, 0].mean(1), plan.folds).source[0, 1:] - 1
-
-    @torch.no_grad()
-    def generate(
-        self, prompt: str, images: Sequence[Image.Image], reductions: Sequence[dict[str, object]], tokens: int
-    ) -> Answer:
-        plans = [self.plan(reduction) for reduction in reductions]
-        kept = [self.survivors(image, plan) for image, plan in zip(images, plans, strict=True)]
-        remaining = iter(zip(kept, plans, strict=True))
-        rows: list[Tensor] = []
-        places: list[int] = []
-        following = 0
-        for token in self.processor.tokenizer(prompt)["input_ids"]:
-            if token != self.config.image_token_index:
-                rows.append(self.model.get_input_embeddings()(torch.tensor([token])))
-                places.append(following)
-                following += 1
-                continue
-            (features, positions), plan = next(remaining)
-            rows.append(features)
-            places += [following + position for position in positions]
-            following += plan.encoded if plan.keeps_positions else plan.kept
-        embeds = torch.cat(rows)
-        out: list[int] = []
-        logprobs: list[float] = []
-        for _ in range(tokens):
-            # without a mask, transformers takes a jump in the positions for the start of another sequence
-            hidden = self.model.model.language_model(
-                inputs_embeds=embeds[None],
-                position_ids=torch.tensor([places]),
-                attention_mask=torch.ones(1, len(places)),
-                use_cache=False,
-            ).last_hidden_state
-            distribution = self.model.lm_head(hidden[0, -1]).log_softmax(-1)
-            out.append(int(distribution.argmax()))
-            logprobs.append(float(distribution[out[-1]]))
-            embeds = torch.cat([embeds, self.model.get_input_embeddings()(torch.tensor(out[-1:]))])
-            places.append(following)
-            following += 1
-        return out, logprobs
-
-
-@pytest.fixture(scope="module")
-def expect(tiny_llava: Path) -> Callable[[Case], Answer]:
-    reference = KeepingReference(tiny_llava)
-    return lambda case: reference.generate(case.prompt, case.images, case.reductions, MAX_TOKENS)
-
-
-def one_image(seed: int, question: str = "What is in the picture?", **reduction: object) -> Case:
-    return Case(f"USER: <image>\n{question} ASSISTANT:", [photo(seed)], [{"positions": "keep", **reduction}])
-
-
-def assert_same(llm: Any, cases: list[Case], expect: Callable[[Case], Answer]) -> None:
-    for case, (tokens, logprobs) in zip(cases, greedy(llm, cases), strict=True):
-        want_tokens, want_logprobs = expect(case)
-        assert tokens == want_tokens, case.reductions
-        assert logprobs == pytest.approx(want_logprobs, abs=2e-4)
-
-
-def test_equals_plain_pytorch_in_one_batch(llm: Any, expect: Callable[[Case], Answer]) -> None:
-    """Chunks of 50 tokens cut every image; kept and renumbered, several images, text alone."""
-    cases = [one_image(11, method=method, ratio=r) for method in ("folder", "folder_cls") for r in (0.25, 0.5, 0.9)]
-    cases += [one_image(11, ratio=0.5, positions="renumber"), Case("USER: no picture at all ASSISTANT:")]
-    keep = {"positions": "keep"}
-    cases.append(
-        Case(
-            "USER: <image> and <image>\nthen <image> which? ASSISTANT:",
-            [photo(1), photo(2), photo(3)],
-            [{"ratio": 0.5, **keep}, {"ratio": 0.5}, {"method": "folder_cls", "keep_tokens": 20, **keep}],
-        )
-    )
-    assert_same(llm, cases, expect)
-
-
-def test_prefix_and_encoder_cache(llm: Any, expect: Callable[[Case], Answer]) -> None:
-    """The same image with another question: its blocks or its encoding come from a cache."""
-    for question in ("What is in the picture?", "And what is it that one sees there?"):
-        for positions in ("keep", "renumber", "keep"):
-            assert_same(llm, [one_image(12, question, ratio=0.66, positions=positions)], expect)
-
-
-def test_positions_make_a_difference(expect: Callable[[Case], Answer]) -> None:
-    """Guards the tests above: a reference that ignored positions would make them pass for nothing."""
-    kept, renumbered = (expect(one_image(11, ratio=0.5, positions=p))[1] for p in ("keep", "renumber"))
-    assert max(abs(a - b) for a, b in zip(kept, renumbered, strict=True)) > 1e-3
+WIDTH = 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_positions_travel_exactly(dtype: torch.dtype) -> None:
     source = torch.tensor([0, 1, 255, 256, 2879, 65_535])
-    embeds, positions = detach(attach(torch.ones(6, 3, dtype=dtype), source))
-    assert torch.equal(positions, source)
+    embeds, travelled = detach(attach(torch.ones(6, 3, dtype=dtype), source))
+    assert torch.equal(travelled, source)
     assert torch.equal(embeds, torch.ones(6, 3, dtype=dtype))
 
 
 def test_identity_says_the_full_length() -> None:
     assert full_length(mark("abc", 576)) == 576
     assert full_length(mark("abc", 576) + "~withdraw:0") == 576
+    assert full_length(mark("abc", 576) + "~fastv:12") == 576
     assert full_length("abc") is full_length("abc~withdraw:0") is None
     assert PositionMap.of([]) is None
+
+
+def test_renumbering_is_the_plan_of_who_says_nothing() -> None:
+    """The same plan is the same identity, hence the same cache entries."""
+    clip = VisionGeometry(576, (24, 24), layers=23, class_token=True)
+    plans = [make_plan(Reduction.parse({"ratio": 0.5, **more}), clip) for more in ({}, {"positions": "renumber"})]
+    assert plans[0] == plans[1] != make_plan(Reduction.parse({"ratio": 0.5, "positions": "keep"}), clip)
+    whole = [make_plan(Reduction.parse({"ratio": 0, "positions": p}), clip) for p in ("keep", "renumber")]
+    assert whole[0] == whole[1] and whole[0].is_identity and not whole[0].keeps_positions
+
+
+def engine_config(**changes: Any) -> Any:
+    """vLLM's configuration as far as `limit` reads it: ours, of an engine that keeps positions."""
+    parallel = {"worker_cls": positions.worker("cpu"), "pipeline_parallel_size": 1}
+    others = {"use_v2_model_runner": False, "speculative_config": None}
+    model = SimpleNamespace(hf_text_config=SimpleNamespace(max_position_embeddings=4096), max_model_len=1024)
+    parallel, others = (
+        {name: changes.get(name, value) for name, value in known.items()} for known in (parallel, others)
+    )
+    return SimpleNamespace(parallel_config=SimpleNamespace(**parallel), model_config=model, **others)
+
+
+def test_positions_end_with_what_the_model_was_trained_for() -> None:
+    assert positions.limit(engine_config()) == 4096
+    withdrawing = "foldserve.server.engine.withdrawal.worker_cpu.WithdrawingWorker"
+    assert positions.limit(engine_config(worker_cls=withdrawing)) == 4096
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"},
+        {"use_v2_model_runner": True},
+        {"pipeline_parallel_size": 2},
+        {"speculative_config": object()},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_engines_that_cannot_keep_positions(other: dict[str, Any]) -> None:
+    assert positions.limit(engine_config(**other)) is None
+
+
+@dataclass
+class Image:
+    """An image in a prompt; `source` are the positions in it that its tokens keep, None if they are renumbered."""
+
+    offset: int
+    length: int
+    full: int
+    source: list[int] | None
+
+    @property
+    def identifier(self) -> str:
+        return "image" if self.source is None else mark("image", self.full)
+
+    @property
+    def mm_position(self) -> PlaceholderRange:
+        return PlaceholderRange(offset=self.offset, length=self.length)
+
+    def embeds(self, device: str) -> Tensor:
+        plain = torch.zeros(self.length, WIDTH, device=device)
+        return plain if self.source is None else attach(plain, torch.tensor(self.source, device=device))
+
+
+@dataclass
+class Request:
+    """A request in a step: `computed` tokens of it are done, `scheduled` are to be."""
+
+    mm_features: list[Image]
+    num_computed_tokens: int
+    scheduled: int
+    expected: list[int] = field(default_factory=list)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> Request:
+    """Text and images in turn, cut anywhere; `expected` by a loop over all tokens of the request."""
+    images: list[Image] = []
+    places: list[int] = list(range(draw(st.integers(0, 3))))
+    following = len(places)
+    for _ in range(draw(st.integers(0, 3))):
+        full = draw(st.integers(1, 9))
+        kept = draw(st.integers(1, full))
+        source = draw(
+            st.none() | st.lists(st.integers(0, full - 1), min_size=kept, max_size=kept, unique=True).map(sorted)
+        )
+        images.append(Image(len(places), kept, full, source))
+        places += [following + place for place in (range(kept) if source is None else source)]
+        following += kept if source is None else full
+        text = draw(st.integers(0, 4))
+        places += range(following, following + text)
+        following += text
+    places += range(following, following + 6)  # generated ones
+    computed = draw(st.integers(0, len(places) - 1))
+    scheduled = draw(st.integers(1, len(places) - computed))
+    return Request(images, computed, scheduled, places[computed : computed + scheduled])
+
+
+class Plain:
+    """A step of vLLM's runner as far as it matters here."""
+
+    def __init__(self, batch: list[Request], device: str) -> None:
+        self.requests = {str(i): request for i, request in enumerate(batch)}
+        self.input_batch = SimpleNamespace(req_ids=list(self.requests))
+        plain = [x for r in batch for x in range(r.num_computed_tokens, r.num_computed_tokens + r.scheduled)]
+        self.positions = torch.tensor([*plain, 7, 7], device=device)  # two more of an earlier step
+        self.step = SimpleNamespace(
+            num_scheduled_tokens={i: request.scheduled for i, request in self.requests.items()},
+            total_num_scheduled_tokens=len(plain),
+        )
+        self.device = device
+
+    def _gather_mm_embeddings(self, step: Any, shift_computed_tokens: int = 0) -> tuple[list[Tensor], Tensor]:
+        embeds = []
+        for request in self.requests.values():
+            end = request.num_computed_tokens + request.scheduled
+            for image in request.mm_features:
+                first, last = max(request.num_computed_tokens, image.offset), min(end, image.offset + image.length)
+                if first < last:
+                    embeds.append(image.embeds(self.device)[first - image.offset : last - image.offset])
+        return embeds, torch.zeros(step.total_num_scheduled_tokens, dtype=torch.bool)
+
+
+class Runner(PositionsRunner, Plain):
+    """Ours."""
+
+
+@given(st.lists(requests(), min_size=1, max_size=4))
+def test_a_step_equals_a_loop_over_tokens(batch: list[Request]) -> None:
+    """Requests that keep, renumber, or do both, in any phase; rows beyond the step are left alone."""
+    runner = Runner(batch, "cpu")
+    embeds, _ = runner._gather_mm_embeddings(runner.step)
+    assert runner.positions.tolist() == [*(place for request in batch for place in request.expected), 7, 7]
+    assert [item.shape for item in embeds] == [
+        (item.shape[0], WIDTH) for item in Plain(batch, "cpu")._gather_mm_embeddings(runner.step)[0]
+    ]
+
+
+@given(st.lists(requests(), min_size=1, max_size=4))
+def test_a_step_reads_nothing_back_from_the_device(batch: list[Request]) -> None:
+    """On the meta device there are no values: whatever needed one on the host, or copied one there, would raise."""
+    runner = Runner(batch, "meta")
+    embeds, _ = runner._gather_mm_embeddings(runner.step)
+    assert all(item.is_meta and item.shape[1] == WIDTH for item in embeds)
+
+
+@pytest.mark.parametrize("method", ["folder", "pool", "random"])
+def test_the_encoder_reads_no_survivor_back(method: str) -> None:
+    """From the tower's output to the embeddings with their positions; methods in the tower: tests/reducers."""
+    plan = make_plan(
+        Reduction.parse({"method": method, "ratio": 0.75, "positions": "keep"}), VisionGeometry(144, (12, 12), 3)
+    )
+    whole = Survivors(torch.zeros(144, WIDTH, device="meta"), torch.arange(144, device="meta"))
+    (left,) = reduce_features([whole], [plan])
+    assert attach(left.features, left.source).shape == (36, WIDTH + 2)
+
+
+def test_a_request_under_an_old_name_has_a_map_of_its_own() -> None:
+    """Client ids come again; maps of requests that are gone are forgotten."""
+    keeping = Request([Image(0, 1, 5, [3])], 1, 1)
+    runner = Runner([keeping], "cpu")
+    assert runner._position_map("0") is runner._position_map("0") is not None
+    for _ in range(5):
+        runner.requests = {"0": Request([], 1, 1), "1": keeping}
+        assert runner._position_map("0") is None and runner._position_map("1") is not None
+    for i in range(20):
+        runner.requests = {str(i): keeping}
+        runner._position_map(str(i))
+    assert len(runner._position_maps or ()) <= 3

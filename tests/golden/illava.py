@@ -43,9 +43,10 @@ def check_fastv(case: Case) -> None:
     """The same, nothing merged."""
     inputs, golden, params = case.read(case.inputs), case.read(case.outputs), case.params
     check_fastv_kept({"L": params["image_len"], "drop": params["drop_ratio"], "kept": params["kept"]})
-    positions = fastv(inputs["last_row_attn"], _is_image(case), params["image_len"] - params["kept"])
-    assert_equal("position_ids", positions, golden["position_ids"])
-    assert_equal("hidden", inputs["hidden"][:, positions[0]], golden["hidden"])
+    score = image_score(inputs["last_row_attn"], _is_image(case))
+    reduced = fastv(inputs["hidden"], score, params["image_len"] - params["kept"])
+    assert_equal("position_ids", reduced.source, golden["position_ids"])
+    assert_equal("hidden", reduced.tokens, golden["hidden"])
 
 
 def check_illava_removed(row: Row) -> None:

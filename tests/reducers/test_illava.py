@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from foldserve.reducers.fastv import FastV, fastv
 from foldserve.reducers.illava import IllavaDecoder, illava, image_score
 from tests.reducers.check import (
+    Reduce,
     assert_fp32_inside,
     assert_nothing_read,
     assert_partition,
@@ -52,7 +53,7 @@ def test_the_least_attended_weighs_most_and_stands_where_the_most_attended_did()
 
 def test_of_equal_scores_the_earlier_is_the_lower() -> None:
     assert illava(torch.ones(1, 5, 1), torch.ones(1, 5), 2).source.tolist() == [[2, 3, 4]]
-    assert fastv(torch.ones(1, 5), torch.ones(1, 5, dtype=torch.bool), 2).tolist() == [[2, 3, 4]]
+    assert fastv(torch.ones(1, 5, 1), torch.ones(1, 5), 2).source.tolist() == [[2, 3, 4]]
 
 
 @few
@@ -65,25 +66,30 @@ def test_text_stays(shape: tuple[int, int, int], data: st.DataObject, seed: int)
     is_image[:, first : first + images] = True
     r = data.draw(st.integers(0, images - 1))
     x, score = draw(seed, shape, (batch, n))
-    dropped, merged = fastv(score, is_image, r), illava(x, image_score(score, is_image), r)
-    assert torch.equal(dropped, merged.source)  # with r - 1 below the merged one, both keep the same positions
-    text = ~is_image.gather(1, dropped)
+    scored = image_score(score, is_image)
+    left, merged = fastv(x, scored, r), illava(x, scored, r)
+    kept = left.source
+    assert torch.equal(kept, merged.source)  # with r - 1 below the merged one, both keep the same positions
+    text = ~is_image.gather(1, kept)
     assert (text.sum(dim=1) == n - images).all()
     assert torch.equal(merged.tokens[text], x[~is_image])
-    assert (dropped.diff(dim=1) > 0).all()
-    gone = torch.ones(batch, n, dtype=torch.bool).scatter(1, dropped, False)
+    assert (kept.diff(dim=1) > 0).all()
+    gone = torch.ones(batch, n, dtype=torch.bool).scatter(1, kept, False)
+    assert torch.equal(left.tokens.flatten(0, 1), x[~gone])
+    assert torch.equal(left.group < 0, gone) and torch.equal(left.sizes, torch.ones_like(kept))
     if r:
         assert (
             score[gone].view(batch, r).amax(dim=1) <= score.masked_fill(gone | ~is_image, torch.inf).amin(dim=1)
         ).all()
 
 
+@pytest.mark.parametrize("method", [illava, fastv])
 @few
 @given(shapes, seeds)
-def test_one_image_does_not_feel_the_others(shape: tuple[int, int, int], seed: int) -> None:
+def test_one_image_does_not_feel_the_others(method: Reduce, shape: tuple[int, int, int], seed: int) -> None:
     batch, n, _ = shape
     inputs = draw(seed, shape, (batch, n))
-    reduce = partial(illava, r=n // 2)
+    reduce = partial(method, r=n // 2)
     assert_same_bits_alone(reduce, *inputs)
     assert_fp32_inside(reduce, *inputs)
     assert_nothing_read(reduce, *inputs)

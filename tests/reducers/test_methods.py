@@ -58,7 +58,10 @@ def run(plan: Plan, geometry: VisionGeometry) -> int:
     first = int(geometry.class_token and isinstance(method, InTower))
     (x,) = draw(plan.removed, (2, geometry.tokens + first, 8))
     if isinstance(method, AfterTower):
-        return method.reduce(x, plan).tokens.shape[1]
+        reduced = method.reduce(x, plan)
+        assert_distinct(reduced.source)
+        assert reduced.sizes.shape == reduced.source.shape == reduced.tokens.shape[:2]
+        return reduced.tokens.shape[1]
     if not isinstance(method, InTower):  # before the tower, which then sees the smaller grid
         assert plan.grid is not None
         return plan.grid[0] * plan.grid[1]
@@ -73,7 +76,13 @@ def run(plan: Plan, geometry: VisionGeometry) -> int:
             assert torch.equal(x[:, :first], class_token)
             assert (sizes.sum(dim=1) == geometry.tokens + first).all()
             assert (source.shape, group.shape) == (x.shape[:2], (2, before))
+            assert_distinct(source)
     return x.shape[1] - first
+
+
+def assert_distinct(source: torch.Tensor) -> None:
+    """No two tokens stand for the same one: else they would have the same position."""
+    assert (source.sort(dim=1).values.diff(dim=1) > 0).all()
 
 
 REFUSED: list[tuple[VisionGeometry, dict[str, Any], str, str]] = [

@@ -13,24 +13,14 @@ import torch
 from torch import Tensor
 
 from foldserve.reducers.fastv import fastv
+from foldserve.reducers.fold import Reduced
 from foldserve.reducers.illava import illava
 from foldserve.server.engine.withdrawal.batch import ChosenImage, ChosenPrompt
 
-Choose = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
-"""x (tokens, d), scores (tokens,), r -> tokens that stay, ascending (tokens - r,), and what becomes of them (., d)."""
-
-
-def _fastv(x: Tensor, scores: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    (kept,) = fastv(scores[None], torch.ones_like(scores, dtype=torch.bool)[None], r)
-    return kept, x[kept]
-
-
-def _illava(x: Tensor, scores: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    merged = illava(x[None], scores[None], r)
-    return merged.source[0], merged.tokens[0]
-
-
-METHODS: Mapping[str, Choose] = MappingProxyType({"fastv": _fastv, "illava_decoder": _illava})
+METHODS: Mapping[str, Callable[[Tensor, Tensor, int], Reduced]] = MappingProxyType(
+    {"fastv": fastv, "illava_decoder": illava}
+)
+"""x (1, n, d), scores (1, n), r -> the n - r tokens that stay, in order."""
 
 
 def last_token_scores(query: Tensor, key: Tensor, prompt: ChosenPrompt, scale: float) -> Tensor:
@@ -69,7 +59,7 @@ def choose(
 def _choose_of(image: ChosenImage, scores: Tensor, rows: Tensor, hidden: Tensor, residual: Tensor) -> None:
     own = slice(image.row, image.row + image.tokens)
     x = torch.cat([hidden[own], residual[own]], dim=-1)  # (tokens, 2d)
-    kept, x = METHODS[image.method](x, scores, image.tokens - image.kept)
-    chosen = kept + image.row
+    reduced = METHODS[image.method](x[None], scores[None], image.tokens - image.kept)
+    chosen = reduced.source[0] + image.row
     rows[image.deep_row : image.deep_row + image.kept] = chosen
-    hidden[chosen], residual[chosen] = x.chunk(2, dim=-1)
+    hidden[chosen], residual[chosen] = reduced.tokens[0].chunk(2, dim=-1)
