@@ -45,7 +45,7 @@ class Limits:
     min_image_side: int = _bound(8, "pixels of an image's shorter side, at least")
     max_image_side: int = _bound(16_384, "pixels of an image's longer side")
     max_image_aspect: float = _bound(50, "longer side over shorter side")
-    max_media_seconds: float = _bound(15, "time to fetch and decode all images of a request", least=0)
+    max_media_seconds: float = _bound(15, "time to fetch all images of a request, and to decode them", least=0)
     max_media_redirects: int = _bound(3, "redirects that are followed for one image, each checked anew", least=0)
     media_decode_threads: int = _bound(4, "threads that decode images, in each API server")
     allow_media_private_host: tuple[str, ...] = field(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import socket
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,8 @@ from foldserve.server.api.errors import (
     Unavailable,
 )
 from foldserve.server.api.media.address import Policy
-from foldserve.server.api.media.budget import Budget
+from foldserve.server.api.media.budget import Budget, Room
+from foldserve.server.api.media.decode import ImageFile
 from foldserve.server.api.media.fetch import CheckedResolver, open_fetcher
 from foldserve.server.api.media.guard import MediaGuard
 from foldserve.server.limits import Limits
@@ -206,7 +208,22 @@ def test_images_come_back_in_order_with_their_paths(web: str) -> None:
     assert caught.value.param == "messages[0].content[1].image_url.url"
 
 
-def test_pixels_of_all_requests_have_a_bound() -> None:
+def test_a_damaged_image_is_named() -> None:
+    """Its header is sound, so that only decoding finds it out; what was decoded beside it is dropped."""
+    cut = "data:image/jpeg;base64," + base64.b64encode(PHOTO[: len(PHOTO) // 2]).decode()
+    with pytest.raises(InvalidImage, match="cut short") as caught:
+        load(Limits(), data_uri(photo(3)), cut)
+    assert caught.value.param == "messages[0].content[1].image_url.url"
+
+
+def test_decoding_has_a_bound_in_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImageFile, "decode", lambda *args: time.sleep(1))
+    with pytest.raises(ImageUnavailable, match=r"decoded within 0\.2 s"):
+        load(Limits(max_media_seconds=0.2), data_uri(photo(3)))
+
+
+@pytest.mark.parametrize("patient", [True, False])
+def test_pixels_of_all_requests_have_a_bound(patient: bool) -> None:
     """Three images of which two fit at once: the third waits, or is told to come later."""
     limits = Limits(max_image_megapixels=0.1, max_media_megapixels=0.1, max_prepared_megapixels=0.2)
     entered: list[int] = []
@@ -217,25 +234,23 @@ def test_pixels_of_all_requests_have_a_bound() -> None:
             entered.append(number)
             await done.wait()
 
-    async def run(seconds: float) -> None:
-        guard = MediaGuard(replace(limits, max_media_seconds=seconds))
+    async def run() -> None:
+        guard = MediaGuard(limits)
+        guard._room = Room(limits.max_prepared_pixels, 60 if patient else 0.2)
         done = asyncio.Event()
         tasks = [asyncio.create_task(hold(guard, number, done)) for number in range(2)]
         while len(entered) < 2:
             await asyncio.sleep(0.01)
         third = asyncio.create_task(hold(guard, 2, done))
-        if seconds < 60:
-            with pytest.raises(Unavailable):
-                await third
-        else:
+        if patient:
             await asyncio.sleep(0.2)
             assert 2 not in entered
             tasks.append(third)
+        else:
+            with pytest.raises(Unavailable, match="too many images"):
+                await third
         done.set()
         await asyncio.gather(*tasks)
 
-    asyncio.run(run(1))
-    assert sorted(entered) == [0, 1]
-    entered.clear()
-    asyncio.run(run(60))
-    assert sorted(entered) == [0, 1, 2]
+    asyncio.run(run())
+    assert sorted(entered) == ([0, 1, 2] if patient else [0, 1])

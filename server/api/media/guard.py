@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from vllm.config import ModelConfig
 from vllm.multimodal.media import ImageMediaIO
 
-from foldserve.server.api.errors import FoldserveError, ImageUnavailable
+from foldserve.server.api.errors import ImageUnavailable
 from foldserve.server.api.media import data_url
 from foldserve.server.api.media.address import Policy
 from foldserve.server.api.media.budget import Budget, Room
@@ -58,36 +58,48 @@ class MediaGuard:
         budget = Budget(self._limits)
         files = await self._open_all(places, budget) if places else []
         async with self._room.take(budget.pixels_used):
-            images = await _all(self._run(file.decode, self._mode, self._background) for file in files)
-            for place, image in zip(places, images, strict=True):
-                place.put({"type": "image_pil", "image_pil": image})
-            del images, files
             try:
+                await self._decode_all(places, files)
+                del files
                 yield
             finally:
                 for place in places:
                     place.put(_NO_IMAGE)
 
     async def _open_all(self, places: Sequence[Place], budget: Budget) -> list[ImageFile]:
-        seconds = self._limits.max_media_seconds
-        try:
-            async with asyncio.timeout(seconds), open_fetcher(self._policy, budget) as fetcher:
-                return await _all(self._open(place, fetcher, budget) for place in places)
-        except TimeoutError as error:
-            raise ImageUnavailable(f"the images could not be fetched within {seconds:g} s", "messages") from error
+        async with self._in_time("fetched"), open_fetcher(self._policy, budget) as fetcher:
+            return await _all(self._open(place, fetcher, budget) for place in places)
 
     async def _open(self, place: Place, fetcher: Fetcher, budget: Budget) -> ImageFile:
-        try:
+        with place.named():
             if data_url.is_data_url(place.url):
                 content = data_url.read(place.url, budget)
             else:
                 content = await fetcher.get(place.url)
-            file = await self._run(ImageFile.open, content)
+            file: ImageFile = await self._run(ImageFile.open, content)
             budget.spend_pixels(*file.image.size)
-        except FoldserveError as error:
-            error.param = place.param
-            raise
-        return file
+            return file
+
+    async def _decode_all(self, places: Sequence[Place], files: Sequence[ImageFile]) -> None:
+        """All of them, before one is put into the messages: a refusal leaves no pixels there."""
+        async with self._in_time("decoded"):
+            images = await _all(self._decode(place, file) for place, file in zip(places, files, strict=True))
+        for place, image in zip(places, images, strict=True):
+            place.put({"type": "image_pil", "image_pil": image})
+
+    async def _decode(self, place: Place, file: ImageFile) -> Any:
+        with place.named():
+            return await self._run(file.decode, self._mode, self._background)
+
+    @asynccontextmanager
+    async def _in_time(self, what: str) -> AsyncIterator[None]:
+        """Bounds the seconds that all images of a request may take for one thing."""
+        seconds = self._limits.max_media_seconds
+        try:
+            async with asyncio.timeout(seconds):
+                yield
+        except TimeoutError as error:
+            raise ImageUnavailable(f"the images could not be {what} within {seconds:g} s", "messages") from error
 
     async def _run(self, function: Any, *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
 
-from foldserve.server.api.errors import InvalidRequest
+from foldserve.server.api.errors import FoldserveError, InvalidRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +27,15 @@ class Place:
     index: int
     url: str
     param: str
+
+    @contextmanager
+    def named(self) -> Iterator[None]:
+        """Errors from inside name this image's URL as what is wrong."""
+        try:
+            yield
+        except FoldserveError as error:
+            error.param = self.param
+            raise
 
     def put(self, part: dict[str, Any]) -> None:
         """Replaces the image's part."""
