@@ -104,7 +104,7 @@ class Environment:
     """The environment variables that matter to us.
 
     Attributes:
-        cache_dir: where the small checkpoint is kept.
+        cache_dir: where calibrations of models from a hub are kept.
         vllm_plugins: the names in `VLLM_PLUGINS`; None when unset, which to vLLM means all but endpoint plugins.
         sets_cpu_kv_cache: the user sized the CPU's KV cache by `VLLM_CPU_KVCACHE_SPACE`.
         cxx: the C++ compiler that torch's inductor uses on CPU.

@@ -8,10 +8,11 @@ import threading
 import time
 from argparse import Namespace
 
-# 8 x 8 pixels, half red, half blue: the smallest example that needs no file and no network.
-_PNG = (
-    "iVBORw0KGgoAAAANSUhEUgAAAAgAAAAIAQMAAAD+wSzIAAAABlBMVEXIHh4ePMjHPpFeAAAADElEQVR42mPgZ0CBAAPQAHl4wNdCAAAAAElFTkSu"
-    "QmCC"
+# A red circle, 96 x 96 pixels: small enough for a line, needs no file and no network, and the demo model knows it.
+EXAMPLE_PNG = (
+    "iVBORw0KGgoAAAANSUhEUgAAAGAAAABgAQMAAADYVuV7AAAABlBMVEWWoKrcKCjQ0uBiAAAAcUlEQVR42u3RvQ2DMBCA0WcHKZSMwCZhdI/C"
+    "CJQUyKTi8keBUiUSX/d0pytszv6s6/SEWwUXMKZUkCEx2JDpAw1doKUNdDSBrQz949Db5AUD6cDaNyisB9ZG6v5kYgnMzIGFKVAZAyvl4613"
+    "fuHsV7sDHvQUQkgPWloAAAAASUVORK5CYII="
 )
 _POLL_S = 0.5
 
@@ -44,8 +45,8 @@ def _is_healthy(host: str, port: int) -> bool:
 def _example(host: str, port: int) -> str:
     address = f"[{host}]" if ":" in host else host
     content = (
-        f'{{"type":"image_url","image_url":{{"url":"data:image/png;base64,{_PNG}"}}}},'
-        '{"type":"text","text":"What colors do you see?"}'
+        f'{{"type":"image_url","image_url":{{"url":"data:image/png;base64,{EXAMPLE_PNG}"}}}},'
+        '{"type":"text","text":"Describe the image."}'
     )
     options = '"max_tokens":16,"temperature":0,"reduction_ratio":0.66'
     body = f'{{"messages":[{{"role":"user","content":[{content}]}}],{options}}}'

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from PIL import Image
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from foldserve.reducers.reduction import Reduction
+from foldserve.server.api.announce import EXAMPLE_PNG
 from foldserve.server.engine.answers import AnswerEngine
 from foldserve.server.quality.demo.accuracy import accuracy, scores
 from foldserve.server.quality.demo.examples import Example, questions
@@ -86,6 +89,13 @@ def test_the_picture_of_the_readme(engine: AnswerEngine) -> None:
     dialogues = [(example.messages(), example.image) for example in asked]
     assert engine.answers(dialogues) == ["a cyan star", "562"]
     assert engine.answers(dialogues[:1], Reduction(method="folder", ratio=0.5)) == ["a cyan star"]
+
+
+def test_the_picture_of_the_example_that_the_server_prints(engine: AnswerEngine) -> None:
+    image = Image.open(io.BytesIO(b64decode(EXAMPLE_PNG))).convert("RGB")
+    example = Example(image, "Describe the image.", "", "")
+    answers = engine.answers([(example.messages(), image)], Reduction(method="folder", ratio=0.66))
+    assert answers == ["a red circle in the center"]
 
 
 def test_scores_count_exact_answers() -> None:

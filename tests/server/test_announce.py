@@ -53,7 +53,7 @@ def test_the_line_comes_once_the_server_is_healthy(port: int, capsys: pytest.Cap
     assert body["reduction_ratio"] == 0.66
     uri = body["messages"][0]["content"][0]["image_url"]["url"]
     image = Image.open(io.BytesIO(base64.b64decode(uri.removeprefix("data:image/png;base64,")))).convert("RGB")
-    assert [image.getpixel((0, 0)), image.getpixel((7, 7))] == [(200, 30, 30), (30, 60, 200)]
+    assert [image.getpixel((48, 48)), image.getpixel((0, 0))] == [(220, 40, 40), (150, 160, 170)]
 
 
 @pytest.mark.parametrize("other", [{"headless": True}, {"grpc": True}, {"uds": "/s"}, {"ssl_certfile": "c"}], ids=str)
