@@ -1,0 +1,80 @@
+"""Every method that works before the decoder, with kept positions, on a CLIP tower and on a SigLIP tower."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import siglip_checkpoint
+from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
+from tests.engine.keeping_reference import KeepingReference
+from tests.images import photo
+
+ANY_TOWER: list[dict[str, object]] = [
+    {"method": "folder", "ratio": 0.66},
+    {"method": "folder", "ratio": 0.66, "scale": "official"},
+    {"method": "illava", "ratio": 0.5, "layers": [0, 2]},
+    {"method": "illava", "keep_tokens": 10, "layers": [1]},
+    {"method": "tome", "ratio": 0.5},
+    {"method": "pool", "ratio": 0.75},
+    {"method": "pool", "ratio": 0.5, "window": "row"},
+    {"method": "random", "ratio": 0.5},
+    {"method": "downsample", "ratio": 0.5},
+]
+WITH_CLASS_TOKEN: list[dict[str, object]] = [
+    {"method": "folder_cls", "ratio": 0.66},
+    {"method": "turbo", "ratio": 0.5},
+    {"method": "prumerge", "ratio": 0.75},
+]
+REDUCTIONS = {"clip": ANY_TOWER + WITH_CLASS_TOKEN, "siglip": ANY_TOWER}
+
+
+@pytest.fixture(scope="module")
+def siglip(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return siglip_checkpoint.write(tmp_path_factory.mktemp("checkpoints") / "tiny-siglip", tiny_llava)
+
+
+@pytest.fixture(scope="module")
+def siglip_llm(siglip: Path) -> Iterator[Any]:
+    yield start_engine(siglip, max_num_batched_tokens=50, enable_prefix_caching=True)
+
+
+@pytest.fixture(scope="module")
+def engines(llm: Any, siglip_llm: Any) -> dict[str, Any]:
+    """Chunks of 50 tokens cut images."""
+    return {"clip": llm, "siglip": siglip_llm}
+
+
+@pytest.fixture(scope="module")
+def references(tiny_llava: Path, siglip: Path) -> dict[str, KeepingReference]:
+    return {"clip": KeepingReference(tiny_llava), "siglip": KeepingReference(siglip)}
+
+
+@pytest.mark.parametrize("tower", REDUCTIONS)
+def test_all_methods_equal_plain_pytorch(
+    engines: dict[str, Any], references: dict[str, KeepingReference], tower: str
+) -> None:
+    """In one batch: one image for all, so that a cache that took two plans for the same would show."""
+    asked = [{**reduction, "positions": "keep"} for reduction in REDUCTIONS[tower]]
+    cases = [Case("USER: <image>\nWhat is in the picture? ASSISTANT:", [photo(36)], [each]) for each in asked]
+    for case, (tokens, logprobs) in zip(cases, greedy(engines[tower], cases), strict=True):
+        want_tokens, want_logprobs = references[tower].generate(case.prompt, case.images, case.reductions, MAX_TOKENS)
+        assert tokens == want_tokens, case.reductions
+        assert logprobs == pytest.approx(want_logprobs, abs=2e-4), case.reductions
+
+
+@pytest.mark.parametrize("tower", REDUCTIONS)
+def test_methods_leave_tokens_at_places_of_their_own(references: dict[str, KeepingReference], tower: str) -> None:
+    """Guards the test above: positions ascend within the image, have gaps, and differ from method to method."""
+    reference = references[tower]
+    found = []
+    for reduction in REDUCTIONS[tower]:
+        plan = reference.plan({**reduction, "positions": "keep"})
+        _, positions = reference.survivors(photo(36), plan)
+        assert positions == sorted(set(positions)) and len(positions) == plan.kept
+        assert positions[0] >= 0 and positions[-1] < plan.encoded == 144
+        found.append(tuple(positions))
+    assert len(set(found)) == len(found) - 1  # the scale of `folder` moves no token
