@@ -16,9 +16,10 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaForCausalLM
 from foldserve.reducers.stf import LAYERS, StfConfig, StfProjector
 from foldserve.server.convert import names
 from foldserve.server.convert.llava_config import llama_config, pads_to_square, text_config, vision_config
-from foldserve.server.convert.output import SHARD_BYTES, ShardedWriter, new_folder, write_json
+from foldserve.server.convert.output import SHARD_BYTES, ShardedWriter
 from foldserve.server.convert.processor import IMAGE_TOKEN, load_tokenizer, save_processor
 from foldserve.server.convert.source import ConversionError, Shape, Weights, read_json
+from foldserve.server.folders import new_folder, write_json
 
 _MULTIPLE = 64
 """Rows of embedding and head are filled up to a multiple, as in the published `llava-hf` checkpoints."""

@@ -6,15 +6,14 @@ outputs still depend on the image and on the prompt, so that whatever mixes up t
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from pathlib import Path
 from typing import Literal
 
 from safetensors.torch import save_file
 
+from foldserve.server.folders import new_folder
 from foldserve.server.quality.demo.config import write_config
-from foldserve.server.quality.demo_tokenizer import CHAT_TEMPLATE, save_tokenizer
+from foldserve.server.quality.demo_tokenizer import save_tokenizer
 from foldserve.server.quality.demo_weights import Geometry, random_weights
 
 NOTICE = "The weights of this model are random: it answers nonsense, and is for tests and for timing only."
@@ -46,24 +45,13 @@ def create(
     geometry = Geometry(
         image_size, patch_size, hidden_size, num_layers, num_heads, vision_hidden, vision_layers, vision_heads
     )
-    path = Path(path)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
-        raise FileExistsError(f"{path} exists and is not an empty directory; name a new one or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
+    with new_folder(Path(path)) as partial:
         _write(partial, geometry, seed, dtype)
-        partial.chmod(0o755)  # mkdtemp makes it private
-        partial.replace(path)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    return path
+    return Path(path)
 
 
 def _write(folder: Path, geometry: Geometry, seed: int, dtype: Literal["float32", "bfloat16"]) -> None:
     ids = save_tokenizer(folder)
     save_file(random_weights(geometry, ids, seed, dtype), folder / "model.safetensors", metadata={"format": "pt"})
     write_config(folder, geometry, ids, dtype)
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     (folder / "README.md").write_text(f"# Demo model\n\n{NOTICE}\n")

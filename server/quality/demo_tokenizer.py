@@ -2,39 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-_UNK, _BOS, _EOS, _IMAGE, _PAD = "<unk>", "<s>", "</s>", "<image>", "<pad>"
-_TEXT_TOKENS = 512  # unk, bos, eos, 256 bytes, and merges
-_MULTIPLE = 64  # rows of the embedding matrix, as the published 32000 + 2 tokens fill 32064 rows
+from foldserve.server.quality import tokenizer_files
+from foldserve.server.quality.tokenizer_files import BOS, EOS, IMAGE, PAD, UNK
 
-# LLaVA-1.5's turns. The template alone writes <s>: the tokenizer adds nothing by itself, so no path can write it twice.
-CHAT_TEMPLATE = """\
-{%- macro render(content) -%}
-{%- if content is string -%}{{ content }}
-{%- else -%}
+_TEXT_TOKENS = 512  # unk, bos, eos, 256 bytes, and merges
+
+# The template alone writes <s>: the tokenizer adds nothing by itself, so no path can write it twice.
+_CHAT_TEMPLATE = tokenizer_files.chat_template(
+    """\
 {%- for part in content -%}
 {%- if part['type'] == 'text' -%}{{ part['text'] }}
 {%- elif part['type'] in ('image', 'image_url') -%}{{ '<image>\\n' }}
 {%- else -%}{{ raise_exception('unsupported content type ' ~ part['type']) }}
 {%- endif -%}
 {%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{{- bos_token -}}
-{%- for message in messages -%}
-{%- if message['role'] == 'system' -%}{{ render(message['content']) ~ ' ' }}
-{%- elif message['role'] == 'user' -%}{{ 'USER: ' ~ render(message['content']) ~ ' ' }}
-{%- elif message['role'] == 'assistant' -%}{{ 'ASSISTANT: ' ~ render(message['content']) ~ eos_token }}
-{%- else -%}{{ raise_exception('unsupported role ' ~ message['role']) }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
 """
+)
 
 _CORPUS = """\
 What is in this picture? What do you see in the image? Describe the image. Describe this photo in detail, please.
@@ -66,27 +54,13 @@ class TokenIds:
 
 
 def save_tokenizer(folder: Path) -> TokenIds:
-    """Writes `tokenizer.json` and `tokenizer_config.json` into `folder`; every call writes the same."""
+    """Writes the tokenizer's files and the chat template into `folder`; every call writes the same."""
     tokenizer = _train()
-    tokenizer.save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "processor_class": "LlavaProcessor",
-        "unk_token": _UNK,
-        "bos_token": _BOS,
-        "eos_token": _EOS,
-        "pad_token": _PAD,
-        "extra_special_tokens": {"image_token": _IMAGE},
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 4096,
-        "padding_side": "left",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    ids = tokenizer.get_vocab()
-    rows = -(-tokenizer.get_vocab_size() // _MULTIPLE) * _MULTIPLE
+    tokenizer_files.save(tokenizer, _CHAT_TEMPLATE, folder)
+    ids, rows = tokenizer.get_vocab(), tokenizer_files.embedding_rows(tokenizer)
     texts = [tokenizer.decode([i]) for i in range(tokenizer.get_vocab_size())]  # "" for special tokens
     readable = (i for i, text in enumerate(texts) if text and text.isascii() and text.isprintable())
-    return TokenIds(ids[_BOS], ids[_EOS], ids[_IMAGE], ids[_PAD], rows, (ids[_EOS], *readable))
+    return TokenIds(ids[BOS], ids[EOS], ids[IMAGE], ids[PAD], rows, (ids[EOS], *readable))
 
 
 def _train() -> Tokenizer:
@@ -95,10 +69,10 @@ def _train() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=_TEXT_TOKENS,
-        special_tokens=[_UNK, _BOS, _EOS],
+        special_tokens=[UNK, BOS, EOS],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator([_CORPUS], trainer)
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (_IMAGE, _PAD)])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (IMAGE, PAD)])
     return tokenizer

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
+from foldserve.server.folders import write_json
 from foldserve.server.quality.demo_weights import Geometry
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -36,11 +35,6 @@ def write_config(folder: Path, geometry: Geometry, ids: Ids, dtype: str) -> None
     write_json(folder / "generation_config.json", special)
     write_json(folder / "preprocessor_config.json", _image_processor(geometry))
     write_json(folder / "processor_config.json", _processor(geometry))
-
-
-def write_json(file: Path, content: Mapping[str, object]) -> None:
-    """Sorted and indented, so that equal contents are equal files."""
-    file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def _model(geometry: Geometry, ids: Ids, dtype: str) -> dict[str, object]:

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from foldserve.server.folders import new_folder
 from foldserve.server.quality.demo.config import write_config
 from foldserve.server.quality.demo.model import DemoLlava, VisionBlock
 from foldserve.server.quality.demo.tokenizer import save_tokenizer, special_ids
@@ -45,9 +46,8 @@ def copy_checkpoint(folder: Path) -> None:
     Raises:
         FileExistsError: `folder` exists and is not an empty directory.
     """
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not an empty directory; name a new one or remove it")
-    shutil.copytree(CHECKPOINT, folder, dirs_exist_ok=True)
+    with new_folder(folder) as partial:
+        shutil.copytree(CHECKPOINT, partial, dirs_exist_ok=True)
 
 
 def published_weights(model: DemoLlava) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import string
 from dataclasses import dataclass
 from functools import cache
@@ -10,10 +9,11 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-BOS, EOS, UNK, PAD, IMAGE = "<s>", "</s>", "<unk>", "<pad>", "<image>"
+from foldserve.server.quality import tokenizer_files
+from foldserve.server.quality.tokenizer_files import BOS, EOS, IMAGE, PAD, UNK
+
 USER, ASSISTANT = "USER:", "ASSISTANT:"
 _SPACE = "▁"
-_MULTIPLE = 64  # rows of the embedding matrix
 
 _WORDS = """
 a above all an and any are at below big blue bottom can center circle circles color colors compared count cross crosses
@@ -25,28 +25,16 @@ thing things this three to top triangle triangles two what where which white yel
 _PUNCTUATION = ",.?!:;'\"-()"
 
 # As LLaVA-1.5's own template: all images of a turn come first, whatever their place in the message.
-CHAT_TEMPLATE = """\
-{%- macro render(content) -%}
-{%- if content is string -%}{{ content }}
-{%- else -%}
+CHAT_TEMPLATE = tokenizer_files.chat_template(
+    """\
 {%- for part in content if part['type'] in ('image', 'image_url') -%}{{ '<image>\\n' }}{%- endfor -%}
 {%- for part in content -%}
 {%- if part['type'] == 'text' -%}{{ part['text'] }}
 {%- elif part['type'] not in ('image', 'image_url') -%}{{ raise_exception('unsupported content type ' ~ part['type']) }}
 {%- endif -%}
 {%- endfor -%}
-{%- endif -%}
-{%- endmacro -%}
-{{- bos_token -}}
-{%- for message in messages -%}
-{%- if message['role'] == 'system' -%}{{ render(message['content']) ~ ' ' }}
-{%- elif message['role'] == 'user' -%}{{ 'USER: ' ~ render(message['content']) ~ ' ' }}
-{%- elif message['role'] == 'assistant' -%}{{ 'ASSISTANT: ' ~ render(message['content']) ~ eos_token }}
-{%- else -%}{{ raise_exception('unsupported role ' ~ message['role']) }}
-{%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
 """
+)
 
 
 @dataclass(frozen=True)
@@ -90,25 +78,10 @@ def build_tokenizer() -> Tokenizer:
 @cache
 def special_ids() -> SpecialIds:
     tokenizer = build_tokenizer()
-    ids = tokenizer.get_vocab()
-    rows = -(-len(ids) // _MULTIPLE) * _MULTIPLE
+    ids, rows = tokenizer.get_vocab(), tokenizer_files.embedding_rows(tokenizer)
     return SpecialIds(ids[BOS], ids[EOS], ids[PAD], ids[IMAGE], ids[USER], ids[ASSISTANT], rows)
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Writes `tokenizer.json`, `tokenizer_config.json` and `chat_template.jinja` into `folder`."""
-    build_tokenizer().save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "processor_class": "LlavaProcessor",
-        "unk_token": UNK,
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "pad_token": PAD,
-        "extra_special_tokens": {"image_token": IMAGE},
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": 4096,
-        "padding_side": "left",
-    }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    """Writes the tokenizer's files and the chat template into `folder`."""
+    tokenizer_files.save(build_tokenizer(), CHAT_TEMPLATE, folder)
