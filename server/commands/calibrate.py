@@ -31,9 +31,9 @@ def add(commands: Commands) -> None:
     add(
         "--data",
         type=Path,
-        required=True,
         metavar="DIR|JSONL",
-        help='images, each with its question in a .txt file or none, or lines {"image": path, "question": text}',
+        help='images, each with its question in a .txt file or none, or lines {"image": path, "question": text} '
+        "(default: built-in scenes, which the demo model knows)",
     )
     add("--eta", type=float, default=0.003, help="largest mean KL accepted, in nats (default: %(default)s)")
     add("--samples", type=int, default=20, metavar="N", help="pairs to take from the data (default: %(default)s)")

@@ -19,7 +19,7 @@ class Options:
 
     Attributes:
         model: Hugging Face name or directory.
-        data: folder of images, or JSONL file.
+        data: folder of images, or JSONL file; None: the built-in scenes.
         eta: largest mean KL divergence accepted, in nats.
         samples: how many image and question pairs to take.
         min_layer: the first K that is looked at.
@@ -29,7 +29,7 @@ class Options:
     """
 
     model: str
-    data: Path
+    data: Path | None
     eta: float
     samples: int
     min_layer: int

@@ -8,14 +8,19 @@ from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from foldserve.server.quality.demo.examples import questions
+from foldserve.server.quality.demo.questions import KINDS
+
 _IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+
+_SEED = 3  # of the built-in scenes: others than an evaluation asks about
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One question about one image file."""
+    """One question about one image, which is a file or the image itself."""
 
-    image: Path
+    image: Path | Image.Image
     question: str
 
     def open(self) -> Image.Image:
@@ -24,6 +29,8 @@ class Sample:
         Raises:
             ValueError: no readable image.
         """
+        if isinstance(self.image, Image.Image):
+            return self.image.convert("RGB")
         try:
             with Image.open(self.image) as image:
                 return image.convert("RGB")
@@ -31,18 +38,21 @@ class Sample:
             raise ValueError(f"{self.image} can't be read as an image: {error}") from error
 
 
-def load_samples(data: Path, count: int, question: str) -> list[Sample]:
+def load_samples(data: Path | None, count: int, question: str) -> list[Sample]:
     """At most `count` samples, spread evenly over all of `data` in its order, so that a second run takes the same.
 
     Args:
-        data: a folder of images, whose question is in a `.txt` file of the same stem or is `question`; or a JSONL file
-            with `{"image": path, "question": text}` a line, paths relative to the file's folder.
+        data: a folder of images, whose question is in a `.txt` file of the same stem or is `question`; a JSONL file
+            with `{"image": path, "question": text}` a line, paths relative to the file's folder; or None for the
+            built-in scenes, which the demo model knows.
 
     Raises:
         ValueError: no such data, none in it, or a malformed line.
     """
     if count < 1:
         raise ValueError(f"at least one sample is needed, not {count}")
+    if data is None:
+        return [Sample(example.image, example.question) for example in questions(_SEED, count, tuple(KINDS))]
     if data.is_dir():
         samples = _from_folder(data, question)
     elif data.is_file():

@@ -22,6 +22,7 @@ from foldserve.server.quality.calibration import candidate_layers
 from foldserve.server.quality.calibration_data import Sample, load_samples
 from foldserve.server.quality.calibration_file import Calibration, default_file, model_folder, model_hash, read_for
 from foldserve.server.quality.calibration_search import first_layer_within, kl_divergence
+from foldserve.server.quality.evaluation.questions import load_questions
 from foldserve.server.settings import CONFIG_KEY, Environment, Settings
 from tests.images import photo
 
@@ -74,12 +75,17 @@ def images(tmp_path: Path) -> Path:
     return folder
 
 
+def name(sample: Sample) -> str:
+    assert isinstance(sample.image, Path)
+    return sample.image.name
+
+
 def test_samples_of_a_folder_spread_over_it(images: Path) -> None:
-    assert [(s.image.name, s.question) for s in load_samples(images, 20, "What?")] == [
+    assert [(name(s), s.question) for s in load_samples(images, 20, "What?")] == [
         *[("0.jpg", "What?"), ("1.PNG", "What?"), ("2.jpg", "How many?"), ("3.PNG", "What?")],
         *[("4.jpg", "What?"), ("5.PNG", "What?"), ("6.jpg", "What?")],
     ]
-    assert [s.image.name for s in load_samples(images, 3, "What?")] == ["0.jpg", "2.jpg", "4.jpg"]
+    assert [name(s) for s in load_samples(images, 3, "What?")] == ["0.jpg", "2.jpg", "4.jpg"]
 
 
 def test_samples_of_a_jsonl_file_are_relative_to_it(images: Path) -> None:
@@ -89,6 +95,16 @@ def test_samples_of_a_jsonl_file_are_relative_to_it(images: Path) -> None:
         Sample(images / "1.PNG", "Why?"),
         Sample(Path("/a/b.jpg"), "Who?"),
     ]
+
+
+def test_built_in_samples_are_of_every_kind_and_not_those_of_an_evaluation() -> None:
+    samples = load_samples(None, 22, "unused")
+    assert len({sample.question for sample in samples}) > 11
+    assert samples[0].open().size == (96, 96)
+    again = load_samples(None, 22, "unused")
+    assert [s.open().tobytes() for s in again] == [s.open().tobytes() for s in samples]
+    asked = {question.open().tobytes() for question in load_questions(None, 200, "unused")}
+    assert asked.isdisjoint(sample.open().tobytes() for sample in samples)
 
 
 @pytest.mark.parametrize("line", ["{", '{"image": "1.PNG"}', '"text"', '{"image": 3, "question": "x"}'])

@@ -39,8 +39,6 @@ class Question:
 
     def open(self) -> Image.Image:
         """The image in RGB; ValueError if it can't be read."""
-        if isinstance(self.image, Image.Image):
-            return self.image.convert("RGB")
         return Sample(self.image, self.text).open()
 
     def messages(self) -> list[dict[str, Any]]:
