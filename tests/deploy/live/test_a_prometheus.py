@@ -14,11 +14,22 @@ from tests.deploy.live.clients import Load, ask, body
 from tests.deploy.live.conftest import Fleet
 from tests.deploy.live.processes import QUEUE, wait_for
 
+WINDOW_S = 300
+"""Of the rules' rates: what has not shown by then never will."""
+
 
 def query(url: str, expression: str) -> list[dict[str, Any]]:
     answer = httpx.get(f"{url}/api/v1/query", params={"query": expression}, timeout=30).json()
     assert answer["status"] == "success", answer
     return list(answer["data"]["result"])
+
+
+def overload(url: str) -> None:
+    """More requests at once than a server runs and lets wait."""
+    with ThreadPoolExecutor(4 * QUEUE) as pool:
+        burst = pool.map(lambda seed: ask(url, body(0.5, seed, tokens=64)).status_code, range(4 * QUEUE))
+        statuses = Counter(burst)
+    assert set(statuses) == {200, 503} and statuses[200] >= 2 * QUEUE
 
 
 @pytest.fixture(scope="session")
@@ -28,10 +39,10 @@ def watched(fleet: Fleet) -> str:
         load.wait_for(30)
     assert load.ended == {"right": load.ended.total()}
     one = next(iter(fleet.servers))
-    with ThreadPoolExecutor(4 * QUEUE) as pool:
-        burst = pool.map(lambda seed: ask(one, body(0.5, seed, tokens=64)).status_code, range(4 * QUEUE))
-        statuses = Counter(burst)
-    assert set(statuses) == {200, 503} and statuses[200] >= 2 * QUEUE  # those running, and those that may wait
+    overload(one)
+    refused = 'http_requests_total{status="5xx"}'
+    wait_for("Prometheus to see a refusal", lambda: bool(query(fleet.prometheus, refused)))
+    overload(one)  # `rate` counts from the second sample of a series on
 
     def recorded() -> bool:
         names = {rule["record"] for rule in rules() if "record" in rule}
@@ -41,7 +52,7 @@ def watched(fleet: Fleet) -> str:
         alerts = query(fleet.prometheus, 'ALERTS{alertname="FoldserveErrors"}')
         return names <= seen and bool(alerts)
 
-    wait_for("the recording rules and the alert", recorded)
+    wait_for("the recording rules and the alert", recorded, WINDOW_S)
     return fleet.prometheus
 
 
