@@ -1,4 +1,7 @@
-"""At ratio 0 the drop-in class is vLLM's own LLaVA, bit for bit, eager and compiled."""
+"""At ratio 0 the drop-in class is vLLM's own LLaVA on vLLM's own worker, bit for bit, eager and compiled.
+
+The compiled engine answers with kept positions too, since another one would cost a minute.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from tests.engine.conftest import Case, greedy, start_engine
+import pytest
+
+from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
+from tests.engine.keeping_reference import KeepingReference
 from tests.images import photo
 
 ROOT = Path(__file__).parents[2]
@@ -21,6 +27,13 @@ CASES = [
 ]
 PLAIN = [Case(case.prompt, case.images, ()) for case in CASES]
 REDUCED = Case(CASES[0].prompt, CASES[0].images, [{"ratio": 0.5}])
+KEPT = [
+    Case(CASES[0].prompt, CASES[0].images, [{"ratio": 0.5, "positions": "keep"}]),
+    REDUCED,
+    Case(
+        CASES[1].prompt, CASES[1].images, [{"method": "folder_cls", "ratio": 0.25, "positions": "keep"}, {"ratio": 0.9}]
+    ),
+]
 
 
 def answers(checkpoint: str, *, stock: bool, eager: bool) -> dict[str, Any]:
@@ -30,10 +43,11 @@ def answers(checkpoint: str, *, stock: bool, eager: bool) -> dict[str, Any]:
     ModelRegistry.register_model(STOCK, "vllm.model_executor.models.llava:LlavaForConditionalGeneration")
     options: dict[str, Any] = {"enforce_eager": eager, "enable_prefix_caching": False}
     if stock:
-        llm = start_engine(Path(checkpoint), hf_overrides={"architectures": [STOCK]}, **options)
+        llm = start_engine(Path(checkpoint), hf_overrides={"architectures": [STOCK]}, worker_cls="auto", **options)
         return {"plain": greedy(llm, PLAIN)}
     llm = start_engine(Path(checkpoint), **options)
-    return {"plain": greedy(llm, PLAIN), "zero": greedy(llm, CASES), "mixed": greedy(llm, [REDUCED, *CASES])}
+    found = {"plain": greedy(llm, PLAIN), "zero": greedy(llm, CASES), "mixed": greedy(llm, [REDUCED, *CASES])}
+    return found | {"kept": greedy(llm, KEPT)}
 
 
 def start_process(checkpoint: Path, scratch: Path, *, stock: bool) -> tuple[subprocess.Popen[bytes], Path]:
@@ -67,8 +81,23 @@ def test_ratio_zero_is_stock_bit_for_bit_eager(tiny_llava: Path) -> None:
     check(stock, answers(str(tiny_llava), stock=False, eager=True))
 
 
-def test_ratio_zero_is_stock_bit_for_bit_compiled(tiny_llava: Path, tmp_path: Path) -> None:
-    started = [start_process(tiny_llava, tmp_path, stock=stock) for stock in (True, False)]
+@pytest.fixture(scope="module")
+def compiled(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Answers of vLLM's own LLaVA and of ours."""
+    scratch = tmp_path_factory.mktemp("compiled")
+    started = [start_process(tiny_llava, scratch, stock=stock) for stock in (True, False)]
     for process, out in started:
         assert process.wait() == 0, out.with_suffix(".log").read_text()[-3000:]
-    check(*(json.loads(out.read_text()) for _, out in started))
+    return [json.loads(out.read_text()) for _, out in started]
+
+
+def test_ratio_zero_is_stock_bit_for_bit_compiled(compiled: list[dict[str, Any]]) -> None:
+    check(*compiled)
+
+
+def test_kept_positions_compiled(compiled: list[dict[str, Any]], tiny_llava: Path) -> None:
+    reference = KeepingReference(tiny_llava)
+    for case, (tokens, logprobs) in zip(KEPT, compiled[1]["kept"], strict=True):
+        want_tokens, want_logprobs = reference.generate(case.prompt, case.images, case.reductions, MAX_TOKENS)
+        assert tokens == want_tokens, case.reductions
+        assert logprobs == pytest.approx(want_logprobs, abs=2e-4), case.reductions
