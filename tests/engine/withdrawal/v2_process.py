@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
+
 
 def runner_v2(path: Path) -> None:
     """Model runner V2 on the CPU, vLLM's Triton kernels interpreted, on a pool that preempts.
@@ -17,7 +19,7 @@ def runner_v2(path: Path) -> None:
     backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
     from foldserve.server.engine import withdrawal
     from tests.engine.withdrawal.conftest import LAYERS, Expected
-    from tests.engine.withdrawal.harness import Engine
+    from tests.engine.withdrawal.harness import AskedCase, Engine
     from tests.engine.withdrawal.test_kept import TINY
     from tests.engine.withdrawal.test_reference import MIXED
 
@@ -31,6 +33,9 @@ def runner_v2(path: Path) -> None:
         expected.generate(engine, layer, [*MIXED, TINY], 8)
     engine.assert_all_blocks_free()
     assert engine.steps["preempted"] and engine.steps["no_deep_row"]
+    keeping = AskedCase("USER: <image> who", (0,), asked='{"ratio": 0.5, "positions": "keep"}')
+    with pytest.raises(ValueError, match="can't keep positions: it needs foldserve's worker on model runner V1"):
+        engine.generate([keeping], 1)  # the last thing: vLLM gives up an engine whose step failed
 
 
 if __name__ == "__main__":
