@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from foldserve.reducers.ops import Op
+
 Order = Literal["position", "unmerged_first", "best_unmerged_first"]
 
 
@@ -52,7 +54,7 @@ def fold(metric: Tensor, k: int, *, order: Order, class_token: bool = False, pen
     """Merge the k even tokens that are most like an odd one into it; of equals, the earlier ones.
 
     Args:
-        metric: (B, n, d_m), at least fp32; compared by cosine.
+        metric: (B, n, d_m), any float dtype; compared by cosine in at least fp32.
         k: tokens to merge, 1 <= k <= n // 2; with a class token, (n - 1) // 2.
         order: of the folded sequence: by position, or the remaining even tokens before all the odd ones; "best" sorts
             the former by descending score.
@@ -66,25 +68,39 @@ def fold(metric: Tensor, k: int, *, order: Order, class_token: bool = False, pen
     most = (n - class_token) // 2
     if not 1 <= k <= most:
         raise ValueError(f"one fold of {n} tokens can merge 1 to {most} of them, not {k}")
-    metric = F.normalize(metric, dim=-1)
+    score, partner = match(metric, class_token=class_token, penalty=penalty)
+    return place(score, partner, n, k, order)
+
+
+@Op
+def match(metric: Tensor, *, class_token: bool = False, penalty: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The odd token that each even one is most like; see `fold`.
+
+    Returns:
+        score: (B, even), at least fp32: cosine to the partner, less the penalty; -inf for the class token.
+        partner: (B, even) int64, index among the odd tokens, of equals the first.
+    """
+    metric = F.normalize(at_least_fp32(metric), dim=-1)
     with true_fp32():
         cosine = metric[:, 0::2] @ metric[:, 1::2].mT  # (B, even, odd)
-    score, partner = cosine.max(dim=-1)  # (B, even)
+    score, partner = cosine.max(dim=-1)
     if penalty is not None:
         score = score - penalty[:, 0::2]
     if class_token:
         score[:, 0] = -torch.inf
-    best_first = score.argsort(dim=-1, descending=True, stable=True)  # topk may break ties in any order
-    return _place(best_first, partner, n, k, order)
+    return score, partner
 
 
-def _place(best_first: Tensor, partner: Tensor, n: int, k: int, order: Order) -> Fold:
-    """Number the tokens that stay; a merged one gets the number of its partner.
+@Op
+def place(score: Tensor, partner: Tensor, n: int, k: int, order: Order) -> Fold:
+    """Number the tokens that stay; each of the k even ones of highest score gets the number of its partner.
 
     Args:
-        best_first: (B, even) even tokens, as indices among these, of which the first k merge.
+        score: (B, even); of equals, the earlier merge.
         partner: (B, even), index among the odd tokens.
+        n: even and odd tokens.
     """
+    best_first = score.argsort(dim=-1, descending=True, stable=True)  # topk may break ties in any order
     batch, even = best_first.shape
     odd, n_out = n - even, n - k
     index = torch.arange(n, device=best_first.device).expand(batch, n)
@@ -114,16 +130,17 @@ def merge(x: Tensor, steps: Sequence[Fold], sizes: Tensor | None = None) -> Redu
         steps: folds of n, n - k_1, n - k_1 - k_2, ... tokens.
         sizes: (B, n) int64, original tokens that each token of x is the mean of already; None: one.
     """
-    batch, n, _ = x.shape
-    group = source = torch.arange(n, device=x.device).expand(batch, n)
-    for step in steps:
+    group, _, source = steps[0] if steps else _identity(x)
+    for step in steps[1:]:
         group = step.slot.gather(1, group)
         source = source.gather(1, step.survivor)
-    members = group_sizes(group, source.shape[1])
-    values, total = at_least_fp32(x), members
-    if sizes is not None:
-        values, total = values * sizes.unsqueeze(-1), group_sizes(group, source.shape[1], sizes)
-    return Reduced(group_sum(values, group, members) / total.unsqueeze(-1), total, source, group)
+    tokens, total = group_mean(x, group, source.shape[1], sizes)
+    return Reduced(tokens, total, source, group)
+
+
+def _identity(x: Tensor) -> Fold:
+    index = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    return Fold(index, torch.ones_like(index), index)
 
 
 def group_sizes(slot: Tensor, groups: int, sizes: Tensor | None = None) -> Tensor:
@@ -132,20 +149,46 @@ def group_sizes(slot: Tensor, groups: int, sizes: Tensor | None = None) -> Tenso
     return slot.new_zeros(slot.shape[0], groups).scatter_add_(1, slot, own)
 
 
-def group_sum(values: Tensor, slot: Tensor, sizes: Tensor) -> Tensor:
+@Op
+def group_mean(x: Tensor, group: Tensor, groups: int, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Mean of each group.
+
+    Args:
+        x: (B, n, d), any float dtype.
+        group: (B, n), group of each token.
+        groups: how many there are.
+        sizes: (B, n) int64, how often each token counts; None: once.
+
+    Returns:
+        mean: (B, groups, d), at least fp32.
+        total: (B, groups) int64, how often its tokens counted together.
+    """
+    members = group_sizes(group, groups)
+    values, total = at_least_fp32(x), members
+    if sizes is not None:
+        values, total = values * sizes.unsqueeze(-1), group_sizes(group, groups, sizes)
+    return group_sum(values, group, members) / total.unsqueeze(-1), total
+
+
+@Op
+def group_sum(values: Tensor, slot: Tensor, sizes: Tensor, weight: Tensor | None = None) -> Tensor:
     """Sum the values of each group in position order: the same bits on every run, whatever else is in the batch.
 
     `scatter_add` adds floats in any order on a GPU; a one-hot matrix product costs 7 times as much (2.5 against
     0.35 ms, 576 tokens of width 1024, one CPU core).
 
     Args:
-        values: (B, n, d).
+        values: (B, n, d), any float dtype.
         slot: (B, n), group of each token.
         sizes: (B, groups), tokens in each group.
+        weight: (B, n), what each token is multiplied by; None: 1.
 
     Returns:
-        (B, groups, d).
+        (B, groups, d), at least fp32.
     """
+    values = at_least_fp32(values)
+    if weight is not None:
+        values = values * weight.unsqueeze(-1)
     batch, n, width = values.shape
     first_row = torch.arange(0, batch * n, n, device=slot.device).unsqueeze(1)
     members = slot.argsort(dim=-1, stable=True) + first_row  # (B, n), group by group

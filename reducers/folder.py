@@ -46,7 +46,7 @@ def folder(
     Returns:
         n_out = n - sum(folds) tokens, each the mean of its group.
     """
-    metric = at_least_fp32(x if metric is None else metric)
+    metric = x if metric is None else metric
     steps: list[Fold] = []
     for k in folds:
         if steps:

@@ -5,7 +5,7 @@ The tokens that are attended to least become one token: in layers of the tower, 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from foldserve.reducers.fold import Reduced, at_least_fp32, group_sizes, group_sum
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import Decoder, InTower, Step
+from foldserve.reducers.ops import Op
 from foldserve.reducers.options import Layers, Value
 from foldserve.reducers.refusal import InvalidReduction
 from foldserve.reducers.schedule import even_schedule
@@ -39,19 +40,43 @@ def illava(x: Tensor, score: Tensor, r: int) -> Reduced:
     Raises:
         ValueError: r is out of range.
     """
-    batch, n = score.shape
+    n = score.shape[1]
     if not 0 <= r < n:
         raise ValueError(f"{r} of {n} tokens cannot be merged into another: 0 to {n - 1} can")
+    source, group, sizes, weight = lowest_into_one(score, r)
+    tokens = group_sum(x, group, sizes, weight)
+    return Reduced(tokens.to(x.dtype), sizes, source, group)
+
+
+class IntoOne(NamedTuple):
+    """Where the tokens of a sequence go when the lowest become one.
+
+    Attributes:
+        source: (B, n - r) int64, the token in each place of the new sequence.
+        group: (B, n) int64, the place that each token goes to.
+        sizes: (B, n - r) int64, tokens in each place.
+        weight: (B, n), dtype of the scores, at least fp32: what each token weighs there.
+    """
+
+    source: Tensor
+    group: Tensor
+    sizes: Tensor
+    weight: Tensor
+
+
+@Op
+def lowest_into_one(score: Tensor, r: int) -> IntoOne:
+    """The decisions of `illava`."""
+    score = at_least_fp32(score)
+    batch, n = score.shape
     lowest = score.argsort(dim=-1, stable=True)[:, : r + 1]  # (B, r + 1)
-    weights = torch.arange(r + 1, 0, -1, device=x.device, dtype=at_least_fp32(x).dtype)
+    weights = torch.arange(r + 1, 0, -1, device=score.device, dtype=score.dtype)
     weight = weights.new_ones(batch, n).scatter_(1, lowest, (weights / weights.sum()).expand(batch, -1))
     source = without(lowest[:, :r], n)
     slot = torch.zeros_like(lowest[:, :1]).expand(batch, n).scatter(1, source, _count(n - r, lowest))
     merged_into = slot.gather(1, lowest[:, r:])  # (B, 1), the slot of the highest of them
     group = slot.scatter(1, lowest, merged_into.expand_as(lowest))
-    sizes = group_sizes(group, n - r)
-    tokens = group_sum(at_least_fp32(x) * weight.unsqueeze(-1), group, sizes)
-    return Reduced(tokens.to(x.dtype), sizes, source, group)
+    return IntoOne(source, group, group_sizes(group, n - r), weight)
 
 
 def image_score(last_row: Tensor, is_image: Tensor) -> Tensor:

@@ -38,7 +38,7 @@ def tome(
         n - r tokens, each the mean of its original ones.
     """
     order: Order = "unmerged_first" if class_token else "best_unmerged_first"
-    step = fold(at_least_fp32(keys), r, order=order, class_token=class_token, penalty=penalty)
+    step = fold(keys, r, order=order, class_token=class_token, penalty=penalty)
     reduced = merge(x, [step], sizes)
     return reduced._replace(tokens=reduced.tokens.to(x.dtype))
 

@@ -17,6 +17,7 @@ from vllm.model_executor.models.llava import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor, BaseProcessingInfo
 
+from foldserve.kernels import ops
 from foldserve.reducers.plan import Plan
 from foldserve.server.engine import positions, withdrawal
 from foldserve.server.engine.geometry import vision_geometry
@@ -41,11 +42,13 @@ class FoldLlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
     - `embed_multimodal` reduces each image by the plan that the processor sent with it, and refuses to keep positions
       where the engine's runner would not read them;
-    - with a withdrawal layer configured, the decoder is the withdrawing twin of the checkpoint's own.
+    - with a withdrawal layer configured, the decoder is the withdrawing twin of the checkpoint's own;
+    - on a GPU, this process reduces with Triton kernels.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         withdrawal.select_decoder(vllm_config)
+        ops.choose(torch.device(vllm_config.device_config.device_type))
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._geometry = vision_geometry(self.config)
         self._can_keep_positions = positions.limit(vllm_config) is not None

@@ -17,6 +17,7 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
+from foldserve.reducers.withdraw import take_rows
 from foldserve.server.engine.withdrawal.attention import DeepAttention, ShallowAttention, adopt, score_in
 from foldserve.server.engine.withdrawal.choose import choose
 from foldserve.server.engine.withdrawal.config import withdraw_layer
@@ -100,7 +101,7 @@ class WithdrawingDecoder(nn.Module):
             return kept
         output = torch.zeros_like(hidden)  # of full size: the rows to sample from are numbered in the full batch
         if len(rows):
-            output[rows] = self.deep(positions[rows], hidden[rows], residual[rows])
+            output[rows] = self.deep(*take_rows(rows, positions, hidden, residual))
         return output
 
     def _enter_deep_half(self, hidden: Tensor, residual: Tensor) -> Tensor | None:

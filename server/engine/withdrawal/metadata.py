@@ -29,6 +29,7 @@ from vllm.v1.attention.backend import (
 from vllm.v1.kv_cache_interface import AttentionSpec
 from vllm.v1.worker.utils import AttentionGroup
 
+from foldserve.reducers.withdraw import kv_slots
 from foldserve.server.engine.withdrawal.batch import DeepBatch
 from foldserve.server.engine.withdrawal.graph import GraphBuffers
 
@@ -55,11 +56,6 @@ class DeviceBatch:
         rows = rest.pop(0) if batch.rows is not None else None
         requests = rest.pop() if batch.requests is not None else None
         return cls(batch, rows, requests, request_of, positions, starts.int(), lens.int())
-
-    def slots(self, block_table: Tensor, block_size: int) -> Tensor:
-        """(m,) KV slot of each row, -1 for rows that store nothing; `block_table` (r, blocks) of the rows' requests."""
-        blocks = block_table[self.request_of, self.positions // block_size].long()
-        return (blocks * block_size + self.positions % block_size).masked_fill_(self.positions < 0, -1)
 
 
 class DeepMetadataBuilder(AttentionMetadataBuilder[Any]):
@@ -117,13 +113,13 @@ def compact(full: CommonAttentionMetadata, step: DeviceBatch, block_size: int) -
     common.max_seq_len = int(host.seq_lens.max(initial=0))
     if step.requests is not None:
         common = _select_requests(common, step.requests, host)
-    slots = step.slots(common.block_table_tensor, block_size)
+    size = len(full.slot_mapping if step.rows is None else step.positions)
+    common.slot_mapping = kv_slots(common.block_table_tensor, step.request_of, step.positions, block_size, size)
     if step.rows is None:
         common.seq_lens = _pad(step.seq_lens, full.num_reqs, 0)
-        common.slot_mapping = _pad(slots, len(full.slot_mapping), -1)
         host_lens = _pad(torch.from_numpy(host.seq_lens).int(), full.num_reqs, 0)
     else:
-        common.seq_lens, common.slot_mapping = step.seq_lens, slots
+        common.seq_lens = step.seq_lens
         common.query_start_loc = step.query_start_loc
         common.query_start_loc_cpu = torch.from_numpy(np.concatenate([[0], np.cumsum(host.query_lens)])).int()
         common.num_actual_tokens = len(host.positions)

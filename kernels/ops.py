@@ -1,0 +1,40 @@
+"""The one door to the kernels: which operations of `foldserve.reducers` run in Triton, chosen once per process."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+from foldserve.reducers.fold import group_mean, group_sum, match, place
+from foldserve.reducers.illava import lowest_into_one
+from foldserve.reducers.ops import Op
+from foldserve.reducers.withdraw import kv_slots, take_rows
+
+OPS: tuple[Op[..., Any], ...] = (match, place, group_mean, group_sum, lowest_into_one, kv_slots, take_rows)
+"""All that have a kernel."""
+
+
+def choose(device: torch.device) -> None:
+    """From now on `OPS` run as Triton kernels, if `device` is a GPU and Triton is there; else as their references.
+
+    A process that chose the kernels can reduce on the GPU only. Calling it again chooses anew.
+    """
+    if device.type == "cuda" and find_spec("triton"):
+        _use_triton()
+    else:
+        for op in OPS:
+            op.use(None)
+
+
+def _use_triton() -> None:
+    from foldserve.kernels import groups, matching, rows, selection  # which import triton
+
+    match.use(matching.match)
+    place.use(selection.place)
+    group_mean.use(groups.group_mean)
+    group_sum.use(groups.group_sum)
+    lowest_into_one.use(selection.lowest_into_one)
+    kv_slots.use(rows.kv_slots)
+    take_rows.use(rows.take_rows)

@@ -1,0 +1,29 @@
+"""Operations that can have a faster twin on a device: the torch reference runs until another one is chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import update_wrapper
+from typing import Generic, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Op(Generic[P, R]):
+    """Decorates a torch function, the reference; what is called is that or the twin in use, of the same signature.
+
+    Attributes:
+        reference: the decorated function.
+    """
+
+    def __init__(self, reference: Callable[P, R]) -> None:
+        self.reference = self._run = reference
+        update_wrapper(self, reference)
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._run(*args, **kwargs)
+
+    def use(self, twin: Callable[P, R] | None) -> None:
+        """From now on, in the whole process, calls run `twin`; None: the reference."""
+        self._run = self.reference if twin is None else twin

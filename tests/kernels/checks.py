@@ -1,0 +1,233 @@
+"""Kernels against their torch references; run by `run` of `conftest.py` where kernels can run.
+
+Results are poisoned before a kernel runs: NaN and the largest integer are in every element that it does not write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from foldserve.kernels import groups, matching, ops, rows, selection
+from foldserve.reducers.fold import Fold, Order, Reduced, group_mean, group_sum, match, place
+from foldserve.reducers.folder import folder, folder_cls
+from foldserve.reducers.illava import illava, lowest_into_one
+from foldserve.reducers.schedule import fold_schedule
+from foldserve.reducers.tome import tome, turbo
+from foldserve.reducers.withdraw import kv_slots, take_rows
+
+Values = Literal["random", "few", "nan"]
+Layout = Literal["contiguous", "sliced", "transposed"]
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Torch fills new memory in deterministic mode."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def draw(shape: tuple[int, ...], seed: int, device: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def integers(shape: tuple[int, ...], low: int, high: int, seed: int, device: str) -> Tensor:
+    """int64 in [low, high)."""
+    return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).to(device)
+
+
+def laid_out(x: Tensor, layout: Layout) -> Tensor:
+    """The same values, with other strides: a cut of something larger, or with the last dimension outside."""
+    if layout == "sliced":
+        larger = x.new_full((x.shape[0], x.shape[1] + 1, *[size + 3 for size in x.shape[2:]]), torch.nan)
+        view = larger[:, 1:] if x.dim() == 2 else larger[:, 1:, 1:-2]
+        return view.copy_(x)
+    return x.mT.contiguous().mT if layout == "transposed" else x
+
+
+def check_match(device: str, n: int, width: int, dtype: torch.dtype, values: Values, layout: Layout) -> None:
+    """Scores to 1e-6 of fp64's, partners that fp64 finds as good to 1e-6; with exact arithmetic, the same partners."""
+    images = 3 if n < 200 else 1
+    x, penalty = draw((images, n, width), n, device, dtype), laid_out(draw((images, n), 1, device), layout)
+    if values == "few":  # cosines of +-1/4 in 16 channels are exact, and many are equal
+        assert width == 16
+        x = integers((images, n, 16), 0, 2, n, device).to(dtype) / 2 - 0.25
+    if values == "nan":
+        x[0, n // 2] = x[1, 0] = torch.nan
+        x[-1, n - 1] = 0
+    x = laid_out(x, layout)
+    for class_token, of_class in ((False, None), (True, penalty)):
+        with poisoned():
+            score, partner = matching.match(x, class_token=class_token, penalty=of_class)
+        expected, best = match.reference(x, class_token=class_token, penalty=of_class)
+        assert score.dtype == expected.dtype and partner.dtype == best.dtype
+        torch.testing.assert_close(score, expected, atol=2e-6, rtol=0, equal_nan=True)
+        if values == "random":
+            exact = torch.nn.functional.normalize(x.double(), dim=-1)
+            cosine = exact[:, 0::2] @ exact[:, 1::2].mT
+            assert (cosine.gather(2, partner.unsqueeze(2)).squeeze(2) >= cosine.amax(2) - 1e-6).all()
+        else:
+            assert torch.equal(partner, best)
+        if images > 1:
+            alone, _ = matching.match(x[1:2], class_token=class_token, penalty=penalty[1:2] if class_token else None)
+            torch.testing.assert_close(alone, score[1:2], atol=0, rtol=0, equal_nan=True)
+
+
+def scores(shape: tuple[int, int], values: Values, device: str) -> Tensor:
+    """Random, or few of them so that most are equal, or with what is not finite."""
+    if values == "random":
+        return draw(shape, shape[1], device)
+    few = integers(shape, 0, 3, shape[1], device).float() - 1  # -1, 0 and 1, and -0 below
+    few[:, 0::2] *= -1
+    if values == "nan":
+        few[:, ::5], few[:, 1::7], few[:, 2::11] = torch.nan, torch.inf, -torch.inf
+    return few
+
+
+def check_place(device: str, n: int, order: Order, values: Values) -> None:
+    even, odd = (n + 1) // 2, n // 2
+    score, partner = scores((2, even), values, device), integers((2, even), 0, odd, n, device)
+    for k in sorted(({1, odd // 2, odd} if n < 200 else {odd // 2}) - {0}):
+        with poisoned():
+            placed = selection.place(laid_out(score, "sliced"), laid_out(partner, "transposed"), n, k, order)
+        expected = place.reference(score, partner, n, k, order)
+        for name, ours, theirs in zip(Fold._fields, placed, expected, strict=True):
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), (k, name)
+
+
+def check_lowest_into_one(device: str, n: int, values: Values) -> None:
+    score = scores((2, n), values, device)
+    for r in sorted({0, n // 3, n - 1} if n < 200 else {n // 3}):
+        with poisoned():
+            found = selection.lowest_into_one(laid_out(score, "sliced"), r)
+        expected = lowest_into_one.reference(score, r)
+        for name, ours, theirs in zip(expected._fields, found, expected, strict=True):
+            assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), (r, name)
+
+
+def check_groups(device: str, n: int, width: int, kept: int, dtype: torch.dtype, layout: Layout) -> None:
+    """Sums and means within the error of fp32 sums, exact for small integers; NaN stays in its group."""
+    group = integers((2, n), 0, kept, n, device)
+    group[:, :kept] = torch.arange(kept, device=device)  # none is empty
+    sizes, weight = integers((2, n), 1, 9, 2, device), draw((2, n), 3, device).abs()
+    counts = torch.zeros(2, kept, dtype=torch.int64, device=device).scatter_add_(1, group, torch.ones_like(group))
+    x = laid_out(draw((2, n, width), n, device, dtype), layout)
+    for own in (None, sizes):
+        with poisoned():
+            mean, total = groups.group_mean(x, group, kept, own)
+        expected, of_group = group_mean.reference(x, group, kept, own)
+        assert mean.dtype == torch.float32 and torch.equal(total, of_group)
+        torch.testing.assert_close(mean, expected, atol=4e-6, rtol=0)
+    for w in (None, weight):
+        with poisoned():
+            found = groups.group_sum(x, group, counts, w)
+        terms = x.double() * (1 if w is None else w.double().unsqueeze(2))
+        error = (found - _sums(terms, group, kept)).abs()
+        assert (error <= 2e-6 * _sums(terms.abs(), group, kept)).all()
+        assert torch.equal(groups.group_sum(x[1:], group[1:], counts[1:], None if w is None else w[1:]), found[1:])
+    small = integers((2, n, width), -8, 9, 4, device).to(dtype)
+    assert torch.equal(groups.group_sum(small, group, counts), group_sum.reference(small, group, counts))
+    small[0, n - 1] = torch.nan
+    is_nan = groups.group_sum(small, group, counts).isnan()
+    assert is_nan[0, group[0, n - 1]].all() and is_nan.sum() == width
+
+
+def _sums(values: Tensor, group: Tensor, kept: int) -> Tensor:
+    return values.new_zeros(len(values), kept, values.shape[2]).scatter_add_(
+        1, group.unsqueeze(2).expand_as(values), values
+    )
+
+
+def check_rows(device: str, n: int, width: int, dtype: torch.dtype, layout: Layout) -> None:
+    hidden, residual = (laid_out(draw((n, width), seed, device, dtype), layout) for seed in (1, 2))
+    hidden[0] = torch.nan
+    positions = integers((n,), 0, 1 << 40, 3, device)
+    for taken in (torch.arange(n), torch.arange(0, n, 3), torch.tensor([n - 1]), torch.tensor([], dtype=torch.int64)):
+        given = taken.to(device), positions, hidden, residual
+        with poisoned():
+            found = rows.take_rows(*given)
+        for ours, theirs in zip(found, take_rows.reference(*given), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=0, rtol=0, equal_nan=True)
+
+
+def check_slots(device: str, count: int, size: int, block_size: int) -> None:
+    """Rows of 5 requests, some of which store nothing, and padding."""
+    table = integers((6, 40), 0, 1 << 20, 0, device).int()[1:, ::2]  # strides of something larger
+    request_of, positions = (integers((count,), low, high, 1, device) for low, high in ((0, 5), (-1, 20 * block_size)))
+    with poisoned():
+        found = rows.kv_slots(table, request_of, positions, block_size, size)
+    expected = kv_slots.reference(table, request_of, positions, block_size, size)
+    assert found.dtype == expected.dtype and torch.equal(found, expected)
+
+
+Method = Literal["folder", "folder_cls", "tome", "turbo", "illava"]
+
+
+def reduction(method: Method, n: int, dtype: torch.dtype, device: str) -> Callable[[], Reduced]:
+    """A whole reduction of two images, with several folds where there are folds."""
+    x, keys = draw((2, n, 24), n, device, dtype), draw((2, n, 12), 1, device)
+    attention, sizes = draw((2, n), 2, device).softmax(dim=-1), integers((2, n), 1, 5, 3, device)
+    folds = fold_schedule(n, 2 * n // 3)
+    calls: dict[Method, Callable[[], Reduced]] = {
+        "folder": lambda: folder(x, folds, scale="official"),
+        "folder_cls": lambda: folder_cls(x, keys, attention, folds),
+        "tome": lambda: tome(x, keys, sizes, n // 3, class_token=False),
+        "turbo": lambda: turbo(x, keys, attention, sizes, n // 3),
+        "illava": lambda: illava(x, attention, n // 3),
+    }
+    return calls[method]
+
+
+def check_method(device: str, method: Method, n: int, dtype: torch.dtype) -> None:
+    """Through the door: the same decisions as in torch, the same tokens but for rounding."""
+    reduce = reduction(method, n, dtype, device)
+    expected = reduce()
+    ops.choose(torch.device("cuda"))  # in the interpreter too: this process runs checks only
+    try:
+        with poisoned():
+            reduced = reduce()
+    finally:
+        ops.choose(torch.device("cpu"))
+    assert reduced.tokens.dtype == dtype
+    for ours, theirs in zip(reduced[1:], expected[1:], strict=True):
+        assert torch.equal(ours, theirs)
+    torch.testing.assert_close(reduced.tokens, expected.tokens)
+
+
+def check_wrong_twin(device: str) -> None:
+    """Fails: the results of a kernel that is not launched are poison."""
+    launch, groups._sum_groups = groups._sum_groups, {(3, 1, 2): lambda *args, **options: None}
+    try:
+        check_groups(device, 5, 4, 3, torch.float32, "contiguous")
+    finally:
+        groups._sum_groups = launch
+
+
+def check_refusals(device: str) -> None:
+    x = draw((1, 4, 2), 0, device).double()
+    for call in (
+        lambda: matching.match(x),
+        lambda: groups.group_mean(x, torch.zeros(1, 4, dtype=torch.int64, device=device), 1),
+        lambda: selection.lowest_into_one(x[..., 0], 1),
+    ):
+        with _raises(TypeError, "fp16, bf16 or fp32, not torch.float64"):
+            call()
+    with _raises(ValueError, "not 1 tokens"):
+        matching.match(x[:, :1].float())
+
+
+@contextmanager
+def _raises(error: type[Exception], message: str) -> Iterator[None]:
+    try:
+        yield
+    except error as found:
+        assert message in str(found)
+    else:
+        raise AssertionError(f"no {error.__name__}: {message}")
