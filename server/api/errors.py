@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import json
 import logging
+import traceback
 from collections.abc import Mapping, Sequence
 from http import HTTPStatus
 
@@ -34,6 +35,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from foldserve.reducers.plan import InvalidReduction
+from foldserve.server.api.words import of_field, of_pydantic
 
 _LONGEST_MESSAGE = 500
 _log = logging.getLogger(__name__)
@@ -181,7 +183,9 @@ def render_event(error: Exception | ErrorResponse) -> str:
     """The same as `render`'s body, as the data of an event in a stream."""
     if isinstance(error, ErrorResponse):
         error = _from_vllm(error)
-    return json.dumps(_body(error if isinstance(error, FoldserveError) else translate(error)))
+    known = error if isinstance(error, FoldserveError) else translate(error)
+    _REJECTED.labels(known.code).inc()
+    return json.dumps(_body(known))
 
 
 def translate(error: Exception) -> FoldserveError:
@@ -197,18 +201,27 @@ def translate(error: Exception) -> FoldserveError:
     translated = _from_vllm(create_error_response(error))  # vLLM's own classification
     if translated.status == HTTPStatus.INTERNAL_SERVER_ERROR:
         _log.error("a request failed", exc_info=error)
+    else:  # not its text, which may quote the request
+        _log.info("refused by a library: %s in %s", type(error).__name__, _place(error))
     return translated
 
 
+def _place(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"{frames[-1].name}, line {frames[-1].lineno}" if frames else "an unknown place"
+
+
 def _from_vllm(response: ErrorResponse) -> FoldserveError:
-    """vLLM's error; its text, which has lost paths and addresses, only where the client is at fault."""
-    known = response.error
-    status = HTTPStatus(known.code)
+    """vLLM's error with its status and field, in words of ours."""
+    status = HTTPStatus(response.error.code)
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         return Unavailable("the server has too much to do: try again later")
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return _with_status(FoldserveError("the server failed to answer: its log says why"), status)
-    return _with_status(FoldserveError(known.message, _FIELDS.get(known.param or "", known.param)), status)
+    if status == HTTPStatus.NOT_FOUND:
+        return _with_status(FoldserveError("no such model is served: see GET /v1/models", "model"), status)
+    param = _FIELDS.get(response.error.param or "", response.error.param)
+    return _with_status(FoldserveError(of_field(param), param), status)
 
 
 _FIELDS = {"input_text": "messages", "input_tokens": "messages"}  # what vLLM calls the prompt
@@ -251,7 +264,7 @@ def _from_pydantic(errors: Sequence[dict[str, object]]) -> FoldserveError:
     if isinstance(cause, InvalidReduction):
         is_short_form = path == "reduction_ratio"
         return InvalidRequest(str(cause), path if is_short_form else _reduction_path(cause.param))
-    return InvalidRequest(f"{path or 'body'}: {first.get('msg')}", path or None)
+    return InvalidRequest(f"{path or 'the body'} {of_pydantic(first)}", path or None)
 
 
 def _reduction_path(param: str) -> str:
@@ -264,9 +277,12 @@ def _json_path(location: Sequence[object]) -> str:
     for part in location:
         if isinstance(part, int):
             path += f"[{part}]"
-        elif isinstance(part, str) and part.isidentifier() and not part[0].isupper():
+        elif isinstance(part, str) and part.isidentifier() and not part[0].isupper() and part not in _TYPES:
             path += f".{part}" if path else part
     return path
+
+
+_TYPES = ("bool", "dict", "float", "int", "list", "str")  # members of unions
 
 
 def _code(status: HTTPStatus) -> str:

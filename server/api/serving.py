@@ -8,18 +8,17 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import Request
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.exceptions import GenerationError, RetryableRequestError
+from vllm.exceptions import VLLMClientError
 from vllm.inputs import EngineInput
 from vllm.outputs import RequestOutput
 from vllm.renderers.chat_utils import ConversationMessage
 
 from foldserve.reducers.plan import Reduction
 from foldserve.server.api import metrics
-from foldserve.server.api.errors import InvalidRequest, render_event
+from foldserve.server.api.errors import FoldserveError, InvalidRequest, render_event, translate
 from foldserve.server.api.limits.checks import ChatChecks
 from foldserve.server.api.media.guard import MediaGuard
 from foldserve.server.api.planner import Planner
@@ -56,21 +55,6 @@ class FoldServingChat(OpenAIServingChat):
         self.planner = planner
         self.kv_cost = kv_cost
 
-    async def create_chat_completion(
-        self, request: FoldChatRequest, raw_request: Request | None = None
-    ) -> AsyncGenerator[str, None] | ChatCompletionResponse | ErrorResponse:
-        try:
-            return await super().create_chat_completion(request, raw_request)
-        except RetryableRequestError:
-            raise
-        except GenerationError as error:
-            # The engine ends a request, and says no more, whose form of answer it can't compile or follow.
-            form = next((name for name in _FORMS if getattr(request, name) is not None), None)
-            if form is None:
-                raise
-            message = f"an answer in the form that {form} asks for can't be made: simplify it"
-            raise InvalidRequest(message, form) from error
-
     async def render_chat_request(
         self, request: FoldChatRequest
     ) -> tuple[list[ConversationMessage], list[EngineInput]] | ErrorResponse:
@@ -82,12 +66,13 @@ class FoldServingChat(OpenAIServingChat):
             request.mm_processor_kwargs = {KWARG: [reduction.to_json() for reduction in reductions]}
         async with self.media.loaded(request.messages):
             rendered = await super().render_chat_request(request)
-        if not isinstance(rendered, ErrorResponse):
-            (prompt,) = rendered[1]
-            self.checks.check_prompt(prompt)
-            self.planner.check_positions(plans, len(dict(prompt)["prompt_token_ids"]), request)
-            request._vision = vision_tokens(plans, prompt, self.planner.withdraw_layer, self.planner.room)
-            metrics.observe_accepted(request._vision, self.kv_cost)
+        if isinstance(rendered, ErrorResponse):  # the one thing that vLLM refuses in this way here
+            raise InvalidRequest('this server can\'t call tools: leave `tools` out, or send "none"', "tool_choice")
+        (prompt,) = rendered[1]
+        self.checks.check_prompt(prompt)
+        self.planner.check_positions(plans, len(dict(prompt)["prompt_token_ids"]), request)
+        request._vision = vision_tokens(plans, prompt, self.planner.withdraw_layer, self.planner.room)
+        metrics.observe_accepted(request._vision, self.kv_cost)
         return rendered
 
     def create_streaming_error_response(
@@ -109,23 +94,48 @@ class FoldServingChat(OpenAIServingChat):
         **kwargs: Any,
     ) -> ErrorResponse | ChatCompletionResponse:
         response = await super().chat_completion_full_generator(
-            request, _timing_first_token(request, result_generator), *args, **kwargs
+            request, _timing_first_token(request, _explained(request, result_generator)), *args, **kwargs
         )
         if isinstance(response, ChatCompletionResponse) and request._vision is not None:
             response.usage.vision_tokens = request._vision.to_json()
         return response
 
     async def chat_completion_stream_generator(
-        self, request: FoldChatRequest, *args: Any, **kwargs: Any
+        self, request: FoldChatRequest, result_generator: AsyncIterator[RequestOutput], *args: Any, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
         first = True
-        async for event in super().chat_completion_stream_generator(request, *args, **kwargs):
+        outputs = _explained(request, result_generator)
+        async for event in super().chat_completion_stream_generator(request, outputs, *args, **kwargs):
             if first and not event.startswith('data: {"error"'):
                 metrics.observe_first_token(request._vision, time.perf_counter() - request._arrived)
             elif request._vision is not None and '"choices":[]' in event:  # unescaped quotes: never inside a text
                 event = _with_vision_tokens(event, request._vision)
             first = False
             yield event
+
+
+async def _explained(
+    request: FoldChatRequest, outputs: AsyncIterator[RequestOutput]
+) -> AsyncGenerator[RequestOutput, None]:
+    """Passes outputs on; a refusal that comes only now is put into our words, before vLLM logs or sends its own.
+
+    The engine ends a request, and says no more, whose form of answer it can't compile or follow.
+    """
+    form = next((name for name in _FORMS if getattr(request, name) is not None), None)
+    try:
+        async for output in outputs:
+            if form is not None and any(choice.finish_reason == "error" for choice in output.outputs):
+                raise _no_such_form(form)
+            yield output
+    except FoldserveError:
+        raise
+    except (VLLMClientError, ValueError, TypeError) as error:
+        blames_form = form is not None and getattr(error, "parameter", None) is None
+        raise (_no_such_form(str(form)) if blames_form else translate(error)) from None
+
+
+def _no_such_form(name: str) -> InvalidRequest:
+    return InvalidRequest(f"an answer in the form that {name} asks for can't be made: simplify it", name)
 
 
 async def _timing_first_token(

@@ -15,8 +15,7 @@ import openai
 import pytest
 
 from tests.api import hostile
-
-START_LIMIT_S = 240
+from tests.api.live import START_LIMIT_S, end
 
 
 def free_port() -> int:
@@ -33,6 +32,7 @@ def server_url(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
     command += ["--kv-cache-memory-bytes", str(64 << 20), "--served-model-name", "tiny", "--api-server-count", "2"]
     command += ["--mm-processor-cache-gb", "0.1", "--withdraw-layer", "2"]
+    command += ["--hf-overrides", '{"text_config": {"max_position_embeddings": 1200}}']
     command += ["--allow-media-private-host", hostile.HOST, "--max-media-seconds", "5", "--max-image-mb", "2"]
     env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     with log.open("w") as out:
@@ -42,11 +42,7 @@ def server_url(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> It
         _wait_until_healthy(url, process, log)
         yield url
     finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
+        end(process)
 
 
 def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,8 +141,18 @@ class Live:
         self.process.send_signal(signal.SIGTERM)
 
     def end(self) -> None:
-        """Leaves no process behind, whatever the test did."""
-        if self.process.poll() is None:
-            for process in reversed(self.tree()):
+        end(self.process, patience_s=0)
+
+
+def end(server: subprocess.Popen[bytes], patience_s: float = PATIENCE_S) -> None:
+    """Ends a server as a supervisor does; leaves no process behind, whatever the test did."""
+    if server.poll() is None and patience_s:
+        server.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            server.wait(patience_s)
+    if server.poll() is None:
+        first = psutil.Process(server.pid)
+        for process in (*reversed(first.children(recursive=True)), first):
+            with suppress(psutil.NoSuchProcess):
                 process.kill()
-        self.process.wait()
+    server.wait()

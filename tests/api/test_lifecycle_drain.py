@@ -128,7 +128,8 @@ def test_drain(live: Live) -> None:
         client.start()
     live.wait(lambda: live.metrics("vllm:num_requests_waiting") == 2)
     live.terminate()
-    live.wait(lambda: not live.is_ready(), 1)
+    live.wait(lambda: not live.is_ready())
+    assert live.process.poll() is None
     ready = live.ask("GET", "/health/ready")
     assert (ready.status, ready.json) == (503, {"status": "draining"})
     assert live.ask("GET", "/health").status == 503

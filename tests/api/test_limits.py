@@ -167,11 +167,25 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"max_completion_tokens": 1025}, "max_completion_tokens"),
     ({"min_tokens": 1025}, "min_tokens"),
     ({"min_tokens": -1}, "min_tokens"),
+    ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+    ({"n": 2, "temperature": 0}, "n"),
+    ({"temperature": -0.1}, "temperature"),
+    ({"temperature": 1e9}, "temperature"),
+    ({"top_p": 0}, "top_p"),
+    ({"top_p": 1.1}, "top_p"),
+    ({"top_k": -2}, "top_k"),
+    ({"top_k": 2**40}, "top_k"),
+    ({"min_p": 2}, "min_p"),
+    ({"presence_penalty": -3}, "presence_penalty"),
+    ({"frequency_penalty": 3}, "frequency_penalty"),
+    ({"repetition_penalty": 0}, "repetition_penalty"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
     ({"prompt_logprobs": 10**6}, "prompt_logprobs"),
     ({"prompt_logprobs": -1}, "prompt_logprobs"),
     ({"stop": "x" * 257}, "stop"),
+    ({"stop": ["x", ""]}, "stop"),
+    ({"bad_words": [""]}, "bad_words"),
     ({"bad_words": ["x"] * 301}, "bad_words"),
     ({"bad_words": ["x" * 257]}, "bad_words"),
     ({"logit_bias": {str(i): 1 for i in range(301)}}, "logit_bias"),
@@ -204,7 +218,9 @@ def test_bad_fields(fields: dict[str, Any], param: str) -> None:
 def test_fields_of_ordinary_clients() -> None:
     from foldserve.server.api.schema import FoldChatRequest
 
-    for fields in ({}, {"n": 2, "max_tokens": 1024, "stop": ["a", "b"], "logprobs": True, "top_logprobs": 20}):
+    many = {"n": 2, "max_tokens": 1024, "stop": ["a", "b"], "logprobs": True, "top_logprobs": 20, "min_tokens": 1024}
+    sampling = {"temperature": 2, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1.2, "presence_penalty": -2}
+    for fields in ({}, many, sampling, {"n": 2, "temperature": 0, "use_beam_search": True}):
         body = {"messages": [{"role": "user", "content": "x"}], "logit_bias": {"5": -100}, "seed": 1}
         check_fields(FoldChatRequest.model_validate(body | fields), Limits(), context=1024, vocabulary=320)
 

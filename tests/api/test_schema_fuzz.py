@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 from typing import Any
 
 import httpx
@@ -57,6 +59,30 @@ def _fuzz(operation: schemathesis.APIOperation[Any, Any, Any, Any], mode: Genera
             assert not LEAKS.search(answer.text), answer.text
 
     check()
+
+
+class Broken(BaseHTTPRequestHandler):
+    """A server that fails."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_error(500)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def test_a_server_error_would_be_found(schema: schemathesis.schemas.BaseSchema) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Broken)
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    try:
+        with pytest.raises(AssertionError, match="curl"):
+            _fuzz(schema[OURS[0]]["POST"], GenerationMode.POSITIVE, f"http://127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 FIELDS = st.sampled_from(sorted(FoldChatRequest.model_fields))

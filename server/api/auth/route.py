@@ -32,9 +32,14 @@ class FoldRoute(APIRoute):
             try:
                 return await handle(request)
             except Exception as error:
-                return render(request.app.state.foldserve_lifecycle.explain(error))
+                return render(self.explain(error, request.app.state))
 
         return rendered
+
+    def explain(self, error: Exception, state: State) -> Exception:
+        """The error to show for one that a request ended in."""
+        shown: Exception = state.foldserve_lifecycle.explain(error)
+        return shown
 
 
 class OpenRoute(FoldRoute):

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vllm.engine.protocol import EngineClient
+from vllm.exceptions import VLLMValidationError
 from vllm.inputs import EngineInput
 from vllm.renderers.chat_utils import MODALITY_PLACEHOLDERS_MAP, PROMPT_EMBEDS_PLACEHOLDER_TOKEN
 
-from foldserve.server.api.errors import InvalidRequest
+from foldserve.server.api.errors import InvalidRequest, LimitExceeded
 from foldserve.server.api.limits.body import check_body
 from foldserve.server.api.limits.fields import check_fields
 from foldserve.server.api.limits.special_tokens import SpecialTokens
@@ -60,16 +61,33 @@ class ChatChecks:
         check_fields(request, self.limits, self.context, self.vocabulary)
 
     def check_prompt(self, prompt: EngineInput) -> None:
-        """The tokens that go to the engine: as many for images as its images have, none from a text.
+        """The tokens that go to the engine: room for an answer, as many for images as those have, none from a text.
 
         Raises:
-            InvalidRequest: more, or fewer.
+            LimitExceeded: the context has no room for an answer.
+            InvalidRequest: more tokens of images, or fewer.
         """
         fields: dict[str, Any] = dict(prompt)
+        tokens = list(fields["prompt_token_ids"])
+        if len(tokens) >= self.context:
+            raise self._too_long(f"{len(tokens)} tokens")
         planned = sum(place.get_num_embeds() for place in fields.get("mm_placeholders", {}).get("image", ()))
-        found = list(fields["prompt_token_ids"]).count(self.image_token)
+        found = tokens.count(self.image_token)
         if found != planned:
             raise InvalidRequest(f"the prompt holds {found} image tokens where its images have {planned}", "messages")
+
+    def explain(self, error: Exception) -> Exception:
+        """vLLM's refusal of a text that is too long, in words of ours; any other error as it is."""
+        if isinstance(error, VLLMValidationError) and error.parameter in ("input_text", "input_tokens"):
+            return self._too_long("too many tokens")
+        return error
+
+    def _too_long(self, what: str) -> LimitExceeded:
+        return LimitExceeded(
+            f"the prompt has {what}: with at least one of the answer the model takes {self.context} tokens; "
+            "shorten it, send fewer images, or reduce them more",
+            "messages",
+        )
 
 
 def chat_checks(engine: EngineClient, limits: Limits) -> ChatChecks:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from typing import TYPE_CHECKING, Any
 
 from foldserve.server.api.errors import InvalidRequest, LimitExceeded
@@ -12,6 +13,9 @@ from foldserve.server.limits import Limits
 if TYPE_CHECKING:
     from foldserve.server.api.schema import FoldChatRequest
 
+_LARGEST_TOP_K = 2**31 - 1
+_GREEDY_BELOW = 1e-5
+"""vLLM takes a lower temperature for 0."""
 _NAME = re.compile(r"[A-Za-z0-9._:/=+-]{1,128}")
 
 
@@ -33,8 +37,16 @@ def check_fields(request: FoldChatRequest, limits: Limits, context: int, vocabul
         ("min_tokens", 0, context),
         ("top_logprobs", 0, limits.max_top_logprobs),
         ("prompt_logprobs", 0, limits.max_top_logprobs),
+        ("temperature", 0, 2),
+        ("top_k", -1, _LARGEST_TOP_K),
+        ("min_p", 0, 1),
+        ("presence_penalty", -2, 2),
+        ("frequency_penalty", -2, 2),
     ):
         _check_range(values[name], name, least, most)
+    _check_above_zero(values["repetition_penalty"], "repetition_penalty")
+    _check_above_zero(values["top_p"], "top_p", 1)
+    _check_together(values)
     _check_strings(values["stop"], "stop", limits.max_stop_strings, limits)
     _check_strings(values["bad_words"], "bad_words", limits.max_logit_bias, limits)
     for name in ("logit_bias", "stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
@@ -48,9 +60,25 @@ def check_fields(request: FoldChatRequest, limits: Limits, context: int, vocabul
         raise InvalidRequest("a prompt with images can't be cut: leave this out", "truncate_prompt_tokens")
 
 
-def _check_range(value: int | None, name: str, least: int, most: int) -> None:
+def _check_together(values: Mapping[str, Any]) -> None:
+    most = values["max_completion_tokens"] or values["max_tokens"]
+    if most is not None and values["min_tokens"] > most:
+        raise InvalidRequest(f"min_tokens must be at most {most}, the most tokens asked for", "min_tokens")
+    temperature = values["temperature"]
+    greedy = temperature is not None and temperature < _GREEDY_BELOW and not values["use_beam_search"]
+    if greedy and (values["n"] or 1) > 1:
+        raise InvalidRequest("n must be 1 at temperature 0: all answers would be the same", "n")
+
+
+def _check_range(value: float | None, name: str, least: int, most: int) -> None:
     if value is not None and not least <= value <= most:
         raise LimitExceeded(f"{name} must be at least {least} and at most {most}, not {value}", name)
+
+
+def _check_above_zero(value: float | None, name: str, most: float = math.inf) -> None:
+    if value is not None and not 0 < value <= most:
+        bound = "" if most == math.inf else f" and at most {most}"
+        raise LimitExceeded(f"{name} must be above 0{bound}, not {value}", name)
 
 
 def _check_length(value: Sized | None, name: str, most: int) -> None:
@@ -61,8 +89,8 @@ def _check_length(value: Sized | None, name: str, most: int) -> None:
 def _check_strings(value: str | list[str] | None, name: str, most: int, limits: Limits) -> None:
     strings = [value] if isinstance(value, str) else value or []
     _check_length(strings, name, most)
-    if any(len(text) > limits.max_stop_chars for text in strings):
-        raise LimitExceeded(f"each text in {name} may have {limits.max_stop_chars} characters at most", name)
+    if not all(0 < len(text) <= limits.max_stop_chars for text in strings):
+        raise LimitExceeded(f"each text in {name} must have 1 to {limits.max_stop_chars} characters", name)
 
 
 def _check_tokens(value: Any, name: str, limits: Limits, vocabulary: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 from fastapi import Request, Response
+from starlette.datastructures import State
 
 from foldserve.server.api.auth.route import WorkRoute
 from foldserve.server.api.errors import BodyTooLarge
@@ -60,3 +61,7 @@ class ChatRoute(WorkRoute):
             return await handle(CheckedRequest(request.scope, request.receive))
 
         return checked
+
+    def explain(self, error: Exception, state: State) -> Exception:
+        checks: ChatChecks = state.foldserve_chat.checks
+        return super().explain(checks.explain(error), state)
