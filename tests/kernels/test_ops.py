@@ -1,0 +1,72 @@
+"""The door: what is chosen when, and what the comparison on a GPU needs of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from inspect import signature
+
+import pytest
+import torch
+
+from foldserve.kernels import groups, matching, ops, rows, selection
+from foldserve.loadtest.micro.kernels import main
+from foldserve.reducers.ops import Op
+from tests.kernels.benchmark import check_benchmark
+from tests.kernels.conftest import Run
+
+TWINS = {
+    twin.__name__: twin
+    for twin in (
+        matching.match,
+        selection.place,
+        groups.group_mean,
+        groups.group_sum,
+        selection.lowest_into_one,
+        rows.kv_slots,
+        rows.take_rows,
+    )
+}
+
+
+@pytest.fixture(autouse=True)
+def references_afterwards() -> Iterator[None]:
+    yield
+    ops.choose(torch.device("cpu"))
+
+
+def in_use() -> dict[str, object]:
+    return {op.reference.__name__: op._run for op in ops.OPS}
+
+
+def test_kernels_on_a_gpu_else_torch() -> None:
+    references = {op.reference.__name__: op.reference for op in ops.OPS}
+    assert in_use() == references
+    ops.choose(torch.device("cuda", 1))
+    assert in_use() == TWINS
+    ops.choose(torch.device("cpu"))
+    assert in_use() == references
+
+
+def test_torch_on_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "find_spec", lambda name: None)
+    ops.choose(torch.device("cuda"))
+    assert not in_use().items() & TWINS.items()
+
+
+@pytest.mark.parametrize("op", ops.OPS, ids=lambda op: op.reference.__name__)
+def test_twins_have_the_signature_of_their_reference(op: Op[..., object]) -> None:
+    assert signature(TWINS[op.reference.__name__]) == signature(op.reference)
+
+
+def test_the_benchmark_times_every_operation_with_and_without_kernels(run: Run) -> None:
+    run(check_benchmark)
+
+
+def test_the_benchmark_says_that_without_a_gpu_there_is_nothing_to_compare(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 2
+    assert "nothing to compare" in capsys.readouterr().err
