@@ -82,7 +82,8 @@ def test_the_router_is_scraped(watched: str, fleet: Fleet) -> None:
     assert "vllm_router_requests_total" in httpx.get(fleet.router_metrics).text
 
 
-def test_overload_raises_its_alert_and_no_other_of_those_that_wake_somebody(watched: str) -> None:
+def test_overload_raises_its_alert_and_no_other_goes_off(watched: str) -> None:
     raised = {sample["metric"]["alertname"] for sample in query(watched, "count_over_time(ALERTS[1h])")}
     assert "FoldserveErrors" in raised
-    assert not raised & {"FoldserveDown", "FoldserveNotReady", "FoldserveQualityGuard"}
+    # Until its first scrape, a Prometheus knows no server: FoldserveDown waits, as it should.
+    assert not query(watched, 'count_over_time(ALERTS{alertstate="firing"}[1h])')

@@ -22,6 +22,12 @@ def finished(url: str) -> float:
     return sum(float(value) for value in re.findall(r"^vllm:request_success_total\{.*\} (\S+)$", page, re.MULTILINE))
 
 
+def retries(fleet: Fleet) -> float:
+    """Times that the router has sent a request again."""
+    page = httpx.get(fleet.router_metrics).text
+    return sum(float(value) for value in re.findall(r"^vllm_router_retries_total\S* (\S+)$", page, re.MULTILINE))
+
+
 @pytest.mark.parametrize("place", sorted(router_commands()))
 def test_the_router_takes_its_options(place: str) -> None:
     from vllm_router.router_args import RouterArgs
@@ -60,6 +66,7 @@ def test_both_servers_are_asked(fleet: Fleet) -> None:
 
 
 def test_a_rolling_update_drops_nothing(fleet: Fleet) -> None:
+    before = retries(fleet)
     with Load(fleet.router) as load:
         for process in fleet.servers.values():
             load.wait_for(6)
@@ -68,18 +75,19 @@ def test_a_rolling_update_drops_nothing(fleet: Fleet) -> None:
             process.start()
             process.wait_until_ready()
             wait_for("the router", lambda: all_are_healthy(fleet))
-    print("rolling update:", dict(load.ended))
+    print("rolling update:", dict(load.ended), "retries:", retries(fleet) - before)
     assert load.ended == {"right": load.ended.total()}
 
 
 def test_a_server_that_is_gone_costs_no_request_that_can_be_sent_again(fleet: Fleet) -> None:
-    gone = next(iter(fleet.servers.values()))
+    gone, before = next(iter(fleet.servers.values())), retries(fleet)
     with Load(fleet.router, clients=6) as load:
         load.wait_for(6)
         gone.kill()
-        load.wait_for(20)
-    print("server gone:", dict(load.ended))
+        load.wait_for(100)
+    print("server gone:", dict(load.ended), "retries:", retries(fleet) - before)
     assert load.ended == {"right": load.ended.total()}
+    assert retries(fleet) > before
 
 
 def all_are_healthy(fleet: Fleet) -> bool:
