@@ -8,6 +8,7 @@ whose GPU waits for them. Sizes are those of CLIP-L/14-336 and of a decoder of w
 from __future__ import annotations
 
 import json
+import time
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +20,6 @@ from torch import Tensor
 
 from foldserve.kernels import ops
 from foldserve.loadtest.micro.pairs import Ratio, alternate, ratio
-from foldserve.loadtest.micro.reducers import time_ms
 from foldserve.reducers.fold import group_mean, group_sum, match, place
 from foldserve.reducers.folder import folder
 from foldserve.reducers.illava import illava, lowest_into_one
@@ -113,13 +113,23 @@ def _of_the_decoder(shape: Shape, device: str) -> Iterator[Case]:
     yield "kv_slots", len(rows) * 28, lambda: kv_slots(table, request_of, place_in, BLOCK_SIZE, len(rows))
 
 
+def time_us(call: Callable[[], object], device: str) -> float:
+    """Wall time of one call until the device has finished."""
+    synchronize = torch.get_device_module(device).synchronize
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return (time.perf_counter() - start) * 1e6
+
+
 @torch.inference_mode()
 def measure(shape: Shape, *, pairs: int, device: str) -> list[Row]:
     """All cases; the first run of each, in which kernels are compiled, is not counted."""
 
     def timed(call: Callable[[], object], chosen: torch.device) -> float:
         ops.choose(chosen)
-        return time_ms(call, device) * 1e3
+        return time_us(call, device)
 
     def compared(call: Callable[[], object], count: int) -> list[tuple[float, float]]:
         return alternate(lambda: timed(call, KERNELS), lambda: timed(call, REFERENCES), count)

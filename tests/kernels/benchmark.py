@@ -1,4 +1,4 @@
-"""The benchmark's own logic; nothing is asserted about time. A module of its own, since it imports transformers."""
+"""The benchmark's own logic; nothing is asserted about time."""
 
 from __future__ import annotations
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib import import_module
 from inspect import signature
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +54,25 @@ def test_torch_on_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "find_spec", lambda name: None)
     ops.choose(torch.device("cuda"))
     assert not in_use().items() & TWINS.items()
+
+
+def test_the_model_chooses_for_its_device_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    llava: Any = import_module("foldserve.server.engine.llava")  # vLLM, which takes its time
+
+    class Built(Exception):
+        """The rest of the model."""
+
+    def build(*args: object, **options: object) -> None:
+        raise Built
+
+    monkeypatch.setattr(llava.withdrawal, "select_decoder", lambda config: None)
+    monkeypatch.setattr(llava.LlavaForConditionalGeneration, "__init__", build)
+    for device, expected in (("cuda", TWINS), ("cpu", {op.reference.__name__: op.reference for op in ops.OPS})):
+        with pytest.raises(Built):
+            llava.FoldLlavaForConditionalGeneration(
+                vllm_config=SimpleNamespace(device_config=SimpleNamespace(device_type=device))
+            )
+        assert in_use() == expected
 
 
 @pytest.mark.parametrize("op", ops.OPS, ids=lambda op: op.reference.__name__)
