@@ -20,7 +20,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 START_LIMIT_S = 1800  # a server that fails to start ends; this is for one that hangs
-PATIENCE_S = 60
+PATIENCE_S = 300  # for what a busy machine takes long for
 CHAT = "/v1/chat/completions"
 
 

@@ -20,14 +20,14 @@ NAMED = re.compile(r"`(?:(\w+): )?(test_\w+)(\.\.\.)?`")
 
 
 @cache
-def tests_of(module: str) -> list[str]:
+def names_in(module: str) -> list[str]:
     file = FOLDER / f"{module}.py"
     nodes = ast.parse(file.read_text()).body
     return [node.name for node in nodes if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
 
 
 def exists(module: str, test: str, several: str) -> bool:
-    return any(name == test or (several and name.startswith(test)) for name in tests_of(module))
+    return any(name == test or (several and name.startswith(test)) for name in names_in(module))
 
 
 def rows() -> Iterator[str]:
