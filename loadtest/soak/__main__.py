@@ -5,13 +5,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import resource
+import sys
 import time
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from tqdm import tqdm
 
+from foldserve.loadtest.soak.death import kill_engine
 from foldserve.loadtest.soak.load import send_all, stream_at_once
 from foldserve.loadtest.soak.mix import chat, plan
 from foldserve.loadtest.soak.report import Report
@@ -20,6 +24,8 @@ from foldserve.loadtest.soak.wire import ask, encode
 
 _SETTLES_WITHIN_S = 30
 _STREAM_TOKENS = 16
+_FILES_A_STREAM = 2
+_OTHER_FILES = 256
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,6 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         metavar="SHARE",
         help="sent before the first look (default: %(default)s)",
     )
+    add("--looks", type=int, default=8, metavar="N", help="at what is held, after that (default: %(default)s)")
     add("--at-once", type=int, default=64, metavar="N", help="requests in flight (default: %(default)s)")
     add("--streams", type=int, default=1000, metavar="N", help="then, all at once; 0: none (default: %(default)s)")
     add("--seed", type=int, default=0)
@@ -43,6 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         "options", nargs="*", metavar="OPTION", help="after --: of `foldserve serve`, a model first (default: the demo)"
     )
     args = parser.parse_args(argv)
+    _allow_files(args.streams * _FILES_A_STREAM + _OTHER_FILES)
     report = asyncio.run(_run(args))
     text = json.dumps(report.to_json(), indent=1)
     if args.output:
@@ -52,23 +60,39 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(1)
 
 
+def _allow_files(count: int) -> None:
+    """Raises this process's bound on open files, which its children inherit, where that is lower."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < count:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
+
+
 async def _run(args: argparse.Namespace) -> Report:
     started = time.monotonic()
     requests = plan(args.requests, args.abort_share, args.seed)
-    warming = islice(requests, int(args.requests * args.warm_share))
+    warming = int(args.requests * args.warm_share)
+    parts = [(args.requests - warming) * i // args.looks for i in range(args.looks + 1)]
     with TemporaryDirectory() as folder:
         server = Server(args.options, Path(folder) / "log")
         try:
             await server.wait_until_ready()
             with tqdm(total=args.requests + args.streams, unit="req", smoothing=0.05) as bar:
-                first = await send_all(server.address, warming, args.at_once, bar)
+                soak = await send_all(server.address, islice(requests, warming), args.at_once, bar)
                 streams = await stream_at_once(server.address, args.streams, _STREAM_TOKENS, bar)
-                warm = await _settled(server)
-                rest = await send_all(server.address, requests, args.at_once, bar)
-                end = await _settled(server)
-            return Report(warm, end, first + rest, streams, server.stop(), round(time.monotonic() - started, 1))
+                looks = [await _look(server, bar)]
+                for begin, end in pairwise(parts):
+                    soak += await send_all(server.address, islice(requests, end - begin), args.at_once, bar)
+                    looks.append(await _look(server, bar))
+            death = await kill_engine(server, args.at_once)
+            return Report(looks, soak, streams, death, round(time.monotonic() - started, 1))
         finally:
             server.kill()
+
+
+async def _look(server: Server, bar: tqdm[Any]) -> Held:
+    held = await _settled(server)
+    bar.write(f"after {bar.n} requests: {held.memory_bytes / 1e6:.0f} MB, {held.files} file descriptors", sys.stderr)
+    return held
 
 
 async def _settled(server: Server) -> Held:

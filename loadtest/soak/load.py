@@ -36,6 +36,9 @@ class Outcome:
     def __add__(self, other: Outcome) -> Outcome:
         return Outcome(self.counts + other.counts, self.wrong + other.wrong, max(self.ready_s, other.ready_s))
 
+    def to_json(self) -> dict[str, Any]:
+        return {"counts": dict(self.counts), "wrong": self.wrong, "ready_s": round(self.ready_s, 3)}
+
 
 async def send_all(address: Address, requests: Iterable[Planned], at_once: int, bar: tqdm[Any]) -> Outcome:
     """Sends the requests in order, at most `at_once` at a time."""
@@ -87,9 +90,18 @@ async def _send(address: Address, request: Planned, outcome: Outcome) -> str:
             status = await read_status(reader)
             if status != 200:
                 outcome.wrong.append(f"a stream began with {status}")
-            for _ in range(1 if request.hang_up is HangUp.FIRST_TOKEN else _EVENTS_MIDWAY):
-                await reader.readuntil(b"\n\n")
+            await _read_events(reader, 1 if request.hang_up is HangUp.FIRST_TOKEN else _EVENTS_MIDWAY, outcome)
     return f"hung up {request.hang_up.value}"
+
+
+async def _read_events(reader: asyncio.StreamReader, count: int, outcome: Outcome) -> None:
+    """Reads some events of a stream, fewer if it has no more: tokens that come together make one event."""
+    for _ in range(count):
+        event = await reader.readuntil(b"\n\n")
+        if b'{"error"' in event:
+            outcome.wrong.append(f"an error in a stream: {event[-300:]!r}")
+        if b"[DONE]" in event:
+            return
 
 
 async def _watch(address: Address, outcome: Outcome) -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from foldserve.loadtest.soak.death import Death
 from foldserve.loadtest.soak.load import Outcome
 from foldserve.loadtest.soak.server import Held
 
 MEMORY_GROWTH = 0.05
 """Largest share by which memory may have grown since the server was warm."""
 READY_WITHIN_S = 1.0
+HEARD_WITHIN_S = 5.0
+ENDED_WITHIN_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,48 +22,59 @@ class Report:
     """Everything that was seen.
 
     Attributes:
-        warm: what the server held after the first requests and the streams, when its caches were full.
-        end: what it held after the last.
+        looks: what the server held after the first requests and the streams, when its caches were full, and at equal
+            numbers of requests from there to the last.
         soak: of the mixed requests.
         streams: of those that were open at once.
-        exit_status: of the server, after SIGTERM.
+        death: of the engine, at the end.
         seconds: that it all took.
     """
 
-    warm: Held
-    end: Held
+    looks: Sequence[Held]
     soak: Outcome
     streams: Outcome
-    exit_status: int
+    death: Death
     seconds: float
 
     @property
     def memory_growth(self) -> float:
-        return self.end.memory_bytes / self.warm.memory_bytes - 1
+        return self.looks[-1].memory_bytes / self.looks[0].memory_bytes - 1
 
     def failures(self) -> Iterator[str]:
         """What should not be, in words; nothing for a good server."""
-        for held in (self.warm, self.end):
+        for held in self.looks:
             if held.requests or held.kv_share:
                 yield f"left in the engine: {held.requests:g} requests, {held.kv_share:.2%} of the KV cache"
-        if self.end.files > self.warm.files:
-            yield f"file descriptors: {self.warm.files} when warm, {self.end.files} at the end"
+        warm, end = self.looks[0], self.looks[-1]
+        if end.files > warm.files:
+            yield f"file descriptors: {warm.files} when warm, {end.files} at the end"
         if self.memory_growth > MEMORY_GROWTH:
             yield f"memory grew by {self.memory_growth:.1%}"
-        for outcome in (self.soak, self.streams):
+        for name, outcome in (("the mixed requests", self.soak), ("the streams", self.streams)):
             yield from outcome.wrong[:10]
-        if self.streams.ready_s > READY_WITHIN_S:
-            yield f"/health/ready took {self.streams.ready_s:.2f} s beside the streams"
-        if self.exit_status != 0:
-            yield f"the server ended with {self.exit_status}"
+            if outcome.ready_s > READY_WITHIN_S:
+                yield f"/health/ready took {outcome.ready_s:.2f} s beside {name}"
+        yield from self._failures_of_the_end()
+
+    def _failures_of_the_end(self) -> Iterator[str]:
+        death = self.death
+        yield from death.wrong[:10]
+        if death.red_s > READY_WITHIN_S:
+            yield f"the engine was killed, and /health/ready was green for {death.red_s:.2f} s"
+        if death.heard_s > HEARD_WITHIN_S:
+            yield f"the engine was killed, and a client heard of it after {death.heard_s:.2f} s"
+        if death.ended_s > ENDED_WITHIN_S:
+            yield f"the engine was killed, and the server ended after {death.ended_s:.2f} s"
+        if death.exit_status == 0:
+            yield "the engine was killed, and the server ended with status 0"
 
     def to_json(self) -> dict[str, Any]:
-        fields: dict[str, Any] = _named(asdict(self))
-        return fields | {"memory_growth": round(self.memory_growth, 4), "failures": list(self.failures())}
-
-
-def _named(value: Any) -> Any:
-    """The same with keys that JSON can have in place of pairs, in mappings at any depth."""
-    if not isinstance(value, dict):
-        return value
-    return {" ".join(map(str, key)) if isinstance(key, tuple) else key: _named(each) for key, each in value.items()}
+        return {
+            "seconds": self.seconds,
+            "memory_growth": round(self.memory_growth, 4),
+            "failures": list(self.failures()),
+            "soak": self.soak.to_json(),
+            "streams": self.streams.to_json(),
+            "death": asdict(self.death),
+            "looks": [asdict(held) | {"memory_bytes": held.memory_bytes} for held in self.looks],
+        }

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ import psutil
 from foldserve.loadtest.soak.wire import Address, ask, encode
 
 _HOST = "127.0.0.1"
+_ENGINE = "EngineCore"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +28,17 @@ class Held:
         requests: running or waiting in the engine.
         kv_share: of the KV cache's blocks that are not free, in [0, 1].
         files: open file descriptors of all its processes.
-        memory_bytes: that only its processes use, each one's own (USS).
+        memory: bytes that only its processes use, each one's own (USS), by the process's title.
     """
 
     requests: float
     kv_share: float
     files: int
-    memory_bytes: int
+    memory: Mapping[str, int]
+
+    @property
+    def memory_bytes(self) -> int:
+        return sum(self.memory.values())
 
 
 class Server:
@@ -71,29 +76,55 @@ class Server:
         except OSError:
             return False
 
+    async def requests(self) -> float:
+        """How many the engine works on, or lets wait, as of its last step."""
+        return _requests(await self._metrics())
+
     async def held(self) -> Held:
         """What is held now; the engine's numbers are those of its last step."""
-        metrics = (await ask(self.address, encode("GET", "/metrics"))).body.decode()
-        processes = [psutil.Process(self._process.pid), *psutil.Process(self._process.pid).children(recursive=True)]
+        metrics = await self._metrics()
+        processes = self._processes()
+        memory: Counter[str] = Counter()
+        for process in processes:
+            memory[_title(process)] += process.memory_full_info().uss
         return Held(
-            requests=_value(metrics, "vllm:num_requests_running") + _value(metrics, "vllm:num_requests_waiting"),
+            requests=_requests(metrics),
             kv_share=_value(metrics, "vllm:kv_cache_usage_perc"),
             files=sum(process.num_fds() for process in processes),
-            memory_bytes=sum(process.memory_full_info().uss for process in processes),
+            memory=dict(memory),
         )
 
-    def stop(self, patience_s: float = 60) -> int:
-        """Ends the server as a supervisor does; its exit status."""
-        self._process.send_signal(signal.SIGTERM)
+    def kill_engine(self) -> None:
+        """Ends the process that runs the model, without a warning."""
+        next(process for process in self._processes() if _ENGINE in _title(process)).kill()
+
+    def wait(self, patience_s: float) -> int:
+        """Waits until the server has ended; its exit status."""
         return self._process.wait(patience_s)
 
     def kill(self) -> None:
         """Leaves no process behind."""
         if self._process.poll() is None:
-            for process in psutil.Process(self._process.pid).children(recursive=True):
+            for process in reversed(self._processes()):
                 process.kill()
-            self._process.kill()
             self._process.wait()
+
+    async def _metrics(self) -> str:
+        return (await ask(self.address, encode("GET", "/metrics"))).body.decode()
+
+    def _processes(self) -> list[psutil.Process]:
+        """The server's, the first one first."""
+        first = psutil.Process(self._process.pid)
+        return [first, *first.children(recursive=True)]
+
+
+def _title(process: psutil.Process) -> str:
+    """What vLLM calls its process, or the program."""
+    return (process.cmdline() or [process.name()])[0].rsplit("/")[-1]
+
+
+def _requests(metrics: str) -> float:
+    return _value(metrics, "vllm:num_requests_running") + _value(metrics, "vllm:num_requests_waiting")
 
 
 def _value(metrics: str, name: str) -> float:

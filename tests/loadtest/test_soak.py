@@ -6,30 +6,35 @@ import json
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from foldserve.loadtest.soak.__main__ import main
+from foldserve.loadtest.soak.death import Death
 from foldserve.loadtest.soak.load import Outcome
 from foldserve.loadtest.soak.mix import HangUp, plan
 from foldserve.loadtest.soak.report import Report
 from foldserve.loadtest.soak.server import Held
 
-REQUESTS, STREAMS = 300, 64
+REQUESTS, STREAMS, LOOKS, AT_ONCE = 300, 64, 2, 16
 
 
 def test_nothing_is_left_over(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
     out = tmp_path / "report.json"
-    options = ["--requests", str(REQUESTS), "--warm-share", "0.5", "--at-once", "16", "--streams", str(STREAMS)]
+    options = ["--requests", str(REQUESTS), "--warm-share", "0.5", "--at-once", str(AT_ONCE)]
+    options += ["--streams", str(STREAMS), "--looks", str(LOOKS), "--output", str(out)]
     server = [str(tiny_llava), "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
     server += ["--kv-cache-memory-bytes", str(64 << 20), "--mm-processor-cache-gb", "0.1", "--api-server-count", "2"]
-    main([*options, "--output", str(out), "--", *server])
+    main([*options, "--", *server])
     report = json.loads(out.read_text())
     assert report["failures"] == []
     assert report["soak"]["counts"]["answered 200"] > REQUESTS / 2
     assert sum(report["soak"]["counts"].values()) == REQUESTS
     assert report["streams"]["counts"] == {"answered 200": STREAMS}
+    assert report["death"]["clients"] == AT_ONCE
+    assert len(report["looks"]) == 1 + LOOKS
 
 
 def test_the_mix() -> None:
@@ -42,19 +47,30 @@ def test_the_mix() -> None:
     assert requests == list(plan(2000, 0.3, seed=1))
 
 
-GOOD = Report(Held(0, 0, 100, 1000), Held(0, 0, 99, 1040), Outcome(), Outcome(ready_s=0.5), 0, 1.0)
+HELD = Held(0, 0, 100, {"engine": 600, "api": 400})
+DEATH = Death(clients=9, red_s=0.9, heard_s=4.9, ended_s=9.9, exit_status=1)
+GOOD = Report([HELD, replace(HELD, files=99, memory={"engine": 640, "api": 400})], Outcome(), Outcome(), DEATH, 1.0)
+
+
+def ends_with(**fields: Any) -> Report:
+    return replace(GOOD, looks=[HELD, replace(HELD, **fields)])
 
 
 @pytest.mark.parametrize(
     ("report", "failure"),
     [
-        (replace(GOOD, end=replace(GOOD.end, requests=1)), "1 requests"),
-        (replace(GOOD, warm=replace(GOOD.warm, kv_share=0.01)), "1.00% of the KV cache"),
-        (replace(GOOD, end=replace(GOOD.end, files=101)), "file descriptors: 100 when warm, 101 at the end"),
-        (replace(GOOD, end=replace(GOOD.end, memory_bytes=1051)), "memory grew by 5.1%"),
+        (ends_with(requests=1), "1 requests"),
+        (replace(GOOD, looks=[replace(HELD, kv_share=0.01), HELD]), "1.00% of the KV cache"),
+        (ends_with(files=101), "file descriptors: 100 when warm, 101 at the end"),
+        (ends_with(memory={"engine": 651, "api": 400}), "memory grew by 5.1%"),
         (replace(GOOD, soak=Outcome(wrong=["200 was expected: 500"])), "200 was expected: 500"),
-        (replace(GOOD, streams=Outcome(ready_s=1.5)), "took 1.50 s"),
-        (replace(GOOD, exit_status=-9), "ended with -9"),
+        (replace(GOOD, soak=Outcome(ready_s=1.2)), "took 1.20 s beside the mixed requests"),
+        (replace(GOOD, streams=Outcome(ready_s=1.5)), "took 1.50 s beside the streams"),
+        (replace(GOOD, death=replace(DEATH, wrong=["instead of an answer"])), "instead of an answer"),
+        (replace(GOOD, death=replace(DEATH, red_s=1.1)), "green for 1.10 s"),
+        (replace(GOOD, death=replace(DEATH, heard_s=5.1)), "heard of it after 5.10 s"),
+        (replace(GOOD, death=replace(DEATH, ended_s=11)), "ended after 11.00 s"),
+        (replace(GOOD, death=replace(DEATH, exit_status=0)), "ended with status 0"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -1,0 +1,73 @@
+"""Kills the engine while it works, and notes when every client hears of it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from dataclasses import dataclass, field
+
+from foldserve.loadtest.soak.mix import chat
+from foldserve.loadtest.soak.server import Server
+from foldserve.loadtest.soak.wire import Address, ask, encode
+
+_TOKENS = 900
+"""More than the engine makes for anybody until it is killed."""
+_PATIENCE_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """What followed.
+
+    Attributes:
+        clients: that waited for an answer, or for the rest of one.
+        red_s: until `/health/ready` was no longer green.
+        heard_s: until the last of them had an error.
+        ended_s: until the server's process had ended.
+        exit_status: of it.
+        wrong: what should not have happened, in words.
+    """
+
+    clients: int
+    red_s: float
+    heard_s: float
+    ended_s: float
+    exit_status: int
+    wrong: list[str] = field(default_factory=list)
+
+
+async def kill_engine(server: Server, clients: int) -> Death:
+    """Ends the server: `clients` requests, half of them streams, are with the engine when it is killed."""
+    waiting = [asyncio.create_task(_listen(server.address, number)) for number in range(clients)]
+    async with asyncio.timeout(_PATIENCE_S):
+        while await server.requests() < clients:
+            await asyncio.sleep(0.1)
+    server.kill_engine()
+    killed = time.monotonic()
+    while await server.is_ready():
+        await asyncio.sleep(0.01)
+    red = time.monotonic()
+    heard = await asyncio.gather(*waiting)
+    status = await asyncio.to_thread(server.wait, _PATIENCE_S)
+    return Death(
+        clients,
+        round(red - killed, 2),
+        round(max(when for when, _ in heard) - killed, 2),
+        round(time.monotonic() - killed, 2),
+        status,
+        [fault for _, fault in heard if fault],
+    )
+
+
+async def _listen(address: Address, number: int) -> tuple[float, str | None]:
+    """When the answer was at its end, and what was wrong with it."""
+    body = chat(f"engine {number}", [], _TOKENS) | {"stream": number % 2 == 0}
+    try:
+        async with asyncio.timeout(_PATIENCE_S):
+            answer = await ask(address, encode("POST", "/v1/chat/completions", body))
+    except (OSError, TimeoutError) as error:
+        return time.monotonic(), f"instead of an answer: {type(error).__name__}"
+    is_told = answer.status in (200, 503) and re.search(rb'"code": ?"engine_stopped"', answer.body)
+    fault = None if is_told else f"the engine's end was told as {answer.status} {answer.body[-300:]!r}"
+    return time.monotonic(), fault
