@@ -16,12 +16,12 @@ OPS: tuple[Op[..., Any], ...] = (match, place, group_mean, group_sum, lowest_int
 """All that have a kernel."""
 
 
-def choose(device: torch.device) -> None:
-    """From now on `OPS` run as Triton kernels, if `device` is a GPU and Triton is there; else as their references.
+def choose(device: torch.device, *, triton: bool) -> None:
+    """From now on `OPS` run as Triton kernels, if wanted, `device` is a GPU and Triton is there; else as references.
 
     A process that chose the kernels can reduce on the GPU only. Calling it again chooses anew.
     """
-    if device.type == "cuda" and find_spec("triton"):
+    if triton and device.type == "cuda" and find_spec("triton"):
         _use_triton()
     else:
         for op in OPS:

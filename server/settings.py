@@ -111,6 +111,7 @@ class Environment:
         log_level: `VLLM_LOGGING_LEVEL`.
         own_logging: the user has a logging configuration of their own, or wants none.
         wants_v2_runner: `VLLM_USE_V2_MODEL_RUNNER` asks for model runner V2.
+        wants_triton: `FOLDSERVE_TRITON=1` asks for Triton kernels on a GPU.
         refused: names of variables that are set and would undo what the server promises, with what to do instead.
     """
 
@@ -121,11 +122,16 @@ class Environment:
     log_level: str = "INFO"
     own_logging: bool = False
     wants_v2_runner: bool = False
+    wants_triton: bool = False
     refused: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, env: Mapping[str, str] = os.environ) -> Environment:
-        """Reads the variables once."""
+        """Reads the variables once.
+
+        Raises:
+            ValueError: one of ours has a value that it can't have.
+        """
         plugins = env.get("VLLM_PLUGINS")
         cache_home = env.get("XDG_CACHE_HOME") or Path(env.get("HOME", "~")).expanduser() / ".cache"
         return cls(
@@ -136,5 +142,13 @@ class Environment:
             log_level=(env.get("VLLM_LOGGING_LEVEL") or "INFO").upper(),
             own_logging=bool(env.get("VLLM_LOGGING_CONFIG_PATH")) or env.get("VLLM_CONFIGURE_LOGGING") == "0",
             wants_v2_runner=env.get("VLLM_USE_V2_MODEL_RUNNER") == "1",
+            wants_triton=_is_on("FOLDSERVE_TRITON", env),
             refused=tuple(f"{name}: {why}" for name, why in _REFUSED.items() if env.get(name) not in (None, "", "0")),
         )
+
+
+def _is_on(name: str, env: Mapping[str, str]) -> bool:
+    value = env.get(name) or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"{name} is 0 or 1, not {value!r}")
+    return value == "1"

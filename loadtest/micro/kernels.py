@@ -128,7 +128,7 @@ def measure(shape: Shape, *, pairs: int, device: str) -> list[Row]:
     """All cases; the first run of each, in which kernels are compiled, is not counted."""
 
     def timed(call: Callable[[], object], chosen: torch.device) -> float:
-        ops.choose(chosen)
+        ops.choose(chosen, triton=True)
         return time_us(call, device)
 
     def compared(call: Callable[[], object], count: int) -> list[tuple[float, float]]:
@@ -143,7 +143,7 @@ def measure(shape: Shape, *, pairs: int, device: str) -> list[Row]:
             sizes = (shape.tokens, shape.batch, shape.dtype)
             rows.append(Row(name, *sizes, floor_bytes, torch_us, kernel_us, ratio(found)))
     finally:
-        ops.choose(REFERENCES)
+        ops.choose(REFERENCES, triton=True)
     return rows
 
 

@@ -137,9 +137,9 @@ def _run(args: argparse.Namespace, rest: list[str]) -> None:
         return
     if args.help:
         rest = [*rest, f"--help={args.help}"]
-    environment = Environment.read()
     settings: Settings | Callable[[str, str | None], Settings]
     try:
+        environment = Environment.read()
         if environment.own_logging and (args.log_format != "text" or args.log_level):
             raise ValueError("--log-format and --log-level exclude a logging configuration of your own")
         calibrated = args.withdraw_layer == "auto"

@@ -23,6 +23,7 @@ from foldserve.server.engine import positions, withdrawal
 from foldserve.server.engine.geometry import vision_geometry
 from foldserve.server.engine.processor import PLAN_FIELD, FoldLlavaMultiModalProcessor
 from foldserve.server.engine.vision import Survivors, encode_images
+from foldserve.server.settings import Environment
 
 
 def _build_processor(
@@ -43,12 +44,12 @@ class FoldLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     - `embed_multimodal` reduces each image by the plan that the processor sent with it, and refuses to keep positions
       where the engine's runner would not read them;
     - with a withdrawal layer configured, the decoder is the withdrawing twin of the checkpoint's own;
-    - on a GPU, this process reduces with Triton kernels.
+    - on a GPU, where the environment asks for it, this process reduces with Triton kernels.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         withdrawal.select_decoder(vllm_config)
-        ops.choose(torch.device(vllm_config.device_config.device_type))
+        ops.choose(torch.device(vllm_config.device_config.device_type), triton=Environment.read().wants_triton)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._geometry = vision_geometry(self.config)
         self._can_keep_positions = positions.limit(vllm_config) is not None

@@ -190,12 +190,12 @@ def check_method(device: str, method: Method, n: int, dtype: torch.dtype) -> Non
     """Through the door: the same decisions as in torch, the same tokens but for rounding."""
     reduce = reduction(method, n, dtype, device)
     expected = reduce()
-    ops.choose(torch.device("cuda"))  # in the interpreter too: this process runs checks only
+    ops.choose(torch.device("cuda"), triton=True)  # in the interpreter too: this process runs checks only
     try:
         with poisoned():
             reduced = reduce()
     finally:
-        ops.choose(torch.device("cpu"))
+        ops.choose(torch.device("cpu"), triton=False)
     assert reduced.tokens.dtype == dtype
     for ours, theirs in zip(reduced[1:], expected[1:], strict=True):
         assert torch.equal(ours, theirs)

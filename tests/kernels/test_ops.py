@@ -34,7 +34,7 @@ TWINS = {
 @pytest.fixture(autouse=True)
 def references_afterwards() -> Iterator[None]:
     yield
-    ops.choose(torch.device("cpu"))
+    ops.choose(torch.device("cpu"), triton=True)
 
 
 def in_use() -> dict[str, object]:
@@ -44,15 +44,20 @@ def in_use() -> dict[str, object]:
 def test_kernels_on_a_gpu_else_torch() -> None:
     references = {op.reference.__name__: op.reference for op in ops.OPS}
     assert in_use() == references
-    ops.choose(torch.device("cuda", 1))
+    ops.choose(torch.device("cuda", 1), triton=True)
     assert in_use() == TWINS
-    ops.choose(torch.device("cpu"))
+    ops.choose(torch.device("cpu"), triton=True)
     assert in_use() == references
 
 
 def test_torch_on_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "find_spec", lambda name: None)
-    ops.choose(torch.device("cuda"))
+    ops.choose(torch.device("cuda"), triton=True)
+    assert not in_use().items() & TWINS.items()
+
+
+def test_torch_on_a_gpu_where_no_kernels_are_wanted() -> None:
+    ops.choose(torch.device("cuda"), triton=False)
     assert not in_use().items() & TWINS.items()
 
 
@@ -67,7 +72,9 @@ def test_the_model_chooses_for_its_device_before_it_is_built(monkeypatch: pytest
 
     monkeypatch.setattr(llava.withdrawal, "select_decoder", lambda config: None)
     monkeypatch.setattr(llava.LlavaForConditionalGeneration, "__init__", build)
-    for device, expected in (("cuda", TWINS), ("cpu", {op.reference.__name__: op.reference for op in ops.OPS})):
+    references = {op.reference.__name__: op.reference for op in ops.OPS}
+    for device, wanted, expected in (("cuda", "1", TWINS), ("cuda", "0", references), ("cpu", "1", references)):
+        monkeypatch.setenv("FOLDSERVE_TRITON", wanted)
         with pytest.raises(Built):
             llava.FoldLlavaForConditionalGeneration(
                 vllm_config=SimpleNamespace(device_config=SimpleNamespace(device_type=device))

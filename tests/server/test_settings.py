@@ -88,3 +88,6 @@ def test_environment_as_the_user_set_it() -> None:
     env = {"XDG_CACHE_HOME": "/cache", "VLLM_PLUGINS": "a,b", "VLLM_CPU_KVCACHE_SPACE": "2", "CXX": "clang++"}
     assert Environment.read(env) == Environment(Path("/cache/foldserve"), ("a", "b"), True, "clang++")
     assert Environment.read({"HOME": "/", "VLLM_PLUGINS": ""}).vllm_plugins == ()
+    assert Environment.read({"HOME": "/", "FOLDSERVE_TRITON": "1"}).wants_triton
+    with pytest.raises(ValueError, match="FOLDSERVE_TRITON is 0 or 1, not 'yes'"):
+        Environment.read({"HOME": "/", "FOLDSERVE_TRITON": "yes"})
