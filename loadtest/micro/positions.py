@@ -2,8 +2,9 @@
 
 One engine in this process serves requests that keep positions and requests that renumber, with equal images, texts and
 numbers of tokens kept, in pairs in the order ABBA; every image is a new one, so that no cache helps. The control
-renumbers on both sides: what it is off from 1 is the machine's. Run it with OMP_NUM_THREADS=1
-VLLM_ENABLE_V1_MULTIPROCESSING=0.
+renumbers on both sides: what it is off from 1 is the machine's. That can be more than what is asked about, so the part
+"clocked" takes the time of the functions that keeping needs, in requests that keep: their share is of one and the same
+run. Run it with OMP_NUM_THREADS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import os
 import tempfile
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
-from itertools import count, cycle, islice
+from itertools import chain, count, cycle, islice
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -29,7 +32,7 @@ from foldserve.loadtest.micro.shape import ITEM_BYTES, Shape
 from foldserve.loadtest.micro.variants import Row
 from foldserve.loadtest.micro.withdrawal import TIMED, engine_options, machine, render, table
 from foldserve.reducers.plan import Reduction
-from foldserve.server.engine import positions
+from foldserve.server.engine import positions, vision
 from foldserve.server.engine.bench import Clock, ProbedEngine, Request
 
 Positions = Literal["keep", "renumber"]
@@ -39,6 +42,9 @@ ANSWER = 16  # tokens
 GOAL = 1.01
 WARM_UP = 1
 DECODE_PAIRS = 4  # for each other pair, which takes far longer
+PARTS = ("pairs", "clocked")
+KEEPING = ((vision, "_in_order"), (positions, "attach"), (positions.PositionsRunner, "_place"))
+"""What runs for requests that keep positions only."""
 
 
 class Bench:
@@ -52,13 +58,25 @@ class Bench:
         self._side = shape.image_px
         self._seeds = count()
 
-    def rows(self, pairs: int) -> Iterator[Row]:
+    def pairs(self, pairs: int) -> Iterator[Row]:
         """A request alone and several at once, from the image to the last token, and decode steps of several."""
         for variant in ("keep", "renumber"):
             for requests in (1, AT_ONCE):
                 costs = _timed(partial(self.serve, variant, requests), partial(self.serve, "renumber", requests), pairs)
                 yield _row(variant, f"{requests} at once, whole", costs)
             yield _row(variant, f"{AT_ONCE} at once, decode step", self._decode(variant, pairs))
+
+    def clocked(self, runs: int) -> Iterator[Row]:
+        """Requests that keep, against themselves less the time of what keeping needs."""
+        for requests in (1, AT_ONCE):
+            costs: list[tuple[Clock, Clock]] = []
+            for _ in range(WARM_UP + runs):
+                keeping = Clock()
+                with _on(keeping):
+                    whole = self.serve("keep", requests)
+                without = Clock(whole.cpu_ms - keeping.cpu_ms, whole.wall_ms - keeping.wall_ms)
+                costs.append((whole, without))
+            yield _row("keep", f"{requests} at once, clocked", costs[WARM_UP:], base="keep less clocked")
 
     def serve(self, kind: Positions, requests: int) -> Clock:
         """So many requests from their images to their last tokens; CPU time is that of all of them."""
@@ -95,16 +113,31 @@ class Bench:
         return Request(self._prompt, Image.fromarray(pixels), Reduction(ratio=RATIO, positions=kind), tokens)
 
 
+@contextmanager
+def _on(clock: Clock) -> Iterator[None]:
+    """Lets `KEEPING` run on a clock."""
+
+    def clocked(function: Callable[..., Any], *args: Any) -> Any:
+        with clock.running():
+            return function(*args)
+
+    with ExitStack() as patches:
+        for owner, name in KEEPING:
+            function = getattr(owner, name)
+            patches.enter_context(patch.object(owner, name, lambda *args, f=function: clocked(f, *args)))
+        yield
+
+
 def _timed(variant: Callable[[], Clock], base: Callable[[], Clock], pairs: int) -> Sequence[tuple[Clock, Clock]]:
     return alternate(variant, base, WARM_UP + pairs)[WARM_UP:]
 
 
-def _row(variant: Positions, part: str, costs: Sequence[tuple[Clock, Clock]]) -> Row:
+def _row(variant: Positions, part: str, costs: Sequence[tuple[Clock, Clock]], base: str = "renumber") -> Row:
     cpu = ratio([(one.cpu_ms, other.cpu_ms) for one, other in costs])
     wall = ratio([(one.wall_ms, other.wall_ms) for one, other in costs])
     goal = GOAL if variant == "keep" else None
     name = variant if variant == "keep" else "control"
-    return Row(name, "renumber", part, cpu, wall, median(other.cpu_ms for _, other in costs), None, goal)
+    return Row(name, base, part, cpu, wall, median(other.cpu_ms for _, other in costs), None, goal)
 
 
 def arguments() -> ArgumentParser:
@@ -115,6 +148,7 @@ def arguments() -> ArgumentParser:
     parser.add_argument("--hidden", type=int, default=512, help="width of the decoder, a multiple of 64")
     parser.add_argument("--pool-mib", type=int, default=256, help="KV cache, in MiB")
     parser.add_argument("--dtype", choices=ITEM_BYTES, default="float32", help="of weights and KV cache")
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=PARTS)
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     return parser
 
@@ -130,7 +164,8 @@ def main() -> None:
         options = engine_options(dtype=args.dtype, pool_mib=args.pool_mib, eager=not args.compile)
         bench = Bench(shape, shape.write(Path(folder) / "model"), **options)
         print(table(TIMED))
-        for row in bench.rows(args.pairs):
+        parts = {"pairs": bench.pairs, "clocked": bench.clocked}
+        for row in chain.from_iterable(parts[part](args.pairs) for part in args.parts):
             rows.append(row)
             print(render(row), flush=True)
     load.append(os.getloadavg()[0])

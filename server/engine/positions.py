@@ -95,6 +95,8 @@ class PositionMap:
 
     def shifts(self, start: int, end: int) -> np.ndarray[Any, np.dtype[np.int64]]:
         """What text tokens start..end - 1 are moved by; tokens of an image by what moves the image's first one."""
+        if start >= self.images[-1].end:  # as every decode step
+            return np.full(end - start, self.shift)
         shifts = np.zeros(end - start, dtype=np.int64)
         for image in self.images:
             shifts[max(image.end - start, 0) :] += image.removed
