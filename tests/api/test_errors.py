@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
+from collections.abc import AsyncIterator
 from http import HTTPStatus
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,10 +28,11 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from foldserve.server.api import errors
 from foldserve.server.api.errors import FoldserveError, render, render_event, render_vllm, translate
 from foldserve.server.api.schema import FoldChatRequest
-from foldserve.server.api.serving import FoldServingChat
+from foldserve.server.api.serving import FoldServingChat, _explained
 
 SECRET = "a zygote in /usr/lib/python3/site-packages/PIL/Image.py line 7, at 0x7f00deadbeef"
 
+PICTURE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA=="}}]}]
 # error -> status, code, param
 THEIRS: list[tuple[Exception, int, str, str | None]] = [
     (ValueError(SECRET), 400, "invalid_value", None),
@@ -92,6 +96,36 @@ def test_events_that_vllm_makes() -> None:
     )
     check(json.loads(chat.create_streaming_error_response(ValueError(SECRET))), "invalid_value", None)
     check(json.loads(chat.create_streaming_error_response(SECRET, param="stop")), "invalid_value", "stop")
+
+
+@pytest.mark.parametrize(
+    ("fields", "before", "expected"),
+    [
+        ({}, [], None),  # left to vLLM, which makes it a 500
+        ({"structured_outputs": {"regex": "x"}}, [], errors.InvalidRequest),
+        ({"messages": PICTURE}, [], errors.Unavailable),
+        ({"messages": PICTURE}, [None], None),
+    ],
+    ids=["plain", "form", "image", "image, midway"],
+)
+def test_what_the_engine_does_not_explain(
+    fields: dict[str, Any], before: list[None], expected: type[FoldserveError] | None
+) -> None:
+    """It ends a request with the reason `error` and no more."""
+    request = FoldChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}]} | fields)
+
+    async def outputs() -> AsyncIterator[Any]:
+        for reason in (*before, "error"):
+            yield SimpleNamespace(outputs=[SimpleNamespace(finish_reason=reason)])
+
+    async def read() -> int:
+        return len([output async for output in _explained(request, outputs())])
+
+    if expected is None:
+        assert asyncio.run(read()) == len(before) + 1
+    else:
+        with pytest.raises(expected):
+            asyncio.run(read())
 
 
 FIELDS: list[tuple[dict[str, Any], str, str]] = [
