@@ -46,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--streams", type=int, default=1000, metavar="N", help="then, all at once; 0: none (default: %(default)s)")
     add("--seed", type=int, default=0)
     add("--output", type=Path, metavar="FILE", help="the report as JSON")
+    add("--log", type=Path, metavar="FILE", help="what the server prints (default: not kept)")
     add(
         "options", nargs="*", metavar="OPTION", help="after --: of `foldserve serve`, a model first (default: the demo)"
     )
@@ -73,7 +74,7 @@ async def _run(args: argparse.Namespace) -> Report:
     warming = int(args.requests * args.warm_share)
     parts = [(args.requests - warming) * i // args.looks for i in range(args.looks + 1)]
     with TemporaryDirectory() as folder:
-        server = Server(args.options, Path(folder) / "log")
+        server = Server(args.options, args.log or Path(folder) / "log")
         try:
             await server.wait_until_ready()
             with tqdm(total=args.requests + args.streams, unit="req", smoothing=0.05) as bar:
