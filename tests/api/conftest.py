@@ -33,7 +33,6 @@ def server_url(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     command += ["--kv-cache-memory-bytes", str(64 << 20), "--served-model-name", "tiny", "--api-server-count", "2"]
     command += ["--mm-processor-cache-gb", "0.1", "--withdraw-layer", "2"]
     command += ["--hf-overrides", '{"text_config": {"max_position_embeddings": 1200}}']
-    command += ["--hf-overrides", '{"text_config": {"max_position_embeddings": 1200}}']
     command += ["--allow-media-private-host", hostile.HOST, "--max-media-seconds", "5", "--max-image-mb", "2"]
     env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
     with log.open("w") as out:
