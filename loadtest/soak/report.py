@@ -14,6 +14,7 @@ MEMORY_GROWTH = 0.05
 """Largest share by which memory may have grown since the server was warm."""
 READY_WITHIN_S = 1.0
 HEARD_WITHIN_S = 5.0
+"""After the engine's death, for clients and for /health/ready; vLLM looks after its engines about once a second."""
 ENDED_WITHIN_S = 10.0
 
 
@@ -59,7 +60,7 @@ class Report:
     def _failures_of_the_end(self) -> Iterator[str]:
         death = self.death
         yield from death.wrong[:10]
-        if death.red_s > READY_WITHIN_S:
+        if death.red_s > HEARD_WITHIN_S:
             yield f"the engine was killed, and /health/ready was green for {death.red_s:.2f} s"
         if death.heard_s > HEARD_WITHIN_S:
             yield f"the engine was killed, and a client heard of it after {death.heard_s:.2f} s"

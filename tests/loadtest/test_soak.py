@@ -67,7 +67,7 @@ def ends_with(**fields: Any) -> Report:
         (replace(GOOD, soak=Outcome(ready_s=1.2)), "took 1.20 s beside the mixed requests"),
         (replace(GOOD, streams=Outcome(ready_s=1.5)), "took 1.50 s beside the streams"),
         (replace(GOOD, death=replace(DEATH, wrong=["instead of an answer"])), "instead of an answer"),
-        (replace(GOOD, death=replace(DEATH, red_s=1.1)), "green for 1.10 s"),
+        (replace(GOOD, death=replace(DEATH, red_s=5.1)), "green for 5.10 s"),
         (replace(GOOD, death=replace(DEATH, heard_s=5.1)), "heard of it after 5.10 s"),
         (replace(GOOD, death=replace(DEATH, ended_s=11)), "ended after 11.00 s"),
         (replace(GOOD, death=replace(DEATH, exit_status=0)), "ended with status 0"),
