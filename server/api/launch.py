@@ -33,6 +33,7 @@ _LOADED_BY_DEFAULT = (
 )
 _SMALL_MODEL_NAME = "demo"
 _CPU_KV_CACHE_GIB = 4
+_IMAGE_CACHE_GIB, _CPU_IMAGE_CACHE_GIB = 2, 0.5  # is filled twice, here and in the engine; vLLM's default is 4, once
 
 
 SettingsFor = Callable[[str, str | None], Settings]
@@ -90,10 +91,10 @@ def serve_args(
     options.set_defaults(**dict.fromkeys(_OURS_TO_CHOOSE), subparser="serve")
     args: Namespace = options.parse_args(argv)
 
-    choices: dict[str, object] = {}
+    choices: dict[str, object] = {"mm_processor_cache_gb": _IMAGE_CACHE_GIB}
     small = args.model_tag is None and args.model is None
     if small:
-        choices = {"model": str(small_model), "served_model_name": [_SMALL_MODEL_NAME]}
+        choices |= {"model": str(small_model), "served_model_name": [_SMALL_MODEL_NAME]}
         _say("no MODEL given: serving the small demo model, which knows drawn scenes of coloured shapes and numbers")
     if current_platform.is_cpu():
         choices |= _cpu_choices(args, environment, small)
@@ -150,6 +151,7 @@ _OURS_TO_CHOOSE = (
     "enforce_eager",
     "gpu_memory_utilization",
     "kv_cache_memory_bytes",
+    "mm_processor_cache_gb",
     "model",
     "served_model_name",
 )
@@ -157,7 +159,7 @@ _OURS_TO_CHOOSE = (
 
 def _cpu_choices(args: Namespace, environment: Environment, small: bool) -> dict[str, object]:
     """Defaults for a CPU that is not the server's alone; vLLM's would take 92 % of the memory for the KV cache."""
-    choices: dict[str, object] = {}
+    choices: dict[str, object] = {"mm_processor_cache_gb": _CPU_IMAGE_CACHE_GIB}
     if small:
         choices["dtype"] = "float32"  # nothing to gain from less at this size
     if small or shutil.which(environment.cxx) is None:

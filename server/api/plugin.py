@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from argparse import Namespace
 
 from fastapi import FastAPI
@@ -16,6 +17,7 @@ from foldserve.server.access import Access
 from foldserve.server.api import metrics as metrics  # registers the metrics before the first scrape
 from foldserve.server.api.auth.guard import Guard
 from foldserve.server.api.auth.keyring import Keyring
+from foldserve.server.api.image_cache import keep_images_here
 from foldserve.server.api.lifecycle.arguments import SHARED, Shared
 from foldserve.server.api.lifecycle.hook import LifespanHook
 from foldserve.server.api.lifecycle.state import Lifecycle
@@ -52,6 +54,8 @@ class FoldserveEndpoint:
             raise RuntimeError("foldserve serves models that generate text: leave its plugins out to serve this one")
         config = args.additional_config or {}
         _init_access(engine_client, state, args)
+        state.foldserve_turn = asyncio.Lock()
+        keep_images_here(engine_client.renderer)
         limits = Limits.from_config(config.get(CONFIG_KEY, {}).get("limits", {}))
         withdraw_layer = config.get(CONFIG_KEY, {}).get("withdraw_layer")
         state.foldserve_chat = FoldServingChat(

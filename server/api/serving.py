@@ -18,7 +18,7 @@ from vllm.renderers.chat_utils import ConversationMessage
 
 from foldserve.reducers.plan import Reduction
 from foldserve.server.api import metrics
-from foldserve.server.api.errors import FoldserveError, InvalidRequest, Unavailable, render_event, translate
+from foldserve.server.api.errors import FoldserveError, InvalidRequest, render_event, translate
 from foldserve.server.api.limits.checks import ChatChecks
 from foldserve.server.api.media.guard import MediaGuard
 from foldserve.server.api.planner import Planner
@@ -119,20 +119,13 @@ async def _explained(
 ) -> AsyncGenerator[RequestOutput, None]:
     """Passes outputs on; a refusal that comes only now is put into our words, before vLLM logs or sends its own.
 
-    The engine ends a request, and says no more, whose form of answer it can't compile or follow. It does the same where
-    it misses an image that vLLM's front believes to be in the engine's cache, which happens when another client hung up
-    while it was on its way; vLLM forgets it then, so that the next request brings it.
+    The engine ends a request, and says no more, whose form of answer it can't compile or follow.
     """
     form = next((name for name in _FORMS if getattr(request, name) is not None), None)
-    begun = False
     try:
         async for output in outputs:
-            if any(choice.finish_reason == "error" for choice in output.outputs):
-                if form is not None:
-                    raise _no_such_form(form)
-                if request.has_images and not begun:
-                    raise Unavailable("an image has not reached the model: send the request again")
-            begun = True
+            if form is not None and any(choice.finish_reason == "error" for choice in output.outputs):
+                raise _no_such_form(form)
             yield output
     except FoldserveError:
         raise

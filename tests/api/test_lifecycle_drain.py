@@ -98,6 +98,18 @@ def test_a_client_that_hangs_up_while_decoding(live: Live, stream: bool) -> None
     assert live.metrics("vllm:generation_tokens_total") < before + 700
 
 
+def test_an_image_of_a_refused_request(live: Live) -> None:
+    """It was prepared, and never came to the engine: the next request brings it all the same."""
+    picture = image(data_uri(photo(77)))
+    fits = 1022 - live.chat("").json["usage"]["prompt_tokens"]  # a text that fits as long as no image comes with it
+    refused = live.chat(" ".join("a" * fits), picture)
+    assert (refused.status, refused.json["error"]["code"]) == (400, "limit_exceeded")
+    assert live.chat("x", picture).status == 200
+    before = live.metrics("vllm:mm_cache_hits_total")
+    assert live.chat("y", picture).status == 200
+    assert live.metrics("vllm:mm_cache_hits_total") == before + 1
+
+
 def test_many_streams(live: Live) -> None:
     """All are answered in full, and readiness is too."""
     start = threading.Barrier(STREAMS)

@@ -47,8 +47,8 @@ def test_no_model_serves_the_small_one(parsed: Callable[..., Namespace], capsys:
     assert (args.dtype, args.enforce_eager, args.kv_cache_memory_bytes) == ("float32", True, 2 << 30)
     said = capsys.readouterr().err
     assert "serving the small demo model" in said
-    options = "--served-model-name demo --dtype float32 --enforce-eager --kv-cache-memory-bytes 2147483648"
-    assert f"--model /small/model {options}" in said
+    options = "--dtype float32 --enforce-eager --kv-cache-memory-bytes 2147483648"
+    assert f"--mm-processor-cache-gb 0.5 --model /small/model --served-model-name demo {options}" in said
 
 
 @pytest.mark.parametrize("argv", [("some/model",), ("--model", "some/model"), ("--config", "FILE")], ids=lambda a: a[0])
@@ -69,7 +69,9 @@ def test_without_a_compiler_nothing_is_compiled(parsed: Callable[..., Namespace]
 
 
 def test_what_the_user_chose_stays(parsed: Callable[..., Namespace], capsys: pytest.CaptureFixture[str]) -> None:
-    args = parsed("--dtype=bfloat16", "--no-enforce-eager", "--served-model-name=x", "--kv-cache-memory-bytes=1000")
+    chosen = ["--dtype=bfloat16", "--no-enforce-eager", "--served-model-name=x", "--kv-cache-memory-bytes=1000"]
+    args = parsed(*chosen, "--mm-processor-cache-gb=4")
+    assert args.mm_processor_cache_gb == 4
     assert (args.dtype, args.enforce_eager, args.served_model_name) == ("bfloat16", False, ["x"])
     assert args.kv_cache_memory_bytes == 1000
     assert capsys.readouterr().err.endswith("chosen because you did not: --model /small/model\n")
@@ -99,6 +101,7 @@ def test_on_a_gpu_every_other_choice_is_vllms(parsed: Callable[..., Namespace]) 
         "additional_config",
         "disable_uvicorn_access_log",  # ours has request ids
         "foldserve_shared",
+        "mm_processor_cache_gb",  # it is filled twice
         "shutdown_timeout",
         "subparser",
         "worker_cls",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -19,7 +20,8 @@ class CheckedRequest(Request):
     """Modifications to Starlette's request:
 
     - `body` stops reading at the server's limit, at once where a length is announced;
-    - `json` is strict, and what it returns has passed `ChatChecks.read`.
+    - `json` is strict, and what it returns has passed `ChatChecks.read`;
+    - one body is read in a round of the event loop: a health check must not wait for a thousand that come at once.
     """
 
     async def body(self) -> bytes:
@@ -38,7 +40,10 @@ class CheckedRequest(Request):
 
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
-            self._json = self._checks.read(await self.body())
+            content = await self.body()
+            async with self.app.state.foldserve_turn:
+                await asyncio.sleep(0)  # the next one's turn comes in another round of the event loop
+                self._json = self._checks.read(content)
             self._body = b""  # not kept while the answer is generated
         return self._json
 
