@@ -37,6 +37,14 @@ def add(commands: Commands) -> None:
     )
     add("--eta", type=float, default=0.003, help="largest mean KL accepted, in nats (default: %(default)s)")
     add("--samples", type=int, default=20, metavar="N", help="pairs to take from the data (default: %(default)s)")
+    add(
+        "--answer-tokens",
+        type=int,
+        default=32,
+        metavar="N",
+        help="a sample's KL is the mean over so many tokens of the model's own answer; 1: its first, as in the paper "
+        "(default: %(default)s)",
+    )
     add("--min-layer", type=int, default=5, metavar="K", help="first K to look at (default: %(default)s)")
     add(
         "--question",
@@ -52,7 +60,7 @@ def add(commands: Commands) -> None:
 def _run(args: argparse.Namespace, rest: list[str]) -> None:
     from foldserve.server.quality.calibration_command import Options, run
 
-    names = ("model", "data", "eta", "samples", "min_layer", "question", "output", "plot")
+    names = ("model", "data", "eta", "samples", "answer_tokens", "min_layer", "question", "output", "plot")
     try:
         status = run(Options(**{name: getattr(args, name) for name in names}), Environment.read().cache_dir, rest)
     except ValueError as error:

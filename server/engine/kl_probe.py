@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from vllm import LLM
+from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
@@ -100,17 +100,19 @@ class KLProbe:
         """
         self._llm = LLM.from_engine_args(self._args)
 
-    def logits(self, image: Image, question: str, candidates: range) -> tuple[Tensor, Tensor]:
-        """Logits of the answer's first token, fp32 on the CPU.
+    def logits(self, image: Image, question: str, candidates: range, answer_tokens: int) -> tuple[Tensor, Tensor]:
+        """Logits of the first tokens of the model's own answer, each behind those before it; fp32 on the CPU.
 
         Args:
             candidates: values of K, each in 1..N-1.
+            answer_tokens: how many at most; the answer, greedy and with all tokens, may be shorter.
 
         Returns:
-            (vocab,) with all tokens, (number of candidates, vocab) withdrawn at each K.
+            (tokens, vocab) with all tokens, (number of candidates, tokens, vocab) withdrawn at each K.
         """
         prompt = chat_prompt(self._llm, image, question)
-        return probe(self._llm, prompt, candidates)
+        answer = _greedy_answer(self._llm, image, question, answer_tokens - 1) if answer_tokens > 1 else []
+        return probe(self._llm, prompt, candidates, answer)
 
 
 def _engine_options() -> dict[str, Any]:
@@ -121,15 +123,25 @@ def _engine_options() -> dict[str, Any]:
     return options | {"enforce_eager": True}
 
 
+def _greedy_answer(llm: Any, image: Image, question: str, tokens: int) -> list[int]:
+    """As the engine serves it, without the token that ends it: what is to be said behind that is nobody's concern."""
+    sampling = SamplingParams(max_tokens=tokens, temperature=0)
+    (output,) = llm.chat(_messages(image, question), sampling, use_tqdm=False)
+    answer = output.outputs[0]
+    return list(answer.token_ids[:-1] if answer.finish_reason == "stop" else answer.token_ids)
+
+
+def _messages(image: Image, question: str) -> list[Any]:
+    content = [{"type": "image_pil", "image_pil": image}, {"type": "text", "text": question}]
+    return [{"role": "user", "content": content}]
+
+
 def chat_prompt(llm: Any, image: Image, question: str) -> Prompt:
     """One user turn, an image and then a question, through the model's chat template."""
-    content = [{"type": "image_pil", "image_pil": image}, {"type": "text", "text": question}]
     template = ChatParams(chat_template_kwargs={"add_generation_prompt": True, "tokenize": False})
     renderer = llm.renderer
     tokenizing = renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)  # the template writes them
-    _, (rendered,) = renderer.render_chat(
-        [[{"role": "user", "content": content}]], template, tokenizing, skip_mm_cache=True
-    )
+    _, (rendered,) = renderer.render_chat([_messages(image, question)], template, tokenizing, skip_mm_cache=True)
     inclusive = [pair for place in rendered["mm_placeholders"]["image"] for pair in place.extract_embeds_range()]
     return Prompt(
         rendered["prompt_token_ids"],
@@ -138,24 +150,29 @@ def chat_prompt(llm: Any, image: Image, question: str) -> Prompt:
     )
 
 
-def probe(llm: Any, prompt: Prompt, candidates: range) -> tuple[Tensor, Tensor]:
-    """As `KLProbe.logits`, for a prompt; every worker of a tensor-parallel model takes part, and all get the same."""
-    results: list[tuple[Tensor, Tensor]] = llm.apply_model(partial(_probe, prompt=prompt, candidates=candidates))
+def probe(llm: Any, prompt: Prompt, candidates: range, answer: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+    """As `KLProbe.logits`, for a prompt and what is answered before the last token that is looked at.
+
+    Every worker of a tensor-parallel model takes part, and all get the same.
+    """
+    look = partial(_probe, prompt=prompt, candidates=candidates, answer=answer)
+    results: list[tuple[Tensor, Tensor]] = llm.apply_model(look)
     return results[0]
 
 
 @torch.inference_mode()
-def _probe(model: Any, prompt: Prompt, candidates: range) -> tuple[Tensor, Tensor]:
+def _probe(model: Any, prompt: Prompt, candidates: range, answer: Sequence[int]) -> tuple[Tensor, Tensor]:
     decoder = model.get_language_model().model
-    embeds = embed(model, prompt)
-    kept = torch.from_numpy(_kept_rows(prompt)).to(embeds.device)
+    asked = len(prompt.token_ids)
+    embeds = embed(model, replace(prompt, token_ids=[*prompt.token_ids, *answer]))
+    kept = torch.from_numpy(np.append(_kept_rows(prompt), np.arange(asked, len(embeds)))).to(embeds.device)
 
     def head(hidden: Tensor, residual: Tensor) -> Tensor:
         logits: Tensor = model.compute_logits(decoder.norm(hidden, residual)[0])
         return logits
 
     with dense(decoder.layers):
-        full, withdrawn = last_logits(list(decoder.layers), head, embeds, kept, candidates)
+        full, withdrawn = last_logits(list(decoder.layers), head, embeds, kept, candidates, 1 + len(answer))
     return full.float().cpu(), withdrawn.float().cpu()
 
 

@@ -16,9 +16,9 @@ Head: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def last_logits(
-    layers: Sequence[Layer], head: Head, embeds: Tensor, kept: Tensor, candidates: Collection[int]
+    layers: Sequence[Layer], head: Head, embeds: Tensor, kept: Tensor, candidates: Collection[int], rows: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Logits at the last position of a prompt, with all its tokens and with vision tokens withdrawn at each candidate.
+    """Logits at the last positions of a prompt, with all its tokens and with vision tokens withdrawn at each candidate.
 
     The prompt passes each layer once; before layer K, for each K of `candidates`, the kept rows branch off and take the
     rest of the way alone, with the positions they had. One state at a time is held.
@@ -26,12 +26,17 @@ def last_logits(
     Args:
         layers: the N layers of the decoder.
         embeds: (n, hidden) input of layer 0.
-        kept: (m,) rows that stay at all layers, ascending; the last of them is n - 1.
+        kept: (m,) rows that stay at all layers, ascending; the last `rows` of the prompt are among them.
         candidates: values of K, each in 1..N-1.
+        rows: how many positions, the last ones.
 
     Returns:
-        (vocab,) with all tokens, (number of candidates, vocab) withdrawn, by ascending K.
+        (rows, vocab) with all tokens, (number of candidates, rows, vocab) withdrawn, by ascending K.
     """
+
+    def last(hidden: Tensor, residual: Tensor) -> Tensor:
+        return head(hidden[-rows:], residual[-rows:])
+
     positions = torch.arange(len(embeds), device=embeds.device)
     hidden, residual = layers[0](positions, embeds, None)
     withdrawn = []
@@ -40,10 +45,6 @@ def last_logits(
             branch = hidden[kept], residual[kept]
             for deep in layers[index:]:
                 branch = deep(positions[kept], *branch)
-            withdrawn.append(_last(head, *branch))
+            withdrawn.append(last(*branch))
         hidden, residual = layer(positions, hidden, residual)
-    return _last(head, hidden, residual), torch.stack(withdrawn)
-
-
-def _last(head: Head, hidden: Tensor, residual: Tensor) -> Tensor:
-    return head(hidden[-1:], residual[-1:])[0]
+    return last(hidden, residual), torch.stack(withdrawn)

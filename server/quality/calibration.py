@@ -24,8 +24,8 @@ class Probe(Protocol):
     def start(self) -> None:
         """Loads the weights."""
 
-    def logits(self, image: Image, question: str, candidates: range) -> tuple[Tensor, Tensor]:
-        """(vocab,) of the first answer token with all tokens, (len(candidates), vocab) withdrawn at each K."""
+    def logits(self, image: Image, question: str, candidates: range, answer_tokens: int) -> tuple[Tensor, Tensor]:
+        """(tokens, vocab) of the answer's first tokens, (len(candidates), tokens, vocab) withdrawn at each K."""
 
 
 def candidate_layers(layers: int, min_layer: int) -> range:
@@ -42,8 +42,14 @@ def candidate_layers(layers: int, min_layer: int) -> range:
     return range(min_layer, layers)
 
 
-def calibrate(probe: Probe, samples: Sequence[Sample], candidates: range, eta: float) -> Calibration:
+def calibrate(
+    probe: Probe, samples: Sequence[Sample], candidates: range, eta: float, answer_tokens: int = 1
+) -> Calibration:
     """Loads the model and runs VTW's Algorithm 1, with a progress bar over the samples.
+
+    Args:
+        answer_tokens: over how many tokens of an answer its KL is the mean; the algorithm has 1, which says nothing
+            about what a long answer needs to see later.
 
     Raises:
         ValueError: an unreadable image, or logits that are not finite.
@@ -52,7 +58,8 @@ def calibrate(probe: Probe, samples: Sequence[Sample], candidates: range, eta: f
 
     probe.start()
     identity = model_hash(model_folder(probe.model, probe.revision))  # by now downloaded
-    curves = [_curve(probe, sample, candidates) for sample in tqdm(samples, desc="foldserve calibrate", unit="sample")]
+    bar = tqdm(samples, desc="foldserve calibrate", unit="sample")
+    curves = [_curve(probe, sample, candidates, answer_tokens) for sample in bar]
     mean = torch.stack(curves).mean(0).tolist()
     kl = dict(zip(candidates, mean, strict=True))
     return Calibration(
@@ -62,14 +69,15 @@ def calibrate(probe: Probe, samples: Sequence[Sample], candidates: range, eta: f
         withdraw_layer=first_layer_within(kl, eta),
         eta=eta,
         samples=len(samples),
+        answer_tokens=answer_tokens,
         kl=kl,
     )
 
 
-def _curve(probe: Probe, sample: Sample, candidates: range) -> Tensor:
+def _curve(probe: Probe, sample: Sample, candidates: range, answer_tokens: int) -> Tensor:
     """(candidates,) KL in nats of one sample."""
-    full, withdrawn = probe.logits(sample.open(), sample.question, candidates)
-    kl = kl_divergence(withdrawn, full)
+    full, withdrawn = probe.logits(sample.open(), sample.question, candidates, answer_tokens)
+    kl = kl_divergence(withdrawn, full).mean(-1)
     if not kl.isfinite().all():
         raise ValueError(f"the model's logits for {sample.image} are not finite: try --dtype float32 or bfloat16")
     return kl
@@ -78,7 +86,10 @@ def _curve(probe: Probe, sample: Sample, candidates: range) -> Tensor:
 def report(calibration: Calibration) -> str:
     """The curve and what was found."""
     rows = [f"  K = {layer:3d}   {kl:.6f}" for layer, kl in calibration.kl.items()]
-    head = f"Mean KL(withdrawn || full) in nats over {calibration.samples} samples:"
+    tokens = (
+        "first answer token" if calibration.answer_tokens == 1 else f"first {calibration.answer_tokens} answer tokens"
+    )
+    head = f"Mean KL(withdrawn || full) in nats of the {tokens}, over {calibration.samples} samples:"
     if calibration.withdraw_layer is None:
         end = f"No K has {calibration.eta:g} or less: there is no layer at which to withdraw."
     else:

@@ -22,6 +22,7 @@ class Options:
         data: folder of images, or JSONL file; None: the built-in scenes.
         eta: largest mean KL divergence accepted, in nats.
         samples: how many image and question pairs to take.
+        answer_tokens: over how many tokens of an answer its KL is the mean.
         min_layer: the first K that is looked at.
         question: asked of images that bring none.
         output: the file to write; None is where `serve` looks.
@@ -32,6 +33,7 @@ class Options:
     data: Path | None
     eta: float
     samples: int
+    answer_tokens: int
     min_layer: int
     question: str
     output: Path | None
@@ -40,6 +42,8 @@ class Options:
     def __post_init__(self) -> None:
         if not self.eta > 0:
             raise ValueError(f"--eta is a KL divergence in nats and must be greater than 0, not {self.eta}")
+        if self.answer_tokens < 1:
+            raise ValueError(f"--answer-tokens must be at least 1, not {self.answer_tokens}")
         if self.plot is not None and not can_plot():
             raise ValueError("--plot needs matplotlib: pip install matplotlib")
 
@@ -63,7 +67,7 @@ def run(options: Options, cache_dir: Path, engine_options: Sequence[str]) -> int
     probe = KLProbe(options.model, engine_options)
     candidates = candidate_layers(probe.layers, options.min_layer)
     print(f"Looking at K = {candidates[0]}..{candidates[-1]} of {probe.layers} layers on {len(samples)} samples.")
-    calibration = calibrate(probe, samples, candidates, options.eta)
+    calibration = calibrate(probe, samples, candidates, options.eta, options.answer_tokens)
 
     calibration.write(output)
     print(f"{report(calibration)}\nWritten to {output}", end="")

@@ -21,6 +21,7 @@ class Calibration(BaseModel):
         withdraw_layer: K, the first layer without vision tokens; None if no layer met eta.
         eta: largest mean KL divergence accepted, in nats.
         samples: number of image and question pairs.
+        answer_tokens: over how many tokens of each answer, at most, the KL is the mean.
         kl: mean KL(P_withdrawn || P_full) in nats for every K that was looked at.
     """
 
@@ -32,6 +33,7 @@ class Calibration(BaseModel):
     withdraw_layer: int | None
     eta: float
     samples: int
+    answer_tokens: int = 1
     kl: dict[int, float]
 
     def write(self, file: Path) -> None:
@@ -40,9 +42,10 @@ class Calibration(BaseModel):
         file.write_text(self.model_dump_json(indent=2) + "\n")
 
     def summary(self) -> dict[str, float | int]:
-        """For `/v1/reducers`: eta, samples, and the mean KL (nats) at the layer found; only where one was found."""
+        """For `/v1/reducers`: how it was looked for, and the mean KL (nats) at the layer; only where one was found."""
         assert self.withdraw_layer is not None
-        return {"eta": self.eta, "samples": self.samples, "kl": self.kl[self.withdraw_layer]}
+        asked = {"eta": self.eta, "samples": self.samples, "answer_tokens": self.answer_tokens}
+        return asked | {"kl": self.kl[self.withdraw_layer]}
 
 
 def read_for(model: str, revision: str | None, file: Path) -> Calibration:

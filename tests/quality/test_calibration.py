@@ -179,7 +179,10 @@ def test_no_model_has_no_hash(tmp_path: Path) -> None:
 
 
 class FakeProbe:
-    """Four layers; the first token's probability moves from a half by `MOVES[K]`, and more for a longer question."""
+    """Four layers; a token's probability moves from a half by `MOVES[K]`, and more for a longer question.
+
+    An answer has three tokens; it moves at the first only.
+    """
 
     MOVES: ClassVar[dict[int, float]] = {1: 0.04, 2: 0.004, 3: 0.002}
     layers = 4
@@ -190,11 +193,13 @@ class FakeProbe:
     def start(self) -> None:
         self.started = True
 
-    def logits(self, image: Image.Image, question: str, candidates: range) -> tuple[Tensor, Tensor]:
+    def logits(self, image: Image.Image, question: str, candidates: range, answer_tokens: int) -> tuple[Tensor, Tensor]:
         assert self.started
         assert image.mode == "RGB"
         moved = torch.tensor([0.5 + len(question) * self.MOVES[layer] for layer in candidates])
-        return torch.zeros(2), torch.stack([moved, 1 - moved], dim=-1).log()
+        withdrawn = torch.full((len(candidates), min(3, answer_tokens), 2), 0.5)
+        withdrawn[:, 0] = torch.stack([moved, 1 - moved], dim=-1)
+        return torch.zeros(withdrawn.shape[1:]), withdrawn.log()
 
     @classmethod
     def mean_kl(cls, questions: list[str], layer: int) -> float:
@@ -231,7 +236,7 @@ def test_calibrate_writes_the_curve_and_the_first_layer(
     checkpoint: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (images / "2.txt").write_text("AB")
-    assert calibrate(checkpoint, images, "--eta", 1e-4) == 0
+    assert calibrate(checkpoint, images, "--eta", 1e-4, "--answer-tokens", 1) == 0
     found = Calibration.model_validate_json((checkpoint / "withdrawal.json").read_text())
     questions = ["A"] * 6 + ["AB"]
     assert found.kl == pytest.approx({k: FakeProbe.mean_kl(questions, k) for k in (1, 2, 3)}, abs=1e-6)
@@ -243,6 +248,17 @@ def test_calibrate_writes_the_curve_and_the_first_layer(
     assert "Looking at K = 1..3 of 4 layers on 7 samples." in said
     assert "K = 2 is the first with 0.0001 or less." in said
     assert said.endswith(f"Serve with it: foldserve serve {checkpoint} --withdraw-layer auto\n")
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize(("tokens", "counted"), [(2, 2), (3, 3), (32, 3)])
+def test_a_samples_kl_is_the_mean_over_its_tokens(checkpoint: Path, images: Path, tokens: int, counted: int) -> None:
+    (images / "2.txt").write_text("AB")
+    assert calibrate(checkpoint, images, "--eta", 1e-4, "--answer-tokens", tokens) == 0
+    found = Calibration.model_validate_json((checkpoint / "withdrawal.json").read_text())
+    expected = {k: FakeProbe.mean_kl(["A"] * 6 + ["AB"], k) / counted for k in (1, 2, 3)}
+    assert found.kl == pytest.approx(expected, abs=1e-6)
+    assert found.answer_tokens == tokens
 
 
 @pytest.mark.usefixtures("fake")
@@ -276,6 +292,7 @@ def test_calibrate_without_matplotlib(
     [
         (["--eta", "0"], "must be greater than 0, not 0.0"),
         (["--samples", "0"], "at least one sample is needed, not 0"),
+        (["--answer-tokens", "0"], "--answer-tokens must be at least 1, not 0"),
         (["--min-layer", "4"], "give --min-layer from 1 to 3"),
         (["--data", "nowhere"], "nowhere is neither a folder"),
         (["--output", "/"], "/ can't be written"),
@@ -361,7 +378,7 @@ def test_serve_auto_takes_the_calibrated_layer(serve: Callable[..., dict[str, An
     config = serve(checkpoint, "--withdraw-layer", "auto", "--low-detail-ratio", 0.5)
     assert config["withdraw_layer"] == 3
     assert config["low_detail_ratio"] == 0.5
-    assert config["calibration"] == {"eta": 0.01, "samples": 7, "kl": 0.004}
+    assert config["calibration"] == {"eta": 0.01, "samples": 7, "answer_tokens": 1, "kl": 0.004}
     assert "withdrawal" in config["worker_cls"]
     elsewhere = file.rename(checkpoint / "other.json")
     assert serve(checkpoint, "--withdraw-layer=auto", "--calibration", elsewhere)["withdraw_layer"] == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +32,23 @@ def engine(checkpoint: Path) -> Engine:
     return Engine(checkpoint, LAYER, max_logprobs=-1)
 
 
-def log_probabilities(engine: Engine, photo: int, question: str, *, withdraw: bool) -> torch.Tensor:
-    """(vocab,) of the answer's first token, as the engine serves it."""
+def log_probabilities(
+    engine: Engine, photo: int, question: str, *, withdraw: bool, answer: Sequence[int] = ()
+) -> torch.Tensor:
+    """(vocab,) of the answer's next token, as the engine serves it; `answer` has those before it."""
     from vllm import SamplingParams
 
-    content = [{"type": "image_pil", "image_pil": PHOTOS[photo]}, {"type": "text", "text": question}]
-    (output,) = engine.llm.chat(
-        [{"role": "user", "content": content}],
+    prompt = engine.llm.get_tokenizer().apply_chat_template(
+        [{"role": "user", "content": f"<image>\n{question}"}], add_generation_prompt=True, return_dict=False
+    )
+    (output,) = engine.llm.generate(
+        {
+            "prompt_token_ids": [*prompt, *answer],
+            "multi_modal_data": {"image": PHOTOS[photo]},
+            "mm_processor_kwargs": {"foldserve": {"withdraw": withdraw}},
+        },
         SamplingParams(max_tokens=1, temperature=0, logprobs=-1),
         use_tqdm=False,
-        mm_processor_kwargs={"foldserve": {"withdraw": withdraw}},
     )
     first = output.outputs[0].logprobs[0]
     return torch.tensor([first[token].logprob for token in range(len(first))])
@@ -51,6 +59,7 @@ def test_kl_is_that_of_the_withdrawing_engine(engine: Engine, photo: int) -> Non
     from foldserve.server.engine.kl_probe import chat_prompt, probe
 
     full, withdrawn = probe(engine.llm, chat_prompt(engine.llm, PHOTOS[photo], QUESTIONS[photo]), range(1, 4))
+    full, withdrawn = full[0], withdrawn[:, 0]
     served = log_probabilities(engine, photo, QUESTIONS[photo], withdraw=False)
     served_withdrawn = log_probabilities(engine, photo, QUESTIONS[photo], withdraw=True)
     assert torch.allclose(full.log_softmax(-1), served, atol=1e-4)
@@ -58,6 +67,17 @@ def test_kl_is_that_of_the_withdrawing_engine(engine: Engine, photo: int) -> Non
     kl, kl_served = kl_divergence(withdrawn, full), kl_divergence(served_withdrawn, served)
     assert kl[LAYER - 1] == pytest.approx(float(kl_served), abs=1e-4)
     assert min(abs(float(kl[k] - kl_served)) for k in (0, 2)) > 1e-2  # another K would not pass
+
+
+def test_every_token_of_an_answer_follows_those_before_it(engine: Engine) -> None:
+    from foldserve.server.engine.kl_probe import chat_prompt, probe
+
+    answer = [17, 300, 5, 42]
+    full, withdrawn = probe(engine.llm, chat_prompt(engine.llm, PHOTOS[0], QUESTIONS[0]), range(LAYER, 3), answer)
+    for index in range(len(answer) + 1):
+        for logits, withdraw in ((full, False), (withdrawn[0], True)):
+            served = log_probabilities(engine, 0, QUESTIONS[0], withdraw=withdraw, answer=answer[:index])
+            assert torch.allclose(logits[index].log_softmax(-1), served, atol=1e-4)
 
 
 def test_calibrate_end_to_end(engine: Engine, checkpoint: Path, tmp_path: Path, capfd: Any) -> None:
@@ -69,14 +89,19 @@ def test_calibrate_end_to_end(engine: Engine, checkpoint: Path, tmp_path: Path, 
     output = tmp_path / "withdrawal.json"
     command = ["calibrate", str(checkpoint), "--data", str(tmp_path / "data.jsonl"), "--output", str(output)]
     vllms = ["--dtype", "float32", "--kv-cache-memory-bytes", "67108864", "--max-model-len", "768"]
-    cli.main([*command, "--min-layer", str(LAYER), "--eta", "100", *vllms])
+    cli.main([*command, "--min-layer", str(LAYER), "--eta", "100", "--answer-tokens", "4", *vllms])
 
-    served = [
-        [log_probabilities(engine, i, question, withdraw=withdraw) for withdraw in (True, False)]
-        for i, question in enumerate(QUESTIONS)
-    ]
+    kl: list[float] = []
+    for i, question in enumerate(QUESTIONS):
+        answer: list[int] = []
+        for _ in range(4):
+            withdrawn, full = (
+                log_probabilities(engine, i, question, withdraw=withdraw, answer=answer) for withdraw in (True, False)
+            )
+            kl.append(float(kl_divergence(withdrawn, full)))
+            answer.append(int(full.argmax()))
     found = Calibration.model_validate_json(output.read_text())
-    assert found.kl[LAYER] == pytest.approx(sum(float(kl_divergence(*pair)) for pair in served) / 2, abs=1e-4)
+    assert found.kl[LAYER] == pytest.approx(sum(kl) / len(kl), abs=1e-4)
     assert (list(found.kl), found.withdraw_layer, found.samples) == ([2, 3], LAYER, 2)
     assert output.with_suffix(".png").is_file()
     assert "foldserve calibrate: 100%" in capfd.readouterr().err
