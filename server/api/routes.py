@@ -72,17 +72,17 @@ async def list_reducers(raw_request: Request) -> dict[str, object]:
 
 def replace_routes(app: FastAPI) -> None:
     """Puts our routes in place of vLLM's: few of those are kept, the others refused."""
-    ours = (health, router, work)
+    ours = (work, health, router)
     paths = {route.path for some in ours for route in some.routes if isinstance(route, Route)}
     theirs = [route for route in app.routes if isinstance(route, Route) and route.path not in paths]
     app.router.routes.clear()
     app.router.redirect_slashes = False  # it would redirect to whatever the header Host says
+    for some in ours:  # first: routes are tried in order, twice a request
+        app.include_router(some)
     for route in theirs:
         kind = _KEPT.get(route.path)
         endpoint, schema = (route.endpoint, route.include_in_schema) if kind else (_refuse, False)
         app.include_router(_router_of(kind or GuardedRoute, route, endpoint, schema))
-    for some in ours:
-        app.include_router(some)
     app.add_exception_handler(HTTPException, _render_http)  # of the router itself: no such path, or method
 
 

@@ -103,10 +103,10 @@ def test_events_that_vllm_makes() -> None:
     [
         ({}, [], None),  # left to vLLM, which makes it a 500
         ({"structured_outputs": {"regex": "x"}}, [], errors.InvalidRequest),
-        ({"messages": PICTURE}, [], errors.Unavailable),
-        ({"messages": PICTURE}, [None], None),
+        ({"structured_outputs": {"regex": "x"}}, [None], errors.InvalidRequest),
+        ({"messages": PICTURE}, [], None),
     ],
-    ids=["plain", "form", "image", "image, midway"],
+    ids=["plain", "form", "form, midway", "image"],
 )
 def test_what_the_engine_does_not_explain(
     fields: dict[str, Any], before: list[None], expected: type[FoldserveError] | None

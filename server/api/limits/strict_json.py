@@ -26,8 +26,9 @@ def parse(body: bytes, limits: Limits) -> Any:
         InvalidRequest: no JSON, or JSON that readers understand differently; `param` is the path where that is known.
         LimitExceeded: too many values, or too deep.
     """
-    if sum(map(body.count, (b",", b"[", b"{"))) > limits.max_json_items:
-        raise LimitExceeded(f"the body holds more than {limits.max_json_items} values")
+    most = limits.max_json_items
+    if len(body) > most and sum(map(body.count, (b",", b"[", b"{"))) > most:
+        raise LimitExceeded(f"the body holds more than {most} values")
     try:
         value = json.loads(body.decode(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import binascii
 import re
+
+import pybase64  # seven times as fast as the standard library, and vLLM has it already
 
 from foldserve.server.api.errors import InvalidImage
 from foldserve.server.api.media.budget import Budget
@@ -28,9 +29,7 @@ def read(url: str, budget: Budget) -> bytes:
     padding = data[-4:].count("=")
     budget.check_file(len(data) // 4 * 3 - padding)
     try:
-        if padding > 2:
-            raise binascii.Error("excess padding")  # which a2b_base64 accepts
-        content = binascii.a2b_base64(data, strict_mode=True)
+        content = pybase64.b64decode(data, validate=True)
     except ValueError as error:  # not ASCII, or binascii.Error
         raise InvalidImage("the data: URL's content is not valid base64 with padding") from error
     if not content:

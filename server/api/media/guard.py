@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any, TypeVar
 
 from vllm.config import ModelConfig
@@ -67,12 +67,15 @@ class MediaGuard:
                     place.put(_NO_IMAGE)
 
     async def _open_all(self, places: Sequence[Place], budget: Budget) -> list[ImageFile]:
-        async with self._in_time("fetched"), open_fetcher(self._policy, budget) as fetcher:
-            return await _all(self._open(place, fetcher, budget) for place in places)
+        async with self._in_time("fetched"), AsyncExitStack() as held:
+            fetcher = None
+            if not all(data_url.is_data_url(place.url) for place in places):
+                fetcher = await held.enter_async_context(open_fetcher(self._policy, budget))
+            return await _all([self._open(place, fetcher, budget) for place in places])
 
-    async def _open(self, place: Place, fetcher: Fetcher, budget: Budget) -> ImageFile:
+    async def _open(self, place: Place, fetcher: Fetcher | None, budget: Budget) -> ImageFile:
         with place.named():
-            if data_url.is_data_url(place.url):
+            if fetcher is None or data_url.is_data_url(place.url):
                 content = data_url.read(place.url, budget)
             else:
                 content = await fetcher.get(place.url)
@@ -83,7 +86,7 @@ class MediaGuard:
     async def _decode_all(self, places: Sequence[Place], files: Sequence[ImageFile]) -> None:
         """All of them, before one is put into the messages: a refusal leaves no pixels there."""
         async with self._in_time("decoded"):
-            images = await _all(self._decode(place, file) for place, file in zip(places, files, strict=True))
+            images = await _all([self._decode(place, file) for place, file in zip(places, files, strict=True)])
         for place, image in zip(places, images, strict=True):
             place.put({"type": "image_pil", "image_pil": image})
 
@@ -105,8 +108,10 @@ class MediaGuard:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
 
 
-async def _all(tasks: Iterable[Coroutine[Any, Any, _T]]) -> list[_T]:
+async def _all(tasks: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
     """The results in order; the first failure ends the other tasks, and is raised."""
+    if len(tasks) == 1:  # the usual one image, without a task of its own
+        return [await tasks[0]]
     try:
         async with asyncio.TaskGroup() as group:
             running = [group.create_task(task) for task in tasks]
