@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -36,6 +38,8 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
 
     - takes `mm_processor_kwargs["foldserve"]` before the HF processor sees it;
     - adds each image's plan to its multimodal data;
+    - has images without text or options of their own processed by the image part of the HF processor alone: the rest
+      sorts keyword arguments, which takes longer than the image;
     - expands `plan.kept` placeholders per image;
     - makes the plan part of the image's hash, hence of the processor, encoder and prefix caches, unless it is the
       identity: then everything is as in vLLM.
@@ -49,6 +53,11 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
             seeded = [plan.with_seed(_seed(pixels)) if plan.is_seeded else plan for plan, pixels in images]
             processed[PLAN_FIELD] = torch.tensor([plan.to_ints() for plan in seeded])  # (images, ints)
         return processed
+
+    def _call_hf_processor(self, hf_data: _Kwargs, hf_kwargs: _Kwargs) -> BatchFeature:
+        if hf_kwargs or hf_data.keys() != {"images"} or self._image_processor is None:
+            return super()._call_hf_processor(hf_data, hf_kwargs)
+        return self.info.ctx.call_hf_processor(self._image_processor, hf_data)
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: _Kwargs
@@ -102,6 +111,13 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
             return []
         return [make_plan(reduction, self._geometry) for reduction in reductions]
 
+    @cached_property
+    def _image_processor(self) -> Any:
+        """The image part of the HF processor; None where the operator gave options, which may be for other parts."""
+        if self.info.ctx.get_merged_mm_kwargs({}):
+            return None
+        return self.info.get_hf_processor().image_processor
+
     @cached_property  # a config is slow to read, and plans are made several times per request
     def _geometry(self) -> VisionGeometry:
         geometry = vision_geometry(self.info.get_hf_config())
@@ -116,10 +132,19 @@ def parse_reductions(value: object, count: int) -> list[Reduction]:
         InvalidReduction: a malformed reduction, or a list of another length than the number of images.
     """
     if not isinstance(value, list):
-        return [Reduction.parse(value if value is not None else {})] * count
+        return [_parse(_text(value if value is not None else {}))] * count
     if len(value) != count:
         raise InvalidReduction(f"{len(value)} reductions came for {count} images: send one per image", param="")
-    return [Reduction.parse(item) for item in value]
+    return [_parse(_text(item)) for item in value]
+
+
+@lru_cache(maxsize=1024)  # parsed several times per request, and a deployment asks for few different ones
+def _parse(text: str) -> Reduction:
+    return Reduction.parse(json.loads(text))
+
+
+def _text(value: object) -> str:
+    return json.dumps(value, default=repr)  # what is no JSON is no reduction either
 
 
 def _seed(pixels: torch.Tensor) -> int:

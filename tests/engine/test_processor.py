@@ -1,0 +1,78 @@
+"""What our processor makes of an image is what vLLM makes of it, bit for bit; it takes a shorter way to that."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers.models.llava.processing_llava import LlavaProcessor
+
+from foldserve.reducers.plan import InvalidReduction
+from foldserve.server.engine.processor import parse_reductions
+from tests import siglip_checkpoint
+from tests.images import photo
+
+IMAGES = [photo(1), photo(2, 200, 300), photo(3).convert("L").convert("RGB")]
+OPTIONS: list[dict[str, Any]] = [{}, {"do_normalize": False}, {"images_kwargs": {"do_normalize": False}}]
+
+
+@pytest.fixture(scope="module", params=["clip", "siglip"])
+def checkpoint(request: pytest.FixtureRequest, tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "clip":
+        return tiny_llava
+    return siglip_checkpoint.write(tmp_path_factory.mktemp("checkpoints") / "tiny-siglip", tiny_llava)
+
+
+def processors(checkpoint: Path, options: dict[str, Any]) -> tuple[Any, Any]:
+    """Ours and vLLM's own, of a server with `--mm-processor-kwargs options`."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.model_executor.models.llava import LlavaForConditionalGeneration
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    config = EngineArgs(model=str(checkpoint), dtype="float32", mm_processor_kwargs=options).create_model_config()
+    ours = MULTIMODAL_REGISTRY.create_processor(config)
+    return ours, LlavaForConditionalGeneration._processor_factory.build_processor(ours.info.ctx)
+
+
+def pixels(processor: Any, **asked: Any) -> Any:
+    items = processor.info.parse_mm_data({"image": IMAGES})
+    prompt = processor.info.get_tokenizer().encode("<image> and <image> and <image>")
+    inputs = processor(prompt, items, hf_processor_mm_kwargs=asked)
+    return [item["pixel_values"].data for item in inputs["mm_kwargs"]["image"]]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["no options", "flat", "of images"])
+def test_pixels_are_those_of_vllm(checkpoint: Path, options: dict[str, Any]) -> None:
+    ours, stock = processors(checkpoint, options)
+    for found in (pixels(ours), pixels(ours, foldserve={"ratio": 0.5})):
+        assert all(torch.equal(a, b) for a, b in zip(found, pixels(stock), strict=True))
+
+
+def test_options_are_not_lost(checkpoint: Path) -> None:
+    """Else the comparison above would prove nothing."""
+    plain, *others = (pixels(processors(checkpoint, options)[0])[0] for options in OPTIONS)
+    assert not any(torch.equal(plain, other) for other in others)
+
+
+def test_the_short_way_is_taken(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    whole = LlavaProcessor.__call__
+
+    def watched(self: LlavaProcessor, *args: Any, **kwargs: Any) -> Any:
+        calls.append(kwargs)
+        return whole(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlavaProcessor, "__call__", watched)
+    pixels(processors(checkpoint, {})[0], foldserve=[{"ratio": 0.5}, {}, {"ratio": 0.9}])
+    assert not calls
+    pixels(processors(checkpoint, OPTIONS[1])[0])
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("value", [{"ratio": float("nan")}, {"ratio": 2}, {"ratios": 0.5}, "", 3, {"ratio": object()}])
+def test_a_bad_reduction_is_refused_each_time(value: object) -> None:
+    for _ in range(2):
+        with pytest.raises(InvalidReduction):
+            parse_reductions(value, 1)
