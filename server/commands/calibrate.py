@@ -10,7 +10,7 @@ from foldserve.server.settings import Environment
 
 _DESCRIPTION = """\
 Finds the first decoder layer K at which vision tokens may leave: the first whose mean KL(P_withdrawn || P_full) over
-the samples, of the answer's first token, in nats, is at most eta (VTW, Algorithm 1). Writes withdrawal.json, which
+the samples, over the answer's first tokens, in nats, is at most eta (VTW, Algorithm 1). Writes withdrawal.json, which
 `foldserve serve MODEL --withdraw-layer auto` reads, and a plot. Exit status 1: no K is good enough.
 
 MODEL is a Hugging Face name or a local directory and comes first. Engine options of `vllm serve` work here too.

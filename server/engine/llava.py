@@ -41,8 +41,8 @@ def _build_processor(
 class FoldLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     """Modifications to vLLM's LLaVA:
 
-    - `embed_multimodal` reduces each image by the plan that the processor sent with it, and refuses to keep positions
-      where the engine's runner would not read them;
+    - `embed_multimodal` reduces each image by the plan that the processor sent with it, and refuses what the rest of
+      the engine would not do: keep positions, or remove tokens in the decoder;
     - with a withdrawal layer configured, the decoder is the withdrawing twin of the checkpoint's own;
     - on a GPU, where the environment asks for it, this process reduces with Triton kernels.
     """
@@ -53,7 +53,8 @@ class FoldLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._geometry = vision_geometry(self.config)
         self._can_keep_positions = positions.limit(vllm_config) is not None
-        if withdrawal.withdraw_layer(vllm_config) is not None:
+        self._withdraws = withdrawal.withdraw_layer(vllm_config) is not None
+        if self._withdraws:
             self.get_model_state_cls = withdrawal.model_state_cls  # asked for by model runner V2 only
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
@@ -64,6 +65,8 @@ class FoldLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             plans = [Plan.from_ints(row, self._geometry) for row in rows.tolist()]  # on the CPU
         if not self._can_keep_positions and any(plan.keeps_positions for plan in plans):
             raise ValueError(positions.CANNOT_KEEP)
+        if not self._withdraws and any(plan.decoder != "none" for plan in plans):
+            raise ValueError("this engine has no layer K for methods in the decoder: see `withdrawal.configure`")
         if all(plan.is_identity for plan in plans):
             return super().embed_multimodal(**kwargs)
         image_input = self._parse_and_validate_image_input(**kwargs)

@@ -101,3 +101,10 @@ def test_kept_positions_compiled(compiled: list[dict[str, Any]], tiny_llava: Pat
         want_tokens, want_logprobs = reference.generate(case.prompt, case.images, case.reductions, MAX_TOKENS)
         assert tokens == want_tokens, case.reductions
         assert logprobs == pytest.approx(want_logprobs, abs=2e-4), case.reductions
+
+
+def test_a_decoder_method_without_a_layer_for_it_is_refused(tiny_llava: Path) -> None:
+    """`vllm.LLM` has no server in front that would say so before the engine."""
+    withdrawing = Case(CASES[0].prompt, CASES[0].images, [{"withdraw": True}])
+    with pytest.raises(ValueError, match="no layer K"):
+        greedy(start_engine(tiny_llava), [withdrawing])
