@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from prometheus_client import Counter, Histogram
 
 from foldserve.server.api.usage import VisionTokens
@@ -39,10 +41,16 @@ def observe_accepted(vision: VisionTokens | None, cost: KvCost) -> None:
     if vision is None:
         return
     for plan, withdrawn in zip(vision.plans, vision.withdrawn_each, strict=True):
-        _VISION_TOKENS.labels("encoded", plan.method).inc(plan.encoded)
-        _VISION_TOKENS.labels("kept", plan.method).inc(plan.kept)
-        _VISION_TOKENS.labels("withdrawn", plan.method).inc(withdrawn)
+        encoded, kept, gone = _counters(plan.method)
+        encoded.inc(plan.encoded)
+        kept.inc(plan.kept)
+        gone.inc(withdrawn)
     _KV_SAVED.inc(cost.saved_bytes(vision.encoded - vision.kept, vision.withdrawn))
+
+
+@lru_cache  # a label is looked up slowly; methods are few
+def _counters(method: str) -> list[Counter]:
+    return [_VISION_TOKENS.labels(stage, method) for stage in ("encoded", "kept", "withdrawn")]
 
 
 def observe_first_token(vision: VisionTokens | None, seconds: float) -> None:

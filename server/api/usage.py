@@ -98,6 +98,8 @@ def vision_tokens(
     found = [place.get_num_embeds() for place in places]
     if found != planned:
         raise FoldserveError(f"the prompt holds {found} vision tokens where {planned} were planned")
+    if all(plan.decoder == "none" for plan in plans):
+        return VisionTokens(tuple(plans), (0,) * len(plans), withdraw_layer)
     images = [_Image(h, place) for h, place in zip(fields["mm_hashes"]["image"], places, strict=True)]
     kept_deep = TokenMap.of(images, len(fields["prompt_token_ids"]))
     try:

@@ -29,8 +29,8 @@ from foldserve.server.settings import Environment
 def _build_processor(
     info: BaseProcessingInfo, dummy_inputs: BaseDummyInputsBuilder[BaseProcessingInfo]
 ) -> BaseMultiModalProcessor[BaseProcessingInfo]:
-    """Ours where the tower can reduce (CLIP, SigLIP); vLLM's own for Pixtral."""
-    if isinstance(info, LlavaProcessingInfo) and vision_geometry(info.get_hf_config()) is not None:
+    """Ours for CLIP and SigLIP towers, vLLM's own for Pixtral; asked for per request, so that it reads no config."""
+    if isinstance(info, LlavaProcessingInfo):
         return FoldLlavaMultiModalProcessor(info, dummy_inputs)
     return _build_llava_or_pixtral_hf_processor(info, dummy_inputs)
 

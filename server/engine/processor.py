@@ -105,11 +105,11 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         """One plan per image; empty where there is nothing to plan (no pixel images)."""
         count = mm_items.get_count("image", strict=False)
         reductions = parse_reductions(kwargs.get(KWARG), count)
-        if not count or isinstance(mm_items["image"], ImageEmbeddingItems):
-            if any(r != Reduction() for r in reductions):
-                raise InvalidReduction("only images can be reduced: image embeddings are used as they come", param="")
-            return []
-        return [make_plan(reduction, self._geometry) for reduction in reductions]
+        if count and not isinstance(mm_items["image"], ImageEmbeddingItems) and self._geometry is not None:
+            return [make_plan(reduction, self._geometry) for reduction in reductions]
+        if any(r != Reduction() for r in reductions):
+            raise InvalidReduction("only images can be reduced, by a CLIP or SigLIP tower, not embeddings", param="")
+        return []
 
     @cached_property
     def _image_processor(self) -> Any:
@@ -119,10 +119,8 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         return self.info.get_hf_processor().image_processor
 
     @cached_property  # a config is slow to read, and plans are made several times per request
-    def _geometry(self) -> VisionGeometry:
-        geometry = vision_geometry(self.info.get_hf_config())
-        assert geometry is not None  # this processor is built for such models only
-        return geometry
+    def _geometry(self) -> VisionGeometry | None:
+        return vision_geometry(self.info.get_hf_config())
 
 
 def parse_reductions(value: object, count: int) -> list[Reduction]:

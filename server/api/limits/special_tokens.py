@@ -44,7 +44,10 @@ class SpecialTokens:
 
     def neutralise(self, texts: Sequence[str]) -> list[str]:
         """Texts that follow each other, so that no special token is in them, nor across their borders."""
-        whole, borders = "".join(texts), list(accumulate(map(len, texts)))
+        whole = "".join(texts)
+        if not any(text in whole for text in self._texts):
+            return list(texts)
+        borders = list(accumulate(map(len, texts)))
         while found := [text for text in self._texts if text in whole]:
             pattern = "|".join(re.escape(text) for text in sorted(found, key=len, reverse=True))
             starts = [match.start() for match in re.finditer(pattern, whole)]

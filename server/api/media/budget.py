@@ -89,6 +89,7 @@ class Room:
         self._free = pixels
         self._seconds = seconds
         self._changed = asyncio.Condition()
+        self._waiting = 0
 
     @asynccontextmanager
     async def take(self, pixels: int) -> AsyncIterator[None]:
@@ -97,15 +98,25 @@ class Room:
         Raises:
             Unavailable: there was none in time.
         """
+        if self._waiting or self._free < pixels:
+            await self._wait(pixels)
+        else:
+            self._free -= pixels
+        try:
+            yield
+        finally:
+            self._free += pixels
+            if self._waiting:
+                async with self._changed:
+                    self._changed.notify_all()
+
+    async def _wait(self, pixels: int) -> None:
+        self._waiting += 1
         try:
             async with asyncio.timeout(self._seconds), self._changed:
                 await self._changed.wait_for(lambda: self._free >= pixels)
                 self._free -= pixels
         except TimeoutError as error:
             raise Unavailable("the server has too many images to prepare: try again later") from error
-        try:
-            yield
         finally:
-            self._free += pixels
-            async with self._changed:
-                self._changed.notify_all()
+            self._waiting -= 1
