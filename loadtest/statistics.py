@@ -1,13 +1,15 @@
 """Figures with their intervals, and ratios of figures, by a bootstrap in two stages.
 
-Rounds are drawn with replacement, and within each round its requests. The two sides of a ratio are drawn with the same
-rounds, since they were measured side by side. A figure is the mean over the rounds of what one round gives.
+Rounds are drawn with replacement, and within each round its requests, or for throughput its runs of answers. The two
+sides of a ratio are drawn with the same rounds, since they were measured side by side. A figure is the mean over the
+rounds of what one round gives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import isqrt
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,7 +56,7 @@ def mean(values: Floats) -> Floats:
 
 def rate(gaps: Floats) -> Floats:
     """Events per second from the times between them."""
-    return np.asarray(1 / gaps.mean(axis=-1))
+    return np.asarray(1 / np.nanmean(gaps, axis=-1))
 
 
 def quantile(q: float) -> Statistic:
@@ -92,6 +94,21 @@ def gaps(start_s: Sequence[float], e2e_s: Sequence[float]) -> list[float]:
     """Times between one answer's end and the next's, the first from the first request on; in seconds."""
     ends = np.sort(np.add(start_s, e2e_s))
     return np.diff(ends, prepend=min(start_s)).tolist()  # type: ignore[no-any-return]
+
+
+def runs(gaps: Sequence[float]) -> list[list[float]]:
+    """Gaps that follow each other, sqrt(n) or a few more of them, to be drawn as one (block bootstrap, Kuensch 1989).
+
+    Answers that leave in one step of the engine end together: a wave of eight is seven gaps of nothing and one of a
+    whole step. Drawn one by one, how many steps there were would be a matter of chance, so no run ends inside a wave.
+    """
+    length, nothing = isqrt(len(gaps)), sum(gaps) / len(gaps) / 10
+    found: list[list[float]] = [[]]
+    for gap in gaps:
+        if len(found[-1]) >= length and gap > nothing:
+            found.append([])
+        found[-1].append(gap)
+    return found
 
 
 def _padded(requests: Sequence[Sequence[float]]) -> Floats:

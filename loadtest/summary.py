@@ -10,7 +10,7 @@ from foldserve.loadtest.grid import CONTROL, RATIO_0, Load, Point, Variant
 from foldserve.loadtest.metrics import KV_USE, RESIDENT
 from foldserve.loadtest.prediction import ModelShape, Request
 from foldserve.loadtest.record import Record
-from foldserve.loadtest.statistics import Draws, Estimate, draw, gaps, mean, quantile, rate
+from foldserve.loadtest.statistics import Draws, Estimate, draw, gaps, mean, quantile, rate, runs
 
 _PERCENTILES = (50, 90, 99)
 _STAGES = {
@@ -106,7 +106,7 @@ def _counted(record: Record, counter: str) -> float:
 def _figures(rounds: Sequence[Record]) -> dict[str, Draws]:
     """What can be told of every round; where a round has nothing, neither has the figure."""
     each = [record.sent for record in rounds]
-    found = {"requests_per_s": draw([[[gap] for gap in gaps(sent.start_s, sent.e2e_s)] for sent in each], rate)}
+    found = {"requests_per_s": draw([runs(gaps(sent.start_s, sent.e2e_s)) for sent in each], rate)}
     times = {
         "ttft_s": [[[value] for value in sent.ttft_s] for sent in each],
         "itl_s": [[itl for itl in sent.itl_s if itl] for sent in each],

@@ -14,7 +14,7 @@ from foldserve.loadtest.prediction import ModelShape, Request, read_shape
 from foldserve.loadtest.quality import read_accuracy
 from foldserve.loadtest.record import Journal, Record, Sent, run_identity
 from foldserve.loadtest.report import Report, write
-from foldserve.loadtest.statistics import draw, gaps, mean, quantile, rate
+from foldserve.loadtest.statistics import draw, gaps, mean, quantile, rate, runs
 from foldserve.loadtest.summary import summarise
 
 LOAD = Load(concurrency=2)
@@ -46,6 +46,22 @@ def test_a_bootstrap_covers_the_mean_as_often_as_it_says() -> None:
         found = draw([[[value] for value in random.normal(5, 1, 60)]], mean).estimate()
         hits += found.low <= 5 <= found.high
     assert 0.88 <= hits / 200 <= 0.99
+
+
+@pytest.mark.parametrize("wave", [1, 8, 24, 192])
+def test_answers_that_end_together_are_no_chance(wave: int) -> None:
+    """A step of wave x 0.4 s, give or take a tenth, ends with a wave of answers: 2.5 answers/s."""
+    random = np.random.default_rng(wave)
+    hits, widths = 0, []
+    for _ in range(200):
+        steps = random.normal(0.4 * wave, 0.04 * wave, 192 // wave)
+        times = [gap for step in steps for gap in (step, *[0.0] * (wave - 1))]
+        found = draw([runs(times)], rate).estimate()
+        hits += found.low <= 2.5 <= found.high
+        widths.append(found.high - found.low)
+        assert [gap for run in runs(times) for gap in run] == times
+    assert np.mean(widths) < 0.8 * wave**0.5 / 8
+    assert wave == 192 or hits / 200 >= 0.85  # one wave has no spread
 
 
 def test_figures_of_rounds() -> None:
