@@ -11,6 +11,8 @@ from foldserve.server.api.schema import Defaults, FoldChatRequest
 from foldserve.server.engine.positions import CANNOT_KEEP
 from foldserve.server.engine.withdrawal import Room, refuse_request
 
+_NOTHING = Reduction()
+
 
 @dataclass(frozen=True, slots=True)
 class Planner:
@@ -40,7 +42,7 @@ class Planner:
         reductions = [self._with_positions(reduction) for reduction in request.image_reductions(self.defaults)]
         self._check_withdrawal(request, reductions)
         if self.geometry is None:
-            if any(reduction != Reduction() for reduction in reductions):
+            if any(reduction != _NOTHING for reduction in reductions):
                 raise InvalidRequest("this model's vision tower can't reduce: leave `reduction` out", "reduction")
             return reductions, []
         try:

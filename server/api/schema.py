@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
 from pydantic import PlainValidator, PrivateAttr, WithJsonSchema, model_validator
@@ -35,13 +36,19 @@ def _parse_ratio(value: object) -> Reduction | None:
     return None if value is None else Reduction.parse({"ratio": value})
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Defaults:
     """What the server applies where a request says nothing, from its command line."""
 
     reduction: Reduction = Reduction()
     low_detail_ratio: float = Settings().low_detail_ratio
     positions: Positions = Settings().positions
+
+    @cached_property
+    def by_detail(self) -> Mapping[str, Reduction]:
+        """What `image_url.detail` asks for."""
+        low = replace(self.reduction, ratio=self.low_detail_ratio, keep_tokens=None)
+        return {"auto": self.reduction, "low": low, "high": Reduction()}
 
     @classmethod
     def from_config(cls, additional_config: Mapping[str, Any]) -> Defaults:
@@ -89,9 +96,7 @@ class FoldChatRequest(ChatCompletionRequest):
         explicit = self.reduction if self.reduction is not None else self.reduction_ratio
         if explicit is not None:
             return [explicit] * len(self._details)
-        low = replace(defaults.reduction, ratio=defaults.low_detail_ratio, keep_tokens=None)
-        by_detail = {"auto": defaults.reduction, "low": low, "high": Reduction()}
-        return [by_detail[detail] for detail in self._details]
+        return [defaults.by_detail[detail] for detail in self._details]
 
 
 def _image_details(body: Mapping[str, Any]) -> Iterator[str]:

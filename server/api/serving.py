@@ -28,6 +28,7 @@ from foldserve.server.engine.kv_cost import KvCost
 from foldserve.server.engine.processor import KWARG
 
 _FORMS = ("response_format", "structured_outputs")
+_NOTHING = Reduction()
 
 
 class FoldServingChat(OpenAIServingChat):
@@ -62,7 +63,7 @@ class FoldServingChat(OpenAIServingChat):
         if (refusal := await self._check_model(request)) is not None:
             return refusal
         reductions, plans = self.planner.plan(request)
-        if any(reduction != Reduction() for reduction in reductions):
+        if any(reduction != _NOTHING for reduction in reductions):
             request.mm_processor_kwargs = {KWARG: [reduction.to_json() for reduction in reductions]}
         async with self.media.loaded(request.messages):
             rendered = await super().render_chat_request(request)

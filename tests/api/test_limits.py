@@ -46,6 +46,18 @@ def test_any_bytes_give_json_or_our_error(body: bytes) -> None:
     assert value == json.loads(body)
 
 
+@given(JSON, st.data())
+def test_damaged_json_is_refused_or_what_the_standard_library_reads(value: Any, data: st.DataObject) -> None:
+    body = bytearray(json.dumps(value).encode())
+    for _ in range(data.draw(st.integers(1, 3))):
+        body[data.draw(st.integers(0, len(body) - 1))] = data.draw(st.integers(0, 255))
+    try:
+        read = parse(bytes(body), Limits())
+    except InvalidRequest:
+        return
+    assert repr(read) == repr(json.loads(bytes(body)))  # repr: 1 and 1.0, 0.0 and -0.0 are not the same
+
+
 BAD_JSON: list[tuple[bytes, type[FoldserveError], str, str | None]] = [
     (b"", InvalidRequest, "not valid JSON", None),
     (b"{", InvalidRequest, "not valid JSON", None),

@@ -254,3 +254,41 @@ def test_pixels_of_all_requests_have_a_bound(patient: bool) -> None:
 
     asyncio.run(run())
     assert sorted(entered) == ([0, 1, 2] if patient else [0, 1])
+
+
+@pytest.mark.parametrize(("images", "visits"), [(1, 1), (2, 4)])
+def test_one_image_is_loaded_in_one_visit_to_a_thread(images: int, visits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[object] = []
+    run = MediaGuard._run
+
+    async def counted(self: MediaGuard, function: Any, *args: Any) -> Any:
+        made.append(function)
+        return await run(self, function, *args)
+
+    monkeypatch.setattr(MediaGuard, "_run", counted)
+    assert len(load(Limits(), *map(data_uri, map(photo, range(images))))) == images
+    assert len(made) == visits
+
+
+def test_a_request_that_ended_while_its_image_was_read_holds_no_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = ImageFile.open
+    monkeypatch.setattr(ImageFile, "open", lambda content: (time.sleep(0.3), opened(content))[1])
+
+    async def run() -> None:
+        guard = MediaGuard(Limits())
+        free = guard._room._free
+        part = {"type": "image_url", "image_url": {"url": data_uri(photo(1))}}
+
+        async def one(message: dict[str, Any]) -> None:
+            async with guard.loaded([message]):
+                assert guard._room._free < free
+
+        gone = asyncio.create_task(one({"role": "user", "content": [part]}))
+        await asyncio.sleep(0.1)
+        gone.cancel()
+        await asyncio.gather(gone, return_exceptions=True)
+        await one({"role": "user", "content": [part]})
+        guard._pool.shutdown()
+        assert guard._room._free == free
+
+    asyncio.run(run())

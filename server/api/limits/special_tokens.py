@@ -32,6 +32,7 @@ class SpecialTokens:
         special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
         # One character can't be split: such a token is a letter of its tokenizer's, not a command.
         self._texts = sorted(text for text in special | set(placeholders) if len(text) > 1)
+        self._firsts = sorted({text[0] for text in self._texts})
         self._invisible = self._choose(tokenizer)
 
     def _choose(self, tokenizer: Any) -> str:
@@ -45,7 +46,10 @@ class SpecialTokens:
     def neutralise(self, texts: Sequence[str]) -> list[str]:
         """Texts that follow each other, so that no special token is in them, nor across their borders."""
         whole = "".join(texts)
-        if not any(text in whole for text in self._texts):
+        for first in self._firsts:  # one or two characters that few texts have
+            if first in whole:
+                break
+        else:
             return list(texts)
         borders = list(accumulate(map(len, texts)))
         while found := [text for text in self._texts if text in whole]:

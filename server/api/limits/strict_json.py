@@ -6,6 +6,8 @@ import json
 import math
 from typing import Any
 
+import jiter  # pydantic's parser, seven times as fast as the standard library, and vLLM has it already
+
 from foldserve.server.api.errors import InvalidRequest, LimitExceeded
 from foldserve.server.limits import Limits
 
@@ -30,7 +32,17 @@ def parse(body: bytes, limits: Limits) -> Any:
     if len(body) > most and sum(map(body.count, (b",", b"[", b"{"))) > most:
         raise LimitExceeded(f"the body holds more than {most} values")
     try:
-        value = json.loads(body.decode(), object_pairs_hook=_object)
+        value = jiter.from_json(body, allow_inf_nan=False, cache_mode="none", catch_duplicate_keys=True)
+    except ValueError:
+        value = _explain(body, limits)
+    _check(value, limits)
+    return value
+
+
+def _explain(body: bytes, limits: Limits) -> Any:
+    """The value of a body that the fast parser refuses, in the form in which `_check` finds and names what is wrong."""
+    try:
+        return json.loads(body.decode(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise InvalidRequest("the body is not UTF-8") from error
     except json.JSONDecodeError as error:
@@ -39,8 +51,6 @@ def parse(body: bytes, limits: Limits) -> Any:
         raise _too_deep(limits) from error
     except ValueError as error:
         raise InvalidRequest("the body holds a number with thousands of digits") from error
-    _check(value, limits)
-    return value
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -77,6 +78,33 @@ class Budget:
             )
 
 
+class Share:
+    """What one request holds of a `Room`.
+
+    Attributes:
+        pixels: held.
+        closed: it holds nothing any more, and takes nothing.
+    """
+
+    def __init__(self, room: Room) -> None:
+        self.pixels = 0
+        self.closed = False
+        self._room = room
+
+    def take_now(self, pixels: int) -> bool:
+        """Whether there was room at once; any thread may ask, also one whose request has ended meanwhile."""
+        return self._room.lend(self, pixels, ahead=False)
+
+    async def take(self, pixels: int) -> None:
+        """Waits until there is room.
+
+        Raises:
+            Unavailable: there was none in time.
+        """
+        if not self.take_now(pixels):
+            await self._room.wait(self, pixels)
+
+
 class Room:
     """Pixels of all requests that one process holds in memory at once.
 
@@ -88,34 +116,43 @@ class Room:
     def __init__(self, pixels: int, seconds: float) -> None:
         self._free = pixels
         self._seconds = seconds
+        self._lock = threading.Lock()
         self._changed = asyncio.Condition()
         self._waiting = 0
 
     @asynccontextmanager
-    async def take(self, pixels: int) -> AsyncIterator[None]:
-        """Waits until there is room, and keeps it.
-
-        Raises:
-            Unavailable: there was none in time.
-        """
-        if self._waiting or self._free < pixels:
-            await self._wait(pixels)
-        else:
-            self._free -= pixels
+    async def share(self) -> AsyncIterator[Share]:
+        """What a request takes while this is entered, it gives back at the end."""
+        share = Share(self)
         try:
-            yield
+            yield share
         finally:
-            self._free += pixels
+            with self._lock:
+                share.closed = True
+                self._free += share.pixels
             if self._waiting:
                 async with self._changed:
                     self._changed.notify_all()
 
-    async def _wait(self, pixels: int) -> None:
+    def lend(self, share: Share, pixels: int, ahead: bool) -> bool:
+        """Gives pixels to a share if they are free, and nobody else waits for them unless it goes `ahead`."""
+        with self._lock:
+            if share.closed or self._free < pixels or (self._waiting and not ahead):
+                return False
+            self._free -= pixels
+            share.pixels += pixels
+            return True
+
+    async def wait(self, share: Share, pixels: int) -> None:
+        """Lends as soon as there is room.
+
+        Raises:
+            Unavailable: there was none in time.
+        """
         self._waiting += 1
         try:
             async with asyncio.timeout(self._seconds), self._changed:
-                await self._changed.wait_for(lambda: self._free >= pixels)
-                self._free -= pixels
+                await self._changed.wait_for(lambda: self.lend(share, pixels, ahead=True))
         except TimeoutError as error:
             raise Unavailable("the server has too many images to prepare: try again later") from error
         finally:
