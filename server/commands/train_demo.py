@@ -9,7 +9,7 @@ from pathlib import Path
 from foldserve.server.commands.arguments import Commands
 
 _DESCRIPTION = """\
-Trains the demo model from nothing, in about an hour on two CPU cores or some minutes on a GPU.
+Trains the demo model from nothing, in about 80 minutes on two CPU cores or some minutes on a GPU.
 
 DIR gets the training's state every few minutes, its log, and in the end the checkpoint in DIR/checkpoint. The same
 command on the same DIR continues where it was stopped. docs/demo-model.md says what is trained on what.
@@ -29,6 +29,7 @@ def add(commands: Commands) -> None:
     train.add_argument("--vision-steps", type=_positive, metavar="N", help="updates of the vision tower alone")
     train.add_argument("--answer-steps", type=_positive, metavar="N", help="updates of the whole model")
     train.add_argument("--practice-steps", type=_positive, metavar="N", help="updates on mostly hard questions")
+    train.add_argument("--withdrawal-steps", type=_positive, metavar="N", help="updates with images withdrawn")
     train.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
     train.set_defaults(run=_run, fail=train.error)
 
@@ -52,6 +53,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> None:
         ("vision", args.vision_steps),
         ("answers", args.answer_steps),
         ("practice", args.practice_steps),
+        ("withdrawal", args.withdrawal_steps),
     ):
         if steps:
             recipe = replace(recipe, **{name: replace(getattr(recipe, name), steps=steps)})

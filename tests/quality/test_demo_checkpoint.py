@@ -46,7 +46,7 @@ def test_size_and_layout() -> None:
     assert config["architectures"] == ["LlavaForConditionalGeneration"]
     assert (config["text_config"]["num_hidden_layers"], config["image_seq_length"]) == (12, 144)
     log = [json.loads(line) for line in (CHECKPOINT / "training.jsonl").read_text().splitlines()]
-    assert list(dict.fromkeys(entry["stage"] for entry in log)) == ["vision", "answers", "practice"]
+    assert list(dict.fromkeys(entry["stage"] for entry in log)) == ["vision", "answers", "practice", "withdrawal"]
     assert log[-1]["loss"] < log[-1]["early"] < 1
 
 

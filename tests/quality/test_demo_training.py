@@ -14,10 +14,10 @@ import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from foldserve.server.quality.demo import losses
-from foldserve.server.quality.demo.batch import Batch, Text, draw_batch, encode, normalise, pack
+from foldserve.server.quality.demo.batch import PREFIX_TOKENS, Batch, Text, draw_batch, encode, normalise, pack
 from foldserve.server.quality.demo.examples import questions
 from foldserve.server.quality.demo.export import export
-from foldserve.server.quality.demo.model import DemoLlava
+from foldserve.server.quality.demo.model import DemoLlava, Masks, rotation
 from foldserve.server.quality.demo.muon import orthogonalise
 from foldserve.server.quality.demo.questions import ALL_KINDS, UNKNOWN, Turn, ask
 from foldserve.server.quality.demo.scene import draw_scene
@@ -29,6 +29,7 @@ RECIPE = Recipe(
     vision=Stage("vision", steps=3, images=2, warmup=2),
     answers=Stage("answers", steps=3, images=2, vision_rate=0.1, warmup=2, steady=1.0),
     practice=Stage("practice", steps=3, images=2, vision_rate=0.1, mix="hard", warmup=2),
+    withdrawal=Stage("withdrawal", steps=2, images=2, vision_rate=0.1, mix="long", warmup=1, withdrawn=0.5),
     geometry=TINY,
     text_tokens=96,
     phrase_layer=2,
@@ -110,6 +111,50 @@ def test_the_order_of_a_batch_is_that_of_the_decoder(model: DemoLlava) -> None:
     torch.testing.assert_close(by_hand, logits(model, batch))
 
 
+def test_a_withdrawn_image_leaves_as_if_its_rows_had_gone(model: DemoLlava) -> None:
+    batch = draw_batch(np.random.default_rng(4), images=3, tokens=64)
+    before_text, last = PREFIX_TOKENS + 144, TINY.num_layers
+    with torch.inference_mode():
+        features = model.vision(batch.pixels)
+        found = forward(model, features, batch, {1, 2, last}, torch.tensor([1, 2, last]))
+        whole = forward(model, features, batch, {1, 2, last})
+        seen = batch.text.mask(before_text)
+        gone = seen[..., [*range(PREFIX_TOKENS), *range(before_text, seen.shape[-1])]]
+        positions = batch.positions()[:, [*range(PREFIX_TOKENS), *range(before_text, seen.shape[-1])]]
+        for row, layers in enumerate((1, 2)):
+            turn = rotation(positions[row : row + 1], model.decoder.head_size)
+            prefix = _prefix_states(model, layers)
+            x = torch.cat([prefix, whole[layers][row : row + 1]], 1)
+            for layer in model.decoder.layers[layers:]:
+                x = layer(x, turn, Masks(torch.full((2, 2), -3e4).triu(1), gone[row : row + 1]))
+            torch.testing.assert_close(found[last][row], x[0, PREFIX_TOKENS:], atol=1e-5, rtol=1e-5)
+            assert not torch.allclose(found[last][row], whole[last][row], atol=1e-4)
+    torch.testing.assert_close(found[last][2], whole[last][2])
+
+
+def _prefix_states(model: DemoLlava, layers: int) -> torch.Tensor:
+    """(1, 2, width) of `<s> USER:` after `layers`: nothing stands before it."""
+    special = special_ids()
+    x = model.decoder.embed_tokens(torch.tensor([[special.bos, special.user]]))
+    turn = rotation(torch.arange(PREFIX_TOKENS)[None], model.decoder.head_size)
+    nothing = torch.empty(1, 1, 0, PREFIX_TOKENS)
+    for layer in model.decoder.layers[:layers]:
+        x = layer(x, turn, Masks(torch.full((2, 2), -3e4).triu(1), nothing))
+    return x
+
+
+def test_half_of_the_images_are_withdrawn_from_the_early_layer_on(tmp_path: Path) -> None:
+    stage = Stage("withdrawal", steps=1, images=400, withdrawn=0.5)
+    geometry = replace(TINY, num_layers=6)
+    trainer = Trainer(
+        replace(RECIPE, vision=stage, geometry=geometry, early_layer=3), tmp_path, CPU, compile_blocks=False
+    )
+    drawn = trainer._seen_layers(np.random.default_rng(0))
+    assert drawn is not None
+    counts = torch.bincount(drawn, minlength=7).tolist()
+    assert counts[:3] == [0, 0, 0] and all(40 < count < 95 for count in counts[3:6]) and 160 < counts[6] < 240
+
+
 def test_accuracy_of_a_batch_counts_whole_dialogues() -> None:
     batch = draw_batch(np.random.default_rng(0), images=4, tokens=192)
     wanted = batch.text.targets.clamp(min=0)
@@ -129,7 +174,7 @@ def test_orthogonalised_matrices_have_singular_values_near_one() -> None:
         assert float(values.min()) > 0.5 and float(values.max()) < 1.3
 
 
-@pytest.mark.parametrize("stop", [2, 3, 7], ids=["in a stage", "between stages", "in the last stage"])
+@pytest.mark.parametrize("stop", [2, 3, 10], ids=["in a stage", "between stages", "in the last stage"])
 def test_a_stopped_run_continues_bit_for_bit(stop: int, tmp_path: Path) -> None:
     whole = Trainer(RECIPE, tmp_path / "whole", CPU, compile_blocks=False)
     whole.run(log_every=1)
@@ -170,15 +215,17 @@ def test_training_learns_and_logs(tmp_path: Path) -> None:
         Stage("vision", 2, 2),
         Stage("answers", 12, 4, rate=3e-3, warmup=2, steady=1.0),
         Stage("practice", 2, 2, mix="hard"),
+        Stage("withdrawal", 1, 2, mix="long", withdrawn=1.0),
     ]
-    recipe = replace(RECIPE, vision=stages[0], answers=stages[1], practice=stages[2])
+    recipe = replace(RECIPE, vision=stages[0], answers=stages[1], practice=stages[2], withdrawal=stages[3])
     Trainer(recipe, tmp_path, CPU, compile_blocks=False).run(log_every=4)
     log = [json.loads(line) for line in (tmp_path / "training.jsonl").read_text().splitlines()]
     assert [(entry["stage"], entry["step"]) for entry in log] == [
         ("vision", 2), ("answers", 4), ("answers", 8), ("answers", 12), ("practice", 2),
+        ("withdrawal", 1),
     ]  # fmt: skip
     assert log[3]["loss"] < 0.8 * log[1]["loss"]
-    assert {"phrase_cell", "patch_digit", "early", "late_count", "claim_holds"} <= log[-1].keys()
+    assert {"phrase_cell", "patch_digit", "early", "late_count", "claim_holds"} <= log[-2].keys()
 
 
 def test_rates_rise_stay_and_fall() -> None:

@@ -18,10 +18,11 @@ PREFIX_TOKENS = 2  # <s> USER:
 MASKED = -3e4  # low enough for a weight of exactly 0 after the softmax, and finite
 
 # Share of each kind among the questions. What takes two steps in the scene needs the most practice: once the rest is
-# known, "hard" asks mostly for that.
+# known, "hard" asks mostly for that. "long" asks for captions twice as often.
 MIXES = {
     "even": (0.05, 0.05, 0.07, 0.09, 0.07, 0.09, 0.15, 0.13, 0.13, 0.08, 0.03, 0.06),
     "hard": (0.03, 0.03, 0.06, 0.05, 0.04, 0.05, 0.18, 0.11, 0.20, 0.14, 0.06, 0.05),
+    "long": (0.03, 0.03, 0.06, 0.05, 0.04, 0.05, 0.15, 0.11, 0.18, 0.13, 0.12, 0.05),
 }
 _OPENINGS = ("please tell me,", "look at the image.", "in this picture,", "hello!")
 _GIVE_UP_AFTER = 8  # questions in a row that do not fit

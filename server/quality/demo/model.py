@@ -7,7 +7,7 @@ several times slower at these sizes.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -226,7 +226,13 @@ class DemoLlava(nn.Module):
                 nn.init.normal_(weight, std=spread)
 
     def hidden_states(
-        self, prefix: Tensor, features: Tensor, ids: Tensor, positions: Tensor, text_mask: Tensor, read: Collection[int]
+        self,
+        prefix: Tensor,
+        features: Tensor,
+        ids: Tensor,
+        positions: Tensor,
+        text_masks: Sequence[Tensor],
+        read: Collection[int],
     ) -> dict[int, Tensor]:
         """Hidden states of the text behind a shared prefix.
 
@@ -235,7 +241,7 @@ class DemoLlava(nn.Module):
             features: (batch, n, vision width) of the tower, in any order.
             ids: (batch, T) of the text.
             positions: (batch, p + n + T).
-            text_mask: (batch, 1, T, p + n + T) additive.
+            text_masks: (batch, 1, T, p + n + T) additive, of each layer.
             read: numbers of layers (1 is the first) after which to read.
 
         Returns:
@@ -247,7 +253,7 @@ class DemoLlava(nn.Module):
         causal = torch.full((n, n), -3e4, device=x.device).triu(1)
         turn = rotation(positions, self.decoder.head_size)
         found = {}
-        for number, layer in enumerate(self.decoder.layers, start=1):
+        for number, (layer, text_mask) in enumerate(zip(self.decoder.layers, text_masks, strict=True), start=1):
             x = layer(x, turn, Masks(causal, text_mask))
             if number in read:
                 found[number] = x[:, n:]

@@ -1,4 +1,8 @@
-"""Three stages: the vision tower learns what every patch shows, the whole model to answer, then the hard questions."""
+"""Four stages.
+
+The vision tower learns what every patch shows; the whole model to answer, then the hard questions, then without the
+image in the last layers.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
 from foldserve.server.quality.demo import losses
-from foldserve.server.quality.demo.batch import PREFIX_TOKENS, Batch, draw_batch, draw_patches
+from foldserve.server.quality.demo.batch import MASKED, PREFIX_TOKENS, Batch, draw_batch, draw_patches
 from foldserve.server.quality.demo.model import DemoLlava
 from foldserve.server.quality.demo.muon import Muon
 from foldserve.server.quality.demo.questions import REFERENTS
@@ -39,11 +43,13 @@ GEOMETRY = Geometry(
     vision_heads=4,
 )
 # Streams of random numbers; 2 is that of the held-out questions.
-_STREAMS = {"vision": 0, "answers": 1, "practice": 3}
+_STREAMS = {"vision": 0, "answers": 1, "practice": 3, "withdrawal": 4}
+_ALL = ("model", "patch", "phrase", "late", "claim")
 _TRAINED = {
     "vision": ("model.vision", "patch"),
     "answers": ("model", "patch", "phrase"),
-    "practice": ("model", "patch", "phrase", "late", "claim"),
+    "practice": _ALL,
+    "withdrawal": _ALL,
 }
 STATE_FILE, LOG_FILE = "state.pt", "training.jsonl"
 
@@ -63,6 +69,8 @@ class Stage:
     warmup: int = 50
     steady: float = 0.5
     """Share of the stage after which the rate falls, linearly to nothing."""
+    withdrawn: float = 0.0
+    """Share of images that the text does not see from some layer on."""
 
     def rate_at(self, step: int) -> float:
         """Learning rate at `step`, from 0."""
@@ -78,12 +86,15 @@ class Recipe:
     vision: Stage = Stage("vision", steps=900, images=32)
     answers: Stage = Stage("answers", steps=600, images=16, vision_rate=0.1, steady=1.0)
     practice: Stage = Stage("practice", steps=1200, images=16, vision_rate=0.1, mix="hard", warmup=10, steady=0.1)
+    withdrawal: Stage = Stage(
+        "withdrawal", 600, images=16, rate=5e-4, vision_rate=0.1, mix="long", warmup=10, steady=0.1, withdrawn=0.75
+    )
     geometry: Geometry = field(default=GEOMETRY)
     text_tokens: int = 192
     phrase_layer: int = 5
     """Layer after which a phrase must know what it refers to."""
     early_layer: int = 8
-    """Layer from which, too, answers are read, and, in practice, counts and sides."""
+    """Layer after which answers are read too, and, in practice, counts and sides; none is withdrawn before it."""
     claim_layer: int = 10
     """Layer after which, in practice, a claim about two objects must be known to hold or not."""
 
@@ -123,7 +134,8 @@ class Trainer:
 
     def run(self, save_every_s: float = 180, log_every: int = 20) -> None:
         """Trains to the end of the recipe, with a progress bar, saving as it goes."""
-        stages = (self.recipe.vision, self.recipe.answers, self.recipe.practice)
+        recipe = self.recipe
+        stages = (recipe.vision, recipe.answers, recipe.practice, recipe.withdrawal)
         for stage in stages[[stage.name for stage in stages].index(self.stage.name) :]:
             if stage.name != self.stage.name:
                 self.stage, self.step = stage, 0
@@ -178,7 +190,7 @@ class Trainer:
         patch, patch_right = losses.patch_loss(self.patch_heads, features, batch.labels)
         last = recipe.geometry.num_layers
         read = {recipe.phrase_layer, recipe.early_layer, recipe.claim_layer, last}
-        hidden = forward(self.model, features, batch, read)
+        hidden = forward(self.model, features, batch, read, self._seen_layers(rng))
         phrase, phrase_right = losses.referent_loss(
             self.phrase_heads, hidden[recipe.phrase_layer], batch.text.referents
         )
@@ -188,7 +200,7 @@ class Trainer:
         parts = {"loss": answer, "early": early, "phrase": phrase, "patch": patch}
         right = losses.answers_right(logits.detach(), batch) | phrase_right | patch_right
         total = answer + 0.3 * early + 0.3 * phrase + 0.2 * patch
-        if self.stage.name == "practice":
+        if self.stage.name in ("practice", "withdrawal"):
             for name, heads, layer in (
                 ("late", self.late_heads, recipe.early_layer),
                 ("claim", self.claim_heads, recipe.claim_layer),
@@ -199,6 +211,15 @@ class Trainer:
 
     def _draw(self, rng: np.random.Generator) -> Batch:
         return draw_batch(rng, self.stage.images, self.recipe.text_tokens, self.stage.mix).to(self.device)
+
+    def _seen_layers(self, rng: np.random.Generator) -> Tensor | None:
+        """(images,) number of layers in which the text sees its image, any from the early one to all but one; or all."""
+        if not self.stage.withdrawn:
+            return None
+        layers = self.recipe.geometry.num_layers
+        some = rng.integers(self.recipe.early_layer, layers, self.stage.images)
+        withdrawn = rng.random(self.stage.images) < self.stage.withdrawn
+        return torch.from_numpy(np.where(withdrawn, some, layers)).to(self.device)
 
     def _make_optimizers(self) -> tuple[Optimizer, ...]:
         """For the parameters that the stage trains."""
@@ -264,10 +285,23 @@ class Trainer:
             )
 
 
-def forward(model: DemoLlava, features: Tensor, batch: Batch, read: set[int]) -> dict[int, Tensor]:
-    """Hidden states of the batch's text, as `DemoLlava.hidden_states`, with the vision tokens in the batch's order."""
+def forward(
+    model: DemoLlava, features: Tensor, batch: Batch, read: set[int], seen_layers: Tensor | None = None
+) -> dict[int, Tensor]:
+    """Hidden states of the batch's text, as `DemoLlava.hidden_states`, with the vision tokens in the batch's order.
+
+    `seen_layers`, (batch,), is the number of layers in which the text sees the image, as with a withdrawal there (VTW,
+    sec. 3.3: the text keeps its positions); `None` is all.
+    """
     special = special_ids()
     prefix = torch.tensor([special.bos, special.user], device=features.device)
     shuffled = features.gather(1, batch.order[..., None].expand_as(features))
-    mask = batch.text.mask(PREFIX_TOKENS + features.shape[1])
-    return model.hidden_states(prefix, shuffled, batch.text.ids, batch.positions(), mask, read)
+    before_text = PREFIX_TOKENS + features.shape[1]
+    mask = batch.text.mask(before_text)
+    masks = [mask] * model.geometry.num_layers
+    if seen_layers is not None:
+        blind = mask.clone()
+        blind[..., PREFIX_TOKENS:before_text] = MASKED
+        sees = seen_layers[:, None, None, None]
+        masks = [torch.where(sees > layer, mask, blind) for layer in range(len(masks))]
+    return model.hidden_states(prefix, shuffled, batch.text.ids, batch.positions(), masks, read)
