@@ -257,7 +257,7 @@ def test_pixels_of_all_requests_have_a_bound(patient: bool) -> None:
 
 
 @pytest.mark.parametrize(("images", "visits"), [(1, 1), (2, 4)])
-def test_one_image_is_loaded_in_one_visit_to_a_thread(images: int, visits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_image_takes_one_visit_to_a_thread(images: int, visits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[object] = []
     run = MediaGuard._run
 
@@ -272,7 +272,12 @@ def test_one_image_is_loaded_in_one_visit_to_a_thread(images: int, visits: int, 
 
 def test_a_request_that_ended_while_its_image_was_read_holds_no_pixels(monkeypatch: pytest.MonkeyPatch) -> None:
     opened = ImageFile.open
-    monkeypatch.setattr(ImageFile, "open", lambda content: (time.sleep(0.3), opened(content))[1])
+
+    def slowly(content: bytes) -> ImageFile:
+        time.sleep(0.3)
+        return opened(content)
+
+    monkeypatch.setattr(ImageFile, "open", slowly)
 
     async def run() -> None:
         guard = MediaGuard(Limits())

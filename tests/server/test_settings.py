@@ -10,7 +10,7 @@ import pytest
 from foldserve.reducers.reduction import InvalidReduction, Reduction
 from foldserve.server.access import Access
 from foldserve.server.limits import Limits
-from foldserve.server.settings import Environment, Settings, parse_reduction
+from foldserve.server.settings import Environment, Settings, all_cores, parse_reduction
 
 
 def test_defaults_reduce_nothing() -> None:
@@ -82,6 +82,24 @@ def test_parse_reduction_refuses(text: str) -> None:
 def test_environment_of_an_empty_process() -> None:
     read = Environment.read({"HOME": "/home/someone"})
     assert read == Environment(Path("/home/someone/.cache/foldserve"), None, False, "g++")
+
+
+@pytest.mark.parametrize(
+    ("cores", "env", "chosen"),
+    [
+        (2, {}, {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}),
+        (8, {}, {}),
+        (2, {"OMP_NUM_THREADS": "1"}, {}),
+        (2, {"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"}, {}),
+        (2, {"VLLM_CPU_OMP_THREADS_BIND": "0"}, {}),
+    ],
+    ids=str,
+)
+def test_a_small_machine_computes_on_all_cores(
+    cores: int, env: dict[str, str], chosen: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
+    assert all_cores(env) == chosen
 
 
 def test_environment_as_the_user_set_it() -> None:

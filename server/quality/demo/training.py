@@ -213,7 +213,7 @@ class Trainer:
         return draw_batch(rng, self.stage.images, self.recipe.text_tokens, self.stage.mix).to(self.device)
 
     def _seen_layers(self, rng: np.random.Generator) -> Tensor | None:
-        """(images,) number of layers in which the text sees its image, any from the early one to all but one; or all."""
+        """(images,) number of layers in which the text sees its image, the early one to all but one; or all."""
         if not self.stage.withdrawn:
             return None
         layers = self.recipe.geometry.num_layers
