@@ -17,7 +17,6 @@ import httpx
 import psutil
 
 from foldserve.loadtest.grid import ServerName
-from foldserve.server.settings import all_cores
 
 _HOST = "127.0.0.1"
 _STARTS_WITHIN_S = 1800  # a server that fails to start ends; this is for one that hangs
@@ -70,7 +69,7 @@ class Local:
             port = int(probe.getsockname()[1])
         self.url, self._log = f"http://{_HOST}:{port}", log
         command = [sys.executable, "-m", _MODULES[name], "serve", *options, "--host", _HOST, "--port", str(port)]
-        env = os.environ | all_cores() | ({"VLLM_PLUGINS": ""} if name == "vllm" else {})  # the same cores for both
+        env = os.environ | ({"VLLM_PLUGINS": ""} if name == "vllm" else {})
         log.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         with log.open("a") as out:

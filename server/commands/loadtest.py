@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -103,6 +104,7 @@ def _each(kind: Callable[[str], _T]) -> Callable[[str], tuple[_T, ...]]:
 def _run(args: argparse.Namespace, rest: list[str]) -> None:
     from foldserve.loadtest.command import run
     from foldserve.loadtest.options import Options
+    from foldserve.server.settings import all_cores
 
     given = {k: v for k, v in vars(args).items() if k not in ("run", "takes_engine_options", "fail", "smoke")}
     if "withdraw" in given:
@@ -111,6 +113,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> None:
         from foldserve.server.quality.demo.export import CHECKPOINT
 
         given["model"] = str(CHECKPOINT)
+    os.environ.update(all_cores())  # plain vLLM's server, too, computes where ours does
     try:
         report = run(Options(**(_SMOKE if args.smoke else {}) | given), rest)
     except ValueError as error:

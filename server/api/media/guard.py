@@ -78,12 +78,13 @@ class MediaGuard:
 
     async def _load_one(self, place: Place, budget: Budget, share: Share) -> Any:
         """The usual one image, in one visit to a thread where there is room: each visit costs 0.1 ms."""
-        with place.named():
-            content = None
-            if not data_url.is_data_url(place.url):
-                async with self._in_time("fetched"), open_fetcher(self._policy, budget) as fetcher:
+        content = None
+        if not data_url.is_data_url(place.url):
+            async with self._in_time("fetched"), open_fetcher(self._policy, budget) as fetcher:
+                with place.named():
                     content = await fetcher.get(place.url)
-            async with self._in_time("decoded"):
+        async with self._in_time("decoded"):
+            with place.named():
                 loaded = await self._run(self._load_here, place.url, content, budget, share)
         if not isinstance(loaded, ImageFile):
             return loaded
