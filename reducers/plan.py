@@ -188,6 +188,12 @@ def _fit(reduction: Reduction, geometry: VisionGeometry, removed: int) -> int:
         raise InvalidReduction(
             f"method {name!r} can't keep {reduction.keep_tokens} tokens, the next lower number is {kept}", "keep_tokens"
         )
+    if kept < MIN_KEPT:
+        raise InvalidReduction(
+            f"method {name!r} would leave {kept} of this image's {geometry.tokens} vision tokens, but {MIN_KEPT} have "
+            "to stay: give a smaller ratio",
+            "ratio",
+        )
     if geometry.any_resolution and isqrt(kept) ** 2 != kept:
         below = isqrt(kept) ** 2
         raise InvalidReduction(
