@@ -154,7 +154,7 @@ _SAYS_WHICH_CORES = ("VLLM_CPU_NUM_OF_RESERVED_CPU", "VLLM_CPU_OMP_THREADS_BIND"
 def all_cores(env: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Variables that let vLLM compute on all cores of a small machine, unless the user says on which.
 
-    It keeps one back for its scheduler, which needs a fiftieth of it: on two cores half of the speed, see docs/log.md.
+    It keeps one back for its scheduler, which needs a twentieth of it: on two cores half of the speed, see docs/log.md.
     """
     if len(os.sched_getaffinity(0)) > _FEW_CORES or any(env.get(name) for name in _SAYS_WHICH_CORES):
         return {}

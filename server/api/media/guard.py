@@ -66,9 +66,9 @@ class MediaGuard:
 
     async def _load_all(self, places: Sequence[Place], share: Share) -> list[Any]:
         """All of them, before one is put into the messages: a refusal leaves no pixels there."""
-        budget = Budget(self._limits)
         if not places:
             return []
+        budget = Budget(self._limits)
         if len(places) == 1:
             return [await self._load_one(places[0], budget, share)]
         files = await self._open_all(places, budget)

@@ -200,7 +200,7 @@ class Trainer:
         parts = {"loss": answer, "early": early, "phrase": phrase, "patch": patch}
         right = losses.answers_right(logits.detach(), batch) | phrase_right | patch_right
         total = answer + 0.3 * early + 0.3 * phrase + 0.2 * patch
-        if self.stage.name in ("practice", "withdrawal"):
+        if "claim" in _TRAINED[self.stage.name]:
             for name, heads, layer in (
                 ("late", self.late_heads, recipe.early_layer),
                 ("claim", self.claim_heads, recipe.claim_layer),
