@@ -33,7 +33,7 @@ _LOADED_BY_DEFAULT = (
 )
 _SMALL_MODEL_NAME = "demo"
 _CPU_KV_CACHE_GIB = 4
-_IMAGE_CACHE_GIB, _CPU_IMAGE_CACHE_GIB = 2, 0.5  # is filled twice, here and in the engine; vLLM's default is 4, once
+_CPU_IMAGE_CACHE_GIB = 1
 
 
 SettingsFor = Callable[[str, str | None], Settings]
@@ -93,7 +93,7 @@ def serve_args(
     options.set_defaults(**dict.fromkeys(_OURS_TO_CHOOSE), subparser="serve")
     args: Namespace = options.parse_args(argv)
 
-    choices: dict[str, object] = {"mm_processor_cache_gb": _IMAGE_CACHE_GIB}
+    choices: dict[str, object] = {}
     small = args.model_tag is None and args.model is None
     if small:
         choices |= {"model": str(small_model), "served_model_name": [_SMALL_MODEL_NAME]}

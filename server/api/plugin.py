@@ -17,7 +17,7 @@ from foldserve.server.access import Access
 from foldserve.server.api import metrics as metrics  # registers the metrics before the first scrape
 from foldserve.server.api.auth.guard import Guard
 from foldserve.server.api.auth.keyring import Keyring
-from foldserve.server.api.image_cache import keep_images_here
+from foldserve.server.api.image_cache import note_sent_images
 from foldserve.server.api.lifecycle.arguments import SHARED, Shared
 from foldserve.server.api.lifecycle.hook import LifespanHook
 from foldserve.server.api.lifecycle.state import Lifecycle
@@ -55,7 +55,6 @@ class FoldserveEndpoint:
         config = args.additional_config or {}
         _init_access(engine_client, state, args)
         state.foldserve_turn = asyncio.Lock()
-        keep_images_here(engine_client.renderer)
         limits = Limits.from_config(config.get(CONFIG_KEY, {}).get("limits", {}))
         withdraw_layer = config.get(CONFIG_KEY, {}).get("withdraw_layer")
         state.foldserve_chat = FoldServingChat(
@@ -72,6 +71,7 @@ class FoldserveEndpoint:
             kv_cost=kv_cost(engine_client.vllm_config, withdraw_layer),
             checks=chat_checks(engine_client, limits),
             media=media_guard(engine_client.model_config, limits),
+            sent_images=note_sent_images(engine_client.renderer),
             online_renderer=_renderer(engine_client, state, args),
             request_logger=state.openai_serving_chat.request_logger,
             chat_template=load_chat_template(args.chat_template),

@@ -14,6 +14,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from foldserve.reducers import METHODS
 from foldserve.reducers.reduction import FIELDS, Positions, Reduction
 from foldserve.server.api.errors import InvalidRequest
+from foldserve.server.api.image_cache import OnItsWay
 from foldserve.server.api.usage import VisionTokens
 from foldserve.server.settings import CONFIG_KEY, Settings
 
@@ -71,6 +72,7 @@ class FoldChatRequest(ChatCompletionRequest):
 
     _details: list[str] = PrivateAttr(default_factory=list)
     _vision: VisionTokens | None = PrivateAttr(default=None)
+    _on_its_way: OnItsWay | None = PrivateAttr(default=None)
     _arrived: float = PrivateAttr(default_factory=time.perf_counter)
 
     @model_validator(mode="wrap")

@@ -19,6 +19,7 @@ from vllm.renderers.chat_utils import ConversationMessage
 from foldserve.reducers.plan import Reduction
 from foldserve.server.api import metrics
 from foldserve.server.api.errors import FoldserveError, InvalidRequest, render_event, translate
+from foldserve.server.api.image_cache import OnItsWay, SentImages
 from foldserve.server.api.limits.checks import ChatChecks
 from foldserve.server.api.media.guard import MediaGuard
 from foldserve.server.api.planner import Planner
@@ -45,16 +46,25 @@ class FoldServingChat(OpenAIServingChat):
         kv_cost: of the served model, for the metrics.
         checks: refuse what clients may not ask for.
         media: loads the images.
+        sent_images: gets to know which requests reached the engine.
     """
 
     def __init__(
-        self, *args: Any, planner: Planner, kv_cost: KvCost, checks: ChatChecks, media: MediaGuard, **kwargs: Any
+        self,
+        *args: Any,
+        planner: Planner,
+        kv_cost: KvCost,
+        checks: ChatChecks,
+        media: MediaGuard,
+        sent_images: SentImages | None,
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.checks = checks
         self.media = media
         self.planner = planner
         self.kv_cost = kv_cost
+        self.sent_images = sent_images
 
     async def render_chat_request(
         self, request: FoldChatRequest
@@ -65,6 +75,7 @@ class FoldServingChat(OpenAIServingChat):
         reductions, plans = self.planner.plan(request)
         if any(reduction != _NOTHING for reduction in reductions):
             request.mm_processor_kwargs = {KWARG: [reduction.to_json() for reduction in reductions]}
+        clock = 0 if self.sent_images is None else self.sent_images.clock
         async with self.media.loaded(request.messages):
             rendered = await super().render_chat_request(request)
         if isinstance(rendered, ErrorResponse):  # the one thing that vLLM refuses in this way here
@@ -73,6 +84,8 @@ class FoldServingChat(OpenAIServingChat):
         self.checks.check_prompt(prompt)
         self.planner.check_positions(plans, len(dict(prompt)["prompt_token_ids"]), request)
         request._vision = vision_tokens(plans, prompt, self.planner.withdraw_layer, self.planner.room)
+        if plans and self.sent_images is not None:
+            request._on_its_way = OnItsWay(self.sent_images, dict(prompt)["mm_hashes"]["image"], clock)
         metrics.observe_accepted(request._vision, self.kv_cost)
         return rendered
 
@@ -120,13 +133,21 @@ async def _explained(
 ) -> AsyncGenerator[RequestOutput, None]:
     """Passes outputs on; a refusal that comes only now is put into our words, before vLLM logs or sends its own.
 
-    The engine ends a request, and says no more, whose form of answer it can't compile or follow.
+    The engine ends a request, and says no more, whose form of answer it can't compile or follow. The first output tells
+    that the request's images are in the engine.
     """
+    on_its_way = request._on_its_way
     form = next((name for name in _FORMS if getattr(request, name) is not None), None)
     try:
         async for output in outputs:
-            if form is not None and any(choice.finish_reason == "error" for choice in output.outputs):
-                raise _no_such_form(form)
+            if any(choice.finish_reason == "error" for choice in output.outputs):
+                if on_its_way is not None:
+                    on_its_way.failed()
+                if form is not None:
+                    raise _no_such_form(form)
+            elif on_its_way is not None:
+                on_its_way.arrived()
+            on_its_way = None
             yield output
     except FoldserveError:
         raise

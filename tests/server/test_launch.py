@@ -48,7 +48,7 @@ def test_no_model_serves_the_small_one(parsed: Callable[..., Namespace], capsys:
     said = capsys.readouterr().err
     assert "serving the small demo model" in said
     options = "--dtype float32 --enforce-eager --kv-cache-memory-bytes 2147483648"
-    assert f"--mm-processor-cache-gb 0.5 --model /small/model --served-model-name demo {options}" in said
+    assert f"--model /small/model --served-model-name demo --mm-processor-cache-gb 1 {options}" in said
 
 
 @pytest.mark.parametrize("argv", [("some/model",), ("--model", "some/model"), ("--config", "FILE")], ids=lambda a: a[0])
@@ -101,7 +101,6 @@ def test_on_a_gpu_every_other_choice_is_vllms(parsed: Callable[..., Namespace]) 
         "additional_config",
         "disable_uvicorn_access_log",  # ours has request ids
         "foldserve_shared",
-        "mm_processor_cache_gb",  # it is filled twice
         "shutdown_timeout",
         "subparser",
         "worker_cls",
