@@ -118,12 +118,13 @@ class FoldServingChat(OpenAIServingChat):
         self, request: FoldChatRequest, result_generator: AsyncIterator[RequestOutput], *args: Any, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
         first = True
+        vision = request._vision  # pydantic looks private attributes up slowly
         outputs = _explained(request, result_generator)
         async for event in super().chat_completion_stream_generator(request, outputs, *args, **kwargs):
             if first and not event.startswith('data: {"error"'):
-                metrics.observe_first_token(request._vision, time.perf_counter() - request._arrived)
-            elif request._vision is not None and '"choices":[]' in event:  # unescaped quotes: never inside a text
-                event = _with_vision_tokens(event, request._vision)
+                metrics.observe_first_token(vision, time.perf_counter() - request._arrived)
+            elif vision is not None and '"choices":[]' in event:  # unescaped quotes: never inside a text
+                event = _with_vision_tokens(event, vision)
             first = False
             yield event
 

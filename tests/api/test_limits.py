@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foldserve.server.api.errors import BodyTooLarge, FoldserveError, InvalidRequest, LimitExceeded
+from foldserve.server.api.limits import strict_json
 from foldserve.server.api.limits.body import check_body
 from foldserve.server.api.limits.fields import check_fields
 from foldserve.server.api.limits.special_tokens import SpecialTokens
@@ -56,6 +57,16 @@ def test_damaged_json_is_refused_or_what_the_standard_library_reads(value: Any, 
     except InvalidRequest:
         return
     assert repr(read) == repr(json.loads(bytes(body)))  # repr: 1 and 1.0, 0.0 and -0.0 are not the same
+
+
+NESTED = st.integers(0, 9).map(lambda depth: json.loads("[" * depth + "1" + "]" * depth))
+
+
+@given(JSON | NESTED | st.lists(st.integers() | st.floats()))
+def test_what_is_waved_through_passes_the_checks(value: Any) -> None:
+    for depth in range(1, 10):
+        if strict_json._is_plain(value, depth):
+            strict_json._check(value, Limits(max_json_depth=depth))
 
 
 BAD_JSON: list[tuple[bytes, type[FoldserveError], str, str | None]] = [
@@ -293,6 +304,16 @@ def test_every_text_that_a_template_may_use(special: SpecialTokens) -> None:
     text = json.dumps({**body, "stop": None}, ensure_ascii=False)
     assert not any(token in text for token in special._texts)
     assert readable(text).count("<##IMAGE##>") == 12
+
+
+@given(JSON, st.text("</s>image", max_size=4), st.booleans())
+def test_no_special_token_is_overlooked(special: SpecialTokens, value: Any, text: str, ascii_only: bool) -> None:
+    body = chat({"type": "text", "text": text}, value)
+    raw = json.dumps(body, ensure_ascii=ascii_only).encode()
+    for sent in (raw, raw.replace(b"<", b"\\u003c")):
+        neutral = json.loads(sent)
+        special.neutralise_body(neutral)
+        assert special.may_be_in(sent) or neutral == body
 
 
 @pytest.mark.parametrize("body", [{}, chat("no tokens", "here"), {"messages": 5, "tools": None}], ids=str)

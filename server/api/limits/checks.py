@@ -49,7 +49,8 @@ class ChatChecks:
         if not isinstance(value, dict):
             raise InvalidRequest("the body must be a JSON object")
         check_body(value, self.limits)
-        self.special_tokens.neutralise_body(value)
+        if self.special_tokens.may_be_in(body):
+            self.special_tokens.neutralise_body(value)
         return value
 
     def check(self, request: FoldChatRequest) -> None:

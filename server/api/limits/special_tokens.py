@@ -33,6 +33,7 @@ class SpecialTokens:
         # One character can't be split: such a token is a letter of its tokenizer's, not a command.
         self._texts = sorted(text for text in special | set(placeholders) if len(text) > 1)
         self._firsts = sorted({text[0] for text in self._texts})
+        self._first_bytes = [first.encode() for first in self._firsts] + [b"\\u"]
         self._invisible = self._choose(tokenizer)
 
     def _choose(self, tokenizer: Any) -> str:
@@ -59,6 +60,10 @@ class SpecialTokens:
                 whole = whole[: start + 1] + self._invisible + whole[start + 1 :]
             borders = [border + sum(start + 1 < border for start in starts) for border in borders]
         return [whole[begin:end] for begin, end in zip([0, *borders], borders, strict=False)]
+
+    def may_be_in(self, body: bytes) -> bool:
+        """Whether a chat body as it came holds a character that a special token begins with, perhaps as an escape."""
+        return any(first in body for first in self._first_bytes)
 
     def neutralise_body(self, body: dict[str, Any]) -> None:
         """The same, in place, for every text of a chat body that may get into the prompt."""
