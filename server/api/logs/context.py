@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import random
 import re
+import uuid
 from contextvars import ContextVar
 
 request_id: ContextVar[str | None] = ContextVar("foldserve_request_id", default=None)
@@ -15,9 +15,7 @@ _ACCEPTED = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 def choose_request_id(sent: str | None) -> str:
     """The client's own id where it is harmless in a log and in vLLM's names of requests, or else a new one."""
-    if sent is not None and _ACCEPTED.fullmatch(sent):
-        return sent
-    return f"{random.getrandbits(128):032x}"  # a name, no secret: no need to ask the system
+    return sent if sent is not None and _ACCEPTED.fullmatch(sent) else uuid.uuid4().hex
 
 
 class RequestIdFilter(logging.Filter):
