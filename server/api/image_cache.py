@@ -75,12 +75,12 @@ class SentImages(BaseMultiModalProcessorCache):
         note = self._notes.pop(mm_hash, None)
         if mm_item is None:
             assert note is not None, f"{mm_hash} was found a moment ago"
+            note.prepared = self.clock
             out: MultiModalProcessorCacheOutItem = (None, note.prompt_updates)
         else:
             out = mm_item
             reached = None if note is None else note.reached
             note = _Note(mm_item[1], MultiModalCache.get_item_size(mm_item[0]), self.clock, reached)
-        note.prepared = self.clock
         self._notes[mm_hash] = note
         self.clock += note.size
         self._stats = CacheInfo(self._stats.hits + (mm_item is None), self._stats.total + 1)
