@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.image_processing_backends import TorchvisionBackend
 from transformers.models.llava.processing_llava import LlavaProcessor
 
 from foldserve.reducers.plan import InvalidReduction
@@ -69,6 +70,23 @@ def test_the_short_way_is_taken(checkpoint: Path, monkeypatch: pytest.MonkeyPatc
     assert not calls
     pixels(processors(checkpoint, OPTIONS[1])[0])
     assert len(calls) == 1
+
+
+def test_images_are_scaled_in_planes(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planes = []
+    whole = TorchvisionBackend.normalize
+
+    def watched(self: TorchvisionBackend, image: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        planes.append(image.is_contiguous())
+        return whole(self, image, *args, **kwargs)
+
+    monkeypatch.setattr(TorchvisionBackend, "normalize", watched)
+    ours, stock = processors(checkpoint, {})
+    pixels(ours)
+    assert planes and all(planes)
+    planes.clear()
+    pixels(stock)
+    assert planes and not all(planes)  # the day that it does so itself, ours needs it no more
 
 
 @pytest.mark.parametrize("value", [{"ratio": float("nan")}, {"ratio": 2}, {"ratios": 0.5}, "", 3, {"ratio": object()}])
