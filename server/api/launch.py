@@ -22,7 +22,7 @@ from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memo
 from foldserve.server.api.announce import announce_when_ready
 from foldserve.server.api.lifecycle.arguments import SHARED, Shared, prepare
 from foldserve.server.engine import positions, withdrawal
-from foldserve.server.settings import CONFIG_KEY, Environment, Settings, all_cores
+from foldserve.server.settings import CONFIG_KEY, Environment, Settings, cpu_variables
 
 # Groups that vLLM loads in full unless VLLM_PLUGINS is set. Endpoint plugins it loads only if VLLM_PLUGINS names them.
 _LOADED_BY_DEFAULT = (
@@ -53,7 +53,7 @@ def serve(argv: list[str], settings: Settings | SettingsFor, environment: Enviro
     _check_plugins()
     os.environ["VLLM_PLUGINS"] = ",".join(plugins_to_load(environment))
     if current_platform.is_cpu():
-        os.environ.update(all_cores())
+        os.environ.update(cpu_variables())
     cli_env_setup()
     args = serve_args(argv, settings, environment, small_model)
     command = ServeSubcommand()

@@ -102,9 +102,11 @@ def _each(kind: Callable[[str], _T]) -> Callable[[str], tuple[_T, ...]]:
 
 
 def _run(args: argparse.Namespace, rest: list[str]) -> None:
+    import torch
+
     from foldserve.loadtest.command import run
     from foldserve.loadtest.options import Options
-    from foldserve.server.settings import all_cores
+    from foldserve.server.settings import cpu_variables
 
     given = {k: v for k, v in vars(args).items() if k not in ("run", "takes_engine_options", "fail", "smoke")}
     if "withdraw" in given:
@@ -113,7 +115,8 @@ def _run(args: argparse.Namespace, rest: list[str]) -> None:
         from foldserve.server.quality.demo.export import CHECKPOINT
 
         given["model"] = str(CHECKPOINT)
-    os.environ.update(all_cores())  # plain vLLM's server, too, computes where ours does
+    if not torch.cuda.is_available():
+        os.environ.update(cpu_variables())  # plain vLLM's server, too, computes as ours does
     try:
         report = run(Options(**(_SMOKE if args.smoke else {}) | given), rest)
     except ValueError as error:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import pytest
 from foldserve.reducers.reduction import InvalidReduction, Reduction
 from foldserve.server.access import Access
 from foldserve.server.limits import Limits
-from foldserve.server.settings import Environment, Settings, all_cores, parse_reduction
+from foldserve.server.settings import Environment, Settings, cpu_variables, parse_reduction
 
 
 def test_defaults_reduce_nothing() -> None:
@@ -84,22 +87,52 @@ def test_environment_of_an_empty_process() -> None:
     assert read == Environment(Path("/home/someone/.cache/foldserve"), None, False, "g++")
 
 
+ALL_CORES = {"VLLM_CPU_NUM_OF_RESERVED_CPU"}
+KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"}
+
+
 @pytest.mark.parametrize(
     ("cores", "env", "chosen"),
     [
-        (2, {}, {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0"}),
-        (8, {}, {}),
-        (2, {"OMP_NUM_THREADS": "1"}, {}),
-        (2, {"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"}, {}),
-        (2, {"VLLM_CPU_OMP_THREADS_BIND": "0"}, {}),
+        (2, {}, ALL_CORES | KEPT_MEMORY),
+        (8, {}, KEPT_MEMORY),
+        (2, {"OMP_NUM_THREADS": "1"}, KEPT_MEMORY),
+        (2, {"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"}, KEPT_MEMORY),
+        (2, {"VLLM_CPU_OMP_THREADS_BIND": "0"}, KEPT_MEMORY),
+        (2, {"LD_PRELOAD": "libtcmalloc.so"}, ALL_CORES),
+        (2, {"MALLOC_TOP_PAD_": "0"}, ALL_CORES),
+        (2, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}, ALL_CORES),
     ],
     ids=str,
 )
-def test_a_small_machine_computes_on_all_cores(
-    cores: int, env: dict[str, str], chosen: dict[str, str], monkeypatch: pytest.MonkeyPatch
+def test_what_a_cpu_needs_is_set_unless_the_user_says_something(
+    cores: int, env: dict[str, str], chosen: set[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
-    assert all_cores(env) == chosen
+    assert set(cpu_variables(env)) == chosen
+
+
+def test_memory_that_was_freed_is_used_again() -> None:
+    """By glibc, with the variables as they are written."""
+    code = """
+import ctypes, resource, torch
+assert ctypes.CDLL(None).prctl(41, 1, 0, 0, 0) == 0  # PR_SET_THP_DISABLE: count small pages
+pages = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+x = torch.ones(2**24)  # 64 MB: above what glibc ever keeps by itself
+for step in range(24):
+    if step == 16:  # glibc finds a place of that size where several lie together
+        before = pages()
+    y = x + 1
+    del y
+print(pages() - before)
+"""
+
+    def new_pages(variables: dict[str, str]) -> int:
+        env = {name: value for name, value in os.environ.items() if name not in KEPT_MEMORY} | variables
+        return int(subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, check=True).stdout)
+
+    kept = {name: value for name, value in cpu_variables({}).items() if name in KEPT_MEMORY}
+    assert new_pages(kept) < new_pages({}) / 4
 
 
 def test_environment_as_the_user_set_it() -> None:
