@@ -161,7 +161,8 @@ def cpu_variables(env: Mapping[str, str] = os.environ) -> dict[str, str]:
 def _all_cores(env: Mapping[str, str]) -> dict[str, str]:
     """All cores of a small machine compute.
 
-    vLLM keeps one back for its scheduler, which needs a twentieth of it: on two cores half of the speed, see docs/log.md.
+    vLLM keeps one back for its scheduler, which needs a twentieth of it: of two that is half of the speed, see
+    docs/log.md.
     """
     if len(os.sched_getaffinity(0)) > _FEW_CORES or any(env.get(name) for name in _SAYS_WHICH_CORES):
         return {}
