@@ -135,8 +135,8 @@ def _in_planes(image_processor: Any) -> Any:
         return image_processor
     changed = copy.copy(image_processor)
 
-    def rescale_and_normalize(images: torch.Tensor, *args: Any) -> torch.Tensor:
-        return image_processor.rescale_and_normalize(images.contiguous(), *args)
+    def rescale_and_normalize(images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return image_processor.rescale_and_normalize(images.contiguous(), *args, **kwargs)
 
     changed.rescale_and_normalize = rescale_and_normalize
     return changed
