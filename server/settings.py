@@ -173,8 +173,8 @@ def _kept_memory(env: Mapping[str, str]) -> dict[str, str]:
     """glibc keeps what a process frees, for its next tensor of that size.
 
     It gives large blocks back otherwise, always or depending on what lies behind them, and a page touched for the first
-    time costs more than to add to it: up to a third of a step, see docs/log.md. The calling process isn't changed, those
-    that it starts are.
+    time costs more than to add to it: up to a third of a step, see docs/log.md. This holds for processes that are
+    started, not for the calling one.
     """
     if any(env.get(name) for name in (*_SAYS_WHICH_ALLOCATOR, *_KEEP_MEMORY)):
         return {}
