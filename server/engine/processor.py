@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -12,7 +11,6 @@ from zlib import crc32
 
 import torch
 from transformers import BatchFeature
-from transformers.image_processing_backends import TorchvisionBackend
 from vllm.inputs import MultiModalHashes
 from vllm.model_executor.models.llava import LlavaMultiModalProcessor
 from vllm.multimodal.hasher import MultiModalHasher
@@ -24,6 +22,7 @@ from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, make_plan
 from foldserve.server.engine import positions
 from foldserve.server.engine.geometry import vision_geometry
+from foldserve.server.engine.pixels import Normalize, leaving_bytes
 from foldserve.server.engine.withdrawal import mark, unmark
 
 KWARG = "foldserve"
@@ -41,7 +40,7 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
     - takes `mm_processor_kwargs["foldserve"]` before the HF processor sees it;
     - adds each image's plan to its multimodal data;
     - has images without text or options of their own processed by the image part of the HF processor alone: the rest
-      sorts keyword arguments, which takes longer than the image; and in planes, see `_in_planes`;
+      sorts keyword arguments, which takes longer than the image. They stay bytes where they can, see `pixels`;
     - expands `plan.kept` placeholders per image;
     - makes the plan part of the image's hash, hence of the processor, encoder and prefix caches, unless it is the
       identity: then everything is as in vLLM.
@@ -52,7 +51,7 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         processed = super()._apply_hf_processor_main(mm_items, _without_ours(hf_kwargs))
         if plans:
             images = zip(plans, processed["pixel_values"], strict=True)
-            seeded = [plan.with_seed(_seed(pixels)) if plan.is_seeded else plan for plan, pixels in images]
+            seeded = [plan.with_seed(self._seed(pixels)) if plan.is_seeded else plan for plan, pixels in images]
             processed[PLAN_FIELD] = torch.tensor([plan.to_ints() for plan in seeded])  # (images, ints)
         return processed
 
@@ -113,33 +112,24 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
             raise InvalidReduction("only images can be reduced, by a CLIP or SigLIP tower, not embeddings", param="")
         return []
 
+    def _seed(self, pixels: torch.Tensor) -> int:
+        """A number that only an image's own pixels decide, as the tower sees them."""
+        if pixels.dtype == torch.uint8:
+            image_processor, dtype = self.info.get_hf_processor().image_processor, self.info.ctx.model_config.dtype
+            pixels = Normalize(image_processor, dtype)(pixels)
+        return crc32(pixels.float().contiguous().numpy().data)
+
     @cached_property
     def _image_processor(self) -> Any:
         """The image part of the HF processor; None where the operator gave options, which may be for other parts."""
         if self.info.ctx.get_merged_mm_kwargs({}):
             return None
-        return _in_planes(self.info.get_hf_processor().image_processor)
+        image_processor = self.info.get_hf_processor().image_processor
+        return leaving_bytes(image_processor) or image_processor
 
     @cached_property  # a config is slow to read, and plans are made several times per request
     def _geometry(self) -> VisionGeometry | None:
         return vision_geometry(self.info.get_hf_config())
-
-
-def _in_planes(image_processor: Any) -> Any:
-    """An image processor that scales and normalizes an image as three planes, with the same result.
-
-    Those of Hugging Face work on the pixels in PIL's order, one colour beside the other, where torch has no fast way to
-    take another mean from each. Resizing is faster in that order, so it is changed only then.
-    """
-    if not isinstance(image_processor, TorchvisionBackend):
-        return image_processor
-    changed = copy.copy(image_processor)
-
-    def rescale_and_normalize(images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return image_processor.rescale_and_normalize(images.contiguous(), *args, **kwargs)
-
-    changed.rescale_and_normalize = rescale_and_normalize
-    return changed
 
 
 def parse_reductions(value: object, count: int) -> list[Reduction]:
@@ -162,11 +152,6 @@ def _parse(text: str) -> Reduction:
 
 def _text(value: object) -> str:
     return json.dumps(value, default=repr)  # what is no JSON is no reduction either
-
-
-def _seed(pixels: torch.Tensor) -> int:
-    """A number that only an image's own pixels decide, as the tower sees them."""
-    return crc32(pixels.float().contiguous().numpy().data)
 
 
 def _without_ours(kwargs: _Kwargs) -> _Kwargs:

@@ -59,7 +59,7 @@ class Study(KLProbe):
 def _pixels(model: Any, prompt: Prompt) -> Tensor:
     device = next(model.parameters()).device
     ((_, _, kwargs),) = group_and_batch_mm_kwargs([("image", item) for item in prompt.images], device=device)
-    pixels: Tensor = kwargs["pixel_values"]
+    pixels: Tensor = model.normalized(kwargs["pixel_values"])
     return pixels.to(next(model.vision_tower.parameters()).dtype)
 
 

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from transformers.image_processing_backends import TorchvisionBackend
+from transformers import BatchFeature, CLIPImageProcessor, SiglipImageProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_llava import LlavaImageProcessor
 from transformers.models.llava.processing_llava import LlavaProcessor
 
 from foldserve.reducers.plan import InvalidReduction
+from foldserve.server.engine.pixels import Normalize, leaving_bytes
 from foldserve.server.engine.processor import parse_reductions
 from tests import siglip_checkpoint
 from tests.images import photo
@@ -38,6 +41,13 @@ def processors(checkpoint: Path, options: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def pixels(processor: Any, **asked: Any) -> Any:
+    """What the tower gets."""
+    normalize = Normalize(processor.info.get_hf_processor().image_processor, torch.float32)
+    return [normalize(image) if image.dtype == torch.uint8 else image for image in raw(processor, **asked)]
+
+
+def raw(processor: Any, **asked: Any) -> Any:
+    """What goes to the engine."""
     items = processor.info.parse_mm_data({"image": IMAGES})
     prompt = processor.info.get_tokenizer().encode("<image> and <image> and <image>")
     inputs = processor(prompt, items, hf_processor_mm_kwargs=asked)
@@ -72,21 +82,45 @@ def test_the_short_way_is_taken(checkpoint: Path, monkeypatch: pytest.MonkeyPatc
     assert len(calls) == 1
 
 
-def test_images_are_scaled_in_planes(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    planes = []
-    whole = TorchvisionBackend.normalize
+class Softened(CLIPImageProcessor):
+    """Does more with a normalized image than others."""
 
-    def watched(self: TorchvisionBackend, image: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        planes.append(image.is_contiguous())
-        return whole(self, image, *args, **kwargs)
+    def rescale_and_normalize(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return super().rescale_and_normalize(*args, **kwargs) / 2
 
-    monkeypatch.setattr(TorchvisionBackend, "normalize", watched)
+
+class Padded(CLIPImageProcessor):
+    """Adds a border after normalizing: nothing in the bytes stands for its zeros."""
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> BatchFeature:
+        done = super()._preprocess(*args, **kwargs)
+        return BatchFeature({"pixel_values": torch.nn.functional.pad(done["pixel_values"], (1, 1, 1, 1))})
+
+
+@pytest.mark.parametrize(
+    "kind, options, splits",
+    [
+        (CLIPImageProcessor, {}, True),
+        (CLIPImageProcessor, {"rescale_factor": 1 / 128}, True),
+        (SiglipImageProcessor, {}, True),
+        (LlavaImageProcessor, {"do_pad": True}, True),
+        (CLIPImageProcessor, {"do_normalize": False}, False),
+        (CLIPImageProcessor, {"do_rescale": False}, False),
+        (CLIPImageProcessorPil, {}, False),
+        (Softened, {}, False),
+        (Padded, {}, False),
+    ],
+)
+def test_only_what_gives_the_same_is_split(kind: Any, options: dict[str, Any], splits: bool) -> None:
+    assert (leaving_bytes(kind(**options)) is not None) == splits
+
+
+def test_images_travel_as_bytes(checkpoint: Path) -> None:
     ours, stock = processors(checkpoint, {})
-    pixels(ours)
-    assert planes and all(planes)
-    planes.clear()
-    pixels(stock)
-    assert planes and not all(planes)  # the day that it does so itself, ours needs it no more
+    for image in raw(ours):
+        assert image.dtype == torch.uint8 and image.is_contiguous()
+    assert {image.dtype for image in raw(stock)} == {torch.float32}
+    assert {image.dtype for image in raw(processors(checkpoint, OPTIONS[1])[0])} == {torch.float32}
 
 
 @pytest.mark.parametrize("value", [{"ratio": float("nan")}, {"ratio": 2}, {"ratios": 0.5}, "", 3, {"ratio": object()}])
