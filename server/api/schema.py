@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Annotated, Any, ClassVar
 
@@ -62,6 +62,25 @@ class Defaults:
         )
 
 
+@dataclass(slots=True)
+class Progress:
+    """What is known of a request while it is worked on.
+
+    Attributes:
+        details: `image_url.detail` of each image.
+        arrived: by `time.perf_counter`.
+        vision: what its images cost, once they are planned.
+        on_its_way: to the engine, with images that it may hold later.
+        answered: its last output has come from the engine.
+    """
+
+    details: list[str] = field(default_factory=list)
+    arrived: float = field(default_factory=time.perf_counter)
+    vision: VisionTokens | None = None
+    on_its_way: OnItsWay | None = None
+    answered: bool = False
+
+
 class FoldChatRequest(ChatCompletionRequest):
     """vLLM's chat request with `reduction` and its short form `reduction_ratio`."""
 
@@ -70,10 +89,7 @@ class FoldChatRequest(ChatCompletionRequest):
     reduction: Annotated[Reduction | None, PlainValidator(_parse_reduction), WithJsonSchema(_REDUCTION_SCHEMA)] = None
     reduction_ratio: Annotated[Reduction | None, PlainValidator(_parse_ratio), WithJsonSchema(_RATIO_SCHEMA)] = None
 
-    _details: list[str] = PrivateAttr(default_factory=list)
-    _vision: VisionTokens | None = PrivateAttr(default=None)
-    _on_its_way: OnItsWay | None = PrivateAttr(default=None)
-    _arrived: float = PrivateAttr(default_factory=time.perf_counter)
+    _progress: Progress = PrivateAttr(default_factory=lambda: Progress())  # one: pydantic looks it up slowly
 
     @model_validator(mode="wrap")
     @classmethod
@@ -86,19 +102,24 @@ class FoldChatRequest(ChatCompletionRequest):
                 "both `reduction` and `reduction_ratio` came: the latter is short for `reduction.ratio`, send one",
                 "reduction_ratio",
             )
-        request._details = details
+        request._progress.details = details
         return request
 
     @property
+    def progress(self) -> Progress:
+        return self._progress
+
+    @property
     def has_images(self) -> bool:
-        return bool(self._details)
+        return bool(self._progress.details)
 
     def image_reductions(self, defaults: Defaults) -> list[Reduction]:
         """One reduction per image, in prompt order: the explicit one, or else what the image's `detail` says."""
         explicit = self.reduction if self.reduction is not None else self.reduction_ratio
+        details = self._progress.details
         if explicit is not None:
-            return [explicit] * len(self._details)
-        return [defaults.by_detail[detail] for detail in self._details]
+            return [explicit] * len(details)
+        return [defaults.by_detail[detail] for detail in details]
 
 
 def _image_details(body: Mapping[str, Any]) -> Iterator[str]:

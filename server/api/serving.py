@@ -23,7 +23,7 @@ from foldserve.server.api.image_cache import OnItsWay, SentImages
 from foldserve.server.api.limits.checks import ChatChecks
 from foldserve.server.api.media.guard import MediaGuard
 from foldserve.server.api.planner import Planner
-from foldserve.server.api.schema import FoldChatRequest
+from foldserve.server.api.schema import FoldChatRequest, Progress
 from foldserve.server.api.usage import VisionTokens, vision_tokens
 from foldserve.server.engine.kv_cost import KvCost
 from foldserve.server.engine.processor import KWARG
@@ -83,10 +83,11 @@ class FoldServingChat(OpenAIServingChat):
         (prompt,) = rendered[1]
         self.checks.check_prompt(prompt)
         self.planner.check_positions(plans, len(dict(prompt)["prompt_token_ids"]), request)
-        request._vision = vision_tokens(plans, prompt, self.planner.withdraw_layer, self.planner.room)
+        progress = request.progress
+        progress.vision = vision_tokens(plans, prompt, self.planner.withdraw_layer, self.planner.room)
         if plans and self.sent_images is not None:
-            request._on_its_way = OnItsWay(self.sent_images, dict(prompt)["mm_hashes"]["image"], clock)
-        metrics.observe_accepted(request._vision, self.kv_cost)
+            progress.on_its_way = OnItsWay(self.sent_images, dict(prompt)["mm_hashes"]["image"], clock)
+        metrics.observe_accepted(progress.vision, self.kv_cost)
         return rendered
 
     def create_streaming_error_response(
@@ -107,26 +108,34 @@ class FoldServingChat(OpenAIServingChat):
         *args: Any,
         **kwargs: Any,
     ) -> ErrorResponse | ChatCompletionResponse:
-        response = await super().chat_completion_full_generator(
-            request, _timing_first_token(request, _explained(request, result_generator)), *args, **kwargs
-        )
-        if isinstance(response, ChatCompletionResponse) and request._vision is not None:
-            response.usage.vision_tokens = request._vision.to_json()
+        progress = request.progress
+        outputs = _timing_first_token(progress, _explained(request, result_generator))
+        response = await super().chat_completion_full_generator(request, outputs, *args, **kwargs)
+        if isinstance(response, ChatCompletionResponse) and progress.vision is not None:
+            response.usage.vision_tokens = progress.vision.to_json()
         return response
 
     async def chat_completion_stream_generator(
         self, request: FoldChatRequest, result_generator: AsyncIterator[RequestOutput], *args: Any, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
-        first = True
-        vision = request._vision  # pydantic looks private attributes up slowly
+        """Events that come without a wait between them are sent as one: the role with the first text, and the end."""
+        progress = request.progress
         outputs = _explained(request, result_generator)
+        held, first = "", True
         async for event in super().chat_completion_stream_generator(request, outputs, *args, **kwargs):
-            if first and not event.startswith('data: {"error"'):
-                metrics.observe_first_token(vision, time.perf_counter() - request._arrived)
-            elif vision is not None and '"choices":[]' in event:  # unescaped quotes: never inside a text
-                event = _with_vision_tokens(event, vision)
-            first = False
-            yield event
+            if first:
+                first, held = False, event
+                if not event.startswith('data: {"error"'):
+                    metrics.observe_first_token(progress.vision, time.perf_counter() - progress.arrived)
+            elif not progress.answered:
+                yield held + event
+                held = ""
+            elif progress.vision is not None and '"choices":[]' in event:  # unescaped quotes: never inside a text
+                held += _with_vision_tokens(event, progress.vision)
+            else:
+                held += event
+        if held:
+            yield held
 
 
 async def _explained(
@@ -137,7 +146,8 @@ async def _explained(
     The engine ends a request, and says no more, whose form of answer it can't compile or follow. The first output tells
     that the request's images are in the engine.
     """
-    on_its_way = request._on_its_way
+    progress = request.progress
+    on_its_way = progress.on_its_way
     form = next((name for name in _FORMS if getattr(request, name) is not None), None)
     try:
         async for output in outputs:
@@ -149,6 +159,7 @@ async def _explained(
             elif on_its_way is not None:
                 on_its_way.arrived()
             on_its_way = None
+            progress.answered = output.finished
             yield output
     except FoldserveError:
         raise
@@ -162,20 +173,18 @@ def _no_such_form(name: str) -> InvalidRequest:
 
 
 async def _timing_first_token(
-    request: FoldChatRequest, outputs: AsyncIterator[RequestOutput]
+    progress: Progress, outputs: AsyncIterator[RequestOutput]
 ) -> AsyncGenerator[RequestOutput, None]:
     """Passes outputs on; the engine reports the first token's latency since it got the request."""
     started = time.perf_counter()
     async for output in outputs:
         latency = getattr(output.metrics, "first_token_latency", 0.0)
         if output.finished and latency:
-            metrics.observe_first_token(request._vision, started - request._arrived + latency)
+            metrics.observe_first_token(progress.vision, started - progress.arrived + latency)
         yield output
 
 
 def _with_vision_tokens(event: str, vision: VisionTokens) -> str:
-    """The usage chunk of a stream with `vision_tokens`."""
-    chunk = json.loads(event.removeprefix("data: "))
-    if chunk.get("usage"):
-        chunk["usage"]["vision_tokens"] = vision.to_json()
-    return f"data: {json.dumps(chunk, separators=(',', ':'))}\n\n"
+    """The usage chunk of a stream with `vision_tokens`; put in as text, for no text of a user's is in it."""
+    tokens = json.dumps(vision.to_json(), separators=(",", ":"))
+    return event.replace('"usage":{', f'"usage":{{"vision_tokens":{tokens},', 1)

@@ -58,5 +58,5 @@ def leaving_bytes(image_processor: Any) -> Any | None:
 
 
 def _planes(images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """Three planes: the image comes in PIL's order, one colour of a pixel beside the other, which is quick to resize."""
+    """As three planes: it comes in PIL's order, one colour of a pixel beside the other, which is quick to resize."""
     return images.contiguous()

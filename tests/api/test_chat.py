@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -102,6 +103,34 @@ def test_stream_is_the_same_answer_and_ends_with_usage(client: openai.OpenAI) ->
 def test_stream_without_usage_carries_none(client: openai.OpenAI) -> None:
     chunks = list(ask(client, image_part(2), extra={"reduction_ratio": 0.5}, stream=True))
     assert all(chunk.usage is None and chunk.choices for chunk in chunks)
+
+
+def written(url: str, max_tokens: int) -> list[list[dict[str, Any]]]:
+    """The events of each piece that the server wrote of a stream: uvicorn makes an HTTP chunk of each."""
+    body = {"model": "tiny", "messages": [{"role": "user", "content": [image_part(2), TEXT]}], "max_tokens": max_tokens}
+    body |= {"stream": True, "stream_options": {"include_usage": True}, "temperature": 0}
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=60)
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), {"Content-Type": "application/json"})
+    raw = connection.getresponse().fp
+    pieces = []
+    while size := int(raw.readline(), 16):
+        pieces.append(raw.read(size).decode().removesuffix("\n\n").split("\n\n"))
+        raw.readline()
+    connection.close()
+    assert pieces[-1].pop() == "data: [DONE]"
+    return [[json.loads(event.removeprefix("data: ")) for event in piece] for piece in pieces]
+
+
+def test_what_comes_together_is_written_together(server_url: str) -> None:
+    """The role with the first token, the last token with usage and end; each token at once."""
+    (only,) = written(server_url, 1)
+    assert [len(event["choices"]) for event in only] == [1, 1, 0]
+    *others, last = written(server_url, 3)  # as many as the event loop saw the engine's outputs one by one
+    assert [event["choices"][0]["finish_reason"] for event in last[-2:-1]] == ["length"]
+    assert last[-1]["usage"]["vision_tokens"] == expected(0)
+    for number, piece in enumerate([*others, last[:-1]]):
+        roles = [event["choices"][0]["delta"].get("role") for event in piece]
+        assert roles == (["assistant", None] if number == 0 else [None])
 
 
 def test_image_over_http(client: openai.OpenAI, image_url: str) -> None:

@@ -116,7 +116,7 @@ def test_what_the_engine_does_not_explain(
 
     async def outputs() -> AsyncIterator[Any]:
         for reason in (*before, "error"):
-            yield SimpleNamespace(outputs=[SimpleNamespace(finish_reason=reason)])
+            yield SimpleNamespace(outputs=[SimpleNamespace(finish_reason=reason)], finished=reason is not None)
 
     async def read() -> int:
         return len([output async for output in _explained(request, outputs())])
