@@ -80,7 +80,7 @@ def match(metric: Tensor, *, class_token: bool = False, penalty: Tensor | None =
         score: (B, even), at least fp32: cosine to the partner, less the penalty; -inf for the class token.
         partner: (B, even) int64, index among the odd tokens, of equals the first.
     """
-    metric = F.normalize(at_least_fp32(metric), dim=-1)
+    metric = _aligned(F.normalize(at_least_fp32(metric), dim=-1))
     with true_fp32():
         cosine = metric[:, 0::2] @ metric[:, 1::2].mT  # (B, even, odd)
     score, partner = cosine.max(dim=-1)
@@ -89,6 +89,16 @@ def match(metric: Tensor, *, class_token: bool = False, penalty: Tensor | None =
     if class_token:
         score[:, 0] = -torch.inf
     return score, partner
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """(..., d) with zeros up to a multiple of 16 columns, which models have: every row begins at a cache line then.
+
+    BLAS may round otherwise where a matrix does not, and equal tokens would go other ways in another place of the batch:
+    seen on a CPU of AMD's with odd widths.
+    """
+    missing = -x.shape[-1] % 16
+    return F.pad(x, (0, missing)) if missing else x
 
 
 @Op
