@@ -94,8 +94,8 @@ def match(metric: Tensor, *, class_token: bool = False, penalty: Tensor | None =
 def _aligned(x: Tensor) -> Tensor:
     """(..., d) with zeros up to a multiple of 16 columns, which models have: every row begins at a cache line then.
 
-    BLAS may round otherwise where a matrix does not, and equal tokens would go other ways in another place of the batch:
-    seen on a CPU of AMD's with odd widths.
+    BLAS may round otherwise where a matrix does not, and equal tokens would go other ways in another place of the
+    batch: seen on a CPU of AMD's with odd widths.
     """
     missing = -x.shape[-1] % 16
     return F.pad(x, (0, missing)) if missing else x

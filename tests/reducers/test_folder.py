@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -118,6 +118,9 @@ def test_order(batch: Batch) -> None:
         assert (source[:, even:].diff(dim=1) > 0).all()
 
 
+@example(
+    random_batch(make_plan(Reduction("folder", keep_tokens=2), clip(10)), images=2, width=17, seed=172, distinct=1)
+)
 @given(batches())
 def test_same_bits_again_alone_and_in_any_order(batch: Batch) -> None:
     reduced = batch.reduce()
