@@ -91,10 +91,13 @@ def test_counts_and_sizes(batch: Batch) -> None:
 def test_tokens_are_means_of_their_groups(batch: Batch) -> None:
     tokens, sizes, _, group = batch.reduce()
     member = group.unsqueeze(1) == torch.arange(batch.plan.kept).unsqueeze(1)  # (B, n_out, n)
-    means = member.double() @ batch.patches.double() / sizes.unsqueeze(-1)
-    torch.testing.assert_close(tokens.double(), means, atol=1e-6, rtol=1e-6)
-    weighted = (sizes.unsqueeze(-1) * tokens.double()).sum(dim=1)
-    torch.testing.assert_close(weighted, batch.patches.double().sum(dim=1), atol=1e-5, rtol=1e-6)
+    patches, each = batch.patches.double(), sizes.unsqueeze(-1)
+    means = member.double() @ patches / each
+    # of a sum in order and its division: Higham, Accuracy and Stability of Numerical Algorithms, section 4.2
+    bound = (each + 1) * 2**-24 * (member.double() @ patches.abs() / each)
+    assert ((tokens.double() - means).abs() <= bound).all()
+    weighted = (each * tokens.double()).sum(dim=1)
+    assert ((weighted - patches.sum(dim=1)).abs() <= (each * bound).sum(dim=1) + 1e-12).all()
 
 
 @given(batches())
