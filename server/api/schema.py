@@ -89,7 +89,7 @@ class FoldChatRequest(ChatCompletionRequest):
     reduction: Annotated[Reduction | None, PlainValidator(_parse_reduction), WithJsonSchema(_REDUCTION_SCHEMA)] = None
     reduction_ratio: Annotated[Reduction | None, PlainValidator(_parse_ratio), WithJsonSchema(_RATIO_SCHEMA)] = None
 
-    _progress: Progress = PrivateAttr(default_factory=lambda: Progress())  # one: pydantic looks it up slowly
+    _progress: Progress = PrivateAttr(default_factory=Progress)  # one: pydantic looks it up slowly
 
     @model_validator(mode="wrap")
     @classmethod
