@@ -74,7 +74,8 @@ def _settings(options: Options, engine_options: Sequence[str], load: Sequence[fl
         "workload": f"{workload}; {options.words} words a question, {options.answer_tokens} output tokens",
         "images": f"{options.images.name if options.images else f'{options.image_size} px, generated'}, {images}",
         "blocks": f"{options.requests} requests, {options.rounds} rounds (ABBA), "
-        f"{'servers side by side' if options.beside else 'one server at a time'}",
+        f"{'servers side by side' if options.beside else 'one server at a time'}"
+        f"{', started anew for every round' if options.restart and not options.url else ''}",
         "server options": " ".join(engine_options) or "none",
         "machine": f"{psutil.cpu_count()} CPUs, {psutil.virtual_memory().total / 2**30:.0f} GiB, "
         f"load average {load[0]:.1f} before and {load[-1]:.1f} after",

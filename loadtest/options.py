@@ -22,6 +22,7 @@ class Options:
         url, control_url: of servers that run already: ours, and a plain vLLM.
         control: a plain vLLM with the same options is started too.
         beside: both are up at the same time.
+        restart: servers are started anew for every round, so that intervals hold what differs from start to start.
         methods, ratios, withdraw: of the grid; ratio 0 is measured in any case.
         concurrency, rate: of the grid; the latter in requests/s.
         workload: a name from `WORKLOADS`.
@@ -49,6 +50,7 @@ class Options:
     control_url: str | None = None
     control: bool = True
     beside: bool = False
+    restart: bool = True
     methods: Sequence[str] = ("folder",)
     ratios: Sequence[float] = (0.25, 0.5, 0.66, 0.75, 0.9)
     withdraw: Sequence[bool] = (False,)

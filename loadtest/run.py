@@ -59,9 +59,13 @@ class Runner:
             ValueError: a server refuses a variant.
         """
         bar = tqdm(total=len(blocks) * self.requests, unit="req", desc="foldserve loadtest")
+        started_for = None
         for number, block in enumerate(blocks):
             if block.key not in journal:
                 bar.set_postfix_str(block.key)
+                if self._options.restart and block.round != started_for:
+                    self._fleet.stop()
+                    started_for = block.round
                 server, is_new = self._fleet.get(block.point.variant.server)
                 if is_new or server.url not in self._models:
                     self._warm_up(server, [v for v in variants if v.server == block.point.variant.server])

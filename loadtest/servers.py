@@ -34,9 +34,6 @@ class Server(Protocol):
     def cpu_s(self) -> dict[str, float]:
         """Time on a CPU so far, by kind of process; empty where it can't be seen."""
 
-    def stop(self) -> None:
-        """Ends what was started here."""
-
 
 @dataclass(frozen=True, slots=True)
 class Remote:
@@ -46,9 +43,6 @@ class Remote:
 
     def cpu_s(self) -> dict[str, float]:
         return {}
-
-    def stop(self) -> None:
-        """It is not ours."""
 
 
 class Local:
@@ -136,21 +130,21 @@ class Fleet:
         beside: bool,
     ) -> None:
         self._options, self._logs, self._beside = options, logs, beside
-        self._running: dict[ServerName, Server] = {name: Remote(url) for name, url in urls.items()}
+        self._given = {name: Remote(url) for name, url in urls.items()}
+        self._started: dict[ServerName, Local] = {}
 
     def get(self, name: ServerName) -> tuple[Server, bool]:
         """The server, and whether it has just been started."""
-        if name in self._running:
-            return self._running[name], False
+        if name in self._given:
+            return self._given[name], False
+        if name in self._started:
+            return self._started[name], False
         if not self._beside:
-            self._stop_started()
-        self._running[name] = Local(name, self._options[name], self._logs / f"{name}.log")
-        return self._running[name], True
+            self.stop()
+        self._started[name] = Local(name, self._options[name], self._logs / f"{name}.log")
+        return self._started[name], True
 
     def stop(self) -> None:
-        """Ends all that were started."""
-        self._stop_started()
-
-    def _stop_started(self) -> None:
-        for name in [name for name in self._running if name in self._options]:
-            self._running.pop(name).stop()
+        """Ends all that were started; one that is asked for again is started again."""
+        while self._started:
+            self._started.popitem()[1].stop()

@@ -55,6 +55,7 @@ def _add_servers(add: Callable[..., Any]) -> None:
     add("--control-url", metavar="URL", help="a running plain vLLM, as the control")
     add("--no-control", dest="control", action="store_false", help="start no plain vLLM")
     add("--beside", action="store_true", help="both servers up at once (default: one after the other, in every round)")
+    add("--no-restart", dest="restart", action="store_false", help="start servers once, not anew for every round")
     add("--withdraw-layer", type=int, metavar="K", help="of the server that is started")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from foldserve.loadtest import servers
 from foldserve.loadtest.command import run
 from foldserve.loadtest.grid import Block, schedule
 from foldserve.loadtest.options import Options
@@ -34,6 +35,14 @@ def write_trace(file: Path, *questions: str) -> Path:
     ]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file
+
+
+def answered(requests: int) -> Sent:
+    """Each in a second, with two tokens."""
+    times, tokens = [1.0] * requests, [2] * requests
+    return Sent(
+        start_s=times, ttft_s=times, e2e_s=times, itl_s=[], prompt_tokens=tokens, output_tokens=tokens, errors=[]
+    )
 
 
 def test_a_trace_is_replayed_at_its_times(fake: Fake, tmp_path: Path) -> None:
@@ -83,11 +92,7 @@ def test_blocks_that_are_there_are_left_alone(fake: Fake, tmp_path: Path) -> Non
         asked.append(block.key)
         images.extend(chat[0]["content"][0]["image_url"]["url"] for chat in chats)
         assert (url, model, body["max_completion_tokens"]) == (fake.url, "fake", 16)
-        times = [1.0] * len(chats)
-        tokens = [2] * len(chats)
-        return Sent(
-            start_s=times, ttft_s=times, e2e_s=times, itl_s=[], prompt_tokens=tokens, output_tokens=tokens, errors=[]
-        )
+        return answered(len(chats))
 
     variants, loads = options.grid()
     blocks = schedule(variants, loads, 2, beside=False)
@@ -99,6 +104,58 @@ def test_blocks_that_are_there_are_left_alone(fake: Fake, tmp_path: Path) -> Non
     assert asked == [blocks[0].key, blocks[2].key, blocks[3].key]
     assert len(set(images)) == len(images) == 9
     assert all(block.key in journal for block in blocks)
+
+
+@pytest.mark.parametrize(
+    ("restart", "beside", "expected"),
+    [
+        (True, True, "+vllm vllm +foldserve foldserve -foldserve -vllm +foldserve foldserve +vllm vllm"),
+        (True, False, "+vllm vllm -vllm +foldserve foldserve -foldserve +foldserve foldserve -foldserve +vllm vllm"),
+        (False, True, "+vllm vllm +foldserve foldserve foldserve vllm"),
+        (False, False, "+vllm vllm -vllm +foldserve foldserve foldserve -foldserve +vllm vllm"),
+    ],
+)
+def test_servers_are_started_anew_for_every_round(
+    restart: bool, beside: bool, expected: str, fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that what differs from start to start is in the intervals; the order of starts turns round too."""
+    seen: list[str] = []
+
+    class Started:
+        """The fake server, as if it had been started here."""
+
+        def __init__(self, name: str, options: Sequence[str], log: Path) -> None:
+            self.url, self._name = fake.url, name
+            seen.append(f"+{name}")
+
+        def cpu_s(self) -> dict[str, float]:
+            return {}
+
+        def stop(self) -> None:
+            seen.append(f"-{self._name}")
+
+    def send(url: str, model: str, chats: Sequence[Messages], body: dict[str, Any], block: Block) -> Sent:
+        seen.append(block.point.variant.server)
+        return answered(len(chats))
+
+    monkeypatch.setattr(servers, "Local", Started)
+    options = Options(
+        tmp_path, model="m", ratios=(), rounds=2, beside=beside, restart=restart,
+        concurrency=(1,), requests=1, image_size=28,
+    )  # fmt: skip
+    variants, loads = options.grid()
+    fleet = Fleet(options.urls(), options.server_options([]), tmp_path, beside=beside)
+    blocks = schedule(variants, loads, options.rounds, beside=beside)
+    Runner(options, fleet, send).measure(blocks, variants, Journal(tmp_path / "results.jsonl", "run"))
+    assert " ".join(seen) == expected
+
+
+def test_a_server_that_runs_is_not_started(fake: Fake, tmp_path: Path) -> None:
+    """Nor ended, even if one of its kind could be."""
+    fleet = Fleet({"vllm": fake.url}, {"vllm": ["m"], "foldserve": ["m"]}, tmp_path, beside=False)
+    assert fleet.get("vllm") == fleet.get("vllm") == (servers.Remote(fake.url), False)
+    fleet.stop()
+    assert fleet.get("vllm") == (servers.Remote(fake.url), False)
 
 
 def test_smoke(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
