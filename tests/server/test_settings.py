@@ -88,20 +88,23 @@ def test_environment_of_an_empty_process() -> None:
 
 
 ALL_CORES = ["VLLM_CPU_NUM_OF_RESERVED_CPU"]
+SHORT_WAIT = ["GOMP_SPINCOUNT"]
 KEPT_MEMORY = ["MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_"]
 
 
 @pytest.mark.parametrize(
     ("cores", "env", "chosen"),
     [
-        (2, {}, ALL_CORES + KEPT_MEMORY),
+        (2, {}, ALL_CORES + SHORT_WAIT + KEPT_MEMORY),
         (8, {}, KEPT_MEMORY),
         (2, {"OMP_NUM_THREADS": "1"}, KEPT_MEMORY),
         (2, {"VLLM_CPU_NUM_OF_RESERVED_CPU": "1"}, KEPT_MEMORY),
         (2, {"VLLM_CPU_OMP_THREADS_BIND": "0"}, KEPT_MEMORY),
-        (2, {"LD_PRELOAD": "libtcmalloc.so"}, ALL_CORES),
-        (2, {"MALLOC_TOP_PAD_": "0"}, ALL_CORES),
-        (2, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}, ALL_CORES),
+        (2, {"GOMP_SPINCOUNT": "300000"}, ALL_CORES + KEPT_MEMORY),
+        (2, {"OMP_WAIT_POLICY": "active"}, ALL_CORES + KEPT_MEMORY),
+        (2, {"LD_PRELOAD": "libtcmalloc.so"}, ALL_CORES + SHORT_WAIT),
+        (2, {"MALLOC_TOP_PAD_": "0"}, ALL_CORES + SHORT_WAIT),
+        (2, {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}, ALL_CORES + SHORT_WAIT),
     ],
     ids=str,
 )
@@ -110,6 +113,14 @@ def test_what_a_cpu_needs_is_set_unless_the_user_says_something(
 ) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(cores)))
     assert list(cpu_variables(env)) == chosen
+
+
+def test_threads_that_wait_are_told_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the variable as it is written: torch's OpenMP runtime prints what it read."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    env = os.environ | cpu_variables({}) | {"OMP_DISPLAY_ENV": "verbose"}
+    done = subprocess.run([sys.executable, "-c", "import torch"], env=env, capture_output=True, text=True, check=True)
+    assert "GOMP_SPINCOUNT = '10000'" in done.stderr
 
 
 def test_memory_that_was_freed_is_used_again() -> None:
