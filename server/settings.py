@@ -173,8 +173,8 @@ def _all_cores(env: Mapping[str, str]) -> dict[str, str]:
 def _short_wait(env: Mapping[str, str]) -> dict[str, str]:
     """Threads that wait for the next operation soon sleep, where they share their cores with the API process.
 
-    By itself libgomp has them turn 300,000 times, longer than a step's way out to the client and back; 10,000 turns
-    outlast what lies between two operations of a step, see docs/log.md.
+    By itself libgomp has them turn 300,000 times, on a core that would bring tokens out and requests in. With 10,000
+    answers came sooner one at a time, and as fast with eight, see docs/log.md.
     """
     if any(env.get(name) for name in _SAYS_HOW_TO_WAIT):
         return {}
