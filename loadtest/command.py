@@ -23,7 +23,10 @@ from foldserve.loadtest.summary import summarise
 from foldserve.loadtest.workloads import WORKLOADS
 
 _RESULTS = "results.jsonl"
-_NOT_THE_SAME = ("output", "quality", "shape_from", "rounds", "methods", "ratios", "withdraw", "concurrency", "rate")
+_NOT_THE_SAME = (
+    "output", "quality", "shape_from", "methods", "ratios", "withdraw", "concurrency", "rate", "speed", "requests",
+    "rounds",
+)  # fmt: skip
 """Options that may change while results that lie there stay good: they choose blocks, or what is made of them."""
 
 
@@ -73,7 +76,7 @@ def _settings(options: Options, engine_options: Sequence[str], load: Sequence[fl
     return {
         "workload": f"{workload}; {options.words} words a question, {options.answer_tokens} output tokens",
         "images": f"{options.images.name if options.images else f'{options.image_size} px, generated'}, {images}",
-        "blocks": f"{options.requests} requests, {options.rounds} rounds (ABBA), "
+        "blocks": f"{', '.join(map(str, options.requests))} requests, {options.rounds} rounds (ABBA), "
         f"{'servers side by side' if options.beside else 'one server at a time'}"
         f"{', started anew for every round' if options.restart and not options.url else ''}",
         "server options": " ".join(engine_options) or "none",

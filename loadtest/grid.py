@@ -50,17 +50,19 @@ RATIO_0 = Variant()
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How requests arrive; exactly one is given.
+    """How requests arrive; of the first three exactly one is given.
 
     Attributes:
         concurrency: so many are always on their way.
         rate: requests/s, at random times.
         speed: of a trace that has its own times, as a factor.
+        requests: of a block.
     """
 
     concurrency: int | None = None
     rate: float | None = None
     speed: float | None = None
+    requests: int = 1
 
     def __str__(self) -> str:
         if self.concurrency is not None:
@@ -89,7 +91,7 @@ class Block:
     @property
     def key(self) -> str:
         """Under which its result is kept."""
-        return f"{self.point}, round {self.round}"
+        return f"{self.point}, {self.point.load.requests} requests, round {self.round}"
 
 
 def variants(methods: Sequence[str], ratios: Sequence[float], withdraw: Sequence[bool], control: bool) -> list[Variant]:

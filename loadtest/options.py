@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -27,7 +27,7 @@ class Options:
         concurrency, rate: of the grid; the latter in requests/s.
         workload: a name from `WORKLOADS`.
         trace: is replayed instead, at each of `speed`.
-        requests: of a block; of a trace, at most so many.
+        requests: of a block, for all loads or for each of them; of a trace, at most so many.
         rounds: how often every point is measured.
         warm_up: requests of each variant after a server's start, not counted.
         output_tokens: of an answer; None: as the workload says.
@@ -59,7 +59,7 @@ class Options:
     workload: str = "chat"
     trace: Path | None = None
     speed: Sequence[float] = (1.0,)
-    requests: int = 128
+    requests: Sequence[int] = (128,)
     rounds: int = 4
     warm_up: int = 2
     output_tokens: int | None = None
@@ -81,17 +81,20 @@ class Options:
         found = [
             f"--ratios are shares of vision tokens, each in [0, 1), not {r}" for r in self.ratios if not 0 <= r < 1
         ]
-        for name in ("concurrency", "rate", "speed"):
+        for name in ("concurrency", "rate", "speed", "requests"):
             found += [f"--{name} must be above 0, not {value}" for value in getattr(self, name) if value <= 0]
-        for name in ("requests", "rounds", "words", "image_size"):
+        for name in ("rounds", "words", "image_size"):
             if getattr(self, name) < 1:
                 found.append(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
         if self.workload not in WORKLOADS:
             found.append(f"--workload is one of {', '.join(WORKLOADS)}, not {self.workload!r}")
         elif not self.trace and self.burstiness != 1 and not self.rate:
             found.append(f"--workload {self.workload} is about arrival times: give --rate")
-        if not self.trace and max(self.concurrency, default=0) > self.requests:
-            found.append(f"{self.requests} requests can't be {max(self.concurrency)} at once: raise --requests")
+        elif len(self.requests) not in (1, loads := len(self._arrivals())):
+            found.append(f"--requests takes one number, or one a load, {loads}: not {len(self.requests)}")
+        else:
+            too_few = [load for load in self._loads() if (load.concurrency or 0) > load.requests]
+            found += [f"{load.requests} requests can't be {load}: raise --requests" for load in too_few]
         if (self.model is None) == (self.url is None):
             found.append("a model to serve or the --url of a server is needed, one of them")
         if any(self.withdraw) and self.url is None and self.withdraw_layer is None:
@@ -115,12 +118,20 @@ class Options:
         return self.control_url is not None or (self.url is None and self.control)
 
     def grid(self) -> tuple[list[Variant], list[Load]]:
-        """Variants and loads; what arrives at a rate has no fixed concurrency."""
-        loads = [Load(concurrency=n) for n in self.concurrency] if self.burstiness == 1 else []
-        loads += [Load(rate=rate) for rate in self.rate]
+        """Variants and loads."""
+        return variants(self.methods, self.ratios, self.withdraw, self.has_control), self._loads()
+
+    def _arrivals(self) -> list[Load]:
+        """What arrives at a rate has no fixed concurrency."""
         if self.trace:
-            loads = [Load(speed=speed) for speed in self.speed]
-        return variants(self.methods, self.ratios, self.withdraw, self.has_control), loads
+            return [Load(speed=speed) for speed in self.speed]
+        at_once = [Load(concurrency=n) for n in self.concurrency] if self.burstiness == 1 else []
+        return [*at_once, *(Load(rate=rate) for rate in self.rate)]
+
+    def _loads(self) -> list[Load]:
+        arrivals = self._arrivals()
+        counts = self.requests if len(self.requests) > 1 else [*self.requests] * len(arrivals)
+        return [replace(load, requests=count) for load, count in zip(arrivals, counts, strict=True)]
 
     def urls(self) -> dict[ServerName, str]:
         """Of servers that run already."""

@@ -10,7 +10,7 @@ import httpx
 from tqdm import tqdm
 
 from foldserve.loadtest import bench
-from foldserve.loadtest.grid import Block, Variant
+from foldserve.loadtest.grid import Block, Load, Variant
 from foldserve.loadtest.images import Images
 from foldserve.loadtest.metrics import Watch
 from foldserve.loadtest.options import Options
@@ -42,14 +42,9 @@ class Runner:
     def __init__(self, options: Options, fleet: Fleet, send: Sender | None = None) -> None:
         self._options, self._fleet = options, fleet
         self._maker = Maker(Images(options.image_size, options.images, options.repeat_images), options.words)
-        self._trace: list[Recorded] = read_trace(options.trace)[: options.requests] if options.trace else []
+        self._trace: list[Recorded] = read_trace(options.trace) if options.trace else []
         self._send = send or (self._replay if self._trace else self._bench)
         self._models: dict[str, str] = {}
-
-    @property
-    def requests(self) -> int:
-        """Of a block."""
-        return len(self._trace) or self._options.requests
 
     def measure(self, blocks: Sequence[Block], variants: Sequence[Variant], journal: Journal) -> None:
         """Fills the journal, with a progress bar over all requests.
@@ -58,7 +53,8 @@ class Runner:
             RuntimeError: a server does not come up, or does not answer.
             ValueError: a server refuses a variant.
         """
-        bar = tqdm(total=len(blocks) * self.requests, unit="req", desc="foldserve loadtest")
+        total = sum(self._count(block.point.load) for block in blocks)
+        bar = tqdm(total=total, unit="req", desc="foldserve loadtest")
         started_for = None
         for number, block in enumerate(blocks):
             if block.key not in journal:
@@ -70,16 +66,21 @@ class Runner:
                 if is_new or server.url not in self._models:
                     self._warm_up(server, [v for v in variants if v.server == block.point.variant.server])
                 journal.add(block.key, self._one(server, block, number))
-            bar.update(self.requests)
+            bar.update(self._count(block.point.load))
         bar.close()
 
     def _one(self, server: Server, block: Block, number: int) -> Record:
-        chats, body = self._chats(number, self.requests), block.point.variant.body() | self._answer()
+        chats = self._chats(number, self._count(block.point.load))
+        body = block.point.variant.body() | self._answer()
         cpu = server.cpu_s()
         with Watch(server.url) as watch:
             sent = self._send(server.url, self._models[server.url], chats, body, block)
         spent = {kind: after - cpu[kind] for kind, after in server.cpu_s().items()}
         return Record(sent=sent, counters=watch.counters, gauges=watch.gauges, cpu_s=spent)
+
+    def _count(self, load: Load) -> int:
+        """Requests of a block."""
+        return min(load.requests, len(self._trace)) if self._trace else load.requests
 
     def _answer(self) -> dict[str, Any]:
         """Greedy, and of a fixed length; a trace knows its own."""
@@ -97,10 +98,12 @@ class Runner:
 
     def _replay(self, url: str, model: str, chats: Sequence[Messages], body: dict[str, Any], block: Block) -> Sent:
         assert block.point.load.speed is not None
-        return replay(url, model, self._trace, chats, body, block.point.load.speed)
+        return replay(url, model, self._trace[: len(chats)], chats, body, block.point.load.speed)
 
     def _warm_up(self, server: Server, variants: Sequence[Variant]) -> None:
         """Sends some requests of every variant, so that a refusal shows before anything is measured."""
+        if self._send == self._bench:
+            bench.preload()
         with httpx.Client(base_url=server.url, timeout=_WARM_UP_TIMEOUT_S) as client:
             model = str(client.get("/v1/models").raise_for_status().json()["data"][0]["id"])
             for number, variant in enumerate(variants):

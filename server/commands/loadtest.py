@@ -23,7 +23,7 @@ for it with any further option of `vllm serve`. With --url a running server is m
 
 _WITHDRAW = {"off": (False,), "on": (True,), "both": (False, True)}
 _SMOKE: dict[str, Any] = {
-    "ratios": (0.5,), "concurrency": (2,), "requests": 4, "rounds": 1, "warm_up": 1, "output_tokens": 4, "words": 8,
+    "ratios": (0.5,), "concurrency": (2,), "requests": (4,), "rounds": 1, "warm_up": 1, "output_tokens": 4, "words": 8,
     "control": False,
 }  # fmt: skip
 
@@ -77,7 +77,12 @@ def _add_requests(add: Callable[..., Any]) -> None:
     add("--workload", metavar="NAME", help="chat, turns, images, mix, long or bursts (default: chat)")
     add("--trace", type=Path, metavar="JSONL", help="replay these requests at their times instead")
     add("--speed", type=argument(_each(float)), metavar="S,S,...", help="of the trace, as factors (default: 1)")
-    add("--requests", type=int, metavar="N", help="of each point in each round (default: 128)")
+    add(
+        "--requests",
+        type=argument(_each(int)),
+        metavar="N[,N,...]",
+        help="of each point in each round, for all loads or one number a load (default: 128)",
+    )
     add("--warm-up", type=int, metavar="N", help="of each variant after a server's start (default: 2)")
     add("--output-tokens", type=int, metavar="N", help="of an answer (default: 16; long: 256)")
     add("--words", type=int, metavar="N", help="of a question (default: 48)")

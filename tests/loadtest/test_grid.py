@@ -50,7 +50,10 @@ def test_rounds_alternate_and_servers_take_turns() -> None:
         ({"rounds": 0}, "--rounds must be at least 1, not 0"),
         ({"workload": "chess"}, "not 'chess'"),
         ({"workload": "bursts"}, "give --rate"),
-        ({"requests": 63}, "63 requests can't be 64 at once"),
+        ({"requests": (63,)}, "63 requests can't be 64 at once"),
+        ({"requests": (8, 7, 64)}, "7 requests can't be 8 at once"),
+        ({"requests": (64, 64)}, "takes one number, or one a load, 3: not 2"),
+        ({"requests": (0,)}, "--requests must be above 0, not 0"),
         ({"model": "m"}, "one of them"),
         ({"url": None}, "one of them"),
         ({"url": None, "model": "m", "withdraw": (True,)}, "--withdraw-layer"),
@@ -67,7 +70,11 @@ def test_what_cannot_be_measured_is_refused(changed: dict[str, Any], said: str, 
 def test_options_of_servers_and_loads(tmp_path: Path) -> None:
     options = Options(tmp_path, model="m", withdraw_layer=3, workload="bursts", rate=(2.0,))
     assert options.server_options(["--x"]) == {"foldserve": ["m", "--x", "--withdraw-layer", "3"], "vllm": ["m", "--x"]}
-    assert options.grid()[1] == [Load(rate=2.0)]
+    assert options.grid()[1] == [Load(rate=2.0, requests=128)]
+    each = Options(tmp_path, url="http://a", concurrency=(1, 8), rate=(2.0,), requests=(4, 16, 32))
+    assert [(str(load), load.requests) for load in each.grid()[1]] == [
+        ("1 at once", 4), ("8 at once", 16), ("2 requests/s", 32),
+    ]  # fmt: skip
     running = Options(tmp_path, url="http://a/", control_url="http://b")
     assert running.urls() == {"foldserve": "http://a", "vllm": "http://b"}
     assert running.has_control and not Options(tmp_path, url="http://a").has_control

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from foldserve.loadtest import servers
+from foldserve.loadtest import bench, servers
 from foldserve.loadtest.command import run
-from foldserve.loadtest.grid import Block, schedule
+from foldserve.loadtest.grid import Block, Load, schedule
 from foldserve.loadtest.options import Options
 from foldserve.loadtest.record import Journal, Record, Sent
 from foldserve.loadtest.run import Runner
@@ -58,6 +58,21 @@ def test_a_trace_is_replayed_at_its_times(fake: Fake, tmp_path: Path) -> None:
         replay(fake.url, "fake", trace[1:2], chats[1:2], {}, speed=1)
 
 
+def test_the_client_is_loaded_once_and_says_what_went_wrong(fake: Fake) -> None:
+    """Every block has a process of its own, and none of them changes what the next one finds."""
+    chats: list[Messages] = [[{"role": "user", "content": text}] for text in ("one", "fail", "three")]
+    body = {"max_completion_tokens": 3}
+    bench.preload()
+    for round in range(2):
+        sent = bench.send(fake.url, "fake", chats, body, Load(concurrency=1), 1.0, seed=round)
+        assert (sent.output_tokens, sent.prompt_tokens) == ([3, 3], [110, 110])
+        assert sent.errors == ["Internal Server Error"]
+    with pytest.raises(RuntimeError, match=r"(?s)`vllm bench serve` ended with 1:.*burstiness"):
+        bench.send(fake.url, "fake", chats, body, Load(rate=100), burstiness=0.0, seed=0)
+    with pytest.raises(RuntimeError, match="no request was answered"):
+        bench.send(fake.url, "fake", chats[1:2], body, Load(concurrency=1), 1.0, seed=0)
+
+
 def test_a_run_ends_in_a_report_and_is_not_done_twice(fake: Fake, tmp_path: Path) -> None:
     trace = write_trace(tmp_path / "trace.jsonl", "one", "two", "three")
     options = Options(tmp_path / "out", url=fake.url, trace=trace, ratios=(0.5,), rounds=2, speed=(4.0,), warm_up=1)
@@ -84,7 +99,7 @@ def test_a_refused_variant_ends_the_run_before_anything_is_measured(fake: Fake, 
 
 
 def test_blocks_that_are_there_are_left_alone(fake: Fake, tmp_path: Path) -> None:
-    options = Options(tmp_path, url=fake.url, ratios=(0.5,), rounds=2, concurrency=(1,), requests=3, image_size=28)
+    options = Options(tmp_path, url=fake.url, ratios=(0.5,), rounds=2, concurrency=(1,), requests=(3,), image_size=28)
     asked: list[str] = []
     images: list[str] = []
 
@@ -141,7 +156,7 @@ def test_servers_are_started_anew_for_every_round(
     monkeypatch.setattr(servers, "Local", Started)
     options = Options(
         tmp_path, model="m", ratios=(), rounds=2, beside=beside, restart=restart,
-        concurrency=(1,), requests=1, image_size=28,
+        concurrency=(1,), requests=(1,), image_size=28,
     )  # fmt: skip
     variants, loads = options.grid()
     fleet = Fleet(options.urls(), options.server_options([]), tmp_path, beside=beside)
