@@ -24,15 +24,20 @@ _COUNTERS = (
 )
 _BY_STAGE = "foldserve_vision_tokens_total"
 KV_USE, RUNNING, WAITING = "vllm:kv_cache_usage_perc", "vllm:num_requests_running", "vllm:num_requests_waiting"
+_WANTED = (*_COUNTERS, _BY_STAGE, KV_USE, RUNNING, WAITING)
 RESIDENT = "resident"
 """Requests like those that run which the KV cache would hold: running / share of blocks in use."""
 
 
 def read(text: str) -> tuple[dict[str, float], dict[str, float]]:
-    """Counters and gauges of a page, each summed over its labels; vision tokens by stage, as `vision_encoded`."""
+    """Counters and gauges of a page, each summed over its labels; vision tokens by stage, as `vision_encoded`.
+
+    The rest of the page is not parsed: it is long, and the cores that it takes are those that are measured.
+    """
+    wanted = "".join(f"{line}\n" for line in text.splitlines() if line.startswith(_WANTED))
     counters: dict[str, float] = defaultdict(float)
     gauges: dict[str, float] = defaultdict(float)
-    for family in text_string_to_metric_families(text):
+    for family in text_string_to_metric_families(wanted):
         for sample in family.samples:
             if sample.name in _COUNTERS:
                 counters[sample.name] += sample.value
@@ -53,6 +58,7 @@ class Watch:
 
     def __init__(self, url: str, every_s: float = 1.0) -> None:
         self._page, self._every_s = f"{url}/metrics", every_s
+        self._client = httpx.Client(timeout=30)
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self.counters: dict[str, float] = {}
@@ -66,7 +72,10 @@ class Watch:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._over.set()
         self._thread.join()
-        after, _ = self._read()
+        try:
+            after, _ = self._read()
+        finally:
+            self._client.close()
         self.counters = {name: value - self._before.get(name, 0) for name, value in after.items()}
 
     def _look(self) -> None:
@@ -83,5 +92,5 @@ class Watch:
                 self.gauges[RESIDENT].append(gauges[RUNNING] / gauges[KV_USE])
 
     def _read(self) -> tuple[dict[str, float], dict[str, float]]:
-        answer = httpx.get(self._page, timeout=30)
+        answer = self._client.get(self._page)
         return read(answer.text) if answer.status_code == 200 else ({}, {})

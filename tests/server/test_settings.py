@@ -115,6 +115,34 @@ def test_what_a_cpu_needs_is_set_unless_the_user_says_something(
     assert list(cpu_variables(env)) == chosen
 
 
+def test_serve_sets_it_before_vllm_starts_a_process(
+    tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to where vLLM takes over, in a process whose environment says nothing."""
+    code = """
+import json, os, sys
+os.sched_getaffinity = lambda pid: {0, 1}
+from foldserve.server.api.launch import ServeSubcommand
+from foldserve.server.cli import main
+class Reached(BaseException): pass
+def cmd(args):
+    json.dump(dict(os.environ), open(sys.argv[2], "w"))
+    raise Reached
+ServeSubcommand.cmd = staticmethod(cmd)
+try:
+    main(["serve", sys.argv[1]])
+except Reached:
+    pass
+"""
+    said = (*ALL_CORES, *SHORT_WAIT, *KEPT_MEMORY, "OMP_NUM_THREADS", "LD_PRELOAD", "GLIBC_TUNABLES", "OMP_WAIT_POLICY")
+    env = {name: value for name, value in os.environ.items() if name not in said}
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
+    file = tmp_path / "environment.json"
+    subprocess.run([sys.executable, "-c", code, str(tiny_llava), str(file)], env=env, capture_output=True, check=True)
+    seen = json.loads(file.read_text())
+    assert {name: seen.get(name) for name in cpu_variables({})} == cpu_variables({})
+
+
 def test_threads_that_wait_are_told_how_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the variable as it is written: torch's OpenMP runtime prints what it read."""
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
