@@ -60,7 +60,7 @@ def _report(
     records: dict[Point, list[Record]] = {}
     for block in blocks:
         records.setdefault(block.point, []).append(journal[block.key])
-    checkpoint = options.shape_from or (Path(options.model) if options.model else None)
+    checkpoint = options.shape_from or options.model
     shape = read_shape(checkpoint, options.withdraw_layer) if checkpoint else None
     return Report(
         title=Path(options.model).name if options.model else f"the server at {options.url}",

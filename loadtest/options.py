@@ -36,7 +36,7 @@ class Options:
         repeat_images: how many different images there are; 0: each differs from all others.
         withdraw_layer: K of the server that is started.
         quality: the card of `foldserve evaluate`, for accuracy beside throughput.
-        shape_from: a checkpoint's folder, for what the arithmetic predicts.
+        shape_from: a checkpoint, as `model`, for what the arithmetic predicts.
         seed: of arrival times.
         output: the folder to write to; results that lie there are not measured again.
 
@@ -69,7 +69,7 @@ class Options:
     repeat_images: int = 0
     withdraw_layer: int | None = None
     quality: Path | None = None
-    shape_from: Path | None = None
+    shape_from: str | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -1,10 +1,11 @@
-"""What the arithmetic allows: FLOPs and KV bytes of a request, from the checkpoint's config.json."""
+"""What the arithmetic allows: FLOPs and KV bytes of a request, from the checkpoint's config."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
+
+from transformers import AutoConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,23 +75,26 @@ class ModelShape:
         return linear + 2 * s * s * d  # causal: half of 4 s^2 d
 
 
-def read_shape(folder: Path, withdraw_layer: int | None) -> ModelShape | None:
-    """The shape of a local checkpoint; None where its config names other things."""
+def read_shape(checkpoint: Path | str, withdraw_layer: int | None) -> ModelShape | None:
+    """The shape of a checkpoint, a directory or a Hugging Face name; None where its config names other things.
+
+    transformers reads it, since a config may leave out what its model type has by default: LLaVA-1.5's does.
+    """
     try:
-        config = json.loads((folder / "config.json").read_text())
-        text, vision = config["text_config"], config["vision_config"]
-        layer = config.get("vision_feature_layer", -1)
-        heads = text["num_attention_heads"]
-        head = text.get("head_dim") or text["hidden_size"] // heads
+        config = AutoConfig.from_pretrained(checkpoint)
+        text, vision = config.get_text_config(), config.vision_config
+        heads = text.num_attention_heads
+        head = getattr(text, "head_dim", None) or text.hidden_size // heads
+        layer = getattr(config, "vision_feature_layer", -1)
         return ModelShape(
-            hidden=text["hidden_size"],
-            mlp=text["intermediate_size"],
-            layers=text["num_hidden_layers"],
-            kv=head * text.get("num_key_value_heads", heads),
-            vision_hidden=vision["hidden_size"],
-            vision_mlp=vision["intermediate_size"],
-            vision_layers=vision["num_hidden_layers"] + 1 + layer if layer < 0 else layer,
+            hidden=text.hidden_size,
+            mlp=text.intermediate_size,
+            layers=text.num_hidden_layers,
+            kv=head * (getattr(text, "num_key_value_heads", None) or heads),
+            vision_hidden=vision.hidden_size,
+            vision_mlp=vision.intermediate_size,
+            vision_layers=vision.num_hidden_layers + 1 + layer if layer < 0 else layer,
             withdraw_layer=withdraw_layer,
         )
-    except (OSError, KeyError, ValueError):
+    except (OSError, AttributeError, TypeError, ValueError):
         return None

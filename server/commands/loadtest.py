@@ -45,7 +45,7 @@ def add(commands: Commands) -> None:
     add = loadtest.add_argument_group("report").add_argument
     add("--output", type=Path, metavar="DIR", default=Path("loadtest-results"), help="(default: %(default)s)")
     add("--quality", type=Path, metavar="FILE", help="quality.json of `foldserve evaluate`: accuracy beside throughput")
-    add("--shape-from", type=Path, metavar="DIR", help="checkpoint that predictions are made for (default: MODEL)")
+    add("--shape-from", metavar="MODEL", help="checkpoint that predictions are made for (default: MODEL)")
     add("--smoke", action="store_true", default=False, help="a few requests, to see that all of it works")
     loadtest.set_defaults(run=_run, takes_engine_options=True, fail=loadtest.error)
 

@@ -117,6 +117,17 @@ def test_predictions_are_those_of_the_design() -> None:
 def test_a_shape_is_read_from_a_checkpoint(tiny_llava: Path, tmp_path: Path) -> None:
     assert read_shape(tiny_llava, 2) == ModelShape(128, 352, 4, 128, 128, 512, 3, 2)
     assert read_shape(tmp_path, None) is None
+    defaults_left_out = {
+        "model_type": "llava",
+        "text_config": {"model_type": "llama", "vocab_size": 32064},
+        "vision_config": {"model_type": "clip_vision_model", "hidden_size": 1024, "num_hidden_layers": 24}
+        | {"intermediate_size": 4096, "num_attention_heads": 16, "image_size": 336, "patch_size": 14},
+        "vision_feature_layer": -2,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(defaults_left_out))
+    assert read_shape(tmp_path, 16) == SEVEN_B
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert read_shape(tmp_path, None) is None
 
 
 def test_metrics_are_summed_over_labels() -> None:
