@@ -18,7 +18,7 @@ from tqdm import tqdm
 from foldserve.loadtest.soak.death import kill_engine
 from foldserve.loadtest.soak.load import send_all, stream_at_once
 from foldserve.loadtest.soak.mix import chat, plan
-from foldserve.loadtest.soak.report import Report
+from foldserve.loadtest.soak.report import READY_WITHIN_S, Report
 from foldserve.loadtest.soak.server import Held, Server
 from foldserve.loadtest.soak.wire import ask, encode
 
@@ -44,6 +44,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--looks", type=int, default=8, metavar="N", help="at what is held, after that (default: %(default)s)")
     add("--at-once", type=int, default=64, metavar="N", help="requests in flight (default: %(default)s)")
     add("--streams", type=int, default=1000, metavar="N", help="then, all at once; 0: none (default: %(default)s)")
+    add(
+        "--ready-within",
+        type=float,
+        default=READY_WITHIN_S,
+        metavar="S",
+        help="longest time that /health/ready may take (default: %(default)s)",
+    )
     add("--seed", type=int, default=0)
     add("--output", type=Path, metavar="FILE", help="the report as JSON")
     add("--log", type=Path, metavar="FILE", help="what the server prints (default: not kept)")
@@ -57,8 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     if args.output:
         args.output.write_text(text)
     print(text)
-    if any(report.failures()):
-        raise SystemExit(1)
+    if failures := list(report.failures()):
+        raise SystemExit("\n".join(failures))
 
 
 def _allow_files(count: int) -> None:
@@ -85,7 +92,8 @@ async def _run(args: argparse.Namespace) -> Report:
                     soak += await send_all(server.address, islice(requests, end - begin), args.at_once, bar)
                     looks.append(await _look(server, bar))
             death = await kill_engine(server, args.at_once)
-            return Report(looks, soak, streams, death, round(time.monotonic() - started, 1))
+            seconds = round(time.monotonic() - started, 1)
+            return Report(looks, soak, streams, death, seconds, args.ready_within)
         finally:
             server.kill()
 

@@ -24,6 +24,7 @@ def test_nothing_is_left_over(tiny_llava: Path, tmp_path: Path, monkeypatch: pyt
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
     out = tmp_path / "report.json"
     options = ["--requests", str(REQUESTS), "--warm-share", "0.5", "--at-once", str(AT_ONCE)]
+    options += ["--ready-within", "5"]  # seconds: a hang is a failure here, how long it took is for the soak itself
     options += ["--streams", str(STREAMS), "--looks", str(LOOKS), "--output", str(out)]
     server = [str(tiny_llava), "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
     server += ["--kv-cache-memory-bytes", str(64 << 20), "--mm-processor-cache-gb", "0.1", "--api-server-count", "2"]
@@ -66,6 +67,7 @@ def ends_with(**fields: Any) -> Report:
         (replace(GOOD, soak=Outcome(wrong=["200 was expected: 500"])), "200 was expected: 500"),
         (replace(GOOD, soak=Outcome(ready_s=1.2)), "took 1.20 s beside the mixed requests"),
         (replace(GOOD, streams=Outcome(ready_s=1.5)), "took 1.50 s beside the streams"),
+        (replace(GOOD, streams=Outcome(ready_s=5.1), ready_within_s=5.0), "took 5.10 s beside the streams"),
         (replace(GOOD, death=replace(DEATH, wrong=["instead of an answer"])), "instead of an answer"),
         (replace(GOOD, death=replace(DEATH, red_s=5.1)), "green for 5.10 s"),
         (replace(GOOD, death=replace(DEATH, heard_s=5.1)), "heard of it after 5.10 s"),
