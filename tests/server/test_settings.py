@@ -134,7 +134,8 @@ try:
 except Reached:
     pass
 """
-    said = (*ALL_CORES, *SHORT_WAIT, *KEPT_MEMORY, "OMP_NUM_THREADS", "LD_PRELOAD", "GLIBC_TUNABLES", "OMP_WAIT_POLICY")
+    said = {*ALL_CORES, *SHORT_WAIT, *KEPT_MEMORY, "OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND", "OMP_WAIT_POLICY"}
+    said |= {"LD_PRELOAD", "GLIBC_TUNABLES"}
     env = {name: value for name, value in os.environ.items() if name not in said}
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: {0, 1})
     file = tmp_path / "environment.json"
