@@ -15,7 +15,7 @@ from foldserve.loadtest.grid import Block, Point, schedule
 from foldserve.loadtest.options import Options
 from foldserve.loadtest.prediction import read_shape
 from foldserve.loadtest.quality import read_accuracy
-from foldserve.loadtest.record import Journal, Record, run_identity
+from foldserve.loadtest.record import Journal, Record, joined, run_identity
 from foldserve.loadtest.report import Report, write
 from foldserve.loadtest.run import Runner
 from foldserve.loadtest.servers import Fleet
@@ -25,7 +25,7 @@ from foldserve.loadtest.workloads import WORKLOADS
 _RESULTS = "results.jsonl"
 _NOT_THE_SAME = (
     "output", "quality", "shape_from", "methods", "ratios", "withdraw", "concurrency", "rate", "speed", "requests",
-    "rounds",
+    "blocks", "rounds",
 )  # fmt: skip
 """Options that may change while results that lie there stay good: they choose blocks, or what is made of them."""
 
@@ -57,9 +57,12 @@ def run(options: Options, engine_options: Sequence[str]) -> Report:
 def _report(
     options: Options, engine_options: Sequence[str], blocks: Sequence[Block], journal: Journal, load: Sequence[float]
 ) -> Report:
-    records: dict[Point, list[Record]] = {}
+    rounds: dict[tuple[Point, int], list[Record]] = {}
     for block in blocks:
-        records.setdefault(block.point, []).append(journal[block.key])
+        rounds.setdefault((block.point, block.round), []).append(journal[block.key])
+    records: dict[Point, list[Record]] = {}
+    for (point, _), of_round in rounds.items():
+        records.setdefault(point, []).append(joined(of_round))
     checkpoint = options.shape_from or options.model
     shape = read_shape(checkpoint, options.withdraw_layer) if checkpoint else None
     return Report(
@@ -76,7 +79,8 @@ def _settings(options: Options, engine_options: Sequence[str], load: Sequence[fl
     return {
         "workload": f"{workload}; {options.words} words a question, {options.answer_tokens} output tokens",
         "images": f"{options.images.name if options.images else f'{options.image_size} px, generated'}, {images}",
-        "blocks": f"{', '.join(map(str, options.requests))} requests, {options.rounds} rounds (ABBA), "
+        "blocks": f"{', '.join(map(str, options.requests))} requests, {', '.join(map(str, options.blocks))} in each of "
+        f"{options.rounds} rounds (ABBA), "
         f"{'servers side by side' if options.beside else 'one server at a time'}"
         f"{', started anew for every round' if options.restart and not options.url else ''}",
         "server options": " ".join(engine_options) or "none",

@@ -57,12 +57,14 @@ class Load:
         rate: requests/s, at random times.
         speed: of a trace that has its own times, as a factor.
         requests: of a block.
+        blocks: of each variant in a round.
     """
 
     concurrency: int | None = None
     rate: float | None = None
     speed: float | None = None
     requests: int = 1
+    blocks: int = 1
 
     def __str__(self) -> str:
         if self.concurrency is not None:
@@ -83,15 +85,21 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A point in one round: what is measured in one go."""
+    """What is measured in one go.
+
+    Attributes:
+        number: among the point's blocks of this round.
+    """
 
     point: Point
     round: int
+    number: int = 0
 
     @property
     def key(self) -> str:
         """Under which its result is kept."""
-        return f"{self.point}, {self.point.load.requests} requests, round {self.round}"
+        number = f", block {self.number}" if self.number else ""
+        return f"{self.point}, {self.point.load.requests} requests, round {self.round}{number}"
 
 
 def variants(methods: Sequence[str], ratios: Sequence[float], withdraw: Sequence[bool], control: bool) -> list[Variant]:
@@ -105,13 +113,21 @@ def variants(methods: Sequence[str], ratios: Sequence[float], withdraw: Sequence
 def schedule(variants: Sequence[Variant], loads: Sequence[Load], rounds: int, *, beside: bool) -> list[Block]:
     """All blocks in the order in which they are to run.
 
-    Every second round runs backwards (ABBA), so that a machine that becomes slower favours nobody.
+    Of a load's blocks every second turn through the variants, and of the rounds every second, runs backwards (ABBA), so
+    that a machine that becomes slower favours nobody.
 
     Args:
         beside: the servers run at the same time, and variants of both take turns; otherwise each server does all of its
             blocks of a round before the other starts.
     """
-    cells = [Point(variant, load) for load in loads for variant in variants]
+    cells = [
+        (Point(variant, load), turn)
+        for load in loads
+        for turn in range(load.blocks)
+        for variant in (variants[::-1] if turn % 2 else variants)
+    ]
     if not beside:
-        cells.sort(key=lambda point: point.variant.server != "vllm")
-    return [Block(point, number) for number in range(rounds) for point in (cells[::-1] if number % 2 else cells)]
+        cells.sort(key=lambda cell: cell[0].variant.server != "vllm")
+    return [
+        Block(point, number, turn) for number in range(rounds) for point, turn in (cells[::-1] if number % 2 else cells)
+    ]

@@ -28,7 +28,8 @@ class Options:
         workload: a name from `WORKLOADS`.
         trace: is replayed instead, at each of `speed`.
         requests: of a block, for all loads or for each of them; of a trace, at most so many.
-        rounds: how often every point is measured.
+        blocks: of every point in a round, for all loads or for each of them.
+        rounds: so many, each of them all of the grid.
         warm_up: requests of each variant after a server's start, not counted.
         output_tokens: of an answer; None: as the workload says.
         words: of a question.
@@ -60,6 +61,7 @@ class Options:
     trace: Path | None = None
     speed: Sequence[float] = (1.0,)
     requests: Sequence[int] = (128,)
+    blocks: Sequence[int] = (1,)
     rounds: int = 4
     warm_up: int = 2
     output_tokens: int | None = None
@@ -81,7 +83,7 @@ class Options:
         found = [
             f"--ratios are shares of vision tokens, each in [0, 1), not {r}" for r in self.ratios if not 0 <= r < 1
         ]
-        for name in ("concurrency", "rate", "speed", "requests"):
+        for name in ("concurrency", "rate", "speed", "requests", "blocks"):
             found += [f"--{name} must be above 0, not {value}" for value in getattr(self, name) if value <= 0]
         for name in ("rounds", "words", "image_size"):
             if getattr(self, name) < 1:
@@ -90,8 +92,8 @@ class Options:
             found.append(f"--workload is one of {', '.join(WORKLOADS)}, not {self.workload!r}")
         elif not self.trace and self.burstiness != 1 and not self.rate:
             found.append(f"--workload {self.workload} is about arrival times: give --rate")
-        elif len(self.requests) not in (1, loads := len(self._arrivals())):
-            found.append(f"--requests takes one number, or one a load, {loads}: not {len(self.requests)}")
+        elif uneven := self._uneven():
+            found += uneven
         else:
             too_few = [load for load in self._loads() if (load.concurrency or 0) > load.requests]
             found += [f"{load.requests} requests can't be {load}: raise --requests" for load in too_few]
@@ -103,6 +105,15 @@ class Options:
         if missing:
             found.append(f'a load test needs {" and ".join(missing)}: pip install "foldserve[loadtest]"')
         return found
+
+    def _uneven(self) -> list[str]:
+        loads = len(self._arrivals())
+        counts = {name: len(getattr(self, name)) for name in ("requests", "blocks")}
+        return [
+            f"--{name} takes one number, or one a load, {loads}: not {count}"
+            for name, count in counts.items()
+            if count not in (1, loads)
+        ]
 
     @property
     def burstiness(self) -> float:
@@ -130,8 +141,13 @@ class Options:
 
     def _loads(self) -> list[Load]:
         arrivals = self._arrivals()
-        counts = self.requests if len(self.requests) > 1 else [*self.requests] * len(arrivals)
-        return [replace(load, requests=count) for load, count in zip(arrivals, counts, strict=True)]
+        requests, blocks = (
+            numbers if len(numbers) > 1 else [*numbers] * len(arrivals) for numbers in (self.requests, self.blocks)
+        )
+        return [
+            replace(load, requests=count, blocks=times)
+            for load, count, times in zip(arrivals, requests, blocks, strict=True)
+        ]
 
     def urls(self) -> dict[ServerName, str]:
         """Of servers that run already."""

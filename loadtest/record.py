@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict
+
+_T = TypeVar("_T")
 
 
 class Sent(BaseModel):
@@ -47,6 +51,32 @@ class Record(BaseModel):
     counters: dict[str, float]
     gauges: dict[str, list[float]]
     cpu_s: dict[str, float]
+
+
+def joined(blocks: Sequence[Record]) -> Record:
+    """What several blocks saw, as if each had begun when the one before it ended."""
+    start_s: list[float] = []
+    end = 0.0
+    for sent in (block.sent for block in blocks):
+        shift = end - min(sent.start_s)
+        start_s += [start + shift for start in sent.start_s]
+        end = max(start + e2e + shift for start, e2e in zip(sent.start_s, sent.e2e_s, strict=True))
+    fields = {name: _flat([getattr(block.sent, name) for block in blocks]) for name in Sent.model_fields}
+    return Record(
+        sent=Sent(**fields | {"start_s": start_s}),
+        counters=_by_name([block.counters for block in blocks], sum),
+        gauges=_by_name([block.gauges for block in blocks], _flat),
+        cpu_s=_by_name([block.cpu_s for block in blocks], sum),
+    )
+
+
+def _flat(lists: Sequence[Sequence[_T]]) -> list[_T]:
+    return [value for values in lists for value in values]
+
+
+def _by_name(blocks: Sequence[Mapping[str, _T]], join: Callable[[list[_T]], _T]) -> dict[str, _T]:
+    names = dict.fromkeys(name for block in blocks for name in block)
+    return {name: join([block[name] for block in blocks if name in block]) for name in names}
 
 
 class _Line(BaseModel):

@@ -70,7 +70,13 @@ def _add_grid(add: Callable[..., Any]) -> None:
         metavar="R,R,...",
         help="requests/s that arrive at random (default: none)",
     )
-    add("--rounds", type=int, metavar="N", help="times that every point is measured (default: 4)")
+    add("--rounds", type=int, metavar="N", help="through all of the grid (default: 4)")
+    add(
+        "--blocks",
+        type=argument(_each(int)),
+        metavar="N[,N,...]",
+        help="of each point in each round, for all loads or one number a load (default: 1)",
+    )
 
 
 def _add_requests(add: Callable[..., Any]) -> None:
@@ -81,7 +87,7 @@ def _add_requests(add: Callable[..., Any]) -> None:
         "--requests",
         type=argument(_each(int)),
         metavar="N[,N,...]",
-        help="of each point in each round, for all loads or one number a load (default: 128)",
+        help="of a block, for all loads or one number a load (default: 128)",
     )
     add("--warm-up", type=int, metavar="N", help="of each variant after a server's start (default: 2)")
     add("--output-tokens", type=int, metavar="N", help="of an answer (default: 16; long: 256)")

@@ -12,7 +12,7 @@ from foldserve.loadtest.grid import CONTROL, RATIO_0, Load, Point, Variant
 from foldserve.loadtest.metrics import read
 from foldserve.loadtest.prediction import ModelShape, Request, read_shape
 from foldserve.loadtest.quality import read_accuracy
-from foldserve.loadtest.record import Journal, Record, Sent, run_identity
+from foldserve.loadtest.record import Journal, Record, Sent, joined, run_identity
 from foldserve.loadtest.report import Report, write
 from foldserve.loadtest.statistics import draw, gaps, mean, quantile, rate, runs
 from foldserve.loadtest.summary import summarise
@@ -71,6 +71,17 @@ def test_figures_of_rounds() -> None:
     with pytest.raises(ValueError, match="no values"):
         draw([[]], mean)
     assert gaps([1.0, 1.0, 2.0], [1.0, 3.0, 1.0]) == [1.0, 1.0, 1.0]
+
+
+def test_blocks_of_a_round_count_as_one_without_the_time_between_them() -> None:
+    first, later = record(0.5, 50, 0), record(1.0, 50, 1)
+    shifted = later.sent.model_copy(update={"start_s": [start + 1000 for start in later.sent.start_s]})
+    both = joined([first, later.model_copy(update={"sent": shifted, "gauges": {}})])
+    assert gaps(both.sent.start_s, both.sent.e2e_s) == pytest.approx(first.sent.e2e_s + later.sent.e2e_s)
+    assert both.sent.errors == ["boom"] * 2 and len(both.sent.ttft_s) == 40
+    assert both.counters == {"vision_encoded": 4000, "vision_kept": 2000, "vision_withdrawn": 0}
+    assert (both.gauges, both.cpu_s) == ({"resident": [20]}, {"api": 1, "engine": 2})
+    assert gaps(joined([first]).sent.start_s, first.sent.e2e_s) == pytest.approx(first.sent.e2e_s)
 
 
 def test_ratios_are_drawn_with_the_same_rounds() -> None:

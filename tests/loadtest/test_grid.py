@@ -42,6 +42,21 @@ def test_rounds_alternate_and_servers_take_turns() -> None:
     assert len({b.key for b in schedule(all_, loads, 3, beside=True)}) == 18
 
 
+def test_blocks_of_a_round_alternate_too() -> None:
+    """The variants of one load take turns, servers that run one after the other do not."""
+    both = variants([], [], [False], control=True)
+    loads = [Load(concurrency=1, blocks=3), Load(concurrency=8)]
+
+    def order(beside: bool) -> list[str]:
+        blocks = schedule(both, loads, 2, beside=beside)
+        assert len({b.key for b in blocks}) == len(blocks)
+        names = [("v" if b.point.variant == CONTROL else "0") + str(b.point.load.concurrency) for b in blocks]
+        return [" ".join(names[:8]), " ".join(names[8:])]
+
+    assert order(beside=True) == ["v1 01 01 v1 v1 01 v8 08", "08 v8 01 v1 v1 01 01 v1"]
+    assert order(beside=False) == ["v1 v1 v1 v8 01 01 01 08", "08 01 01 01 v8 v1 v1 v1"]
+
+
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
@@ -53,6 +68,7 @@ def test_rounds_alternate_and_servers_take_turns() -> None:
         ({"requests": (63,)}, "63 requests can't be 64 at once"),
         ({"requests": (8, 7, 64)}, "7 requests can't be 8 at once"),
         ({"requests": (64, 64)}, "takes one number, or one a load, 3: not 2"),
+        ({"blocks": (1, 1)}, "--blocks takes one number, or one a load, 3: not 2"),
         ({"requests": (0,)}, "--requests must be above 0, not 0"),
         ({"model": "m"}, "one of them"),
         ({"url": None}, "one of them"),
@@ -71,9 +87,9 @@ def test_options_of_servers_and_loads(tmp_path: Path) -> None:
     options = Options(tmp_path, model="m", withdraw_layer=3, workload="bursts", rate=(2.0,))
     assert options.server_options(["--x"]) == {"foldserve": ["m", "--x", "--withdraw-layer", "3"], "vllm": ["m", "--x"]}
     assert options.grid()[1] == [Load(rate=2.0, requests=128)]
-    each = Options(tmp_path, url="http://a", concurrency=(1, 8), rate=(2.0,), requests=(4, 16, 32))
-    assert [(str(load), load.requests) for load in each.grid()[1]] == [
-        ("1 at once", 4), ("8 at once", 16), ("2 requests/s", 32),
+    each = Options(tmp_path, url="http://a", concurrency=(1, 8), rate=(2.0,), requests=(4, 16, 32), blocks=(3, 2, 1))
+    assert [(str(load), load.requests, load.blocks) for load in each.grid()[1]] == [
+        ("1 at once", 4, 3), ("8 at once", 16, 2), ("2 requests/s", 32, 1),
     ]  # fmt: skip
     running = Options(tmp_path, url="http://a/", control_url="http://b")
     assert running.urls() == {"foldserve": "http://a", "vllm": "http://b"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -87,6 +88,9 @@ def test_a_run_ends_in_a_report_and_is_not_done_twice(fake: Fake, tmp_path: Path
     assert run(options, []).rows == report.rows
     assert len(fake.asked) == 14
     assert (tmp_path / "out" / "index.html").is_file()
+    more = run(dataclasses.replace(options, blocks=(2,)), []).rows
+    assert [(row.requests, row.rounds, row.figures["vision_encoded"].value) for row in more] == [(12, 2, ENCODED)] * 2
+    assert len(fake.asked) == 28  # another warm-up, and one more block of either in each round
 
 
 def test_a_refused_variant_ends_the_run_before_anything_is_measured(fake: Fake, tmp_path: Path) -> None:
