@@ -15,11 +15,11 @@ def take_rows(rows: Tensor, positions: Tensor, hidden: Tensor, residual: Tensor)
 
     Memory traffic is at its floor in both: each row that enters is read and written once.
     """
-    count, width = len(rows), hidden.shape[1]
+    count, width = len(rows), max(hidden.shape[1], residual.shape[1])
     taken = (
         positions.new_empty(count),
-        hidden.new_empty(count, width),
-        residual.new_empty(count, width),
+        hidden.new_empty(count, hidden.shape[1]),
+        residual.new_empty(count, residual.shape[1]),
     )
     if count:
         _take_rows[count, triton.cdiv(width, BLOCK_WIDTH)](
@@ -28,7 +28,8 @@ def take_rows(rows: Tensor, positions: Tensor, hidden: Tensor, residual: Tensor)
             hidden,
             residual,
             *taken,
-            width,
+            hidden.shape[1],
+            residual.shape[1],
             *hidden.stride(),
             *residual.stride(),
             BLOCK_WIDTH=min(BLOCK_WIDTH, triton.next_power_of_2(width)),
@@ -66,7 +67,8 @@ def _take_rows(
     taken_positions: tl.tensor,
     taken_hidden: tl.tensor,
     taken_residual: tl.tensor,
-    width: int,
+    hidden_width: int,
+    residual_width: int,
     hidden_row_stride: int,
     hidden_channel_stride: int,
     residual_row_stride: int,
@@ -76,10 +78,10 @@ def _take_rows(
     to = tl.program_id(0).to(tl.int64)
     row = tl.load(rows + to)
     c = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    of_hidden = tl.load(hidden + row * hidden_row_stride + c * hidden_channel_stride, c < width)
-    of_residual = tl.load(residual + row * residual_row_stride + c * residual_channel_stride, c < width)
-    tl.store(taken_hidden + to * width + c, of_hidden, c < width)
-    tl.store(taken_residual + to * width + c, of_residual, c < width)
+    of_hidden = tl.load(hidden + row * hidden_row_stride + c * hidden_channel_stride, c < hidden_width)
+    of_residual = tl.load(residual + row * residual_row_stride + c * residual_channel_stride, c < residual_width)
+    tl.store(taken_hidden + to * hidden_width + c, of_hidden, c < hidden_width)
+    tl.store(taken_residual + to * residual_width + c, of_residual, c < residual_width)
     if tl.program_id(1) == 0:
         tl.store(taken_positions + to, tl.load(positions + row))
 

@@ -64,8 +64,10 @@ class ModelShape:
         return first, self.layers - first
 
     def _decoder(self, shallow: float, deep: float, output: float) -> float:
+        """Tokens that leave at K need of layer K-1 its attention only; where iLLaVA merges them, they go through it."""
         first, last = self._split()
-        return first * self._layer(shallow, output) + last * self._layer(deep, output)
+        unread = (shallow - deep) * self.hidden * (2 * self.hidden + 6 * self.mlp)
+        return first * self._layer(shallow, output) - unread + last * self._layer(deep, output)
 
     def _layer(self, prompt: float, output: float) -> float:
         """One decoder layer over a prompt and the tokens after it: each but the last of the answer is a step."""

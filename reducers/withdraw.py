@@ -16,10 +16,10 @@ def take_rows(rows: Tensor, positions: Tensor, hidden: Tensor, residual: Tensor)
     Args:
         rows: (m,) int64, of the n rows.
         positions: (n,) integers.
-        hidden, residual: (n, d).
+        hidden, residual: (n, d) and (n, e).
 
     Returns:
-        positions (m,), hidden (m, d), residual (m, d).
+        positions (m,), hidden (m, d), residual (m, e).
     """
     return positions[rows], hidden[rows], residual[rows]
 

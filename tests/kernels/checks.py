@@ -146,15 +146,17 @@ def _sums(values: Tensor, group: Tensor, kept: int) -> Tensor:
 
 
 def check_rows(device: str, n: int, width: int, dtype: torch.dtype, layout: Layout) -> None:
-    hidden, residual = (laid_out(draw((n, width), seed, device, dtype), layout) for seed in (1, 2))
-    hidden[0] = torch.nan
     positions = integers((n,), 0, 1 << 40, 3, device)
-    for taken in (torch.arange(n), torch.arange(0, n, 3), torch.tensor([n - 1]), torch.tensor([], dtype=torch.int64)):
-        given = taken.to(device), positions, hidden, residual
-        with poisoned():
-            found = rows.take_rows(*given)
-        for ours, theirs in zip(found, take_rows.reference(*given), strict=True):
-            torch.testing.assert_close(ours, theirs, atol=0, rtol=0, equal_nan=True)
+    some = (torch.arange(n), torch.arange(0, n, 3), torch.tensor([n - 1]), torch.tensor([], dtype=torch.int64))
+    for widths in ((width, width), (width, width + 3), (width + 3, width)):
+        hidden, residual = (laid_out(draw((n, d), seed, device, dtype), layout) for seed, d in enumerate(widths))
+        hidden[0] = torch.nan
+        for taken in some:
+            given = taken.to(device), positions, hidden, residual
+            with poisoned():
+                found = rows.take_rows(*given)
+            for ours, theirs in zip(found, take_rows.reference(*given), strict=True):
+                torch.testing.assert_close(ours, theirs, atol=0, rtol=0, equal_nan=True)
 
 
 def check_slots(device: str, count: int, size: int, block_size: int) -> None:

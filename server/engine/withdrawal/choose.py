@@ -1,6 +1,6 @@
 """FastV and iLLaVA's decoder half: which of an image's tokens enter the deep layers.
 
-Runs between the two compiled halves, and only in steps that start such a prompt. All shapes are known on the host, and
+Runs between the compiled parts, and only in steps that start such a prompt. All shapes are known on the host, and
 nothing of the device is read there.
 """
 
@@ -21,6 +21,13 @@ METHODS: Mapping[str, Callable[[Tensor, Tensor, int], Reduced]] = MappingProxyTy
     {"fastv": fastv, "illava_decoder": illava}
 )
 """x (1, n, d), scores (1, n), r -> the n - r tokens that stay, in order."""
+
+_MERGING = {"illava_decoder"}
+
+
+def merges(prompts: tuple[ChosenPrompt, ...]) -> bool:
+    """Whether a token that stays takes others up, which then have to be what layer K-1 makes of them."""
+    return any(image.method in _MERGING for prompt in prompts for image in prompt.images)
 
 
 def last_token_scores(query: Tensor, key: Tensor, prompt: ChosenPrompt, scale: float) -> Tensor:
@@ -48,7 +55,8 @@ def choose(
     Args:
         scores: of each prompt, as `last_token_scores` gives them.
         rows: (m,) rows of the batch that enter the deep layers.
-        hidden, residual: (rows, d) of the whole batch.
+        hidden, residual: (rows, d) and (rows, e) of the whole batch. Where nothing merges, `hidden` may be what layer
+            K-1's attention gives.
     """
     for prompt, of_prompt in zip(prompts, scores, strict=True):
         for image in prompt.images:
@@ -58,8 +66,8 @@ def choose(
 
 def _choose_of(image: ChosenImage, scores: Tensor, rows: Tensor, hidden: Tensor, residual: Tensor) -> None:
     own = slice(image.row, image.row + image.tokens)
-    x = torch.cat([hidden[own], residual[own]], dim=-1)  # (tokens, 2d)
+    x = torch.cat([hidden[own], residual[own]], dim=-1)  # (tokens, d + e)
     reduced = METHODS[image.method](x[None], scores[None], image.tokens - image.kept)
     chosen = reduced.source[0] + image.row
     rows[image.deep_row : image.deep_row + image.kept] = chosen
-    hidden[chosen], residual[chosen] = reduced.tokens[0].chunk(2, dim=-1)
+    hidden[chosen], residual[chosen] = torch.split(reduced.tokens[0], [hidden.shape[1], residual.shape[1]], dim=-1)

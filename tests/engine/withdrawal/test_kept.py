@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from tests.engine.withdrawal.conftest import LAYERS, Expected
 from tests.engine.withdrawal.harness import AskedCase, Case, Engine, words
@@ -64,6 +65,35 @@ def test_whole_prompts_wait_for_room_beside_others(small_pool: Engine, expected:
     seen = small_pool.steps - before
     assert seen["waiting"] and seen["whole"] == 2 * sum(isinstance(case, AskedCase) for case in CASES)
     small_pool.assert_all_blocks_free()
+
+
+@pytest.mark.parametrize(
+    ("asked", "rows"),
+    [
+        ('{"withdraw": true}', "kept"),
+        (fastv(0.5), "kept"),
+        (illava(0.5), "all"),  # what stays takes up what the others are after the layer
+        ('{"withdraw": false}', "all"),
+    ],
+)
+def test_who_leaves_skips_the_rest_of_the_last_shallow_layer(
+    small_pool: Engine, monkeypatch: pytest.MonkeyPatch, asked: str, rows: str
+) -> None:
+    (part,) = small_pool.llm.apply_model(lambda model: model.language_model.model.after_attention)
+    seen: list[int] = []
+    forward = part.forward
+
+    def counted(attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(len(attended))
+        answer: tuple[Tensor, Tensor] = forward(attended, residual)
+        return answer
+
+    monkeypatch.setattr(part, "forward", counted)
+    assert small_pool.llm.reset_prefix_cache()
+    (output,) = small_pool.generate([AskedCase(QUESTION, (0,), asked=asked)], 2)
+    vision = 144
+    gone = 0 if rows == "all" else vision // 2 if "fastv" in asked else vision
+    assert seen == [len(output.prompt_token_ids) - gone, 1]
 
 
 def test_preempted_prompts_are_computed_whole_again(small_pool: Engine, expected: Expected) -> None:
