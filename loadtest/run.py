@@ -19,7 +19,6 @@ from foldserve.loadtest.servers import Fleet, Server
 from foldserve.loadtest.trace import Recorded, read_trace, replay
 from foldserve.loadtest.workloads import WORKLOADS, Maker, Messages
 
-_WARMING = 900_000  # blocks of images that no measurement uses
 _WARM_UP_TIMEOUT_S = 600
 _WARM_UP_TOKENS = 4
 
@@ -56,7 +55,7 @@ class Runner:
         total = sum(self._count(block.point.load) for block in blocks)
         bar = tqdm(total=total, unit="req", desc="foldserve loadtest")
         started_for = None
-        for number, block in enumerate(blocks):
+        for block in blocks:
             if block.key not in journal:
                 bar.set_postfix_str(block.key)
                 if self._options.restart and block.round != started_for:
@@ -65,12 +64,12 @@ class Runner:
                 server, is_new = self._fleet.get(block.point.variant.server)
                 if is_new or server.url not in self._models:
                     self._warm_up(server, [v for v in variants if v.server == block.point.variant.server])
-                journal.add(block.key, self._one(server, block, number))
+                journal.add(block.key, self._one(server, block))
             bar.update(self._count(block.point.load))
         bar.close()
 
-    def _one(self, server: Server, block: Block, number: int) -> Record:
-        chats = self._chats(number, self._count(block.point.load))
+    def _one(self, server: Server, block: Block) -> Record:
+        chats = self._chats(block.key, self._count(block.point.load))
         body = block.point.variant.body() | self._answer()
         cpu = server.cpu_s()
         with Watch(server.url) as watch:
@@ -87,7 +86,7 @@ class Runner:
         length = {} if self._trace else {"max_completion_tokens": self._options.answer_tokens}
         return {"temperature": 0, "ignore_eos": True} | length
 
-    def _chats(self, block: int, count: int) -> list[Messages]:
+    def _chats(self, block: str, count: int) -> list[Messages]:
         source = self._maker.source(block)
         if self._trace:
             return [line.chat(source) for line in self._trace[:count]]
@@ -106,9 +105,12 @@ class Runner:
             bench.preload()
         with httpx.Client(base_url=server.url, timeout=_WARM_UP_TIMEOUT_S) as client:
             model = str(client.get("/v1/models").raise_for_status().json()["data"][0]["id"])
-            for number, variant in enumerate(variants):
+            for variant in variants:
                 fields = variant.body() | self._answer() | {"model": model, "max_completion_tokens": _WARM_UP_TOKENS}
-                bodies = [{"messages": chat} | fields for chat in self._chats(_WARMING + number, self._options.warm_up)]
+                bodies = [
+                    {"messages": chat} | fields
+                    for chat in self._chats(f"warm-up, {variant.label}", self._options.warm_up)
+                ]
                 for answer in _post_at_once(client, bodies):
                     if answer.status_code != 200:
                         raise ValueError(f"{server.url} refuses {variant.label}: {answer.text[:1000]}")

@@ -30,7 +30,6 @@ _WORDS = (
 )
 _TURNS = 4
 _IMAGES = 3
-_ROUND_STRIDE = 1_000_000  # images between the first ones of two blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +44,18 @@ class Maker:
     images: Images
     words: int
 
-    def source(self, block: int) -> Source:
-        """For the block of that number."""
+    def source(self, block: str) -> Source:
+        """For the block of that name, whatever other blocks there are."""
         return Source(self, block)
 
 
 class Source:
-    """Parts of messages for one block; images are numbered on."""
+    """Parts of messages for one block; images are numbered on from a number that its name alone decides."""
 
-    def __init__(self, maker: Maker, block: int) -> None:
+    def __init__(self, maker: Maker, block: str) -> None:
         self._maker = maker
-        self._numbers = count(block * _ROUND_STRIDE)
         self._random = random.Random(block)
+        self._numbers = count(self._random.getrandbits(64))
 
     def image(self) -> dict[str, Any]:
         return {"type": "image_url", "image_url": {"url": self._maker.images.url(next(self._numbers))}}

@@ -54,17 +54,17 @@ def test_a_folder_smaller_than_the_run_gives_new_images(tmp_path: Path) -> None:
 )
 def test_workloads(name: str, images: list[int], messages: list[int]) -> None:
     maker = Maker(IMAGES, words=5)
-    chats = WORKLOADS[name].make(maker.source(0), 6)
+    chats = WORKLOADS[name].make(maker.source("a"), 6)
     assert [json.dumps(chat).count('"image_url":') for chat in chats] == images
     assert [len(chat) for chat in chats] == messages
-    assert WORKLOADS[name].make(maker.source(0), 6) == chats
-    other = WORKLOADS[name].make(maker.source(1), 6)
+    assert WORKLOADS[name].make(maker.source("a"), 6) == chats
+    other = WORKLOADS[name].make(maker.source("b"), 6)
     shared = {json.dumps(chat) for chat in chats} & {json.dumps(chat) for chat in other}
     assert not shared
 
 
 def test_turns_go_on_with_the_same_image() -> None:
-    chats = WORKLOADS["turns"].make(Maker(IMAGES, words=5).source(0), 8)
+    chats = WORKLOADS["turns"].make(Maker(IMAGES, words=5).source("a"), 8)
     for turn in range(1, 4):
         assert chats[2 * turn][: len(chats[2 * turn - 2])] == chats[2 * turn - 2]
 
@@ -77,7 +77,7 @@ def test_a_trace_is_read_in_order_and_checked(tmp_path: Path) -> None:
     ]
     file.write_text("\n".join(json.dumps(line) for line in lines))
     first, second = read_trace(file)
-    source = Maker(IMAGES, words=5).source(0)
+    source = Maker(IMAGES, words=5).source("a")
     assert first.chat(source) == [{"role": "user", "content": "hello"}]
     assert [part["type"] for part in second.chat(source)[0]["content"]] == ["image_url", "image_url", "text"]
     file.write_text('{"timestamp_s": 1}\n')
