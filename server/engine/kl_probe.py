@@ -172,7 +172,7 @@ def _probe(model: Any, prompt: Prompt, candidates: range, answer: Sequence[int])
         return logits
 
     with dense(decoder.layers):
-        full, withdrawn = last_logits(list(decoder.layers), head, embeds, kept, candidates, 1 + len(answer))
+        full, withdrawn = last_logits(decoder.whole_layers, head, embeds, kept, candidates, 1 + len(answer))
     return full.float().cpu(), withdrawn.float().cpu()
 
 

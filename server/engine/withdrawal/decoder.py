@@ -117,6 +117,20 @@ class WithdrawingDecoder(nn.Module):
         self._deep_ops = [layer.self_attn.attn.layer_name for layer in self.layers[first:]]
         score_in(self.layers[first - 1].self_attn.attn, self._deep_ops[0])
 
+    @property
+    def whole_layers(self) -> list[Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]]:
+        """The layers as the family made them, to be walked one by one.
+
+        Each takes positions, hidden state and residual stream (None: the first), and gives the latter two.
+        """
+        cut = self.shallow.layers[-1]
+
+        def rejoined(positions: Tensor, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+            whole: tuple[Tensor, Tensor] = self.after_attention(*cut(positions, hidden, residual))
+            return whole
+
+        return [rejoined if layer is cut else layer for layer in self.layers]
+
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         embeds: Tensor = self.embed_tokens(input_ids)
         return embeds
