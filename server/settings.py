@@ -108,7 +108,7 @@ class Environment:
         vllm_plugins: the names in `VLLM_PLUGINS`; None when unset, which to vLLM means all but endpoint plugins.
         sets_cpu_kv_cache: the user sized the CPU's KV cache by `VLLM_CPU_KVCACHE_SPACE`.
         cxx: the C++ compiler that torch's inductor uses on CPU.
-        log_level: `VLLM_LOGGING_LEVEL`.
+        log_level: `VLLM_LOGGING_LEVEL`; None when unset.
         own_logging: the user has a logging configuration of their own, or wants none.
         wants_v2_runner: `VLLM_USE_V2_MODEL_RUNNER` asks for model runner V2.
         wants_triton: `FOLDSERVE_TRITON=1` asks for Triton kernels on a GPU.
@@ -119,7 +119,7 @@ class Environment:
     vllm_plugins: tuple[str, ...] | None
     sets_cpu_kv_cache: bool
     cxx: str
-    log_level: str = "INFO"
+    log_level: str | None = None
     own_logging: bool = False
     wants_v2_runner: bool = False
     wants_triton: bool = False
@@ -139,12 +139,20 @@ class Environment:
             vllm_plugins=None if plugins is None else tuple(name for name in plugins.split(",") if name),
             sets_cpu_kv_cache=bool(env.get("VLLM_CPU_KVCACHE_SPACE")),
             cxx=env.get("CXX") or "g++",
-            log_level=(env.get("VLLM_LOGGING_LEVEL") or "INFO").upper(),
+            log_level=(env.get("VLLM_LOGGING_LEVEL") or "").upper() or None,
             own_logging=bool(env.get("VLLM_LOGGING_CONFIG_PATH")) or env.get("VLLM_CONFIGURE_LOGGING") == "0",
             wants_v2_runner=env.get("VLLM_USE_V2_MODEL_RUNNER") == "1",
             wants_triton=_is_on("FOLDSERVE_TRITON", env),
             refused=tuple(f"{name}: {why}" for name, why in _REFUSED.items() if env.get(name) not in (None, "", "0")),
         )
+
+
+_KEEP_ALIVE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
+
+
+def http_variables(env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """An idle connection outlives the usual 60 s of a balancer, which would else send a request as it closes."""
+    return {} if env.get(_KEEP_ALIVE) else {_KEEP_ALIVE: "75"}
 
 
 _FEW_CORES = 4

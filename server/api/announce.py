@@ -28,7 +28,8 @@ def announce_when_ready(args: Namespace) -> None:
 def _announce(host: str, port: int) -> None:
     while not _is_healthy(host, port):
         time.sleep(_POLL_S)
-    print(f"foldserve: ready. Try: {_example(host, port)}", file=sys.stderr, flush=True)
+    url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    print(f"foldserve: ready at {url}/v1. Try: {_example(url)}", file=sys.stderr, flush=True)
 
 
 def _is_healthy(host: str, port: int) -> bool:
@@ -42,12 +43,11 @@ def _is_healthy(host: str, port: int) -> bool:
         connection.close()
 
 
-def _example(host: str, port: int) -> str:
-    address = f"[{host}]" if ":" in host else host
+def _example(url: str) -> str:
     content = (
         f'{{"type":"image_url","image_url":{{"url":"data:image/png;base64,{EXAMPLE_PNG}"}}}},'
         '{"type":"text","text":"Describe the image."}'
     )
     options = '"max_tokens":16,"temperature":0,"reduction_ratio":0.66'
     body = f'{{"messages":[{{"role":"user","content":[{content}]}}],{options}}}'
-    return f"curl -s http://{address}:{port}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"
+    return f"curl -s {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'"

@@ -100,6 +100,25 @@ class BodyTooLarge(FoldserveError):
     code = "body_too_large"
 
 
+class MalformedHttp(FoldserveError):
+    """Bytes that are no HTTP/1.1 request, or do not come in time.
+
+    Args:
+        status: 400; 408 for one that came too slowly, 431 for headers that are too large.
+    """
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = HTTPStatus(status)
+        self.code = _HTTP_CODES.get(self.status, "invalid_http")
+
+
+_HTTP_CODES = {
+    HTTPStatus.REQUEST_TIMEOUT: "request_timeout",
+    HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE: "headers_too_large",
+}
+
+
 class Unauthorized(FoldserveError):
     """No key, or none that is known."""
 
@@ -128,6 +147,16 @@ class UnsupportedRoute(FoldserveError):
 
     status = HTTPStatus.NOT_FOUND
     code = "unsupported_route"
+
+
+class NoSuchModel(FoldserveError):
+    """A model that this server does not serve."""
+
+    status = HTTPStatus.NOT_FOUND
+    code = "not_found"
+
+    def __init__(self) -> None:
+        super().__init__("no such model is served: see GET /v1/models", "model")
 
 
 class _TryLater(FoldserveError):
@@ -219,7 +248,7 @@ def _from_vllm(response: ErrorResponse) -> FoldserveError:
     if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return _with_status(FoldserveError("the server failed to answer: its log says why"), status)
     if status == HTTPStatus.NOT_FOUND:
-        return _with_status(FoldserveError("no such model is served: see GET /v1/models", "model"), status)
+        return NoSuchModel()
     param = _FIELDS.get(response.error.param or "", response.error.param)
     return _with_status(FoldserveError(of_field(param), param), status)
 

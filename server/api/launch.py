@@ -20,9 +20,10 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 
 from foldserve.server.api.announce import announce_when_ready
+from foldserve.server.api.connection import HEAD_BYTES
 from foldserve.server.api.lifecycle.arguments import SHARED, Shared, prepare
 from foldserve.server.engine import positions, withdrawal
-from foldserve.server.settings import CONFIG_KEY, Environment, Settings, cpu_variables
+from foldserve.server.settings import CONFIG_KEY, Environment, Settings, cpu_variables, http_variables
 
 # Groups that vLLM loads in full unless VLLM_PLUGINS is set. Endpoint plugins it loads only if VLLM_PLUGINS names them.
 _LOADED_BY_DEFAULT = (
@@ -54,11 +55,13 @@ def serve(argv: list[str], settings: Settings | SettingsFor, environment: Enviro
     os.environ["VLLM_PLUGINS"] = ",".join(plugins_to_load(environment))
     if current_platform.is_cpu():
         os.environ.update(cpu_variables())
+    os.environ.update(http_variables())
     cli_env_setup()
     args = serve_args(argv, settings, environment, small_model)
     command = ServeSubcommand()
     configure_logging_from_args(args)
     command.validate(args)
+    _say(f"loading {args.model}")
     announce_when_ready(args)
     command.cmd(args)
     shared: Shared = getattr(args, SHARED)
@@ -90,7 +93,7 @@ def serve_args(
     options = ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
     options.usage = "foldserve serve [MODEL] [options]"
     defaults = {name: options.get_default(name) for name in _OURS_TO_CHOOSE}
-    options.set_defaults(**dict.fromkeys(_OURS_TO_CHOOSE), subparser="serve")
+    options.set_defaults(**dict.fromkeys(_OURS_TO_CHOOSE), subparser="serve", h11_max_incomplete_event_size=HEAD_BYTES)
     args: Namespace = options.parse_args(argv)
 
     choices: dict[str, object] = {}
@@ -179,7 +182,7 @@ def _complete(args: Namespace, choices: dict[str, object], defaults: dict[str, o
         if getattr(args, name) is None:
             setattr(args, name, chosen.get(name, default))
     if chosen:
-        _say("chosen because you did not: " + " ".join(_as_option(name, value) for name, value in chosen.items()))
+        _say("defaults applied: " + " ".join(_as_option(name, value) for name, value in chosen.items()))
 
 
 def _as_option(name: str, value: object) -> str:

@@ -15,6 +15,7 @@ from vllm.tasks import SupportedTask
 
 from foldserve.server.access import Access
 from foldserve.server.api import metrics as metrics  # registers the metrics before the first scrape
+from foldserve.server.api import startup
 from foldserve.server.api.auth.guard import Guard
 from foldserve.server.api.auth.keyring import Keyring
 from foldserve.server.api.image_cache import note_sent_images
@@ -90,11 +91,12 @@ class FoldserveEndpoint:
             enable_log_deltas=args.enable_log_deltas,
             enable_per_request_metrics=args.enable_per_request_metrics,
         )
+        startup.report(state.foldserve_chat, limits, _access(args))
 
 
 def _init_access(engine_client: EngineClient, state: State, args: Namespace) -> None:
     """Guard and life cycle; under plain `vllm serve` they have no other processes to share with."""
-    access = Access.from_config((args.additional_config or {}).get(CONFIG_KEY, {}).get("access", {}))
+    access = _access(args)
     shared: Shared = getattr(args, SHARED, None) or Shared()
     vllm = engine_client.vllm_config
     runs = vllm.scheduler_config.max_num_seqs * vllm.parallel_config.data_parallel_size
@@ -105,6 +107,10 @@ def _init_access(engine_client: EngineClient, state: State, args: Namespace) -> 
         open_scopes=() if access.guard_metrics else ("metrics",),
     )
     state.foldserve_lifecycle = Lifecycle(engine_client, access.shutdown_timeout_s, shared.engine_died)
+
+
+def _access(args: Namespace) -> Access:
+    return Access.from_config((args.additional_config or {}).get(CONFIG_KEY, {}).get("access", {}))
 
 
 def _renderer(engine_client: EngineClient, state: State, args: Namespace) -> OnlineRenderer:

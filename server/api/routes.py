@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from http import HTTPStatus
+from importlib.metadata import version
 from typing import Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
@@ -19,7 +20,7 @@ from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from foldserve.server.api import catalog
 from foldserve.server.api.auth.guard import cache_salt
 from foldserve.server.api.auth.route import FoldRoute, GuardedRoute, MetricsRoute
-from foldserve.server.api.errors import UnsupportedRoute, render, render_vllm
+from foldserve.server.api.errors import NoSuchModel, UnsupportedRoute, render, render_vllm
 from foldserve.server.api.lifecycle.health import health
 from foldserve.server.api.limits.route import ChatRoute
 from foldserve.server.api.schema import FoldChatRequest
@@ -38,6 +39,11 @@ _KEPT = {
     "/redoc": GuardedRoute,
 }
 _log = logging.getLogger(__name__)
+_DESCRIPTION = "OpenAI's chat API for images; every request chooses how many vision tokens they cost."
+_EVENTS_AT_ONCE = {
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",
+}  # the latter asks nginx not to hold them back
 _DOCUMENTS_THE_KEY = [Depends(HTTPBearer(auto_error=False, description="where the server was given --api-keys"))]
 
 router = APIRouter(route_class=GuardedRoute, dependencies=_DOCUMENTS_THE_KEY)
@@ -58,10 +64,24 @@ async def create_chat_completion(request: FoldChatRequest, raw_request: Request)
     answer = await serving.create_chat_completion(request, raw_request)
     if isinstance(answer, ErrorResponse):
         return render_vllm(answer)
+    vision = request.progress.vision
+    headers = {} if vision is None else {"X-Foldserve-Vision-Tokens": vision.to_header()}
     if isinstance(answer, ChatCompletionResponse):
-        return JSONResponse(answer.model_dump())
+        return JSONResponse(answer.model_dump(), headers=headers)
     interval = float(raw_request.app.state.args.sse_keep_alive_interval)
-    return StreamingResponse(with_sse_keep_alive(answer, interval), media_type="text/event-stream")
+    return StreamingResponse(
+        with_sse_keep_alive(answer, interval), headers=headers | _EVENTS_AT_ONCE, media_type="text/event-stream"
+    )
+
+
+@router.get("/v1/models/{model:path}", tags=["models"])
+async def retrieve_model(model: str, raw_request: Request) -> JSONResponse:
+    """One of `GET /v1/models`; an id may hold slashes."""
+    served = await raw_request.app.state.openai_serving_models.show_available_models()
+    for card in served.data:
+        if card.id == model:
+            return JSONResponse(card.model_dump())
+    raise NoSuchModel()
 
 
 @router.get("/v1/reducers")
@@ -76,6 +96,7 @@ def replace_routes(app: FastAPI) -> None:
     paths = {route.path for some in ours for route in some.routes if isinstance(route, Route)}
     theirs = [route for route in app.routes if isinstance(route, Route) and route.path not in paths]
     app.router.routes.clear()
+    app.title, app.version, app.description = "foldserve", version("foldserve"), _DESCRIPTION
     app.router.redirect_slashes = False  # it would redirect to whatever the header Host says
     for some in ours:  # first: routes are tried in order, twice a request
         app.include_router(some)

@@ -68,6 +68,10 @@ class VisionTokens:
             body["images"] = [_entry(plan.encoded, plan.kept, withdrawn, plan.method) for plan, withdrawn in each]
         return body
 
+    def to_header(self) -> str:
+        """The same for the response's headers, all images together: `encoded=144, kept=72, ...`."""
+        return ", ".join(f"{name}={value}" for name, value in self.to_json().items() if name != "images")
+
 
 @dataclass(frozen=True, slots=True)
 class _Image:

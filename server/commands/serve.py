@@ -110,7 +110,12 @@ def _add_access(serve: argparse.ArgumentParser) -> None:
         help="seconds that requests in flight have to finish after SIGTERM (default: %(default)s)",
     )
     add("--log-format", choices=("text", "json"), default="text", help="of standard output (default: %(default)s)")
-    add("--log-level", choices=_LEVELS, help="(default: VLLM_LOGGING_LEVEL, or else INFO)")
+    add(
+        "--log-level",
+        choices=_LEVELS,
+        help="of all lines (default: VLLM_LOGGING_LEVEL, or else INFO; of vLLM's own WARNING in text)",
+    )
+    add("--verbose", action="store_true", help="vLLM's own lines too: arguments, routes, throughput every 10 s")
 
 
 def _access(args: argparse.Namespace) -> Access:
@@ -140,8 +145,8 @@ def _run(args: argparse.Namespace, rest: list[str]) -> None:
     settings: Settings | Callable[[str, str | None], Settings]
     try:
         environment = Environment.read()
-        if environment.own_logging and (args.log_format != "text" or args.log_level):
-            raise ValueError("--log-format and --log-level exclude a logging configuration of your own")
+        if environment.own_logging and (args.log_format != "text" or args.log_level or args.verbose):
+            raise ValueError("--log-format, --log-level and --verbose exclude a logging configuration of your own")
         calibrated = args.withdraw_layer == "auto"
         if args.calibration is not None and not calibrated:
             raise ValueError("--calibration is what --withdraw-layer auto reads: give both or none")
@@ -161,7 +166,8 @@ def _run(args: argparse.Namespace, rest: list[str]) -> None:
     from foldserve.server.api.logs.config import configured
     from foldserve.server.quality.demo.export import CHECKPOINT
 
-    with configured(args.log_format, args.log_level or environment.log_level, own=environment.own_logging):
+    level = args.log_level or environment.log_level
+    with configured(args.log_format, level, verbose=args.verbose, own=environment.own_logging):
         from foldserve.server.api import launch  # imports vllm, which looks at once how to log
 
         launch.serve(rest, settings, environment, CHECKPOINT)

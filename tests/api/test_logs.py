@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 
-from foldserve.server.api.logs.config import VARIABLE, configured, json_formatter, logging_config
+from foldserve.server.api.logs.config import STARTUP, VARIABLE, configured, json_formatter, logging_config
 from foldserve.server.api.logs.context import RequestIdFilter, choose_request_id, request_id
 from foldserve.server.api.logs.middleware import RequestLog
 
@@ -113,7 +113,7 @@ def test_a_client_that_has_gone_got_no_status(lines: io.StringIO) -> None:
 def test_json_of_every_process(tmp_path: Path) -> None:
     """The configuration as vLLM's processes and uvicorn apply it."""
     file = tmp_path / "logging.json"
-    file.write_text(json.dumps(logging_config("json", "INFO")))
+    file.write_text(json.dumps(logging_config("json", "INFO", "INFO")))
     script = (
         "import json, logging, logging.config, sys\n"
         "logging.config.dictConfig(json.load(open(sys.argv[1])))\n"
@@ -135,10 +135,53 @@ def test_json_of_every_process(tmp_path: Path) -> None:
 
 def test_the_configuration_lives_as_long_as_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    with configured("json", "DEBUG", own=False):
+    with configured("json", "DEBUG", verbose=False, own=False):
         file = Path(os.environ[VARIABLE])
         assert json.loads(file.read_text())["loggers"]["vllm"]["level"] == "DEBUG"
     assert VARIABLE not in os.environ
     assert not file.exists()
-    with configured("text", "INFO", own=True):
+    with configured("text", "INFO", verbose=False, own=True):
         assert VARIABLE not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("log_format", "level", "verbose", "ours", "vllms"),
+    [
+        ("text", None, False, "INFO", "WARNING"),
+        ("text", None, True, "INFO", "INFO"),
+        ("text", "DEBUG", False, "DEBUG", "DEBUG"),
+        ("text", "ERROR", True, "ERROR", "ERROR"),
+        ("json", None, False, "INFO", "INFO"),
+        ("json", "WARNING", False, "WARNING", "WARNING"),
+    ],
+)
+def test_whose_lines_are_shown(
+    log_format: str, level: str | None, verbose: bool, ours: str, vllms: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(VARIABLE, raising=False)
+    with configured(log_format, level, verbose=verbose, own=False):
+        loggers = json.loads(Path(os.environ[VARIABLE]).read_text())["loggers"]
+    assert {name: logger["level"] for name, logger in loggers.items()} == {
+        "foldserve": ours,
+        STARTUP: ours,
+        "vllm": vllms,
+        "uvicorn": vllms,
+    }
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_what_is_told_at_start(log_format: str, tmp_path: Path) -> None:
+    file = tmp_path / "logging.json"
+    file.write_text(json.dumps(logging_config(log_format, "INFO", "WARNING")))
+    script = (
+        "import json, logging.config, sys\n"
+        "logging.config.dictConfig(json.load(open(sys.argv[1])))\n"
+        "facts = {'model': 'demo', 'withdrawal': 'off'}\n"
+        f"logging.getLogger('{STARTUP}').info('version %s', 1, extra={{'facts': facts}})\n"
+    )
+    said = subprocess.run([sys.executable, "-c", script, file], capture_output=True, text=True, check=True).stdout
+    if log_format == "text":
+        assert said == "foldserve: version 1\n  model       demo\n  withdrawal  off\n"
+    else:
+        line = json.loads(said)
+        assert (line["message"], line["facts"]) == ("version 1", {"model": "demo", "withdrawal": "off"})

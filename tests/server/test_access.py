@@ -82,9 +82,11 @@ def test_variables_that_would_undo_a_promise(parsed: Parse, capsys: pytest.Captu
     assert "secret" not in said
 
 
-@pytest.mark.parametrize("option", [("--log-format", "json"), ("--log-level", "DEBUG")], ids=lambda option: option[0])
+@pytest.mark.parametrize(
+    "option", [("--log-format", "json"), ("--log-level", "DEBUG"), ("--verbose",)], ids=lambda option: option[0]
+)
 def test_two_logging_configurations(
-    option: tuple[str, str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    option: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("VLLM_LOGGING_CONFIG_PATH", "/mine.json")
     with pytest.raises(SystemExit):

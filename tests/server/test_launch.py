@@ -74,7 +74,7 @@ def test_what_the_user_chose_stays(parsed: Callable[..., Namespace], capsys: pyt
     assert args.mm_processor_cache_gb == 4
     assert (args.dtype, args.enforce_eager, args.served_model_name) == ("bfloat16", False, ["x"])
     assert args.kv_cache_memory_bytes == 1000
-    assert capsys.readouterr().err.endswith("chosen because you did not: --model /small/model\n")
+    assert capsys.readouterr().err.endswith("defaults applied: --model /small/model\n")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +101,7 @@ def test_on_a_gpu_every_other_choice_is_vllms(parsed: Callable[..., Namespace]) 
         "additional_config",
         "disable_uvicorn_access_log",  # ours has request ids
         "foldserve_shared",
+        "h11_max_incomplete_event_size",  # 64 kB of headers instead of 4 MB
         "shutdown_timeout",
         "subparser",
         "worker_cls",

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, State
+from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
 from foldserve.server.api.auth.keys import Key
@@ -23,7 +24,19 @@ _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class FoldRoute(APIRoute):
-    """A route whose errors, those of validation too, are rendered by `errors.render`."""
+    """A route whose errors, those of validation too, are rendered by `errors.render`; HEAD where GET is open."""
+
+    def matches(self, scope: Scope) -> tuple[Match, Scope]:
+        return super().matches({**scope, "method": "GET"} if self._is_head(scope) else scope)
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._is_head(scope):
+            await self.app(scope, receive, send)  # the connection leaves the body out
+        else:
+            await super().handle(scope, receive, send)
+
+    def _is_head(self, scope: Scope) -> bool:
+        return scope.get("method") == "HEAD" and "GET" in (self.methods or ())
 
     def get_route_handler(self) -> _Handler:
         handle = super().get_route_handler()

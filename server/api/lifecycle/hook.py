@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from foldserve.server.api.connection import speak_safely
 from foldserve.server.api.routes import drop_foreign_routes
 
 
 class LifespanHook:
-    """ASGI middleware: starts `app.state.foldserve_lifecycle` once vLLM has set up its signal handlers and server.
+    """ASGI middleware: once vLLM has set up its signal handlers and server, gives that server our connections, and
+    starts `app.state.foldserve_lifecycle`.
 
     uvicorn begins the lifespan after that, and listens only when it has answered.
     """
@@ -25,6 +27,7 @@ class LifespanHook:
         async def send_and_start(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
                 drop_foreign_routes(scope["app"])
+                speak_safely(state.server)
                 state.foldserve_lifecycle.start(state.server)
             elif message["type"] == "lifespan.shutdown.complete":
                 lifecycle.stop()

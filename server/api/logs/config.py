@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -23,6 +24,16 @@ _TEXT = (
 )
 _ONLY_FOR_TEXT = ("color_message", "fileinfo", "request_tag")
 _HERE = "foldserve.server.api.logs"
+STARTUP = "foldserve.startup"
+"""The logger of what is told once."""
+
+
+class TableFormatter(logging.Formatter):
+    """The facts of a record, one a line, under its message."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        facts: dict[str, str] = getattr(record, "facts", {})
+        return "\n".join([f"foldserve: {record.getMessage()}", *(f"  {k:<11} {v}" for k, v in facts.items())])
 
 
 def json_formatter() -> JsonFormatter:
@@ -35,15 +46,16 @@ def json_formatter() -> JsonFormatter:
     )
 
 
-def logging_config(log_format: str, level: str, *, color: bool = False) -> dict[str, Any]:
+def logging_config(log_format: str, level: str, vllm_level: str, *, color: bool = False) -> dict[str, Any]:
     """The configuration, for `dictConfig`: everything goes to standard output.
 
     Args:
         log_format: `text` or `json`.
-        level: of vLLM's, uvicorn's and our loggers; others log from WARNING on.
+        level: of our loggers.
+        vllm_level: of vLLM's and uvicorn's; others log from WARNING on.
         color: text for a terminal.
     """
-    logger = {"handlers": ["vllm"], "level": level, "propagate": False}
+    is_text = log_format == "text"
     text = {
         "()": f"vllm.logging_utils.{'ColoredFormatter' if color else 'NewLineFormatter'}",
         "format": _TEXT,
@@ -54,25 +66,40 @@ def logging_config(log_format: str, level: str, *, color: bool = False) -> dict[
         "version": 1,
         "disable_existing_loggers": False,
         "filters": {"request_id": {"()": f"{_HERE}.context.RequestIdFilter"}},
-        "formatters": {"chosen": text if log_format == "text" else {"()": f"{_HERE}.config.json_formatter"}},
+        "formatters": {
+            "chosen": text if is_text else {"()": f"{_HERE}.config.json_formatter"},
+            "table": {"()": f"{_HERE}.config.TableFormatter"},
+        },
         "handlers": {
             "vllm": {  # the name by which vLLM finds out whether it may draw its logo
                 "class": "logging.StreamHandler",
                 "stream": "ext://sys.stdout",
                 "formatter": "chosen",
                 "filters": ["request_id"],
-            }
+            },
+            "table": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "table"},
         },
-        "loggers": {name: logger for name in ("vllm", "foldserve", "uvicorn")},
+        "loggers": {
+            "foldserve": _logger(level),
+            STARTUP: _logger(level, "table" if is_text else "vllm"),
+            "vllm": _logger(vllm_level),
+            "uvicorn": _logger(vllm_level),
+        },
         "root": {"handlers": ["vllm"], "level": "WARNING"},
     }
 
 
+def _logger(level: str, handler: str = "vllm") -> dict[str, Any]:
+    return {"handlers": [handler], "level": level, "propagate": False}
+
+
 @contextmanager
-def configured(log_format: str, level: str, *, own: bool) -> Iterator[None]:
+def configured(log_format: str, level: str | None, *, verbose: bool, own: bool) -> Iterator[None]:
     """Makes the processes that are started inside log alike; to be entered before vllm is imported.
 
     Args:
+        level: None: what an operator needs, of vLLM only warnings unless `verbose` or in JSON.
+        verbose: vLLM's own lines too.
         own: the user has a configuration of their own, which stays.
     """
     if own:
@@ -80,7 +107,9 @@ def configured(log_format: str, level: str, *, own: bool) -> Iterator[None]:
         return
     with TemporaryDirectory(prefix="foldserve-") as directory:
         file = Path(directory) / "logging.json"
-        file.write_text(json.dumps(logging_config(log_format, level, color=sys.stdout.isatty())))
+        quiet = level is None and not verbose and log_format == "text"
+        levels = level or "INFO", "WARNING" if quiet else level or "INFO"
+        file.write_text(json.dumps(logging_config(log_format, *levels, color=sys.stdout.isatty())))
         os.environ[VARIABLE] = str(file)
         try:
             yield

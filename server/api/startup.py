@@ -1,0 +1,81 @@
+"""What an operator needs to know of a server that is about to listen: one table, not vLLM's hundred lines."""
+
+from __future__ import annotations
+
+import json
+import logging
+from importlib.metadata import version
+from typing import TYPE_CHECKING
+
+from vllm.config import VllmConfig
+
+from foldserve.server.access import Access
+from foldserve.server.api.logs.config import STARTUP
+from foldserve.server.limits import Limits
+
+if TYPE_CHECKING:
+    from foldserve.server.api.serving import FoldServingChat
+
+_log = logging.getLogger(STARTUP)
+
+
+def report(chat: FoldServingChat, limits: Limits, access: Access) -> None:
+    """Logs the table, in the first of several API processes."""
+    config = chat.engine_client.vllm_config
+    if config.parallel_config._api_process_rank > 0:
+        return
+    _log.info(
+        "version %s on vLLM %s", version("foldserve"), version("vllm"), extra={"facts": facts(chat, limits, access)}
+    )
+
+
+def facts(chat: FoldServingChat, limits: Limits, access: Access) -> dict[str, str]:
+    """Names and values, in the order in which they are shown."""
+    config = chat.engine_client.vllm_config
+    name, model = chat.models.base_model_paths[0].name, config.model_config
+    return {
+        "model": f"{name}: {', '.join(model.architectures)}, {str(model.dtype).removeprefix('torch.')}, "
+        f"{model.max_model_len} tokens of context",
+        "device": _device(config),
+        "reduction": _reduction(chat),
+        "withdrawal": _withdrawal(chat),
+        "requests": f"{config.scheduler_config.max_num_seqs} run at once, {access.max_queue} wait; each up to "
+        f"{limits.max_images_per_request} images of {limits.max_image_megapixels:g} megapixels, "
+        f"{limits.max_body_mb:g} MB in all",
+        "access": "keys" if access.api_keys else "open to everybody who reaches it (--api-keys FILE asks for keys)",
+        "see also": "/v1/reducers, /docs, /metrics; `foldserve serve --verbose` shows vLLM's own log",
+    }
+
+
+def _device(config: VllmConfig) -> str:
+    parallel, cache = config.parallel_config, config.cache_config
+    engines = "".join(
+        f" x {size} ({kind} parallel)"
+        for kind, size in (
+            ("tensor", parallel.tensor_parallel_size),
+            ("pipeline", parallel.pipeline_parallel_size),
+            ("data", parallel.data_parallel_size),
+        )
+        if size > 1
+    )
+    blocks = f", KV cache of {cache.num_gpu_blocks} blocks of {cache.block_size} tokens" if cache.num_gpu_blocks else ""
+    return f"{config.device_config.device_type}{engines}{blocks}"
+
+
+def _reduction(chat: FoldServingChat) -> str:
+    defaults, geometry = chat.planner.defaults, chat.planner.geometry
+    if geometry is None:
+        return "none: this model's vision tower can't reduce"
+    default = defaults.reduction.to_json()
+    return (
+        f"{geometry.tokens} tokens an image; default {json.dumps(default) if default else 'none'}, "
+        f'"detail": "low" {defaults.low_detail_ratio:g}, positions {defaults.positions}'
+    )
+
+
+def _withdrawal(chat: FoldServingChat) -> str:
+    layer = chat.planner.withdraw_layer
+    if layer is None:
+        return "off (--withdraw-layer K)"
+    layers = chat.engine_client.model_config.hf_text_config.num_hidden_layers
+    return f'from decoder layer K = {layer} of {layers} on, where a request says "withdraw": true'
