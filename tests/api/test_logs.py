@@ -169,6 +169,30 @@ def test_whose_lines_are_shown(
     }
 
 
+def test_vllms_warnings_are_shown_but_for_those_about_our_choices(tmp_path: Path) -> None:
+    file = tmp_path / "logging.json"
+    file.write_text(json.dumps(logging_config("text", "INFO", "WARNING")))
+    script = (
+        "import logging\n"
+        "from vllm.config.logging import LoggingConfig\n"
+        "from vllm.logger import configure_logging\n"
+        "configure_logging(LoggingConfig())\n"  # as vLLM does, by the environment
+        "logging.getLogger('uvicorn.error').setLevel('INFO')\n"  # as uvicorn does
+        "logging.getLogger('uvicorn.error').info('started')\n"
+        "vllm = logging.getLogger('vllm.config')\n"
+        "vllm.info('a route')\n"
+        "vllm.warning('Enforce eager set, disabling %s', 'much')\n"
+        "vllm.error('Enforce eager set, disabling failed')\n"
+        "vllm.warning('no tcmalloc')\n"
+    )
+    env = {**os.environ, VARIABLE: str(file)}
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env).stdout
+    assert [line.rpartition("] ")[2] for line in said.splitlines()] == [
+        "Enforce eager set, disabling failed",
+        "no tcmalloc",
+    ]
+
+
 @pytest.mark.parametrize("log_format", ["text", "json"])
 def test_what_is_told_at_start(log_format: str, tmp_path: Path) -> None:
     file = tmp_path / "logging.json"

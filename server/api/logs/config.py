@@ -28,6 +28,25 @@ STARTUP = "foldserve.startup"
 """The logger of what is told once."""
 
 
+class OurChoices(logging.Filter):
+    """Leaves out vLLM's warnings about what we chose, which an operator can do nothing about; --verbose shows them."""
+
+    _BEGIN = (
+        "CPU backend doesn't allow to use `torch.set_num_threads`",
+        "Enforce eager set, disabling",
+        "Inductor compilation was disabled by user settings",
+        "Model Runner V2 requires Triton",
+        "OMP_NUM_THREADS=",
+        "Reset SSM cache type",
+        "Triton is not installed. triton-cpu is expected",
+        "Using custom scheduler class foldserve.",
+        "VLLM_CPU_NUM_OF_RESERVED_CPU is less than",
+    )
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno > logging.WARNING or not record.getMessage().startswith(self._BEGIN)
+
+
 class TableFormatter(logging.Formatter):
     """The facts of a record, one a line, under its message."""
 
@@ -65,7 +84,10 @@ def logging_config(log_format: str, level: str, vllm_level: str, *, color: bool 
     return {
         "version": 1,
         "disable_existing_loggers": False,
-        "filters": {"request_id": {"()": f"{_HERE}.context.RequestIdFilter"}},
+        "filters": {
+            "request_id": {"()": f"{_HERE}.context.RequestIdFilter"},
+            "our_choices": {"()": f"{_HERE}.config.OurChoices"},
+        },
         "formatters": {
             "chosen": text if is_text else {"()": f"{_HERE}.config.json_formatter"},
             "table": {"()": f"{_HERE}.config.TableFormatter"},
@@ -77,13 +99,20 @@ def logging_config(log_format: str, level: str, vllm_level: str, *, color: bool 
                 "formatter": "chosen",
                 "filters": ["request_id"],
             },
+            "libraries": {  # a level of its own: uvicorn sets its loggers' to what vLLM's options say
+                "class": "logging.StreamHandler",
+                "stream": "ext://sys.stdout",
+                "formatter": "chosen",
+                "filters": ["request_id"] if vllm_level != "WARNING" else ["request_id", "our_choices"],
+                "level": vllm_level,
+            },
             "table": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "table"},
         },
         "loggers": {
             "foldserve": _logger(level),
             STARTUP: _logger(level, "table" if is_text else "vllm"),
-            "vllm": _logger(vllm_level),
-            "uvicorn": _logger(vllm_level),
+            "vllm": _logger(vllm_level, "libraries"),
+            "uvicorn": _logger(vllm_level, "libraries"),
         },
         "root": {"handlers": ["vllm"], "level": "WARNING"},
     }
