@@ -52,19 +52,20 @@ class Live:
     """A running server; what it prints lies in `out` and `err`.
 
     Args:
-        model: the checkpoint.
+        model: the checkpoint; None for the demo model.
         folder: for its output.
         options: more options of `foldserve serve`.
     """
 
-    def __init__(self, model: Path, folder: Path, *options: str) -> None:
+    def __init__(self, model: Path | None, folder: Path, *options: str) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
         self.out, self.err = folder / "out", folder / "err"
-        command = [sys.executable, "-m", "foldserve.server.cli", "serve", str(model), "--port", str(self.port)]
+        command = [sys.executable, "-m", "foldserve.server.cli", "serve", "--port", str(self.port)]
+        command += [] if model is None else [str(model), "--served-model-name", "tiny"]
         command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
-        command += ["--kv-cache-memory-bytes", str(64 << 20), "--served-model-name", "tiny", *options]
+        command += ["--kv-cache-memory-bytes", str(64 << 20), *options]
         env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
         env["VLLM_LOGGING_LEVEL"] = "INFO"
         with self.out.open("w") as out, self.err.open("w") as err:

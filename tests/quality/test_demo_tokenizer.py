@@ -7,8 +7,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
+from foldserve.server.quality.demo.export import CHECKPOINT
 from foldserve.server.quality.demo.questions import ALL_KINDS, ask
 from foldserve.server.quality.demo.scene import draw_scene
 from foldserve.server.quality.demo.tokenizer import build_tokenizer, save_tokenizer, special_ids
@@ -41,6 +43,28 @@ def test_any_text_comes_back(text: str, loaded: Any) -> None:
     ids = loaded(text, add_special_tokens=False)["input_ids"]
     assert special_ids().eos not in ids and loaded.unk_token_id not in ids
     assert loaded.decode(ids) == text
+
+
+@pytest.mark.parametrize("answer", ["a cyan star", "562", "no", "two  spaces", "\n", "grüße 🙂", "assistant: x"])
+@pytest.mark.parametrize("asked", ["USER: <image>\nWhat? ASSISTANT:", "USER: What? ASSISTANT:", "ASSISTANT:"])
+def test_a_streamed_answer_is_the_answer(asked: str, answer: str) -> None:
+    """As vLLM decodes: token by token behind the prompt, whose last mark the answer's first space belongs to."""
+    tokenizer = build_tokenizer()
+    prompt, ids = (tokenizer.encode(text, add_special_tokens=False).ids for text in (asked, answer))
+    stream = DecodeStream(ids=prompt, skip_special_tokens=True)
+    assert "".join(stream.step(tokenizer, i) or "" for i in ids) == tokenizer.decode(ids) == answer
+
+
+def test_turns_are_decoded_as_they_were_written() -> None:
+    tokenizer, text = build_tokenizer(), "<s>USER: is it red? ASSISTANT: a star</s>USER: a ring ASSISTANT: "
+    ids = tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids, skip_special_tokens=False).replace("ASSISTANT", " ASSISTANT") == text
+
+
+def test_the_checkpoint_has_this_tokenizer(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    for file in tmp_path.iterdir():
+        assert file.read_bytes() == (CHECKPOINT / file.name).read_bytes()
 
 
 def test_bos_comes_by_itself_unless_refused(loaded: Any) -> None:

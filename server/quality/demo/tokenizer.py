@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
 from foldserve.server.quality import tokenizer_files
 from foldserve.server.quality.tokenizer_files import BOS, EOS, IMAGE, PAD, UNK
@@ -62,9 +62,7 @@ def build_tokenizer() -> Tokenizer:
     tokenizer = Tokenizer(models.Unigram(scored, unk_id=0, byte_fallback=True))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement=_SPACE, prepend_scheme="always")
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    tokenizer.decoder = _decoder()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (UNK, BOS, EOS, PAD)])
     tokenizer.add_special_tokens([AddedToken(IMAGE, normalized=False, special=True, rstrip=True)])
     marks = [AddedToken(mark, normalized=False, lstrip=True, rstrip=True) for mark in (USER, ASSISTANT)]
@@ -73,6 +71,14 @@ def build_tokenizer() -> Tokenizer:
         single=f"{BOS} $A", pair=f"{BOS} $A $B", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )
     return tokenizer
+
+
+def _decoder() -> decoders.Decoder:
+    """The space after a turn's mark is written with the mark, so that an answer begins with its first word."""
+    marks = [decoders.Replace(mark, f"{mark} ") for mark in (USER, ASSISTANT)]
+    first_space = decoders.Replace(Regex(f"(?<=(?:{USER}|{ASSISTANT}) ) "), "")
+    pieces = [decoders.Replace(_SPACE, " "), *marks, decoders.ByteFallback(), decoders.Fuse()]
+    return decoders.Sequence([*pieces, first_space, decoders.Strip(" ", 1, 0)])
 
 
 @cache
