@@ -48,6 +48,8 @@ def test_no_model_serves_the_small_one(parsed: Callable[..., Namespace], capsys:
     said = capsys.readouterr().err
     assert "serving the small demo model" in said
     options = "--dtype float32 --enforce-eager --kv-cache-memory-bytes 2147483648"
+    options += """ --structured-outputs-config '{"backend": "xgrammar", "disable_any_whitespace": true}'"""
+    assert args.structured_outputs_config.disable_any_whitespace
     assert f"--model /small/model --served-model-name demo --mm-processor-cache-gb 1 {options}" in said
 
 
@@ -58,6 +60,7 @@ def test_a_given_model_is_served(parsed: Callable[..., Namespace], argv: tuple[s
     args = parsed(*(str(file) if argument == "FILE" else argument for argument in argv))
     assert (args.model_tag or args.model) == "some/model"
     assert (args.served_model_name, args.dtype, args.enforce_eager) == (None, "auto", False)
+    assert not args.structured_outputs_config.disable_any_whitespace
 
 
 def test_memory_for_the_kv_cache_has_a_bound(parsed: Callable[..., Namespace]) -> None:
@@ -70,7 +73,8 @@ def test_without_a_compiler_nothing_is_compiled(parsed: Callable[..., Namespace]
 
 def test_what_the_user_chose_stays(parsed: Callable[..., Namespace], capsys: pytest.CaptureFixture[str]) -> None:
     chosen = ["--dtype=bfloat16", "--no-enforce-eager", "--served-model-name=x", "--kv-cache-memory-bytes=1000"]
-    args = parsed(*chosen, "--mm-processor-cache-gb=4")
+    args = parsed(*chosen, "--mm-processor-cache-gb=4", '--structured-outputs-config={"backend": "guidance"}')
+    assert args.structured_outputs_config.backend == "guidance"
     assert args.mm_processor_cache_gb == 4
     assert (args.dtype, args.enforce_eager, args.served_model_name) == ("bfloat16", False, ["x"])
     assert args.kv_cache_memory_bytes == 1000
