@@ -15,6 +15,7 @@ from foldserve.reducers import METHODS
 from foldserve.reducers.reduction import FIELDS, Positions, Reduction
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.image_cache import OnItsWay
+from foldserve.server.api.limits.body import is_image
 from foldserve.server.api.usage import VisionTokens
 from foldserve.server.settings import CONFIG_KEY, Settings
 
@@ -26,7 +27,7 @@ _REDUCTION_SCHEMA: dict[str, Any] = {
     | {option.name: option.schema() for method in METHODS.values() for option in method.options},
 }
 _RATIO_SCHEMA = {"type": "number", "minimum": 0, "exclusiveMaximum": 1, "description": "short for `reduction.ratio`"}
-_DETAILS = ("auto", "low", "high")
+DETAILS = ("auto", "low", "high", "original")
 
 
 def _parse_reduction(value: object) -> Reduction | None:
@@ -49,7 +50,7 @@ class Defaults:
     def by_detail(self) -> Mapping[str, Reduction]:
         """What `image_url.detail` asks for."""
         low = replace(self.reduction, ratio=self.low_detail_ratio, keep_tokens=None)
-        return {"auto": self.reduction, "low": low, "high": Reduction()}
+        return {"auto": self.reduction, "low": low, "high": Reduction(), "original": Reduction()}
 
     @classmethod
     def from_config(cls, additional_config: Mapping[str, Any]) -> Defaults:
@@ -128,18 +129,18 @@ def _image_details(body: Mapping[str, Any]) -> Iterator[str]:
     for m, message in enumerate(messages if isinstance(messages, list) else []):
         content = message.get("content") if isinstance(message, dict) else None
         for p, part in enumerate(content if isinstance(content, list) else []):
-            if not isinstance(part, dict):
-                continue
-            if part.get("type") == "image_url" or "image_url" in part:
-                yield _detail(part, f"messages[{m}].content[{p}].image_url.detail")
+            if isinstance(part, dict) and is_image(part):
+                yield _detail(part, f"messages[{m}].content[{p}]")
 
 
 def _detail(part: Mapping[str, Any], path: str) -> str:
+    """What an image's `detail` says; clients that always send the field send "" or null for none."""
     image = part.get("image_url")
-    source = image if isinstance(image, dict) else part  # `{"image_url": "http..."}` is accepted by vLLM too
-    detail = source.get("detail")
-    if detail is None:
-        return "auto"
-    if detail not in _DETAILS:
-        raise InvalidRequest(f"detail must be one of {', '.join(_DETAILS)}; got {detail!r:.50}", path)
-    return str(detail)
+    inner = image.get("detail") if isinstance(image, dict) else None
+    outer = part.get("detail")  # as in `{"image_url": "http...", "detail": "low"}`, which vLLM takes too
+    for detail, place in ((inner, "image_url.detail"), (outer, "detail")):
+        if detail not in (None, "", *DETAILS):
+            raise InvalidRequest(f"detail must be one of {', '.join(DETAILS)}; got {detail!r:.50}", f"{path}.{place}")
+    if inner and outer and inner != outer:
+        raise InvalidRequest("detail came twice: write it into `image_url` alone", f"{path}.detail")
+    return str(inner or outer or "auto")

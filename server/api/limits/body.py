@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from foldserve.server.api.errors import InvalidRequest, LimitExceeded
+from foldserve.server.api.limits import misplaced
+from foldserve.server.api.limits.strict_json import Path, to_text
 from foldserve.server.limits import Limits
 
 _NOT_A_CLIENTS = {
@@ -30,7 +32,7 @@ _SCHEMAS = ("response_format", "structured_outputs", "tools")
 
 
 def check_body(body: Mapping[str, Any], limits: Limits) -> None:
-    """Refuses what clients may not set, media other than images, and too much of anything.
+    """Refuses what clients may not set, what would be ignored, media other than images, and too much of anything.
 
     Raises:
         InvalidRequest: with the path as `param`.
@@ -38,6 +40,8 @@ def check_body(body: Mapping[str, Any], limits: Limits) -> None:
     for name, reason in _NOT_A_CLIENTS.items():
         if body.get(name) is not None:
             raise InvalidRequest(f"{name} can't be set by a request: {reason}", name)
+    misplaced.check_top(body)
+    _check_functions(body)
     stop = body.get("stop")
     if isinstance(stop, list) and len(stop) > limits.max_stop_strings:
         raise LimitExceeded(f"stop may have {limits.max_stop_strings} entries at most, not {len(stop)}", "stop")
@@ -61,52 +65,71 @@ def _check_template_switches(switches: object) -> None:
             raise InvalidRequest(f"{path} can't be set by a request, but for these as true or false: {known}", path)
 
 
+def _check_functions(body: Mapping[str, Any]) -> None:
+    """`functions`, the form that `tools` had until 2023; vLLM does not know it."""
+    choice = body.get("function_call")
+    if choice == "none" or (choice is None and not body.get("functions")):
+        return
+    raise InvalidRequest(
+        'functions, the older form of `tools`, can\'t be called: leave them out, or send "none" as `function_call`',
+        "functions" if choice is None else "function_call",
+    )
+
+
 def _check_messages(messages: list[Any], limits: Limits) -> None:
     if len(messages) > limits.max_messages:
         raise LimitExceeded(f"a chat may have {limits.max_messages} messages at most, not {len(messages)}", "messages")
     images = 0
     for m, message in enumerate(messages):
-        path = f"messages[{m}]"
+        path: Path = ((None, "messages"), m)
         if not isinstance(message, dict):
-            raise InvalidRequest("a message must be an object", path)
+            raise InvalidRequest("a message must be an object", to_text(path))
         if not isinstance(message.get("role"), str):
-            raise InvalidRequest("a message needs a role", f"{path}.role")
+            raise InvalidRequest("a message needs a role", to_text((path, "role")))
         if not isinstance(message.get("tool_calls", []), list | None):
-            raise InvalidRequest("tool_calls must be a list", f"{path}.tool_calls")
-        images += _check_content(message.get("content"), f"{path}.content")
+            raise InvalidRequest("tool_calls must be a list", to_text((path, "tool_calls")))
+        misplaced.check_message(message, path)
+        images += _check_content(message.get("content"), (path, "content"))
     if images > limits.max_images_per_request:
         most = limits.max_images_per_request
         raise LimitExceeded(f"a request may have {most} images at most, not {images}", "messages")
 
 
-def _check_content(content: object, path: str) -> int:
+def _check_content(content: object, path: Path) -> int:
     """The number of images."""
     if content is None or isinstance(content, str):
         return 0
     if not isinstance(content, list):
-        raise InvalidRequest("content must be a text or a list of parts", path)
-    return sum(_check_part(part, f"{path}[{p}]") for p, part in enumerate(content))
+        raise InvalidRequest("content must be a text or a list of parts", to_text(path))
+    return sum(_check_part(part, (path, p)) for p, part in enumerate(content))
 
 
-def _check_part(part: object, path: str) -> int:
+def _check_part(part: object, path: Path) -> int:
     """1 for an image, 0 for a text."""
     if not isinstance(part, dict):
-        raise InvalidRequest("a part of a message must be an object", path)
+        raise InvalidRequest("a part of a message must be an object", to_text(path))
     if part.get("uuid") is not None:
-        raise InvalidRequest("an image's identity is its content: leave `uuid` out", f"{path}.uuid")
-    kind = part.get("type", "image_url" if "image_url" in part else None)
-    if kind == "image_url":
-        _check_image(part.get("image_url"), f"{path}.image_url")
+        raise InvalidRequest("an image's identity is its content: leave `uuid` out", to_text((path, "uuid")))
+    if is_image(part):
+        _check_image(part.get("image_url"), (path, "image_url"))
+        misplaced.check_image(part, path)
         return 1
+    kind = part.get("type")
     if not isinstance(kind, str) or kind not in _TEXT_PARTS:
-        raise InvalidRequest("a part must be of type text or image_url", f"{path}.type")
+        raise InvalidRequest("a part must be of type text or image_url", to_text((path, "type")))
     field = _TEXT_PARTS[kind]
     if not isinstance(part.get(field), str):
-        raise InvalidRequest(f"{field} must be a text", f"{path}.{field}")
+        raise InvalidRequest(f"{field} must be a text", to_text((path, field)))
+    misplaced.check_text(part, path)
     return 0
 
 
-def _check_image(source: object, path: str) -> None:
+def is_image(part: Mapping[str, Any]) -> bool:
+    """Whether vLLM takes a part of a message's content for an image."""
+    return bool(part.get("type", "image_url" if "image_url" in part else None) == "image_url")
+
+
+def _check_image(source: object, path: Path) -> None:
     url = source.get("url") if isinstance(source, dict) else source
     if not isinstance(url, str):
-        raise InvalidRequest('an image needs {"url": "https://..."} or a data: URL there', f"{path}.url")
+        raise InvalidRequest('an image needs {"url": "https://..."} or a data: URL there', to_text((path, "url")))

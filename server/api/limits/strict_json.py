@@ -12,7 +12,7 @@ from foldserve.server.api.errors import InvalidRequest, LimitExceeded
 from foldserve.server.limits import Limits
 
 _LARGEST_INTEGER = 2**63 - 1
-_Path = tuple[Any, str | int] | None  # (path of the container, key in it)
+Path = tuple[Any, str | int] | None  # (path of the container, key in it)
 
 
 class _KeyTwice(dict[str, Any]):
@@ -84,9 +84,9 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check(value: Any, limits: Limits) -> None:
-    level: list[tuple[Any, _Path]] = [(value, None)]
+    level: list[tuple[Any, Path]] = [(value, None)]
     for _ in range(limits.max_json_depth):
-        inner: list[tuple[Any, _Path]] = []
+        inner: list[tuple[Any, Path]] = []
         for item, path in level:
             if isinstance(item, dict):
                 _check_keys(item, path)
@@ -101,14 +101,14 @@ def _check(value: Any, limits: Limits) -> None:
     raise _too_deep(limits)
 
 
-def _check_keys(item: dict[str, Any], path: _Path) -> None:
+def _check_keys(item: dict[str, Any], path: Path) -> None:
     if isinstance(item, _KeyTwice):
         raise InvalidRequest("a key came twice in one object: send it once", to_text((path, item.key)))
     for key in item:
         _check_scalar(key, path)
 
 
-def _check_scalar(item: object, path: _Path) -> None:
+def _check_scalar(item: object, path: Path) -> None:
     if isinstance(item, str):
         if not item.isascii() and not _is_unicode(item):
             raise InvalidRequest("the text holds half of a surrogate pair", to_text(path))
@@ -127,7 +127,7 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def to_text(path: _Path) -> str | None:
+def to_text(path: Path) -> str | None:
     """`messages[0].content`; None for the body itself."""
     keys: list[str | int] = []
     while path is not None:
