@@ -134,12 +134,15 @@ def _image_details(body: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _detail(part: Mapping[str, Any], path: str) -> str:
-    """What an image's `detail` says; clients that always send the field send "" or null for none."""
+    """What an image's `detail` says; "" or null, which pydantic would refuse, come from clients that always send it."""
     image = part.get("image_url")
+    for holder in (part, image):
+        if isinstance(holder, dict) and holder.get("detail") in (None, ""):
+            holder.pop("detail", None)
     inner = image.get("detail") if isinstance(image, dict) else None
     outer = part.get("detail")  # as in `{"image_url": "http...", "detail": "low"}`, which vLLM takes too
     for detail, place in ((inner, "image_url.detail"), (outer, "detail")):
-        if detail not in (None, "", *DETAILS):
+        if detail not in (None, *DETAILS):
             raise InvalidRequest(f"detail must be one of {', '.join(DETAILS)}; got {detail!r:.50}", f"{path}.{place}")
     if inner and outer and inner != outer:
         raise InvalidRequest("detail came twice: write it into `image_url` alone", f"{path}.detail")

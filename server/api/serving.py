@@ -11,7 +11,7 @@ from typing import Any
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.exceptions import VLLMClientError
+from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.inputs import EngineInput
 from vllm.outputs import RequestOutput
 from vllm.renderers.chat_utils import ConversationMessage
@@ -20,6 +20,7 @@ from foldserve.reducers.plan import Reduction
 from foldserve.server.api import metrics
 from foldserve.server.api.errors import FoldserveError, InvalidRequest, render_event, translate
 from foldserve.server.api.image_cache import OnItsWay, SentImages
+from foldserve.server.api.limits import template
 from foldserve.server.api.limits.checks import ChatChecks
 from foldserve.server.api.media.guard import MediaGuard
 from foldserve.server.api.planner import Planner
@@ -77,7 +78,10 @@ class FoldServingChat(OpenAIServingChat):
             request.mm_processor_kwargs = {KWARG: [reduction.to_json() for reduction in reductions]}
         clock = 0 if self.sent_images is None else self.sent_images.clock
         async with self.media.loaded(request.messages):
-            rendered = await super().render_chat_request(request)
+            try:
+                rendered = await super().render_chat_request(request)
+            except VLLMValidationError as error:
+                raise template.refusal(error, len(request.messages)) or error from None
         if isinstance(rendered, ErrorResponse):  # the one thing that vLLM refuses in this way here
             raise InvalidRequest('this server can\'t call tools: leave `tools` out, or send "none"', "tool_choice")
         (prompt,) = rendered[1]

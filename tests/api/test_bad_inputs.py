@@ -5,6 +5,7 @@ The last test looks back: the same processes run, no KV block is held, and a req
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import json
 import re
@@ -23,6 +24,7 @@ from tests.api.hostile import Handler, hostile_server
 from tests.api.test_limits import BAD_BODIES, BAD_FIELDS, BAD_JSON
 from tests.api.test_media_address import PRIVATE, SPELLINGS
 from tests.api.test_media_decode import REFUSED, SOUND, data, solid_png
+from tests.api.test_misplaced import ECHOES, FUNCTIONS, MEDIA, REDUCTIONS
 from tests.images import data_uri, photo
 
 LEAKS = re.compile(
@@ -339,6 +341,44 @@ def test_bad_bodies(body: dict[str, Any], param: str, client: Client) -> None:
 @pytest.mark.parametrize(("fields", "param"), BAD_FIELDS, ids=lambda v: str(v)[:60])
 def test_bad_fields(fields: dict[str, Any], param: str, client: Client) -> None:
     client.refuses(chat() | fields, param)
+
+
+@pytest.mark.parametrize(("body", "param"), [*REDUCTIONS, *MEDIA, *FUNCTIONS], ids=lambda v: str(v)[-60:])
+def test_what_would_be_ignored(body: dict[str, Any], param: str, client: Client) -> None:
+    client.refuses({"model": "tiny"} | body, param, "invalid_value")
+
+
+@pytest.mark.parametrize("echo", ECHOES[:-1], ids=lambda v: str(v)[-60:])
+def test_what_clients_send_back_is_taken(echo: dict[str, Any], client: Client) -> None:
+    body = chat()
+    assert client.answers(body | {"messages": [*body["messages"], echo, *body["messages"]]})
+
+
+def test_empty_and_original_details(client: Client) -> None:
+    for detail, kept in (("original", 144), ("", 144), (None, 144), ("low", 36)):
+        part = image(PICTURE)
+        part["image_url"]["detail"] = detail
+        assert client.answers(chat(part, TEXT))["usage"]["vision_tokens"]["kept"] == kept
+
+
+@pytest.mark.parametrize("content", ["done", [TEXT], [image(PICTURE)]], ids=["text", "parts", "image"])
+def test_a_message_that_the_template_refuses(content: object, client: Client) -> None:
+    call = {"id": "a", "type": "function", "function": {"name": "screenshot", "arguments": "{}"}}
+    messages = [
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a", "content": content},
+    ]
+    assert "template refuses messages[2] (role: tool)" in client.refuses(chat(messages=messages), "messages[2]")
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["named", "unnamed"])
+def test_a_compressed_body(named: bool, client: Client) -> None:
+    headers = {"Content-Type": "application/json"} | ({"Content-Encoding": "gzip"} if named else {})
+    content = gzip.compress(json.dumps(chat()).encode())
+    answer = httpx.post(f"{client.url}/v1/chat/completions", content=content, headers=headers, timeout=60)
+    assert (answer.status_code, answer.headers["accept-encoding"]) == (400, "identity")
+    assert "compressed (gzip)" in answer.json()["error"]["message"]
 
 
 SCHEMAS: dict[str, dict[str, Any]] = {

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,23 @@ def test_bad_json(body: bytes, error: type[FoldserveError], message: str, param:
     with pytest.raises(error, match=message) as caught:
         parse(body, LIMITS)
     assert caught.value.param == param
+
+
+TEXTS = st.text(min_size=1).map(lambda text: json.dumps({"messages": text}).encode())
+
+
+@given(TEXTS, st.sampled_from(["gzip", "deflate", "zlib-0", "zlib-9", "zstd"]))
+def test_compressed_bodies_are_called_that(plain: bytes, how: str) -> None:
+    compress: dict[str, Callable[[bytes], bytes]] = {
+        "gzip": gzip.compress,
+        "deflate": zlib.compress,
+        "zlib-0": lambda body: zlib.compress(body, 0),
+        "zlib-9": lambda body: zlib.compress(body, 9),
+        "zstd": lambda body: b"\x28\xb5\x2f\xfd" + body,
+    }
+    with pytest.raises(InvalidRequest, match=r"compressed \((gzip|deflate|zstd)\)") as caught:
+        parse(compress[how](plain), LIMITS)
+    assert caught.value.headers == {"Accept-Encoding": "identity"}
 
 
 def test_recursion_is_no_crash() -> None:
@@ -353,6 +372,17 @@ def body_of(headers: dict[str, str], chunks: list[bytes]) -> Callable[[], bytes]
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     request = CheckedRequest({"type": "http", "headers": raw, "app": app}, receive)
     return lambda: asyncio.run(request.body())
+
+
+@pytest.mark.parametrize("value", ["gzip", "GZIP", "x-gzip", "deflate", "br", "zstd", "identity, gzip", " compress "])
+def test_bodies_with_a_coding_are_not_read(value: str) -> None:
+    with pytest.raises(InvalidRequest, match="compressed"):
+        body_of({"content-encoding": value}, [])()
+
+
+@pytest.mark.parametrize("value", ["", "identity", "utf-8", "aws-chunked", "none", "gzipped"])
+def test_other_words_are_no_compression(value: str) -> None:
+    assert body_of({"content-encoding": value}, [b"{}"])() == b"{}"
 
 
 def test_bodies_are_counted_while_they_come() -> None:

@@ -29,6 +29,7 @@ from vllm.renderers.chat_utils import CustomChatCompletionMessageParam
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.limits import misplaced
 from foldserve.server.api.limits.body import check_body
+from foldserve.server.api.media.places import places_of_images
 from foldserve.server.api.schema import DETAILS, FoldChatRequest
 from foldserve.server.limits import Limits
 
@@ -250,6 +251,10 @@ def test_details_of_images() -> None:
 
     given = [inner(detail) for detail in (*DETAILS, "", None)]
     assert details(*given) == [*DETAILS, "auto", "auto"]
+    given += [inner("") | {"detail": None}, {"image_url": URL, "detail": ""}]
+    for source in given:
+        request = FoldChatRequest.model_validate(chat({"type": "image_url", **source}))
+        assert len(list(places_of_images(request.messages))) == 1  # pydantic reads a content only now
     outer: list[dict[str, object]] = [
         {"image_url": {"url": URL}, "detail": "low"},
         {"image_url": URL, "detail": "low"},
@@ -260,18 +265,20 @@ def test_details_of_images() -> None:
         "high",
         "low",
     ]
-    for source, param in (
+    for bad, param in (
         (inner("tiny"), "image_url.detail"),
         (inner(["low"]), "image_url.detail"),
         ({"image_url": URL, "detail": "Low"}, "detail"),
         (inner("high") | {"detail": "low"}, "detail"),
     ):
         with pytest.raises(InvalidRequest) as caught:
-            details(source)
+            details(bad)
         assert caught.value.param == f"{PART}.{param}"
 
 
 def test_a_text_with_an_empty_image_is_no_image() -> None:
     body = chat(TEXT | {"image_url": None}, PICTURE)
     check_body(body, Limits())
-    assert FoldChatRequest.model_validate(body).progress.details == ["auto"]
+    request = FoldChatRequest.model_validate(body)
+    assert request.progress.details == ["auto"]
+    assert [place.url for place in places_of_images(request.messages)] == [URL]

@@ -11,6 +11,7 @@ from starlette.datastructures import State
 
 from foldserve.server.api.auth.route import WorkRoute
 from foldserve.server.api.errors import BodyTooLarge
+from foldserve.server.api.limits import coding
 from foldserve.server.api.limits.checks import ChatChecks
 
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
@@ -19,13 +20,14 @@ _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 class CheckedRequest(Request):
     """Modifications to Starlette's request:
 
-    - `body` stops reading at the server's limit, at once where a length is announced;
+    - `body` is never compressed, and stops reading at the server's limit, at once where a length is announced;
     - `json` is strict, and what it returns has passed `ChatChecks.read`;
     - one body is read in a round of the event loop: a health check must not wait for a thousand that come at once.
     """
 
     async def body(self) -> bytes:
         if not hasattr(self, "_body"):
+            coding.check_header(self.headers.getlist("content-encoding"))
             most = self._checks.limits.max_body_bytes
             announced = self.headers.get("content-length", "0")
             if announced.isdecimal() and int(announced) > most:

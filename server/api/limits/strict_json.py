@@ -9,6 +9,7 @@ from typing import Any
 import jiter  # pydantic's parser, seven times as fast as the standard library, and vLLM has it already
 
 from foldserve.server.api.errors import InvalidRequest, LimitExceeded
+from foldserve.server.api.limits import coding
 from foldserve.server.limits import Limits
 
 _LARGEST_INTEGER = 2**63 - 1
@@ -61,6 +62,7 @@ def _is_plain(value: Any, depth: int) -> bool:
 
 def _explain(body: bytes, limits: Limits) -> Any:
     """The value of a body that the fast parser refuses, in the form in which `_check` finds and names what is wrong."""
+    coding.check_bytes(body)
     try:
         return json.loads(body.decode(), object_pairs_hook=_object)
     except UnicodeDecodeError as error:

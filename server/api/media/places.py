@@ -10,6 +10,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from foldserve.server.api.errors import FoldserveError, InvalidRequest
+from foldserve.server.api.limits.body import is_image
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +58,7 @@ def places_of_images(messages: Sequence[Any]) -> Iterator[Place]:
         except ValidationError as error:
             raise InvalidRequest("a part of this message has no known form", f"messages[{m}].content") from error
         for p, part in enumerate(parts):
-            if isinstance(part, dict) and "image_url" in part:
+            if isinstance(part, dict) and is_image(part):
                 source = part["image_url"]
                 is_object = isinstance(source, dict)
                 url = source["url"] if is_object else source
