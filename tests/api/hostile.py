@@ -43,6 +43,23 @@ class Handler(BaseHTTPRequestHandler):
         """To the URL in the path."""
         self._answer(302, b"", Location=rest)
 
+    def do_location(self, rest: str) -> None:
+        """To the header that the path spells in hexadecimal: any bytes."""
+        self._answer(302, b"", Location=bytes.fromhex(rest).decode("latin-1"))
+
+    def do_at(self, rest: str) -> None:
+        """A photo at any path."""
+        self._answer(200, PHOTO)
+
+    def do_coded(self, rest: str) -> None:
+        """Says that the photo is coded in the ways that the path spells in hexadecimal, a header a line."""
+        self.send_response(200)
+        for coding in bytes.fromhex(rest).decode().split("\n"):
+            self.send_header("Content-Encoding", coding)
+        self.send_header("Content-Length", str(len(PHOTO)))
+        self.end_headers()
+        self.wfile.write(PHOTO)
+
     def do_relative(self, rest: str) -> None:
         self._answer(307, b"", Location="/photo")
 

@@ -151,6 +151,30 @@ def test_refused_urls(url: str) -> None:
     assert "127.0.0.1" not in str(refusal.value)
 
 
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAEgAAAAwCAIAAAA=" * 300
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "iVBORw0KGgoAAAANSUhEUgAA",
+        PNG,
+        PNG[:100] + "\n" + PNG,
+        "/9j/4AAQSkZJRgABAQ",
+        "R0lGODdhAQABAPAAAP",
+        "UklGR_-_",
+        "base64," + PNG,
+        "image/png;base64," + PNG,
+        " " + PNG,
+        "",
+    ],
+    ids=lambda text: ascii(text)[:20],
+)
+def test_raw_base64_is_told_what_is_missing(text: str) -> None:
+    with pytest.raises(RefusedUrl, match="before base64, with data:image/TYPE;base64,"):
+        Policy().check(text)
+
+
 @pytest.mark.parametrize(
     ("url", "host"),
     [

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 from aiohttp.abc import AbstractResolver, ResolveResult
+from hypothesis import given
+from hypothesis import strategies as st
+from yarl import URL
 
 from foldserve.server.api.errors import (
     FoldserveError,
@@ -20,7 +23,7 @@ from foldserve.server.api.errors import (
     RefusedUrl,
     Unavailable,
 )
-from foldserve.server.api.media.address import Policy
+from foldserve.server.api.media.address import Policy, join
 from foldserve.server.api.media.budget import Budget, Room
 from foldserve.server.api.media.decode import ImageFile
 from foldserve.server.api.media.fetch import CheckedResolver, open_fetcher
@@ -86,6 +89,74 @@ def test_redirects_to_what_is_refused(web: str, target: str) -> None:
     fails(RefusedUrl, f"{web}/redirect/{target}", "URL|fetched from")
 
 
+@pytest.mark.parametrize(
+    ("location", "asked"),
+    [
+        ("/at/holiday photos/scene 1.png", "/at/holiday%20photos/scene%201.png"),
+        ("/at/a%20b c.png?x=1 2&y=%2F", "/at/a%20b%20c.png?x=1%202&y=%2F"),
+        ("/at/f\u00eate/\u5199\u771f.png", "/at/f%C3%AAte/%E5%86%99%E7%9C%9F.png"),
+        ("/at/a.png#top", "/at/a.png"),
+        ("/at/a.png#a b", "/at/a.png"),
+        ("../at/a.png", "/at/a.png"),
+        ("a.png", "/location/a.png"),
+        ("?a=b c", None),
+        ("//HOST/at/a b.png", "/at/a%20b.png"),
+        ("http://HOST/at/\u00e4 b.png", "/at/%C3%A4%20b.png"),
+        ("HTTP://HOST/at/sig%7E%2f~", "/at/sig%7E%2f~"),
+    ],
+)
+def test_locations_as_servers_write_them(web: str, location: str, asked: str | None) -> None:
+    Handler.asked.clear()
+    raw = location.replace("HOST", web.removeprefix("http://")).encode()
+    if asked is None or asked == "/location/a.png":  # these lead back to what redirects
+        with pytest.raises(FoldserveError):
+            get(f"{web}/location/{raw.hex()}")
+        return
+    assert get(f"{web}/location/{raw.hex()}") == PHOTO
+    assert Handler.asked[1:] == [asked]
+
+
+def test_a_location_in_latin_1(web: str) -> None:
+    Handler.asked.clear()
+    assert get(f"{web}/location/{'/at/fête.png'.encode('latin-1').hex()}") == PHOTO
+    assert Handler.asked[1:] == ["/at/f%EAte.png"]
+
+
+@pytest.mark.parametrize(
+    ("location", "error", "message"),
+    [
+        ("", ImageUnavailable, "^the image's server redirects to nowhere"),
+        ("http://exa mple.com/", RefusedUrl, "^at the target of the redirect: the URL holds a space"),
+        ("/a\\b", RefusedUrl, "^at the target of the redirect: the URL holds a space, a backslash"),
+        ("http://10.0.0.1/", RefusedUrl, "^at the target of the redirect: images may not be fetched"),
+        ("http://localhost:1/", RefusedUrl, "^at the target of the redirect: images may not be fetched"),
+        ("ftp://example.com/", RefusedUrl, "^at the target of the redirect: an image's URL must begin"),
+        ("http://no-such-host.invalid/", ImageUnavailable, "^at the target of the redirect: the host"),
+        ("/status/404", ImageUnavailable, "^at the target of the redirect: .* status 404"),
+        ("/at/" + " " * 4000, RefusedUrl, "^at the target of the redirect: the URL has 12004 characters"),
+        ("http://[::1", RefusedUrl, "^at the target of the redirect: this is not a valid URL"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_errors_name_the_redirect(web: str, location: str, error: type[FoldserveError], message: str) -> None:
+    fails(error, f"{web}/location/{location.encode().hex()}", message)
+
+
+def test_errors_of_the_url_itself_name_no_redirect(web: str) -> None:
+    fails(ImageUnavailable, f"{web}/status/404", "^the image's server answered with status 404")
+    fails(RefusedUrl, "http://10.0.0.1/", "^images may not be fetched")
+
+
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["C"]), max_size=30))
+def test_any_location_leads_to_an_ascii_url_or_our_error(location: str) -> None:
+    try:
+        joined = join(URL("http://example.com/a/b?c"), location)
+        Policy().check(joined)
+    except RefusedUrl:
+        return
+    assert joined.isascii() and " " not in joined
+
+
 def test_redirects_leave_the_domains_of_the_operator(web: str) -> None:
     policy = Policy(domains={HOST}, private_hosts={HOST, "127.0.0.1"})
     assert get(f"{web}/photo", policy) == PHOTO
@@ -117,6 +188,37 @@ def test_loopback_is_refused_without_being_asked(web: str) -> None:
 )
 def test_bad_answers(web: str, path: str, error: type[FoldserveError], message: str) -> None:
     fails(error, f"{web}/{path}", message)
+
+
+@pytest.mark.parametrize(
+    "codings",
+    [
+        "",
+        "identity",
+        "aws-chunked",
+        "AWS-Chunked,identity",
+        "utf-8",
+        "none",
+        "binary",
+        "base64, x",
+        ",",
+        "gzipped",
+        "\n",
+    ],
+)
+def test_codings_that_do_not_compress(web: str, codings: str) -> None:
+    assert get(f"{web}/coded/{codings.encode().hex()}") == PHOTO
+
+
+@pytest.mark.parametrize(
+    "codings",
+    [
+        *("gzip", "GZIP", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress"),
+        *("aws-chunked, gzip", "Br,identity", "identity\ngzip", ",deflate ,", "aws-chunked\nutf-8,  zstd"),
+    ],
+)
+def test_codings_that_compress(web: str, codings: str) -> None:
+    fails(InvalidImage, f"{web}/coded/{codings.encode().hex()}", "compressed")
 
 
 def test_no_tls_and_no_server(web: str) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, IPv6Network
+from urllib.parse import quote
 
 from yarl import URL
 
@@ -14,6 +15,9 @@ from foldserve.server.api.errors import RefusedUrl
 
 _LONGEST_URL = 8192
 _NEVER_IN_A_URL = re.compile(r"[\x00-\x20\x7f\\]")
+_SCHEME = re.compile(r"([a-z][a-z0-9+.-]*+):", re.IGNORECASE)
+_AUTHORITY = re.compile(r"((?:[a-z][a-z0-9+.-]*+:)?(?://[^/?#]*+)?)(.*)", re.IGNORECASE | re.DOTALL)
+_UNESCAPED = re.compile(r"[\x20\x80-\U0010ffff]+")
 _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 _NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*", re.IGNORECASE)
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", re.IGNORECASE)
@@ -74,16 +78,29 @@ class Policy:
 def join(base: URL, location: str) -> str:
     """The URL that a redirect from `base` leads to, still to be checked.
 
+    Args:
+        base: of the redirect.
+        location: the header, a relative or absolute URL; servers leave spaces and other scripts in paths unescaped.
+
     Raises:
         RefusedUrl: not a URL.
     """
-    return str(base.join(_read(location)))
+    authority, path = _AUTHORITY.fullmatch(location).groups()  # type: ignore[union-attr]  # anything matches
+    escaped = _UNESCAPED.sub(
+        lambda found: quote(found[0], errors="surrogateescape"), path
+    )  # Latin-1 too stays as it is
+    return str(base.join(_read(authority + escaped)))
 
 
 def _parse(text: str) -> URL:
-    url = _read(text)
-    if url.scheme not in ("http", "https"):
+    scheme = _SCHEME.match(text)
+    if scheme is None:
+        raise RefusedUrl(
+            "an image's URL must begin with https:// or http://, or, before base64, with data:image/TYPE;base64,"
+        )
+    if scheme[1].lower() not in ("http", "https"):
         raise RefusedUrl("an image's URL must begin with https://, http:// or data:image/")
+    url = _read(text)
     if not url.raw_host:
         raise RefusedUrl("the URL names no host")
     if url.raw_user is not None or url.raw_password is not None:

@@ -1,15 +1,24 @@
-"""`data:` URLs (RFC 2397), read strictly: an image's media type, base64 with its padding, nothing else."""
+"""`data:` URLs (RFC 2397): an image's media type, parameters that change nothing, base64 with its padding."""
 
 from __future__ import annotations
 
 import re
 
+import numpy as np
 import pybase64  # seven times as fast as the standard library, and vLLM has it already
 
 from foldserve.server.api.errors import InvalidImage
 from foldserve.server.api.media.budget import Budget
 
-_HEAD = re.compile(r"data:image/[a-z0-9.+-]{1,64}(?:;[a-z0-9.+-]{1,64}=[a-z0-9.+-]{1,64}){0,4};base64", re.IGNORECASE)
+_LONGEST_HEAD = 4096
+_PERCENT = ord("%")
+_HEX = np.array([int(chr(c), 16) if chr(c) in "0123456789abcdefABCDEF" else 255 for c in range(256)], np.uint8)
+
+# Tokens are RFC 2045's. What stands in a parameter is taken as browsers do, anything up to the next semicolon or comma;
+# in quotes these too. The quantifiers don't give back: whatever comes, one pass tells.
+_TOKEN = r"[!#$%&'*+\-.^_`{|}~0-9a-z]++"
+_VALUE = r'(?:"(?:[^"\\\x00-\x1f\x7f]|\\[^\x00-\x1f\x7f])*+"|[^";,\x00-\x1f\x7f]*+)'
+_HEAD = re.compile(rf"data:image/{_TOKEN}(?:; *+{_TOKEN}={_VALUE})*+; *+base64,", re.IGNORECASE)
 
 
 def is_data_url(url: str) -> bool:
@@ -20,19 +29,38 @@ def read(url: str, budget: Budget) -> bytes:
     """The bytes that the URL holds.
 
     Raises:
-        InvalidImage: another form than `data:image/TYPE;base64,DATA`.
+        InvalidImage: another form than `data:image/TYPE;base64,DATA`, with or without parameters.
         LimitExceeded: too large.
     """
-    head, comma, data = url.partition(",")
-    if not comma or not _HEAD.fullmatch(head):
+    head = _HEAD.match(url, 0, _LONGEST_HEAD)
+    if head is None:
         raise InvalidImage("a data: URL must have the form data:image/TYPE;base64,DATA")
-    padding = data[-4:].count("=")
-    budget.check_file(len(data) // 4 * 3 - padding)
     try:
+        data = _unescaped(url[head.end() :].encode("ascii"))
+        budget.check_file(len(data) // 4 * 3 - data[-4:].count(b"="))
         content = pybase64.b64decode(data, validate=True)
-    except ValueError as error:  # not ASCII, or binascii.Error
+    except ValueError as error:  # binascii.Error and UnicodeEncodeError too
         raise InvalidImage("the data: URL's content is not valid base64 with padding") from error
     if not content:
         raise InvalidImage("the data: URL is empty")
     budget.spend_bytes(len(content))
     return content
+
+
+def _unescaped(data: bytes) -> bytes:
+    """Percent escapes replaced: some clients write + / = so. By arrays, for there may be ten million of them.
+
+    Raises:
+        ValueError: a percent sign without two hexadecimal digits.
+    """
+    if _PERCENT not in data:
+        return data
+    values = np.frombuffer(data + b"--", np.uint8).copy()  # two more, so that a sign at the end has no digits
+    at = np.flatnonzero(values == _PERCENT)
+    high, low = _HEX[values[at + 1]], _HEX[values[at + 2]]
+    if max(high.max(), low.max()) > 15:
+        raise ValueError("a percent sign without two digits")
+    values[at] = 16 * high + low
+    kept = np.ones(len(values), bool)
+    kept[at + 1] = kept[at + 2] = kept[-2:] = False
+    return values[kept].tobytes()

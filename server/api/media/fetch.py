@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from foldserve.server.api.media.budget import Budget
 
 _CHUNK_BYTES = 1 << 16
 _REDIRECTS = (301, 302, 303, 307, 308)
+_COMPRESSIONS = ("gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress")
 _HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "foldserve"}
 
 
@@ -98,23 +99,34 @@ class Fetcher:
             ImageUnavailable: no answer, or another than a whole file.
             LimitExceeded: too large.
         """
-        for _ in range(self._budget.limits.max_media_redirects + 1):
-            target = self._policy.check(url)
-            try:
-                async with self._session.get(target, headers=_HEADERS, allow_redirects=False) as response:
-                    if response.status not in _REDIRECTS:
-                        return await self._read(response)
-                    url = _redirected(target, response)
-            except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: a host that IDNA can't encode
-                raise ImageUnavailable(_reason(error)) from error
-        raise ImageUnavailable(
-            f"the image's server redirects more than {self._budget.limits.max_media_redirects} times"
-        )
+        most = self._budget.limits.max_media_redirects
+        for redirects in range(most + 1):
+            with _blaming_redirect(redirects):
+                target = self._policy.check(url)
+                found = await self._ask(target)
+            if isinstance(found, bytes):
+                return found
+            with _blaming_redirect(redirects + 1):
+                url = join(target, found)
+        raise ImageUnavailable(f"the image's server redirects more than {most} times")
+
+    async def _ask(self, target: URL) -> bytes | str:
+        """The file, or where it is instead."""
+        try:
+            async with self._session.get(target, headers=_HEADERS, allow_redirects=False) as response:
+                if response.status not in _REDIRECTS:
+                    return await self._read(response)
+                location = response.headers.get("Location")
+        except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: a host that IDNA can't encode
+            raise ImageUnavailable(_reason(error)) from error
+        if not location:
+            raise ImageUnavailable("the image's server redirects to nowhere")
+        return location
 
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         if response.status != 200:
             raise ImageUnavailable(f"the image's server answered with status {response.status}")
-        if response.headers.get("Content-Encoding", "identity").lower() != "identity":
+        if _is_compressed(response):
             raise InvalidImage("the image's server sent it compressed, which was not asked for")
         self._budget.check_file(response.content_length or 0)
         content = bytearray()
@@ -152,11 +164,21 @@ async def open_fetcher(policy: Policy, budget: Budget) -> AsyncIterator[Fetcher]
         yield Fetcher(session, policy, budget)
 
 
-def _redirected(target: URL, response: aiohttp.ClientResponse) -> str:
-    location = response.headers.get("Location")
-    if location is None:
-        raise ImageUnavailable("the image's server redirects to nowhere")
-    return join(target, location)
+def _is_compressed(response: aiohttp.ClientResponse) -> bool:
+    """Whether one of the codings compresses; object stores send others, which say nothing about the bytes."""
+    codings = ",".join(response.headers.getall("Content-Encoding", [])).lower().split(",")
+    return any(coding.strip() in _COMPRESSIONS for coding in codings)
+
+
+@contextmanager
+def _blaming_redirect(redirects: int) -> Iterator[None]:
+    """Errors from inside say so if it was not the request's own URL that they are about."""
+    try:
+        yield
+    except (RefusedUrl, ImageUnavailable) as error:
+        if not redirects:
+            raise
+        raise type(error)(f"at the target of the redirect: {error}") from error
 
 
 def _reason(error: Exception) -> str:
