@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-_PILLOW_MEGAPIXELS = 178
-"""Pillow itself refuses images with more than 178,956,970 pixels."""
+MOST_PIXELS = 178_956_970
+"""Pillow itself refuses images with more."""
 
 
 def _bound(default: float, help: str, *, least: float = 1, most: float = float("inf")) -> Any:
@@ -39,7 +39,15 @@ class Limits:
     max_images_per_request: int = _bound(16, "images of a request", least=0)
     max_image_mb: float = _bound(20, "size of an image file", least=0)
     max_media_mb: float = _bound(50, "size of all image files of a request", least=0)
-    max_image_megapixels: float = _bound(40, "width x height of an image", least=0, most=_PILLOW_MEGAPIXELS)
+    max_image_megapixels: float = _bound(40, "width x height of an image", least=0, most=MOST_PIXELS // 10**6)
+    oversized: str = field(
+        default="refuse",
+        metadata={
+            "help": "what becomes of an image with more megapixels or a longer side: a 400, or it is scaled down to "
+            "them where it can be decoded within --max-media-megapixels",
+            "choices": ("refuse", "scale"),
+        },
+    )
     max_media_megapixels: float = _bound(80, "the same, summed over a request's images", least=0)
     max_prepared_megapixels: float = _bound(400, "the same, of all requests an API server prepares at once", least=0)
     min_image_side: int = _bound(8, "pixels of an image's shorter side, at least")
@@ -58,6 +66,9 @@ class Limits:
 
     def __post_init__(self) -> None:
         for bound in fields(self):
+            if "choices" in bound.metadata and getattr(self, bound.name) not in bound.metadata["choices"]:
+                choices = " or ".join(bound.metadata["choices"])
+                raise ValueError(f"{option(bound.name)} must be {choices}, not {getattr(self, bound.name)!r}")
             if "least" not in bound.metadata:
                 continue
             value, least, most = getattr(self, bound.name), bound.metadata["least"], bound.metadata["most"]

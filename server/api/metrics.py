@@ -24,6 +24,7 @@ _TTFT = Histogram(
     ["ratio_bucket"],
     buckets=(0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.4, 0.6, 1.0, 1.5, 2.5, 4.0, 6.0, 10.0, 20.0, 40.0, 80.0),
 )
+_SCALED = Counter("foldserve_images_scaled", "Images above the limits that were scaled down: --oversized scale.")
 _RATIO_BOUNDS = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -56,3 +57,8 @@ def _counters(method: str) -> list[Counter]:
 def observe_first_token(vision: VisionTokens | None, seconds: float) -> None:
     """Records a time to first token."""
     _TTFT.labels(ratio_bucket(vision)).observe(seconds)
+
+
+def observe_scaled() -> None:
+    """Counts an image that the model sees smaller than it was sent."""
+    _SCALED.inc()

@@ -81,7 +81,11 @@ def _add_limits(serve: argparse.ArgumentParser) -> None:
     group = serve.add_argument_group("limits of one request", "docs/security.md says what each is good for")
     for limit in fields(Limits):
         help = limit.metadata["help"]
-        if limit.default == ():
+        if "choices" in limit.metadata:
+            choices = limit.metadata["choices"]
+            text = f"{help} (default: %(default)s)"
+            group.add_argument(option(limit.name), choices=choices, default=limit.default, help=text)
+        elif limit.default == ():
             group.add_argument(option(limit.name), action="append", default=[], metavar="NAME", help=help)
         else:
             kind = int if limit.type == "int" else float  # the annotation, as text

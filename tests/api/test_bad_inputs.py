@@ -25,6 +25,7 @@ from tests.api.test_limits import BAD_BODIES, BAD_FIELDS, BAD_JSON
 from tests.api.test_media_address import PRIVATE, SPELLINGS
 from tests.api.test_media_decode import REFUSED, SOUND, data, solid_png
 from tests.api.test_misplaced import ECHOES, FUNCTIONS, MEDIA, REDUCTIONS
+from tests.api.test_media_metadata import CHUNKS, png_before
 from tests.images import data_uri, photo
 
 LEAKS = re.compile(
@@ -212,6 +213,11 @@ def test_bad_data_urls(url: str, client: Client) -> None:
 @pytest.mark.parametrize("name", REFUSED)
 def test_bad_files(name: str, client: Client) -> None:
     client.refuses(chat(image(data(REFUSED[name])), TEXT), URL, "invalid_image")
+
+
+@pytest.mark.parametrize("name", CHUNKS)
+def test_metadata_that_are_damaged_or_too_large(name: str, client: Client) -> None:
+    assert client.answers(chat(image(data(png_before(CHUNKS[name]))), TEXT))["usage"]["vision_tokens"]["encoded"] == 144
 
 
 @pytest.mark.parametrize("name", SOUND)

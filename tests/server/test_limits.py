@@ -34,7 +34,8 @@ def test_every_bound_is_an_option(chosen: list[Limits], capsys: pytest.CaptureFi
     wanted: dict[str, Any] = {}
     for number, limit in enumerate(fields(Limits), start=30):
         is_list = limit.default == ()
-        wanted[limit.name] = ("minio", "10.0.0.7") if is_list else 3 if limit.name == "max_stop_strings" else number
+        words = limit.metadata.get("choices", [3 if limit.name == "max_stop_strings" else number])
+        wanted[limit.name] = ("minio", "10.0.0.7") if is_list else words[-1]
         for value in wanted[limit.name] if is_list else [wanted[limit.name]]:
             argv += [option(limit.name), str(value)]
     cli.main(argv)
@@ -50,6 +51,11 @@ def test_they_travel_as_json() -> None:
     assert Limits.from_config({}) == Limits()
 
 
+def test_a_choice_that_there_is_not() -> None:
+    with pytest.raises(ValueError, match="--oversized must be refuse or scale, not 'crop'"):
+        Limits(oversized="crop")
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -58,6 +64,7 @@ def test_they_travel_as_json() -> None:
         (["--max-media-seconds", "nan"], "--max-media-seconds must be at least 0, not nan"),
         (["--max-media-seconds", "inf"], "--max-media-seconds must be at least 0, not inf"),
         (["--max-choices", "0"], "--max-choices must be at least 1, not 0"),
+        (["--oversized", "crop"], "invalid choice: 'crop' (choose from 'refuse', 'scale')"),
         (["--max-choices", "1.5"], "invalid int value: '1.5'"),
         (["--max-media-megapixels", "39"], "must not be below --max-image-megapixels"),
         (["--min-image-side", "100", "--max-image-side", "99"], "must not be below --min-image-side"),

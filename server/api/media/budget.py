@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import math
 import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from foldserve.server.api import metrics
 from foldserve.server.api.errors import LimitExceeded, Unavailable
-from foldserve.server.limits import Limits
+from foldserve.server.api.media.decode import ImageFile
+from foldserve.server.limits import MOST_PIXELS, Limits
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Budget:
-    """Counts down over the images of one request.
+    """Counts down over the images of one request, which several threads read.
 
     Attributes:
         limits: the bounds.
@@ -25,6 +31,7 @@ class Budget:
     limits: Limits
     bytes_used: int = 0
     pixels_used: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def check_file(self, size: int) -> None:
         """Refuses a file of `size` bytes, before they are read where the size is announced.
@@ -43,9 +50,30 @@ class Budget:
         Raises:
             LimitExceeded: too many.
         """
-        self.bytes_used += size
+        with self._lock:
+            self.bytes_used += size
         if self.bytes_used > self.limits.max_media_bytes:
             raise LimitExceeded(f"the request's image files are larger than {self.limits.max_media_mb:g} MB together")
+
+    def admit(self, file: ImageFile) -> ImageFile:
+        """Checks an image by its header and counts its pixels; one that is too large may come back to be scaled down.
+
+        Raises:
+            LimitExceeded: too small, too large, too long, or too much for one request.
+        """
+        if self.limits.oversized == "refuse" or self._excess(*file.size) is None:
+            self.spend_pixels(*file.size)
+            return file
+        self._check_shape(*file.size)
+        scaled = file.scaled(*self._fitting(*file.size))
+        if scaled.decoded_pixels > self.limits.max_media_pixels or math.prod(file.size) > MOST_PIXELS:
+            raise LimitExceeded(
+                f"{_named(*file.size)}, too many pixels to be scaled down: save it as a baseline JPEG, or smaller"
+            )
+        self._count(scaled.decoded_pixels)
+        _log.info("an image of %dx%d is scaled down to %dx%d", *file.size, *(scaled.largest or ()))
+        metrics.observe_scaled()
+        return scaled
 
     def spend_pixels(self, width: int, height: int) -> None:
         """Checks an image's size, as its header gives it, and counts it.
@@ -53,29 +81,51 @@ class Budget:
         Raises:
             LimitExceeded: too small, too large, too long, or too much for one request.
         """
+        self._check_shape(width, height)
+        if excess := self._excess(width, height):
+            raise LimitExceeded(f"{_named(width, height)}: {excess}")
+        self._count(width * height)
+
+    def _check_shape(self, width: int, height: int) -> None:
+        """What scaling down doesn't mend."""
         limits = self.limits
         short, long = sorted((width, height))
         if short < limits.min_image_side:
-            raise LimitExceeded(
-                f"the image is {width}x{height}: both sides need {limits.min_image_side} pixels or more"
-            )
-        if long > limits.max_image_side:
-            raise LimitExceeded(
-                f"the image is {width}x{height}: a side may have {limits.max_image_side} pixels at most"
-            )
+            raise LimitExceeded(f"{_named(width, height)}: both sides need {limits.min_image_side} pixels or more")
         if long > limits.max_image_aspect * short:
             raise LimitExceeded(
-                f"the image is {width}x{height}: a side may be {limits.max_image_aspect:g} times the other at most"
+                f"{_named(width, height)}: a side may be {limits.max_image_aspect:g} times the other at most"
             )
+
+    def _excess(self, width: int, height: int) -> str | None:
+        """What is too large about it, with a remedy."""
+        limits = self.limits
         if width * height > limits.max_image_pixels:
+            return f"too many pixels, more than {limits.max_image_megapixels:g} megapixels; make it smaller"
+        if max(width, height) > limits.max_image_side:
+            return f"a side may have {limits.max_image_side} pixels at most"
+        return None
+
+    def _fitting(self, width: int, height: int) -> tuple[int, int]:
+        """The largest size of the same aspect within the limits."""
+        limits = self.limits
+        scale = min(limits.max_image_side / max(width, height), math.sqrt(limits.max_image_pixels / (width * height)))
+        fitting = int(width * scale), int(height * scale)
+        if min(fitting) < limits.min_image_side:
+            raise LimitExceeded(f"{_named(width, height)}: too long to be scaled down")
+        return fitting
+
+    def _count(self, pixels: int) -> None:
+        with self._lock:
+            self.pixels_used += pixels
+        if self.pixels_used > self.limits.max_media_pixels:
             raise LimitExceeded(
-                f"the image is {width}x{height}: more than {limits.max_image_megapixels:g} megapixels; make it smaller"
+                f"the request's images have more than {self.limits.max_media_megapixels:g} megapixels together"
             )
-        self.pixels_used += width * height
-        if self.pixels_used > limits.max_media_pixels:
-            raise LimitExceeded(
-                f"the request's images have more than {limits.max_media_megapixels:g} megapixels together"
-            )
+
+
+def _named(width: int, height: int) -> str:
+    return f"the image is {width}x{height}"
 
 
 class Share:

@@ -3,19 +3,44 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+import numpy as np
+from PIL import ExifTags, Image
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile as PillowFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 from vllm.multimodal.image import convert_image_mode, normalize_image
 from vllm.multimodal.media import MediaWithBytes
 
 from foldserve.server.api.errors import InvalidImage, LimitExceeded
+from foldserve.server.api.media import jpeg, png, webp
+from foldserve.server.api.media.bare import BareFile
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-_MOST_SCANS = 100
-"""A progressive JPEG has about ten scans. Each one, however short, costs a pass over all pixels."""
-_START_OF_SCAN = b"\xff\xda"
+_JPEG_SCALES = (2, 4, 8)
+"""libjpeg decodes at these fractions of the size, for less memory and time."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    """A format of the web: how to tell it, what of a file makes pixels, and who decodes it."""
+
+    magic: bytes
+    bare: Callable[[bytes], BareFile]
+    reader: Callable[[io.BytesIO], PillowFile]
+
+
+_FORMATS = (
+    _Format(b"\xff\xd8\xff", jpeg.bare, JpegImageFile),
+    _Format(b"\x89PNG\r\n\x1a\n", png.bare, PngImageFile),
+    _Format(b"RIFF", webp.bare, WebPImageFile),
+    _Format(b"GIF87a", BareFile, GifImageFile),
+    _Format(b"GIF89a", BareFile, GifImageFile),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,30 +49,54 @@ class ImageFile:
 
     Attributes:
         content: the bytes.
+        bare: what of them makes pixels.
         image: not decoded yet.
+        size: width and height in the header.
+        largest: what the decoded image is scaled down to; None leaves it as it is.
     """
 
     content: bytes
-    image: Image.Image
+    bare: BareFile
+    image: PillowFile
+    size: tuple[int, int]
+    largest: tuple[int, int] | None = None
 
     @classmethod
     def open(cls, content: bytes) -> ImageFile:
         """Reads the header.
 
         Raises:
-            InvalidImage: not one of `FORMATS`, or damaged.
+            InvalidImage: not one of the formats, or damaged.
             LimitExceeded: more pixels than Pillow finds safe.
         """
-        if content.startswith(b"\xff\xd8") and content.count(_START_OF_SCAN) > _MOST_SCANS:
-            raise InvalidImage(f"the JPEG has more than {_MOST_SCANS} scans: save it as a baseline JPEG")
+        format = next((format for format in _FORMATS if content.startswith(format.magic)), None)
+        if format is None:
+            raise InvalidImage("the file is no JPEG, PNG, WebP or GIF image")
+        bare = format.bare(content)
         try:
-            return cls(content, Image.open(io.BytesIO(content), formats=FORMATS))
-        except UnidentifiedImageError as error:
-            raise InvalidImage("the file is no JPEG, PNG, WebP or GIF image") from error
+            image = format.reader(io.BytesIO(bare.content))
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise LimitExceeded("the image has too many pixels to be decoded safely; make it smaller") from error
         except Exception as error:  # Pillow's readers raise whatever the damage leads to
             raise _damaged() from error
+        if bare.colour_key is not None:
+            image.info["transparency"] = bare.colour_key
+        return cls(content, bare, image, image.size)
+
+    @property
+    def decoded_pixels(self) -> int:
+        """What a decoder holds at once."""
+        width, height = self.size if self.bare.has_scans else self.image.size
+        return width * height
+
+    def scaled(self, width: int, height: int) -> ImageFile:
+        """The same file, decoded to this size at most; a JPEG without ever holding a larger one, if possible."""
+        if isinstance(self.image, JpegImageFile):
+            full = self.size
+            fitting = (s for s in _JPEG_SCALES if -(-full[0] // s) <= width and -(-full[1] // s) <= height)
+            scale = next(fitting, _JPEG_SCALES[-1])
+            self.image.draft(None, (max(1, full[0] // scale), max(1, full[1] // scale)))
+        return replace(self, largest=(width, height))
 
     def decode(self, mode: str | None = "RGB", background: tuple[int, int, int] = (255, 255, 255)) -> Any:
         """The pixels of the first frame, upright, with vLLM's wrapper that gives them the identity of the file.
@@ -61,20 +110,49 @@ class ImageFile:
         """
         try:
             self.image.load()
-            image = normalize_image(_eight_bits(self.image))
+            image = self._upright(_with_alpha(self.image))
             converted = image if mode is None else convert_image_mode(image, mode, background)
+            if self.largest is not None:
+                converted = self._shrunk(converted, self.largest)
         except Exception as error:  # as above, MemoryError included
             raise _damaged() from error
-        settings = None if converted is image else {"image_mode": mode, "rgba_background_color": background}
-        return MediaWithBytes(converted, self.content, settings)
+        settings: dict[str, Any] = {}
+        if converted is not image:
+            settings = {"image_mode": mode, "rgba_background_color": background}
+        if self.largest is not None:
+            settings["largest"] = self.largest
+        return MediaWithBytes(converted, self.content, settings or None)
+
+    def _upright(self, image: Image.Image) -> Image.Image:
+        """A copy, turned as the file says; what Pillow has of the file is let go."""
+        if self.bare.orientation != 1:
+            image.getexif()[ExifTags.Base.Orientation] = self.bare.orientation
+        upright = normalize_image(image)
+        if upright is not self.image:
+            self.image.close()
+        return upright
+
+    def _shrunk(self, image: Image.Image, largest: tuple[int, int]) -> Image.Image:
+        width, height = largest if self.bare.orientation <= 4 else reversed(largest)
+        if image.width <= width and image.height <= height:
+            return image
+        return image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """16-bit grey scaled to 8 bits: Pillow's own conversion clips it to white."""
+def _with_alpha(image: Image.Image) -> Image.Image:
+    """An image whose colour key, if Pillow's later steps would miss it, has become an alpha channel.
+
+    Shades of 16 bits are scaled to 8: Pillow's own conversion clips them to white.
+    """
+    key = image.info.get("transparency")
+    if image.mode == "RGB" and key is not None:
+        return image.convert("RGBA")
     if not image.mode.startswith("I;16"):
         return image
     scaled = image.point(lambda value: value * (1 / 256)).convert("L")
     scaled.info.pop("transparency", None)  # a 16-bit value, meaningless now
+    if key is not None:
+        scaled.putalpha(Image.fromarray(np.where(np.asarray(image) == key, np.uint8(0), np.uint8(255))))
     return scaled
 
 

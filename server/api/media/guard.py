@@ -92,10 +92,12 @@ class MediaGuard:
         async with self._in_time("decoded"):
             return await self._decode(place, loaded)
 
+    def _open_here(self, url: str, content: bytes | None, budget: Budget) -> ImageFile:
+        return budget.admit(ImageFile.open(data_url.read(url, budget) if content is None else content))
+
     def _load_here(self, url: str, content: bytes | None, budget: Budget, share: Share) -> Any:
         """The image; or its file where there is no room for the pixels yet."""
-        file = ImageFile.open(data_url.read(url, budget) if content is None else content)
-        budget.spend_pixels(*file.image.size)
+        file = self._open_here(url, content, budget)
         return file.decode(self._mode, self._background) if share.take_now(budget.pixels_used) else file
 
     async def _open_all(self, places: Sequence[Place], budget: Budget) -> list[ImageFile]:
@@ -107,12 +109,10 @@ class MediaGuard:
 
     async def _open(self, place: Place, fetcher: Fetcher | None, budget: Budget) -> ImageFile:
         with place.named():
-            if fetcher is None or data_url.is_data_url(place.url):
-                content = data_url.read(place.url, budget)
-            else:
+            content = None
+            if fetcher is not None and not data_url.is_data_url(place.url):
                 content = await fetcher.get(place.url)
-            file: ImageFile = await self._run(ImageFile.open, content)
-            budget.spend_pixels(*file.image.size)
+            file: ImageFile = await self._run(self._open_here, place.url, content, budget)
             return file
 
     async def _decode(self, place: Place, file: ImageFile) -> Any:

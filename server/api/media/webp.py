@@ -1,0 +1,39 @@
+"""WebP files: what of them makes pixels."""
+
+from __future__ import annotations
+
+import struct
+
+from foldserve.server.api.media.bare import BareFile, Cutter, check_parts
+from foldserve.server.api.media.orientation import orientation
+
+_FIRST_CHUNK = 12
+_FLAGS = 20  # offset of the extended header's
+_METADATA_FLAGS = 0x2C  # colour profile, EXIF, XMP
+_OF_PIXELS = (b"VP8X", b"ANIM", b"ANMF", b"ALPH", b"VP8 ", b"VP8L")
+
+
+def bare(content: bytes) -> BareFile:
+    """The file without colour profile, EXIF, XMP and chunks of other programs."""
+    if content[_FIRST_CHUNK : _FIRST_CHUNK + 4] != b"VP8X":
+        return BareFile(content)  # the simple format: one image, no metadata
+    cutter, metadata = Cutter(content), dict[bytes, bytes]()
+    chunks, at = 0, _FIRST_CHUNK
+    while at + 8 <= len(content):
+        kind, length = struct.unpack_from("<4sL", content, at)
+        end = at + 8 + length + length % 2
+        check_parts(chunks := chunks + 1)
+        if kind not in _OF_PIXELS:
+            cutter.drop(at, end)
+            metadata.setdefault(kind, content[at + 8 : at + 8 + length] if kind in (b"EXIF", b"XMP ") else b"")
+        at = end
+    found = orientation(metadata.get(b"EXIF", b""), metadata.get(b"XMP ", b""))
+    return BareFile(_without_flags(cutter.result()) if metadata else content, found)
+
+
+def _without_flags(content: bytes) -> bytes:
+    """A file that neither announces the metadata nor their bytes."""
+    result = bytearray(content)
+    struct.pack_into("<L", result, 4, len(content) - 8)
+    result[_FLAGS] &= ~_METADATA_FLAGS
+    return bytes(result)
