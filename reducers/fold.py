@@ -219,7 +219,7 @@ def true_fp32() -> Iterator[None]:
 
     The flag is read on the host when a kernel is launched, so that nothing waits for the device.
     """
-    allowed = torch.get_float32_matmul_precision()
+    allowed = _allowed()
     if allowed == "highest":
         yield
         return
@@ -227,4 +227,19 @@ def true_fp32() -> Iterator[None]:
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(allowed)
+        if isinstance(allowed, str):
+            torch.set_float32_matmul_precision(allowed)
+        else:
+            for backend, precision in zip(_BACKENDS, allowed, strict=True):
+                backend.fp32_precision = precision
+
+
+_BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+
+
+def _allowed() -> str | list[str]:
+    """The precision of matrix products; one per backend where it was set so, which torch's older function can't tell."""
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return [backend.fp32_precision for backend in _BACKENDS]

@@ -235,3 +235,17 @@ def test_matching_is_in_true_fp32_whatever_the_process_allows() -> None:
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(("device", "precision"), [("cuda", "tf32"), ("mkldnn", "tf32"), ("mkldnn", "bf16")])
+def test_matching_is_in_true_fp32_where_less_was_allowed_by_torchs_newer_settings(device: str, precision: str) -> None:
+    """They make `torch.get_float32_matmul_precision` raise."""
+    products_on_device = getattr(torch.backends, device).matmul
+    products_on_device.fp32_precision = precision
+    try:
+        with PrecisionOfProducts() as products:
+            folder(torch.randn(2, 17, 8), (8, 2))
+        assert products.seen == ["highest", "highest"]
+        assert products_on_device.fp32_precision == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
