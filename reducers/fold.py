@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -234,11 +234,11 @@ def true_fp32() -> Iterator[None]:
                 backend.fp32_precision = precision
 
 
-_BACKENDS = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+_BACKENDS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
 
 
 def _allowed() -> str | list[str]:
-    """The precision of matrix products; one per backend where it was set so, which torch's older function can't tell."""
+    """Precision of matrix products; per backend where torch's newer settings chose it: its older one raises then."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:

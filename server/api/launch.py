@@ -24,6 +24,7 @@ from foldserve.server.api.announce import announce_when_ready
 from foldserve.server.api.connection import HEAD_BYTES
 from foldserve.server.api.lifecycle.arguments import SHARED, Shared, prepare
 from foldserve.server.engine import positions, withdrawal
+from foldserve.server.engine.refused_options import refuse_options
 from foldserve.server.settings import CONFIG_KEY, Environment, Settings, cpu_variables, http_variables
 
 # Groups that vLLM loads in full unless VLLM_PLUGINS is set. Endpoint plugins it loads only if VLLM_PLUGINS names them.
@@ -33,6 +34,7 @@ _LOADED_BY_DEFAULT = (
     "vllm.io_processor_plugins",
     "vllm.stat_logger_plugins",
 )
+_SCHEDULER = "foldserve.server.engine.scheduler.make_scheduler"
 _SMALL_MODEL_NAME = "demo"
 # The demo model was never shown JSON: where the grammar takes white space, it writes nothing else until it is cut off.
 _SMALL_MODEL_JSON: dict[str, Any] = {"backend": "xgrammar", "disable_any_whitespace": True}
@@ -121,6 +123,14 @@ def serve_args(
         args.worker_cls = positions.worker("cpu" if on_cpu else "cuda")
         if not on_cpu:
             os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # positions are kept by a V1 runner
+    if args.scheduler_cls is None:
+        args.scheduler_cls = _SCHEDULER
+    try:
+        refuse_options(
+            encoder_graphs=args.compilation_config.cudagraph_mm_encoder, tower_adapters=args.enable_tower_connector_lora
+        )
+    except ValueError as error:
+        options.error(str(error))
     for variable in environment.refused:
         options.error(f"not taken from the environment: {variable}")
     prepare(args, settings.access, options.error)

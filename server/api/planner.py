@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.schema import Defaults, FoldChatRequest
-from foldserve.server.engine.positions import CANNOT_KEEP
+from foldserve.server.engine.positions import CANNOT_KEEP, refuse_positions
 from foldserve.server.engine.withdrawal import Room, refuse_request
 
 _NOTHING = Reduction()
@@ -64,16 +64,13 @@ class Planner:
         gaps = sum(plan.removed for plan in plans if plan.keeps_positions)
         if not gaps or self.positions is None:
             return
-        free = self.positions - prompt_tokens - gaps
         asked = request.max_completion_tokens or request.__dict__.get("max_tokens")  # deprecated: a read of it warns
-        if free < (asked or 1):
-            raise InvalidRequest(
-                f"with positions 'keep' the prompt takes {prompt_tokens + gaps} of the model's {self.positions} "
-                f"positions, and {asked or 1} more are asked for: shorten it, or send positions 'renumber'",
-                "reduction.positions",
-            )
+        try:
+            refuse_positions(prompt_tokens, gaps, asked or 1, self.positions)
+        except InvalidReduction as error:
+            raise InvalidRequest(str(error), "reduction.positions") from error
         if asked is None:
-            request.max_completion_tokens = free
+            request.max_completion_tokens = self.positions - prompt_tokens - gaps
 
     def _with_positions(self, reduction: Reduction) -> Reduction:
         """The server's default where the request leaves positions open, as far as anything is removed."""

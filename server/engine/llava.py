@@ -20,13 +20,15 @@ from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalPro
 from vllm.transformers_utils.processor import cached_image_processor_from_config
 
 from foldserve.kernels import ops
-from foldserve.reducers.plan import Plan
+from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, make_plan
 from foldserve.server.engine import positions, withdrawal
+from foldserve.server.engine.encoder_budget import batches, profiled_images
 from foldserve.server.engine.geometry import vision_geometry
 from foldserve.server.engine.pixels import Normalize
-from foldserve.server.engine.processor import PLAN_FIELD, FoldLlavaMultiModalProcessor
-from foldserve.server.engine.vision import Survivors, encode_images
-from foldserve.server.settings import Environment
+from foldserve.server.engine.processor import DUMMY_FIELD, PLAN_FIELD, FoldLlavaMultiModalProcessor
+from foldserve.server.engine.refused_options import check_options
+from foldserve.server.engine.vision import Survivors, encode_images, rows
+from foldserve.server.settings import CONFIG_KEY, Environment
 
 
 def _build_processor(
@@ -47,15 +49,18 @@ class FoldLlavaForConditionalGeneration(LlavaForConditionalGeneration):
     - images may come as bytes;
     - `embed_multimodal` reduces each image by the plan that the processor sent with it, and refuses what the rest of
       the engine would not do: keep positions, or remove tokens in the decoder;
+    - the tower and the projector run on as many images at a time as the profile run did, which tries the server's
+      default reduction too;
     - with a withdrawal layer configured, the decoder is the withdrawing twin of the checkpoint's own;
     - on a GPU, where the environment asks for it, this process reduces with Triton kernels.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        check_options(vllm_config)
         withdrawal.select_decoder(vllm_config)
         ops.choose(torch.device(vllm_config.device_config.device_type), triton=Environment.read().wants_triton)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        self._model_config = vllm_config.model_config
+        self._vllm_config = vllm_config
         self._geometry = vision_geometry(self.config)
         self._can_keep_positions = positions.limit(vllm_config) is not None
         self._withdraws = withdrawal.withdraw_layer(vllm_config) is not None
@@ -63,20 +68,39 @@ class FoldLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             self.get_model_state_cls = withdrawal.model_state_cls  # asked for by model runner V2 only
 
     def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
-        """One (plan.kept, hidden) tensor per image; vLLM's own path, bit for bit, when nothing is reduced."""
-        rows = kwargs.pop(PLAN_FIELD, None)
-        plans: list[Plan] = []
-        if isinstance(rows, torch.Tensor) and self._geometry is not None:
-            plans = [Plan.from_ints(row, self._geometry) for row in rows.tolist()]  # on the CPU
+        """One (plan.kept, hidden) tensor per image, from as many images at a time as start-up has measured.
+
+        vLLM's own path, bit for bit, when nothing is reduced.
+        """
+        rows_of_plans, is_dummy = kwargs.pop(PLAN_FIELD, None), kwargs.pop(DUMMY_FIELD, None) is not None
+        pixels = kwargs.get("pixel_values")
+        if (
+            not isinstance(rows_of_plans, torch.Tensor)
+            or self._geometry is None
+            or not isinstance(pixels, torch.Tensor)
+        ):
+            return super().embed_multimodal(**kwargs)
+        plans = [Plan.from_ints(row, self._geometry) for row in rows_of_plans.tolist()]  # on the CPU
         if not self._can_keep_positions and any(plan.keeps_positions for plan in plans):
             raise ValueError(positions.CANNOT_KEEP)
         if not self._withdraws and any(plan.decoder != "none" for plan in plans):
             raise ValueError("this engine has no layer K for methods in the decoder: see `withdrawal.configure`")
-        if isinstance(pixels := kwargs.get("pixel_values"), torch.Tensor):
-            kwargs["pixel_values"] = self.normalized(pixels)
+        if is_dummy and (default := self._default_plan) is not None:
+            self._embed(pixels, [default] * len(plans))
+        if len(plans) <= self._images_at_once:
+            return self._embed(pixels, plans)
+        embeds: dict[int, torch.Tensor] = {}
+        for places in batches(plans, self._images_at_once):
+            batch = self._embed(rows(pixels, places), [plans[i] for i in places])
+            embeds |= zip(places, batch, strict=True)
+        return [embeds[i] for i in range(len(plans))]
+
+    def _embed(self, pixels: torch.Tensor, plans: Sequence[Plan]) -> MultiModalEmbeddings:
+        """Embeddings of images (B, 3, H, W) that share a batch."""
+        pixels = self.normalized(pixels)
         if all(plan.is_identity for plan in plans):
-            return super().embed_multimodal(**kwargs)
-        image_input = self._parse_and_validate_image_input(**kwargs)
+            return super().embed_multimodal(pixel_values=pixels)
+        image_input = self._parse_and_validate_image_input(pixel_values=pixels)
         assert image_input is not None and image_input["type"] == "pixel_values"
         images = self._embed_reduced(image_input["pixel_values"], plans)
         return [
@@ -88,10 +112,29 @@ class FoldLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """Images (B, 3, H, W) as the tower wants them, from bytes or as they are."""
         return self._normalize(pixel_values) if pixel_values.dtype == torch.uint8 else pixel_values
 
+    @cached_property  # processing an image is not for the time when the weights are laid out
+    def _images_at_once(self) -> int:
+        return profiled_images(self._vllm_config)
+
+    @cached_property
+    def _default_plan(self) -> Plan | None:
+        """Of the server's default reduction; None where that removes nothing, or can't be done: requests are told."""
+        settings = self._vllm_config.additional_config
+        reduction = settings.get(CONFIG_KEY, {}).get("default_reduction") if isinstance(settings, dict) else None
+        if reduction is None or self._geometry is None:
+            return None
+        try:
+            plan = make_plan(Reduction.parse(reduction), self._geometry)
+        except InvalidReduction:
+            return None
+        return None if plan.is_identity else plan
+
     @cached_property
     def _normalize(self) -> Normalize:
-        image_processor = cached_image_processor_from_config(self._model_config)
-        return Normalize(image_processor, self._model_config.dtype, next(self.vision_tower.parameters()).device)
+        image_processor = cached_image_processor_from_config(self._vllm_config.model_config)
+        return Normalize(
+            image_processor, self._vllm_config.model_config.dtype, next(self.vision_tower.parameters()).device
+        )
 
     def _embed_reduced(self, pixel_values: torch.Tensor, plans: Sequence[Plan]) -> Sequence[Survivors]:
         """Tower, reduction and projector, each image by its plan: embeddings (plan.kept, hidden)."""

@@ -13,8 +13,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
+
+from foldserve.reducers.refusal import InvalidReduction
 
 _MARK = re.compile(r"@(\d+)(?=~|\Z)")
 _COLUMNS = 2  # a position in base 256: each digit is exact in bfloat16
@@ -56,8 +58,23 @@ def limit(vllm_config: VllmConfig) -> int | None:
     ours = parallel.worker_cls.startswith("foldserve.") and not vllm_config.use_v2_model_runner
     if not ours or parallel.pipeline_parallel_size > 1 or vllm_config.speculative_config is not None:
         return None
-    model = vllm_config.model_config
-    return max(model.hf_text_config.max_position_embeddings, model.max_model_len)
+    return trained(vllm_config.model_config)
+
+
+def trained(model_config: ModelConfig) -> int:
+    """Positions that the model was trained for; its rotary table ends there, and a GPU would read beyond it."""
+    return max(model_config.hf_text_config.max_position_embeddings, model_config.max_model_len)
+
+
+def refuse_positions(prompt_tokens: int, gaps: int, asked: int, limit: int) -> None:
+    """Raises InvalidReduction where a prompt with `gaps` and `asked` more tokens go beyond `limit` positions."""
+    taken = prompt_tokens + gaps
+    if gaps and taken + asked > limit:
+        raise InvalidReduction(
+            f"with positions 'keep' the prompt takes {taken} of the model's {limit} positions, and {asked} more are "
+            "asked for: shorten it, ask for fewer (max_tokens), or send positions 'renumber'",
+            "positions",
+        )
 
 
 def worker(device: Literal["cpu", "cuda"]) -> str:
@@ -106,6 +123,8 @@ class PositionMap:
 class PositionsRunner:
     """Mixin before a V1 runner class. Modification: positions of requests whose images keep theirs.
 
+    A request that would go beyond the model's positions is an error, before anything of it is computed: the server
+    refuses it before, and so does the processor as far as it can tell.
     Nothing is done in a step without such a request.
     """
 
@@ -163,5 +182,13 @@ class PositionsRunner:
         if entry is None or entry[0] is not state:  # new, or another request under an old id
             if len(known) > 2 * len(self.requests):
                 known = self._position_maps = {i: e for i, e in known.items() if self.requests.get(i) is e[0]}
-            entry = known[request_id] = state, PositionMap.of(state.mm_features)
+            entry = known[request_id] = state, self._checked_map(state)
         return entry[1]
+
+    def _checked_map(self: Any, state: Any) -> PositionMap | None:
+        """The last place where a position beyond the model's can be refused: the next one is the rotary kernel."""
+        found = PositionMap.of(state.mm_features)
+        if found is not None:
+            asked = state.sampling_params.max_tokens
+            refuse_positions(state.num_prompt_tokens, found.shift, asked, trained(self.model_config))
+        return found

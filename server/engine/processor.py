@@ -11,12 +11,12 @@ from zlib import crc32
 
 import torch
 from transformers import BatchFeature
-from vllm.inputs import MultiModalHashes
+from vllm.inputs import MultiModalHashes, MultiModalInput
 from vllm.model_executor.models.llava import LlavaMultiModalProcessor
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import ImageEmbeddingItems, MultiModalDataItems
-from vllm.multimodal.processing import ProcessorInputs, PromptReplacement, PromptUpdate
+from vllm.multimodal.processing import ProcessorInputs, PromptReplacement, PromptUpdate, TimingContext
 
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, make_plan
@@ -31,6 +31,11 @@ KWARG = "foldserve"
 PLAN_FIELD = "vision_plan"
 """Multimodal field that carries `Plan.to_ints()` of each image to the model, on the CPU."""
 
+DUMMY_FIELD = "vision_dummy"
+"""Multimodal field, and key in the kwargs of the processor, of the images that vLLM makes for its profile run."""
+
+_OWN_FIELDS = (PLAN_FIELD, DUMMY_FIELD)
+
 _Kwargs = Mapping[str, object]
 
 
@@ -38,13 +43,25 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
     """Modifications to vLLM's LLaVA processor:
 
     - takes `mm_processor_kwargs["foldserve"]` before the HF processor sees it;
-    - adds each image's plan to its multimodal data;
+    - adds each image's plan to its multimodal data, and says of dummies that they are;
     - has images without text or options of their own processed by the image part of the HF processor alone: the rest
       sorts keyword arguments, which takes longer than the image. They stay bytes where they can, see `pixels`;
     - expands `plan.kept` placeholders per image;
     - makes the plan part of the image's hash, hence of the processor, encoder and prefix caches, unless it is the
       identity: then everything is as in vLLM.
     """
+
+    def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
+        return replace(super().get_dummy_inputs(*args, **kwargs), hf_processor_mm_kwargs={DUMMY_FIELD: True})
+
+    def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
+        """Raises InvalidReduction if kept positions go beyond those of the model: `vllm.LLM` has nobody else to ask."""
+        plans = self._plans(inputs.mm_data_items, inputs.hf_processor_mm_kwargs)
+        processed = super().apply(inputs, timing_ctx)
+        gaps = sum(plan.removed for plan in plans if plan.keeps_positions)
+        limit = positions.trained(self.info.ctx.model_config)
+        positions.refuse_positions(len(processed["prompt_token_ids"]), gaps, 1, limit)
+        return processed
 
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: _Kwargs) -> BatchFeature:
         plans = self._plans(mm_items, hf_kwargs)
@@ -53,6 +70,8 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
             images = zip(plans, processed["pixel_values"], strict=True)
             seeded = [plan.with_seed(self._seed(pixels)) if plan.is_seeded else plan for plan, pixels in images]
             processed[PLAN_FIELD] = torch.tensor([plan.to_ints() for plan in seeded])  # (images, ints)
+            if DUMMY_FIELD in hf_kwargs:
+                processed[DUMMY_FIELD] = torch.ones(len(plans), 1, dtype=torch.bool)
         return processed
 
     def _call_hf_processor(self, hf_data: _Kwargs, hf_kwargs: _Kwargs) -> BatchFeature:
@@ -64,7 +83,7 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: _Kwargs
     ) -> Mapping[str, MultiModalFieldConfig]:
         fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
-        return fields | {PLAN_FIELD: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
+        return fields | dict.fromkeys(_OWN_FIELDS, MultiModalFieldConfig.batched("image", keep_on_cpu=True))
 
     def _get_prompt_updates(
         self, mm_items: MultiModalDataItems, hf_processor_mm_kwargs: _Kwargs, out_mm_kwargs: MultiModalKwargsItems
@@ -81,6 +100,8 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         hashes = dict(super()._get_mm_hashes(stock))
         if plans:
             hashes["image"] = [self._identity(h, plan) for h, plan in zip(hashes["image"], plans, strict=True)]
+        if DUMMY_FIELD in inputs.hf_processor_mm_kwargs:  # a white image of a client's is another one
+            hashes["image"] = [f"{DUMMY_FIELD}-{h}" for h in hashes["image"]]
         return hashes
 
     def _get_cache_missing_processor_kwargs(
@@ -155,4 +176,4 @@ def _text(value: object) -> str:
 
 
 def _without_ours(kwargs: _Kwargs) -> _Kwargs:
-    return {key: value for key, value in kwargs.items() if key != KWARG}
+    return {key: value for key, value in kwargs.items() if key not in (KWARG, DUMMY_FIELD)}

@@ -24,8 +24,8 @@ from tests.api.hostile import Handler, hostile_server
 from tests.api.test_limits import BAD_BODIES, BAD_FIELDS, BAD_JSON
 from tests.api.test_media_address import PRIVATE, SPELLINGS
 from tests.api.test_media_decode import REFUSED, SOUND, data, solid_png
-from tests.api.test_misplaced import ECHOES, FUNCTIONS, MEDIA, REDUCTIONS
 from tests.api.test_media_metadata import CHUNKS, png_before
+from tests.api.test_misplaced import ECHOES, FUNCTIONS, MEDIA, REDUCTIONS
 from tests.images import data_uri, photo
 
 LEAKS = re.compile(

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
+FOLDERS = (FOLDER, FOLDER.with_name("engine"))
 PAGE = (FOLDER.parents[1] / "docs" / "security.md").read_text()
 SHORT = {
     "bad_inputs": "test_bad_inputs",
@@ -21,7 +22,7 @@ NAMED = re.compile(r"`(?:(\w+): )?(test_\w+)(\.\.\.)?`")
 
 @cache
 def names_in(module: str) -> list[str]:
-    file = FOLDER / f"{module}.py"
+    file = next(file for folder in FOLDERS if (file := folder / f"{module}.py").is_file())
     nodes = ast.parse(file.read_text()).body
     return [node.name for node in nodes if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
 

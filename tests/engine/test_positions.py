@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from vllm.multimodal.inputs import PlaceholderRange
 
-from foldserve.reducers.plan import Reduction, VisionGeometry, make_plan
+from foldserve.reducers.plan import InvalidReduction, Reduction, VisionGeometry, make_plan
 from foldserve.server.engine import positions
 from foldserve.server.engine.positions import PositionMap, PositionsRunner, attach, detach, full_length, mark
 from foldserve.server.engine.vision import Survivors, reduce_features
@@ -107,6 +107,8 @@ class Request:
     num_computed_tokens: int
     scheduled: int
     expected: list[int] = field(default_factory=list)
+    num_prompt_tokens: int = 1
+    sampling_params: Any = field(default_factory=lambda: SimpleNamespace(max_tokens=1))
 
 
 @st.composite
@@ -146,6 +148,8 @@ class Plain:
             total_num_scheduled_tokens=len(plain),
         )
         self.device = device
+        text_config = SimpleNamespace(max_position_embeddings=100)
+        self.model_config = SimpleNamespace(hf_text_config=text_config, max_model_len=50)
 
     def _gather_mm_embeddings(self, step: Any, shift_computed_tokens: int = 0) -> tuple[list[Tensor], Tensor]:
         embeds = []
@@ -204,3 +208,24 @@ def test_a_request_under_an_old_name_has_a_map_of_its_own() -> None:
         runner.requests = {str(i): keeping}
         runner._position_map(str(i))
     assert len(runner._position_maps or ()) <= 3
+
+
+@pytest.mark.parametrize(("prompt", "asked", "fits"), [(40, 56, True), (40, 57, False), (96, 1, False), (1, 95, True)])
+def test_a_request_that_goes_beyond_the_models_positions_is_refused(prompt: int, asked: int, fits: bool) -> None:
+    """A hundred positions, of which one image leaves four as gaps; nothing of the step is written before."""
+    params = SimpleNamespace(max_tokens=asked)
+    runner = Runner(
+        [Request([Image(0, 1, 5, [3])], 0, 1, num_prompt_tokens=prompt, sampling_params=params)], device="cpu"
+    )
+    before = runner.positions.tolist()
+    if fits:
+        runner._gather_mm_embeddings(runner.step)
+        return
+    with pytest.raises(InvalidReduction, match=f"takes {prompt + 4} of the model's 100 positions, and {asked} more"):
+        runner._gather_mm_embeddings(runner.step)
+    assert runner.positions.tolist() == before
+
+
+def test_gaps_alone_are_refused() -> None:
+    """Requests without any are vLLM's own business."""
+    positions.refuse_positions(prompt_tokens=200, gaps=0, asked=9, limit=100)

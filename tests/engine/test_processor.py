@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import BatchFeature, CLIPImageProcessor, SiglipImageProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_llava import LlavaImageProcessor
@@ -14,7 +15,7 @@ from transformers.models.llava.processing_llava import LlavaProcessor
 
 from foldserve.reducers.plan import InvalidReduction
 from foldserve.server.engine.pixels import Normalize, leaving_bytes
-from foldserve.server.engine.processor import parse_reductions
+from foldserve.server.engine.processor import DUMMY_FIELD, parse_reductions
 from tests import siglip_checkpoint
 from tests.images import photo
 
@@ -128,3 +129,20 @@ def test_a_bad_reduction_is_refused_each_time(value: object) -> None:
     for _ in range(2):
         with pytest.raises(InvalidReduction):
             parse_reductions(value, 1)
+
+
+def test_a_clients_image_that_looks_like_the_profile_runs_dummy_is_another_one(checkpoint: Path) -> None:
+    """Caches would tell the model else that it is one."""
+    ours, stock = processors(checkpoint, {})
+    side = ours.info.get_image_size_with_most_features().width
+    items = ours.info.parse_mm_data({"image": Image.new("RGB", (side, side), color=255)})
+    dummy = ours.get_dummy_mm_inputs({"image": 1})
+    image = ours(ours.info.get_tokenizer().encode("<image>"), items)
+    assert torch.equal(*(sent["mm_kwargs"]["image"][0]["pixel_values"].data for sent in (dummy, image)))
+    assert DUMMY_FIELD in dummy["mm_kwargs"]["image"][0] and DUMMY_FIELD not in image["mm_kwargs"]["image"][0]
+    assert dummy["mm_hashes"]["image"] != image["mm_hashes"]["image"]
+    assert len(dummy["mm_placeholders"]["image"]) == 1
+    placeholders = [
+        made["mm_placeholders"]["image"][0].length for made in (dummy, stock.get_dummy_mm_inputs({"image": 1}))
+    ]
+    assert placeholders[0] == placeholders[1]

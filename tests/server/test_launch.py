@@ -106,15 +106,18 @@ def test_on_a_gpu_every_other_choice_is_vllms(parsed: Callable[..., Namespace]) 
         "disable_uvicorn_access_log",  # ours has request ids
         "foldserve_shared",
         "h11_max_incomplete_event_size",  # 64 kB of headers instead of 4 MB
+        "scheduler_cls",
         "shutdown_timeout",
         "subparser",
         "worker_cls",
     }
     assert {name for name, value in ours.items() if name not in plain or value != plain[name]} == needed
     assert ours["worker_cls"] == "foldserve.server.engine.worker_cuda.FoldWorker"
+    assert ours["scheduler_cls"] == "foldserve.server.engine.scheduler.make_scheduler"
 
 
-def test_a_runner_of_ones_own_is_left_alone(parsed: Callable[..., Namespace]) -> None:
+def test_a_runner_or_scheduler_of_ones_own_is_left_alone(parsed: Callable[..., Namespace]) -> None:
+    assert parsed("m", "--scheduler-cls", "theirs.Scheduler").scheduler_cls == "theirs.Scheduler"
     assert parsed("m", "--worker-cls", "theirs.Worker").worker_cls == "theirs.Worker"
     assert parsed("m", "--pipeline-parallel-size", "2").worker_cls == "auto"  # later ranks see no images
 
@@ -130,6 +133,11 @@ def test_settings_travel_in_the_additional_config(parsed: Callable[..., Namespac
     ("argv", "message"),
     [
         (["m", "--additional-config", '{"foldserve": {}}'], "'foldserve' in --additional-config"),
+        (["m", "-cc.cudagraph_mm_encoder=true"], "cudagraph_mm_encoder in --compilation-config does not go with"),
+        (
+            ["m", "--enable-lora", "--enable-tower-connector-lora"],
+            "--enable-tower-connector-lora does not go with foldserve",
+        ),
         (["m", "--no-such-option"], "unrecognized arguments: --no-such-option"),
     ],
 )

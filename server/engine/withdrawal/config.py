@@ -142,7 +142,10 @@ def _conflicts(config: VllmConfig) -> Iterator[tuple[str, str]]:
     if model.uses_mrope:
         yield "M-RoPE", "positions of several dimensions are not compacted"
     if envs.VLLM_USE_BREAKABLE_CUDAGRAPH:
-        yield "VLLM_USE_BREAKABLE_CUDAGRAPH=1", "a graph would freeze which rows enter the deep half"
+        reason = "a graph would freeze which rows enter the deep half"
+        if envs.VLLM_BATCH_INVARIANT:
+            yield "VLLM_BATCH_INVARIANT=1", f"without VLLM_USE_BREAKABLE_CUDAGRAPH=0 it turns that on, where {reason}"
+        yield "VLLM_USE_BREAKABLE_CUDAGRAPH=1", reason
     mode = config.compilation_config.cudagraph_mode
     if mode is not None and mode.requires_piecewise_compilation():
         yield f"cudagraph_mode {mode.name}", "piecewise graphs are made for the size of the full batch"

@@ -9,9 +9,9 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
+from foldserve.server.engine.scheduler import EncoderInputs, FoldScheduler
 from foldserve.server.engine.withdrawal.config import step_room
 from foldserve.server.engine.withdrawal.core import TokenMap
 from foldserve.server.engine.withdrawal.manager import DeepKVCacheManager
@@ -19,13 +19,13 @@ from foldserve.server.engine.withdrawal.prefix import MappedHashes
 from foldserve.server.engine.withdrawal.requests import refuse_prompt, refuse_request
 
 
-class WithdrawingScheduler(Scheduler):
+class WithdrawingScheduler(FoldScheduler):
     """Modifications:
 
     - a request's block hashes carry its `TokenMap`, where the deep managers and cache lookups find it; the map lives
       exactly as long as its request, through preemption too, and nothing has to be cleaned up;
     - a prompt of which image tokens are chosen is scheduled whole, from its first token on: the choice depends on the
-      last token and all keys.
+      last token and all keys. It may have more images than a step encodes otherwise.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -60,7 +60,7 @@ class WithdrawingScheduler(Scheduler):
         num_new_tokens: int,
         encoder_compute_budget: int,
         **kwargs: Any,
-    ) -> tuple[list[int], int, int, list[int], list[int]]:
+    ) -> EncoderInputs:
         """The last place where a request's tokens of a step are cut; 0 tokens make a waiting request wait.
 
         It then waits at the head of the queue, so the prompts that run get done, and what room decoding requests leave
@@ -69,13 +69,20 @@ class WithdrawingScheduler(Scheduler):
         whole = self._hashes[request.request_id].token_map.whole
         if num_computed_tokens < whole and num_new_tokens < whole:
             return [], 0, encoder_compute_budget, [], []
-        inputs: tuple[list[int], int, int, list[int], list[int]] = super()._try_schedule_encoder_inputs(
+        inputs = super()._try_schedule_encoder_inputs(
             request, num_computed_tokens, num_new_tokens, encoder_compute_budget, **kwargs
         )
         if num_computed_tokens < whole and inputs[1] < whole:  # the encoder's budget or cache is used up
             self.encoder_cache_manager.free(request)
             return [], 0, encoder_compute_budget, [], []
         return inputs
+
+    def _images_left(self, request: Request, encoder_compute_budget: int) -> int:
+        """All images of a whole prompt, if the step has none yet: else it might wait forever."""
+        left = super()._images_left(request, encoder_compute_budget)
+        if self._hashes[request.request_id].token_map.whole and left == self._most_images:
+            return max(left, len(request.mm_features))
+        return left
 
 
 class WithdrawingAsyncScheduler(WithdrawingScheduler, AsyncScheduler):

@@ -80,7 +80,10 @@ def test_breakable_and_piecewise_cuda_graphs_are_refused(config: Any, monkeypatc
         withdrawal.check(config)
     put("compilation_config.cudagraph_mode", CUDAGraphMode.NONE)(config)
     monkeypatch.setattr("vllm.envs.VLLM_USE_BREAKABLE_CUDAGRAPH", True, raising=False)
-    with pytest.raises(ValueError, match="VLLM_USE_BREAKABLE_CUDAGRAPH=1"):
+    with pytest.raises(ValueError, match="go with VLLM_USE_BREAKABLE_CUDAGRAPH=1"):
+        withdrawal.check(config)
+    monkeypatch.setattr("vllm.envs.VLLM_BATCH_INVARIANT", True, raising=False)  # vLLM sets the other one then
+    with pytest.raises(ValueError, match="go with VLLM_BATCH_INVARIANT=1: without VLLM_USE_BREAKABLE_CUDAGRAPH=0"):
         withdrawal.check(config)
 
 

@@ -178,3 +178,21 @@ def test_other_layers_and_groupings(eight_layers: Path, expected: Expected, vari
     engine = Engine(eight_layers, layer, max_num_seqs=8, **options)
     expected.generate(engine, layer, [CASES[i] for i in (1, 3, 4, 5, 6, 10)], 5)
     engine.assert_all_blocks_free()
+
+
+def test_a_whole_prompt_may_have_more_images_than_a_step_encodes(eight_layers: Path, expected: Expected) -> None:
+    """Steps of 200 tokens encode one image; the tower takes the four of a prompt one by one, and others in between."""
+    engine = Engine(eight_layers, K, max_num_batched_tokens=200)
+    kept = '{"method": "folder+fastv", "keep_tokens": 9, "decoder_ratio": 0.5}'
+    four = AskedCase(f"{'<image> ' * 4}{words(3, 4)}", (0, 1, 2, 3), asked=kept)
+    others = [AskedCase(f"<image> {words(i, 4)}", (4 + i % 2,), asked='{"ratio": 0.9}') for i in range(6)]
+    tower = engine.llm.apply_model(lambda model: model.vision_tower.vision_model.embeddings.patch_embedding)[0]
+    seen: list[int] = []
+    hook = tower.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    try:
+        expected.generate(engine, K, [*others[:3], four, *others[3:], four], TOKENS)
+    finally:
+        hook.remove()
+    assert set(seen) == {1} and len(seen) >= 6
+    assert engine.steps["whole"]
+    engine.assert_all_blocks_free()

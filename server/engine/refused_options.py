@@ -1,0 +1,29 @@
+"""Options of vLLM that do not go with a vision tower that reduces, refused at start-up."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig
+
+
+def refuse_options(*, encoder_graphs: bool, tower_adapters: bool) -> None:
+    """Raises ValueError if an option is on that would bypass reductions or miscount vision tokens."""
+    if encoder_graphs:
+        raise ValueError(
+            "cudagraph_mm_encoder in --compilation-config does not go with foldserve: a graph of the vision tower "
+            "would leave reductions out. Leave the option out"
+        )
+    if tower_adapters:
+        raise ValueError(
+            "--enable-tower-connector-lora does not go with foldserve: vLLM lays adapters of the vision tower out for "
+            "as many tokens as the decoder gets, which reductions change. Leave the option out: adapters of the "
+            "decoder work"
+        )
+
+
+def check_options(vllm_config: VllmConfig) -> None:
+    """`refuse_options` for an engine's configuration."""
+    lora = vllm_config.lora_config
+    refuse_options(
+        encoder_graphs=vllm_config.compilation_config.cudagraph_mm_encoder,
+        tower_adapters=lora is not None and lora.enable_tower_connector_lora,
+    )

@@ -1,0 +1,85 @@
+"""vLLM's schedulers, counting images by what the vision tower has to do for them.
+
+`scheduler_cls` is not a stable interface of vLLM (it says so itself); the version is pinned.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from foldserve.server.engine.encoder_budget import profiled_images
+from foldserve.server.engine.geometry import vision_geometry
+
+EncoderInputs = tuple[list[int], int, int, list[int], list[int]]
+"""What `_try_schedule_encoder_inputs` returns: inputs, tokens, budget left, external inputs, duplicates."""
+
+
+class CountingCacheManager(EncoderCacheManager):
+    """Modification: admits at most `images_left` images, counting down. Space is still counted in kept tokens."""
+
+    images_left = 0
+
+    def can_allocate(self, *args: Any, **kwargs: Any) -> bool:
+        fits = self.images_left > 0 and super().can_allocate(*args, **kwargs)
+        self.images_left -= fits
+        return fits
+
+
+class FoldScheduler(Scheduler):
+    """Modification: a step encodes no more images than the profile run did.
+
+    vLLM's budget counts the tokens that an image gives the decoder. Reduced images give few, so that all requests of a
+    step would wait while the tower encodes ten times as many of them.
+    """
+
+    encoder_cache_manager: EncoderCacheManager
+    _encoded = 0  # tokens of an image before reduction; 0 for models that are not reduced
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        geometry = vision_geometry(self.vllm_config.model_config.hf_config)
+        manager = self.encoder_cache_manager
+        if geometry is not None and type(manager) is EncoderCacheManager:
+            self._encoded, self._most_images = geometry.tokens, profiled_images(self.vllm_config)
+            self.encoder_cache_manager = CountingCacheManager(manager.cache_size)
+
+    def _try_schedule_encoder_inputs(
+        self,
+        request: Request,
+        num_computed_tokens: int,
+        num_new_tokens: int,
+        encoder_compute_budget: int,
+        **kwargs: Any,
+    ) -> EncoderInputs:
+        """An image takes its encoded tokens from the budget of the step.
+
+        vLLM returns only kept tokens to it if a request is preempted in the step that admitted it: the step encodes
+        fewer images then.
+        """
+        if isinstance(self.encoder_cache_manager, CountingCacheManager):
+            self.encoder_cache_manager.images_left = self._images_left(request, encoder_compute_budget)
+        inputs, tokens, _, external, duplicates = super()._try_schedule_encoder_inputs(
+            request, num_computed_tokens, num_new_tokens, encoder_compute_budget, **kwargs
+        )
+        taken = sum(max(self._encoded, request.get_num_encoder_embeds(i)) for i in inputs)
+        return inputs, tokens, encoder_compute_budget - taken, external, duplicates
+
+    def _images_left(self, request: Request, encoder_compute_budget: int) -> int:
+        """Images that the step still has room for."""
+        return self._most_images - (self.max_num_encoder_input_tokens - encoder_compute_budget) // self._encoded
+
+
+class FoldAsyncScheduler(FoldScheduler, AsyncScheduler):
+    """The same for `async_scheduling`, for which vLLM does not pick a custom class itself."""
+
+
+def make_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> FoldScheduler:
+    """`scheduler_cls`: the class that goes with what vLLM made of `async_scheduling`, which a user may leave open."""
+    runs_ahead = vllm_config.scheduler_config.async_scheduling
+    return (FoldAsyncScheduler if runs_ahead else FoldScheduler)(vllm_config=vllm_config, **kwargs)
