@@ -3,22 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from foldserve.server.commands import (
-    analyze,
-    calibrate,
-    convert,
-    demo_model,
-    evaluate,
-    hash_key,
-    loadtest,
-    serve,
-    train_demo,
-)
-
-_COMMANDS = (serve, calibrate, evaluate, analyze, loadtest, convert, demo_model, train_demo, hash_key)
+from foldserve.server import guardian
 
 _DESCRIPTION = """\
 Serve vision-language models with fewer vision tokens: every request chooses how many.
@@ -37,7 +26,9 @@ Serve vision-language models with fewer vision tokens: every request chooses how
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command that `argv` (by default the process's arguments) names."""
+    """Runs the command that `argv` (by default the process's arguments) names; a server under a guardian."""
+    if argv is None and guardian.is_wanted(sys.argv[1:]):
+        sys.exit(guardian.guard([sys.executable, *sys.orig_argv[1:]]))
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
     if rest and not args.takes_engine_options:
@@ -46,14 +37,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from foldserve.server import commands  # imports torch, which a guardian has no use for
+
     parser = argparse.ArgumentParser(
         "foldserve", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.set_defaults(takes_engine_options=False)
     parser.add_argument("--version", action="version", version=_versions())
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in _COMMANDS:
-        command.add(commands)
+    names = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in commands.ALL:
+        command.add(names)
     return parser
 
 
@@ -65,5 +58,6 @@ def _versions() -> str:
     return f"foldserve {version('foldserve')} ({vllm})"
 
 
+guardian.die_with_parent()  # a process that multiprocessing starts imports this first, long before vLLM
 if __name__ == "__main__":
     main()

@@ -1,1 +1,15 @@
 """The commands of `foldserve`, one a file: `add` declares its arguments, and they name the function that runs it."""
+
+from foldserve.server.commands import (
+    analyze,
+    calibrate,
+    convert,
+    demo_model,
+    evaluate,
+    hash_key,
+    loadtest,
+    serve,
+    train_demo,
+)
+
+ALL = (serve, calibrate, evaluate, analyze, loadtest, convert, demo_model, train_demo, hash_key)

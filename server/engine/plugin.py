@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
+from foldserve.server import guardian
+
 VLLM_VERSION = "0.32.0"
 
 _LLAVA = "foldserve.server.engine.llava:FoldLlavaForConditionalGeneration"
@@ -16,6 +18,7 @@ def register() -> None:
     Raises:
         RuntimeError: another vLLM version than the one this release is written for.
     """
+    guardian.die_with_parent()
     _require_vllm(version("vllm"))
     from vllm import ModelRegistry
 

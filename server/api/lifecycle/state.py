@@ -21,6 +21,7 @@ from typing import Any
 import uvicorn
 from vllm.v1.engine.async_llm import AsyncLLM
 
+from foldserve.server import guardian
 from foldserve.server.api.errors import EngineStopped, FoldserveError, ShuttingDown
 from foldserve.server.api.lifecycle.processes import EngineWatch, engine_processes
 
@@ -68,6 +69,7 @@ class Lifecycle:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.drain)
         self._watch.start(engine_processes())
+        guardian.report_listening(self._timeout_s)
 
     def stop(self) -> None:
         """Ends the watch; called when the server has ended."""
