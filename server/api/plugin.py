@@ -73,6 +73,7 @@ class FoldserveEndpoint:
             checks=chat_checks(engine_client, limits),
             media=media_guard(engine_client.model_config, limits),
             sent_images=note_sent_images(engine_client.renderer),
+            explain=state.foldserve_lifecycle.explain,
             online_renderer=_renderer(engine_client, state, args),
             request_logger=state.openai_serving_chat.request_logger,
             chat_template=load_chat_template(args.chat_template),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from http import HTTPStatus
 from typing import Any
 
@@ -40,7 +40,7 @@ class FoldServingChat(OpenAIServingChat):
     - images are loaded here, under the server's limits: vLLM sees pixels, never a URL;
     - `usage.vision_tokens` reports the plans, in the last chunk of a stream too;
     - time to first token and vision tokens are counted;
-    - an error in a stream is rendered as all others are.
+    - an error in a stream is rendered as all others are, and so is one that comes of the engine's end.
 
     Args:
         planner: makes the plans.
@@ -48,6 +48,7 @@ class FoldServingChat(OpenAIServingChat):
         checks: refuse what clients may not ask for.
         media: loads the images.
         sent_images: gets to know which requests reached the engine.
+        explain: the error to show for one that a request ended in.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class FoldServingChat(OpenAIServingChat):
         checks: ChatChecks,
         media: MediaGuard,
         sent_images: SentImages | None,
+        explain: Callable[[Exception], Exception],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -66,6 +68,7 @@ class FoldServingChat(OpenAIServingChat):
         self.planner = planner
         self.kv_cost = kv_cost
         self.sent_images = sent_images
+        self.explain = explain
 
     async def render_chat_request(
         self, request: FoldChatRequest
@@ -113,7 +116,7 @@ class FoldServingChat(OpenAIServingChat):
         **kwargs: Any,
     ) -> ErrorResponse | ChatCompletionResponse:
         progress = request.progress
-        outputs = _timing_first_token(progress, _explained(request, result_generator))
+        outputs = _timing_first_token(progress, _explained(request, result_generator, self.explain))
         response = await super().chat_completion_full_generator(request, outputs, *args, **kwargs)
         if isinstance(response, ChatCompletionResponse) and progress.vision is not None:
             response.usage.vision_tokens = progress.vision.to_json()
@@ -124,7 +127,7 @@ class FoldServingChat(OpenAIServingChat):
     ) -> AsyncGenerator[str, None]:
         """Events that come without a wait between them are sent as one: the role with the first text, and the end."""
         progress = request.progress
-        outputs = _explained(request, result_generator)
+        outputs = _explained(request, result_generator, self.explain)
         held, first = "", True
         async for event in super().chat_completion_stream_generator(request, outputs, *args, **kwargs):
             if first:
@@ -143,7 +146,7 @@ class FoldServingChat(OpenAIServingChat):
 
 
 async def _explained(
-    request: FoldChatRequest, outputs: AsyncIterator[RequestOutput]
+    request: FoldChatRequest, outputs: AsyncIterator[RequestOutput], explain: Callable[[Exception], Exception]
 ) -> AsyncGenerator[RequestOutput, None]:
     """Passes outputs on; a refusal that comes only now is put into our words, before vLLM logs or sends its own.
 
@@ -167,7 +170,11 @@ async def _explained(
             yield output
     except FoldserveError:
         raise
-    except (VLLMClientError, ValueError, TypeError) as error:
+    except Exception as error:
+        if (shown := explain(error)) is not error:
+            raise shown from None
+        if not isinstance(error, VLLMClientError | ValueError | TypeError):
+            raise
         blames_form = form is not None and getattr(error, "parameter", None) is None
         raise (_no_such_form(str(form)) if blames_form else translate(error)) from None
 

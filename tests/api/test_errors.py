@@ -119,13 +119,32 @@ def test_what_the_engine_does_not_explain(
             yield SimpleNamespace(outputs=[SimpleNamespace(finish_reason=reason)], finished=reason is not None)
 
     async def read() -> int:
-        return len([output async for output in _explained(request, outputs())])
+        return len([output async for output in _explained(request, outputs(), lambda error: error)])
 
     if expected is None:
         assert asyncio.run(read()) == len(before) + 1
     else:
         with pytest.raises(expected):
             asyncio.run(read())
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), TypeError("x"), RuntimeError("x"), errors.InvalidRequest("x")])
+def test_what_fails_once_the_engine_is_gone(error: Exception) -> None:
+    """Whatever a library raises then is nobody's fault but the engine's."""
+
+    async def outputs() -> AsyncIterator[Any]:
+        raise error
+        yield
+
+    async def read() -> None:
+        stopped = errors.EngineStopped("the model has stopped", 10)
+        explain = {True: error, False: stopped}[isinstance(error, FoldserveError)]
+        request = FoldChatRequest.model_validate({"messages": [], "structured_outputs": {"regex": "x"}})
+        async for _ in _explained(request, outputs(), lambda error: explain):
+            pass
+
+    with pytest.raises(type(error) if isinstance(error, FoldserveError) else errors.EngineStopped):
+        asyncio.run(read())
 
 
 FIELDS: list[tuple[dict[str, Any], str, str]] = [

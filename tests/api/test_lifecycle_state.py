@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from foldserve.server.api.errors import EngineStopped, InvalidRequest, ShuttingDown
 from foldserve.server.api.lifecycle import state
@@ -27,12 +28,22 @@ class Engine:
         self.errored = False
         self.failed = asyncio.Event()
         self.engine_core = SimpleNamespace(shutdown=self.shutdown)
+        self.output_processor = SimpleNamespace(propagate_error=self.propagate)
+        self.outputs_fail = asyncio.Event()
+        self.output_handler = asyncio.create_task(self.read_outputs())
         self._loop = asyncio.get_running_loop()
 
     def shutdown(self, timeout: float) -> None:
         assert timeout == 0
         self.errored = True
         self._loop.call_soon_threadsafe(self.failed.set)
+
+    def propagate(self, error: Exception) -> None:
+        assert isinstance(error, EngineDeadError)
+        self.failed.set()
+
+    async def read_outputs(self) -> None:
+        await self.outputs_fail.wait()
 
 
 class Life:
@@ -145,6 +156,52 @@ def test_the_end_of_the_engine(monkeypatch: pytest.MonkeyPatch, process: subproc
         known = InvalidRequest("known")
         assert life.cycle.explain(known) is known
         life.cycle.stop()
+
+    run(scenario)
+
+
+def test_outputs_that_can_not_be_read(monkeypatch: pytest.MonkeyPatch, process: subprocess.Popen[bytes]) -> None:
+    """vLLM's task has logged the error and ended; the engine, which is well, is ended so that everybody notices."""
+
+    async def scenario() -> None:
+        life = Life(monkeypatch, 600, [process.pid])
+        request = asyncio.create_task(life.request(20))
+        await asyncio.sleep(0.05)
+        life.engine.outputs_fail.set()
+        await life.ended()
+        assert await request == "failed"
+        assert life.cycle.phase is Phase.STOPPED and life.died.is_set()
+        assert process.wait(10) == -signal.SIGKILL
+        life.cycle.stop()
+
+    run(scenario)
+
+
+def test_outputs_that_can_not_be_read_while_the_server_drains(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        life = Life(monkeypatch, 600, [])
+        request = asyncio.create_task(life.request(20))
+        await asyncio.sleep(0.05)
+        life.cycle.drain()
+        life.engine.outputs_fail.set()
+        await life.ended()
+        assert await request == "failed"
+        assert not life.died.is_set()
+
+    run(scenario)
+
+
+def test_an_end_in_order_is_no_failure_of_the_outputs(
+    monkeypatch: pytest.MonkeyPatch, process: subprocess.Popen[bytes]
+) -> None:
+    """vLLM cancels the task when all else has ended."""
+
+    async def scenario() -> None:
+        life = Life(monkeypatch, 600, [process.pid])
+        life.cycle.stop()
+        life.engine.output_handler.cancel()
+        await asyncio.sleep(0.05)
+        assert not life.died.is_set() and process.poll() is None
 
     run(scenario)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 
 import psutil
 from vllm import envs
@@ -42,6 +44,12 @@ class EngineWatch:
             loop.remove_reader(handle)
             os.close(handle)
         self._handles.clear()
+
+    def kill(self) -> None:
+        """Kills the processes that still run."""
+        for handle in self._handles:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(handle, signal.SIGKILL)
 
     def _ended(self) -> None:
         self.stop()

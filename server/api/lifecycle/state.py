@@ -1,7 +1,8 @@
 """From ready through drain to the end: what this API process answers, and when it goes.
 
     SERVING --SIGTERM--> DRAINING --all answered, or out of time--> the process ends, status 0
-       └------ the engine's process ends ------> STOPPED ---------> the process ends, status 1
+       └-- the engine's process ends, or its --> STOPPED ---------> the process ends, status 1
+           outputs can't be read any more
 
 vLLM's own handler of SIGTERM goes on taking requests, and with several API processes cuts those in flight.
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 import uvicorn
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from foldserve.server import guardian
 from foldserve.server.api.errors import EngineStopped, FoldserveError, ShuttingDown
@@ -55,7 +57,8 @@ class Lifecycle:
         self._idle = asyncio.Event()
         self._idle.set()
         self._server: uvicorn.Server | None = None
-        self._watch = EngineWatch(self._on_engine_end)
+        self._watch = EngineWatch(partial(self._on_engine_end, "the engine's process has ended"))
+        self._outputs: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -69,11 +72,16 @@ class Lifecycle:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.drain)
         self._watch.start(engine_processes())
+        self._outputs = self._engine.output_handler
+        assert self._outputs is not None, "vLLM starts it where a loop runs"
+        self._outputs.add_done_callback(self._on_outputs_end)
         guardian.report_listening(self._timeout_s)
 
     def stop(self) -> None:
         """Ends the watch; called when the server has ended."""
         self._watch.stop()
+        if self._outputs is not None:
+            self._outputs.remove_done_callback(self._on_outputs_end)
 
     @contextmanager
     def request(self) -> Iterator[None]:
@@ -112,11 +120,21 @@ class Lifecycle:
             await self._end_answers()
         await self._end_server()
 
-    def _on_engine_end(self) -> None:
+    def _on_outputs_end(self, outputs: asyncio.Task[None]) -> None:
+        """vLLM reads all answers in one task: when that has failed, none can come any more.
+
+        The engine's process goes too, by which the other API processes hear of it: half a server can't serve.
+        """
+        self._engine.output_processor.propagate_error(EngineDeadError())  # vLLM itself leaves some errors out
+        if self._phase is Phase.SERVING:
+            self._on_engine_end("the engine's outputs can't be read any more")
+            self._watch.kill()
+
+    def _on_engine_end(self, cause: str) -> None:
         """Every engine is needed: a request in flight on this one would wait forever."""
         if self._phase is Phase.SERVING:
             self._engine_died.set()
-            _log.error("the engine's process has ended: so does the server; %d requests fail", self._in_flight)
+            _log.error("%s: the server ends; %d requests fail", cause, self._in_flight)
         was, self._phase = self._phase, Phase.STOPPED
         if was is not Phase.STOPPED:
             self._run(self._abandon())
