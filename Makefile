@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3.11 python3 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-deploy soak check clean
+.PHONY: help setup serve test test-clients test-deploy soak check clean
 
 help: ## show this
 	@echo "make COMMAND, where COMMAND is"
@@ -30,6 +30,10 @@ serve: setup ## start the server (MODEL=name or directory, PORT=8000, ARGS="any 
 test: setup ## run all tests, without a GPU (TESTS="paths or pytest options" for some)
 	@$(BIN)/python -m pytest -n 2 --dist loadfile $(TESTS)
 
+test-clients: setup ## docs/clients.md with the real clients (installs them; needs a JDK)
+	@tests/clients/tools.sh $(BIN)/python $(VENV)-clients
+	@$(BIN)/python -m pytest tests/clients $(TESTS)
+
 test-deploy: setup ## routing, data parallel, Prometheus and image steps on real programs (fetches Prometheus, vllm-router)
 	@tests/deploy/live/tools.sh $(VENV)
 	@$(BIN)/python -m pytest tests/deploy/live $(TESTS)
@@ -43,5 +47,5 @@ check: setup ## lint, formatting, types
 	@$(BIN)/mypy src/foldserve tests tools
 
 clean: ## remove what was built, .venv included
-	@rm -rf $(VENV) build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(VENV)-clients build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
