@@ -17,6 +17,7 @@ class Access:
         guard_metrics: `/metrics` asks for a key with the scope `metrics`.
         max_queue: requests that may wait beside those that the engine can run at once.
         shutdown_timeout_s: time that requests in flight have to finish after SIGTERM, in whole seconds.
+        engine_timeout_s: without any output of the engine, while requests wait for it, after which it counts as hung.
 
     Raises:
         ValueError: values that don't go together, or out of bounds.
@@ -26,6 +27,7 @@ class Access:
     guard_metrics: bool = False
     max_queue: int = 1024
     shutdown_timeout_s: int = 30
+    engine_timeout_s: int = 60
 
     def __post_init__(self) -> None:
         if self.guard_metrics and self.api_keys is None:
@@ -33,6 +35,8 @@ class Access:
         for option, value in (("--max-queue", self.max_queue), ("--shutdown-timeout", self.shutdown_timeout_s)):
             if value < 0:
                 raise ValueError(f"{option} must be at least 0, not {value}")
+        if self.engine_timeout_s < 1:
+            raise ValueError(f"--engine-timeout must be at least 1, not {self.engine_timeout_s}")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Access:

@@ -73,7 +73,7 @@ class FoldserveEndpoint:
             checks=chat_checks(engine_client, limits),
             media=media_guard(engine_client.model_config, limits),
             sent_images=note_sent_images(engine_client.renderer),
-            explain=state.foldserve_lifecycle.explain,
+            lifecycle=state.foldserve_lifecycle,
             online_renderer=_renderer(engine_client, state, args),
             request_logger=state.openai_serving_chat.request_logger,
             chat_template=load_chat_template(args.chat_template),
@@ -107,7 +107,7 @@ def _init_access(engine_client: EngineClient, state: State, args: Namespace) -> 
         runs + access.max_queue,
         open_scopes=() if access.guard_metrics else ("metrics",),
     )
-    state.foldserve_lifecycle = Lifecycle(engine_client, access.shutdown_timeout_s, shared.engine_died)
+    state.foldserve_lifecycle = Lifecycle(engine_client, access, shared)
 
 
 def _access(args: Namespace) -> Access:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from http import HTTPStatus
 from typing import Any
 
@@ -20,6 +20,7 @@ from foldserve.reducers.plan import Reduction
 from foldserve.server.api import metrics
 from foldserve.server.api.errors import FoldserveError, InvalidRequest, render_event, translate
 from foldserve.server.api.image_cache import OnItsWay, SentImages
+from foldserve.server.api.lifecycle.state import Lifecycle
 from foldserve.server.api.limits import template
 from foldserve.server.api.limits.checks import ChatChecks
 from foldserve.server.api.media.guard import MediaGuard
@@ -48,7 +49,7 @@ class FoldServingChat(OpenAIServingChat):
         checks: refuse what clients may not ask for.
         media: loads the images.
         sent_images: gets to know which requests reached the engine.
-        explain: the error to show for one that a request ended in.
+        lifecycle: hears of outputs, and knows the error to show for one that a request ended in.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class FoldServingChat(OpenAIServingChat):
         checks: ChatChecks,
         media: MediaGuard,
         sent_images: SentImages | None,
-        explain: Callable[[Exception], Exception],
+        lifecycle: Lifecycle,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -68,7 +69,7 @@ class FoldServingChat(OpenAIServingChat):
         self.planner = planner
         self.kv_cost = kv_cost
         self.sent_images = sent_images
-        self.explain = explain
+        self.lifecycle = lifecycle
 
     async def render_chat_request(
         self, request: FoldChatRequest
@@ -116,7 +117,7 @@ class FoldServingChat(OpenAIServingChat):
         **kwargs: Any,
     ) -> ErrorResponse | ChatCompletionResponse:
         progress = request.progress
-        outputs = _timing_first_token(progress, _explained(request, result_generator, self.explain))
+        outputs = _timing_first_token(progress, _explained(request, result_generator, self.lifecycle))
         response = await super().chat_completion_full_generator(request, outputs, *args, **kwargs)
         if isinstance(response, ChatCompletionResponse) and progress.vision is not None:
             response.usage.vision_tokens = progress.vision.to_json()
@@ -127,7 +128,7 @@ class FoldServingChat(OpenAIServingChat):
     ) -> AsyncGenerator[str, None]:
         """Events that come without a wait between them are sent as one: the role with the first text, and the end."""
         progress = request.progress
-        outputs = _explained(request, result_generator, self.explain)
+        outputs = _explained(request, result_generator, self.lifecycle)
         held, first = "", True
         async for event in super().chat_completion_stream_generator(request, outputs, *args, **kwargs):
             if first:
@@ -146,7 +147,7 @@ class FoldServingChat(OpenAIServingChat):
 
 
 async def _explained(
-    request: FoldChatRequest, outputs: AsyncIterator[RequestOutput], explain: Callable[[Exception], Exception]
+    request: FoldChatRequest, outputs: AsyncIterator[RequestOutput], lifecycle: Lifecycle
 ) -> AsyncGenerator[RequestOutput, None]:
     """Passes outputs on; a refusal that comes only now is put into our words, before vLLM logs or sends its own.
 
@@ -158,6 +159,7 @@ async def _explained(
     form = next((name for name in _FORMS if getattr(request, name) is not None), None)
     try:
         async for output in outputs:
+            lifecycle.heard()
             if any(choice.finish_reason == "error" for choice in output.outputs):
                 if on_its_way is not None:
                     on_its_way.failed()
@@ -171,7 +173,7 @@ async def _explained(
     except FoldserveError:
         raise
     except Exception as error:
-        if (shown := explain(error)) is not error:
+        if (shown := lifecycle.explain(error)) is not error:
             raise shown from None
         if not isinstance(error, VLLMClientError | ValueError | TypeError):
             raise

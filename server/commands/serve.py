@@ -113,6 +113,14 @@ def _add_access(serve: argparse.ArgumentParser) -> None:
         metavar="S",
         help="seconds that requests in flight have to finish after SIGTERM (default: %(default)s)",
     )
+    add(
+        "--engine-timeout",
+        type=int,
+        default=defaults.engine_timeout_s,
+        metavar="S",
+        help="seconds without output of an engine that has work, after which it counts as hung and the server ends; "
+        "more than its longest step (default: %(default)s)",
+    )
     add("--log-format", choices=("text", "json"), default="text", help="of standard output (default: %(default)s)")
     add(
         "--log-level",
@@ -133,6 +141,7 @@ def _access(args: argparse.Namespace) -> Access:
         guard_metrics=args.guard_metrics,
         max_queue=args.max_queue,
         shutdown_timeout_s=args.shutdown_timeout,
+        engine_timeout_s=args.engine_timeout,
     )
 
 

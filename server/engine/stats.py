@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from prometheus_client import Gauge
@@ -15,6 +16,15 @@ _RESIDENT = Gauge(
     ["engine"],
     multiprocess_mode="mostrecent",
 )
+
+
+class _Heard:
+    """When this process last had news of an engine's step, by `time.monotonic`."""
+
+    at = 0.0
+
+
+heard = _Heard()
 
 
 class ResidentCapacity(StatLoggerBase):
@@ -31,6 +41,7 @@ class ResidentCapacity(StatLoggerBase):
         engine_idx: int = 0,
         **_: Any,
     ) -> None:
+        heard.at = time.monotonic()
         if scheduler_stats is not None and scheduler_stats.num_running_reqs and scheduler_stats.kv_cache_usage:
             self._gauge.set(scheduler_stats.num_running_reqs / scheduler_stats.kv_cache_usage)
 

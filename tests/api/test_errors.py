@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 from types import SimpleNamespace
 from typing import Any
@@ -68,6 +68,11 @@ def check(body: Any, code: str, param: str | None) -> None:
         assert word not in error["message"]
 
 
+def told(explain: Callable[[Exception], Exception]) -> Any:
+    """A life cycle that hears of every output."""
+    return SimpleNamespace(explain=explain, heard=lambda: None)
+
+
 @pytest.mark.parametrize(("error", "status", "code", "param"), THEIRS, ids=lambda v: type(v).__name__)
 def test_no_text_of_a_library(error: Exception, status: int, code: str, param: str | None) -> None:
     answer = render(error)
@@ -119,7 +124,7 @@ def test_what_the_engine_does_not_explain(
             yield SimpleNamespace(outputs=[SimpleNamespace(finish_reason=reason)], finished=reason is not None)
 
     async def read() -> int:
-        return len([output async for output in _explained(request, outputs(), lambda error: error)])
+        return len([output async for output in _explained(request, outputs(), told(lambda error: error))])
 
     if expected is None:
         assert asyncio.run(read()) == len(before) + 1
@@ -140,7 +145,7 @@ def test_what_fails_once_the_engine_is_gone(error: Exception) -> None:
         stopped = errors.EngineStopped("the model has stopped", 10)
         explain = {True: error, False: stopped}[isinstance(error, FoldserveError)]
         request = FoldChatRequest.model_validate({"messages": [], "structured_outputs": {"regex": "x"}})
-        async for _ in _explained(request, outputs(), lambda error: explain):
+        async for _ in _explained(request, outputs(), told(lambda error: explain)):
             pass
 
     with pytest.raises(type(error) if isinstance(error, FoldserveError) else errors.EngineStopped):

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import pytest
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from foldserve.server.access import Access
 from foldserve.server.api.errors import EngineStopped, InvalidRequest, ShuttingDown
 from foldserve.server.api.lifecycle import state
+from foldserve.server.api.lifecycle.arguments import Shared
 from foldserve.server.api.lifecycle.processes import EngineWatch, engine_processes
 from foldserve.server.api.lifecycle.state import Lifecycle, Phase
 
@@ -28,7 +31,10 @@ class Engine:
         self.errored = False
         self.failed = asyncio.Event()
         self.engine_core = SimpleNamespace(shutdown=self.shutdown)
-        self.output_processor = SimpleNamespace(propagate_error=self.propagate)
+        self.output_processor = SimpleNamespace(
+            propagate_error=self.propagate, has_unfinished_requests=lambda: self.has_work
+        )
+        self.has_work = False
         self.outputs_fail = asyncio.Event()
         self.output_handler = asyncio.create_task(self.read_outputs())
         self._loop = asyncio.get_running_loop()
@@ -59,7 +65,8 @@ class Life:
         self.engine = Engine()
         self.died = multiprocessing.get_context("spawn").Event()
         self.server = SimpleNamespace(should_exit=False, force_exit=False)
-        self.cycle = Lifecycle(self.engine, timeout_s, self.died)
+        access = Access(shutdown_timeout_s=timeout_s, engine_timeout_s=3)  # type: ignore[arg-type]
+        self.cycle = Lifecycle(self.engine, access, Shared(engine_died=self.died))  # type: ignore[arg-type]
         self.cycle.start(self.server)  # type: ignore[arg-type]
 
     async def request(self, seconds: float) -> str:
@@ -263,3 +270,51 @@ def test_engines_are_found_by_their_title() -> None:
         for child in children:
             child.kill()
             child.communicate()
+
+
+@pytest.mark.parametrize("stopped", ["silent", "steps", "outputs", "idle"])
+def test_an_engine_that_has_work_and_says_nothing_is_killed(
+    stopped: str, monkeypatch: pytest.MonkeyPatch, process: subprocess.Popen[bytes]
+) -> None:
+    monkeypatch.setattr(state, "_LOOK_S", 0.02)
+    monkeypatch.setattr(state, "heard", SimpleNamespace(at=0.0))
+
+    async def scenario() -> None:
+        life = Life(monkeypatch, 600, [process.pid])
+        monkeypatch.setattr(life.cycle, "_engine_timeout_s", 0.2)
+        life.engine.has_work = stopped != "idle"
+        request = asyncio.create_task(life.request(2))
+        for _ in range(50):
+            await asyncio.sleep(0.02)
+            if stopped == "outputs":
+                life.cycle.heard()
+            elif stopped == "steps":
+                state.heard.at = time.monotonic()
+        if stopped == "silent":
+            assert await request == "failed"
+            assert life.died.is_set()
+            assert process.wait(30) == -signal.SIGKILL
+            await life.ended()
+        else:
+            assert await request == "answered"
+            assert life.cycle.phase is Phase.SERVING
+            assert process.poll() is None
+        life.cycle.stop()
+
+    run(scenario)
+
+
+def test_a_process_that_was_stopped_itself_blames_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state, "_LOOK_S", 0.02)
+
+    async def scenario() -> None:
+        life = Life(monkeypatch, 600, [])
+        life.engine.has_work = True
+        for _ in range(3):
+            await asyncio.sleep(0.05)
+            time.sleep(1)
+            life.cycle.heard()
+        assert life.cycle.phase is Phase.SERVING
+        life.cycle.stop()
+
+    run(scenario)

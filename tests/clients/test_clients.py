@@ -6,7 +6,6 @@ import base64
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -30,13 +29,20 @@ TYPESCRIPT = [name for name, example in EXAMPLES.items() if example.language == 
 
 # Nobody but the server of these tests is asked: whatever goes elsewhere is sent to a port where nobody listens.
 _NOBODY = "http://127.0.0.1:9"
-OFFLINE = {"HTTP_PROXY": _NOBODY, "HTTPS_PROXY": _NOBODY, "NO_PROXY": "127.0.0.1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+OFFLINE = {
+    "HTTP_PROXY": _NOBODY,
+    "HTTPS_PROXY": _NOBODY,
+    "NO_PROXY": "127.0.0.1",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+}
 
 
 def run(*command: str | Path, text: str | None = None, **environment: str) -> str:
     """Standard output of a program, which has to succeed."""
     env = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], **OFFLINE, **environment}
-    done = subprocess.run(command, input=text, capture_output=True, text=True, cwd=ROOT, env=env, check=False, timeout=600)
+    done = subprocess.run(
+        command, input=text, capture_output=True, text=True, cwd=ROOT, env=env, check=False, timeout=600
+    )
     assert done.returncode == 0, f"{done.stdout}{done.stderr}"
     return done.stdout
 

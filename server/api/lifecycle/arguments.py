@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 from argparse import Namespace
 from collections.abc import Callable
+from ctypes import c_double
 from dataclasses import dataclass, field
 from multiprocessing.synchronize import Event
 from typing import NoReturn
@@ -38,10 +39,12 @@ class Shared:
     Attributes:
         counters: requests in flight, and those that count towards a rate.
         engine_died: set when the engine has ended although nobody asked the server to.
+        heard: by `time.monotonic`, when an API process last had an output of the engine.
     """
 
     counters: SharedCounters = field(default_factory=SharedCounters)
     engine_died: Event = field(default_factory=lambda: multiprocessing.get_context("spawn").Event())
+    heard: c_double = field(default_factory=lambda: multiprocessing.get_context("spawn").RawValue(c_double, 0.0))
 
 
 def prepare(args: Namespace, access: Access, refuse: Callable[[str], NoReturn]) -> Shared:

@@ -1,8 +1,8 @@
 """From ready through drain to the end: what this API process answers, and when it goes.
 
     SERVING --SIGTERM--> DRAINING --all answered, or out of time--> the process ends, status 0
-       └-- the engine's process ends, or its --> STOPPED ---------> the process ends, status 1
-           outputs can't be read any more
+       └-- the engine's process ends, its     --> STOPPED --------> the process ends, status 1
+           outputs can't be read, or none come
 
 vLLM's own handler of SIGTERM goes on taking requests, and with several API processes cuts those in flight.
 """
@@ -12,11 +12,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+import time
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from functools import partial
-from multiprocessing.synchronize import Event
 from typing import Any
 
 import uvicorn
@@ -24,12 +24,17 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from foldserve.server import guardian
+from foldserve.server.access import Access
 from foldserve.server.api.errors import EngineStopped, FoldserveError, ShuttingDown
+from foldserve.server.api.lifecycle.arguments import Shared
 from foldserve.server.api.lifecycle.processes import EngineWatch, engine_processes
+from foldserve.server.engine.stats import heard
 
 _LAST_WORDS_S = 2.0
 """For clients to take the error that ends their answer."""
 _RETRY_AFTER_S = 10
+_LOOK_S = 1.0
+"""Between two looks whether the engine gives outputs."""
 _log = logging.getLogger(__name__)
 
 
@@ -44,14 +49,16 @@ class Lifecycle:
 
     Args:
         engine: vLLM's client of the engine.
-        timeout_s: that requests in flight have to finish.
-        engine_died: set when the engine ends although nobody asked the server to.
+        access: how long requests have to finish, and the engine to give an output.
+        shared: with the other API processes.
     """
 
-    def __init__(self, engine: AsyncLLM, timeout_s: float, engine_died: Event) -> None:
+    def __init__(self, engine: AsyncLLM, access: Access, shared: Shared) -> None:
         self._engine = engine
-        self._timeout_s = timeout_s
-        self._engine_died = engine_died
+        self._timeout_s = access.shutdown_timeout_s
+        self._engine_timeout_s = access.engine_timeout_s
+        self._engine_died = shared.engine_died
+        self._heard = shared.heard
         self._phase = Phase.SERVING
         self._in_flight = 0
         self._idle = asyncio.Event()
@@ -75,6 +82,7 @@ class Lifecycle:
         self._outputs = self._engine.output_handler
         assert self._outputs is not None, "vLLM starts it where a loop runs"
         self._outputs.add_done_callback(self._on_outputs_end)
+        self._run(self._listen())
         guardian.report_listening(self._timeout_s)
 
     def stop(self) -> None:
@@ -119,6 +127,28 @@ class Lifecycle:
             _log.warning("cut off after %g s: %d requests", self._timeout_s, self._in_flight)
             await self._end_answers()
         await self._end_server()
+
+    def heard(self) -> None:
+        """An output of the engine has come."""
+        self._heard.value = time.monotonic()
+
+    async def _listen(self) -> None:
+        """Ends the server when its engine hangs.
+
+        Silence is counted in looks, not by the clock: a process that was stopped itself has missed nothing by that.
+        """
+        silent_s = 0.0
+        while self._phase is Phase.SERVING:
+            before = time.monotonic()
+            await asyncio.sleep(_LOOK_S)
+            self._heard.value = max(self._heard.value, heard.at)
+            is_silent = self._heard.value < before - _LOOK_S  # another process may have looked that long ago
+            has_work = self._engine.output_processor.has_unfinished_requests()
+            silent_s = silent_s + _LOOK_S if has_work and is_silent else 0.0
+            if silent_s >= self._engine_timeout_s:
+                self._engine.output_processor.propagate_error(EngineDeadError())
+                self._on_engine_end(f"the engine has work and gave no output for {silent_s:g} s")
+                self._watch.kill()
 
     def _on_outputs_end(self, outputs: asyncio.Task[None]) -> None:
         """vLLM reads all answers in one task: when that has failed, none can come any more.
