@@ -107,10 +107,12 @@ class MalformedHttp(FoldserveError):
         status: 400; 408 for one that came too slowly, 431 for headers that are too large.
     """
 
+    code = "invalid_http"
+
     def __init__(self, message: str, status: int) -> None:
         super().__init__(message)
         self.status = HTTPStatus(status)
-        self.code = _HTTP_CODES.get(self.status, "invalid_http")
+        self.code = _HTTP_CODES.get(self.status, self.code)
 
 
 _HTTP_CODES = {

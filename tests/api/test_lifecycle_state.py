@@ -283,8 +283,8 @@ def test_an_engine_that_has_work_and_says_nothing_is_killed(
         life = Life(monkeypatch, 600, [process.pid])
         monkeypatch.setattr(life.cycle, "_engine_timeout_s", 0.2)
         life.engine.has_work = stopped != "idle"
-        request = asyncio.create_task(life.request(2))
-        for _ in range(50):
+        request = asyncio.create_task(life.request(0.8))
+        while not request.done():
             await asyncio.sleep(0.02)
             if stopped == "outputs":
                 life.cycle.heard()
