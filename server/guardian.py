@@ -34,6 +34,8 @@ _ENDS_WITHIN_S = 30.0
 """After a drain: for answers to be cut off, and for vLLM to end its engines."""
 _LEFT_S = 2.0
 """For processes that the server leaves behind to end by themselves."""
+_LONGEST_FOR_SOCKETS = 107 - len("/00000000-0000-0000-0000-000000000000")
+"""Of a directory, so that vLLM can bind Unix sockets in it."""
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _ASKS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
@@ -41,6 +43,11 @@ _ASKS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 def is_guarded() -> bool:
     """Whether this process has a guardian."""
     return _RUN_DIR in os.environ
+
+
+def run_dir() -> str | None:
+    """A directory for this run's files, which the guardian removes; None without one."""
+    return os.environ.get(_RUN_DIR)
 
 
 def die_with_parent() -> None:
@@ -92,7 +99,8 @@ class _Guarded:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
         env = {**os.environ, _RUN_DIR: str(folder)}
-        env.setdefault("VLLM_RPC_BASE_PATH", str(folder))  # sockets between its processes, gone with the directory
+        if len(str(folder)) <= _LONGEST_FOR_SOCKETS:
+            env.setdefault("VLLM_RPC_BASE_PATH", str(folder))  # sockets of its processes, gone with the directory
         # a session of its own: Ctrl-C in a terminal asks this process, not all of them at once
         self._server = subprocess.Popen(command, env=env, preexec_fn=in_child, start_new_session=True)
 

@@ -66,7 +66,7 @@ def serve(argv: list[str], settings: Settings | SettingsFor, environment: Enviro
     command = ServeSubcommand()
     configure_logging_from_args(args)
     command.validate(args)
-    _say(f"loading {args.model}")
+    _say(f"loading {args.model_tag or args.model}")
     announce_when_ready(args)
     command.cmd(args)
     shared: Shared = getattr(args, SHARED)

@@ -55,9 +55,13 @@ class Live:
         model: the checkpoint; None for the demo model.
         folder: for its output.
         options: more options of `foldserve serve`.
+        wait: until it is ready.
+        env: more environment variables.
     """
 
-    def __init__(self, model: Path | None, folder: Path, *options: str) -> None:
+    def __init__(
+        self, model: Path | None, folder: Path, *options: str, wait: bool = True, env: Mapping[str, str] | None = None
+    ) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
@@ -66,10 +70,12 @@ class Live:
         command += [] if model is None else [str(model), "--served-model-name", "tiny"]
         command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
         command += ["--kv-cache-memory-bytes", str(64 << 20), *options]
-        env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-        env["VLLM_LOGGING_LEVEL"] = "INFO"
+        inherited = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+        variables = inherited | {"VLLM_LOGGING_LEVEL": "INFO"} | dict(env or {})
         with self.out.open("w") as out, self.err.open("w") as err:
-            self.process = subprocess.Popen(command, stdout=out, stderr=err, env=env)
+            self.process = subprocess.Popen(command, stdout=out, stderr=err, env=variables)
+        if not wait:
+            return
         self.wait(lambda: self.process.poll() is not None or self.is_ready(), START_LIMIT_S)
         assert self.process.poll() is None, self.out.read_text()[-4000:] + self.err.read_text()[-4000:]
 

@@ -15,6 +15,8 @@ from typing import Any
 from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
+from foldserve.server import guardian
+
 VARIABLE = "VLLM_LOGGING_CONFIG_PATH"
 """Names a file for `logging.config.dictConfig`; every process of vLLM reads it as the first thing."""
 
@@ -134,7 +136,7 @@ def configured(log_format: str, level: str | None, *, verbose: bool, own: bool) 
     if own:
         yield
         return
-    with TemporaryDirectory(prefix="foldserve-") as directory:
+    with TemporaryDirectory(prefix="foldserve-", dir=guardian.run_dir()) as directory:
         file = Path(directory) / "logging.json"
         quiet = level is None and not verbose and log_format == "text"
         levels = level or "INFO", "WARNING" if quiet else level or "INFO"
