@@ -29,6 +29,7 @@ class Limits:
     max_json_depth: int = _bound(64, "nesting of the body's JSON")
     max_json_items: int = _bound(200_000, "values in the body's JSON; counted by its punctuation, in texts too")
     max_messages: int = _bound(1024, "messages of a chat")
+    max_parts: int = _bound(4096, "parts of all messages' contents and tool calls, and `documents`")
     max_choices: int = _bound(16, "answers to one prompt, `n`")
     max_stop_strings: int = _bound(4, "strings in `stop`", most=4)
     max_stop_chars: int = _bound(256, "characters of each of them, and of each in `bad_words`")

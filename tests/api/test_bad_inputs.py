@@ -387,6 +387,28 @@ def test_a_compressed_body(named: bool, client: Client) -> None:
     assert "compressed (gzip)" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("token", [514, 575])
+@pytest.mark.parametrize("name", ["logit_bias", "allowed_token_ids", "stop_token_ids", "logprob_token_ids"])
+def test_padding_of_the_vocabulary(name: str, token: int, client: Client) -> None:
+    """The tokenizer knows 514 tokens; the model has 576 rows of embeddings."""
+    value: object = {str(token): 100} if name == "logit_bias" else [token]
+    assert "tokenizer" in client.refuses(chat(**{name: value}, logprobs=True), name, "invalid_value")
+    last = {"513": 0} if name == "logit_bias" else [513]
+    assert client.post(chat(**{name: last}, logprobs=True)).status_code == 200
+
+
+@pytest.mark.parametrize("penalty", [-10, -1, 0, 10])
+def test_penalties_of_beams(penalty: float, client: Client) -> None:
+    assert client.answers(chat(use_beam_search=True, n=2, length_penalty=penalty, max_tokens=3))
+
+
+@pytest.mark.parametrize(
+    "words", ["<s>" * 1_000_000, "<" * 9_000_000, "\u00e9" * 5_000_000], ids=["token", "first", "é"]
+)
+def test_long_texts_are_refused_by_their_length(words: str, client: Client) -> None:
+    assert "characters" in client.refuses(chat(text(words)), "messages", "limit_exceeded")
+
+
 SCHEMAS: dict[str, dict[str, Any]] = {
     "regex": {"structured_outputs": {"regex": "(("}},
     "regex-lookbehind": {"structured_outputs": {"regex": "(?<=a)b"}},

@@ -130,7 +130,13 @@ def chat(*parts: object, **more: object) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": list(parts)}]} | more
 
 
+def called(arguments: str) -> dict[str, Any]:
+    call = {"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    return {"messages": [{"role": "assistant", "content": "x", "tool_calls": [call]}]}
+
+
 CONTENT = "messages[0].content"
+ARGUMENTS = "messages[0].tool_calls[0].function.arguments"
 BAD_BODIES: list[tuple[dict[str, Any], str]] = [
     (chat(chat_template="{{ 1 }}"), "chat_template"),
     (chat(chat_template=""), "chat_template"),
@@ -153,6 +159,11 @@ BAD_BODIES: list[tuple[dict[str, Any], str]] = [
     ({"messages": [{"content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": 1, "content": "x"}]}, "messages[0].role"),
     ({"messages": [{"role": "assistant", "tool_calls": 5}]}, "messages[0].tool_calls"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{}, 5]}]}, "messages[0].tool_calls[1]"),
+    ({"messages": [{"role": "assistant", "tool_calls": [{}] * 4097}]}, "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 2000}] * 3}, "messages"),
+    (called("[" * 100_000), ARGUMENTS),
+    (called('{"a":' * 65 + "1" + "}" * 65), ARGUMENTS),
     ({"messages": [{"role": "user", "content": {"type": "text"}}]}, CONTENT),
     ({"messages": [{"role": "user", "content": 5}]}, CONTENT),
     (chat(5), f"{CONTENT}[0]"),
@@ -192,6 +203,7 @@ def test_bad_bodies(body: dict[str, Any], param: str) -> None:
         chat(chat_template=None, chat_template_kwargs={"enable_thinking": False}),
         {"messages": [{"role": "assistant", "content": None, "tool_calls": []}]},
         chat({"type": "refusal", "refusal": "no"}),
+        *(called(arguments) for arguments in ("{}", "", "no JSON", '{"a": 1, "a": NaN}', "[" * 64 + "]" * 64)),
     ],
     ids=str,
 )
@@ -221,6 +233,17 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"presence_penalty": -3}, "presence_penalty"),
     ({"frequency_penalty": 3}, "frequency_penalty"),
     ({"repetition_penalty": 0}, "repetition_penalty"),
+    ({"repetition_penalty": 1e-300}, "repetition_penalty"),
+    ({"repetition_penalty": 1e300}, "repetition_penalty"),
+    ({"length_penalty": -1e308, "use_beam_search": True, "n": 2}, "length_penalty"),
+    ({"length_penalty": 1e308}, "length_penalty"),
+    ({"priority": -(2**62)}, "priority"),
+    ({"priority": 1001}, "priority"),
+    ({"stream": True, "stream_interval": 2**40}, "stream_interval"),
+    ({"routed_experts_prompt_start": 2**40}, "routed_experts_prompt_start"),
+    ({"repetition_detection": {"max_pattern_size": 10**6, "min_count": 2}}, "repetition_detection.max_pattern_size"),
+    ({"repetition_detection": {"max_pattern_size": 5, "min_count": 10**6}}, "repetition_detection.min_count"),
+    ({"documents": [{"text": "x"}] * 5000}, "documents"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
     ({"prompt_logprobs": 10**6}, "prompt_logprobs"),
@@ -237,6 +260,7 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"logit_bias": {"1": 1000}}, "logit_bias"),
     ({"stop_token_ids": list(range(301))}, "stop_token_ids"),
     ({"stop_token_ids": [1000000]}, "stop_token_ids"),
+    ({"stop_token_ids": ["x"] * 301}, "stop_token_ids"),
     ({"allowed_token_ids": [-1]}, "allowed_token_ids"),
     ({"logprobs": True, "logprob_token_ids": [10**6]}, "logprob_token_ids"),
     ({"tools": [{"function": {"name": "f"}}] * 129}, "tools"),
@@ -251,9 +275,10 @@ BAD_FIELDS: list[tuple[dict[str, Any], str]] = [
 def test_bad_fields(fields: dict[str, Any], param: str) -> None:
     from foldserve.server.api.schema import FoldChatRequest
 
-    request = FoldChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}]} | fields)
+    body = {"messages": [{"role": "user", "content": "x"}]} | fields
     with pytest.raises(InvalidRequest) as caught:
-        check_fields(request, Limits(), context=1024, vocabulary=320)
+        check_body(body, Limits())
+        check_fields(FoldChatRequest.model_validate(body), Limits(), context=1024, tokens=range(320))
     assert caught.value.param == param
 
 
@@ -264,7 +289,7 @@ def test_fields_of_ordinary_clients() -> None:
     sampling = {"temperature": 2, "top_p": 1, "top_k": 0, "min_p": 0, "repetition_penalty": 1.2, "presence_penalty": -2}
     for fields in ({}, many, sampling, {"n": 2, "temperature": 0, "use_beam_search": True}):
         body = {"messages": [{"role": "user", "content": "x"}], "logit_bias": {"5": -100}, "seed": 1}
-        check_fields(FoldChatRequest.model_validate(body | fields), Limits(), context=1024, vocabulary=320)
+        check_fields(FoldChatRequest.model_validate(body | fields), Limits(), context=1024, tokens=range(320))
 
 
 @pytest.fixture(scope="module")
@@ -298,6 +323,46 @@ def test_neighbours_can_not_be_put_together(special: SpecialTokens, texts: list[
     safe = special.neutralise(texts)
     assert not any(token in "".join(safe) for token in special._texts)
     assert [readable(text) for text in safe] == [readable(text) for text in texts]
+
+
+class Letters:
+    """A tokenizer with special tokens of one's own, which it finds nowhere."""
+
+    all_special_ids: tuple[int, ...] = ()
+
+    def __init__(self, tokens: set[str]) -> None:
+        self.all_special_tokens = sorted(tokens)
+
+    def encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        return []
+
+
+@given(
+    st.sets(st.text("ab[|", min_size=2, max_size=4), max_size=6),
+    st.lists(st.text("ab[|", max_size=9), max_size=5),
+)
+def test_tokens_that_overlap(tokens: set[str], texts: list[str]) -> None:
+    """Tokens that begin, end or lie in one another, and letters that mean something in a pattern."""
+    safe = SpecialTokens(Letters(tokens)).neutralise(texts)
+    whole = "".join(texts)
+    assert not any(token in "".join(safe) for token in tokens)
+    assert [readable(text) for text in safe] == texts
+    inserted = sum(len(text) for text in safe) - len(whole)
+    assert inserted == sum(any(whole.startswith(token, at) for token in tokens) for at in range(len(whole)))
+
+
+def test_an_invisible_character_of_a_token_is_not_inserted() -> None:
+    safe = SpecialTokens(Letters({"ab", "ca\u2060b"})).neutralise(["cab"])
+    assert safe == ["ca\u200bb"]
+
+
+@pytest.mark.parametrize("padding", [0, 1, 50])
+def test_ids_beyond_the_tokenizer_are_no_tokens(padding: int, tokenizer: Any) -> None:
+    from foldserve.server.api.limits.checks import known_tokens
+
+    size = len(tokenizer)
+    known = known_tokens(tokenizer, size + padding)
+    assert [token for token in range(size + padding + 5) if token in known] == list(range(size))
 
 
 def test_every_text_that_a_template_may_use(special: SpecialTokens) -> None:

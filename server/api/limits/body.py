@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from foldserve.server.api.errors import InvalidRequest, LimitExceeded
 from foldserve.server.api.limits import misplaced
-from foldserve.server.api.limits.strict_json import Path, to_text
+from foldserve.server.api.limits.strict_json import Path, parse, to_text
 from foldserve.server.limits import Limits
 
 _NOT_A_CLIENTS = {
@@ -31,7 +32,22 @@ _TEXT_PARTS = {
 _SCHEMAS = ("response_format", "structured_outputs", "tools")
 
 
-def check_body(body: Mapping[str, Any], limits: Limits) -> None:
+@dataclass(slots=True)
+class Contents:
+    """What a chat's messages hold.
+
+    Attributes:
+        images: their number.
+        parts: of contents, and tool calls.
+        characters: of texts, which all get into the prompt.
+    """
+
+    images: int = 0
+    parts: int = 0
+    characters: int = 0
+
+
+def check_body(body: Mapping[str, Any], limits: Limits) -> Contents:
     """Refuses what clients may not set, what would be ignored, media other than images, and too much of anything.
 
     Raises:
@@ -42,15 +58,27 @@ def check_body(body: Mapping[str, Any], limits: Limits) -> None:
             raise InvalidRequest(f"{name} can't be set by a request: {reason}", name)
     misplaced.check_top(body)
     _check_functions(body)
-    stop = body.get("stop")
-    if isinstance(stop, list) and len(stop) > limits.max_stop_strings:
-        raise LimitExceeded(f"stop may have {limits.max_stop_strings} entries at most, not {len(stop)}", "stop")
+    for name, most in _longest(limits):
+        entries = body.get(name)
+        if isinstance(entries, list | dict) and len(entries) > most:
+            raise LimitExceeded(f"{name} may have {most} entries at most, not {len(entries)}", name)
     _check_template_switches(body.get("chat_template_kwargs"))
     for name in _SCHEMAS:
         if body.get(name) is not None and len(json.dumps(body[name])) > limits.max_schema_kb * 1000:
             raise LimitExceeded(f"{name} is longer than {limits.max_schema_kb:g} kB", name)
+    contents = Contents()
     if isinstance(body.get("messages"), list):
-        _check_messages(body["messages"], limits)
+        _check_messages(body["messages"], contents, limits)
+    return contents
+
+
+def _longest(limits: Limits) -> Iterator[tuple[str, int]]:
+    """Lists and objects of the body that have a bound: before pydantic, which makes an error of each bad entry."""
+    yield "stop", limits.max_stop_strings
+    yield "tools", limits.max_tools
+    yield "documents", limits.max_parts
+    for name in ("allowed_token_ids", "bad_words", "logit_bias", "logprob_token_ids", "stop_token_ids"):
+        yield name, limits.max_logit_bias
 
 
 def _check_template_switches(switches: object) -> None:
@@ -76,36 +104,67 @@ def _check_functions(body: Mapping[str, Any]) -> None:
     )
 
 
-def _check_messages(messages: list[Any], limits: Limits) -> None:
+def _check_messages(messages: list[Any], contents: Contents, limits: Limits) -> None:
     if len(messages) > limits.max_messages:
         raise LimitExceeded(f"a chat may have {limits.max_messages} messages at most, not {len(messages)}", "messages")
-    images = 0
     for m, message in enumerate(messages):
         path: Path = ((None, "messages"), m)
         if not isinstance(message, dict):
             raise InvalidRequest("a message must be an object", to_text(path))
         if not isinstance(message.get("role"), str):
             raise InvalidRequest("a message needs a role", to_text((path, "role")))
-        if not isinstance(message.get("tool_calls", []), list | None):
-            raise InvalidRequest("tool_calls must be a list", to_text((path, "tool_calls")))
         misplaced.check_message(message, path)
-        images += _check_content(message.get("content"), (path, "content"))
-    if images > limits.max_images_per_request:
+        _check_tool_calls(message.get("tool_calls"), (path, "tool_calls"), contents, limits)
+        _check_content(message.get("content"), (path, "content"), contents, limits)
+    if contents.images > limits.max_images_per_request:
         most = limits.max_images_per_request
-        raise LimitExceeded(f"a request may have {most} images at most, not {images}", "messages")
+        raise LimitExceeded(f"a request may have {most} images at most, not {contents.images}", "messages")
 
 
-def _check_content(content: object, path: Path) -> int:
-    """The number of images."""
-    if content is None or isinstance(content, str):
-        return 0
-    if not isinstance(content, list):
+def _check_content(content: object, path: Path, contents: Contents, limits: Limits) -> None:
+    if isinstance(content, str):
+        contents.characters += len(content)
+    elif isinstance(content, list):
+        _add_parts(len(content), contents, limits)
+        for p, part in enumerate(content):
+            _check_part(part, (path, p), contents)
+    elif content is not None:
         raise InvalidRequest("content must be a text or a list of parts", to_text(path))
-    return sum(_check_part(part, (path, p)) for p, part in enumerate(content))
 
 
-def _check_part(part: object, path: Path) -> int:
-    """1 for an image, 0 for a text."""
+def _add_parts(number: int, contents: Contents, limits: Limits) -> None:
+    contents.parts += number
+    if contents.parts > limits.max_parts:
+        most = limits.max_parts
+        raise LimitExceeded(f"a chat may have {most} parts of contents and tool calls at most", "messages")
+
+
+def _check_tool_calls(calls: object, path: Path, contents: Contents, limits: Limits) -> None:
+    if calls is None:
+        return
+    if not isinstance(calls, list):
+        raise InvalidRequest("tool_calls must be a list", to_text(path))
+    _add_parts(len(calls), contents, limits)
+    for c, call in enumerate(calls):
+        if not isinstance(call, dict):
+            raise InvalidRequest("a tool call must be an object", to_text((path, c)))
+        function = call.get("function")
+        arguments = function.get("arguments") if isinstance(function, dict) else None
+        if isinstance(arguments, str):
+            _check_arguments(arguments, (((path, c), "function"), "arguments"), limits)
+
+
+def _check_arguments(arguments: str, path: Path, limits: Limits) -> None:
+    """JSON in a text, which vLLM reads for the template. What is no JSON it takes for no arguments."""
+    try:
+        parse(arguments.encode(), limits)
+    except LimitExceeded as error:
+        raise LimitExceeded(str(error).replace("the body", "the text", 1), to_text(path)) from error
+    except InvalidRequest:
+        return
+
+
+def _check_part(part: object, path: Path, contents: Contents) -> None:
     if not isinstance(part, dict):
         raise InvalidRequest("a part of a message must be an object", to_text(path))
     if part.get("uuid") is not None:
@@ -113,15 +172,17 @@ def _check_part(part: object, path: Path) -> int:
     if is_image(part):
         _check_image(part.get("image_url"), (path, "image_url"))
         misplaced.check_image(part, path)
-        return 1
+        contents.images += 1
+        return
     kind = part.get("type")
     if not isinstance(kind, str) or kind not in _TEXT_PARTS:
         raise InvalidRequest("a part must be of type text or image_url", to_text((path, "type")))
     field = _TEXT_PARTS[kind]
-    if not isinstance(part.get(field), str):
+    text = part.get(field)
+    if not isinstance(text, str):
         raise InvalidRequest(f"{field} must be a text", to_text((path, field)))
     misplaced.check_text(part, path)
-    return 0
+    contents.characters += len(text)
 
 
 def is_image(part: Mapping[str, Any]) -> bool:

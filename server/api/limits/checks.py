@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
     from foldserve.server.api.schema import FoldChatRequest
 
 
+_LONG = 1_000_000
+_LONG_TEXT = 100_000
+
+
 @dataclass(frozen=True, slots=True)
 class ChatChecks:
     """What the checks depend on beside the request.
@@ -29,14 +34,16 @@ class ChatChecks:
         limits: the operator's bounds.
         special_tokens: of the model's tokenizer.
         context: tokens of prompt and answer together.
-        vocabulary: number of the model's tokens.
+        longest_token: in characters.
+        tokens: ids that the tokenizer knows; the model's vocabulary may be padded beyond them.
         image_token: id of the token that stands for one embedding of an image; None for a model without images.
     """
 
     limits: Limits
     special_tokens: SpecialTokens
     context: int
-    vocabulary: int
+    longest_token: int
+    tokens: Container[int]
     image_token: int | None
 
     def read(self, body: bytes) -> dict[str, Any]:
@@ -48,10 +55,20 @@ class ChatChecks:
         value = parse(body, self.limits)
         if not isinstance(value, dict):
             raise InvalidRequest("the body must be a JSON object")
-        check_body(value, self.limits)
+        contents = check_body(value, self.limits)
+        # vLLM would say so of the whole prompt, unless it cuts that
+        if contents.characters > self.context * self.longest_token and value.get("truncate_prompt_tokens") is None:
+            raise self._too_long(f"{contents.characters} characters")
         if self.special_tokens.may_be_in(body):
             self.special_tokens.neutralise_body(value)
         return value
+
+    def is_long(self, body: bytes) -> bool:
+        """Whether reading a body may take so long that others would wait for it.
+
+        A body without a character that special tokens begin with, such as an image's, takes 10 ms a MB at most.
+        """
+        return len(body) > _LONG or (len(body) > _LONG_TEXT and self.special_tokens.may_be_in(body))
 
     def check(self, request: FoldChatRequest) -> None:
         """The fields of a validated request.
@@ -59,7 +76,7 @@ class ChatChecks:
         Raises:
             InvalidRequest: what is wrong, with its path.
         """
-        check_fields(request, self.limits, self.context, self.vocabulary)
+        check_fields(request, self.limits, self.context, self.tokens)
 
     def check_prompt(self, prompt: EngineInput) -> None:
         """The tokens that go to the engine: room for an answer, as many for images as those have, none from a text.
@@ -100,4 +117,15 @@ def chat_checks(engine: EngineClient, limits: Limits) -> ChatChecks:
     if image_token is not None:
         placeholders += tokenizer.convert_ids_to_tokens([image_token])
     special = SpecialTokens(tokenizer, placeholders)
-    return ChatChecks(limits, special, model.max_model_len, model.get_vocab_size(), image_token)
+    known = known_tokens(tokenizer, model.get_vocab_size())
+    return ChatChecks(limits, special, model.max_model_len, tokenizer.max_chars_per_token, known, image_token)
+
+
+def known_tokens(tokenizer: Any, vocabulary: int) -> Container[int]:
+    """The ids below `vocabulary`, a model's, that a tokenizer has a text for.
+
+    A model has more where its embeddings are padded to a round number: they were never trained, and vLLM fails on them.
+    """
+    texts = tokenizer.convert_ids_to_tokens(list(range(vocabulary)))
+    known = frozenset(token for token, text in enumerate(texts) if text is not None)
+    return range(vocabulary) if len(known) == vocabulary else known

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Mapping, Sized
+from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Any
+
+from vllm.sampling_params import RepetitionDetectionParams
 
 from foldserve.server.api.errors import InvalidRequest, LimitExceeded
 from foldserve.server.limits import Limits
@@ -14,17 +15,18 @@ if TYPE_CHECKING:
     from foldserve.server.api.schema import FoldChatRequest
 
 _LARGEST_TOP_K = 2**31 - 1
+_LARGEST_PATTERN = 1024
 _GREEDY_BELOW = 1e-5
 """vLLM takes a lower temperature for 0."""
 _NAME = re.compile(r"[A-Za-z0-9._:/=+-]{1,128}")
 
 
-def check_fields(request: FoldChatRequest, limits: Limits, context: int, vocabulary: int) -> None:
+def check_fields(request: FoldChatRequest, limits: Limits, context: int, tokens: Container[int]) -> None:
     """Refuses what costs too much, or can't be.
 
     Args:
         context: tokens of prompt and answer together that the model takes.
-        vocabulary: number of tokens that the model knows.
+        tokens: ids that the tokenizer knows.
 
     Raises:
         InvalidRequest, LimitExceeded: with the field as `param`.
@@ -38,20 +40,26 @@ def check_fields(request: FoldChatRequest, limits: Limits, context: int, vocabul
         ("top_logprobs", 0, limits.max_top_logprobs),
         ("prompt_logprobs", 0, limits.max_top_logprobs),
         ("temperature", 0, 2),
+        ("top_p", 0, 1),
         ("top_k", -1, _LARGEST_TOP_K),
         ("min_p", 0, 1),
         ("presence_penalty", -2, 2),
         ("frequency_penalty", -2, 2),
+        ("repetition_penalty", 0.01, 100),
+        ("length_penalty", -10, 10),
+        ("priority", -1000, 1000),
+        ("stream_interval", 1, context),
+        ("routed_experts_prompt_start", 0, context),
     ):
         _check_range(values[name], name, least, most)
-    _check_above_zero(values["repetition_penalty"], "repetition_penalty")
-    _check_above_zero(values["top_p"], "top_p", 1)
+    if values["top_p"] == 0:
+        raise LimitExceeded("top_p must be above 0 and at most 1", "top_p")
+    _check_repetition(values["repetition_detection"])
     _check_together(values)
-    _check_strings(values["stop"], "stop", limits.max_stop_strings, limits)
-    _check_strings(values["bad_words"], "bad_words", limits.max_logit_bias, limits)
+    for name in ("stop", "bad_words"):
+        _check_strings(values[name], name, limits)
     for name in ("logit_bias", "stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
-        _check_tokens(values[name], name, limits, vocabulary)
-    _check_length(values["tools"], "tools", limits.max_tools)
+        _check_tokens(values[name], name, tokens)
     for name in ("request_id", "session_id"):
         value = values[name]
         if value is not None and not _NAME.fullmatch(value):
@@ -70,37 +78,30 @@ def _check_together(values: Mapping[str, Any]) -> None:
         raise InvalidRequest("n must be 1 at temperature 0: all answers would be the same", "n")
 
 
-def _check_range(value: float | None, name: str, least: int, most: int) -> None:
+def _check_repetition(detection: RepetitionDetectionParams | None) -> None:
+    """The engine looks for repetitions after each token, of every size that is asked for."""
+    for name in ("max_pattern_size", "min_pattern_size", "min_count") if detection else ():
+        _check_range(getattr(detection, name), f"repetition_detection.{name}", 0, _LARGEST_PATTERN)
+
+
+def _check_range(value: float | None, name: str, least: float, most: float) -> None:
     if value is not None and not least <= value <= most:
         raise LimitExceeded(f"{name} must be at least {least} and at most {most}, not {value}", name)
 
 
-def _check_above_zero(value: float | None, name: str, most: float = math.inf) -> None:
-    if value is not None and not 0 < value <= most:
-        bound = "" if most == math.inf else f" and at most {most}"
-        raise LimitExceeded(f"{name} must be above 0{bound}, not {value}", name)
-
-
-def _check_length(value: Sized | None, name: str, most: int) -> None:
-    if value is not None and len(value) > most:
-        raise LimitExceeded(f"{name} may have {most} entries at most, not {len(value)}", name)
-
-
-def _check_strings(value: str | list[str] | None, name: str, most: int, limits: Limits) -> None:
+def _check_strings(value: str | list[str] | None, name: str, limits: Limits) -> None:
     strings = [value] if isinstance(value, str) else value or []
-    _check_length(strings, name, most)
     if not all(0 < len(text) <= limits.max_stop_chars for text in strings):
         raise LimitExceeded(f"each text in {name} must have 1 to {limits.max_stop_chars} characters", name)
 
 
-def _check_tokens(value: Any, name: str, limits: Limits, vocabulary: int) -> None:
-    _check_length(value, name, limits.max_logit_bias)
+def _check_tokens(value: Any, name: str, tokens: Container[int]) -> None:
     for token in value or ():
         try:
-            known = 0 <= int(token) < vocabulary
+            known = int(token) in tokens
         except ValueError:
             known = False
         if not known:
-            raise InvalidRequest(f"{name} holds something that is no token id below {vocabulary}", name)
+            raise InvalidRequest(f"{name} holds {token!r:.30}, which is no token of this model's tokenizer", name)
     if isinstance(value, dict) and not all(-100 <= bias <= 100 for bias in value.values()):
         raise InvalidRequest("a bias must lie in [-100, 100]", name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import Request, Response
@@ -14,6 +15,7 @@ from foldserve.server.api.errors import BodyTooLarge
 from foldserve.server.api.limits import coding
 from foldserve.server.api.limits.checks import ChatChecks
 
+_LONG = ThreadPoolExecutor(2, "long-body")
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
@@ -22,7 +24,8 @@ class CheckedRequest(Request):
 
     - `body` is never compressed, and stops reading at the server's limit, at once where a length is announced;
     - `json` is strict, and what it returns has passed `ChatChecks.read`;
-    - one body is read in a round of the event loop: a health check must not wait for a thousand that come at once.
+    - one body is read in a round of the event loop, and a long one in a thread: a health check must wait neither for a
+      thousand that come at once, nor for a hostile one.
     """
 
     async def body(self) -> bytes:
@@ -43,9 +46,12 @@ class CheckedRequest(Request):
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
             content = await self.body()
-            async with self.app.state.foldserve_turn:
-                await asyncio.sleep(0)  # the next one's turn comes in another round of the event loop
-                self._json = self._checks.read(content)
+            if self._checks.is_long(content):
+                self._json = await asyncio.get_running_loop().run_in_executor(_LONG, self._checks.read, content)
+            else:
+                async with self.app.state.foldserve_turn:
+                    await asyncio.sleep(0)  # the next one's turn comes in another round of the event loop
+                    self._json = self._checks.read(content)
             self._body = b""  # not kept while the answer is generated
         return self._json
 

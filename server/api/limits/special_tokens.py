@@ -32,34 +32,41 @@ class SpecialTokens:
         special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
         # One character can't be split: such a token is a letter of its tokenizer's, not a command.
         self._texts = sorted(text for text in special | set(placeholders) if len(text) > 1)
-        self._firsts = sorted({text[0] for text in self._texts})
-        self._first_bytes = [first.encode() for first in self._firsts] + [b"\\u"]
+        self._first_bytes = [first.encode() for first in sorted({text[0] for text in self._texts})] + [b"\\u"]
+        self._first_letters = re.compile(_first_letters_of(self._texts))
         self._invisible = self._choose(tokenizer)
 
     def _choose(self, tokenizer: Any) -> str:
         ids = set(tokenizer.all_special_ids) | set(getattr(tokenizer, "added_tokens_decoder", {}))
         for character in _INVISIBLE:
             split = [text[0] + character + text[1:] for text in self._texts]
-            if not any(ids & set(tokenizer.encode(f"a{text}b", add_special_tokens=False)) for text in split):
+            is_in_a_token = any(character in text for text in self._texts)
+            if not is_in_a_token and not any(
+                ids & set(tokenizer.encode(f"a{text}b", add_special_tokens=False)) for text in split
+            ):
                 return character
         raise ValueError("this tokenizer finds its special tokens in any text: it can't be served to the public")
 
     def neutralise(self, texts: Sequence[str]) -> list[str]:
-        """Texts that follow each other, so that no special token is in them, nor across their borders."""
+        """Texts that follow each other, so that no special token is in them, nor across their borders.
+
+        In one pass: behind the first letter of every token, those too that overlap. What is left holds none, since a
+        token's letters were neighbours before.
+        """
         whole = "".join(texts)
-        for first in self._firsts:  # one or two characters that few texts have
-            if first in whole:
-                break
-        else:
+        splits = [match.end() for match in self._first_letters.finditer(whole)]
+        if not splits:
             return list(texts)
-        borders = list(accumulate(map(len, texts)))
-        while found := [text for text in self._texts if text in whole]:
-            pattern = "|".join(re.escape(text) for text in sorted(found, key=len, reverse=True))
-            starts = [match.start() for match in re.finditer(pattern, whole)]
-            for start in reversed(starts):
-                whole = whole[: start + 1] + self._invisible + whole[start + 1 :]
-            borders = [border + sum(start + 1 < border for start in starts) for border in borders]
-        return [whole[begin:end] for begin, end in zip([0, *borders], borders, strict=False)]
+        safe, begin, done = [], 0, 0
+        for end in accumulate(map(len, texts)):
+            pieces = []
+            while done < len(splits) and splits[done] < end:
+                pieces.append(whole[begin : splits[done]])
+                begin = splits[done]
+                done += 1
+            safe.append(self._invisible.join([*pieces, whole[begin:end]]))
+            begin = end
+        return safe
 
     def may_be_in(self, body: bytes) -> bool:
         """Whether a chat body as it came holds a character that a special token begins with, perhaps as an escape."""
@@ -98,6 +105,25 @@ class SpecialTokens:
             else:
                 result.append(self._in(part))
         return result
+
+
+def _first_letters_of(texts: Iterable[str]) -> str:
+    """A pattern of the texts' first letters where the rest follows; each letter after it is looked at once."""
+    tree: dict[str, Any] = {}
+    for text in texts:
+        node = tree
+        for letter in text:
+            node = node.setdefault(letter, {})
+        node[""] = {}
+    return "|".join(f"{re.escape(first)}(?={_pattern(rest)})" for first, rest in tree.items()) or "(?!)"
+
+
+def _pattern(tree: dict[str, Any]) -> str:
+    """Of the shortest texts in a tree of letters: a longer one begins where a shorter one does."""
+    if "" in tree:
+        return ""
+    branches = [re.escape(letter) + _pattern(rest) for letter, rest in tree.items()]
+    return branches[0] if len(branches) == 1 else f"(?:{'|'.join(branches)})"
 
 
 def _text_keys(part: object) -> list[str | None]:
