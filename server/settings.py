@@ -60,6 +60,7 @@ class Settings:
             "limits": self.limits.to_config(),
             "access": self.access.to_config(),
             "positions": self.positions,
+            "masks_padding_rows": True,  # an unknown token is no answer
         }
 
 

@@ -13,7 +13,7 @@ _LLAVA_STF = "foldserve.server.engine.stf:FoldLlavaStfForConditionalGeneration"
 
 
 def register() -> None:
-    """Registers the models; registering again changes nothing.
+    """Applies the patches and registers the models. Idempotent.
 
     Raises:
         RuntimeError: another vLLM version than the one this release is written for.
@@ -22,8 +22,9 @@ def register() -> None:
     _require_vllm(version("vllm"))
     from vllm import ModelRegistry
 
-    from foldserve.server.engine import withdrawal
+    from foldserve.server.engine import patches, withdrawal
 
+    patches.apply()
     _enable_amx()
     ModelRegistry.register_model("LlavaForConditionalGeneration", _LLAVA)
     ModelRegistry.register_model("LlavaStfForConditionalGeneration", _LLAVA_STF)

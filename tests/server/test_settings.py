@@ -25,6 +25,7 @@ def test_defaults_reduce_nothing() -> None:
         "limits": Limits().to_config(),
         "access": Access().to_config(),
         "positions": "renumber",
+        "masks_padding_rows": True,
     }
 
 
@@ -42,6 +43,7 @@ def test_config_is_json_from_which_the_reduction_can_be_parsed() -> None:
         "withdraw_layer": 16,
         "calibration": calibration,
         "positions": "keep",
+        "masks_padding_rows": True,
     }
 
 

@@ -1,0 +1,55 @@
+"""Rows of the vocabulary that no token of the tokenizer has: `foldserve serve` never samples them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from vllm.config import ModelConfig, VllmConfig
+from vllm.tokenizers import cached_tokenizer_from_config
+from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+
+from foldserve.server.settings import CONFIG_KEY
+
+SETTING = "masks_padding_rows"
+"""Our setting in vLLM's additional config that asks for it; `vllm.LLM` alone samples as vLLM does."""
+
+
+class PaddingRows(LogitsProcessor):
+    """Takes the rows `index` out of what is sampled from.
+
+    Log-probabilities stay vLLM's, over all rows, since it computes them before.
+    """
+
+    def __init__(self, index: torch.Tensor) -> None:
+        self._index = index
+
+    def apply(self, logits: torch.Tensor) -> torch.Tensor:
+        return logits.index_fill_(-1, self._index, -torch.inf)
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def update_state(self, batch_update: BatchUpdate | None) -> None:
+        """All requests are treated alike."""
+
+
+class MaskingRunner:
+    """Mixin before a V1 runner class. Modification: padding rows are never sampled, where the configuration says so."""
+
+    def __init__(self: Any, vllm_config: VllmConfig, device: torch.device) -> None:
+        super().__init__(vllm_config, device)  # type: ignore[call-arg]
+        settings = vllm_config.additional_config
+        asked = isinstance(settings, dict) and settings.get(CONFIG_KEY, {}).get(SETTING)
+        if asked and (rows := unknown_rows(vllm_config.model_config)):
+            # Not as vLLM's option: with that, it would bring every output token back to the host.
+            mask = PaddingRows(torch.tensor(rows, device=device))
+            self.input_batch.logitsprocs.non_argmax_invariant.append(mask)
+
+
+def unknown_rows(model_config: ModelConfig) -> list[int]:
+    """Ids of the model's vocabulary that its tokenizer does not know; none for a model without one."""
+    if model_config.skip_tokenizer_init:
+        return []
+    known = set(cached_tokenizer_from_config(model_config).get_vocab().values())
+    return [row for row in range(model_config.get_vocab_size()) if row not in known]
