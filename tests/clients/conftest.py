@@ -15,7 +15,7 @@ from tests.deploy.live.processes import Process, free_port
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     url = f"http://127.0.0.1:{free_port()}"
     program = Path(sys.executable).parent / "foldserve"
-    command = [program, "serve", "--host", "127.0.0.1", "--port", url.rpartition(":")[2]]
+    command: list[str | Path] = [program, "serve", "--host", "127.0.0.1", "--port", url.rpartition(":")[2]]
     server = Process(command, f"{url}/health/ready", tmp_path_factory.mktemp("server") / "log")
     server.start()
     try:

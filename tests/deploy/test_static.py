@@ -32,6 +32,7 @@ from tests.deploy.files import (
     run,
 )
 
+CI = ROOT / ".ci" / "run"
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yaml"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -54,7 +55,7 @@ def test_hadolint(name: str) -> None:
 
 
 def test_shell_scripts() -> None:
-    scripts = sorted([*DEPLOY.rglob("*.sh"), *(ROOT / "tests" / "deploy").rglob("*.sh")])
+    scripts = sorted([*DEPLOY.rglob("*.sh"), *(ROOT / "tests").rglob("*.sh"), CI])
     assert len(scripts) >= 3
     run("shellcheck", *scripts)
 
@@ -140,6 +141,7 @@ def test_ci_runs_the_tests_that_make_test_leaves_out() -> None:
     jobs = yaml.safe_load(WORKFLOW.read_text())["jobs"]
     commands = {step.get("run") for job in jobs.values() for step in job["steps"]}
     assert {".ci/run", "make test-deploy"} <= commands
+    assert "make test-clients" in CI.read_text().splitlines()
     (loaded,) = re.findall(r"kind load docker-image (\S+)", WORKFLOW.read_text())
     assert loaded == container("cpu-demo", "foldserve")["image"]
 

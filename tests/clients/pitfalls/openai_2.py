@@ -1,10 +1,10 @@
-"""What docs/clients.md says that goes wrong with LlamaIndex and instructor. Runs with these packages only."""
+"""What docs/clients.md says that goes wrong with LlamaIndex and instructor, where these are installed."""
 
 from __future__ import annotations
 
 import os
 import unittest
-from typing import Any
+from typing import Any, ClassVar
 
 import instructor
 from llama_index.core.llms import ChatMessage, ImageBlock, TextBlock
@@ -42,7 +42,7 @@ class LlamaIndex(unittest.TestCase):
 
 
 class Instructor(unittest.TestCase):
-    request: Any = {
+    request: ClassVar[dict[str, Any]] = {
         "model": "demo",
         "messages": [{"role": "user", "content": QUESTION}],
         "response_model": Answer,

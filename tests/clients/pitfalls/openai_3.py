@@ -1,10 +1,10 @@
-"""What docs/clients.md says that goes wrong with openai, LangChain, LiteLLM and pydantic-ai. Runs with these packages only."""
+"""What docs/clients.md says that goes wrong with openai, LangChain, LiteLLM and pydantic-ai, where these are installed."""
 
 from __future__ import annotations
 
 import os
 import unittest
-from typing import Any
+from typing import Any, ClassVar
 
 import litellm
 from langchain_core.messages import HumanMessage
@@ -34,12 +34,9 @@ class OpenAIPython(unittest.TestCase):
             self.client.chat.completions.create(model="demo", messages=[], reduction_ratio=0.5)
 
     def test_other_apis_are_refused(self) -> None:
-        for call in (
-            lambda: self.client.responses.create(model="demo", input="hello"),
-            lambda: self.client.completions.create(model="demo", prompt="hello"),
-        ):
+        for api, question in ((self.client.responses, "input"), (self.client.completions, "prompt")):
             with self.assertRaises(NotFoundError) as caught:
-                call()
+                api.create(model="demo", **{question: "hello"})
             self.assertEqual(caught.exception.code, "unsupported_route")
 
     def test_a_stream_has_no_usage_unless_asked(self) -> None:
@@ -59,7 +56,7 @@ class OpenAIPython(unittest.TestCase):
 
 
 class LangChain(unittest.TestCase):
-    llm = ChatOpenAI(base_url=URL, api_key="none", model="demo", temperature=0, stream_usage=True)  # type: ignore[arg-type]
+    llm = ChatOpenAI(base_url=URL, api_key="none", model="demo", temperature=0, stream_usage=True)
 
     def kept(self, image: dict[str, Any]) -> int:
         answer = self.llm.invoke([HumanMessage([image, QUESTION])])
@@ -81,7 +78,7 @@ class LangChain(unittest.TestCase):
 
 
 class LiteLLM(unittest.TestCase):
-    request: Any = {
+    request: ClassVar[dict[str, Any]] = {
         "model": "hosted_vllm/demo",
         "api_base": URL,
         "messages": [{"role": "user", "content": [IMAGE, QUESTION]}],
@@ -107,7 +104,7 @@ class PydanticAI(unittest.TestCase):
     def test_its_usage_has_no_vision_tokens(self) -> None:
         result = Agent(self.model, model_settings={"max_tokens": 2}).run_sync(self.prompt)
         self.assertGreater(result.usage.input_tokens, 0)
-        self.assertNotIn("vision", str(result.all_messages()[-1].usage))  # type: ignore[union-attr]
+        self.assertNotIn("vision", str(result.all_messages()[-1].usage))
 
     def test_a_plain_output_type_is_a_tool(self) -> None:
         with self.assertRaises(ModelHTTPError) as caught:

@@ -1,9 +1,10 @@
-// What docs/clients.md says that goes wrong with Vercel's ai.
+// What docs/clients.md says that goes wrong with openai-node and Vercel's ai.
 import assert from "node:assert";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
 import { generateText, Output, streamText, type ModelMessage } from "ai";
+import OpenAI, { BadRequestError } from "openai";
 import { z } from "zod";
 
 const scene = `data:image/png;base64,${readFileSync("docs/images/scene.png", "base64")}`;
@@ -17,6 +18,13 @@ async function kept(options: object, part: object = {}): Promise<unknown> {
   return (answer.usage.raw?.vision_tokens as { kept: number }).kept;
 }
 
+test("extra_body is sent as it is, and refused", async () => {
+  const client = new OpenAI({ baseURL: process.env.URL!, apiKey: "none" });
+  const request = { model: "demo", messages: [{ role: "user" as const, content: "hello" }] };
+  const answer = client.chat.completions.create({ ...request, ...{ extra_body: { reduction_ratio: 0.5 } } });
+  await assert.rejects(answer, (error) => error instanceof BadRequestError && error.param === "extra_body");
+});
+
 test("options under the provider's name are sent", async () => {
   assert.equal(await kept({ providerOptions: { foldserve: { reduction_ratio: 0.5 } } }), 72);
 });
@@ -26,9 +34,8 @@ test("options under another name, or beside messages, are dropped", async () => 
   assert.equal(await kept({ reduction_ratio: 0.5 }), 144);
 });
 
-test("detail replaces the part's image_url", async () => {
-  const image_url = { url: scene, detail: "low" };
-  assert.equal(await kept({}, { providerOptions: { openaiCompatible: { image_url } } }), 36);
+test("detail is an option of the part", async () => {
+  assert.equal(await kept({}, { providerOptions: { openaiCompatible: { detail: "low" } } }), 36);
 });
 
 test("a stream has no usage unless asked", async () => {
