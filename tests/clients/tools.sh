@@ -33,6 +33,8 @@ node_packages() {
 
 install openai-2 &
 other=$!
-install openai-3 && node_packages
+trap 'kill "$other" 2> /dev/null || true' EXIT
+install openai-3
+node_packages
 wait "$other"
 echo "$wanted" > "$folder/stamp"
