@@ -129,7 +129,5 @@ def title(process: psutil.Process) -> str:
 
 
 def is_open(port: int) -> bool:
-    return any(
-        connection.status == psutil.CONN_LISTEN and connection.laddr.port == port
-        for connection in psutil.net_connections("tcp")
-    )
+    listening = [one for one in psutil.net_connections("tcp") if one.status == psutil.CONN_LISTEN]
+    return port in [one.laddr.port for one in listening if one.laddr]

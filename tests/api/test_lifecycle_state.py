@@ -29,12 +29,12 @@ class Engine:
 
     def __init__(self) -> None:
         self.errored = False
+        self.has_work = False
         self.failed = asyncio.Event()
         self.engine_core = SimpleNamespace(shutdown=self.shutdown)
         self.output_processor = SimpleNamespace(
             propagate_error=self.propagate, has_unfinished_requests=lambda: self.has_work
         )
-        self.has_work = False
         self.outputs_fail = asyncio.Event()
         self.output_handler = asyncio.create_task(self.read_outputs())
         self._loop = asyncio.get_running_loop()
@@ -66,7 +66,7 @@ class Life:
         self.died = multiprocessing.get_context("spawn").Event()
         self.server = SimpleNamespace(should_exit=False, force_exit=False)
         access = Access(shutdown_timeout_s=timeout_s, engine_timeout_s=3)  # type: ignore[arg-type]
-        self.cycle = Lifecycle(self.engine, access, Shared(engine_died=self.died))  # type: ignore[arg-type]
+        self.cycle = Lifecycle(self.engine, access, Shared(engine_died=self.died))
         self.cycle.start(self.server)  # type: ignore[arg-type]
 
     async def request(self, seconds: float) -> str:
@@ -277,7 +277,8 @@ def test_an_engine_that_has_work_and_says_nothing_is_killed(
     stopped: str, monkeypatch: pytest.MonkeyPatch, process: subprocess.Popen[bytes]
 ) -> None:
     monkeypatch.setattr(state, "_LOOK_S", 0.02)
-    monkeypatch.setattr(state, "heard", SimpleNamespace(at=0.0))
+    steps = SimpleNamespace(at=0.0)
+    monkeypatch.setattr(state, "heard", steps)
 
     async def scenario() -> None:
         life = Life(monkeypatch, 600, [process.pid])
@@ -289,7 +290,7 @@ def test_an_engine_that_has_work_and_says_nothing_is_killed(
             if stopped == "outputs":
                 life.cycle.heard()
             elif stopped == "steps":
-                state.heard.at = time.monotonic()
+                steps.at = time.monotonic()
         if stopped == "silent":
             assert await request == "failed"
             assert life.died.is_set()
