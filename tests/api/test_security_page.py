@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 FOLDER = Path(__file__).parent
-FOLDERS = (FOLDER, FOLDER.with_name("engine"))
+FOLDERS = (FOLDER, FOLDER.with_name("engine"), FOLDER.with_name("server"))
 PAGE = (FOLDER.parents[1] / "docs" / "security.md").read_text()
 SHORT = {
     "bad_inputs": "test_bad_inputs",
