@@ -26,6 +26,7 @@ class Limits:
     """
 
     max_body_mb: float = _bound(32, "size of a request's body, images in data: URLs included", least=0)
+    max_unread_mb: float = _bound(1000, "size of all bodies that an API server has received in part", least=0)
     max_json_depth: int = _bound(64, "nesting of the body's JSON")
     max_json_items: int = _bound(200_000, "values in the body's JSON; counted by its punctuation, in texts too")
     max_messages: int = _bound(1024, "messages of a chat")
@@ -78,6 +79,7 @@ class Limits:
                 raise ValueError(f"{option(bound.name)} must be at least {least}{above}, not {value}")
         for larger, smaller in (
             ("max_image_side", "min_image_side"),
+            ("max_unread_mb", "max_body_mb"),
             ("max_media_megapixels", "max_image_megapixels"),
             ("max_prepared_megapixels", "max_media_megapixels"),
             ("max_media_mb", "max_image_mb"),
@@ -98,6 +100,10 @@ class Limits:
     @property
     def max_body_bytes(self) -> int:
         return int(self.max_body_mb * 1e6)
+
+    @property
+    def max_unread_bytes(self) -> int:
+        return int(self.max_unread_mb * 1e6)
 
     @property
     def max_image_bytes(self) -> int:

@@ -23,6 +23,7 @@ from foldserve.server.api.lifecycle.arguments import SHARED, Shared
 from foldserve.server.api.lifecycle.hook import LifespanHook
 from foldserve.server.api.lifecycle.state import Lifecycle
 from foldserve.server.api.limits.checks import chat_checks
+from foldserve.server.api.limits.route import UnreadBodies
 from foldserve.server.api.logs.middleware import RequestLog
 from foldserve.server.api.media.guard import media_guard
 from foldserve.server.api.planner import Planner
@@ -57,6 +58,7 @@ class FoldserveEndpoint:
         _init_access(engine_client, state, args)
         state.foldserve_turn = asyncio.Lock()
         limits = Limits.from_config(config.get(CONFIG_KEY, {}).get("limits", {}))
+        state.foldserve_unread = UnreadBodies(limits.max_unread_bytes)
         withdraw_layer = config.get(CONFIG_KEY, {}).get("withdraw_layer")
         state.foldserve_chat = FoldServingChat(
             engine_client,

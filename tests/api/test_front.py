@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from contextlib import ExitStack
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -11,6 +12,8 @@ import httpx
 import openai
 import pytest
 
+from foldserve.server.api.errors import Unavailable
+from foldserve.server.api.limits.route import UnreadBodies
 from foldserve.server.settings import http_variables
 
 
@@ -94,6 +97,32 @@ def test_a_chat_that_offers_to_upgrade_is_a_chat(server_url: str, offer: str, co
     assert received.count(b"HTTP/1.1 200 OK") == 2
     assert b'"chat.completion"' in received
     assert received.endswith(b"}")
+
+
+def test_bodies_on_their_way_keep_nobody_out(server_url: str) -> None:
+    """There are more of them than places in the queue."""
+    address = urlsplit(server_url)
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += b"Content-Length: 300\r\n\r\n"
+    with ExitStack() as held:
+        for _ in range(1400):
+            connection = socket.create_connection((address.hostname, address.port), timeout=300)
+            held.enter_context(connection)
+            connection.sendall(head + b'{"messages"')
+        sent = {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 2}
+        assert httpx.post(f"{server_url}/v1/chat/completions", json=sent, timeout=300).status_code == 200
+
+
+def test_the_bytes_of_bodies_on_their_way_are_bounded() -> None:
+    bodies = UnreadBodies(100)
+    with bodies.share() as one, bodies.share() as other:
+        one.take(60)
+        other.take(40)
+        with pytest.raises(Unavailable) as caught, bodies.share() as third:
+            third.take(1)
+        assert caught.value.headers["Retry-After"]
+    with bodies.share() as whole:
+        whole.take(100)
 
 
 def test_idle_connections_outlive_those_of_balancers() -> None:

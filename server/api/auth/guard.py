@@ -68,6 +68,21 @@ class Guard:
             Unavailable: the server is full.
             TooManyRequests: the key has used up its rate or its places.
         """
+        with self._places(key):
+            self._charge(key)
+            yield
+
+    def refuse_if_full(self, key: Key | None) -> None:
+        """Spares a client, and us, a body that would be refused; the place is not held.
+
+        Raises:
+            Unavailable, TooManyRequests: as for `admit`, but for the rate.
+        """
+        with self._places(key):
+            pass
+
+    @contextmanager
+    def _places(self, key: Key | None) -> Iterator[None]:
         names = {_IN_FLIGHT: self._capacity}
         if key is not None and key.concurrent is not None:
             names[f"in flight/{key.name}"] = key.concurrent
@@ -77,7 +92,6 @@ class Guard:
                 if not self._counters.take(name, most):
                     raise _full(key if taken else None, most)
                 taken.append(name)
-            self._charge(key)
             yield
         finally:
             for name in taken:

@@ -20,6 +20,7 @@ from foldserve.server.api.auth.keys import Key
 from foldserve.server.api.auth.keys import Scope as KeyScope
 from foldserve.server.api.errors import FoldserveError, render
 
+_HELD = "foldserve_held"
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
@@ -74,13 +75,13 @@ class GuardedRoute(FoldRoute):
             try:
                 key = state.foldserve_guard.identify(Headers(scope=scope), self.key_scope)
                 scope.setdefault("state", {})["foldserve_key"] = key
-                self.admit(held, state, key)
+                self.admit(held, state, key, scope)
             except FoldserveError as error:
                 await render(error)(scope, receive, send)
                 return
             await super().handle(scope, receive, send)
 
-    def admit(self, held: ExitStack, state: State, key: Key | None) -> None:
+    def admit(self, held: ExitStack, state: State, key: Key | None, scope: Scope) -> None:
         """Enters into `held` what the request occupies until its answer has been sent.
 
         Raises:
@@ -90,11 +91,25 @@ class GuardedRoute(FoldRoute):
 
 
 class WorkRoute(GuardedRoute):
-    """A guarded route that makes the model work: it counts towards a key's rate, and takes a place in the queue."""
+    """A guarded route that makes the model work: it counts towards a key's rate, and takes a place in the queue.
 
-    def admit(self, held: ExitStack, state: State, key: Key | None) -> None:
-        super().admit(held, state, key)
-        held.enter_context(state.foldserve_guard.admit(key))
+    It does so once its body is whole (`take_place`): a client that sends slowly keeps nobody else out.
+    """
+
+    def admit(self, held: ExitStack, state: State, key: Key | None, scope: Scope) -> None:
+        super().admit(held, state, key, scope)
+        state.foldserve_guard.refuse_if_full(key)
+        scope["state"][_HELD] = held
+
+
+def take_place(scope: Scope) -> None:
+    """Holds the place of a `WorkRoute`'s request until its answer has been sent.
+
+    Raises:
+        FoldserveError: there is no room.
+    """
+    state = scope["state"]
+    state[_HELD].enter_context(scope["app"].state.foldserve_guard.admit(state["foldserve_key"]))
 
 
 class MetricsRoute(GuardedRoute):
@@ -106,5 +121,5 @@ class MetricsRoute(GuardedRoute):
         scope.setdefault("state", {})["foldserve_quiet"] = True
         await super().handle(scope, receive, send)
 
-    def admit(self, held: ExitStack, state: State, key: Key | None) -> None:
+    def admit(self, held: ExitStack, state: State, key: Key | None, scope: Scope) -> None:
         """Nothing: a scrape must not hold up the end, nor be refused on the way there."""

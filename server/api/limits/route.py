@@ -3,20 +3,61 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from fastapi import Request, Response
 from starlette.datastructures import State
 
-from foldserve.server.api.auth.route import WorkRoute
-from foldserve.server.api.errors import BodyTooLarge
+from foldserve.server.api.auth.route import WorkRoute, take_place
+from foldserve.server.api.errors import BodyTooLarge, Unavailable
 from foldserve.server.api.limits import coding
 from foldserve.server.api.limits.checks import ChatChecks
 
 _LONG = ThreadPoolExecutor(2, "long-body")
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
+class UnreadBodies:
+    """Bytes of bodies that are on their way; those that are whole have places, which are counted by themselves.
+
+    Args:
+        most: bytes that an API process holds of them at once.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._free = most
+
+    @contextmanager
+    def share(self) -> Iterator[_Share]:
+        """What one body takes while this is entered."""
+        share = _Share(self)
+        try:
+            yield share
+        finally:
+            self._free += share.taken
+
+    def lend(self, size: int) -> None:
+        """Counts bytes.
+
+        Raises:
+            Unavailable: too many.
+        """
+        if size > self._free:
+            raise Unavailable("the server receives too much at once: try again later")
+        self._free -= size
+
+
+class _Share:
+    def __init__(self, bodies: UnreadBodies) -> None:
+        self._bodies = bodies
+        self.taken = 0
+
+    def take(self, size: int) -> None:
+        self._bodies.lend(size)
+        self.taken += size
 
 
 class CheckedRequest(Request):
@@ -36,10 +77,13 @@ class CheckedRequest(Request):
             if announced.isdecimal() and int(announced) > most:
                 raise self._too_large()
             content = bytearray()
-            async for chunk in self.stream():
-                content += chunk
-                if len(content) > most:
-                    raise self._too_large()
+            with self._unread.share() as share:
+                async for chunk in self.stream():
+                    share.take(len(chunk))
+                    content += chunk
+                    if len(content) > most:
+                        raise self._too_large()
+            take_place(self.scope)
             self._body = bytes(content)
         return self._body
 
@@ -54,6 +98,11 @@ class CheckedRequest(Request):
                     self._json = self._checks.read(content)
             self._body = b""  # not kept while the answer is generated
         return self._json
+
+    @property
+    def _unread(self) -> UnreadBodies:
+        bodies: UnreadBodies = self.app.state.foldserve_unread
+        return bodies
 
     @property
     def _checks(self) -> ChatChecks:
