@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 
@@ -11,17 +12,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from foldserve.server.api.logs.context import choose_request_id, request_id
 
 _HEADER = "x-request-id"
+_AT_ONCE = ("/health", "/metrics")
 _log = logging.getLogger("foldserve.requests")
 
 
 class RequestLog:
     """ASGI middleware; vLLM below reads the id that was chosen from the request's header.
 
-    Health checks and scrapes that succeed are logged as DEBUG.
+    Health checks and scrapes that succeed are logged as DEBUG. Other requests begin one in a round of the event loop: a
+    health check must not wait for a thousand that come at once.
     """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
+        self._turn = asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -31,6 +35,9 @@ class RequestLog:
         others = [header for header in scope["headers"] if header[0] != _HEADER.encode()]
         scope["headers"] = [*others, (_HEADER.encode(), chosen.encode())]
         request_id.set(chosen)
+        if not scope["path"].startswith(_AT_ONCE):
+            async with self._turn:
+                await asyncio.sleep(0)  # the next one's turn comes in another round of the event loop
         status: int | None = None
         gone = False
         started = time.perf_counter()
