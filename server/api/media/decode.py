@@ -7,20 +7,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from PIL import ExifTags, Image
 from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile as PillowFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
-from vllm.multimodal.image import convert_image_mode, normalize_image
+from vllm.multimodal.image import normalize_image
 from vllm.multimodal.media import MediaWithBytes
 
 from foldserve.server.api.errors import InvalidImage, LimitExceeded
 from foldserve.server.api.media import jpeg, png, webp
 from foldserve.server.api.media.bare import BareFile
+from foldserve.server.api.media.convert import Colour, converted
 
+_BYTES_OF_MODE = {"1": 1, "L": 1, "P": 1, "I;16": 2}  # a pixel, in Pillow's memory; 4 in all others
+_WEBP_CANVAS_BYTES = 16  # two of them, the frame, and what lossless decoding needs
+_PROCESSING_BYTES = 10  # RGB, its array and a tensor; what measuring showed, see docs/log.md
 _JPEG_SCALES = (2, 4, 8)
 """libjpeg decodes at these fractions of the size, for less memory and time."""
 
@@ -89,6 +92,18 @@ class ImageFile:
         width, height = self.size if self.bare.has_scans else self.image.size
         return width * height
 
+    @property
+    def held_bytes(self) -> int:
+        """Memory at the widest: while it is decoded, or while the image processor makes tensors of it."""
+        width, height = self.image.size
+        source = _BYTES_OF_MODE.get(self.image.mode, 4)
+        beside = _WEBP_CANVAS_BYTES if isinstance(self.image, WebPImageFile) else 0
+        copies = (self.image.mode != "RGB" or "transparency" in self.image.info) + (self.bare.orientation != 1)
+        decoding = width * height * (source + max(beside, 4 * (copies + (self.largest is not None))))
+        if isinstance(self.image, JpegImageFile) and self.bare.has_scans:  # two bytes a coefficient
+            decoding = max(decoding, width * height * source + 2 * self.image.layers * self.decoded_pixels)
+        return max(decoding, width * height * _PROCESSING_BYTES)
+
     def scaled(self, width: int, height: int) -> ImageFile:
         """The same file, decoded to this size at most; a JPEG without ever holding a larger one, if possible."""
         if isinstance(self.image, JpegImageFile):
@@ -98,7 +113,7 @@ class ImageFile:
             self.image.draft(None, (max(1, full[0] // scale), max(1, full[1] // scale)))
         return replace(self, largest=(width, height))
 
-    def decode(self, mode: str | None = "RGB", background: tuple[int, int, int] = (255, 255, 255)) -> Any:
+    def decode(self, mode: str | None = "RGB", background: Colour = (255, 255, 255)) -> Any:
         """The pixels of the first frame, upright, with vLLM's wrapper that gives them the identity of the file.
 
         Args:
@@ -110,50 +125,32 @@ class ImageFile:
         """
         try:
             self.image.load()
-            image = self._upright(_with_alpha(self.image))
-            converted = image if mode is None else convert_image_mode(image, mode, background)
+            own = (
+                self.image.copy() if isinstance(self.image, WebPImageFile) else self.image
+            )  # whose file holds canvases
+            image = converted(own, mode, background)
+            settings: dict[str, Any] = {}
+            if image is not own:
+                settings = {"image_mode": mode, "rgba_background_color": background}
             if self.largest is not None:
-                converted = self._shrunk(converted, self.largest)
+                settings["largest"] = self.largest
+                image = _shrunk(image, *self.largest)
+            return MediaWithBytes(self._upright(image), self.content, settings or None)
         except Exception as error:  # as above, MemoryError included
             raise _damaged() from error
-        settings: dict[str, Any] = {}
-        if converted is not image:
-            settings = {"image_mode": mode, "rgba_background_color": background}
-        if self.largest is not None:
-            settings["largest"] = self.largest
-        return MediaWithBytes(converted, self.content, settings or None)
 
     def _upright(self, image: Image.Image) -> Image.Image:
-        """A copy, turned as the file says; what Pillow has of the file is let go."""
-        if self.bare.orientation != 1:
-            image.getexif()[ExifTags.Base.Orientation] = self.bare.orientation
-        upright = normalize_image(image)
-        if upright is not self.image:
-            self.image.close()
-        return upright
-
-    def _shrunk(self, image: Image.Image, largest: tuple[int, int]) -> Image.Image:
-        width, height = largest if self.bare.orientation <= 4 else reversed(largest)
-        if image.width <= width and image.height <= height:
+        """Turned as the file says."""
+        if self.bare.orientation == 1:
             return image
-        return image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
+        image.getexif()[ExifTags.Base.Orientation] = self.bare.orientation
+        return normalize_image(image)
 
 
-def _with_alpha(image: Image.Image) -> Image.Image:
-    """An image whose colour key, if Pillow's later steps would miss it, has become an alpha channel.
-
-    Shades of 16 bits are scaled to 8: Pillow's own conversion clips them to white.
-    """
-    key = image.info.get("transparency")
-    if image.mode == "RGB" and key is not None:
-        return image.convert("RGBA")
-    if not image.mode.startswith("I;16"):
+def _shrunk(image: Image.Image, width: int, height: int) -> Image.Image:
+    if image.width <= width and image.height <= height:
         return image
-    scaled = image.point(lambda value: value * (1 / 256)).convert("L")
-    scaled.info.pop("transparency", None)  # a 16-bit value, meaningless now
-    if key is not None:
-        scaled.putalpha(Image.fromarray(np.where(np.asarray(image) == key, np.uint8(0), np.uint8(255))))
-    return scaled
+    return image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
 
 
 def _damaged() -> InvalidImage:
