@@ -51,7 +51,7 @@ class Limits:
         },
     )
     max_media_megapixels: float = _bound(80, "the same, summed over a request's images", least=0)
-    max_prepared_megapixels: float = _bound(400, "the same, of all requests an API server prepares at once", least=0)
+    max_prepared_megapixels: float = _bound(400, "the same, of 4 bytes, that an API server prepares at once", least=0)
     min_image_side: int = _bound(8, "pixels of an image's shorter side, at least")
     max_image_side: int = _bound(16_384, "pixels of an image's longer side")
     max_image_aspect: float = _bound(50, "longer side over shorter side")

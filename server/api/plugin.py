@@ -73,7 +73,7 @@ class FoldserveEndpoint:
             ),
             kv_cost=kv_cost(engine_client.vllm_config, withdraw_layer),
             checks=chat_checks(engine_client, limits),
-            media=media_guard(engine_client.model_config, limits),
+            media=media_guard(engine_client.model_config, limits, engine_client.renderer._mm_executor),
             sent_images=note_sent_images(engine_client.renderer),
             lifecycle=state.foldserve_lifecycle,
             online_renderer=_renderer(engine_client, state, args),

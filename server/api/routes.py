@@ -60,7 +60,9 @@ work = APIRouter(route_class=ChatRoute, dependencies=_DOCUMENTS_THE_KEY)
 async def create_chat_completion(request: FoldChatRequest, raw_request: Request) -> Response:
     """Answers a chat whose images cost as many vision tokens as the request says."""
     serving: FoldServingChat = raw_request.app.state.foldserve_chat
-    request.cache_salt = cache_salt(raw_request.state.foldserve_key, request.cache_salt)
+    key = raw_request.state.foldserve_key
+    request.cache_salt = cache_salt(key, request.cache_salt)
+    request.progress.owner = None if key is None else key.name
     answer = await serving.create_chat_completion(request, raw_request)
     if isinstance(answer, ErrorResponse):
         return render_vllm(answer)

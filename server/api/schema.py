@@ -73,6 +73,7 @@ class Progress:
         vision: what its images cost, once they are planned.
         on_its_way: to the engine, with images that it may hold later.
         answered: its last output has come from the engine.
+        owner: name of the key that asks.
     """
 
     details: list[str] = field(default_factory=list)
@@ -80,6 +81,7 @@ class Progress:
     vision: VisionTokens | None = None
     on_its_way: OnItsWay | None = None
     answered: bool = False
+    owner: str | None = None
 
 
 class FoldChatRequest(ChatCompletionRequest):

@@ -81,7 +81,7 @@ class FoldServingChat(OpenAIServingChat):
         if any(reduction != _NOTHING for reduction in reductions):
             request.mm_processor_kwargs = {KWARG: [reduction.to_json() for reduction in reductions]}
         clock = 0 if self.sent_images is None else self.sent_images.clock
-        async with self.media.loaded(request.messages):
+        async with self.media.loaded(request.messages, request.progress.owner):
             try:
                 rendered = await super().render_chat_request(request)
             except VLLMValidationError as error:

@@ -6,8 +6,9 @@ The server under test is told that it may ask this host, so that all other addre
 from __future__ import annotations
 
 import gzip
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
@@ -152,3 +153,40 @@ def hostile_server(host: str = HOST) -> Iterator[str]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@contextmanager
+def dns_server(answers: Mapping[str, str]) -> Iterator[tuple[str, list[str]]]:
+    """A DNS server that knows the IPv4 addresses of some names and says nothing about others; what it was asked."""
+    asked: list[str] = []
+    server = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    server.bind(("127.0.0.1", 0))
+
+    def answer() -> None:
+        while True:
+            query, client = server.recvfrom(512)
+            if not query:
+                return
+            name, end = [], 12
+            while query[end]:
+                name.append(query[end + 1 : end + 1 + query[end]].decode())
+                end += 1 + query[end]
+            host, kind = ".".join(name), query[end + 1 : end + 3]
+            asked.append(host)
+            if host not in answers:
+                continue
+            is_v4 = kind == b"\0\1"
+            record = b"\xc0\x0c\0\1\0\1\0\0\0\x3c\0\4" + socket.inet_aton(answers[host]) if is_v4 else b""
+            head = query[:2] + b"\x81\x80\0\1\0" + bytes([is_v4]) + b"\0\0\0\0"
+            server.sendto(head + query[12 : end + 5] + record, client)
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    host, port = server.getsockname()
+    try:
+        yield f"{host}:{port}", asked
+    finally:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as end:
+            end.sendto(b"", (host, port))
+        thread.join()
+        server.close()

@@ -7,6 +7,7 @@ import base64
 import socket
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,10 +25,11 @@ from foldserve.server.api.errors import (
     Unavailable,
 )
 from foldserve.server.api.media.address import Policy, join
-from foldserve.server.api.media.budget import Budget, Room
+from foldserve.server.api.media.budget import Budget
 from foldserve.server.api.media.decode import ImageFile
 from foldserve.server.api.media.fetch import CheckedResolver, open_fetcher
 from foldserve.server.api.media.guard import MediaGuard
+from foldserve.server.api.media.room import Room
 from foldserve.server.limits import Limits
 from tests.api.hostile import HOST, PHOTO, Handler, hostile_server
 from tests.images import data_uri, photo
@@ -286,7 +288,7 @@ def load(limits: Limits, *urls: str) -> list[Any]:
 
     async def run() -> list[Any]:
         async with MediaGuard(limits).loaded(messages):
-            return [part["image_pil"] for part in messages[0]["content"]]
+            return [replace(part["image_pil"]) for part in messages[0]["content"]]
 
     images = asyncio.run(run())
     assert all(part == {"type": "image_url", "image_url": {"url": ""}} for part in messages[0]["content"])
@@ -395,7 +397,7 @@ def test_a_request_that_ended_while_its_image_was_read_holds_no_pixels(monkeypat
         gone.cancel()
         await asyncio.gather(gone, return_exceptions=True)
         await one({"role": "user", "content": [part]})
-        guard._pool.shutdown()
+        guard._threads.pool.shutdown()
         assert guard._room._free == free
 
     asyncio.run(run())

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 import threading
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from foldserve.server.api import metrics
-from foldserve.server.api.errors import LimitExceeded, Unavailable
+from foldserve.server.api.errors import LimitExceeded
 from foldserve.server.api.media.decode import ImageFile
+from foldserve.server.api.media.room import BYTES_PER_PIXEL
 from foldserve.server.limits import MOST_PIXELS, Limits
 
 _log = logging.getLogger(__name__)
@@ -31,6 +29,8 @@ class Budget:
     limits: Limits
     bytes_used: int = 0
     pixels_used: int = 0
+    _held_pixels: int = 0
+    _decoding_pixels: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def check_file(self, size: int) -> None:
@@ -63,6 +63,7 @@ class Budget:
         """
         if self.limits.oversized == "refuse" or self._excess(*file.size) is None:
             self.spend_pixels(*file.size)
+            self._hold(file)
             return file
         self._check_shape(*file.size)
         scaled = file.scaled(*self._fitting(*file.size))
@@ -71,6 +72,7 @@ class Budget:
                 f"{_named(*file.size)}, too many pixels to be scaled down: save it as a baseline JPEG, or smaller"
             )
         self._count(scaled.decoded_pixels)
+        self._hold(scaled)
         _log.info("an image of %dx%d is scaled down to %dx%d", *file.size, *(scaled.largest or ()))
         metrics.observe_scaled()
         return scaled
@@ -115,6 +117,17 @@ class Budget:
             raise LimitExceeded(f"{_named(width, height)}: too long to be scaled down")
         return fitting
 
+    @property
+    def room_pixels(self) -> int:
+        """What the images need of a `Room`, decoded one after the other."""
+        return self._held_pixels + self._decoding_pixels
+
+    def _hold(self, file: ImageFile) -> None:
+        held = math.prod(file.image.size)
+        with self._lock:
+            self._held_pixels += held
+            self._decoding_pixels = max(self._decoding_pixels, file.decoding_bytes // BYTES_PER_PIXEL - held)
+
     def _count(self, pixels: int) -> None:
         with self._lock:
             self.pixels_used += pixels
@@ -126,84 +139,3 @@ class Budget:
 
 def _named(width: int, height: int) -> str:
     return f"the image is {width}x{height}"
-
-
-class Share:
-    """What one request holds of a `Room`.
-
-    Attributes:
-        pixels: held.
-        closed: it holds nothing any more, and takes nothing.
-    """
-
-    def __init__(self, room: Room) -> None:
-        self.pixels = 0
-        self.closed = False
-        self._room = room
-
-    def take_now(self, pixels: int) -> bool:
-        """Whether there was room at once; any thread may ask, also one whose request has ended meanwhile."""
-        return self._room.lend(self, pixels, ahead=False)
-
-    async def take(self, pixels: int) -> None:
-        """Waits until there is room.
-
-        Raises:
-            Unavailable: there was none in time.
-        """
-        if not self.take_now(pixels):
-            await self._room.wait(self, pixels)
-
-
-class Room:
-    """Pixels of all requests that one process holds in memory at once.
-
-    Args:
-        pixels: how many; no request may ask for more.
-        seconds: how long a request waits for others.
-    """
-
-    def __init__(self, pixels: int, seconds: float) -> None:
-        self._free = pixels
-        self._seconds = seconds
-        self._lock = threading.Lock()
-        self._changed = asyncio.Condition()
-        self._waiting = 0
-
-    @asynccontextmanager
-    async def share(self) -> AsyncIterator[Share]:
-        """What a request takes while this is entered, it gives back at the end."""
-        share = Share(self)
-        try:
-            yield share
-        finally:
-            with self._lock:
-                share.closed = True
-                self._free += share.pixels
-            if self._waiting:
-                async with self._changed:
-                    self._changed.notify_all()
-
-    def lend(self, share: Share, pixels: int, ahead: bool) -> bool:
-        """Gives pixels to a share if they are free, and nobody else waits for them unless it goes `ahead`."""
-        with self._lock:
-            if share.closed or self._free < pixels or (self._waiting and not ahead):
-                return False
-            self._free -= pixels
-            share.pixels += pixels
-            return True
-
-    async def wait(self, share: Share, pixels: int) -> None:
-        """Lends as soon as there is room.
-
-        Raises:
-            Unavailable: there was none in time.
-        """
-        self._waiting += 1
-        try:
-            async with asyncio.timeout(self._seconds), self._changed:
-                await self._changed.wait_for(lambda: self.lend(share, pixels, ahead=True))
-        except TimeoutError as error:
-            raise Unavailable("the server has too many images to prepare: try again later") from error
-        finally:
-            self._waiting -= 1

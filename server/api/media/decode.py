@@ -23,7 +23,6 @@ from foldserve.server.api.media.convert import Colour, converted
 
 _BYTES_OF_MODE = {"1": 1, "L": 1, "P": 1, "I;16": 2}  # a pixel, in Pillow's memory; 4 in all others
 _WEBP_CANVAS_BYTES = 16  # two of them, the frame, and what lossless decoding needs
-_PROCESSING_BYTES = 10  # RGB, its array and a tensor; what measuring showed, see docs/log.md
 _JPEG_SCALES = (2, 4, 8)
 """libjpeg decodes at these fractions of the size, for less memory and time."""
 
@@ -93,8 +92,8 @@ class ImageFile:
         return width * height
 
     @property
-    def held_bytes(self) -> int:
-        """Memory at the widest: while it is decoded, or while the image processor makes tensors of it."""
+    def decoding_bytes(self) -> int:
+        """Memory at the widest, when the result is there and what it was made of still too."""
         width, height = self.image.size
         source = _BYTES_OF_MODE.get(self.image.mode, 4)
         beside = _WEBP_CANVAS_BYTES if isinstance(self.image, WebPImageFile) else 0
@@ -102,7 +101,7 @@ class ImageFile:
         decoding = width * height * (source + max(beside, 4 * (copies + (self.largest is not None))))
         if isinstance(self.image, JpegImageFile) and self.bare.has_scans:  # two bytes a coefficient
             decoding = max(decoding, width * height * source + 2 * self.image.layers * self.decoded_pixels)
-        return max(decoding, width * height * _PROCESSING_BYTES)
+        return decoding
 
     def scaled(self, width: int, height: int) -> ImageFile:
         """The same file, decoded to this size at most; a JPEG without ever holding a larger one, if possible."""

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
-from functools import partial
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
 import aiohttp
@@ -17,33 +14,12 @@ from yarl import URL
 from foldserve.server.api.errors import ImageUnavailable, InvalidImage, RefusedUrl
 from foldserve.server.api.media.address import Policy, join
 from foldserve.server.api.media.budget import Budget
+from foldserve.server.api.media.names import SystemResolver
 
 _CHUNK_BYTES = 1 << 16
 _REDIRECTS = (301, 302, 303, 307, 308)
 _COMPRESSIONS = ("gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress")
 _HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "foldserve"}
-
-
-# Threads of their own: names that take long to resolve must not hold up what else runs in threads.
-_RESOLVERS = ThreadPoolExecutor(16, thread_name_prefix="foldserve-dns")
-_NUMERIC = socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
-
-
-class SystemResolver(AbstractResolver):
-    """The system's resolver."""
-
-    async def resolve(
-        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
-    ) -> list[ResolveResult]:
-        ask = partial(socket.getaddrinfo, host, port, family, socket.SOCK_STREAM, flags=socket.AI_ADDRCONFIG)
-        found = await asyncio.get_running_loop().run_in_executor(_RESOLVERS, ask)
-        return [
-            ResolveResult(hostname=host, host=str(address[0]), port=port, family=kind, proto=protocol, flags=_NUMERIC)
-            for kind, _, protocol, _, address in found
-        ]
-
-    async def close(self) -> None:
-        """Nothing is held."""
 
 
 class CheckedResolver(AbstractResolver):
@@ -75,6 +51,8 @@ class CheckedResolver(AbstractResolver):
 
     async def close(self) -> None:
         await self._resolver.close()
+
+    aclose = close  # for contextlib
 
 
 class Fetcher:
@@ -141,10 +119,10 @@ class Fetcher:
 
 
 @asynccontextmanager
-async def open_fetcher(policy: Policy, budget: Budget) -> AsyncIterator[Fetcher]:
+async def open_fetcher(policy: Policy, budget: Budget, names: AbstractResolver | None = None) -> AsyncIterator[Fetcher]:
     """A fetcher whose connections end with the request: nothing is shared between users."""
 
-    resolver = CheckedResolver(policy)
+    resolver = CheckedResolver(policy, names)
 
     def checked_socket(info: Any) -> socket.socket:
         """The second check, of the address itself, where every connection passes whatever led to it."""
@@ -154,13 +132,16 @@ async def open_fetcher(policy: Policy, budget: Budget) -> AsyncIterator[Fetcher]
         return socket.socket(family, kind, protocol)
 
     connector = aiohttp.TCPConnector(resolver=resolver, socket_factory=checked_socket)
-    async with aiohttp.ClientSession(
-        connector=connector,
-        auto_decompress=False,
-        cookie_jar=aiohttp.DummyCookieJar(),
-        timeout=aiohttp.ClientTimeout(total=None),  # the guard's own bound covers all images and their decoding
-        trust_env=False,
-    ) as session:
+    async with (
+        aclosing(resolver),
+        aiohttp.ClientSession(
+            connector=connector,
+            auto_decompress=False,
+            cookie_jar=aiohttp.DummyCookieJar(),
+            timeout=aiohttp.ClientTimeout(total=None),  # the guard's own bound covers all images
+            trust_env=False,
+        ) as session,
+    ):
         yield Fetcher(session, policy, budget)
 
 

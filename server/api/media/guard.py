@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from vllm.config import ModelConfig
@@ -14,13 +16,18 @@ from vllm.multimodal.media import ImageMediaIO
 from foldserve.server.api.errors import ImageUnavailable
 from foldserve.server.api.media import data_url
 from foldserve.server.api.media.address import Policy
-from foldserve.server.api.media.budget import Budget, Room, Share
+from foldserve.server.api.media.budget import Budget
 from foldserve.server.api.media.decode import ImageFile
 from foldserve.server.api.media.fetch import Fetcher, open_fetcher
+from foldserve.server.api.media.memory import Trimmer
+from foldserve.server.api.media.names import NamesInTurn, SystemResolver
 from foldserve.server.api.media.places import Place, places_of_images
+from foldserve.server.api.media.room import BYTES_PER_PIXEL, Room, is_large
+from foldserve.server.api.media.turns import Threads, Turn
 from foldserve.server.limits import Limits
 
 _T = TypeVar("_T")
+_DECODED_PER_S, _READ_PER_S = 20e6, 200e6  # pixels and bytes, roughly: for the order in a queue
 _NO_IMAGE = {"type": "image_url", "image_url": {"url": ""}}
 
 
@@ -31,24 +38,38 @@ class MediaGuard:
         limits: bounds of one request.
         domains: the only hosts that images may come from, vLLM's `--allowed-media-domains`; empty for all.
         media_io_kwargs: vLLM's `--media-io-kwargs`, of which `image` counts.
+        processor: the one thread in which vLLM works on the images next.
     """
 
     def __init__(
-        self, limits: Limits, domains: Sequence[str] = (), media_io_kwargs: Mapping[str, Any] | None = None
+        self,
+        limits: Limits,
+        domains: Sequence[str] = (),
+        media_io_kwargs: Mapping[str, Any] | None = None,
+        processor: Executor | None = None,
     ) -> None:
         self._limits = limits
         self._policy = Policy(frozenset(domains), frozenset(limits.allow_media_private_host))
-        self._room = Room(limits.max_prepared_pixels, limits.max_media_seconds)
-        self._pool = ThreadPoolExecutor(limits.media_decode_threads, thread_name_prefix="foldserve-decode")
+        trimmer = Trimmer()
+        self._room = Room(
+            limits.max_prepared_pixels, limits.max_media_seconds, lambda pixels: trimmer.freed(pixels * BYTES_PER_PIXEL)
+        )
+        self._threads = Threads(limits.media_decode_threads, limits.max_media_seconds)
+        self._processor = processor
+        self._names = NamesInTurn(SystemResolver())
         options = ImageMediaIO(**{"image_mode": "RGB", **(media_io_kwargs or {}).get("image", {})})  # checks them
         self._mode: str | None = options.image_mode
         self._background: tuple[int, int, int] = options.rgba_background_color
 
     @asynccontextmanager
-    async def loaded(self, messages: Sequence[Any]) -> AsyncIterator[None]:
+    async def loaded(self, messages: Sequence[Any], owner: str | None = None) -> AsyncIterator[None]:
         """While it is entered, every image URL in `messages` is a decoded image, in vLLM's own form of such a part.
 
         After that an empty URL stands there: pixels are not kept while the answer is generated.
+
+        Args:
+            messages: of the chat.
+            owner: name of the key that asks; images of one are decoded in turn with those of others.
 
         Raises:
             InvalidRequest: an image that can't be had or is refused; `param` names its URL.
@@ -56,81 +77,121 @@ class MediaGuard:
         """
         places = list(places_of_images(messages))
         async with self._room.share() as share:
+            turn = Turn(share, self._limits.max_media_seconds, owner)
+            images: list[Any] = []
             try:
-                for place, image in zip(places, await self._load_all(places, share), strict=True):
+                images = await self._load_all(places, turn)
+                for place, image in zip(places, images, strict=True):
                     place.put({"type": "image_pil", "image_pil": image})
                 yield
+            except BaseException:
+                if images and self._processor is not None:  # it may be at work still, and takes one thing after another
+                    share.hold_for(self._processor.submit(_let_go, images))
+                raise
+            else:
+                _let_go(images)
             finally:
                 for place in places:
                     place.put(_NO_IMAGE)
 
-    async def _load_all(self, places: Sequence[Place], share: Share) -> list[Any]:
+    async def _load_all(self, places: Sequence[Place], turn: Turn) -> list[Any]:
         """All of them, before one is put into the messages: a refusal leaves no pixels there."""
         if not places:
             return []
         budget = Budget(self._limits)
         if len(places) == 1:
-            return [await self._load_one(places[0], budget, share)]
-        files = await self._open_all(places, budget)
-        await share.take(budget.pixels_used)
-        async with self._in_time("decoded"):
-            return await _all([self._decode(place, file) for place, file in zip(places, files, strict=True)])
+            return [await self._load_one(places[0], budget, turn)]
+        files = await self._open_all(places, budget, turn)
+        await turn.share.take(budget.room_pixels)
+        return [await self._decode(place, files.pop(0), turn) for place in places]  # none is kept once it is decoded
 
-    async def _load_one(self, place: Place, budget: Budget, share: Share) -> Any:
+    async def _load_one(self, place: Place, budget: Budget, turn: Turn) -> Any:
         """The usual one image, in one visit to a thread where there is room: each visit costs 0.1 ms."""
         content = None
         if not data_url.is_data_url(place.url):
-            async with self._in_time("fetched"), open_fetcher(self._policy, budget) as fetcher:
+            names = self._names.of_request(turn.owner)
+            async with self._in_time(), open_fetcher(self._policy, budget, names) as fetcher:
                 with place.named():
                     content = await fetcher.get(place.url)
-        async with self._in_time("decoded"):
-            with place.named():
-                loaded = await self._run(self._load_here, place.url, content, budget, share)
+        with place.named():
+            loaded = await self._run(self._load_here, turn, _reading(place, content), place.url, content, budget, turn)
         if not isinstance(loaded, ImageFile):
             return loaded
-        await share.take(budget.pixels_used)
-        async with self._in_time("decoded"):
-            return await self._decode(place, loaded)
+        await turn.share.take(budget.room_pixels)
+        return await self._decode(place, loaded, turn)
 
     def _open_here(self, url: str, content: bytes | None, budget: Budget) -> ImageFile:
         return budget.admit(ImageFile.open(data_url.read(url, budget) if content is None else content))
 
-    def _load_here(self, url: str, content: bytes | None, budget: Budget, share: Share) -> Any:
-        """The image; or its file where there is no room for the pixels yet."""
+    def _load_here(self, url: str, content: bytes | None, budget: Budget, turn: Turn) -> Any:
+        """The image; or its file if it is large, or where there is no room for the pixels yet."""
         file = self._open_here(url, content, budget)
-        return file.decode(self._mode, self._background) if share.take_now(budget.pixels_used) else file
+        if is_large(budget.room_pixels) or not turn.share.take_now(budget.room_pixels):
+            return file
+        return file.decode(self._mode, self._background)
 
-    async def _open_all(self, places: Sequence[Place], budget: Budget) -> list[ImageFile]:
-        async with self._in_time("fetched"), AsyncExitStack() as held:
+    async def _open_all(self, places: Sequence[Place], budget: Budget, turn: Turn) -> list[ImageFile]:
+        async with AsyncExitStack() as held:
             fetcher = None
             if not all(data_url.is_data_url(place.url) for place in places):
-                fetcher = await held.enter_async_context(open_fetcher(self._policy, budget))
-            return await _all([self._open(place, fetcher, budget) for place in places])
+                names = self._names.of_request(turn.owner)
+                fetcher = await held.enter_async_context(open_fetcher(self._policy, budget, names))
+            async with self._in_time():
+                contents = await _all([self._fetch(place, fetcher) for place in places])
+        return [await self._open(place, content, budget, turn) for place, content in zip(places, contents, strict=True)]
 
-    async def _open(self, place: Place, fetcher: Fetcher | None, budget: Budget) -> ImageFile:
+    async def _fetch(self, place: Place, fetcher: Fetcher | None) -> bytes | None:
+        """None for a `data:` URL."""
+        if fetcher is None or data_url.is_data_url(place.url):
+            return None
         with place.named():
-            content = None
-            if fetcher is not None and not data_url.is_data_url(place.url):
-                content = await fetcher.get(place.url)
-            file: ImageFile = await self._run(self._open_here, place.url, content, budget)
+            return await fetcher.get(place.url)
+
+    async def _open(self, place: Place, content: bytes | None, budget: Budget, turn: Turn) -> ImageFile:
+        with place.named():
+            expected = _reading(place, content)
+            file: ImageFile = await self._run(self._open_here, turn, expected, place.url, content, budget)
             return file
 
-    async def _decode(self, place: Place, file: ImageFile) -> Any:
+    async def _decode(self, place: Place, file: ImageFile, turn: Turn) -> Any:
         with place.named():
-            return await self._run(file.decode, self._mode, self._background)
+            return await self._run(file.decode, turn, _Expected.of(file), self._mode, self._background)
 
     @asynccontextmanager
-    async def _in_time(self, what: str) -> AsyncIterator[None]:
-        """Bounds the seconds that all images of a request may take for one thing."""
+    async def _in_time(self) -> AsyncIterator[None]:
+        """Bounds the seconds that all images of a request may take to come."""
         seconds = self._limits.max_media_seconds
         try:
             async with asyncio.timeout(seconds):
                 yield
         except TimeoutError as error:
-            raise ImageUnavailable(f"the images could not be {what} within {seconds:g} s", "messages") from error
+            raise ImageUnavailable(f"the images could not be fetched within {seconds:g} s", "messages") from error
 
-    async def _run(self, function: Any, *args: Any) -> Any:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
+    async def _run(self, function: Any, turn: Turn, expected: _Expected, *args: Any) -> Any:
+        return await self._threads.run(turn, expected.seconds, expected.is_large, partial(function, *args))
+
+
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """How much work something is."""
+
+    seconds: float
+    is_large: bool = False
+
+    @classmethod
+    def of(cls, file: ImageFile) -> _Expected:
+        return cls(file.decoded_pixels / _DECODED_PER_S, is_large(file.decoded_pixels))
+
+
+def _reading(place: Place, content: bytes | None) -> _Expected:
+    return _Expected(len(place.url if content is None else content) / _READ_PER_S)
+
+
+def _let_go(images: Sequence[Any]) -> None:
+    """Frees the pixels: vLLM's renderer leaves the images in a cycle, for Python's garbage collection to find."""
+    for image in images:
+        image.media.close()
+        image.original_bytes = b""
 
 
 async def _all(tasks: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
@@ -143,7 +204,7 @@ async def _all(tasks: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
     return [task.result() for task in running]
 
 
-def media_guard(model: ModelConfig, limits: Limits) -> MediaGuard:
+def media_guard(model: ModelConfig, limits: Limits, processor: Executor | None = None) -> MediaGuard:
     """The guard for a served model, with what vLLM's own options say about images.
 
     Raises:
@@ -152,4 +213,4 @@ def media_guard(model: ModelConfig, limits: Limits) -> MediaGuard:
     if model.allowed_local_media_path:
         raise ValueError("--allowed-local-media-path: images are never read from the server's disk, leave it out")
     config = model.multimodal_config
-    return MediaGuard(limits, model.allowed_media_domains or (), config.media_io_kwargs if config else None)
+    return MediaGuard(limits, model.allowed_media_domains or (), config.media_io_kwargs if config else None, processor)

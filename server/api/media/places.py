@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from foldserve.server.api.errors import FoldserveError, InvalidRequest
+from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.limits.body import is_image
 
 
@@ -31,10 +31,10 @@ class Place:
 
     @contextmanager
     def named(self) -> Iterator[None]:
-        """Errors from inside name this image's URL as what is wrong."""
+        """Errors from inside name this image's URL as what is wrong, unless it is the server that can't."""
         try:
             yield
-        except FoldserveError as error:
+        except InvalidRequest as error:
             error.param = self.param
             raise
 

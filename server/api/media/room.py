@@ -1,0 +1,175 @@
+"""The memory that images of all requests have at once, in pixels of four bytes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any
+
+from foldserve.server.api.errors import Unavailable
+
+BYTES_PER_PIXEL = 4
+_SMALL_PIXELS = 4_000_000
+_RETRY_AFTER_S = 2
+
+
+def is_large(pixels: int) -> bool:
+    """Whether images of this size must leave room and a thread to smaller ones."""
+    return pixels > _SMALL_PIXELS
+
+
+class Share:
+    """What one request holds of a `Room`; it gives that back when it is closed and no thread works on it any more.
+
+    Attributes:
+        pixels: held.
+        large_pixels: of these, taken as a large request.
+        closed: it takes nothing any more.
+    """
+
+    def __init__(self, room: Room) -> None:
+        self.pixels = 0
+        self.large_pixels = 0
+        self.closed = False
+        self._room = room
+        self._threads = 0
+
+    def take_now(self, pixels: int) -> bool:
+        """Whether there was room at once; any thread may ask, also one whose request has ended meanwhile."""
+        return self._room.lend(self, pixels, ahead=False)
+
+    async def take(self, pixels: int) -> None:
+        """Waits until there is room.
+
+        Raises:
+            Unavailable: there was none in time.
+        """
+        if not self.take_now(pixels):
+            await self._room.wait(self, pixels)
+
+    def hold_for(self, work: Future[Any]) -> None:
+        """Stays held until this is done, also if nobody waits for it any more."""
+        with self._room.lock:
+            self._threads += 1
+        work.add_done_callback(lambda _: self._done())
+
+    def close(self) -> None:
+        with self._room.lock:
+            self.closed = True
+        self._room.settle(self)
+
+    def is_over(self) -> bool:
+        return self.closed and not self._threads
+
+    def _done(self) -> None:
+        with self._room.lock:
+            self._threads -= 1
+        self._room.settle(self)
+
+
+@dataclass(eq=False, slots=True)
+class _Waiting:
+    share: Share
+    pixels: int
+    served: asyncio.Future[None]
+
+
+class Room:
+    """Pixels of all requests that one process holds in memory at once.
+
+    Large requests leave an eighth of it to small ones. Whoever waits is served in order, small and large each; one that
+    asks for more than there is gets all that large ones may have.
+
+    Args:
+        pixels: how many.
+        seconds: how long a request waits for others.
+        when_freed: is called with the pixels that came back, in any thread.
+    """
+
+    def __init__(self, pixels: int, seconds: float, when_freed: Callable[[int], None] = lambda _: None) -> None:
+        self.lock = threading.Lock()
+        self._all = self._free = pixels
+        self._most_large = self._free_large = pixels - pixels // 8
+        self._seconds = seconds
+        self._when_freed = when_freed
+        self._waiting: list[_Waiting] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @asynccontextmanager
+    async def share(self) -> AsyncIterator[Share]:
+        """What a request takes while this is entered, it gives back at the end."""
+        self._loop = asyncio.get_running_loop()
+        share = Share(self)
+        try:
+            yield share
+        finally:
+            share.close()
+
+    def lend(self, share: Share, pixels: int, ahead: bool) -> bool:
+        """Gives pixels to a share if they are free, and nobody like it waits for them unless it goes `ahead`."""
+        large = is_large(pixels)
+        pixels = min(pixels, self._most_large if large else self._all)
+        with self.lock:
+            if share.closed or self._free < pixels or (large and self._free_large < pixels):
+                return False
+            if not ahead and any(is_large(waiting.pixels) == large for waiting in self._waiting):
+                return False
+            self._free -= pixels
+            share.pixels += pixels
+            if large:
+                self._free_large -= pixels
+                share.large_pixels += pixels
+            return True
+
+    def settle(self, share: Share) -> None:
+        """Takes back what a share has held, once it is over; any thread may call."""
+        with self.lock:
+            if not share.is_over() or not share.pixels:
+                return
+            pixels = share.pixels
+            self._free += pixels
+            self._free_large += share.large_pixels
+            share.pixels = share.large_pixels = 0
+            waited_for = bool(self._waiting)
+        if waited_for and self._loop is not None:
+            with suppress(RuntimeError):  # the loop has ended meanwhile
+                self._loop.call_soon_threadsafe(self._serve)
+        self._when_freed(pixels)
+
+    async def wait(self, share: Share, pixels: int) -> None:
+        """Lends as soon as there is room.
+
+        Raises:
+            Unavailable: there was none in time.
+        """
+        waiting = _Waiting(share, pixels, asyncio.get_running_loop().create_future())
+        self._waiting.append(waiting)
+        self._serve()
+        try:
+            async with asyncio.timeout(self._seconds):
+                await waiting.served
+        except TimeoutError as error:
+            message = "the server has too many images to prepare: try again later"
+            raise Unavailable(message, _RETRY_AFTER_S) from error
+        finally:
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
+                self._serve()
+
+    def _serve(self) -> None:
+        """Lends to those who wait; one that doesn't fit holds up those like it, so that it gets its turn."""
+        held_up = set[bool]()
+        for waiting in list(self._waiting):
+            kind = is_large(waiting.pixels)
+            if kind in held_up:
+                continue
+            if not self.lend(waiting.share, waiting.pixels, ahead=True):
+                held_up.add(kind)
+                continue
+            self._waiting.remove(waiting)
+            if not waiting.served.done():
+                waiting.served.set_result(None)
