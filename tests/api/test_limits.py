@@ -351,6 +351,21 @@ def test_tokens_that_overlap(tokens: set[str], texts: list[str]) -> None:
     assert inserted == sum(any(whole.startswith(token, at) for token in tokens) for at in range(len(whole)))
 
 
+@pytest.mark.parametrize("place", ["content", "name", "arguments", "documents"])
+def test_special_tokens_are_counted(place: str, special: SpecialTokens) -> None:
+    def body(words: str) -> dict[str, Any]:
+        if place == "documents":
+            return chat() | {"documents": [{"text": words[:9]}, {"text": words[9:]}]}
+        if place == "arguments":
+            return called(words)
+        return {"messages": [{"role": "user", "content": "x", place: words}]}
+
+    special.neutralise_body(body("<s>" * 20), 20)
+    with pytest.raises(LimitExceeded, match="more than 20 special tokens") as caught:
+        special.neutralise_body(body("<s>" * 21), 20)
+    assert caught.value.param == "messages"
+
+
 def test_an_invisible_character_of_a_token_is_not_inserted() -> None:
     safe = SpecialTokens(Letters({"ab", "ca\u2060b"})).neutralise(["cab"])
     assert safe == ["ca\u200bb"]
@@ -379,7 +394,7 @@ def test_every_text_that_a_template_may_use(special: SpecialTokens) -> None:
         "documents": [{"title": evil, "text": evil}],
         "stop": ["</s>"],
     }
-    special.neutralise_body(body)
+    special.neutralise_body(body, 100)
     assert body["messages"][1]["content"][2] == picture
     assert body["stop"] == ["</s>"]
     content = body["messages"][1]["content"]
@@ -396,14 +411,14 @@ def test_no_special_token_is_overlooked(special: SpecialTokens, value: Any, text
     raw = json.dumps(body, ensure_ascii=ascii_only).encode()
     for sent in (raw, raw.replace(b"<", b"\\u003c")):
         neutral = json.loads(sent)
-        special.neutralise_body(neutral)
+        special.neutralise_body(neutral, 100)
         assert special.may_be_in(sent) or neutral == body
 
 
 @pytest.mark.parametrize("body", [{}, chat("no tokens", "here"), {"messages": 5, "tools": None}], ids=str)
 def test_other_bodies_stay_as_they_are(body: dict[str, Any], special: SpecialTokens) -> None:
     before = json.dumps(body)
-    special.neutralise_body(body)
+    special.neutralise_body(body, 100)
     assert json.dumps(body) == before
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMValidationError
@@ -37,6 +37,7 @@ class ChatChecks:
         longest_token: in characters.
         tokens: ids that the tokenizer knows; the model's vocabulary may be padded beyond them.
         image_token: id of the token that stands for one embedding of an image; None for a model without images.
+        truncation_side: the tokenizer's own, of prompts that are to be cut.
     """
 
     limits: Limits
@@ -45,6 +46,7 @@ class ChatChecks:
     longest_token: int
     tokens: Container[int]
     image_token: int | None
+    truncation_side: Literal["left", "right"] = "right"
 
     def read(self, body: bytes) -> dict[str, Any]:
         """A body's JSON, checked, its texts free of special tokens.
@@ -60,7 +62,7 @@ class ChatChecks:
         if contents.characters > self.context * self.longest_token and value.get("truncate_prompt_tokens") is None:
             raise self._too_long(f"{contents.characters} characters")
         if self.special_tokens.may_be_in(body):
-            self.special_tokens.neutralise_body(value)
+            self.special_tokens.neutralise_body(value, self.context)
         return value
 
     def is_long(self, body: bytes) -> bool:
@@ -77,6 +79,8 @@ class ChatChecks:
             InvalidRequest: what is wrong, with its path.
         """
         check_fields(request, self.limits, self.context, self.tokens)
+        if request.truncate_prompt_tokens is not None and request.truncation_side is None:
+            request.truncation_side = self.truncation_side  # named, vLLM cuts a long text before it makes tokens of all
 
     def check_prompt(self, prompt: EngineInput) -> None:
         """The tokens that go to the engine: room for an answer, as many for images as those have, none from a text.
@@ -118,7 +122,8 @@ def chat_checks(engine: EngineClient, limits: Limits) -> ChatChecks:
         placeholders += tokenizer.convert_ids_to_tokens([image_token])
     special = SpecialTokens(tokenizer, placeholders)
     known = known_tokens(tokenizer, model.get_vocab_size())
-    return ChatChecks(limits, special, model.max_model_len, tokenizer.max_chars_per_token, known, image_token)
+    longest, side = tokenizer.max_chars_per_token, tokenizer.truncation_side
+    return ChatChecks(limits, special, model.max_model_len, longest, known, image_token, side)
 
 
 def known_tokens(tokenizer: Any, vocabulary: int) -> Container[int]:

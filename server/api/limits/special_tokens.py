@@ -8,12 +8,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from itertools import accumulate, islice
 from typing import Any
+
+from foldserve.server.api.errors import LimitExceeded
 
 _INVISIBLE = ("\u2060", "\u200b", "\u200d", "\ufe0e")  # word joiner, zero-width space, ...
 _RENDERED = ("messages", "tools", "documents")  # what a chat template may put into the prompt
 _NOT_TEXT = ("image_url", "role", "type")
+
+
+class Allowance:
+    """How many special tokens a body's texts may still hold."""
+
+    def __init__(self, most: int) -> None:
+        self._most = self.left = most
+
+    def spend(self, number: int) -> None:
+        """Raises LimitExceeded where that is more than is left."""
+        if number > self.left:
+            raise LimitExceeded(
+                f"the texts hold more than {self._most} special tokens of the model, which its context has no room for",
+                "messages",
+            )
+        self.left -= number
 
 
 class SpecialTokens:
@@ -47,14 +65,20 @@ class SpecialTokens:
                 return character
         raise ValueError("this tokenizer finds its special tokens in any text: it can't be served to the public")
 
-    def neutralise(self, texts: Sequence[str]) -> list[str]:
+    def neutralise(self, texts: Sequence[str], allowance: Allowance | None = None) -> list[str]:
         """Texts that follow each other, so that no special token is in them, nor across their borders.
 
         In one pass: behind the first letter of every token, those too that overlap. What is left holds none, since a
         token's letters were neighbours before.
+
+        Raises:
+            LimitExceeded: they hold more than there is an allowance for.
         """
         whole = "".join(texts)
-        splits = [match.end() for match in self._first_letters.finditer(whole)]
+        found = self._first_letters.finditer(whole)
+        splits = [match.end() for match in (islice(found, allowance.left + 1) if allowance else found)]
+        if allowance:
+            allowance.spend(len(splits))
         if not splits:
             return list(texts)
         safe, begin, done = [], 0, 0
@@ -72,28 +96,38 @@ class SpecialTokens:
         """Whether a chat body as it came holds a character that a special token begins with, perhaps as an escape."""
         return any(first in body for first in self._first_bytes)
 
-    def neutralise_body(self, body: dict[str, Any]) -> None:
-        """The same, in place, for every text of a chat body that may get into the prompt."""
+    def neutralise_body(self, body: dict[str, Any], most: int) -> None:
+        """The same, in place, for every text of a chat body that may get into the prompt.
+
+        Args:
+            most: special tokens that texts may hold; each makes two tokens or more.
+
+        Raises:
+            LimitExceeded: they hold more.
+        """
+        allowance = Allowance(most)
         for name in _RENDERED:
             if name in body:
-                body[name] = self._in(body[name])
+                body[name] = self._in(body[name], allowance)
 
-    def _in(self, value: Any) -> Any:
+    def _in(self, value: Any, allowance: Allowance) -> Any:
         if isinstance(value, str):
-            return self.neutralise([value])[0]
+            return self.neutralise([value], allowance)[0]
         if isinstance(value, dict):
             return {
-                self._in(key): inner if key in _NOT_TEXT and isinstance(inner, str | dict) else self._in(inner)
+                self._in(key, allowance): inner
+                if key in _NOT_TEXT and isinstance(inner, str | dict)
+                else self._in(inner, allowance)
                 for key, inner in value.items()
             }
         if isinstance(value, list):
-            return self._in_list(value)
+            return self._in_list(value, allowance)
         return value
 
-    def _in_list(self, parts: list[Any]) -> list[Any]:
+    def _in_list(self, parts: list[Any], allowance: Allowance) -> list[Any]:
         """Neighbouring texts of one message may be put together by a template."""
         places = [(p, key) for p, part in enumerate(parts) for key in _text_keys(part)]
-        done = self.neutralise([parts[p] if key is None else parts[p][key] for p, key in places])
+        done = self.neutralise([parts[p] if key is None else parts[p][key] for p, key in places], allowance)
         by_place = dict(zip(places, done, strict=True))
         result = []
         for p, part in enumerate(parts):
@@ -101,9 +135,10 @@ class SpecialTokens:
                 result.append(by_place[p, None])
             elif isinstance(part, dict):
                 texts = {key: by_place[p, key] for key in _text_keys(part)}
-                result.append(self._in({key: inner for key, inner in part.items() if key not in texts}) | texts)
+                others = {key: inner for key, inner in part.items() if key not in texts}
+                result.append(self._in(others, allowance) | texts)
             else:
-                result.append(self._in(part))
+                result.append(self._in(part, allowance))
         return result
 
 
