@@ -35,7 +35,7 @@ from foldserve.server.api.limits import template
 from foldserve.server.api.limits.body import check_body
 from foldserve.server.api.limits.checks import ChatChecks, known_tokens
 from foldserve.server.api.limits.fields import check_fields
-from foldserve.server.api.limits.route import ChatRoute
+from foldserve.server.api.limits.route import ChatRoute, UnreadBodies
 from foldserve.server.api.limits.special_tokens import SpecialTokens
 from foldserve.server.api.limits.strict_json import parse
 from foldserve.server.api.media.places import places_of_images
@@ -249,6 +249,7 @@ def app(model: ModelConfig, tokenizer: Any, special: SpecialTokens) -> FastAPI:
     app.state.foldserve_guard = Guard(None, SharedCounters(), 10)
     app.state.foldserve_lifecycle = Namespace(request=nullcontext, explain=lambda error: error)
     app.state.foldserve_turn = asyncio.Lock()
+    app.state.foldserve_unread = UnreadBodies(limits.max_body_bytes)
     app.router.route_class = ChatRoute
 
     @app.post("/chat")

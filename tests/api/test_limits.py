@@ -7,6 +7,7 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -439,7 +440,10 @@ def body_of(headers: dict[str, str], chunks: list[bytes]) -> Callable[[], bytes]
     """Reads a body as the chat route does; the chunks after the refusal must not be asked for."""
     from types import SimpleNamespace
 
-    from foldserve.server.api.limits.route import CheckedRequest
+    from foldserve.server.api.auth import route
+    from foldserve.server.api.auth.counters import SharedCounters
+    from foldserve.server.api.auth.guard import Guard
+    from foldserve.server.api.limits.route import CheckedRequest, UnreadBodies
 
     waiting = list(chunks)
 
@@ -448,9 +452,15 @@ def body_of(headers: dict[str, str], chunks: list[bytes]) -> Callable[[], bytes]
         return {"type": "http.request", "body": waiting.pop(0), "more_body": bool(waiting)}
 
     limits = SimpleNamespace(limits=Limits(max_body_mb=0.001))
-    app = SimpleNamespace(state=SimpleNamespace(foldserve_chat=SimpleNamespace(checks=limits)))
+    state = {
+        "foldserve_chat": SimpleNamespace(checks=limits),
+        "foldserve_guard": Guard(None, SharedCounters(), 1),
+        "foldserve_unread": UnreadBodies(10_000),
+    }
+    app = SimpleNamespace(state=SimpleNamespace(**state))
+    held = {route._HELD: ExitStack(), "foldserve_key": None}
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-    request = CheckedRequest({"type": "http", "headers": raw, "app": app}, receive)
+    request = CheckedRequest({"type": "http", "headers": raw, "app": app, "state": held}, receive)
     return lambda: asyncio.run(request.body())
 
 
