@@ -1,4 +1,4 @@
-"""vLLM's schedulers, counting images by what the vision tower has to do for them.
+"""vLLM's schedulers, in which nobody waits long for other people's images or grammars.
 
 `scheduler_cls` is not a stable interface of vLLM (it says so itself); the version is pinned.
 """
@@ -10,11 +10,14 @@ from typing import Any
 from vllm.config import VllmConfig
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
+from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from foldserve.server.engine.encoder_budget import profiled_images
 from foldserve.server.engine.geometry import vision_geometry
+from foldserve.server.engine.grammars import GrammarPool, PacedGrammar
 
 EncoderInputs = tuple[list[int], int, int, list[int], list[int]]
 """What `_try_schedule_encoder_inputs` returns: inputs, tokens, budget left, external inputs, duplicates."""
@@ -32,10 +35,13 @@ class CountingCacheManager(EncoderCacheManager):
 
 
 class FoldScheduler(Scheduler):
-    """Modification: a step encodes no more images than the profile run did.
+    """Modifications:
 
-    vLLM's budget counts the tokens that an image gives the decoder. Reduced images give few, so that all requests of a
-    step would wait while the tower encodes ten times as many of them.
+    - a step encodes no more images than the profile run did. vLLM's budget counts the tokens that an image gives the
+      decoder. Reduced images give few, so that all requests of a step would wait while the tower encodes ten times as
+      many of them;
+    - a request whose grammar is dear to follow sits out the steps until it has been followed, see `grammars`, and ends
+      with an error where that takes too long.
     """
 
     encoder_cache_manager: EncoderCacheManager
@@ -48,6 +54,44 @@ class FoldScheduler(Scheduler):
         if geometry is not None and type(manager) is EncoderCacheManager:
             self._encoded, self._most_images = geometry.tokens, profiled_images(self.vllm_config)
             self.encoder_cache_manager = CountingCacheManager(manager.cache_size)
+        self._grammars = GrammarPool()
+
+    def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        held = self._hold_back() if self._grammars.slow else []
+        if not held:
+            return super().schedule(*args, **kwargs)
+        self.running = [request for request in self.running if request not in held]
+        self.max_num_running_reqs -= len(held)
+        self.max_num_active_reqs -= len(held)
+        try:
+            return super().schedule(*args, **kwargs)
+        finally:
+            self.running = held + self.running
+            self.max_num_running_reqs += len(held)
+            self.max_num_active_reqs += len(held)
+
+    def _hold_back(self) -> list[Request]:
+        """Running requests whose grammar is not ready for a step; those that failed end with this one."""
+        self._grammars.settle()
+        held = []
+        for request in self.running:
+            grammar = request.structured_output_request and request.structured_output_request.grammar
+            if not isinstance(grammar, PacedGrammar) or not grammar.is_slow:
+                continue
+            if grammar.has_failed:
+                self.grammar_compile_error_reqs.add(request.request_id)
+                held.append(request)
+            elif grammar.is_busy or request.num_output_placeholders:  # no step ahead: its mask would be waited for
+                held.append(request)
+        return held
+
+    def _handle_blocked_waiting_request(self, request: Request) -> bool:
+        proceeds: bool = super()._handle_blocked_waiting_request(request)
+        asked = request.structured_output_request
+        grammar = None if asked is None else asked.grammar
+        if proceeds and isinstance(grammar, StructuredOutputGrammar) and not isinstance(grammar, PacedGrammar):
+            asked.grammar = PacedGrammar(grammar, self._grammars)
+        return proceeds
 
     def _try_schedule_encoder_inputs(
         self,
