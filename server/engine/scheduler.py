@@ -44,6 +44,7 @@ class FoldScheduler(Scheduler):
       with an error where that takes too long.
     """
 
+    running: list[Request]
     encoder_cache_manager: EncoderCacheManager
     _encoded = 0  # tokens of an image before reduction; 0 for models that are not reduced
 

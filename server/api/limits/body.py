@@ -9,6 +9,7 @@ from typing import Any
 
 from foldserve.server.api.errors import InvalidRequest, LimitExceeded
 from foldserve.server.api.limits import misplaced
+from foldserve.server.api.limits.repetition import check_repetition
 from foldserve.server.api.limits.strict_json import Path, parse, to_text
 from foldserve.server.limits import Limits
 
@@ -66,6 +67,7 @@ def check_body(body: Mapping[str, Any], limits: Limits) -> Contents:
     for name in _SCHEMAS:
         if body.get(name) is not None and len(json.dumps(body[name])) > limits.max_schema_kb * 1000:
             raise LimitExceeded(f"{name} is longer than {limits.max_schema_kb:g} kB", name)
+        check_repetition(body.get(name), (None, name))
     contents = Contents()
     if isinstance(body.get("messages"), list):
         _check_messages(body["messages"], contents, limits)
