@@ -19,13 +19,15 @@ OURS = {
     "server": [],
     "server/access": [],
     "server/folders": [],
+    "server/guardian": [],
     "server/limits": [],
     "server/settings": ["server/access", "server/limits", "reducers"],
-    "server/engine": ["server/engine", "server/settings", "kernels", "reducers"],
+    "server/engine": ["server/engine", "server/guardian", "server/settings", "kernels", "reducers"],
     "server/api": [
         "server/access",
         "server/api",
         "server/engine",
+        "server/guardian",
         "server/limits",
         "server/settings",
         "kernels",
@@ -40,7 +42,7 @@ OURS = {
         "reducers",
     ],
     "server/convert": ["server/convert", "server/folders", "reducers"],
-    "server/cli": ["server/commands"],
+    "server/cli": ["server/commands", "server/guardian"],
     "server/commands": [
         "server/commands",
         "server/access",
@@ -53,6 +55,7 @@ OURS = {
     ],
     "loadtest": ["loadtest"],
     "loadtest/micro": ["loadtest", "server/engine", "server/quality", "kernels", "reducers"],
+    "loadtest/micro/http_protocol": ["loadtest", "server/api"],
     "deploy": [],
 }
 PURE_TORCH = {"reducers": {"torch"}, "kernels": {"torch", "triton"}}
