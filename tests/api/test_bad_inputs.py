@@ -402,6 +402,20 @@ def test_penalties_of_beams(penalty: float, client: Client) -> None:
     assert client.answers(chat(use_beam_search=True, n=2, length_penalty=penalty, max_tokens=3))
 
 
+def test_prompts_that_are_cut(client: Client) -> None:
+    """The same tokens whether the side is named or not, and at no cost for what is cut."""
+
+    def tokens(words: str, **side: str) -> list[int]:
+        answer = client.answers(chat(text(words), truncate_prompt_tokens=9, return_token_ids=True, **side))
+        return list(answer["prompt_token_ids"])
+
+    words = "".join(f"word {i} " for i in range(30))
+    first, last = tokens(words, truncation_side="right"), tokens(words, truncation_side="left")
+    assert tokens(words) == last != first  # as vLLM sets its tokenizers
+    assert len(first) == len(last) == 9
+    assert len(tokens("word " * 2_000_000)) == 9
+
+
 @pytest.mark.parametrize(
     "words", ["<s>" * 1_000_000, "<" * 9_000_000, "\u00e9" * 5_000_000], ids=["token", "first", "é"]
 )
