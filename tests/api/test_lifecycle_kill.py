@@ -69,6 +69,7 @@ ROUTES = [
     ("POST", CHAT),
     ("GET", "/v1/reducers"),
     ("GET", "/v1/models"),
+    ("GET", "/v1/models/{model}"),
     ("GET", "/version"),
     ("GET", "/openapi.json"),
     ("GET", "/docs"),
