@@ -77,7 +77,11 @@ def test_the_model_chooses_for_its_device_before_it_is_built(monkeypatch: pytest
         monkeypatch.setenv("FOLDSERVE_TRITON", wanted)
         with pytest.raises(Built):
             llava.FoldLlavaForConditionalGeneration(
-                vllm_config=SimpleNamespace(device_config=SimpleNamespace(device_type=device))
+                vllm_config=SimpleNamespace(
+                    device_config=SimpleNamespace(device_type=device),
+                    compilation_config=SimpleNamespace(cudagraph_mm_encoder=False),
+                    lora_config=None,
+                )
             )
         assert in_use() == expected
 
