@@ -101,8 +101,8 @@ class _Guarded:
         env = {**os.environ, _RUN_DIR: str(folder)}
         if len(str(folder)) <= _LONGEST_FOR_SOCKETS:
             env.setdefault("VLLM_RPC_BASE_PATH", str(folder))  # sockets of its processes, gone with the directory
-        # A group of its own: Ctrl-C in a terminal asks this process, not all of them at once. Not a session: Linux gives
-        # each its own share of the cores (sched_autogroup), and answers then came up to four seconds late on two cores.
+        # A group of its own: Ctrl-C in a terminal asks this process, not all of them at once. No session of its own, to
+        # which Linux gives its own share of the cores (sched_autogroup): on two, answers came up to four seconds late.
         self._server = subprocess.Popen(command, env=env, preexec_fn=in_child, process_group=0)
 
     def run(self) -> int:
