@@ -40,10 +40,7 @@ _KEPT = {
 }
 _log = logging.getLogger(__name__)
 _DESCRIPTION = "OpenAI's chat API for images; every request chooses how many vision tokens they cost."
-_EVENTS_AT_ONCE = {
-    "Cache-Control": "no-cache",
-    "X-Accel-Buffering": "no",
-}  # the latter asks nginx not to hold them back
+_EVENTS_AT_ONCE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second is for nginx
 _DOCUMENTS_THE_KEY = [Depends(HTTPBearer(auto_error=False, description="where the server was given --api-keys"))]
 
 router = APIRouter(route_class=GuardedRoute, dependencies=_DOCUMENTS_THE_KEY)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from foldserve.server.api.codings import compression
 from foldserve.server.api.errors import InvalidRequest
 
-_CODINGS = ("br", "compress", "deflate", "gzip", "x-compress", "x-gzip", "zstd")  # names of no coding, as `utf-8`, pass
 _FIRST_BYTES = {
     b"\x1f\x8b": "gzip",
     b"\x28\xb5\x2f\xfd": "zstd",
@@ -23,9 +23,8 @@ def check_header(values: Iterable[str]) -> None:
     Raises:
         InvalidRequest: 400, which OpenAI's clients know, and `Accept-Encoding` as RFC 9110, 12.5.3 has it.
     """
-    for name in ",".join(values).split(","):
-        if (coding := name.strip().lower()) in _CODINGS:
-            raise _compressed(coding)
+    if (coding := compression(values)) is not None:
+        raise _compressed(coding)
 
 
 def check_bytes(body: bytes) -> None:

@@ -11,6 +11,7 @@ import aiohttp
 from aiohttp.abc import AbstractResolver, ResolveResult
 from yarl import URL
 
+from foldserve.server.api.codings import compression
 from foldserve.server.api.errors import ImageUnavailable, InvalidImage, RefusedUrl
 from foldserve.server.api.media.address import Policy, join
 from foldserve.server.api.media.budget import Budget
@@ -18,7 +19,6 @@ from foldserve.server.api.media.names import SystemResolver
 
 _CHUNK_BYTES = 1 << 16
 _REDIRECTS = (301, 302, 303, 307, 308)
-_COMPRESSIONS = ("gzip", "x-gzip", "deflate", "br", "zstd", "compress", "x-compress")
 _HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "foldserve"}
 
 
@@ -104,7 +104,7 @@ class Fetcher:
     async def _read(self, response: aiohttp.ClientResponse) -> bytes:
         if response.status != 200:
             raise ImageUnavailable(f"the image's server answered with status {response.status}")
-        if _is_compressed(response):
+        if compression(response.headers.getall("Content-Encoding", [])):
             raise InvalidImage("the image's server sent it compressed, which was not asked for")
         self._budget.check_file(response.content_length or 0)
         content = bytearray()
@@ -143,12 +143,6 @@ async def open_fetcher(policy: Policy, budget: Budget, names: AbstractResolver |
         ) as session,
     ):
         yield Fetcher(session, policy, budget)
-
-
-def _is_compressed(response: aiohttp.ClientResponse) -> bool:
-    """Whether one of the codings compresses; object stores send others, which say nothing about the bytes."""
-    codings = ",".join(response.headers.getall("Content-Encoding", [])).lower().split(",")
-    return any(coding.strip() in _COMPRESSIONS for coding in codings)
 
 
 @contextmanager

@@ -1,0 +1,16 @@
+"""Which `Content-Encoding` compresses: of bodies that come, and of images that are fetched."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+_COMPRESSIONS = frozenset({"br", "compress", "deflate", "gzip", "x-compress", "x-gzip", "zstd"})
+
+
+def compression(values: Iterable[str]) -> str | None:
+    """The first coding of the header's values that compresses.
+
+    Object stores send others, such as `aws-chunked` or `utf-8`, which say nothing about the bytes.
+    """
+    codings = (coding.strip().lower() for coding in ",".join(values).split(","))
+    return next((coding for coding in codings if coding in _COMPRESSIONS), None)
