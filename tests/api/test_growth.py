@@ -23,6 +23,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from transformers import AutoTokenizer
 from vllm.config import ModelConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.chat_utils import parse_chat_messages
 from vllm.renderers.hf import safe_apply_chat_template
@@ -114,7 +115,7 @@ SHAPES: dict[str, Callable[[int], bytes]] = {
 
 @pytest.fixture(scope="module")
 def model(tiny_llava: Path) -> ModelConfig:
-    return ModelConfig(str(tiny_llava))
+    return EngineArgs(model=str(tiny_llava)).create_model_config()  # with the plugins, as a server has it
 
 
 @pytest.fixture(scope="module")

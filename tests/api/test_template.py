@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 from vllm.config import ModelConfig
+from vllm.engine.arg_utils import EngineArgs
 from vllm.exceptions import VLLMValidationError
 from vllm.renderers.hf import safe_apply_chat_template
 
@@ -37,7 +38,7 @@ IN_A_MACRO = (
 
 @pytest.fixture(scope="module")
 def model(tiny_llava: Path) -> ModelConfig:
-    return ModelConfig(str(tiny_llava))
+    return EngineArgs(model=str(tiny_llava)).create_model_config()  # with the plugins, as a server has it
 
 
 def refusal(model: ModelConfig, source: str, messages: list[dict[str, Any]]) -> InvalidRequest | None:
