@@ -15,7 +15,8 @@ class Access:
     Attributes:
         api_keys: file of keys, see `foldserve hash-key`; None lets everybody in.
         guard_metrics: `/metrics` asks for a key with the scope `metrics`.
-        max_queue: requests that may wait beside those that the engine can run at once.
+        max_queue: answers that may wait beside those that the engine can run at once.
+        key_concurrent: answers that each key may have in flight whose entry says nothing; None for half of all.
         shutdown_timeout_s: time that requests in flight have to finish after SIGTERM, in whole seconds.
         engine_timeout_s: without any output of the engine, while requests wait for it, after which it counts as hung.
 
@@ -26,6 +27,7 @@ class Access:
     api_keys: Path | None = None
     guard_metrics: bool = False
     max_queue: int = 1024
+    key_concurrent: int | None = None
     shutdown_timeout_s: int = 30
     engine_timeout_s: int = 60
 
@@ -35,6 +37,8 @@ class Access:
         for option, value in (("--max-queue", self.max_queue), ("--shutdown-timeout", self.shutdown_timeout_s)):
             if value < 0:
                 raise ValueError(f"{option} must be at least 0, not {value}")
+        if self.key_concurrent is not None and self.key_concurrent < 1:
+            raise ValueError(f"--key-concurrent must be at least 1, not {self.key_concurrent}")
         if self.engine_timeout_s < 1:
             raise ValueError(f"--engine-timeout must be at least 1, not {self.engine_timeout_s}")
 

@@ -102,11 +102,12 @@ def _init_access(engine_client: EngineClient, state: State, args: Namespace) -> 
     access = _access(args)
     shared: Shared = getattr(args, SHARED, None) or Shared()
     vllm = engine_client.vllm_config
-    runs = vllm.scheduler_config.max_num_seqs * vllm.parallel_config.data_parallel_size
+    capacity = vllm.scheduler_config.max_num_seqs * vllm.parallel_config.data_parallel_size + access.max_queue
     state.foldserve_guard = Guard(
         Keyring(access.api_keys) if access.api_keys else None,
         shared.counters,
-        runs + access.max_queue,
+        capacity,
+        access.key_concurrent or max(1, capacity // 2),
         open_scopes=() if access.guard_metrics else ("metrics",),
     )
     state.foldserve_lifecycle = Lifecycle(engine_client, access, shared)

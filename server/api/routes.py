@@ -19,7 +19,7 @@ from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 
 from foldserve.server.api import catalog
 from foldserve.server.api.auth.guard import cache_salt
-from foldserve.server.api.auth.route import FoldRoute, GuardedRoute, MetricsRoute
+from foldserve.server.api.auth.route import FoldRoute, GuardedRoute, MetricsRoute, take_further_places
 from foldserve.server.api.errors import NoSuchModel, UnsupportedRoute, render, render_vllm
 from foldserve.server.api.lifecycle.health import health
 from foldserve.server.api.limits.route import ChatRoute
@@ -58,6 +58,8 @@ async def create_chat_completion(request: FoldChatRequest, raw_request: Request)
     """Answers a chat whose images cost as many vision tokens as the request says."""
     serving: FoldServingChat = raw_request.app.state.foldserve_chat
     key = raw_request.state.foldserve_key
+    serving.checks.check(request)
+    take_further_places(raw_request.scope, (request.n or 1) - 1)
     request.cache_salt = cache_salt(key, request.cache_salt)
     request.progress.owner = None if key is None else key.name
     answer = await serving.create_chat_completion(request, raw_request)

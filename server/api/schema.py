@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import PlainValidator, PrivateAttr, WithJsonSchema, model_validator
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.sampling_params import SamplingParams
 
 from foldserve.reducers import METHODS
 from foldserve.reducers.reduction import FIELDS, Positions, Reduction
@@ -17,6 +18,7 @@ from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.image_cache import OnItsWay
 from foldserve.server.api.limits.body import is_image
 from foldserve.server.api.usage import VisionTokens
+from foldserve.server.engine.fair_queue import KEY
 from foldserve.server.settings import CONFIG_KEY, Settings
 
 _REDUCTION_SCHEMA: dict[str, Any] = {
@@ -107,6 +109,13 @@ class FoldChatRequest(ChatCompletionRequest):
             )
         request._progress.details = details
         return request
+
+    def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
+        """vLLM's, with the key that asks: the scheduler serves keys in turn."""
+        params = super().to_sampling_params(*args, **kwargs)
+        if self._progress.owner is not None:
+            params.extra_args = {KEY: self._progress.owner}
+        return params
 
     @property
     def progress(self) -> Progress:

@@ -74,7 +74,6 @@ class FoldServingChat(OpenAIServingChat):
     async def render_chat_request(
         self, request: FoldChatRequest
     ) -> tuple[list[ConversationMessage], list[EngineInput]] | ErrorResponse:
-        self.checks.check(request)
         if (refusal := await self._check_model(request)) is not None:
             return refusal
         reductions, plans = self.planner.plan(request)

@@ -104,7 +104,13 @@ def _add_access(serve: argparse.ArgumentParser) -> None:
         type=int,
         default=defaults.max_queue,
         metavar="N",
-        help="requests that may wait beside those the engine runs; more are told to come later (default: %(default)s)",
+        help="answers that may wait beside those the engine runs; more are told to come later (default: %(default)s)",
+    )
+    add(
+        "--key-concurrent",
+        type=int,
+        metavar="N",
+        help="answers that a key may have in flight whose entry says nothing (default: half of what the server holds)",
     )
     add(
         "--shutdown-timeout",
@@ -140,6 +146,7 @@ def _access(args: argparse.Namespace) -> Access:
         api_keys=path and path.absolute(),
         guard_metrics=args.guard_metrics,
         max_queue=args.max_queue,
+        key_concurrent=args.key_concurrent,
         shutdown_timeout_s=args.shutdown_timeout,
         engine_timeout_s=args.engine_timeout,
     )

@@ -1,24 +1,28 @@
-"""vLLM's schedulers, in which nobody waits long for other people's images or grammars.
+"""vLLM's schedulers, in which nobody waits long for other people's requests, images or grammars.
 
 `scheduler_cls` is not a stable interface of vLLM (it says so itself); the version is pinned.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from foldserve.server.engine.encoder_budget import profiled_images
+from foldserve.server.engine.fair_queue import FairQueue, key_of
 from foldserve.server.engine.geometry import vision_geometry
 from foldserve.server.engine.grammars import GrammarPool, PacedGrammar
 
+_KEPT_FOR_OTHERS = 10  # one in so many of those that run at once is not for a key that has all others
 EncoderInputs = tuple[list[int], int, int, list[int], list[int]]
 """What `_try_schedule_encoder_inputs` returns: inputs, tokens, budget left, external inputs, duplicates."""
 
@@ -41,7 +45,9 @@ class FoldScheduler(Scheduler):
       decoder. Reduced images give few, so that all requests of a step would wait while the tower encodes ten times as
       many of them;
     - a request whose grammar is dear to follow sits out the steps until it has been followed, see `grammars`, and ends
-      with an error where that takes too long.
+      with an error where that takes too long;
+    - API keys are served in turn, see `fair_queue`. Of those that run, requests of the key with the fewest get their
+      share of a step first and are preempted last.
     """
 
     running: list[Request]
@@ -56,8 +62,12 @@ class FoldScheduler(Scheduler):
             self._encoded, self._most_images = geometry.tokens, profiled_images(self.vllm_config)
             self.encoder_cache_manager = CountingCacheManager(manager.cache_size)
         self._grammars = GrammarPool()
+        if self.policy is SchedulingPolicy.FCFS:
+            self.waiting = FairQueue(self.max_num_running_reqs - self.max_num_running_reqs // _KEPT_FOR_OTHERS)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
+        if isinstance(self.waiting, FairQueue):
+            self._take_turns(self.waiting)
         held = self._hold_back() if self._grammars.slow else []
         if not held:
             return super().schedule(*args, **kwargs)
@@ -70,6 +80,12 @@ class FoldScheduler(Scheduler):
             self.running = held + self.running
             self.max_num_running_reqs += len(held)
             self.max_num_active_reqs += len(held)
+
+    def _take_turns(self, waiting: FairQueue) -> None:
+        keys = Counter(map(key_of, self.running))
+        waiting.begin_step(keys)
+        if len(keys) > 1:
+            self.running.sort(key=lambda request: keys[key_of(request)])
 
     def _hold_back(self) -> list[Request]:
         """Running requests whose grammar is not ready for a step; those that failed end with this one."""

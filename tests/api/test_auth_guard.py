@@ -126,6 +126,61 @@ def test_rate_of_a_key() -> None:
         pass  # the place of the refused one is free again
 
 
+def test_further_answers_take_places_too() -> None:
+    checked = guard(capacity=8)
+    with checked.admit(ALICE), checked.admit_further(ALICE, 6):
+        with checked.admit(BOB), pytest.raises(Unavailable), checked.admit_further(BOB, 1):
+            pass
+        with checked.admit(BOB):
+            pass  # those that were refused hold nothing
+    with checked.admit(ALICE), checked.admit_further(ALICE, 7):
+        pass
+
+
+def test_further_answers_count_for_a_key() -> None:
+    few, checked = Key("few", b"", concurrent=4), guard()
+    with checked.admit(few), checked.admit_further(few, 2):
+        with checked.admit(few), pytest.raises(TooManyRequests) as caught, checked.admit_further(few, 1):
+            pass
+        assert caught.value.code == "concurrency_limit_exceeded"
+    slow = Key("slow", b"", rate=parse("6/hour"))
+    with checked.admit(slow), checked.admit_further(slow, 4):
+        pass
+    with checked.admit(slow), pytest.raises(TooManyRequests) as caught, checked.admit_further(slow, 1):
+        pass
+    assert caught.value.code == "rate_limit_exceeded"
+
+
+@pytest.mark.parametrize(
+    ("key", "options", "most"),
+    [
+        (None, {"capacity": 3}, 3),
+        (ALICE, {"concurrent": 3}, 3),
+        (Key("few", b"", concurrent=2), {"concurrent": 3}, 2),
+        (Key("slow", b"", rate=parse("3/minute")), {}, 3),
+    ],
+    ids=["server", "default", "key", "rate"],
+)
+def test_more_answers_than_there_can_ever_be(key: Key | None, options: dict[str, int], most: int) -> None:
+    """Waiting would not help: it is said what to change."""
+    with guard(**options).admit_further(key, most - 1):
+        pass
+    checked = guard(**options)
+    what = f"n is {most + 1}, but .* ask for at most {most} at once"
+    with checked.admit(key), pytest.raises(InvalidRequest, match=what) as caught, checked.admit_further(key, most):
+        pass
+    assert caught.value.param == "n"
+
+
+def test_each_key_has_a_bound() -> None:
+    checked = guard(concurrent=1)
+    with checked.admit(ALICE):
+        with pytest.raises(TooManyRequests), checked.admit(ALICE):
+            pass
+        with checked.admit(BOB), checked.admit(None), checked.admit(None):
+            pass
+
+
 @pytest.mark.parametrize("salt", ["", "a b", "a/b", "a@b", "é", "a\0", "x" * 129, "a\n"])
 def test_a_salt_of_other_characters(salt: str) -> None:
     with pytest.raises(InvalidRequest) as caught:

@@ -176,6 +176,19 @@ def test_places_of_a_key(live: Live) -> None:
     live.wait(lambda: live.chat(key=FEW).status == 200)
 
 
+def test_each_answer_takes_a_place(live: Live) -> None:
+    """A key whose entry says nothing may have half of what the server holds."""
+    most = (SEATS + QUEUE) // 2
+    for key, n, beams in ((ALICE, most + 1, False), (FEW, 2, False), (FEW, 2, True)):
+        refused = live.chat(key=key, n=n, temperature=1, use_beam_search=beams)
+        error(400, "invalid_value", refused)
+        assert refused.json["error"]["param"] == "n"
+    with live.stream(key=ALICE, max_tokens=900, n=most, temperature=1):
+        error(429, "concurrency_limit_exceeded", live.chat(key=ALICE))
+        assert live.chat(key=BOB, n=most, temperature=1).status == 200
+    live.wait(lambda: live.chat(key=ALICE, n=most, temperature=1).status == 200)
+
+
 def test_a_full_server(live: Live) -> None:
     with ExitStack() as held:
         for _ in range(SEATS):
@@ -265,7 +278,7 @@ def test_the_engine_is_killed_under_load(live: Live) -> None:
             parts = [{"type": "image_url", "image_url": {"url": data_uri(photo(number))}}] * 4
             body["messages"] = [{"role": "user", "content": [*parts, {"type": "text", "text": SECRET}]}]
         connection = live.connect()
-        live.send(connection, "POST", CHAT, body, authorization=f"Bearer {ALICE}")
+        live.send(connection, "POST", CHAT, body, authorization=f"Bearer {(ALICE, BOB)[number // 4]}")
         response = connection.getresponse()
         text = response.read().decode()
         answers.append((time.monotonic(), response.status, text))

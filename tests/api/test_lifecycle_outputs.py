@@ -59,14 +59,14 @@ def trigger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "trigger"
 
 
-@pytest.fixture(params=["1", "2"], ids=["one API process", "two API processes"])
-def live(request: pytest.FixtureRequest, trigger: Path, tiny_llava: Path, tmp_path: Path) -> Iterator[Live]:
-    server = Live(tiny_llava, tmp_path, "--api-server-count", request.param, "--max-num-seqs", str(SEATS))
+@pytest.fixture
+def live(processes: str, trigger: Path, tiny_llava: Path, tmp_path: Path) -> Iterator[Live]:
+    server = Live(tiny_llava, tmp_path, "--api-server-count", processes, "--max-num-seqs", str(SEATS))
     yield server
     server.end()
 
 
-@pytest.mark.parametrize("error", ["TypeError", "ValueError", "CancelledError"])
+@pytest.mark.parametrize(("processes", "error"), [("1", "TypeError"), ("2", "ValueError"), ("2", "CancelledError")])
 def test_outputs_that_can_not_be_read(live: Live, trigger: Path, error: str) -> None:
     """Whole answers and streams, some of which wait: all are told that the engine stopped, and that ends the server."""
     answers: list[tuple[int, str]] = []

@@ -37,21 +37,21 @@ class SharedCounters(Storage):
         self._slots = context.RawArray(_Slot, _SLOTS)
         self._clock = clock
 
-    def take(self, name: str, most: int) -> bool:
-        """Adds one to a counter that does not expire, unless it has reached `most`."""
+    def take(self, name: str, most: int, number: int = 1) -> bool:
+        """Adds to a counter that does not expire, unless that would bring it above `most`."""
         with self._lock:
             slot = self._slot(name)
-            if slot.count >= most:
+            if slot.count + number > most:
                 return False
-            slot.count += 1
+            slot.count += number
             slot.expires = math.inf
             return True
 
-    def give(self, name: str) -> None:
+    def give(self, name: str, number: int = 1) -> None:
         """Takes back one `take`."""
         with self._lock:
             slot = self._slot(name)
-            slot.count -= 1
+            slot.count -= number
             if slot.count == 0:
                 slot.expires = 0
 

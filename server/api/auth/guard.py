@@ -27,7 +27,8 @@ class Guard:
     Args:
         keyring: the valid keys; None lets everybody in.
         counters: shared with the other API processes.
-        capacity: requests that the server holds at once, running and waiting.
+        capacity: answers that the server works on at once, running and waiting.
+        concurrent: of them for each key whose entry says nothing; None for any number.
         open_scopes: what needs no key.
     """
 
@@ -36,6 +37,7 @@ class Guard:
         keyring: Keyring | None,
         counters: SharedCounters,
         capacity: int,
+        concurrent: int | None = None,
         open_scopes: Container[Scope] = (),
     ) -> None:
         self._keyring = keyring
@@ -43,6 +45,7 @@ class Guard:
         self._counters = counters
         self._rates = FixedWindowRateLimiter(counters)
         self._capacity = capacity
+        self._concurrent = concurrent
 
     def identify(self, headers: Headers, scope: Scope) -> Key | None:
         """The key that a request brings; None where no keys are asked for.
@@ -62,7 +65,7 @@ class Guard:
 
     @contextmanager
     def admit(self, key: Key | None) -> Iterator[None]:
-        """Holds a place for a request while it is in flight.
+        """Holds a place for a request's first answer while it is in flight.
 
         Raises:
             Unavailable: the server is full.
@@ -70,6 +73,19 @@ class Guard:
         """
         with self._places(key):
             self._charge(key)
+            yield
+
+    @contextmanager
+    def admit_further(self, key: Key | None, answers: int) -> Iterator[None]:
+        """Holds places for the answers of a request beyond its first one.
+
+        Raises:
+            InvalidRequest: it asks for more than there can ever be.
+            Unavailable, TooManyRequests: as for `admit`.
+        """
+        self._refuse_impossible(key, answers + 1)
+        with self._places(key, answers):
+            self._charge(key, answers)
             yield
 
     def refuse_if_full(self, key: Key | None) -> None:
@@ -82,23 +98,36 @@ class Guard:
             pass
 
     @contextmanager
-    def _places(self, key: Key | None) -> Iterator[None]:
+    def _places(self, key: Key | None, number: int = 1) -> Iterator[None]:
         names = {_IN_FLIGHT: self._capacity}
-        if key is not None and key.concurrent is not None:
-            names[f"in flight/{key.name}"] = key.concurrent
+        if key is not None and (most := self._concurrent_of(key)) is not None:
+            names[f"in flight/{key.name}"] = most
         taken: list[str] = []
         try:
             for name, most in names.items():
-                if not self._counters.take(name, most):
+                if not self._counters.take(name, most, number):
                     raise _full(key if taken else None, most)
                 taken.append(name)
             yield
         finally:
             for name in taken:
-                self._counters.give(name)
+                self._counters.give(name, number)
 
-    def _charge(self, key: Key | None) -> None:
-        if key is None or key.rate is None or self._rates.hit(key.rate, key.name):
+    def _refuse_impossible(self, key: Key | None, answers: int) -> None:
+        bounds = [(self._capacity, "this server works on at most {} answers")]
+        if key is not None and (most := self._concurrent_of(key)) is not None:
+            bounds.append((most, "this API key may have {} answers in flight"))
+        if key is not None and key.rate is not None:
+            bounds.append((key.rate.amount, f"this API key may ask for {key.rate}, and each answer counts"))
+        for most, why in bounds:
+            if answers > most:
+                raise InvalidRequest(f"n is {answers}, but {why.format(most)}: ask for at most {most} at once", "n")
+
+    def _concurrent_of(self, key: Key) -> int | None:
+        return self._concurrent if key.concurrent is None else key.concurrent
+
+    def _charge(self, key: Key | None, answers: int = 1) -> None:
+        if key is None or key.rate is None or self._rates.hit(key.rate, key.name, cost=answers):
             return
         wait_s = self._rates.get_window_stats(key.rate, key.name).reset_time - time.time()
         raise TooManyRequests(f"this API key may make {key.rate} requests", max(1, math.ceil(wait_s)))
@@ -138,6 +167,6 @@ def _presented(headers: Headers) -> str:
 def _full(key: Key | None, most: int) -> Exception:
     if key is None:
         return Unavailable("the server has too much to do: try again later")
-    error = TooManyRequests(f"this API key may have {most} requests in flight")
+    error = TooManyRequests(f"this API key may have {most} answers in flight")
     error.code = "concurrency_limit_exceeded"
     return error

@@ -16,6 +16,7 @@ from starlette.datastructures import Headers, State
 from starlette.routing import Match
 from starlette.types import Receive, Scope, Send
 
+from foldserve.server.api.auth.guard import Guard
 from foldserve.server.api.auth.keys import Key
 from foldserve.server.api.auth.keys import Scope as KeyScope
 from foldserve.server.api.errors import FoldserveError, render
@@ -109,7 +110,20 @@ def take_place(scope: Scope) -> None:
         FoldserveError: there is no room.
     """
     state = scope["state"]
-    state[_HELD].enter_context(scope["app"].state.foldserve_guard.admit(state["foldserve_key"]))
+    guard: Guard = scope["app"].state.foldserve_guard
+    state[_HELD].enter_context(guard.admit(state["foldserve_key"]))
+
+
+def take_further_places(scope: Scope, answers: int) -> None:
+    """The same for the answers that a request asks for beyond the first.
+
+    Raises:
+        FoldserveError: there is no room, or can't ever be.
+    """
+    if answers:
+        state = scope["state"]
+        guard: Guard = scope["app"].state.foldserve_guard
+        state[_HELD].enter_context(guard.admit_further(state["foldserve_key"], answers))
 
 
 class MetricsRoute(GuardedRoute):
