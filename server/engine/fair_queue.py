@@ -34,10 +34,16 @@ class FairQueue(RequestQueue):
         self._most = most
         self._lines: dict[str | None, deque[Request]] = {}  # in the order of their turns; none is empty
         self._running: Counter[str | None] = Counter()
+        self._only: frozenset[str | None] | None = None
 
-    def begin_step(self, running: Counter[str | None]) -> None:
-        """Says how many requests of each key run; those that leave the queue are added."""
-        self._running = running
+    @property
+    def keys(self) -> Iterable[str | None]:
+        """Of requests that wait."""
+        return self._lines.keys()
+
+    def begin_step(self, running: Counter[str | None], only: frozenset[str | None] | None = None) -> None:
+        """Says how many requests of each key run, to which those are added that leave, and which keys a step is for."""
+        self._running, self._only = running, only
 
     def add_request(self, request: Request) -> None:
         self._lines.setdefault(key_of(request), deque()).append(request)
@@ -76,7 +82,7 @@ class FairQueue(RequestQueue):
         self._drop_empty_lines()
 
     def __bool__(self) -> bool:
-        """Whether a request may run; `len` counts those too whose key runs as many as it may."""
+        """Whether a request may run in this step; `len` counts all that wait."""
         return any(self._may_run(key) for key in self._lines)
 
     def __len__(self) -> int:
@@ -87,6 +93,8 @@ class FairQueue(RequestQueue):
             yield from line
 
     def _may_run(self, key: str | None) -> bool:
+        if self._only is not None and key not in self._only:
+            return False
         return key is None or self._running[key] < self._most
 
     def _next(self) -> str | None:

@@ -14,11 +14,13 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.core.sched.request_queue import SchedulingPolicy
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 from foldserve.server.engine.encoder_budget import profiled_images
 from foldserve.server.engine.fair_queue import FairQueue, key_of
+from foldserve.server.engine.fair_steps import FairSteps
 from foldserve.server.engine.geometry import vision_geometry
 from foldserve.server.engine.grammars import GrammarPool, PacedGrammar
 
@@ -46,8 +48,8 @@ class FoldScheduler(Scheduler):
       many of them;
     - a request whose grammar is dear to follow sits out the steps until it has been followed, see `grammars`, and ends
       with an error where that takes too long;
-    - API keys are served in turn, see `fair_queue`. Of those that run, requests of the key with the fewest get their
-      share of a step first and are preempted last.
+    - API keys are served in turn, see `fair_queue`, and those with few requests get steps of their own where it takes
+      that, see `fair_steps`. Requests of the key that runs the fewest are the first of a step, and preempted last.
     """
 
     running: list[Request]
@@ -62,16 +64,28 @@ class FoldScheduler(Scheduler):
             self._encoded, self._most_images = geometry.tokens, profiled_images(self.vllm_config)
             self.encoder_cache_manager = CountingCacheManager(manager.cache_size)
         self._grammars = GrammarPool()
+        self._steps = FairSteps()
         if self.policy is SchedulingPolicy.FCFS:
             self.waiting = FairQueue(self.max_num_running_reqs - self.max_num_running_reqs // _KEPT_FOR_OTHERS)
 
     def schedule(self, *args: Any, **kwargs: Any) -> SchedulerOutput:
-        if isinstance(self.waiting, FairQueue):
-            self._take_turns(self.waiting)
         held = self._hold_back() if self._grammars.slow else []
-        if not held:
-            return super().schedule(*args, **kwargs)
-        self.running = [request for request in self.running if request not in held]
+        light = self._take_turns(self.waiting) if isinstance(self.waiting, FairQueue) else None
+        if light is not None:
+            held += [request for request in self.running if key_of(request) not in light and request not in held]
+        output = self._schedule_without(held, *args, **kwargs) if held else super().schedule(*args, **kwargs)
+        tokens, requests = output.total_num_scheduled_tokens, len(output.num_scheduled_tokens)
+        self._steps.begun(output, own=light is not None, tokens=tokens, requests=requests)
+        return output
+
+    def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any) -> dict[int, EngineCoreOutputs]:
+        outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, *args)
+        self._steps.ended(scheduler_output)
+        return outputs
+
+    def _schedule_without(self, held: list[Request], *args: Any, **kwargs: Any) -> SchedulerOutput:
+        names = {request.request_id for request in held}
+        self.running = [request for request in self.running if request.request_id not in names]
         self.max_num_running_reqs -= len(held)
         self.max_num_active_reqs -= len(held)
         try:
@@ -81,11 +95,16 @@ class FoldScheduler(Scheduler):
             self.max_num_running_reqs += len(held)
             self.max_num_active_reqs += len(held)
 
-    def _take_turns(self, waiting: FairQueue) -> None:
-        keys = Counter(map(key_of, self.running))
-        waiting.begin_step(keys)
-        if len(keys) > 1:
-            self.running.sort(key=lambda request: keys[key_of(request)])
+    def _take_turns(self, waiting: FairQueue) -> frozenset[str | None] | None:
+        """The keys that the step is for; None for all."""
+        running = Counter(map(key_of, self.running))
+        light = self._steps.light_keys(running, waiting.keys)
+        if light is not None and self.kv_cache_manager.block_pool.get_num_free_blocks() <= len(self.running):
+            light = None  # blocks may run out, and must not be taken from those who have few
+        waiting.begin_step(running, light)
+        if len(running) > 1:
+            self.running.sort(key=lambda request: running[key_of(request)])
+        return light
 
     def _hold_back(self) -> list[Request]:
         """Running requests whose grammar is not ready for a step; those that failed end with this one."""

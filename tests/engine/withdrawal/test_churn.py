@@ -6,6 +6,8 @@ import random
 
 import pytest
 
+from foldserve.server.engine import fair_steps
+from foldserve.server.engine.fair_queue import KEY
 from tests.engine.withdrawal.conftest import LAYERS, Expected
 from tests.engine.withdrawal.harness import AskedCase, Case, Engine, words
 
@@ -41,10 +43,23 @@ CASES = [
     AskedCase(f"{words(2, 40)} <image> {words(1, 9)}", (1,), asked='{"method": "fastv", "ratio": 0.5}'),
     AskedCase(f"{words(2, 40)} <image> {words(2, 9)}", (1,), asked='{"method": "illava_decoder", "ratio": 0.5}'),
 ]
+KEYS = ("alice", "alice", "alice", "alice", "bob", "alice", "alice", None)
 TEXT_ONLY = dialogue(2, (), 0, 5)
 
 
-def test_a_thousand_requests_with_random_aborts(small_pool: Engine, expected: Expected) -> None:
+def test_a_thousand_requests_with_random_aborts(
+    small_pool: Engine, expected: Expected, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of three keys, one of which has most; the others often get steps of their own."""
+    monkeypatch.setattr(fair_steps, "ALLOWED", 1.2)
+    steps: list[bool] = []
+
+    class Noted(fair_steps.FairSteps):
+        def begun(self, output: object, *, own: bool, tokens: int, requests: int) -> None:
+            steps.append(own)
+            super().begun(output, own=own, tokens=tokens, requests=requests)
+
+    monkeypatch.setattr(small_pool.scheduler, "_steps", Noted())
     rng = random.Random(0)
     waiting = {f"request-{i}": rng.choice(CASES) for i in range(1000)}
     order = list(waiting)
@@ -54,7 +69,7 @@ def test_a_thousand_requests_with_random_aborts(small_pool: Engine, expected: Ex
         while order and len(alive) < rng.randint(6, 14):
             request_id = order.pop()
             alive[request_id] = waiting[request_id]
-            small_pool.add(request_id, alive[request_id], TOKENS)
+            small_pool.add(request_id, alive[request_id], TOKENS, extra_args={KEY: KEYS[len(order) % len(KEYS)]})
         for request_id in [r for r in alive if rng.random() < 0.02]:
             small_pool.abort([request_id])
             del alive[request_id]
@@ -64,6 +79,7 @@ def test_a_thousand_requests_with_random_aborts(small_pool: Engine, expected: Ex
                 expected.check(K, alive.pop(output.request_id), output)
                 finished += 1
     assert finished > 500 and aborted > 150
+    assert 0.1 < sum(steps) / len(steps) < 0.7
     small_pool.assert_all_blocks_free()
 
 
