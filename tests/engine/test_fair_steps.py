@@ -107,10 +107,11 @@ def test_a_light_key_that_comes_waits_for_a_step() -> None:
 def test_a_light_key_that_has_nothing_to_compute_holds_nobody_up() -> None:
     """It waits for a grammar: a step of its own would be none, again and again."""
     engine = Engine(0.010, 0.200, ahead=0)
+    running: Running = Running(alice=9)
     kinds = []
     for _ in range(40):
-        own = engine.steps.light_keys(Running(alice=9), ["bob"]) is not None
-        kinds.append(engine.step(Running(alice=9), ("bob",), tokens=0 if own else 9))
+        own = engine.steps.light_keys(running, ["bob"]) is not None
+        kinds.append(engine.step(running, ("bob",), tokens=0 if own else 9))
     assert any(kinds)
     assert not any(first and second for first, second in pairwise(kinds))
 
