@@ -17,15 +17,15 @@ from tqdm import tqdm
 
 from foldserve.loadtest.soak.death import kill_engine
 from foldserve.loadtest.soak.load import send_all, stream_at_once
-from foldserve.loadtest.soak.mix import chat, plan
+from foldserve.loadtest.soak.mix import plan
 from foldserve.loadtest.soak.report import READY_WITHIN_S, Report
 from foldserve.loadtest.soak.server import Held, Server
-from foldserve.loadtest.soak.wire import ask, encode
+from foldserve.loadtest.soak.siege import Siege, besiege, make_keys
 
-_SETTLES_WITHIN_S = 30
 _STREAM_TOKENS = 16
 _FILES_A_STREAM = 2
-_OTHER_FILES = 256
+_OTHER_FILES = 1024
+_USERS_REQUESTS = 400
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,6 +51,14 @@ def main(argv: list[str] | None = None) -> None:
         metavar="S",
         help="longest time that /health/ready may take (default: %(default)s)",
     )
+    add(
+        "--hostile",
+        type=int,
+        nargs="?",
+        const=_USERS_REQUESTS,
+        metavar="N",
+        help="instead of all this: N requests of a user, alone and then beside hostile clients (default: %(const)s)",
+    )
     add("--seed", type=int, default=0)
     add("--output", type=Path, metavar="FILE", help="the report as JSON")
     add("--log", type=Path, metavar="FILE", help="what the server prints (default: not kept)")
@@ -59,7 +67,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     _allow_files(args.streams * _FILES_A_STREAM + _OTHER_FILES)
-    report = asyncio.run(_run(args))
+    report: Report | Siege
+    report = asyncio.run(_run_hostile(args)) if args.hostile else asyncio.run(_run(args))
     text = json.dumps(report.to_json(), indent=1)
     if args.output:
         args.output.write_text(text)
@@ -98,21 +107,22 @@ async def _run(args: argparse.Namespace) -> Report:
             server.kill()
 
 
+async def _run_hostile(args: argparse.Namespace) -> Siege:
+    with TemporaryDirectory() as folder:
+        keys = Path(folder) / "keys.toml"
+        user, stranger = make_keys(keys)
+        server = Server([*args.options, "--api-keys", str(keys)], args.log or Path(folder) / "log", user)
+        try:
+            await server.wait_until_ready()
+            return await besiege(server, user, stranger, args.hostile, args.seed, args.ready_within)
+        finally:
+            server.kill()
+
+
 async def _look(server: Server, bar: tqdm[Any]) -> Held:
-    held = await _settled(server)
+    held = await server.settled()
     bar.write(f"after {bar.n} requests: {held.memory_bytes / 1e6:.0f} MB, {held.files} file descriptors", sys.stderr)
     return held
-
-
-async def _settled(server: Server) -> Held:
-    """What is held once nothing is on its way; a short request makes the engine tell its numbers anew."""
-    end = time.monotonic() + _SETTLES_WITHIN_S
-    while True:
-        await asyncio.sleep(1)
-        await ask(server.address, encode("POST", "/v1/chat/completions", chat("settle", [], 2)))
-        held = await server.held()
-        if (not held.requests and not held.kv_share) or time.monotonic() > end:
-            return held
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from typing import Any
 
 from tqdm import tqdm
@@ -28,14 +29,17 @@ class Outcome:
         counts: of answers by status, and of clients that hung up, by where.
         wrong: what should not have happened, in words.
         ready_s: the longest time that `/health/ready` took.
+        took_s: times of the requests that were answered with 200, to the last byte.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     ready_s: float = 0.0
+    took_s: list[float] = field(default_factory=list)
 
     def __add__(self, other: Outcome) -> Outcome:
-        return Outcome(self.counts + other.counts, self.wrong + other.wrong, max(self.ready_s, other.ready_s))
+        ready_s, took_s = max(self.ready_s, other.ready_s), self.took_s + other.took_s
+        return Outcome(self.counts + other.counts, self.wrong + other.wrong, ready_s, took_s)
 
     def to_json(self) -> dict[str, Any]:
         return {"counts": dict(self.counts), "wrong": self.wrong, "ready_s": round(self.ready_s, 3)}
@@ -78,9 +82,12 @@ async def stream_at_once(address: Address, count: int, tokens: int, bar: tqdm[An
 
 async def _send(address: Address, request: Planned, outcome: Outcome) -> str:
     """Sends one request; what it counts as."""
-    data = encode("POST", request.path, request.body)
+    data = encode("POST", request.path, request.body, request.key)
     if request.hang_up is HangUp.NEVER:
+        started = time.perf_counter()
         answer = await ask(address, data)
+        if answer.status == HTTPStatus.OK:
+            outcome.took_s.append(time.perf_counter() - started)
         is_cut = request.body["stream"] and (b'{"error"' in answer.body or b"[DONE]" not in answer.body)
         if answer.status != request.expected or (answer.status == 200 and is_cut):
             outcome.wrong.append(f"{request.expected} was expected: {answer.status} {answer.body[-300:]!r}")

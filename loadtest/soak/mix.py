@@ -39,17 +39,19 @@ class Planned:
         expected: the status of its answer, if there is time for one.
         hang_up: where the client goes away.
         wait_s: how long it waits before, where it waits for nothing in particular.
+        key: that it comes with, if any.
     """
 
     body: dict[str, Any]
     expected: int
     hang_up: HangUp
     wait_s: float
+    key: str | None = None
 
     path = _PATH
 
 
-def plan(count: int, abort_share: float, seed: int) -> Iterator[Planned]:
+def plan(count: int, abort_share: float, seed: int, key: str | None = None) -> Iterator[Planned]:
     """`count` requests, of which about `abort_share` are broken off, at all points alike."""
     rng = random.Random(seed)
     images = [_image(i) for i in range(_IMAGES)]
@@ -61,7 +63,7 @@ def plan(count: int, abort_share: float, seed: int) -> Iterator[Planned]:
         body["stream"] = hang_up in (HangUp.FIRST_TOKEN, HangUp.MIDWAY) or rng.random() < 0.5
         body |= rng.choice(({}, {}, {"reduction_ratio": rng.choice((0.25, 0.5, 0.75, 0.9))}))
         body |= {"reduction_ratio": 1.5} if bad else {}
-        yield Planned(body, 400 if bad else 200, hang_up, rng.uniform(0, _LONGEST_WAIT_S))
+        yield Planned(body, 400 if bad else 200, hang_up, rng.uniform(0, _LONGEST_WAIT_S), key)
 
 
 def chat(text: str, images: list[str], tokens: int) -> dict[str, Any]:
@@ -75,4 +77,9 @@ def _image(seed: int) -> str:
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     buffer = io.BytesIO()
     Image.fromarray(pixels).resize((120, 90)).save(buffer, "JPEG")
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return data_url(buffer.getvalue(), "jpeg")
+
+
+def data_url(content: bytes, kind: str) -> str:
+    """An image file as a URL."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,10 +15,12 @@ from pathlib import Path
 
 import psutil
 
+from foldserve.loadtest.soak.mix import chat
 from foldserve.loadtest.soak.wire import Address, ask, encode
 
 _HOST = "127.0.0.1"
 _ENGINE = "EngineCore"
+_SETTLES_WITHIN_S = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +50,10 @@ class Server:
     Args:
         options: of the command; a model first, or the demo model is served.
         log: for its output.
+        key: to read its metrics with.
     """
 
-    def __init__(self, options: Sequence[str], log: Path) -> None:
+    def __init__(self, options: Sequence[str], log: Path, key: str | None = None) -> None:
         with socket.socket() as probe:
             probe.bind((_HOST, 0))
             self.address = Address(_HOST, int(probe.getsockname()[1]))
@@ -57,7 +61,7 @@ class Server:
         command += ["--host", _HOST, "--port", str(self.address.port)]
         with log.open("w") as out:
             self._process = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT)
-        self._log = log
+        self._log, self._key = log, key
 
     async def wait_until_ready(self) -> None:
         """Waits for as long as the server is starting.
@@ -94,6 +98,16 @@ class Server:
             memory=dict(memory),
         )
 
+    async def settled(self) -> Held:
+        """What is held once nothing is on its way; a short request makes the engine tell its numbers anew."""
+        end = time.monotonic() + _SETTLES_WITHIN_S
+        while True:
+            await asyncio.sleep(1)
+            await ask(self.address, encode("POST", "/v1/chat/completions", chat("settle", [], 2), self._key))
+            held = await self.held()
+            if (not held.requests and not held.kv_share) or time.monotonic() > end:
+                return held
+
     def kill_engine(self) -> None:
         """Ends the process that runs the model, without a warning."""
         next(process for process in self._processes() if _ENGINE in _title(process)).kill()
@@ -110,7 +124,7 @@ class Server:
             self._process.wait()
 
     async def _metrics(self) -> str:
-        return (await ask(self.address, encode("GET", "/metrics"))).body.decode()
+        return (await ask(self.address, encode("GET", "/metrics", key=self._key))).body.decode()
 
     def _processes(self) -> list[psutil.Process]:
         """The server's, the first one first."""

@@ -40,10 +40,11 @@ async def connect(address: Address) -> AsyncIterator[tuple[asyncio.StreamReader,
         writer.transport.abort()  # not a polite end: what is under way on the other side must notice by itself
 
 
-def encode(method: str, path: str, body: object = None) -> bytes:
-    """The bytes of a request."""
-    content = b"" if body is None else json.dumps(body).encode()
+def encode(method: str, path: str, body: object = None, key: str | None = None) -> bytes:
+    """The bytes of a request; a body that is bytes already is sent as it is."""
+    content = b"" if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
     head = f"{method} {path} HTTP/1.1\r\nHost: soak\r\nConnection: close\r\n"
+    head += f"Authorization: Bearer {key}\r\n" if key else ""
     if body is not None:
         head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n"
     return head.encode() + b"\r\n" + content

@@ -25,8 +25,13 @@ def add(commands: Commands) -> None:
         allow_abbrev=False,
     )
     hash_key.add_argument("name", metavar="NAME", help="of its owner, for logs")
-    hash_key.add_argument("--rate", metavar="N/PERIOD", help="requests it may make, as 600/minute (default: any)")
-    hash_key.add_argument("--concurrent", type=int, metavar="N", help="requests it may have in flight (default: any)")
+    hash_key.add_argument("--rate", metavar="N/PERIOD", help="answers it may ask for, as 600/minute (default: any)")
+    hash_key.add_argument(
+        "--concurrent",
+        type=int,
+        metavar="N",
+        help="answers it may have in flight (default: as `foldserve serve --key-concurrent` says)",
+    )
     hash_key.add_argument(
         "--scope", action="append", choices=("api", "metrics"), help="what it opens; may come twice (default: api)"
     )

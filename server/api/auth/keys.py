@@ -65,8 +65,8 @@ class Key:
     Attributes:
         name: of its owner, for logs.
         digest: SHA-256 of the key.
-        rate: requests it may make in a time; None for any.
-        concurrent: requests it may have in flight; None for any.
+        rate: answers it may ask for in a time; None for any.
+        concurrent: answers it may have in flight; None for as many as the server lets a key have.
         scopes: what it opens.
     """
 

@@ -1,0 +1,109 @@
+"""A user's requests, first alone and then beside hostile clients: what those cost the user."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from foldserve.loadtest.soak.load import Outcome, send_all
+from foldserve.loadtest.soak.mix import plan
+from foldserve.loadtest.soak.server import Held, Server
+
+_SETTLES_S = 5
+_AT_ONCE = 4
+_CLI = (sys.executable, "-m", "foldserve.server.cli", "hash-key")
+
+
+@dataclass(frozen=True, slots=True)
+class Siege:
+    """What was seen.
+
+    Attributes:
+        alone, beside: of the user's requests, without and with hostile clients.
+        attacks: what came of each attack, by how often.
+        before, after: what the server held.
+        ready_within_s: longest time that `/health/ready` may have taken.
+    """
+
+    alone: Outcome
+    beside: Outcome
+    attacks: Mapping[str, Mapping[str, int]]
+    before: Held
+    after: Held
+    ready_within_s: float
+
+    def failures(self) -> Iterator[str]:
+        """What should not be, in words; nothing for a good server."""
+        for name, outcome in (("alone", self.alone), ("beside hostile clients", self.beside)):
+            yield from outcome.wrong[:10]
+            if outcome.ready_s > self.ready_within_s:
+                yield f"/health/ready took {outcome.ready_s:.2f} s, {name}"
+        for name, counts in self.attacks.items():
+            if not counts:
+                yield f"this attack was never tried to its end: {name}"
+            if bad := {what: number for what, number in counts.items() if what == "500"}:
+                yield f"{name}: {bad}"
+        if self.after.requests or self.after.kv_share:
+            yield f"left in the engine: {self.after.requests:g} requests, {self.after.kv_share:.2%} of the KV cache"
+        if self.after.files > self.before.files:
+            yield f"file descriptors: {self.before.files} before, {self.after.files} after"
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "failures": list(self.failures()),
+            "alone": _user(self.alone),
+            "beside": _user(self.beside),
+            "attacks": self.attacks,
+            "before": asdict(self.before) | {"memory_bytes": self.before.memory_bytes},
+            "after": asdict(self.after) | {"memory_bytes": self.after.memory_bytes},
+        }
+
+
+def _user(outcome: Outcome) -> dict[str, Any]:
+    quantiles = np.quantile(outcome.took_s, [0.5, 0.99]).round(3).tolist() if outcome.took_s else [None, None]
+    return outcome.to_json() | dict(zip(("p50_s", "p99_s"), quantiles, strict=True))
+
+
+def make_keys(file: Path) -> tuple[str, str]:
+    """Writes a key file for a user, who may read metrics too, and for somebody else; their keys."""
+    keys = []
+    with file.open("w") as entries:
+        for arguments in (("user", "--scope", "api", "--scope", "metrics"), ("stranger",)):
+            made = subprocess.run([*_CLI, *arguments], stdout=entries, stderr=subprocess.PIPE, text=True, check=True)
+            keys.append(re.findall(r"\S+", made.stderr)[-1])
+    user, stranger = keys
+    return user, stranger
+
+
+async def besiege(server: Server, user: str, stranger: str, count: int, seed: int, ready_within_s: float) -> Siege:
+    """Sends `count` requests of the user's twice."""
+    with tqdm(total=2 * count, unit="req", smoothing=0.05) as bar:
+        command = [sys.executable, "-m", "foldserve.loadtest.soak.hostile"]
+        hostile = await asyncio.create_subprocess_exec(
+            *command,
+            server.address.host,
+            str(server.address.port),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert hostile.stdin is not None and hostile.stdout is not None
+        await hostile.stdout.readline()
+        before = await server.settled()
+        alone = await send_all(server.address, plan(count, 0, seed, user), _AT_ONCE, bar)
+        hostile.stdin.write(f"{stranger}\n".encode())
+        await hostile.stdin.drain()
+        await asyncio.sleep(_SETTLES_S)
+        beside = await send_all(server.address, plan(count, 0, seed + 1, user), _AT_ONCE, bar)
+        hostile.stdin.close()
+        attacks, _ = await hostile.communicate()
+        return Siege(alone, beside, json.loads(attacks), before, await server.settled(), ready_within_s)
