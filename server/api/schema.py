@@ -10,12 +10,13 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import PlainValidator, PrivateAttr, WithJsonSchema, model_validator
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from foldserve.reducers import METHODS
 from foldserve.reducers.reduction import FIELDS, Positions, Reduction
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.image_cache import OnItsWay
+from foldserve.server.api.limits import forms
 from foldserve.server.api.limits.body import is_image
 from foldserve.server.api.usage import VisionTokens
 from foldserve.server.engine.fair_queue import KEY
@@ -76,6 +77,7 @@ class Progress:
         on_its_way: to the engine, with images that it may hold later.
         answered: its last output has come from the engine.
         owner: name of the key that asks.
+        form: of the answer, once it is known that it can be made.
     """
 
     details: list[str] = field(default_factory=list)
@@ -84,6 +86,7 @@ class Progress:
     on_its_way: OnItsWay | None = None
     answered: bool = False
     owner: str | None = None
+    form: StructuredOutputsParams | None = None
 
 
 class FoldChatRequest(ChatCompletionRequest):
@@ -111,10 +114,12 @@ class FoldChatRequest(ChatCompletionRequest):
         return request
 
     def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
-        """vLLM's, with the key that asks: the scheduler serves keys in turn."""
+        """vLLM's, with the key that asks, whom the scheduler gives a turn, and the form that was built."""
         params = super().to_sampling_params(*args, **kwargs)
         if self._progress.owner is not None:
             params.extra_args = {KEY: self._progress.owner}
+        if self._progress.form is not None:
+            forms.put(self._progress.form, params)
         return params
 
     @property

@@ -18,10 +18,10 @@ from vllm.renderers.chat_utils import ConversationMessage
 
 from foldserve.reducers.plan import Reduction
 from foldserve.server.api import metrics
-from foldserve.server.api.errors import FoldserveError, InvalidRequest, render_event, translate
+from foldserve.server.api.errors import FoldserveError, InvalidRequest, render_event
 from foldserve.server.api.image_cache import OnItsWay, SentImages
 from foldserve.server.api.lifecycle.state import Lifecycle
-from foldserve.server.api.limits import template
+from foldserve.server.api.limits import forms, template
 from foldserve.server.api.limits.checks import ChatChecks
 from foldserve.server.api.media.guard import MediaGuard
 from foldserve.server.api.planner import Planner
@@ -30,7 +30,6 @@ from foldserve.server.api.usage import VisionTokens, vision_tokens
 from foldserve.server.engine.kv_cost import KvCost
 from foldserve.server.engine.processor import KWARG
 
-_FORMS = ("response_format", "structured_outputs")
 _NOTHING = Reduction()
 
 
@@ -79,6 +78,7 @@ class FoldServingChat(OpenAIServingChat):
         reductions, plans = self.planner.plan(request)
         if any(reduction != _NOTHING for reduction in reductions):
             request.mm_processor_kwargs = {KWARG: [reduction.to_json() for reduction in reductions]}
+        request.progress.form = await forms.build(request, self.engine_client)
         clock = 0 if self.sent_images is None else self.sent_images.clock
         async with self.media.loaded(request.messages, request.progress.owner):
             try:
@@ -155,7 +155,7 @@ async def _explained(
     """
     progress = request.progress
     on_its_way = progress.on_its_way
-    form = next((name for name in _FORMS if getattr(request, name) is not None), None)
+    form = forms.field(request)
     try:
         async for output in outputs:
             lifecycle.heard()
@@ -163,7 +163,7 @@ async def _explained(
                 if on_its_way is not None:
                     on_its_way.failed()
                 if form is not None:
-                    raise _no_such_form(form)
+                    raise forms.refusal(form)
             elif on_its_way is not None:
                 on_its_way.arrived()
             on_its_way = None
@@ -176,12 +176,7 @@ async def _explained(
             raise shown from None
         if not isinstance(error, VLLMClientError | ValueError | TypeError):
             raise
-        blames_form = form is not None and getattr(error, "parameter", None) is None
-        raise (_no_such_form(str(form)) if blames_form else translate(error)) from None
-
-
-def _no_such_form(name: str) -> InvalidRequest:
-    return InvalidRequest(f"an answer in the form that {name} asks for can't be made: simplify it", name)
+        raise forms.explain(request, error) from None
 
 
 async def _timing_first_token(
