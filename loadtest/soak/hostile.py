@@ -116,7 +116,7 @@ async def _garbage(address: Address, key: str) -> str:
         return str(await read_status(reader))
 
 
-def _attacks() -> dict[str, Attack]:
+def make_attacks() -> dict[str, Attack]:
     """All kinds; it takes some seconds to make what they send."""
     progressive = [_picture("JPEG", 8, progressive=True, quality=20)] * 2
     deep = [_picture("PNG", 16)]
@@ -167,7 +167,7 @@ async def attack(address: Address, key: str, attacks: Mapping[str, Attack]) -> d
 def main() -> None:
     """Attacks HOST PORT, once it has said that all is prepared, from the key on standard input to the end of that."""
     os.nice(10)  # they would not be on the server's machine
-    address, attacks = Address(sys.argv[1], int(sys.argv[2])), _attacks()
+    address, attacks = Address(sys.argv[1], int(sys.argv[2])), make_attacks()
     print("prepared", flush=True)
     key = sys.stdin.readline().strip()
     print(json.dumps(asyncio.run(attack(address, key, attacks))))
