@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Asks a running foldserve, or a router in front of several, what matters and prints a verdict:
 #   deploy/smoke.sh http://localhost:8000
-# Needs bash, curl and python3. FOLDSERVE_API_KEY: a key, where the server asks for one. METRICS_URL: where /metrics is,
-# if not at URL (a router does not pass it on): a server's address, or empty to leave it out. TIMEOUT: seconds for one answer,
-# 120 by default. The exit status is 0 if all is well, 1 if something is not, 2 for a wrong use.
+# Needs bash, curl and python3. FOLDSERVE_API_KEY: a key, where the server asks for one. METRICS_KEY: one with the scope
+# metrics, if that is another. METRICS_URL: where /metrics is, if not at URL (a router does not pass it on): a server's
+# address, or empty to leave it out. TIMEOUT: seconds for one answer, 120 by default. The exit status is 0 if all is well,
+# 1 if something is not, 2 for a wrong use.
 set -euo pipefail
 
 if [[ $# -ne 1 ]]; then
@@ -12,6 +13,7 @@ if [[ $# -ne 1 ]]; then
 fi
 url=${1%/}
 metrics_url=${METRICS_URL-$url}
+key=${FOLDSERVE_API_KEY:-}
 image=iVBORw0KGgoAAAANSUhEUgAAAEAAAABAAgMAAADXB5lNAAAACVBMVEXm5ubIHh4ePMiN2Yb7AAAAl0lEQVR42u3QsQ3CMBSE4S8mNFQUwDweIRIL0tNkhExBTQ8FPZFCkVgxQqAUhIorTk//+Z0t8wstYLnfnRMIKCpbOdigykFEmYGCwQbQh3EEayQnpKzMSp8UUl3x/sQLSG1x+so3QDtMzfSVrh+6D7f0be0IbkhOSFkzgi7vVKKJtKsDOAVcUecP62oX+Yr7cfYf+4PZ9QBa5RgkVBgdrgAAAABJRU5ErkJggg==
 timeout_s=${TIMEOUT:-120}
 answer=$(mktemp)
@@ -36,7 +38,7 @@ ask() { # ask URL [BODY]: prints the status; the body is in $answer
   fi
   # The key comes by a pipe: arguments can be seen by other users of this machine.
   curl "${options[@]}" --config <(
-    [[ -z ${FOLDSERVE_API_KEY:-} ]] || printf 'header = "Authorization: Bearer %s"\n' "$FOLDSERVE_API_KEY"
+    [[ -z $key ]] || printf 'header = "Authorization: Bearer %s"\n' "$key"
   ) "$1" || true
 }
 
@@ -106,11 +108,12 @@ else
 fi
 
 if [[ -n $metrics_url ]]; then
-  status=$(ask "${metrics_url%/}/metrics")
+  status=$(key=${METRICS_KEY:-$key} ask "${metrics_url%/}/metrics")
   if [[ $status == 200 ]] && grep -q '^foldserve_vision_tokens_total{.*stage="kept"' "$answer"; then
     verdict 0 "metrics"
   else
-    verdict 1 "metrics" "status $status; a router does not pass them on: set METRICS_URL to a server, or empty"
+    hint="a router does not pass them on: set METRICS_URL to a server, or empty; with keys, set METRICS_KEY too"
+    verdict 1 "metrics" "status $status; $hint"
   fi
 fi
 

@@ -9,6 +9,8 @@ from types import TracebackType
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
+from foldserve.loadtest import keys
+
 _COUNTERS = (
     "vllm:num_preemptions_total",
     "vllm:prefix_cache_queries_total",
@@ -51,6 +53,9 @@ def read(text: str) -> tuple[dict[str, float], dict[str, float]]:
 class Watch:
     """Looks at /metrics before, after and, every `every_s`, in between; a server without that page has no figures.
 
+    Raises:
+        ValueError: the page asks for another key than it gets.
+
     Attributes:
         counters: their growth, once it is over.
         gauges: what they were while requests ran.
@@ -58,7 +63,7 @@ class Watch:
 
     def __init__(self, url: str, every_s: float = 1.0) -> None:
         self._page, self._every_s = f"{url}/metrics", every_s
-        self._client = httpx.Client(timeout=30)
+        self._client = httpx.Client(timeout=30, headers=keys.for_metrics())
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._look, daemon=True)
         self.counters: dict[str, float] = {}
@@ -93,4 +98,6 @@ class Watch:
 
     def _read(self) -> tuple[dict[str, float], dict[str, float]]:
         answer = self._client.get(self._page)
+        if answer.status_code in (401, 403):
+            raise ValueError(f"{self._page} asks for a key with the scope `metrics`: set {keys.METRICS}")
         return read(answer.text) if answer.status_code == 200 else ({}, {})

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import httpx
 from tqdm import tqdm
 
-from foldserve.loadtest import bench
+from foldserve.loadtest import bench, keys
 from foldserve.loadtest.grid import Block, Load, Variant
 from foldserve.loadtest.images import Images
 from foldserve.loadtest.metrics import Watch
@@ -103,7 +103,7 @@ class Runner:
         """Sends some requests of every variant, so that a refusal shows before anything is measured."""
         if self._send == self._bench:
             bench.preload()
-        with httpx.Client(base_url=server.url, timeout=_WARM_UP_TIMEOUT_S) as client:
+        with httpx.Client(base_url=server.url, timeout=_WARM_UP_TIMEOUT_S, headers=keys.for_chats()) as client:
             model = str(client.get("/v1/models").raise_for_status().json()["data"][0]["id"])
             for variant in variants:
                 fields = variant.body() | self._answer() | {"model": model, "max_completion_tokens": _WARM_UP_TOKENS}

@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from foldserve.loadtest import keys
 from foldserve.loadtest.record import Sent
 from foldserve.loadtest.workloads import Messages, Source
 
@@ -74,7 +75,7 @@ async def _replay(
     sent = Sent(start_s=[], ttft_s=[], e2e_s=[], itl_s=[], prompt_tokens=[], output_tokens=[], errors=[])
     limits = httpx.Limits(max_connections=None)
     async with (
-        httpx.AsyncClient(base_url=url, timeout=_PATIENCE_S, limits=limits) as client,
+        httpx.AsyncClient(base_url=url, timeout=_PATIENCE_S, limits=limits, headers=keys.for_chats()) as client,
         asyncio.TaskGroup() as group,
     ):
         began = time.perf_counter()

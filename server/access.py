@@ -14,7 +14,7 @@ class Access:
 
     Attributes:
         api_keys: file of keys, see `foldserve hash-key`; None lets everybody in.
-        guard_metrics: `/metrics` asks for a key with the scope `metrics`.
+        open_metrics: `/metrics` needs no key, although the rest does; without keys it never needs one.
         max_queue: answers that may wait beside those that the engine can run at once.
         key_concurrent: answers that each key may have in flight whose entry says nothing; None for half of all.
         shutdown_timeout_s: time that requests in flight have to finish after SIGTERM, in whole seconds.
@@ -25,15 +25,13 @@ class Access:
     """
 
     api_keys: Path | None = None
-    guard_metrics: bool = False
+    open_metrics: bool = False
     max_queue: int = 1024
     key_concurrent: int | None = None
     shutdown_timeout_s: int = 30
     engine_timeout_s: int = 60
 
     def __post_init__(self) -> None:
-        if self.guard_metrics and self.api_keys is None:
-            raise ValueError("--guard-metrics asks for keys: give --api-keys too")
         for option, value in (("--max-queue", self.max_queue), ("--shutdown-timeout", self.shutdown_timeout_s)):
             if value < 0:
                 raise ValueError(f"{option} must be at least 0, not {value}")

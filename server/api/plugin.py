@@ -108,7 +108,7 @@ def _init_access(engine_client: EngineClient, state: State, args: Namespace) -> 
         shared.counters,
         capacity,
         access.key_concurrent or max(1, capacity // 2),
-        open_scopes=() if access.guard_metrics else ("metrics",),
+        open_scopes=("metrics",) if access.open_metrics else (),
     )
     state.foldserve_lifecycle = Lifecycle(engine_client, access, shared)
 

@@ -109,7 +109,7 @@ def replace_routes(app: FastAPI) -> None:
 
 
 def _router_of(kind: type[FoldRoute], route: Route, endpoint: Any, schema: bool) -> APIRouter:
-    one = APIRouter(route_class=kind, dependencies=[] if kind is MetricsRoute else _DOCUMENTS_THE_KEY)
+    one = APIRouter(route_class=kind, dependencies=_DOCUMENTS_THE_KEY)
     one.add_api_route(route.path, endpoint, methods=sorted(route.methods or ()), include_in_schema=schema)
     return one
 

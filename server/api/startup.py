@@ -42,9 +42,16 @@ def facts(chat: FoldServingChat, limits: Limits, access: Access) -> dict[str, st
         "requests": f"{config.scheduler_config.max_num_seqs} run at once, {access.max_queue} wait; each up to "
         f"{limits.max_images_per_request} images of {limits.max_image_megapixels:g} megapixels, "
         f"{limits.max_body_mb:g} MB in all",
-        "access": "keys" if access.api_keys else "open to everybody who reaches it (--api-keys FILE asks for keys)",
+        "access": _access(access),
         "see also": "/v1/reducers, /docs, /metrics; `foldserve serve --verbose` shows vLLM's own log",
     }
+
+
+def _access(access: Access) -> str:
+    if access.api_keys is None:
+        return "open to everybody who reaches it (--api-keys FILE asks for keys)"
+    metrics = "open to everybody" if access.open_metrics else "for keys with the scope `metrics`"
+    return f"keys; /metrics is {metrics}"
 
 
 def _device(config: VllmConfig) -> str:

@@ -98,7 +98,11 @@ def _add_access(serve: argparse.ArgumentParser) -> None:
     defaults = Access()
     add = serve.add_argument_group("access and life cycle", "docs/lifecycle.md").add_argument
     add("--api-keys", type=Path, metavar="FILE", help="keys that may ask, see `foldserve hash-key` (default: all may)")
-    add("--guard-metrics", action="store_true", help="/metrics needs a key with the scope `metrics`")
+    add(
+        "--open-metrics",
+        action="store_true",
+        help="/metrics needs no key (default: with --api-keys, one with the scope `metrics`)",
+    )
     add(
         "--max-queue",
         type=int,
@@ -144,7 +148,7 @@ def _access(args: argparse.Namespace) -> Access:
         read_keys(path)  # the API processes read it again: here a mistake shows before the model is loaded
     return Access(
         api_keys=path and path.absolute(),
-        guard_metrics=args.guard_metrics,
+        open_metrics=args.open_metrics,
         max_queue=args.max_queue,
         key_concurrent=args.key_concurrent,
         shutdown_timeout_s=args.shutdown_timeout,

@@ -48,6 +48,11 @@ def chat(text: str = "hello", *parts: dict[str, Any], **fields: Any) -> dict[str
     return {"messages": [{"role": "user", "content": content}], "max_tokens": 4, "ignore_eos": True} | fields
 
 
+def bearer(key: str | None) -> dict[str, str]:
+    """The header that brings a key."""
+    return {} if key is None else {"authorization": f"Bearer {key}"}
+
+
 class Live:
     """A running server; what it prints lies in `out` and `err`.
 
@@ -57,11 +62,19 @@ class Live:
         options: more options of `foldserve serve`.
         wait: until it is ready.
         env: more environment variables.
+        watcher: key for its metrics, where it asks for one.
     """
 
     def __init__(
-        self, model: Path | None, folder: Path, *options: str, wait: bool = True, env: Mapping[str, str] | None = None
+        self,
+        model: Path | None,
+        folder: Path,
+        *options: str,
+        wait: bool = True,
+        env: Mapping[str, str] | None = None,
+        watcher: str | None = None,
     ) -> None:
+        self._watcher = watcher
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
@@ -101,16 +114,14 @@ class Live:
         connection.request(method, path, None if body is None else json.dumps(body), names)
 
     def chat(self, text: str = "hello", *parts: dict[str, Any], key: str | None = None, **fields: Any) -> Answer:
-        headers = {} if key is None else {"authorization": f"Bearer {key}"}
-        return self.ask("POST", CHAT, chat(text, *parts, **fields), **headers)
+        return self.ask("POST", CHAT, chat(text, *parts, **fields), **bearer(key))
 
     @contextmanager
     def stream(self, text: str = "hello", key: str | None = None, **fields: Any) -> Iterator[http.client.HTTPResponse]:
         """A stream that has begun; leaving hangs up."""
         connection = self.connect()
-        headers = {} if key is None else {"authorization": f"Bearer {key}"}
         try:
-            self.send(connection, "POST", CHAT, chat(text, stream=True, **fields), **headers)
+            self.send(connection, "POST", CHAT, chat(text, stream=True, **fields), **bearer(key))
             response = connection.getresponse()
             assert response.status == 200, response.read()
             response.readline()
@@ -126,8 +137,10 @@ class Live:
 
     def metrics(self, name: str) -> float:
         """The sum of a metric's samples."""
-        text = self.ask("GET", "/metrics").body.decode()
-        return sum(s.value for family in text_string_to_metric_families(text) for s in family.samples if s.name == name)
+        page = self.ask("GET", "/metrics", **bearer(self._watcher))
+        assert page.status == 200, page.body
+        families = text_string_to_metric_families(page.body.decode())
+        return sum(s.value for family in families for s in family.samples if s.name == name)
 
     def wait(self, condition: Callable[[], bool], limit_s: float = PATIENCE_S) -> None:
         """Waits until the condition holds."""

@@ -95,9 +95,6 @@ def test_no_key_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit):
         cli.main(["serve", "--api-keys", str(tmp_path / "none.toml")])
     assert "No such file" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        cli.main(["serve", "--guard-metrics"])
-    assert "--api-keys" in capsys.readouterr().err
 
 
 SALTS = st.none() | st.text(string.ascii_letters + string.digits + "._~-", min_size=1, max_size=128)

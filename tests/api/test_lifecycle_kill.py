@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from foldserve.server.api.auth.keys import entry, new_key
-from tests.api.live import CHAT, PATIENCE_S, Live
+from tests.api.live import CHAT, PATIENCE_S, Live, bearer
 from tests.api.test_bad_inputs import LEAKS
 from tests.images import data_uri, photo
 
@@ -53,7 +53,7 @@ def keys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def live(tiny_llava: Path, keys: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     options = ["--api-keys", str(keys), "--log-format", "json", "--api-server-count", "2"]
     options += ["--max-num-seqs", str(SEATS), "--max-queue", str(QUEUE)]
-    server = Live(tiny_llava, tmp_path_factory.mktemp("live"), *options)
+    server = Live(tiny_llava, tmp_path_factory.mktemp("live"), *options, watcher=WATCHER)
     yield server
     server.end()
 
@@ -97,14 +97,20 @@ def test_every_route_asks_for_a_key(live: Live, method: str, path: str) -> None:
 
 def test_all_declared_paths_were_tried(live: Live) -> None:
     declared = live.ask("GET", "/openapi.json", authorization=f"Bearer {ALICE}").json["paths"]
-    open_paths = {"/health", "/health/live", "/health/ready", "/metrics"}
-    assert set(declared) - open_paths <= {path for _, path in ROUTES}
+    others = {"/health", "/health/live", "/health/ready", "/metrics"}  # below
+    assert set(declared) - others <= {path for _, path in ROUTES}
 
 
-def test_health_and_metrics_are_open(live: Live) -> None:
+def test_health_is_open(live: Live) -> None:
     for path in ("/health", "/health/live", "/health/ready"):
         assert live.ask("GET", path).json == {"status": "ready"}
-    assert b"vllm:num_requests_running" in live.ask("GET", "/metrics").body
+
+
+def test_metrics_are_for_keys_with_their_scope(live: Live) -> None:
+    """Their counters of cache hits would tell a stranger what others send."""
+    error(401, "invalid_api_key", live.ask("GET", "/metrics"))
+    error(403, "insufficient_permissions", live.ask("GET", "/metrics", **bearer(ALICE)))
+    assert b"vllm:num_requests_running" in live.ask("GET", "/metrics", **bearer(WATCHER)).body
 
 
 def test_a_key_of_another_scope(live: Live) -> None:

@@ -38,7 +38,12 @@ def run(tool: str, *arguments: str | Path, **environment: str) -> str:
 @cache
 def manifests(overlay: str) -> tuple[dict[str, Any], ...]:
     """The objects of an overlay."""
-    return tuple(yaml.safe_load_all(run("kubectl", "kustomize", DEPLOY / "k8s" / "overlays" / overlay)))
+    return rendered(DEPLOY / "k8s" / "overlays" / overlay)
+
+
+def rendered(folder: Path) -> tuple[dict[str, Any], ...]:
+    """The objects of a kustomization."""
+    return tuple(yaml.safe_load_all(run("kubectl", "kustomize", folder)))
 
 
 def of_kind(overlay: str, kind: str) -> dict[str, dict[str, Any]]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Iterable
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
 
-from tests.deploy.files import OVERLAYS, RULES, manifests, of_kind
+from tests.deploy.files import DEPLOY, OVERLAYS, RULES, manifests, of_kind, rendered
 
 CUSTOM = {"ServiceMonitor", "ScaledObject"}
 """Kinds of Prometheus' operator and KEDA: no schema of Kubernetes."""
@@ -105,6 +108,61 @@ def test_prometheus_asks_every_deployment_as_the_job_that_the_rules_name(overlay
     assert jobs == set(of_kind(overlay, "Deployment"))
     text = RULES.read_text()
     assert all(re.search(rf'job=~?"[^"]*\b{job}\b[|"]', text) for job in jobs)
+
+
+def scrapes_without_a_key(objects: Iterable[dict[str, Any]]) -> list[str]:
+    """ServiceMonitors of which a server with keys would get scrapes that bring none."""
+    kinds: dict[str, list[dict[str, Any]]] = {}
+    for item in objects:
+        kinds.setdefault(item["kind"], []).append(item)
+    found = []
+    for deployment in kinds["Deployment"]:
+        pod = deployment["spec"]["template"]
+        words = pod["spec"]["containers"][0].get("args", [])
+        if not any(word.startswith("--api-keys") for word in words) or "--open-metrics" in words:
+            continue
+        services = [s for s in kinds["Service"] if s["spec"]["selector"].items() <= pod["metadata"]["labels"].items()]
+        for monitor in kinds.get("ServiceMonitor", []):
+            wanted = monitor["spec"]["selector"]["matchLabels"].items()
+            if any(wanted <= service["metadata"]["labels"].items() for service in services):
+                keys = [end.get("authorization", {}).get("credentials", {}) for end in monitor["spec"]["endpoints"]]
+                found += [] if all({"name", "key"} <= set(key) for key in keys) else [monitor["metadata"]["name"]]
+    return found
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_scrapes_of_a_server_with_keys_bring_one(overlay: str) -> None:
+    assert scrapes_without_a_key(manifests(overlay)) == []
+    brought = {
+        end["authorization"]["credentials"]["name"]
+        for monitor in of_kind(overlay, "ServiceMonitor").values()
+        for end in monitor["spec"]["endpoints"]
+        if "authorization" in end
+    }
+    mounted = {
+        volume["secret"]["secretName"]
+        for deployment in of_kind(overlay, "Deployment").values()
+        for volume in deployment["spec"]["template"]["spec"]["volumes"]
+        if "secret" in volume
+    }
+    assert not brought & mounted, "a server needs hashes only"
+
+
+@pytest.mark.parametrize(
+    ("components", "found"),
+    [
+        (["monitoring", "api-keys"], []),
+        (["api-keys", "monitoring"], ["foldserve"]),
+        (["monitoring"], []),
+        (["api-keys"], []),
+    ],
+    ids=lambda value: "-".join(value) or "nothing",
+)
+def test_a_scrape_without_a_key_is_found(components: list[str], found: list[str], tmp_path: Path) -> None:
+    folder = os.path.relpath(DEPLOY / "k8s", tmp_path.resolve())
+    listed = "".join(f"  - {folder}/components/{name}\n" for name in components)
+    (tmp_path / "kustomization.yaml").write_text(f"resources: [{folder}/base]\ncomponents:\n{listed}")
+    assert scrapes_without_a_key(rendered(tmp_path)) == found
 
 
 def test_who_may_reach_a_server() -> None:

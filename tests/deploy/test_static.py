@@ -137,6 +137,20 @@ def test_every_server_of_a_profile_is_scraped() -> None:
                 assert names["foldserve-router" if "router:" in service["image"] else "foldserve"] in known, name
 
 
+def test_prometheus_has_the_key_for_metrics() -> None:
+    text = run(
+        "docker-compose", "-f", COMPOSE, "config", "--format", "json", PATH="/usr/bin:/bin", METRICS_KEY="fsk-of-mine"
+    )
+    project = json.loads(text)
+    (mounted,) = project["services"]["prometheus"]["configs"]
+    assert project["configs"][mounted["source"]]["content"] == "fsk-of-mine"
+    jobs = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    files = {job["job_name"]: job.get("authorization", {}).get("credentials_file") for job in jobs}
+    assert files == {"foldserve": Path(mounted["target"]).name, "foldserve-router": None}
+    (config,) = [v for v in project["services"]["prometheus"]["volumes"] if v["target"].endswith("/prometheus.yml")]
+    assert Path(mounted["target"]).parent == Path(config["target"]).parent  # where Prometheus looks
+
+
 def test_ci_runs_the_tests_that_make_test_leaves_out() -> None:
     jobs = yaml.safe_load(WORKFLOW.read_text())["jobs"]
     commands = {step.get("run") for job in jobs.values() for step in job["steps"]}

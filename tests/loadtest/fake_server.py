@@ -15,11 +15,16 @@ ENCODED = 100
 
 @dataclass
 class Fake:
-    """What it was asked, in the order of arrival."""
+    """What it was asked, in the order of arrival.
+
+    Attributes:
+        keys: for chats and for metrics, where it asks for them.
+    """
 
     url: str = ""
     asked: list[dict[str, Any]] = field(default_factory=list)
     refuse: str | None = None
+    keys: tuple[str, str] | None = None
 
     def metrics(self) -> str:
         kept = sum(self.kept(body) for body in self.asked)
@@ -43,11 +48,15 @@ def fake_server() -> Iterator[Fake]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
+            if not self._may():
+                return self._answer(401, "a key is needed")
             known = {"/metrics": fake.metrics(), "/v1/models": json.dumps({"data": [{"id": "fake"}]})}
             self._answer(200, known[self.path])
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if not self._may():
+                return self._answer(401, "a key is needed")
             fake.asked.append(body)
             if fake.refuse is not None and body.get("reduction"):
                 return self._answer(400, fake.refuse)
@@ -59,6 +68,10 @@ def fake_server() -> Iterator[Fake]:
             chunks: list[dict[str, Any]] = [{"choices": [{"delta": {"content": "a"}}]} for _ in range(count)]
             chunks.append({"choices": [], "usage": {"prompt_tokens": 10 + fake.kept(body), "completion_tokens": count}})
             self._answer(200, "".join(f"data: {json.dumps(chunk)}\n\n" for chunk in chunks) + "data: [DONE]\n\n")
+
+        def _may(self) -> bool:
+            wanted = fake.keys and fake.keys[self.path == "/metrics"]
+            return not wanted or self.headers["Authorization"] == f"Bearer {wanted}"
 
         def _answer(self, status: int, text: str) -> None:
             self.send_response(status)

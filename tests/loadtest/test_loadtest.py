@@ -95,6 +95,19 @@ def test_a_run_ends_in_a_report_and_is_not_done_twice(fake: Fake, tmp_path: Path
     assert len(fake.asked) == 28  # another warm-up, and one more block of either in each round
 
 
+def test_keys_come_from_the_environment(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake.keys = ("of alice", "of prometheus")
+    trace = write_trace(tmp_path / "trace.jsonl", "one", "two")
+    options = Options(tmp_path / "out", url=fake.url, trace=trace, ratios=(), rounds=1, speed=(4.0,), warm_up=1)
+    monkeypatch.setenv("OPENAI_API_KEY", "of alice")
+    with pytest.raises(ValueError, match="set METRICS_KEY"):
+        run(options, [])
+    monkeypatch.setenv("METRICS_KEY", "of prometheus")
+    (row,) = run(options, []).rows
+    assert (row.requests, row.failures, row.figures["vision_encoded"].value) == (2, 0, ENCODED)
+    assert not [file for file in (tmp_path / "out").rglob("*.*") if b"of alice" in file.read_bytes()]
+
+
 def test_a_refused_variant_ends_the_run_before_anything_is_measured(fake: Fake, tmp_path: Path) -> None:
     fake.refuse = "this model can't"
     trace = write_trace(tmp_path / "trace.jsonl", "one")

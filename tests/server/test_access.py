@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 from argparse import Namespace
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from starlette.datastructures import State
+from starlette.datastructures import Headers, State
 
 from foldserve.server import cli
 from foldserve.server.access import Access
@@ -107,3 +108,32 @@ def test_a_model_that_generates_nothing_is_not_served() -> None:
     for engine in (Embeds(), None):
         with pytest.raises(RuntimeError, match="generate text"):
             asyncio.run(plugin.init_state(engine, State(), Namespace()))
+
+
+@pytest.mark.parametrize(
+    ("options", "asked"),
+    [((), False), (("--open-metrics",), False), (("--api-keys",), True), (("--api-keys", "--open-metrics"), False)],
+    ids=str,
+)
+def test_metrics_need_a_key_where_there_are_keys(
+    options: tuple[str, ...], asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from foldserve.server.api import launch, plugin
+    from foldserve.server.api.errors import Unauthorized
+
+    file = tmp_path / "keys.toml"
+    file.write_text(f'[[key]]\nname = "alice"\nsha256 = "{"ab" * 32}"\n')
+    config: dict[str, object] = {}
+    monkeypatch.setattr(launch, "serve", lambda argv, settings, *_: config.update(settings.to_config()))
+    cli.main(["serve", "m", *(f"{option}={file}" if option == "--api-keys" else option for option in options)])
+
+    vllm = SimpleNamespace(
+        scheduler_config=SimpleNamespace(max_num_seqs=1), parallel_config=SimpleNamespace(data_parallel_size=1)
+    )
+    state = State()
+    monkeypatch.setattr(plugin, "Lifecycle", lambda *_: None)
+    plugin._init_access(
+        SimpleNamespace(vllm_config=vllm), state, Namespace(additional_config={plugin.CONFIG_KEY: config})
+    )
+    with pytest.raises(Unauthorized) if asked else nullcontext():
+        assert state.foldserve_guard.identify(Headers(), "metrics") is None

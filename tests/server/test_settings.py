@@ -32,7 +32,7 @@ def test_defaults_reduce_nothing() -> None:
 def test_config_is_json_from_which_the_reduction_can_be_parsed() -> None:
     calibration = {"eta": 0.003, "samples": 20, "kl": 0.0021}
     limits = Limits(max_images_per_request=3)
-    access = Access(api_keys=Path("/keys.toml"), guard_metrics=True, max_queue=0, shutdown_timeout_s=5)
+    access = Access(api_keys=Path("/keys.toml"), open_metrics=True, max_queue=0, shutdown_timeout_s=5)
     settings = Settings(Reduction(method="folder_cls", ratio=0.5), 0.9, 16, calibration, limits, access, "keep")
     config = json.loads(json.dumps(settings.to_config()))
     assert Reduction.parse(config.pop("default_reduction")) == settings.default_reduction

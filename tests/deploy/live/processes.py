@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import yaml
 
-from tests.deploy.files import RULES, router_commands
+from tests.deploy.files import DEPLOY, RULES, router_commands
 
 START_LIMIT_S = 900
 """Generous: two servers start at once on two cores that other work may hold."""
@@ -108,10 +108,13 @@ def router(urls: Sequence[str], folder: Path) -> tuple[Process, str, str]:
     return Process(command, f"{url}/readiness", folder / "router.log"), url, f"127.0.0.1:{metrics_port}"
 
 
-def prometheus(targets: dict[str, Sequence[str]], folder: Path) -> tuple[Process, str]:
-    """Prometheus with our rules and the labels that Kubernetes gives; scrapes every second."""
+def prometheus(targets: dict[str, Sequence[str]], folder: Path, key: str | None = None) -> tuple[Process, str]:
+    """Prometheus with our rules and the labels that Kubernetes gives; scrapes every second, with the key."""
     address = f"127.0.0.1:{free_port()}"
-    jobs = [{"job_name": job, "static_configs": [_static(hosts)]} for job, hosts in targets.items()]
+    (folder / "metrics-key").write_text(key or "none")  # as compose does
+    jobs = [
+        {"job_name": job, "static_configs": [_static(hosts)]} | _authorization(job) for job, hosts in targets.items()
+    ]
     every = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     file = folder / "prometheus.yml"
     file.write_text(yaml.safe_dump({"global": every, "rule_files": [str(RULES)], "scrape_configs": jobs}))
@@ -119,6 +122,13 @@ def prometheus(targets: dict[str, Sequence[str]], folder: Path) -> tuple[Process
     command: list[str | Path] = [program, f"--config.file={file}", f"--storage.tsdb.path={folder / 'tsdb'}"]
     command += [f"--web.listen-address={address}"]
     return Process(command, f"http://{address}/-/ready", folder / "prometheus.log"), f"http://{address}"
+
+
+def _authorization(job: str) -> dict[str, Any]:
+    """As deploy/prometheus has it."""
+    jobs = yaml.safe_load((DEPLOY / "prometheus" / "prometheus.yml").read_text())["scrape_configs"]
+    (ours,) = [each for each in jobs if each["job_name"] == job]
+    return {name: value for name, value in ours.items() if name == "authorization"}
 
 
 def _static(hosts: Sequence[str]) -> dict[str, Any]:
