@@ -18,7 +18,7 @@ from vllm.entrypoints.serve.utils.api_utils import load_aware_call, validate_jso
 from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 
 from foldserve.server.api import catalog
-from foldserve.server.api.auth.guard import cache_salt
+from foldserve.server.api.auth.guard import cache_salts
 from foldserve.server.api.auth.route import FoldRoute, GuardedRoute, MetricsRoute, take_further_places
 from foldserve.server.api.errors import NoSuchModel, UnsupportedRoute, render, render_vllm
 from foldserve.server.api.lifecycle.health import health
@@ -60,7 +60,8 @@ async def create_chat_completion(request: FoldChatRequest, raw_request: Request)
     key = raw_request.state.foldserve_key
     serving.checks.check(request)
     take_further_places(raw_request.scope, (request.n or 1) - 1)
-    request.cache_salt = cache_salt(key, request.cache_salt)
+    salts = cache_salts(key, request.cache_salt)
+    request.cache_salt, request.progress.image_salt = salts.blocks, salts.images
     request.progress.owner = None if key is None else key.name
     answer = await serving.create_chat_completion(request, raw_request)
     if isinstance(answer, ErrorResponse):

@@ -78,6 +78,7 @@ class Progress:
         answered: its last output has come from the engine.
         owner: name of the key that asks.
         form: of the answer, once it is known that it can be made.
+        image_salt: divides the caches of images, see `cache_salts`.
     """
 
     details: list[str] = field(default_factory=list)
@@ -87,6 +88,7 @@ class Progress:
     answered: bool = False
     owner: str | None = None
     form: StructuredOutputsParams | None = None
+    image_salt: str | None = None
 
 
 class FoldChatRequest(ChatCompletionRequest):

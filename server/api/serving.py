@@ -80,7 +80,7 @@ class FoldServingChat(OpenAIServingChat):
             request.mm_processor_kwargs = {KWARG: [reduction.to_json() for reduction in reductions]}
         request.progress.form = await forms.build(request, self.engine_client)
         clock = 0 if self.sent_images is None else self.sent_images.clock
-        async with self.media.loaded(request.messages, request.progress.owner):
+        async with self.media.loaded(request.messages, request.progress.owner, request.progress.image_salt):
             try:
                 rendered = await super().render_chat_request(request)
             except VLLMValidationError as error:

@@ -14,7 +14,7 @@ from limits import parse
 from starlette.datastructures import Headers
 
 from foldserve.server.api.auth.counters import SharedCounters
-from foldserve.server.api.auth.guard import Guard, cache_salt
+from foldserve.server.api.auth.guard import CacheSalts, Guard, cache_salts
 from foldserve.server.api.auth.keys import Key, digest
 from foldserve.server.api.auth.route import GuardedRoute, MetricsRoute, OpenRoute, WorkRoute
 from foldserve.server.api.errors import Forbidden, InvalidRequest, TooManyRequests, Unauthorized, Unavailable
@@ -184,13 +184,19 @@ def test_each_key_has_a_bound() -> None:
 @pytest.mark.parametrize("salt", ["", "a b", "a/b", "a@b", "é", "a\0", "x" * 129, "a\n"])
 def test_a_salt_of_other_characters(salt: str) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        cache_salt(ALICE, salt)
+        cache_salts(ALICE, salt)
     assert caught.value.param == "cache_salt"
 
 
-def test_a_salt_without_keys_is_the_clients() -> None:
-    assert (cache_salt(None, None), cache_salt(None, "mine")) == (None, "mine")
-    assert cache_salt(ALICE, None) == ALICE.cache_salt(None)
+def test_without_keys_images_are_shared_and_the_salt_of_blocks_is_the_clients() -> None:
+    assert cache_salts(None, None) == CacheSalts(blocks=None, images=None)
+    assert cache_salts(None, "mine") == CacheSalts(blocks="mine", images=None)
+
+
+@pytest.mark.parametrize("chosen", [None, "mine"])
+def test_a_key_has_its_own_blocks_and_images(chosen: str | None) -> None:
+    salt = ALICE.cache_salt(chosen)
+    assert cache_salts(ALICE, chosen) == CacheSalts(blocks=salt, images=salt)
 
 
 class Lives:

@@ -235,6 +235,27 @@ def test_a_prompt_is_cached_for_its_own_key(live: Live) -> None:
     error(400, "invalid_value", live.chat(key=ALICE, cache_salt="a b"))
 
 
+def test_an_image_is_cached_for_its_own_key(live: Live) -> None:
+    image = {"type": "image_url", "image_url": {"url": data_uri(photo(78))}}
+    answers: set[str] = set()
+
+    def is_hit(key: str, **fields: Any) -> bool:
+        asked, hit = (live.metrics(f"vllm:mm_cache_{what}_total") for what in ("queries", "hits"))
+        answer = live.chat("What is this?", image, key=key, temperature=0, max_tokens=8, **fields)
+        answers.add(answer.json["choices"][0]["message"]["content"])
+        live.wait(lambda: live.metrics("vllm:mm_cache_queries_total") == asked + 1)
+        return live.metrics("vllm:mm_cache_hits_total") > hit
+
+    sent = misses = 0
+    while misses < 2 and sent < 30:  # each process has a cache of its own; one may take all of the requests
+        sent, misses = sent + 1, misses + (not is_hit(ALICE))
+    assert is_hit(ALICE)
+    assert not is_hit(BOB)
+    assert not is_hit(ALICE, cache_salt="apart")
+    assert any(is_hit(BOB) for _ in range(3))
+    assert len(answers) == 1
+
+
 def test_a_key_that_is_added_later(live: Live, keys: Path) -> None:
     assert live.chat(key=LATE).status == 401
     keys.write_text(key_entries() + entry("late", LATE, rate=None, concurrent=None, scopes=["api"]))

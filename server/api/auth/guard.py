@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from limits.strategies import FixedWindowRateLimiter
 from starlette.datastructures import Headers
@@ -133,15 +134,34 @@ class Guard:
         raise TooManyRequests(f"this API key may make {key.rate} requests", max(1, math.ceil(wait_s)))
 
 
-def cache_salt(key: Key | None, chosen: str | None) -> str | None:
-    """The salt that a request's prefix-cache blocks get.
+@dataclass(frozen=True, slots=True)
+class CacheSalts:
+    """What the caches that a request uses are divided by; None where everybody shares one.
+
+    Attributes:
+        blocks: of the prefix cache.
+        images: prepared and encoded ones.
+    """
+
+    blocks: str | None
+    images: str | None
+
+
+def cache_salts(key: Key | None, chosen: str | None) -> CacheSalts:
+    """Each key has caches of its own. Without keys only the prefix cache is divided, as by vLLM's own `cache_salt`.
+
+    Args:
+        chosen: the client's own `cache_salt`, which divides further.
 
     Raises:
         InvalidRequest: the client's own salt holds other characters than those of a URL.
     """
     if chosen is not None and not _SALT.fullmatch(chosen):
         raise InvalidRequest("cache_salt must be 1 to 128 letters, digits or one of ._~-", "cache_salt")
-    return chosen if key is None else key.cache_salt(chosen)
+    if key is None:
+        return CacheSalts(chosen, None)
+    salt = key.cache_salt(chosen)
+    return CacheSalts(salt, salt)
 
 
 def _presented(headers: Headers) -> str:

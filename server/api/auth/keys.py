@@ -77,10 +77,10 @@ class Key:
     scopes: frozenset[Scope] = frozenset({"api"})
 
     def cache_salt(self, chosen: str | None) -> str:
-        """The salt of this key's prefix-cache blocks: nobody else's prompts can hit them, whatever salt they send.
+        """The salt of this key's prompts and images in caches: nobody else's can hit them, whatever salt they send.
 
         Args:
-            chosen: the client's own `cache_salt`, which divides the key's cache further.
+            chosen: the client's own `cache_salt`, which divides the key's caches further.
         """
         return hmac.new(self.digest, f"cache_salt:{chosen or ''}".encode(), hashlib.sha256).hexdigest()
 

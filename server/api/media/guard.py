@@ -62,7 +62,9 @@ class MediaGuard:
         self._background: tuple[int, int, int] = options.rgba_background_color
 
     @asynccontextmanager
-    async def loaded(self, messages: Sequence[Any], owner: str | None = None) -> AsyncIterator[None]:
+    async def loaded(
+        self, messages: Sequence[Any], owner: str | None = None, salt: str | None = None
+    ) -> AsyncIterator[None]:
         """While it is entered, every image URL in `messages` is a decoded image, in vLLM's own form of such a part.
 
         After that an empty URL stands there: pixels are not kept while the answer is generated.
@@ -70,6 +72,7 @@ class MediaGuard:
         Args:
             messages: of the chat.
             owner: name of the key that asks; images of one are decoded in turn with those of others.
+            salt: becomes part of each image's identity, by which all caches of images go; None leaves them vLLM's.
 
         Raises:
             InvalidRequest: an image that can't be had or is refused; `param` names its URL.
@@ -82,6 +85,8 @@ class MediaGuard:
             try:
                 images = await self._load_all(places, turn)
                 for place, image in zip(places, images, strict=True):
+                    if salt is not None:  # vLLM hashes these settings together with the file
+                        image.io_config = {**(image.io_config or {}), "salt": salt}
                     place.put({"type": "image_pil", "image_pil": image})
                 yield
             except BaseException:
