@@ -15,7 +15,7 @@ from starlette.datastructures import Headers, State
 
 from foldserve.server import cli
 from foldserve.server.access import Access
-from foldserve.server.settings import Environment, Settings
+from foldserve.server.settings import CONFIG_KEY, Environment, Settings
 
 ENVIRONMENT = Environment(Path("/cache"), None, False, "g++")
 Parse = Callable[..., Namespace]
@@ -132,8 +132,6 @@ def test_metrics_need_a_key_where_there_are_keys(
     )
     state = State()
     monkeypatch.setattr(plugin, "Lifecycle", lambda *_: None)
-    plugin._init_access(
-        SimpleNamespace(vllm_config=vllm), state, Namespace(additional_config={plugin.CONFIG_KEY: config})
-    )
+    plugin._init_access(SimpleNamespace(vllm_config=vllm), state, Namespace(additional_config={CONFIG_KEY: config}))
     with pytest.raises(Unauthorized) if asked else nullcontext():
         assert state.foldserve_guard.identify(Headers(), "metrics") is None

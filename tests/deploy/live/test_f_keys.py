@@ -62,7 +62,7 @@ def test_smoke_takes_a_key_for_each(guarded: tuple[str, str, str]) -> None:
     url, alice, watcher = guarded
 
     def smoke(**environment: str) -> subprocess.CompletedProcess[str]:
-        command = [DEPLOY / "smoke.sh", url]
+        command = [str(DEPLOY / "smoke.sh"), url]
         return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
 
     done = smoke(FOLDSERVE_API_KEY=alice, METRICS_KEY=watcher)
