@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
-from foldserve.server import guardian
+from foldserve.server import guardian, output
 
 _DESCRIPTION = """\
 Serve vision-language models with fewer vision tokens: every request chooses how many.
@@ -59,5 +59,7 @@ def _versions() -> str:
 
 
 guardian.die_with_parent()  # a process that multiprocessing starts imports this first, long before vLLM
+if guardian.is_guarded():
+    output.install()
 if __name__ == "__main__":
     main()

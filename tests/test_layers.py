@@ -19,8 +19,9 @@ OURS = {
     "server": [],
     "server/access": [],
     "server/folders": [],
-    "server/guardian": [],
+    "server/guardian": ["server/output"],
     "server/limits": [],
+    "server/output": [],
     "server/settings": ["server/access", "server/limits", "reducers"],
     "server/engine": ["server/engine", "server/guardian", "server/settings", "kernels", "reducers"],
     "server/api": [
@@ -29,6 +30,7 @@ OURS = {
         "server/engine",
         "server/guardian",
         "server/limits",
+        "server/output",
         "server/settings",
         "kernels",
         "reducers",
@@ -42,7 +44,7 @@ OURS = {
         "reducers",
     ],
     "server/convert": ["server/convert", "server/folders", "reducers"],
-    "server/cli": ["server/commands", "server/guardian"],
+    "server/cli": ["server/commands", "server/guardian", "server/output"],
     "server/commands": [
         "server/commands",
         "server/access",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import lru_cache
 
 from prometheus_client import Counter, Histogram
 
+from foldserve.server import output
 from foldserve.server.api.usage import VisionTokens
 from foldserve.server.engine.kv_cost import KvCost
 
@@ -25,6 +27,11 @@ _TTFT = Histogram(
     buckets=(0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.4, 0.6, 1.0, 1.5, 2.5, 4.0, 6.0, 10.0, 20.0, 40.0, 80.0),
 )
 _SCALED = Counter("foldserve_images_scaled", "Images above the limits that were scaled down: --oversized scale.")
+_DROPPED_LINES = Counter(
+    "foldserve_log_lines_dropped",
+    "Lines that API processes did not write, because nobody read their output in time or it could not be written.",
+)
+_COUNT_S = 1.0
 _RATIO_BOUNDS = (0.25, 0.5, 0.75, 1.0)
 
 
@@ -57,6 +64,16 @@ def _counters(method: str) -> list[Counter]:
 def observe_first_token(vision: VisionTokens | None, seconds: float) -> None:
     """Records a time to first token."""
     _TTFT.labels(ratio_bucket(vision)).observe(seconds)
+
+
+async def count_dropped_lines() -> None:
+    """Brings the counter up to date each second; not where lines are dropped, which may be in a signal's handler."""
+    counted = 0
+    while True:
+        dropped = output.dropped_lines()
+        _DROPPED_LINES.inc(dropped - counted)
+        counted = dropped
+        await asyncio.sleep(_COUNT_S)
 
 
 def observe_scaled() -> None:

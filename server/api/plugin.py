@@ -57,6 +57,7 @@ class FoldserveEndpoint:
         config = args.additional_config or {}
         _init_access(engine_client, state, args)
         state.foldserve_turn = asyncio.Lock()
+        state.foldserve_counts_drops = asyncio.create_task(metrics.count_dropped_lines())
         limits = Limits.from_config(config.get(CONFIG_KEY, {}).get("limits", {}))
         state.foldserve_unread = UnreadBodies(limits.max_unread_bytes)
         withdraw_layer = config.get(CONFIG_KEY, {}).get("withdraw_layer")

@@ -63,6 +63,7 @@ class Live:
         wait: until it is ready.
         env: more environment variables.
         watcher: key for its metrics, where it asks for one.
+        output: a descriptor that gets all that it prints, instead of `out` and `err`.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Live:
         wait: bool = True,
         env: Mapping[str, str] | None = None,
         watcher: str | None = None,
+        output: int | None = None,
     ) -> None:
         self._watcher = watcher
         with socket.socket() as probe:
@@ -86,7 +88,7 @@ class Live:
         inherited = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
         variables = inherited | {"VLLM_LOGGING_LEVEL": "INFO"} | dict(env or {})
         with self.out.open("w") as out, self.err.open("w") as err:
-            self.process = subprocess.Popen(command, stdout=out, stderr=err, env=variables)
+            self.process = subprocess.Popen(command, stdout=output or out, stderr=output or err, env=variables)
         if not wait:
             return
         self.wait(lambda: self.process.poll() is not None or self.is_ready(), START_LIMIT_S)

@@ -1,0 +1,193 @@
+"""Standard output and error that never wait for whoever reads them.
+
+A pipe whose reader stops (a stuck log driver, `less`, Ctrl-S in a terminal) takes 64 kB and then blocks whoever writes:
+the event loop, and with it the server. Here a thread writes, and what does not fit into its queue is dropped and
+counted.
+
+Both streams are replaced, not only the handlers of logging: once the queue has filled a pipe, a warning or a `print`
+would block just as well. `logging.handlers.QueueListener` also writes through `sys.stdout`, whose lock the interpreter
+takes at its end, and joins its thread without a limit. What C writes (torch, glibc) goes to the descriptor as before.
+"""
+
+from __future__ import annotations
+
+import atexit
+import fcntl
+import io
+import logging
+import os
+import select
+import stat
+import sys
+import termios
+import threading
+import time
+from array import array
+from collections import deque
+from contextlib import suppress
+from itertools import islice
+from typing import Any, TextIO
+
+_QUEUE_BYTES = 1 << 20
+"""Of each stream of a process, beside the pipe's own 64 kB: some thousand lines."""
+_AT_THE_END_S = 1.0
+"""For what is queued when the process ends."""
+_log = logging.getLogger(__name__)
+
+
+class Queued(io.RawIOBase):
+    """A descriptor that is written by a thread.
+
+    Once the queue is full, everything is dropped until all of it is written: one gap instead of many, and a warning in
+    its place.
+
+    Args:
+        descriptor: of a pipe, a terminal or a file; stays open.
+        name: for messages.
+    """
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        self._descriptor = descriptor
+        self._name = name
+        self.dropped_lines = 0
+        self._reset()
+        os.register_at_fork(after_in_child=self._reset)
+
+    def _reset(self) -> None:
+        self._changed = threading.Condition()  # its lock may be taken again by a signal's handler
+        self._queue: deque[bytes] = deque()
+        self._queued_bytes = 0
+        self._drops = False
+        self._told = self.dropped_lines
+        self._failed = False
+        self._unstarted = [None]
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+    def write(self, data: Any, /) -> int:
+        piece = bytes(data)
+        with self._changed:
+            is_full = bool(self._queue) and self._queued_bytes + len(piece) > _QUEUE_BYTES
+            self._drops = self._drops or is_full
+            if self._drops:
+                self.dropped_lines += piece.count(b"\n")
+            else:
+                self._queue.append(piece)
+                self._queued_bytes += len(piece)
+                self._start()
+                self._changed.notify()
+        return len(piece)
+
+    def is_read(self) -> bool:
+        """Whether nothing waits for the reader, as far as can be told."""
+        if self._queue:
+            return False
+        if not stat.S_ISFIFO(os.fstat(self._descriptor).st_mode):
+            return bool(select.select([], [self._descriptor], [], 0)[1])
+        unread = array("i", [0])
+        fcntl.ioctl(self._descriptor, termios.FIONREAD, unread)
+        return unread[0] == 0
+
+    def _start(self) -> None:
+        try:
+            self._unstarted.pop()  # in one step: a signal's handler may come by here
+        except IndexError:
+            return
+        try:
+            threading.Thread(target=self._write_on, name="foldserve-output", daemon=True).start()
+        except RuntimeError:  # no more threads for now: the next line tries again
+            self._unstarted.append(None)
+
+    def _write_on(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: bool(self._queue))
+                pieces = self._next_pieces()
+            joined = b"".join(pieces)
+            written = self._write_whole(joined)
+            with self._changed:
+                for _ in pieces:
+                    self._queue.popleft()
+                self._queued_bytes = self._queued_bytes - len(joined) if self._queue else 0
+                self.dropped_lines += 0 if written else joined.count(b"\n")
+                self._drops = self._drops and bool(self._queue)
+                missing = 0 if self._queue or not written else self.dropped_lines - self._told
+                self._told += missing
+            if missing:
+                with suppress(Exception):  # a filter or handler of somebody else's
+                    _log.warning("%s was not read in time: %d lines dropped", self._name, missing)
+
+    def _next_pieces(self) -> list[bytes]:
+        """As many as are written to a pipe at once, so that lines of several processes do not mix."""
+        pieces = [self._queue[0]]
+        size = len(pieces[0])
+        for piece in islice(self._queue, 1, None):
+            size += len(piece)
+            if size > select.PIPE_BUF:
+                break
+            pieces.append(piece)
+        return pieces
+
+    def _write_whole(self, piece: bytes) -> bool:
+        rest = memoryview(piece)
+        try:
+            while rest:
+                rest = rest[self._write_some(rest) :]
+        except OSError as error:  # a full disk, a reader that has gone
+            if self._name == "standard output" and not self._failed:
+                print(f"foldserve: {self._name} can't be written, lines are dropped: {error.strerror}", file=sys.stderr)
+            self._failed = True
+            return False
+        self._failed = False
+        return True
+
+    def _write_some(self, rest: memoryview) -> int:
+        try:
+            return os.write(self._descriptor, rest)
+        except BlockingIOError:  # whoever shares the pipe made it so
+            select.select([], [self._descriptor], [])
+            return 0
+
+
+_queued: list[Queued] = []
+
+
+def install() -> None:
+    """Replaces `sys.stdout` and `sys.stderr` of this process. Idempotent."""
+    if not _queued:
+        sys.stdout = _queue_stream(sys.stdout, "standard output")
+        sys.stderr = _queue_stream(sys.stderr, "standard error")
+        atexit.register(_finish)
+
+
+def dropped_lines() -> int:
+    """Lines that this process has dropped so far."""
+    return sum(queued.dropped_lines for queued in _queued)
+
+
+def _queue_stream(stream: TextIO | None, name: str) -> Any:
+    if stream is None:  # closed by whoever started us: its descriptor may be something else by now
+        return None
+    stream.flush()
+    queued = Queued(stream.fileno(), name)
+    _queued.append(queued)
+    return io.TextIOWrapper(queued, stream.encoding, stream.errors, line_buffering=True)
+
+
+def _finish() -> None:
+    """Waits for the reader. If it stalls, what C writes from here on (nanobind lists its leaks) goes nowhere."""
+    until = time.monotonic() + _AT_THE_END_S
+    while not all(queued.is_read() for queued in _queued):
+        if time.monotonic() >= until:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            for queued in _queued:
+                os.dup2(nowhere, queued.fileno())
+            return
+        time.sleep(0.01)
