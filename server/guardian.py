@@ -25,9 +25,13 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
+from foldserve.server import output
+
 _RUN_DIR = "FOLDSERVE_RUN_DIR"
 """Names the directory of one run: whoever finds it set has a guardian."""
 _LISTENS = "listens"
+_FAILURE = "failure"
+_ERROR = "foldserve serve: error: "  # as argparse begins it
 _LOADING_S = 3.0
 """For a server that is not listening yet to end by itself."""
 _ENDS_WITHIN_S = 30.0
@@ -73,12 +77,30 @@ def report_listening(drain_s: float) -> None:
         Path(os.environ[_RUN_DIR], _LISTENS).write_text(str(drain_s))
 
 
+def report_failure(reason: str) -> bool:
+    """Lets the guardian say at last why the server ended.
+
+    Returns:
+        False where another process was first, whose reason it says.
+    """
+    if not is_guarded():
+        print(f"{_ERROR}{reason}", file=sys.stderr)
+        return True
+    try:
+        with Path(os.environ[_RUN_DIR], _FAILURE).open("x") as file:
+            file.write(reason)
+    except FileExistsError:
+        return False
+    return True
+
+
 def guard(command: Sequence[str]) -> int:
     """Runs a server to its end.
 
     Returns:
         The exit status: 0 after an end that was asked for, 128 + the signal's number where a signal ended it.
     """
+    output.install()
     _prctl(_SET_CHILD_SUBREAPER, 1)  # what loses its parent becomes our child
     with TemporaryDirectory(prefix="foldserve-") as folder:
         return _Guarded(command, Path(folder)).run()
@@ -86,7 +108,7 @@ def guard(command: Sequence[str]) -> int:
 
 class _Guarded:
     def __init__(self, command: Sequence[str], folder: Path) -> None:
-        self._listens = folder / _LISTENS
+        self._listens, self._failure = folder / _LISTENS, folder / _FAILURE
         self._signals = {*_ASKS, signal.SIGCHLD}
         self._asked_as: signal.Signals | None = None
         self._drains = False
@@ -136,6 +158,8 @@ class _Guarded:
             return 128 + self._asked_as
         if code < 0:
             return 128 - code
+        if self._asked_as is None and self._failure.exists():
+            print(f"{_ERROR}{self._failure.read_text()}", file=sys.stderr)
         if code == 0 and self._asked_as is None:
             print("foldserve: the server ended although nobody asked it to: its log says why", file=sys.stderr)
             return 1

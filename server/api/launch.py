@@ -20,6 +20,7 @@ from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
 
+from foldserve.server.api import preflight
 from foldserve.server.api.announce import announce_when_ready
 from foldserve.server.api.connection import HEAD_BYTES
 from foldserve.server.api.lifecycle.arguments import SHARED, Shared, prepare
@@ -55,6 +56,7 @@ def serve(argv: list[str], settings: Settings | SettingsFor, environment: Enviro
 
     Raises:
         SystemExit: arguments that vLLM's parser or we refuse.
+        CannotStart: what `preflight` refuses.
     """
     _check_plugins()
     os.environ["VLLM_PLUGINS"] = ",".join(plugins_to_load(environment))
@@ -63,12 +65,13 @@ def serve(argv: list[str], settings: Settings | SettingsFor, environment: Enviro
     os.environ.update(http_variables())
     cli_env_setup()
     args = serve_args(argv, settings, environment, small_model)
-    command = ServeSubcommand()
     configure_logging_from_args(args)
-    command.validate(args)
-    _say(f"loading {args.model_tag or args.model}")
-    announce_when_ready(args)
-    command.cmd(args)
+    with preflight.explained():
+        preflight.check(args)
+        with preflight.claimed_address(args):
+            _say(f"loading {args.model_tag or args.model}")
+            announce_when_ready(args)
+            ServeSubcommand().cmd(args)
     shared: Shared = getattr(args, SHARED)
     if shared.engine_died.is_set():
         raise SystemExit("foldserve: the engine's process has died")

@@ -192,9 +192,12 @@ def _run(args: argparse.Namespace, rest: list[str]) -> None:
 
     level = args.log_level or environment.log_level
     with configured(args.log_format, level, verbose=args.verbose, own=environment.own_logging):
-        from foldserve.server.api import launch  # imports vllm, which looks at once how to log
+        from foldserve.server.api import launch, preflight  # import vllm, which looks at once how to log
 
-        launch.serve(rest, settings, environment, CHECKPOINT)
+        try:
+            launch.serve(rest, settings, environment, CHECKPOINT)
+        except preflight.CannotStart as error:
+            args.fail(str(error))
 
 
 def _calibrated(base: Settings, file: Path | None, environment: Environment) -> Callable[[str, str | None], Settings]:

@@ -8,8 +8,10 @@ from foldserve.server import guardian
 
 VLLM_VERSION = "0.32.0"
 
-_LLAVA = "foldserve.server.engine.llava:FoldLlavaForConditionalGeneration"
-_LLAVA_STF = "foldserve.server.engine.stf:FoldLlavaStfForConditionalGeneration"
+_MODELS = {
+    "LlavaForConditionalGeneration": "foldserve.server.engine.llava:FoldLlavaForConditionalGeneration",
+    "LlavaStfForConditionalGeneration": "foldserve.server.engine.stf:FoldLlavaStfForConditionalGeneration",
+}
 
 
 def register() -> None:
@@ -21,13 +23,15 @@ def register() -> None:
     guardian.die_with_parent()
     _require_vllm(version("vllm"))
     from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from foldserve.server.engine import patches, withdrawal
+    from foldserve.server.engine import patches, refused_options, withdrawal
 
     patches.apply()
     _enable_amx()
-    ModelRegistry.register_model("LlavaForConditionalGeneration", _LLAVA)
-    ModelRegistry.register_model("LlavaStfForConditionalGeneration", _LLAVA_STF)
+    for name, model in _MODELS.items():
+        ModelRegistry.register_model(name, model)
+        MODELS_CONFIG_MAP[name] = refused_options.EarlyChecks
     withdrawal.register()
 
 

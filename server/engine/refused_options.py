@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from vllm.config import VllmConfig
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+
+from foldserve.server.engine import withdrawal
 
 
 def refuse_options(*, encoder_graphs: bool, tower_adapters: bool) -> None:
@@ -27,3 +30,12 @@ def check_options(vllm_config: VllmConfig) -> None:
         encoder_graphs=vllm_config.compilation_config.cudagraph_mm_encoder,
         tower_adapters=lora is not None and lora.enable_tower_connector_lora,
     )
+
+
+class EarlyChecks(VerifyAndUpdateConfig):
+    """vLLM's hook for a model's configuration: the engine's process, which checks again, starts half a minute later."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        check_options(vllm_config)
+        withdrawal.check_decoder(vllm_config)

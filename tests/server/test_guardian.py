@@ -133,6 +133,31 @@ def test_the_status_of_a_server_that_does_not_start(status: int) -> None:
     assert run.returncode == (status or 1)
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_reason_comes_last(asked: bool) -> None:
+    """The first of those that the server's processes gave; none where it ended as it was asked to."""
+    script = (
+        "import os, signal, sys; from foldserve.server import guardian\n"
+        "print(guardian.report_failure('first'), guardian.report_failure('second'))\n"
+        "sys.stdout.flush(); print('Traceback', file=sys.stderr)\n"
+    )
+    script += "os.kill(os.getppid(), signal.SIGTERM); signal.pause()" if asked else "sys.exit(3)"
+    run = subprocess.run(
+        [sys.executable, "-c", GUARD, "1", "-c", script], capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert run.stdout == "True False\n"
+    assert run.stderr == ("Traceback\n" if asked else "Traceback\nfoldserve serve: error: first\n")
+    assert run.returncode == (128 + signal.SIGTERM if asked else 3)
+
+
+def test_without_a_guardian_the_reason_is_told_at_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("FOLDSERVE_RUN_DIR", raising=False)
+    assert guardian.report_failure("why")
+    assert capsys.readouterr().err == "foldserve serve: error: why\n"
+
+
 def test_the_guardian_is_small() -> None:
     script = (
         "import sys, foldserve.server.cli; print(*(m for m in ('torch', 'vllm', 'transformers') if m in sys.modules))"

@@ -109,19 +109,20 @@ def logging_config(log_format: str, level: str, vllm_level: str, *, color: bool 
                 "level": vllm_level,
             },
             "table": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "table"},
+            "failure": {"()": f"{_HERE}.failure.FailureHandler"},
         },
         "loggers": {
             "foldserve": _logger(level),
             STARTUP: _logger(level, "table" if is_text else "vllm"),
-            "vllm": _logger(vllm_level, "libraries"),
+            "vllm": _logger(vllm_level, "libraries", "failure"),
             "uvicorn": _logger(vllm_level, "libraries"),
         },
         "root": {"handlers": ["vllm"], "level": "WARNING"},
     }
 
 
-def _logger(level: str, handler: str = "vllm") -> dict[str, Any]:
-    return {"handlers": [handler], "level": level, "propagate": False}
+def _logger(level: str, *handlers: str) -> dict[str, Any]:
+    return {"handlers": list(handlers or ["vllm"]), "level": level, "propagate": False}
 
 
 @contextmanager

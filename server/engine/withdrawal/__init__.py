@@ -17,6 +17,7 @@ __all__ = [
     "Room",
     "TokenMap",
     "check",
+    "check_decoder",
     "configure",
     "mark",
     "model_state_cls",
@@ -50,7 +51,7 @@ def model_state_cls() -> type[Any]:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("check", "configure", "select_decoder", "step_room", "withdraw_layer"):
+    if name in ("check", "check_decoder", "configure", "select_decoder", "step_room", "withdraw_layer"):
         from foldserve.server.engine.withdrawal import config
 
         return getattr(config, name)

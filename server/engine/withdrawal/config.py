@@ -82,16 +82,25 @@ def select_decoder(vllm_config: VllmConfig) -> None:
     Raises:
         ValueError: as `check`, or the decoder is none of Llama, Mistral, Qwen2, Qwen3.
     """
+    if withdraw_layer(vllm_config) is not None:
+        text = vllm_config.model_config.hf_config.get_text_config()
+        text.architectures = [check_decoder(vllm_config)]
+
+
+def check_decoder(vllm_config: VllmConfig) -> str:
+    """The withdrawing twin of the model's decoder; "" if withdrawal is not configured.
+
+    Raises:
+        ValueError: as `select_decoder`.
+    """
     if withdraw_layer(vllm_config) is None:
-        return
+        return ""
     check(vllm_config)
     text = vllm_config.model_config.hf_config.get_text_config()
     name = (text.architectures or [_CAUSAL_LM.get(text.model_type, text.model_type)])[0]
-    if name in WITHDRAWING.values():
-        return
-    if name not in WITHDRAWING:
+    if name not in (*WITHDRAWING, *WITHDRAWING.values()):
         raise ValueError(f"--withdraw-layer supports the decoders {sorted(WITHDRAWING)}; this model has {name}")
-    text.architectures = [WITHDRAWING[name]]
+    return WITHDRAWING.get(name, name)
 
 
 def check(vllm_config: VllmConfig) -> None:

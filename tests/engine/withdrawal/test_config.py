@@ -63,6 +63,15 @@ def test_a_configured_engine_passes(config: Any) -> None:
     assert withdrawal.withdraw_layer(config) == 4
 
 
+@pytest.mark.parametrize("layer", [0, 8, 99])
+def test_a_layer_out_of_range_is_refused_before_the_engine_starts(layer: int, eight_layers: Path) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    arguments = EngineArgs(str(eight_layers), enforce_eager=True, **withdrawal.configure(layer, device="cpu"))
+    with pytest.raises(ValueError, match=f"integer from 1 to 7 for this model, got {layer}"):
+        arguments.create_engine_config()
+
+
 @pytest.mark.parametrize("flag", CONFLICTS)
 def test_conflicts_name_both_flags(config: Any, flag: str) -> None:
     CONFLICTS[flag](config)
