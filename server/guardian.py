@@ -156,10 +156,13 @@ class _Guarded:
     def _status(self, code: int) -> int:
         if self._asked_as is not None and not self._drains:
             return 128 + self._asked_as
-        if code < 0:
-            return 128 - code
         if self._asked_as is None and self._failure.exists():
             print(f"{_ERROR}{self._failure.read_text()}", file=sys.stderr)
+        if code < 0:
+            if self._asked_as is None:
+                why = ": by the system, if memory ran out" if code == -signal.SIGKILL else ""
+                print(f"foldserve: the server was ended by {signal.Signals(-code).name}{why}", file=sys.stderr)
+            return 128 - code
         if code == 0 and self._asked_as is None:
             print("foldserve: the server ended although nobody asked it to: its log says why", file=sys.stderr)
             return 1

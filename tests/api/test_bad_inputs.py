@@ -154,6 +154,7 @@ def test_a_body_of_200_mb_is_refused_by_its_header(client: Client) -> None:
     answer = connection.getresponse()
     assert answer.status == 413
     assert json.loads(answer.read())["error"]["code"] == "body_too_large"
+    assert connection.sock.recv(1) == b"", "the connection ends, whatever was announced"
     connection.close()
 
 

@@ -5,14 +5,19 @@ The tests share it and run in order; the last ones end it and read its logs.
 
 from __future__ import annotations
 
+import json
 import re
+import socket
+import struct
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from tests.api.hostile import HOST, Handler, hostile_server
@@ -98,6 +103,61 @@ def test_a_client_that_hangs_up_while_decoding(live: Live, stream: bool) -> None
     assert live.metrics("vllm:generation_tokens_total") < before + 700
 
 
+BODY = json.dumps(chat(max_tokens=900, stream=True)).encode()
+HEAD = (
+    f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(BODY)}\r\n\r\n".encode()
+)
+PHASES = {
+    "connected": b"",
+    "half a header": HEAD[:40],
+    "header": HEAD,
+    "half a body": HEAD + BODY[:20],
+    "whole": HEAD + BODY,
+    "another behind it": HEAD + BODY + b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n",
+    "half of another behind it": HEAD + BODY + HEAD[:40],
+}
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["close", "reset"])
+def test_a_client_that_hangs_up_in_any_phase(live: Live, reset: bool) -> None:
+    """Before and after the answer has begun; what the log may not hold is seen to at the end."""
+    for sent in PHASES.values():
+        for heard in (0, 1, 2000) if sent.startswith(HEAD + BODY) else (0,):
+            with socket.create_connection(("127.0.0.1", live.port), timeout=PATIENCE_S) as client:
+                client.sendall(sent)
+                if heard:
+                    assert client.recv(1), "the answer has begun"
+                while heard > 0:
+                    heard -= len(client.recv(heard))
+                if reset:
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    live.wait(lambda: is_empty(live))
+
+
+def test_file_descriptors_used_up(live: Live) -> None:
+    """Those that are there go on, new ones are refused, and as soon as there are descriptors all is well."""
+    server = live.tree()[1]
+    soft, hard = server.rlimit(psutil.RLIMIT_NOFILE)
+    held: list[HTTPConnection] = []
+    with live.stream(max_tokens=900) as stream:
+        server.rlimit(psutil.RLIMIT_NOFILE, (server.num_fds() + 5, hard))
+        try:
+            with suppress(OSError, HTTPException):
+                while len(held) < 100:
+                    held.append(live.connect())
+                    live.send(held[-1], "GET", "/health/ready")
+                    assert held[-1].getresponse().read()
+            assert 1 < len(held) < 100
+            assert not live.is_ready()
+            assert stream.readline()
+            held.pop(0).close()
+            live.wait(live.is_ready)
+        finally:
+            server.rlimit(psutil.RLIMIT_NOFILE, (soft, hard))
+            for connection in held:
+                connection.close()
+
+
 def test_an_image_of_a_refused_request(live: Live) -> None:
     """It was prepared, and never came to the engine: the next request brings it all the same."""
     picture = image(data_uri(photo(77)))
@@ -162,4 +222,5 @@ def test_drain(live: Live) -> None:
 def test_log_of_text(live: Live) -> None:
     everything = live.out.read_text() + live.err.read_text()
     assert "quagmire" not in everything
+    assert "Traceback" not in everything
     assert re.search(r"INFO .*\[[0-9a-f]{32}\] POST /v1/chat/completions 200 in [\d.]+ s, key None", everything)

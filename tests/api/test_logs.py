@@ -184,12 +184,15 @@ def test_vllms_warnings_are_shown_but_for_those_about_our_choices(tmp_path: Path
         "vllm.warning('Enforce eager set, disabling %s', 'much')\n"
         "vllm.error('Enforce eager set, disabling failed')\n"
         "vllm.warning('no tcmalloc')\n"
+        "try:\n    raise OSError('Too many open files')\n"
+        "except OSError:\n    vllm.exception('Error accepting a connection')\n"
     )
     env = {**os.environ, VARIABLE: str(file)}
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=env).stdout
     assert [line.rpartition("] ")[2] for line in said.splitlines()] == [
         "Enforce eager set, disabling failed",
         "no tcmalloc",
+        "Error accepting a connection: Too many open files",
     ]
 
 

@@ -150,6 +150,18 @@ def test_the_reason_comes_last(asked: bool) -> None:
     assert run.returncode == (128 + signal.SIGTERM if asked else 3)
 
 
+@pytest.mark.parametrize(
+    ("number", "why"), [(signal.SIGKILL, "SIGKILL: by the system, if memory ran out"), (signal.SIGSEGV, "SIGSEGV")]
+)
+def test_a_server_that_was_killed(number: signal.Signals, why: str) -> None:
+    script = f"import os; os.kill(os.getpid(), {number:d})"
+    run = subprocess.run(
+        [sys.executable, "-c", GUARD, "1", "-c", script], capture_output=True, text=True, timeout=PATIENCE_S
+    )
+    assert run.returncode == 128 + number
+    assert run.stderr == f"foldserve: the server was ended by {why}\n"
+
+
 def test_without_a_guardian_the_reason_is_told_at_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,6 +49,15 @@ class OurChoices(logging.Filter):
         return record.levelno > logging.WARNING or not record.getMessage().startswith(self._BEGIN)
 
 
+class OneLineEach(logging.Filter):
+    """Makes one line of what vLLM logs each second with a traceback, while file descriptors are used up."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.msg == "Error accepting a connection" and record.exc_info:
+            record.msg, record.exc_info = f"{record.msg}: {record.exc_info[1]}", None
+        return True
+
+
 class TableFormatter(logging.Formatter):
     """The facts of a record, one a line, under its message."""
 
@@ -89,6 +98,7 @@ def logging_config(log_format: str, level: str, vllm_level: str, *, color: bool 
         "filters": {
             "request_id": {"()": f"{_HERE}.context.RequestIdFilter"},
             "our_choices": {"()": f"{_HERE}.config.OurChoices"},
+            "one_line_each": {"()": f"{_HERE}.config.OneLineEach"},
         },
         "formatters": {
             "chosen": text if is_text else {"()": f"{_HERE}.config.json_formatter"},
@@ -105,7 +115,7 @@ def logging_config(log_format: str, level: str, vllm_level: str, *, color: bool 
                 "class": "logging.StreamHandler",
                 "stream": "ext://sys.stdout",
                 "formatter": "chosen",
-                "filters": ["request_id"] if vllm_level != "WARNING" else ["request_id", "our_choices"],
+                "filters": ["request_id", "one_line_each", *(["our_choices"] if vllm_level == "WARNING" else [])],
                 "level": vllm_level,
             },
             "table": {"class": "logging.StreamHandler", "stream": "ext://sys.stdout", "formatter": "table"},
