@@ -135,7 +135,7 @@ def make_attacks() -> dict[str, Attack]:
         "large PNGs of 16 bits": Attack(1, _asking(_same(chat("what", deep, 4)))),
         "names that nobody knows": Attack(4, _asking(_names)),
         "tokens that nobody knows": Attack(
-            2, _asking(lambda: chat("x", [], 4) | {"logit_bias": {"447": 100}, "logprobs": True})
+            2, _asking(lambda: chat("x", [], 4) | {"logit_bias": {"447": 100, "999999": 100}, "logprobs": True})
         ),
         "heads without an end": Attack(4, _endless_head),
         "half a body": Attack(200, _half_a_body),
