@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
 import httpx
 import pytest
 from fastapi import APIRouter, FastAPI, Request
+from fastapi.responses import StreamingResponse
 from limits import parse
 from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope, Send
 
 from foldserve.server.api.auth.counters import SharedCounters
 from foldserve.server.api.auth.guard import CacheSalts, Guard, cache_salts
 from foldserve.server.api.auth.keys import Key, digest
-from foldserve.server.api.auth.route import GuardedRoute, MetricsRoute, OpenRoute, WorkRoute
+from foldserve.server.api.auth.route import GuardedRoute, MetricsRoute, OpenRoute, WorkRoute, take_place
 from foldserve.server.api.errors import Forbidden, InvalidRequest, TooManyRequests, Unauthorized, Unavailable
 
 ALICE = Key("alice", digest("key-of-alice"))
@@ -235,6 +237,47 @@ def application(lifecycle: Lives, **options: Any) -> FastAPI:
 
         app.include_router(router)
     return app
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["answered", "refused"])
+def test_who_has_the_whole_answer_may_ask_again(fails: bool) -> None:
+    """The server has one place, which is free when the last bytes are on their way."""
+    app, checked, free = FastAPI(), guard(capacity=1), list[bool]()
+    app.state.foldserve_guard, app.state.foldserve_lifecycle = checked, Lives()
+    app.router.route_class = WorkRoute
+
+    def is_free() -> bool:
+        try:
+            with checked.admit(ALICE):
+                return True
+        except Unavailable:
+            return False
+
+    async def parts() -> AsyncIterator[str]:
+        for part in "abc":
+            yield part
+
+    @app.post("/work")
+    async def answer(raw_request: Request) -> StreamingResponse:
+        take_place(raw_request.scope)
+        if fails:
+            raise InvalidRequest("no")
+        return StreamingResponse(parts())
+
+    async def watched(scope: Scope, receive: Receive, send: Send) -> None:
+        async def note(message: Message) -> None:
+            if message["type"] == "http.response.body":
+                free.append(is_free())
+            await send(message)
+
+        await app(scope, receive, note)
+
+    async def post() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(watched), base_url="http://server") as client:
+            return await client.post("/work", headers={"authorization": "Bearer key-of-alice"})
+
+    assert asyncio.run(post()).status_code == (400 if fails else 200)
+    assert free == ([True] if fails else [False, False, False, True])
 
 
 Ask = Callable[..., Awaitable[httpx.Response]]

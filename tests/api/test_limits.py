@@ -458,7 +458,7 @@ def body_of(headers: dict[str, str], chunks: list[bytes]) -> Callable[[], bytes]
         "foldserve_unread": UnreadBodies(10_000),
     }
     app = SimpleNamespace(state=SimpleNamespace(**state))
-    held = {route._HELD: ExitStack(), "foldserve_key": None}
+    held = {route._PLACES: ExitStack(), "foldserve_key": None}
     raw = [(name.encode(), value.encode()) for name, value in headers.items()]
     request = CheckedRequest({"type": "http", "headers": raw, "app": app, "state": held}, receive)
     return lambda: asyncio.run(request.body())

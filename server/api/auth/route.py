@@ -14,14 +14,14 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.datastructures import Headers, State
 from starlette.routing import Match
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from foldserve.server.api.auth.guard import Guard
 from foldserve.server.api.auth.keys import Key
 from foldserve.server.api.auth.keys import Scope as KeyScope
 from foldserve.server.api.errors import FoldserveError, render
 
-_HELD = "foldserve_held"
+_PLACES = "foldserve_places"
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
@@ -94,24 +94,35 @@ class GuardedRoute(FoldRoute):
 class WorkRoute(GuardedRoute):
     """A guarded route that makes the model work: it counts towards a key's rate, and takes a place in the queue.
 
-    It does so once its body is whole (`take_place`): a client that sends slowly keeps nobody else out.
+    It does so once its body is whole (`take_place`): a client that sends slowly keeps nobody else out. The places are
+    free when the last of the answer is sent: a client that has it may ask again at once, another API process too.
     """
+
+    async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with ExitStack() as places:
+            scope.setdefault("state", {})[_PLACES] = places
+
+            async def send_last(message: Message) -> None:
+                if message["type"] == "http.response.body" and not message.get("more_body"):
+                    places.close()
+                await send(message)
+
+            await super().handle(scope, receive, send_last)
 
     def admit(self, held: ExitStack, state: State, key: Key | None, scope: Scope) -> None:
         super().admit(held, state, key, scope)
         state.foldserve_guard.refuse_if_full(key)
-        scope["state"][_HELD] = held
 
 
 def take_place(scope: Scope) -> None:
-    """Holds the place of a `WorkRoute`'s request until its answer has been sent.
+    """Holds the place of a `WorkRoute`'s request until the last of its answer is sent.
 
     Raises:
         FoldserveError: there is no room.
     """
     state = scope["state"]
     guard: Guard = scope["app"].state.foldserve_guard
-    state[_HELD].enter_context(guard.admit(state["foldserve_key"]))
+    state[_PLACES].enter_context(guard.admit(state["foldserve_key"]))
 
 
 def take_further_places(scope: Scope, answers: int) -> None:
@@ -123,7 +134,7 @@ def take_further_places(scope: Scope, answers: int) -> None:
     if answers:
         state = scope["state"]
         guard: Guard = scope["app"].state.foldserve_guard
-        state[_HELD].enter_context(guard.admit_further(state["foldserve_key"], answers))
+        state[_PLACES].enter_context(guard.admit_further(state["foldserve_key"], answers))
 
 
 class MetricsRoute(GuardedRoute):
