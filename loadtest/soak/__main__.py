@@ -20,7 +20,7 @@ from foldserve.loadtest.soak.load import send_all, stream_at_once
 from foldserve.loadtest.soak.mix import plan
 from foldserve.loadtest.soak.report import READY_WITHIN_S, Report
 from foldserve.loadtest.soak.server import Held, Server
-from foldserve.loadtest.soak.siege import Siege, besiege, make_keys
+from foldserve.loadtest.soak.siege import PROBED_WITHIN_S, Siege, besiege, make_keys
 
 _STREAM_TOKENS = 16
 _FILES_A_STREAM = 2
@@ -47,9 +47,9 @@ def main(argv: list[str] | None = None) -> None:
     add(
         "--ready-within",
         type=float,
-        default=READY_WITHIN_S,
         metavar="S",
-        help="longest time that /health/ready may take (default: %(default)s)",
+        help="longest time that /health/ready may take (default: "
+        f"{READY_WITHIN_S:g}, and beside hostile clients {PROBED_WITHIN_S:g})",
     )
     add(
         "--hostile",
@@ -102,7 +102,7 @@ async def _run(args: argparse.Namespace) -> Report:
                     looks.append(await _look(server, bar))
             death = await kill_engine(server, args.at_once)
             seconds = round(time.monotonic() - started, 1)
-            return Report(looks, soak, streams, death, seconds, args.ready_within)
+            return Report(looks, soak, streams, death, seconds, args.ready_within or READY_WITHIN_S)
         finally:
             server.kill()
 
@@ -114,7 +114,7 @@ async def _run_hostile(args: argparse.Namespace) -> Siege:
         server = Server([*args.options, "--api-keys", str(keys)], args.log or Path(folder) / "log", user)
         try:
             await server.wait_until_ready()
-            return await besiege(server, user, stranger, args.hostile, args.seed, args.ready_within)
+            return await besiege(server, user, stranger, args.hostile, args.seed, args.ready_within or PROBED_WITHIN_S)
         finally:
             server.kill()
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import sys
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
@@ -40,10 +41,12 @@ class Attack:
 
 
 def _asking(make: Callable[[], object]) -> Callable[[Address, str], Awaitable[str]]:
-    """Sends a chat, made anew each time, and waits for the answer."""
+    """Sends a chat, made anew each time, and waits for the answer; its status, and the field that it blames."""
 
     async def run(address: Address, key: str) -> str:
-        return str((await ask(address, encode("POST", _CHAT, make(), key))).status)
+        answer = await ask(address, encode("POST", _CHAT, make(), key))
+        blamed = re.search(rb'"param": ?"([^"]*)"', answer.body)
+        return f"{answer.status} {blamed[1].decode()}" if blamed else str(answer.status)
 
     return run
 

@@ -60,23 +60,24 @@ class FairSteps:
         look = self._next_look <= 0 or 2 * self._light_running <= self._looked_at
         return light if (self._behind > 0 or look) and not self._is_idle else None
 
-    def begun(self, output: object, *, own: bool, tokens: int, requests: int) -> None:
+    def begun(self, output: object, *, own: bool, computes: bool, decodes: bool) -> None:
         """A step was planned.
 
         Args:
             output: what tells it from others.
             own: it is for light keys only.
-            tokens, requests: that it computes; a step without any is none.
+            computes: it has tokens; one without any is none.
+            decodes: it has no part of a prompt.
         """
-        self._is_idle = own and not tokens  # light keys wait for something else than a step
-        if not tokens:
+        self._is_idle = own and not computes  # light keys wait for something else than a step
+        if not computes:
             return
         self._next_look = _LOOK_EVERY if own else self._next_look - 1
         if own:
             self._looked_at = self._light_running
         expected = self._own_s if own else self._full_s
         self._behind += self._lost(own, expected)
-        self._in_flight.append(_Step(output, own, tokens == requests, self._clock(), expected))
+        self._in_flight.append(_Step(output, own, decodes, self._clock(), expected))
 
     def ended(self, output: object) -> None:
         """The results of a step are there."""

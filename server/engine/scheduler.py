@@ -75,7 +75,8 @@ class FoldScheduler(Scheduler):
             held += [request for request in self.running if key_of(request) not in light and request not in held]
         output = self._schedule_without(held, *args, **kwargs) if held else super().schedule(*args, **kwargs)
         tokens, requests = output.total_num_scheduled_tokens, len(output.num_scheduled_tokens)
-        self._steps.begun(output, own=light is not None, tokens=tokens, requests=requests)
+        decodes = tokens <= requests * (1 + self.num_spec_tokens)
+        self._steps.begun(output, own=light is not None, computes=tokens > 0, decodes=decodes)
         return output
 
     def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any) -> dict[int, EngineCoreOutputs]:

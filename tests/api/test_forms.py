@@ -81,6 +81,25 @@ def test_it_is_built_once(fields: dict[str, object], engine: Any, monkeypatch: p
     assert sent == MsgpackDecoder(SamplingParams).decode(MsgpackEncoder().encode(wanted))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"min_tokens": 300, "max_tokens": 400},
+        {"min_tokens": 300},
+        {"max_completion_tokens": 1},
+        {"n": 4, "temperature": 1, "seed": 7},
+        {"logprobs": True, "top_logprobs": 5},
+        {"stop": ["x"], "stop_token_ids": [2], "logit_bias": {"5": 1}},
+        {"stream": True, "ignore_eos": True},
+    ],
+    ids=lambda fields: " ".join(fields),
+)
+def test_other_fields_do_not_matter(fields: dict[str, object], engine: Any) -> None:
+    form = asyncio.run(forms.build(asking(structured_outputs={"regex": "a+"}, **fields), engine))
+    assert form is not None
+    assert form.regex == "a+"
+
+
 def test_without_a_form_nothing_is_built(engine: Any) -> None:
     request = asking()
     assert asyncio.run(forms.build(request, engine)) is None

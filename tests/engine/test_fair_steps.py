@@ -31,12 +31,13 @@ class Engine:
         self.steps = FairSteps(lambda: self.now)
         self._queue = deque[tuple[object, float]]()
 
-    def step(self, running: Running, waiting: tuple[str, ...] = (), tokens: int | None = None) -> bool:
+    def step(
+        self, running: Running, waiting: tuple[str, ...] = (), computes: bool = True, decodes: bool = True
+    ) -> bool:
         light = self.steps.light_keys(running, waiting)
         own = light is not None
-        requests = sum(running[key] for key in light) if light is not None else running.total()
         output = object()
-        self.steps.begun(output, own=own, tokens=requests if tokens is None else tokens, requests=requests)
+        self.steps.begun(output, own=own, computes=computes, decodes=decodes)
         self._queue.append((output, self.own_s if own else self.full_s))
         while len(self._queue) > self.ahead:
             output, took = self._queue.popleft()
@@ -111,7 +112,7 @@ def test_a_light_key_that_has_nothing_to_compute_holds_nobody_up() -> None:
     kinds = []
     for _ in range(40):
         own = engine.steps.light_keys(running, ["bob"]) is not None
-        kinds.append(engine.step(running, ("bob",), tokens=0 if own else 9))
+        kinds.append(engine.step(running, ("bob",), computes=not own))
     assert any(kinds)
     assert not any(first and second for first, second in pairwise(kinds))
 
@@ -119,7 +120,7 @@ def test_a_light_key_that_has_nothing_to_compute_holds_nobody_up() -> None:
 def test_prompts_say_nothing_about_the_steps_to_come() -> None:
     """A step of its own with a long prompt takes long; the answer's steps don't."""
     engine = Engine(0.600, 0.120, ahead=0)
-    assert engine.step(Running(alice=100), ("bob",), tokens=2000)
+    assert engine.step(Running(alice=100), ("bob",), decodes=False)
     engine.own_s = 0.010
     times, _ = shares(engine, Running(alice=100, bob=1))
     assert times <= ALLOWED * 1.1

@@ -55,9 +55,9 @@ class Turns(fair_steps.FairSteps):
         self.now, self.own = 0.0, list[bool]()
         super().__init__(lambda: self.now)
 
-    def begun(self, output: object, *, own: bool, tokens: int, requests: int) -> None:
+    def begun(self, output: object, *, own: bool, computes: bool, decodes: bool) -> None:
         self.own.append(own)
-        super().begun(output, own=own, tokens=tokens, requests=requests)
+        super().begun(output, own=own, computes=computes, decodes=decodes)
 
     def ended(self, output: Any) -> None:
         self.now += len(output.num_scheduled_tokens)
