@@ -77,6 +77,11 @@ def report_listening(drain_s: float) -> None:
         Path(os.environ[_RUN_DIR], _LISTENS).write_text(str(drain_s))
 
 
+def is_listening() -> bool:
+    """Whether a server of this run has come so far."""
+    return is_guarded() and Path(os.environ[_RUN_DIR], _LISTENS).exists()
+
+
 def report_failure(reason: str) -> bool:
     """Lets the guardian say at last why the server ended.
 

@@ -19,6 +19,7 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.reasoning import ReasoningParserManager
 
+from foldserve.server import guardian
 from foldserve.server.api.logs.failure import reason, report_failure
 
 _log = logging.getLogger(__name__)
@@ -115,14 +116,15 @@ def claimed_address(args: Namespace) -> Iterator[None]:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Lets the guardian say at last why the server did not start, without a traceback where that is a mistake."""
+    """Lets the guardian say at last why the server ended; a mistake in how it was started shows no traceback."""
     try:
         yield
     except CannotStart:
         raise
     except Exception as error:
         is_first = report_failure(error)
-        if not is_first or isinstance(error, ValueError | OSError | VLLMError):
+        is_mistake = isinstance(error, ValueError | OSError | VLLMError) and not guardian.is_listening()
+        if not is_first or is_mistake:
             _log.debug("why the server ends", exc_info=True)
             raise SystemExit(1) from None
         raise

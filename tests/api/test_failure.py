@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel, ValidationError, field_validator
 
+from foldserve.server import guardian
+from foldserve.server.api import preflight
 from foldserve.server.api.logs.failure import FailureHandler, reason
 
 
@@ -57,3 +59,17 @@ def test_the_first_reason_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         except ValueError:
             log.exception(message)
     assert (tmp_path / "failure").read_text() == "the cause"
+
+
+@pytest.mark.parametrize("error", [ValueError, OSError, RuntimeError])
+@pytest.mark.parametrize("listens", [False, True], ids=["starting", "serving"])
+def test_only_a_mistake_at_the_start_shows_no_traceback(
+    listens: bool, error: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FOLDSERVE_RUN_DIR", str(tmp_path))
+    if listens:
+        guardian.report_listening(0)
+    is_mistake = not listens and error is not RuntimeError
+    with pytest.raises(SystemExit if is_mistake else error), preflight.explained():
+        raise error("why")
+    assert (tmp_path / "failure").read_text() == "why"
