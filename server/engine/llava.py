@@ -62,7 +62,7 @@ class FoldLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._vllm_config = vllm_config
         self._geometry = vision_geometry(self.config)
-        self._can_keep_positions = positions.limit(vllm_config) is not None
+        self.can_keep_positions = positions.limit(vllm_config) is not None
         self._withdraws = withdrawal.withdraw_layer(vllm_config) is not None
         if self._withdraws:
             self.get_model_state_cls = withdrawal.model_state_cls  # asked for by model runner V2 only
@@ -81,7 +81,7 @@ class FoldLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         ):
             return super().embed_multimodal(**kwargs)
         plans = [Plan.from_ints(row, self._geometry) for row in rows_of_plans.tolist()]  # on the CPU
-        if not self._can_keep_positions and any(plan.keeps_positions for plan in plans):
+        if not self.can_keep_positions and any(plan.keeps_positions for plan in plans):
             raise ValueError(positions.CANNOT_KEEP)
         if not self._withdraws and any(plan.decoder != "none" for plan in plans):
             raise ValueError("this engine has no layer K for methods in the decoder: see `withdrawal.configure`")

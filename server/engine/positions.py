@@ -7,7 +7,6 @@ What the host has to know, the full length of an image, is part of the image's i
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -17,21 +16,11 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 
 from foldserve.reducers.refusal import InvalidReduction
+from foldserve.server.engine.identity import ItemIdentity
+from foldserve.server.engine.per_request import PerRequest
 
-_MARK = re.compile(r"@(\d+)(?=~|\Z)")
 _COLUMNS = 2  # a position in base 256: each digit is exact in bfloat16
 _BASE = 256
-
-
-def mark(identifier: str, full_length: int) -> str:
-    """Identity of an image of `full_length` tokens, unreduced, whose remaining ones keep their positions."""
-    return f"{identifier}@{full_length}"
-
-
-def full_length(identifier: str) -> int | None:
-    """Inverse of `mark`: None where the tokens are renumbered."""
-    found = _MARK.search(identifier)
-    return int(found[1]) if found else None
 
 
 def attach(embeds: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -104,7 +93,7 @@ class PositionMap:
         """The map of a request from its multimodal features; None if its tokens are numbered as they come."""
         images = []
         for feature in features:
-            length = full_length(feature.identifier)
+            length = ItemIdentity.parse(feature.identifier).full_length
             if length is not None:
                 place = feature.mm_position
                 images.append(Image(place.offset, place.offset + place.length, length - place.length))
@@ -125,10 +114,12 @@ class PositionsRunner:
 
     A request that would go beyond the model's positions is an error, before anything of it is computed: the server
     refuses it before, and so does the processor as far as it can tell.
-    Nothing is done in a step without such a request.
+    Nothing is done in a step without such a request, nor with a model whose identities say nothing of positions.
     """
 
-    _position_maps: dict[str, tuple[object, PositionMap | None]] | None = None
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._position_maps = PerRequest(self._checked_map)
 
     def _gather_mm_embeddings(
         self: Any, scheduler_output: Any, shift_computed_tokens: int = 0
@@ -137,7 +128,9 @@ class PositionsRunner:
         embeds, is_embed = super()._gather_mm_embeddings(  # type: ignore[misc]
             scheduler_output, shift_computed_tokens
         )
-        maps = {request_id: self._position_map(request_id) for request_id in self.input_batch.req_ids}
+        if not getattr(self.get_model(), "can_keep_positions", False):
+            return embeds, is_embed
+        maps = {name: self._position_maps.of(self.requests, name) for name in self.input_batch.req_ids}
         if not any(maps.values()):
             return embeds, is_embed
         return self._place(scheduler_output, maps, embeds), is_embed
@@ -163,7 +156,7 @@ class PositionsRunner:
                 if first >= last:
                     continue
                 item = next(remaining)
-                if full_length(feature.identifier) is not None:
+                if ItemIdentity.parse(feature.identifier).full_length is not None:
                     assert positions is not None
                     item, source = detach(item)
                     base = place.offset + int(positions.shifts(place.offset, place.offset + 1)[0])
@@ -174,16 +167,6 @@ class PositionsRunner:
         for first_row, base, source in images:
             self.positions[first_row : first_row + len(source)] = source + base
         return plain
-
-    def _position_map(self: Any, request_id: str) -> PositionMap | None:
-        state = self.requests[request_id]
-        known = self._position_maps = self._position_maps or {}
-        entry = known.get(request_id)
-        if entry is None or entry[0] is not state:  # new, or another request under an old id
-            if len(known) > 2 * len(self.requests):
-                known = self._position_maps = {i: e for i, e in known.items() if self.requests.get(i) is e[0]}
-            entry = known[request_id] = state, self._checked_map(state)
-        return entry[1]
 
     def _checked_map(self: Any, state: Any) -> PositionMap | None:
         """The last place where a position beyond the model's can be refused: the next one is the rotary kernel."""

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
+from itertools import chain
 from typing import Any
 from zlib import crc32
 
@@ -22,8 +23,8 @@ from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, make_plan
 from foldserve.server.engine import positions
 from foldserve.server.engine.geometry import vision_geometry
+from foldserve.server.engine.identity import ItemIdentity
 from foldserve.server.engine.pixels import Normalize, leaving_bytes
-from foldserve.server.engine.withdrawal import mark, unmark
 
 KWARG = "foldserve"
 """Key in `mm_processor_kwargs`: one reduction (JSON form) for every image, or a list with one per image."""
@@ -47,8 +48,8 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
     - has images without text or options of their own processed by the image part of the HF processor alone: the rest
       sorts keyword arguments, which takes longer than the image. They stay bytes where they can, see `pixels`;
     - expands `plan.kept` placeholders per image;
-    - makes the plan part of the image's hash, hence of the processor, encoder and prefix caches, unless it is the
-      identity: then everything is as in vLLM.
+    - makes the plan part of the image's identity (`ItemIdentity`), hence of the processor, encoder and prefix caches,
+      unless it removes nothing: then everything is as in vLLM. Refuses a client's uuid that reads as a plan's.
     """
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
@@ -98,6 +99,8 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         plans = self._plans(inputs.mm_data_items, inputs.hf_processor_mm_kwargs)
         stock = replace(inputs, hf_processor_mm_kwargs=_without_ours(inputs.hf_processor_mm_kwargs))
         hashes = dict(super()._get_mm_hashes(stock))
+        for h in chain.from_iterable(hashes.values()):
+            ItemIdentity(h)  # a client's own could ask for what no plan says
         if plans:
             hashes["image"] = [self._identity(h, plan) for h, plan in zip(hashes["image"], plans, strict=True)]
         if DUMMY_FIELD in inputs.hf_processor_mm_kwargs:  # a white image of a client's is another one
@@ -114,14 +117,13 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         return {**kwargs, KWARG: [r for r, hit in zip(asked, mm_is_cached["image"], strict=True) if not hit]}
 
     def _identity(self, image_hash: str, plan: Plan) -> str:
-        if unmark(image_hash)[1] is not None:  # a client's own: it would ask for what no plan says
-            raise ValueError(f"the image's uuid {image_hash!r} ends in a mark of foldserve: give it another uuid")
         if not plan.is_identity:
             algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
             image_hash = MultiModalHasher.hash_kwargs(algorithm, image=image_hash, plan=repr(plan.to_ints()))
-        if plan.keeps_positions:
-            image_hash = positions.mark(image_hash, plan.encoded)
-        return mark(image_hash, plan.decoder, plan.kept_deep) if plan.decoder != "none" else image_hash
+        full_length = plan.encoded if plan.keeps_positions else None
+        if plan.decoder == "none":
+            return str(ItemIdentity(image_hash, full_length))
+        return str(ItemIdentity(image_hash, full_length, plan.decoder, plan.kept_deep))
 
     def _plans(self, mm_items: MultiModalDataItems, kwargs: _Kwargs) -> list[Plan]:
         """One plan per image; empty where there is nothing to plan (no pixel images)."""

@@ -10,7 +10,8 @@ from vllm.multimodal.inputs import PlaceholderRange
 from foldserve.reducers.plan import Plan, Reduction, VisionGeometry, make_plan
 from foldserve.server.api.errors import FoldserveError, InvalidRequest
 from foldserve.server.api.usage import vision_tokens
-from foldserve.server.engine.withdrawal import Room, mark
+from foldserve.server.engine.identity import ItemIdentity
+from foldserve.server.engine.withdrawal import Room
 
 CLIP = VisionGeometry(144, (12, 12), layers=3, class_token=True)
 ROOM = Room(200, "--max-num-batched-tokens 215 less one for each of 15 other sequences")
@@ -24,7 +25,9 @@ def prompt(plans: list[Plan], text: int) -> Any:
     """Images one after the other, and `text` tokens behind them."""
     ends = [sum(p.kept for p in plans[: i + 1]) for i in range(len(plans))]
     places = [PlaceholderRange(offset=end - p.kept, length=p.kept) for end, p in zip(ends, plans, strict=True)]
-    hashes = [mark(f"{i}", p.decoder, p.kept_deep) if p.decoder != "none" else f"{i}" for i, p in enumerate(plans)]
+    decoders = [None if p.decoder == "none" else p.decoder for p in plans]
+    kept = [p.kept_deep if decoder else 0 for p, decoder in zip(plans, decoders, strict=True)]
+    hashes = [str(ItemIdentity(f"{i}", None, *each)) for i, each in enumerate(zip(decoders, kept, strict=True))]
     ids = [0] * (ends[-1] + text)
     return {"prompt_token_ids": ids, "mm_placeholders": {"image": places}, "mm_hashes": {"image": hashes}}
 

@@ -94,7 +94,7 @@ def test_nobody_is_light(running: Running) -> None:
     ids=str,
 )
 def test_who_is_light(running: Running, waiting: tuple[str, ...], light: list[str | None] | None) -> None:
-    assert FairSteps().light_keys(running, waiting) == (light and set(light))
+    assert FairSteps().light_keys(running, waiting) == (None if light is None else set(light))
 
 
 def test_a_light_key_that_comes_waits_for_a_step() -> None:

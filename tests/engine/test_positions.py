@@ -15,7 +15,8 @@ from vllm.multimodal.inputs import PlaceholderRange
 
 from foldserve.reducers.plan import InvalidReduction, Reduction, VisionGeometry, make_plan
 from foldserve.server.engine import positions
-from foldserve.server.engine.positions import PositionMap, PositionsRunner, attach, detach, full_length, mark
+from foldserve.server.engine.identity import ItemIdentity
+from foldserve.server.engine.positions import PositionMap, PositionsRunner, attach, detach
 from foldserve.server.engine.vision import Survivors, reduce_features
 
 WIDTH = 3
@@ -27,14 +28,6 @@ def test_positions_travel_exactly(dtype: torch.dtype) -> None:
     embeds, travelled = detach(attach(torch.ones(6, 3, dtype=dtype), source))
     assert torch.equal(travelled, source)
     assert torch.equal(embeds, torch.ones(6, 3, dtype=dtype))
-
-
-def test_identity_says_the_full_length() -> None:
-    assert full_length(mark("abc", 576)) == 576
-    assert full_length(mark("abc", 576) + "~withdraw:0") == 576
-    assert full_length(mark("abc", 576) + "~fastv:12") == 576
-    assert full_length("abc") is full_length("abc~withdraw:0") is None
-    assert PositionMap.of([]) is None
 
 
 def test_renumbering_is_the_plan_of_who_says_nothing() -> None:
@@ -88,7 +81,7 @@ class Image:
 
     @property
     def identifier(self) -> str:
-        return "image" if self.source is None else mark("image", self.full)
+        return str(ItemIdentity("image", None if self.source is None else self.full))
 
     @property
     def mm_position(self) -> PlaceholderRange:
@@ -148,8 +141,12 @@ class Plain:
             total_num_scheduled_tokens=len(plain),
         )
         self.device = device
+        self.model = SimpleNamespace(can_keep_positions=True)
         text_config = SimpleNamespace(max_position_embeddings=100)
         self.model_config = SimpleNamespace(hf_text_config=text_config, max_model_len=50)
+
+    def get_model(self) -> Any:
+        return self.model
 
     def _gather_mm_embeddings(self, step: Any, shift_computed_tokens: int = 0) -> tuple[list[Tensor], Tensor]:
         embeds = []
@@ -196,18 +193,14 @@ def test_the_encoder_reads_no_survivor_back(method: str) -> None:
     assert attach(left.features, left.source).shape == (36, WIDTH + 2)
 
 
-def test_a_request_under_an_old_name_has_a_map_of_its_own() -> None:
-    """Client ids come again; maps of requests that are gone are forgotten."""
-    keeping = Request([Image(0, 1, 5, [3])], 1, 1)
-    runner = Runner([keeping], "cpu")
-    assert runner._position_map("0") is runner._position_map("0") is not None
-    for _ in range(5):
-        runner.requests = {"0": Request([], 1, 1), "1": keeping}
-        assert runner._position_map("0") is None and runner._position_map("1") is not None
-    for i in range(20):
-        runner.requests = {str(i): keeping}
-        runner._position_map(str(i))
-    assert len(runner._position_maps or ()) <= 3
+def test_a_model_whose_identities_are_not_ours_is_left_alone() -> None:
+    """A client may name an item of vLLM's own models as it likes."""
+    runner = Runner([Request([Image(0, 1, 5, [3])], 0, 1, [])], "cpu")
+    runner.model.can_keep_positions = False
+    embeds, _ = runner._gather_mm_embeddings(runner.step)
+    assert runner.positions.tolist() == [0, 7, 7]
+    assert [item.shape for item in embeds] == [(1, WIDTH + 2)]
+    assert PositionMap.of([]) is None
 
 
 @pytest.mark.parametrize(("prompt", "asked", "fits"), [(40, 56, True), (40, 57, False), (96, 1, False), (1, 95, True)])

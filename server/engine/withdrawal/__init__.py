@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from foldserve.server.engine.withdrawal.core import TokenMap, mark, unmark
+from foldserve.server.engine.withdrawal.core import TokenMap
 from foldserve.server.engine.withdrawal.requests import Room, refuse_prompt, refuse_request
 
 __all__ = [
@@ -19,14 +19,12 @@ __all__ = [
     "check",
     "check_decoder",
     "configure",
-    "mark",
     "model_state_cls",
     "refuse_prompt",
     "refuse_request",
     "register",
     "select_decoder",
     "step_room",
-    "unmark",
     "withdraw_layer",
 ]
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from vllm import envs
 from vllm.config import VllmConfig
 
+from foldserve.server.engine.geometry import vision_geometry
 from foldserve.server.engine.withdrawal.requests import Room
 
 _PACKAGE = "foldserve.server.engine.withdrawal"
@@ -122,6 +123,8 @@ def _conflicts(config: VllmConfig) -> Iterator[tuple[str, str]]:
     text = model.hf_config.get_text_config()
     blocks = "KV blocks of the deep layers are not addressed by token position"
     positions = "the deep layers see other rows than the batch has"
+    if vision_geometry(model.hf_config) is None:
+        yield f"a model of {model.architecture}", "foldserve reduces images of LLaVA-1.5 and LLaVA-STF models"
     if parallel.pipeline_parallel_size > 1:
         yield "--pipeline-parallel-size", "the decoder is split at the withdrawal layer instead"
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:

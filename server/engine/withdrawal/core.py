@@ -10,51 +10,16 @@ before, and since such a prompt is computed in one step (`TokenMap.whole`), coun
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
 import numpy as np
 
-WITHDRAW = "withdraw"
-"""The method that keeps nothing."""
-
-_MARK = re.compile(r"~([a-z_]+):(\d+)\Z")
+from foldserve.server.engine.identity import WITHDRAW, ItemIdentity
 
 Range = tuple[int, int]
 """Half-open [start, end) of token indices in a request."""
-
-
-class Mark(NamedTuple):
-    """What happens to an image at layer K: `kept` of its tokens stay, chosen by `method` (none with `WITHDRAW`)."""
-
-    method: str
-    kept: int
-
-
-def mark(identifier: str, method: str = WITHDRAW, kept: int = 0) -> str:
-    """Identity of an image whose tokens leave the decoder at layer K, all but the `kept` ones that `method` chooses.
-
-    The mark is part of the identity itself, so whatever is cached under the identity (embeddings, KV blocks) belongs to
-    one mode, and every process that sees the request knows the mode.
-
-    Raises:
-        ValueError: already marked, or `kept` is not positive, which it is except with `WITHDRAW`, where it is 0.
-    """
-    if kept < 0 or (kept == 0) != (method == WITHDRAW):
-        raise ValueError(
-            f"kept counts tokens of an image: 0 with {WITHDRAW!r}, else at least 1; got {method!r}, {kept}"
-        )
-    if _MARK.search(identifier):
-        raise ValueError(f"{identifier!r} is marked already: mark an image's own identity, once")
-    return f"{identifier}~{method}:{kept}"
-
-
-def unmark(identifier: str) -> tuple[str, Mark | None]:
-    """Inverse of `mark`: the image's own identity, and its mark or None."""
-    found = _MARK.search(identifier)
-    return (identifier[: found.start()], Mark(found[1], int(found[2]))) if found else (identifier, None)
 
 
 class _Placeholder(Protocol):
@@ -115,7 +80,7 @@ class TokenMap:
 
     @classmethod
     def of(cls, features: Iterable[Feature], prompt_tokens: int) -> TokenMap:
-        """The map of a request from its multimodal features; the identity if none is marked.
+        """The map of a request from its multimodal features; the identity if none of them says so.
 
         Raises:
             ValueError: tokens are to be chosen of an image that has not more than those, or that lies in pieces.
@@ -123,14 +88,14 @@ class TokenMap:
         ranges: list[Range] = []
         choices: list[Choice] = []
         for feature in features:
-            _, marked = unmark(feature.identifier)
-            if marked is None:
+            item = ItemIdentity.parse(feature.identifier)
+            if item.decoder is None:
                 continue
             pieces = [(first, last + 1) for first, last in feature.mm_position.extract_embeds_range()]
-            if marked.method == WITHDRAW:
+            if item.decoder == WITHDRAW:
                 ranges += pieces
             else:
-                choices.append(_choice(marked, pieces))
+                choices.append(_choice(item.decoder, item.kept, pieces))
         return cls(ranges, prompt_tokens, choices)
 
     @property
@@ -150,10 +115,8 @@ class TokenMap:
         return x - self.withdrawn(x)
 
 
-def _choice(marked: Mark, pieces: list[Range]) -> Choice:
+def _choice(method: str, kept: int, pieces: list[Range]) -> Choice:
     (start, end), *more = pieces
-    if more or end - start <= marked.kept:
-        raise ValueError(
-            f"{marked.method} chooses {marked.kept} of more tokens, all in one piece; the image has {pieces}"
-        )
-    return Choice(marked.method, start, end - start, marked.kept)
+    if more or end - start <= kept:
+        raise ValueError(f"{method} chooses {kept} of more tokens, all in one piece; the image has {pieces}")
+    return Choice(method, start, end - start, kept)

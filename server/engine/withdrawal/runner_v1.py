@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from foldserve.server.engine.per_request import PerRequest
 from foldserve.server.engine.withdrawal.batch import BatchMaps, DeepBatch
 from foldserve.server.engine.withdrawal.core import TokenMap
 from foldserve.server.engine.withdrawal.metadata import deep_step
@@ -17,8 +18,11 @@ class WithdrawingRunner:
     Token maps are made once per request state, and arrays of them once per composition of the batch.
     """
 
-    _token_maps: dict[str, tuple[object, TokenMap]] | None = None
     _batch_maps: BatchMaps | None = None
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._token_maps = PerRequest(_token_map)
 
     def _build_attention_metadata(self: Any, *, num_reqs: int, **kwargs: Any) -> Any:
         real = kwargs.get("num_scheduled_tokens") is not None  # dummy runs and graph capture have no requests
@@ -27,7 +31,7 @@ class WithdrawingRunner:
             return super()._build_attention_metadata(num_reqs=num_reqs, **kwargs)  # type: ignore[misc]
 
     def _deep_batch(self: Any, num_reqs: int) -> DeepBatch | None:
-        maps = [self._token_map(request_id) for request_id in self.input_batch.req_ids[:num_reqs]]
+        maps = [self._token_maps.of(self.requests, request_id) for request_id in self.input_batch.req_ids[:num_reqs]]
         if self._batch_maps is None or self._batch_maps.maps != maps:
             self._batch_maps = BatchMaps(maps)
         if not self._batch_maps.withdraws:
@@ -37,12 +41,6 @@ class WithdrawingRunner:
         step: DeepBatch | None = self._batch_maps.step(computed, scheduled)
         return step
 
-    def _token_map(self: Any, request_id: str) -> TokenMap:
-        state = self.requests[request_id]
-        known = self._token_maps = self._token_maps or {}
-        entry = known.get(request_id)
-        if entry is None or entry[0] is not state:  # new, or another request under an old id
-            if len(known) > 2 * len(self.requests):
-                known = self._token_maps = {i: e for i, e in known.items() if self.requests.get(i) is e[0]}
-            entry = known[request_id] = state, TokenMap.of(state.mm_features, state.num_prompt_tokens)
-        return entry[1]
+
+def _token_map(state: Any) -> TokenMap:
+    return TokenMap.of(state.mm_features, state.num_prompt_tokens)

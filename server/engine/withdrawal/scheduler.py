@@ -8,11 +8,12 @@ from __future__ import annotations
 from typing import Any
 from weakref import WeakValueDictionary
 
+from vllm.config import VllmConfig
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request
 
 from foldserve.server.engine.scheduler import EncoderInputs, FoldScheduler
-from foldserve.server.engine.withdrawal.config import step_room
+from foldserve.server.engine.withdrawal.config import check, step_room
 from foldserve.server.engine.withdrawal.core import TokenMap
 from foldserve.server.engine.withdrawal.manager import DeepKVCacheManager
 from foldserve.server.engine.withdrawal.prefix import MappedHashes
@@ -28,8 +29,9 @@ class WithdrawingScheduler(FoldScheduler):
       last token and all keys. It may have more images than a step encodes otherwise.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        check(vllm_config)  # of our own models, this was done before
+        super().__init__(vllm_config, *args, **kwargs)
         self._room = step_room(self.vllm_config)
         self._hashes: WeakValueDictionary[str, MappedHashes] = WeakValueDictionary()
         for manager in self.kv_cache_manager.coordinator.single_type_managers:

@@ -40,6 +40,7 @@ def put(path: str, value: object) -> Callable[[Any], None]:
 
 
 CONFLICTS: dict[str, Callable[[Any], None]] = {
+    "a model of Llava": put("model_config.hf_config.architectures", ["Qwen2ForCausalLM"]),
     "--pipeline-parallel-size": put("parallel_config.pipeline_parallel_size", 2),
     "--decode-context-parallel-size": put("parallel_config.decode_context_parallel_size", 2),
     "--prefill-context-parallel-size": put("parallel_config.prefill_context_parallel_size", 2),
@@ -77,6 +78,14 @@ def test_conflicts_name_both_flags(config: Any, flag: str) -> None:
     CONFLICTS[flag](config)
     with pytest.raises(ValueError, match=f"^--withdraw-layer does not go with .*{flag}"):
         withdrawal.check(config)
+
+
+def test_the_scheduler_asks_for_models_that_do_not(config: Any) -> None:
+    from foldserve.server.engine.withdrawal.scheduler import WithdrawingScheduler
+
+    put("model_config.hf_config.architectures", ["Qwen2ForCausalLM"])(config)
+    with pytest.raises(ValueError, match="does not go with a model of"):
+        WithdrawingScheduler(vllm_config=config)
 
 
 def test_breakable_and_piecewise_cuda_graphs_are_refused(config: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from foldserve.server.engine.identity import ItemIdentity
 from foldserve.server.engine.withdrawal.batch import NOT_STORED, BatchMaps
-from foldserve.server.engine.withdrawal.core import Choice, TokenMap, mark, unmark
+from foldserve.server.engine.withdrawal.core import Choice, TokenMap
 from foldserve.server.engine.withdrawal.requests import Room, refuse_prompt, refuse_request
 
 
@@ -45,6 +46,10 @@ class Prompt:
         return sum(self.kept[:x]) + max(0, x - len(self.kept))
 
 
+def image(number: int, decoder: str, kept: int, place: Placeholder) -> Image:
+    return Image(str(ItemIdentity(f"image{number}", None, decoder, kept)), place)
+
+
 @st.composite
 def prompts(draw: st.DrawFn) -> Prompt:
     """Texts and images in turn; an image may hold positions without embedding, and may end the prompt."""
@@ -57,12 +62,12 @@ def prompts(draw: st.DrawFn) -> Prompt:
             images.append(Image(f"image{i}", Placeholder(len(kept), embeds)))
             kept += [True] * len(embeds)
         elif draw(st.booleans()):
-            images.append(Image(mark(f"image{i}"), Placeholder(len(kept), embeds)))
+            images.append(image(i, "withdraw", 0, Placeholder(len(kept), embeds)))
             kept += [not embed for embed in embeds]
         else:
             chosen = draw(st.integers(1, 4))
             gone = draw(st.integers(1, 5))
-            images.append(Image(mark(f"image{i}", "fastv", chosen), Placeholder(len(kept), (True,) * (gone + chosen))))
+            images.append(image(i, "fastv", chosen, Placeholder(len(kept), (True,) * (gone + chosen))))
             kept += [False] * gone + [True] * chosen
     kept += [True] * draw(st.integers(0 if kept else 1, 7))
     kept[-1] = True  # the output is sampled from the last token
@@ -164,24 +169,10 @@ def test_a_step_without_withdrawn_tokens_is_nobodys_business() -> None:
     assert BatchMaps([text, image]).step(np.array([0, 0]), np.array([9, 4])) is None
 
 
-@pytest.mark.parametrize("mode", [("withdraw", 0), ("fastv", 1), ("illava_decoder", 40)])
-def test_mark_and_unmark_are_inverse(mode: tuple[str, int]) -> None:
-    assert unmark(mark("lora:3f~x", *mode)) == ("lora:3f~x", mode)
-    assert unmark("3f") == ("3f", None)
-
-
-def test_mark_refuses_a_second_mark_and_impossible_counts() -> None:
-    with pytest.raises(ValueError, match="marked already"):
-        mark(mark("3f"))
-    for mode in [("fastv", -1), ("fastv", 0), ("withdraw", 3)]:
-        with pytest.raises(ValueError, match=f"got '{mode[0]}', {mode[1]}"):
-            mark("3f", *mode)
-
-
 @pytest.mark.parametrize("embeds", [(True,) * 4, (True, False) * 5])
 def test_choosing_all_tokens_of_an_image_or_of_pieces_is_an_error(embeds: tuple[bool, ...]) -> None:
     with pytest.raises(ValueError, match="fastv chooses 4 of more tokens"):
-        TokenMap.of([Image(mark("3f", "fastv", 4), Placeholder(3, embeds))], 20)
+        TokenMap.of([image(3, "fastv", 4, Placeholder(3, embeds))], 20)
 
 
 def test_prompt_logprobs_and_sessions_are_refused_only_with_withdrawal() -> None:

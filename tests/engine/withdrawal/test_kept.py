@@ -154,7 +154,7 @@ def test_prompts_that_fit_into_no_step_are_refused(small_chunks: Engine, expecte
 
 def test_a_uuid_that_looks_like_a_mark_is_refused(small_chunks: Engine) -> None:
     prompt = CASES[6].to_vllm(small_chunks.llm.get_tokenizer()) | {"multi_modal_uuids": {"image": ["mine~fastv:3"]}}
-    with pytest.raises(ValueError, match="'mine~fastv:3' ends in a mark of foldserve"):
+    with pytest.raises(ValueError, match="'mine~fastv:3' ends as identities of foldserve do"):
         small_chunks.llm.generate([prompt], use_tqdm=False)
     small_chunks.assert_all_blocks_free()
 

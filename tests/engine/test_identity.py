@@ -1,0 +1,97 @@
+"""Identities of items: one grammar, keys of today's caches, and uuids that read as ours."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from foldserve.server.engine.identity import WITHDRAW, ItemIdentity
+from tests.images import photo
+
+PIECES = ("@", "~", "5", "0", "\N{ARABIC-INDIC DIGIT FIVE}", ":", "fastv", "withdraw", "lora:3f", "\n", "x")
+LOOK_ALIKES = ("cat@576", "~fastv:3", "cat~withdraw:0", "cat~a:0", "a@1~b_c:2", "@0", "\n@5", "cat@5@6", "x~y:1@7")
+
+PINNED: list[tuple[dict[str, Any], str]] = [
+    ({}, "cat"),
+    ({"ratio": 0}, "cat"),
+    ({"ratio": 0.5}, "bf28f20a268f06fe47c4e03a4e3851ca7e4cd3e0bcf870fbac71e70d80a5f3c2"),
+    (
+        {"ratio": 0.5, "positions": "keep"},
+        "f88fd3b2c36ed596f7be837e0adfdacaa5b7fcdbfcc60a66c4580b472c18a1e7@144",
+    ),
+    ({"withdraw": True}, "cat~withdraw:0"),
+    (
+        {"ratio": 0.5, "withdraw": True},
+        "06cda6128f981e77be10737b980f2c1a2132f0e4545f05e3ec8e4e94db50de1e~withdraw:0",
+    ),
+    ({"method": "fastv"}, "cat~fastv:72"),
+    (
+        {"method": "folder+fastv", "ratio": 0.5, "positions": "keep"},
+        "89d4169ba02886fc269abbbce47b6f5c93a81456e0d7ed4f0abca2d5e8a1798a@144~fastv:36",
+    ),
+    ({"method": "random", "keep_tokens": 36}, "d6a7e1ce1b24598baeb9e7d89b8bd821399da6fdad086a1ca9c7ef4c947c5940"),
+    ({"method": "pool", "ratio": 0.75}, "bd0f1d8e1508bfd6175143ab4c0b7aa42e08287d9381abd2ed72884555852427"),
+    ({"method": "illava_decoder", "ratio": 0.25}, "cat~illava_decoder:108"),
+]
+"""What is asked for an image named "cat" -> its identity: a change of one empties every deployment's caches."""
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_llava: Path) -> Any:
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.multimodal import MULTIMODAL_REGISTRY
+
+    config = EngineArgs(model=str(tiny_llava), dtype="float32").create_model_config()
+    return MULTIMODAL_REGISTRY.create_processor(config)
+
+
+def identities(processor: Any, uuid: str, **asked: Any) -> list[str]:
+    items = processor.info.parse_mm_data({"image": [photo(1)]})
+    prompt = processor.info.get_tokenizer().encode("<image> x")
+    uuids = {"image": [uuid]}
+    return list(processor(prompt, items, uuids, hf_processor_mm_kwargs=asked)["mm_hashes"]["image"])
+
+
+@pytest.mark.parametrize(("asked", "identity"), PINNED)
+def test_keys_of_caches_change_on_purpose_only(processor: Any, asked: dict[str, Any], identity: str) -> None:
+    assert identities(processor, "cat", foldserve=asked) == [identity]
+    ItemIdentity.parse(identity)
+
+
+@pytest.mark.parametrize("uuid", LOOK_ALIKES)
+@pytest.mark.parametrize("asked", [{}, {"foldserve": {"ratio": 0.5}}], ids=["whole", "reduced"])
+def test_a_uuid_that_reads_as_ours_is_refused(processor: Any, uuid: str, asked: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="give the item another uuid, or none"):
+        identities(processor, uuid, **asked)
+
+
+@pytest.mark.parametrize("uuid", ["cat@", "cat@576 ", "5", "~fastv:", "~FastV:3", "@\N{ARABIC-INDIC DIGIT FIVE}", ""])
+def test_any_other_uuid_is_taken(processor: Any, uuid: str) -> None:
+    assert identities(processor, uuid or "-") == [uuid or "-"]
+    assert ItemIdentity.parse(uuid) == ItemIdentity(uuid)
+
+
+@given(
+    base=st.lists(st.sampled_from(PIECES)).map("".join),
+    length=st.none() | st.integers(0, 9999),
+    decoder=st.sampled_from([(None, 0), (WITHDRAW, 0), ("fastv", 3), ("illava_decoder", 40)]),
+)
+def test_parsing_is_the_inverse(base: str, length: int | None, decoder: tuple[str | None, int]) -> None:
+    try:
+        identity = ItemIdentity(base, length, *decoder)
+    except ValueError:
+        assert any(base.endswith(digit) for digit in "0123456789")
+        return
+    assert ItemIdentity.parse(str(identity)) == identity
+    under_an_adapter = ItemIdentity.parse(f"adapter:{identity}")
+    assert under_an_adapter == ItemIdentity(f"adapter:{base}", length, *decoder)
+
+
+@pytest.mark.parametrize(("decoder", "kept"), [("fastv", -1), ("fastv", 0), (WITHDRAW, 3), (None, 1)])
+def test_counts_that_do_not_go_with_the_method(decoder: str | None, kept: int) -> None:
+    with pytest.raises(ValueError, match=f"cannot keep {kept} tokens"):
+        ItemIdentity("3f", None, decoder, kept)
