@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+from importlib.metadata import requires, version
 
 from foldserve.server import guardian
-
-VLLM_VERSION = "0.32.0"
 
 _MODELS = {
     "LlavaForConditionalGeneration": "foldserve.server.engine.llava:FoldLlavaForConditionalGeneration",
@@ -35,9 +33,16 @@ def register() -> None:
     withdrawal.register()
 
 
+def vllm_version() -> str:
+    """The version of vLLM that this release is written for, as pyproject.toml says."""
+    pin = next(text for text in requires("foldserve") or () if text.startswith("vllm=="))
+    return pin.partition(";")[0].removeprefix("vllm==")
+
+
 def _require_vllm(found: str) -> None:
-    if found.partition("+")[0] != VLLM_VERSION:
-        raise RuntimeError(f"foldserve needs vLLM {VLLM_VERSION}, found {found}: pip install vllm=={VLLM_VERSION}")
+    needed = vllm_version()
+    if found.partition("+")[0] != needed:
+        raise RuntimeError(f"foldserve needs vLLM {needed}, found {found}: pip install vllm=={needed}")
 
 
 def _enable_amx() -> None:
