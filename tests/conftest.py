@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -17,6 +18,28 @@ os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
+
+_ON_ONE_SERVER = ("bad_inputs", "chat", "front", "positions", "schema_fuzz")
+ON_ONE_SERVER = tuple(f"tests/api/test_{name}.py::" for name in _ON_ONE_SERVER)
+"""Files that use the fixture `server_url`, which lives as long as its worker."""
+
+
+class Scheduling(LoadFileScheduling):
+    """`--dist loadfile`, but the files on one server go to one worker."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return ON_ONE_SERVER[0] if nodeid.startswith(ON_ONE_SERVER) else super()._split_scope(nodeid)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "server_url" in getattr(item, "fixturenames", ()) and not item.nodeid.startswith(ON_ONE_SERVER):
+            raise pytest.UsageError(f"{item.nodeid} would start a second server: name its file in {__file__}")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:
+    return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
 
 
 def pytest_runtest_setup() -> None:

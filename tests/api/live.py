@@ -64,6 +64,8 @@ class Live:
         env: more environment variables.
         watcher: key for its metrics, where it asks for one.
         output: a descriptor that gets all that it prints, instead of `out` and `err`.
+        worker: the engine computes in a process below its own, as on CPUs and with several GPUs; without, it computes
+            itself, as with one GPU, and the server starts in half the time.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Live:
         env: Mapping[str, str] | None = None,
         watcher: str | None = None,
         output: int | None = None,
+        worker: bool = False,
     ) -> None:
         self._watcher = watcher
         with socket.socket() as probe:
@@ -85,8 +88,8 @@ class Live:
         command += [] if model is None else [str(model), "--served-model-name", "tiny"]
         command += ["--host", "127.0.0.1", "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
         command += ["--kv-cache-memory-bytes", str(64 << 20), *options]
-        inherited = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
-        variables = inherited | {"VLLM_LOGGING_LEVEL": "INFO"} | dict(env or {})
+        computes = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(worker))}  # vLLM asks for no more than that
+        variables = {**os.environ, **computes, "VLLM_LOGGING_LEVEL": "INFO", **(env or {})}
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(command, stdout=output or out, stderr=output or err, env=variables)
         if not wait:

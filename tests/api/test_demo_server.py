@@ -1,4 +1,6 @@
-"""The server that `foldserve serve` starts where no model is named: what the README shows, and answers as JSON."""
+"""The server that `foldserve serve` starts where no model is named: what the README shows, answers as JSON, and
+log-probabilities of ids that its tokenizer, as Llama's, does not know.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,15 @@ from typing import Any
 import openai
 import pytest
 
-from tests.api.live import Live
+from tests.api.live import Live, chat
 
 ROOT = Path(__file__).resolve().parents[2]
+TOKENS = 414  # that the tokenizer knows; the model has 448 rows
 
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    server = Live(None, tmp_path_factory.mktemp("demo"))
+    server = Live(None, tmp_path_factory.mktemp("demo"), worker=True)
     yield server
     server.end()
 
@@ -94,3 +97,31 @@ def test_answers_as_json_end(name: str, server: Live) -> None:
     text = choice["message"]["content"]
     assert json.dumps(json.loads(text), separators=(",", ":")) == text
     assert not re.search(r"\s", text)
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"logprobs": True, "top_logprobs": 20, "temperature": 2, "max_tokens": 300},
+        {"prompt_logprobs": 20},
+        {"logprobs": True, "top_logprobs": 20, "temperature": 2, "max_tokens": 60, "n": 4},
+    ],
+    ids=lambda fields: " ".join(fields),
+)
+def test_ordinary_requests_end_nothing(server: Live, fields: dict[str, Any], stream: bool) -> None:
+    """The first of them did, sooner or later."""
+    answer = server.ask("POST", "/v1/chat/completions", chat("say something") | fields | {"stream": stream})
+    if stream and "prompt_logprobs" in fields:
+        assert answer.status == 400
+        return
+    assert answer.status == 200, answer.body
+    assert not stream or (answer.events[-1] == "[DONE]" and '"error"' not in answer.events[-2])
+    assert server.ask("GET", "/health/ready").status == 200
+
+
+def test_no_unknown_token_is_an_answer(server: Live) -> None:
+    answer = server.chat(logprobs=True, top_logprobs=20, max_tokens=200, temperature=2, return_token_ids=True)
+    (choice,) = answer.json["choices"]
+    assert len(choice["token_ids"]) == 200 and max(choice["token_ids"]) < TOKENS
+    assert all(isinstance(top["token"], str) for step in choice["logprobs"]["content"] for top in step["top_logprobs"])

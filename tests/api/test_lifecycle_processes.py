@@ -54,7 +54,7 @@ def test_nothing_is_left(case: Case, tiny_llava: Path, tmp_path: Path) -> None:
     options = ["--api-server-count", str(case.api_processes), "--engine-timeout", str(HANGS_AFTER_S)]
     with (
         TemporaryDirectory(dir="/tmp") as temporary,  # short: it holds sockets
-        started(tiny_llava, tmp_path, temporary, *options, loads=case.phase == "loading") as live,
+        started(tiny_llava, tmp_path, temporary, *options, case=case) as live,
     ):
         victim = find(live, case.process)
         tree = live.tree()
@@ -99,8 +99,9 @@ class Answers:
 
 
 @contextmanager
-def started(model: Path, folder: Path, temporary: str, *options: str, loads: bool) -> Iterator[Live]:
-    live = Live(model, folder, *options, wait=not loads, env={"TMPDIR": temporary})
+def started(model: Path, folder: Path, temporary: str, *options: str, case: Case) -> Iterator[Live]:
+    loads = case.phase == "loading"
+    live = Live(model, folder, *options, wait=not loads, env={"TMPDIR": temporary}, worker=case.process == "worker")
     try:
         if loads:
             live.wait(lambda: any("EngineCore" in title(process) for process in live.tree()))

@@ -32,9 +32,8 @@ EXPECTED = {
 }
 
 
-def test_each_attack_meets_its_answer(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_attack_meets_its_answer(tiny_llava: Path, tmp_path: Path) -> None:
     """All at once, on a server of which nothing is left over then."""
-    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
     user, stranger = make_keys(tmp_path / "keys.toml")
     options = [str(tiny_llava), "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
     options += ["--kv-cache-memory-bytes", str(64 << 20), "--api-keys", str(tmp_path / "keys.toml")]
