@@ -61,7 +61,7 @@ OURS = {
     "deploy": [],
 }
 PURE_TORCH = {"reducers": {"torch"}, "kernels": {"torch", "triton"}}
-MAY_IMPORT_VLLM = ("server/engine", "server/api")
+MAY_IMPORT_VLLM = ("server/engine", "server/api", "server/quality/engine", "loadtest/micro")
 
 SOURCES = sorted(
     path.relative_to(ROOT)

@@ -27,13 +27,13 @@ import numpy as np
 import torch
 from PIL import Image
 
+from foldserve.loadtest.micro.engine import Clock, ProbedEngine, Request
 from foldserve.loadtest.micro.pairs import alternate, ratio
 from foldserve.loadtest.micro.shape import ITEM_BYTES, Shape
 from foldserve.loadtest.micro.variants import Row
 from foldserve.loadtest.micro.withdrawal import TIMED, engine_options, machine, render, table
 from foldserve.reducers.plan import Reduction
 from foldserve.server.engine import positions, vision
-from foldserve.server.engine.bench import Clock, ProbedEngine, Request
 
 Positions = Literal["keep", "renumber"]
 RATIO = 0.66

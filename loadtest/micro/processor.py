@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 
 from foldserve.loadtest.micro.pairs import Ratio, alternate, ratio
+from foldserve.loadtest.micro.processors import Processors
 from foldserve.reducers.plan import Reduction
-from foldserve.server.engine.bench_processor import Processors
 
 # None is what a client sends that knows nothing of us; a method that draws at random also looks at the pixels.
 ASKED: dict[str, Reduction | None] = {

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from foldserve.loadtest.micro.engine import ProbedEngine, Request
 from foldserve.loadtest.micro.shape import Shape
-from foldserve.server.engine.bench import ProbedEngine, Request
 
 STEPS = 2  # all prompts in one step, then all requests decode together
 MIB = 1 << 20

@@ -10,11 +10,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from foldserve.loadtest.micro.engine import ProbedEngine, Request, StepCost
 from foldserve.loadtest.micro.pairs import Ratio, alternate, ratio
 from foldserve.loadtest.micro.resident import Resident, count_resident
 from foldserve.loadtest.micro.shape import Shape
 from foldserve.reducers.plan import Reduction, VisionGeometry, make_plan
-from foldserve.server.engine.bench import ProbedEngine, Request, StepCost
 
 FOLD = 0.66
 REDUCTIONS = {

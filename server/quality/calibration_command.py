@@ -62,7 +62,7 @@ def run(options: Options, cache_dir: Path, engine_options: Sequence[str]) -> int
     if output == picture:
         raise ValueError(f"the calibration and its plot can't both be {output}")
 
-    from foldserve.server.engine.kl_probe import KLProbe  # vLLM, which takes seconds
+    from foldserve.server.quality.engine.kl_probe import KLProbe  # vLLM, which takes seconds
 
     probe = KLProbe(options.model, engine_options)
     candidates = candidate_layers(probe.layers, options.min_layer)

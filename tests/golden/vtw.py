@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from foldserve.server.engine.kl_walk import last_logits
 from foldserve.server.engine.withdrawal.batch import BatchMaps
 from foldserve.server.engine.withdrawal.core import TokenMap
 from foldserve.server.quality.calibration_search import first_layer_within, kl_divergence
+from foldserve.server.quality.engine.kl_walk import last_logits
 from tests.golden.case import Case, Row, assert_close, assert_equal
 from tests.golden.decoder import Decoder
 

@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 
 from foldserve.loadtest.micro import processor
+from foldserve.loadtest.micro.engine import ProbedEngine
 from foldserve.loadtest.micro.pairs import alternate, ratio
+from foldserve.loadtest.micro.processors import Processors
 from foldserve.loadtest.micro.shape import Shape
 from foldserve.loadtest.micro.variants import Bench
 from foldserve.loadtest.micro.withdrawal import TIMED, engine_options, render, render_resident, table
 from foldserve.reducers.plan import Reduction
-from foldserve.server.engine.bench import ProbedEngine
-from foldserve.server.engine.bench_processor import Processors
 
 TINY = Shape(layers=4, hidden=128, image_px=168, text=40, withdraw_layer=2)
 IDLE = ("prefill", "decode x1", "decode x4")

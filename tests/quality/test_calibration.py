@@ -211,7 +211,7 @@ class FakeProbe:
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """No engine, and a cache of this test's own."""
-    from foldserve.server.engine import kl_probe
+    from foldserve.server.quality.engine import kl_probe
 
     monkeypatch.setattr(kl_probe, "KLProbe", FakeProbe)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -56,7 +56,7 @@ def log_probabilities(
 
 @pytest.mark.parametrize("photo", [0, 1])
 def test_kl_is_that_of_the_withdrawing_engine(engine: Engine, photo: int) -> None:
-    from foldserve.server.engine.kl_probe import chat_prompt, probe
+    from foldserve.server.quality.engine.kl_probe import chat_prompt, probe
 
     full, withdrawn = probe(engine.llm, chat_prompt(engine.llm, PHOTOS[photo], QUESTIONS[photo]), range(1, 4))
     full, withdrawn = full[0], withdrawn[:, 0]
@@ -70,7 +70,7 @@ def test_kl_is_that_of_the_withdrawing_engine(engine: Engine, photo: int) -> Non
 
 
 def test_every_token_of_an_answer_follows_those_before_it(engine: Engine) -> None:
-    from foldserve.server.engine.kl_probe import chat_prompt, probe
+    from foldserve.server.quality.engine.kl_probe import chat_prompt, probe
 
     answer = [17, 300, 5, 42]
     full, withdrawn = probe(engine.llm, chat_prompt(engine.llm, PHOTOS[0], QUESTIONS[0]), range(LAYER, 3), answer)

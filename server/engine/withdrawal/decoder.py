@@ -23,7 +23,6 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
 from foldserve.reducers.withdraw import take_rows
-from foldserve.server.engine.kl_walk import Layer
 from foldserve.server.engine.withdrawal.attention import DeepAttention, ShallowAttention, adopt, score_in
 from foldserve.server.engine.withdrawal.choose import choose, merges
 from foldserve.server.engine.withdrawal.config import withdraw_layer
@@ -119,8 +118,8 @@ class WithdrawingDecoder(nn.Module):
         score_in(self.layers[first - 1].self_attn.attn, self._deep_ops[0])
 
     @property
-    def whole_layers(self) -> list[Layer]:
-        """The layers as the family made them, to be walked one by one."""
+    def whole_layers(self) -> list[Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]]:
+        """The layers as vLLM made them: (positions, hidden, residual) -> (hidden, residual)."""
         cut = self.shallow.layers[-1]
 
         def rejoined(positions: Tensor, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:

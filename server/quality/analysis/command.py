@@ -52,7 +52,7 @@ def run(options: Options, engine_options: Sequence[str]) -> None:
     """
     samples = load_questions(options.data, options.samples, options.question)
 
-    from foldserve.server.engine.study import Study  # vLLM, which takes seconds
+    from foldserve.server.quality.engine.study import Study  # vLLM, which takes seconds
 
     model = Study(options.model, engine_options, command="analyze")
     tokens = make_plan(Reduction(ratio=options.ratio), model.geometry).encoded  # refuses a ratio that leaves nothing

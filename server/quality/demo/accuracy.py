@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from foldserve.reducers.plan import Reduction
-from foldserve.server.engine.answers import AnswerEngine
 from foldserve.server.quality.demo.examples import Example
+from foldserve.server.quality.engine.answers import AnswerEngine
 
 
 @dataclass(frozen=True)

@@ -79,9 +79,9 @@ def run(options: Options, engine_options: Sequence[str]) -> None:
     specs = complete(parse_specs(options.methods) or default_specs(bool(options.withdraw)), bool(options.withdraw))
     questions = load_questions(options.data, options.limit, options.question)
 
-    from foldserve.server.engine.asked import AskedModel  # vLLM, which takes seconds
+    from foldserve.server.quality.engine.offline import AnsweringModel  # vLLM, which takes seconds
 
-    model = AskedModel(options.model, engine_options)
+    model = AnsweringModel(options.model, engine_options)
     for layer in options.withdraw:
         if not 1 <= layer < model.layers:
             raise ValueError(f"--withdraw takes K from 1 to {model.layers - 1} for this model, not {layer}")

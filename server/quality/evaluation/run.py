@@ -20,7 +20,7 @@ from foldserve.server.quality.evaluation.variants import Variant
 
 
 class Answered(Protocol):
-    """One reply; `server/engine/asked.py` has the real ones."""
+    """One reply; `quality/engine/offline.py` has the real ones."""
 
     @property
     def text(self) -> str:

@@ -16,8 +16,8 @@ from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from foldserve.reducers.folder import folder
 from foldserve.reducers.schedule import fold_schedule
 from foldserve.server.engine.geometry import vision_geometry
-from foldserve.server.engine.kl_probe import DenseAttention, KLProbe, Prompt, chat_prompt, dense, embed
 from foldserve.server.engine.tower import Tower, attend, run_layer, run_mlp
+from foldserve.server.quality.engine.kl_probe import DenseAttention, KLProbe, Prompt, chat_prompt, dense, embed
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -10,32 +10,24 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from vllm import LLM, SamplingParams
-from vllm.engine.arg_utils import EngineArgs
 from vllm.model_executor.layers.attention import Attention
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
-from vllm.platforms import current_platform
-from vllm.renderers.params import ChatParams
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from foldserve.server.engine import withdrawal
-from foldserve.server.engine.geometry import vision_geometry
-from foldserve.server.engine.kl_walk import last_logits
-from foldserve.server.engine.plugin import register
 from foldserve.server.engine.withdrawal.batch import BatchMaps
 from foldserve.server.engine.withdrawal.core import TokenMap
+from foldserve.server.quality.engine.kl_walk import last_logits
+from foldserve.server.quality.engine.offline import KV_CACHE_BYTES, OfflineModel, device, render
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-_KV_CACHE_BYTES = 2 << 30
-"""vLLM insists on a KV cache, which the probe does not use; a prompt must fit in it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,44 +45,14 @@ class Prompt:
     ranges: list[tuple[int, int]]
 
 
-class KLProbe:
-    """A model in this process, on vLLM.
-
-    Attributes:
-        model: name or directory of the checkpoint.
-        revision: of it on the Hugging Face hub, or None.
-        layers: N, the decoder layers.
-        geometry: of the vision tower.
-    """
+class KLProbe(OfflineModel):
+    """A model in this process; `start` loads it."""
 
     def __init__(self, model: str, argv: Sequence[str] = (), command: str = "calibrate") -> None:
-        """Reads the model's configuration; `start` loads it.
-
-        Args:
-            argv: engine options as `vllm serve` takes them.
-            command: of ours, for messages.
-
-        Raises:
-            ValueError: not a model whose vision tokens foldserve can withdraw.
-            SystemExit: options that vLLM's parser refuses.
-        """
+        """See `OfflineModel`."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # tensors and functions go to the model as they are
-        if not current_platform.is_cpu():
-            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # as `foldserve serve` does with withdrawal
-        register()
-        parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog=f"foldserve {command} MODEL"))
-        parser.set_defaults(max_model_len=-1, max_num_seqs=1, kv_cache_memory_bytes=_KV_CACHE_BYTES)
-        self._args = EngineArgs.from_cli_args(parser.parse_args(["--model", model, *argv]))
-        for name, value in _engine_options().items():
-            if getattr(self._args, name) not in (parser.get_default(name), value):
-                parser.error(f"foldserve {command} sets --{name.replace('_', '-')} itself: leave that option out")
-            setattr(self._args, name, value)
-        hf_config = self._args.create_model_config().hf_config
-        geometry = vision_geometry(hf_config)
-        if geometry is None:
-            raise ValueError(f"foldserve withdraws vision tokens of LLaVA-1.5-like models; {model} is another one")
-        self.model, self.revision, self.geometry = model, self._args.revision, geometry
-        self.layers: int = hf_config.get_text_config().num_hidden_layers
+        defaults = {"max_model_len": -1, "max_num_seqs": 1, "kv_cache_memory_bytes": KV_CACHE_BYTES}
+        super().__init__(model, argv, command, defaults=defaults, fixed=_engine_options())
 
     def start(self) -> None:
         """Loads the weights.
@@ -117,8 +79,7 @@ class KLProbe:
 
 def _engine_options() -> dict[str, Any]:
     """Any K makes vLLM check that the model can be served with withdrawal; the probe itself looks at every K."""
-    device: Literal["cpu", "cuda"] = "cpu" if current_platform.is_cpu() else "cuda"
-    options = withdrawal.configure(1, device=device, async_scheduling=False)
+    options = withdrawal.configure(1, device=device(), async_scheduling=False)
     options.pop("compilation_config", None)  # graphs, of which there are none in eager mode
     return options | {"enforce_eager": True}
 
@@ -138,10 +99,7 @@ def _messages(image: Image, question: str) -> list[Any]:
 
 def chat_prompt(llm: Any, image: Image, question: str) -> Prompt:
     """One user turn, an image and then a question, through the model's chat template."""
-    template = ChatParams(chat_template_kwargs={"add_generation_prompt": True, "tokenize": False})
-    renderer = llm.renderer
-    tokenizing = renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)  # the template writes them
-    _, (rendered,) = renderer.render_chat([_messages(image, question)], template, tokenizing, skip_mm_cache=True)
+    rendered = render(llm, _messages(image, question), skip_mm_cache=True)
     inclusive = [pair for place in rendered["mm_placeholders"]["image"] for pair in place.extract_embeds_range()]
     return Prompt(
         rendered["prompt_token_ids"],

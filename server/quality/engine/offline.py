@@ -1,4 +1,4 @@
-"""A served model that is asked many questions at once: what evaluation reads is what vLLM answers."""
+"""vLLM's offline engine behind the model's own chat template, processor and scheduler: how every study asks a model."""
 
 from __future__ import annotations
 
@@ -26,11 +26,67 @@ from foldserve.server.engine.plugin import register
 from foldserve.server.engine.processor import KWARG
 from foldserve.server.engine.withdrawal import Room, TokenMap, refuse_prompt
 
-_CPU_KV_CACHE_BYTES = 2 << 30
-"""On a CPU vLLM would take nearly all of the memory."""
+KV_CACHE_BYTES = 2 << 30
+"""Of a CPU; vLLM would take nearly all of its memory."""
 
 Messages = list[dict[str, Any]]
 """A dialogue as OpenAI's chat messages; images are parts `{"type": "image_pil", "image_pil": image}`."""
+
+
+class OfflineModel:
+    """A checkpoint whose images foldserve reduces, with the engine options that it is served with.
+
+    Attributes:
+        model: name or directory.
+        revision: on the Hugging Face hub, or None.
+        layers: decoder layers.
+        geometry: of its vision tower.
+    """
+
+    def __init__(
+        self, model: str, argv: Sequence[str], command: str, *, defaults: Mapping[str, Any], fixed: Mapping[str, Any]
+    ) -> None:
+        """Reads the model's configuration; nothing is loaded.
+
+        Args:
+            argv: engine options as `vllm serve` takes them.
+            command: of foldserve, for messages.
+            defaults: values of options that `argv` leaves open.
+            fixed: values of options that `argv` may not set.
+
+        Raises:
+            ValueError: not a model that foldserve can reduce.
+            SystemExit: options that vLLM's parser refuses, or fixed ones.
+        """
+        if not current_platform.is_cpu():
+            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # as `foldserve serve` does
+        register()
+        parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog=f"foldserve {command} MODEL"))
+        parser.set_defaults(**defaults)
+        self._args = EngineArgs.from_cli_args(parser.parse_args(["--model", model, *argv]))
+        for name, value in fixed.items():
+            if getattr(self._args, name) not in (parser.get_default(name), value):
+                parser.error(f"foldserve {command} sets --{name.replace('_', '-')} itself: leave that option out")
+            setattr(self._args, name, value)
+        hf_config = self._args.create_model_config().hf_config
+        geometry = vision_geometry(hf_config)
+        if geometry is None:
+            raise ValueError(f"foldserve reduces the vision tokens of LLaVA-1.5-like models; {model} is another one")
+        self.model, self.revision, self.geometry = model, self._args.revision, geometry
+        self.layers: int = hf_config.get_text_config().num_hidden_layers
+
+
+def device() -> Literal["cpu", "cuda"]:
+    return "cpu" if current_platform.is_cpu() else "cuda"
+
+
+def render(llm: LLM, messages: Messages, **options: Any) -> Any:
+    """A dialogue as the engine takes it, through the model's chat template and processor, to be answered next."""
+    template = ChatParams(chat_template_kwargs={"add_generation_prompt": True, "tokenize": False})
+    renderer = llm.renderer
+    tokenizing = renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)  # the template writes them
+    _, (rendered,) = renderer.render_chat([messages], template, tokenizing, **options)
+    return rendered
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,43 +102,16 @@ class Reply:
     first: NDArray[np.float32]
 
 
-class AskedModel:
-    """A checkpoint with the engine options it is served with; at most one engine of it runs at a time.
-
-    Attributes:
-        model: name or directory.
-        revision: of it on the Hugging Face hub, or None.
-        layers: L, the decoder layers.
-        geometry: of its vision tower.
-    """
+class AnsweringModel(OfflineModel):
+    """A model that answers many questions at once; at most one engine of it runs at a time."""
 
     def __init__(self, model: str, argv: Sequence[str] = ()) -> None:
-        """Reads the model's configuration.
-
-        Args:
-            argv: engine options as `vllm serve` takes them.
-
-        Raises:
-            ValueError: not a model that foldserve can reduce.
-            SystemExit: options that vLLM's parser refuses.
-        """
-        if not current_platform.is_cpu():
-            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # as `foldserve serve` does
-        register()
-        parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog="foldserve evaluate MODEL"))
-        if current_platform.is_cpu():
-            parser.set_defaults(kv_cache_memory_bytes=_CPU_KV_CACHE_BYTES, enforce_eager=True)
-        self._args = EngineArgs.from_cli_args(parser.parse_args(["--model", model, *argv]))
-        self._args.max_logprobs = -1
-        hf_config = self._args.create_model_config().hf_config
-        geometry = vision_geometry(hf_config)
-        if geometry is None:
-            raise ValueError(f"foldserve reduces the vision tokens of LLaVA-1.5-like models; {model} is another one")
-        self.model, self.revision, self.geometry = model, self._args.revision, geometry
-        self.layers: int = hf_config.get_text_config().num_hidden_layers
+        """See `OfflineModel`."""
+        defaults = {"kv_cache_memory_bytes": KV_CACHE_BYTES, "enforce_eager": True} if device() == "cpu" else {}
+        super().__init__(model, argv, "evaluate", defaults=defaults, fixed={"max_logprobs": -1})
 
     @contextmanager
-    def engine(self, withdraw_layer: int | None) -> Iterator[AskedEngine]:
+    def engine(self, withdraw_layer: int | None) -> Iterator[AnsweringEngine]:
         """A running engine, with K = `withdraw_layer` or without withdrawal.
 
         Raises:
@@ -92,20 +121,16 @@ class AskedModel:
         if withdraw_layer is not None:
             _add_withdrawal(args, withdraw_layer)
         elif args.worker_cls == "auto" and args.pipeline_parallel_size == 1:
-            args.worker_cls = positions.worker(_device())
+            args.worker_cls = positions.worker(device())
         llm = LLM.from_engine_args(args)
         try:
-            yield AskedEngine(llm)
+            yield AnsweringEngine(llm)
         finally:
             llm.llm_engine.engine_core.shutdown()
 
 
-def _device() -> Literal["cpu", "cuda"]:
-    return "cpu" if current_platform.is_cpu() else "cuda"
-
-
 def _add_withdrawal(args: EngineArgs, layer: int) -> None:
-    needed = withdrawal.configure(layer, device=_device(), async_scheduling=args.async_scheduling is not False)
+    needed = withdrawal.configure(layer, device=device(), async_scheduling=args.async_scheduling is not False)
     mode = needed.pop("compilation_config", {}).get("cudagraph_mode")
     if mode is not None and not args.enforce_eager:
         args.compilation_config = copy(args.compilation_config)
@@ -114,14 +139,14 @@ def _add_withdrawal(args: EngineArgs, layer: int) -> None:
         setattr(args, name, value)
 
 
-class AskedEngine:
-    """vLLM's engine behind its own chat template, processor and scheduler."""
+class AnsweringEngine:
+    """A running engine."""
 
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
         self._room: Room = withdrawal.step_room(llm.llm_engine.vllm_config)
         self._vocab_size: int = llm.model_config.get_vocab_size()
-        self._asked = 0
+        self._requests = 0
 
     def ask(self, dialogues: Sequence[Messages], reduction: Reduction, plan: Plan, max_tokens: int) -> list[Reply]:
         """Answers all dialogues, each with one image, whose reduction on this model is `plan`.
@@ -144,24 +169,17 @@ class AskedEngine:
         engine = self._llm.llm_engine
         ids = []
         for messages, params in requests:
-            prompt = self._render(messages, extras)
+            prompt = render(self._llm, messages, prompt_extras=dict(extras))
             self._check(prompt, plan)
             params = params.clone()
             params.output_kind = RequestOutputKind.FINAL_ONLY
-            self._asked += 1
-            engine.add_request(str(self._asked), prompt, params)
-            ids.append(str(self._asked))
+            self._requests += 1
+            engine.add_request(str(self._requests), prompt, params)
+            ids.append(str(self._requests))
         done: dict[str, Any] = {}
         while engine.has_unfinished_requests():
             done |= {output.request_id: output.outputs[0] for output in engine.step() if output.finished}
         return [done[request_id] for request_id in ids]
-
-    def _render(self, messages: Messages, extras: Mapping[str, Any]) -> Any:
-        template = ChatParams(chat_template_kwargs={"add_generation_prompt": True, "tokenize": False})
-        renderer = self._llm.renderer
-        tokenizing = renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)  # the template writes them
-        _, (rendered,) = renderer.render_chat([messages], template, tokenizing, prompt_extras=dict(extras))
-        return rendered
 
     def _check(self, prompt: Any, plan: Plan) -> None:
         """The prompt holds what was planned, and the scheduler will take it: there, a refusal ends the engine."""

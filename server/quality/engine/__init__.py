@@ -1,0 +1,1 @@
+"""vLLM's engine offline: a model that is asked, and one that is looked into."""
