@@ -21,7 +21,6 @@ Serve vision-language models with fewer vision tokens: every request chooses how
   foldserve convert stf SRC DST                 a LLaVA-STF checkpoint into the layout that is served
   foldserve hash-key NAME                       an API key, for serve --api-keys
   foldserve demo-model DIR                      copy the demo model into a directory
-  foldserve train-demo DIR                      train the demo model anew
 """
 
 

@@ -9,7 +9,6 @@ from foldserve.server.commands import (
     hash_key,
     loadtest,
     serve,
-    train_demo,
 )
 
-ALL = (serve, calibrate, evaluate, analyze, loadtest, convert, demo_model, train_demo, hash_key)
+ALL = (serve, calibrate, evaluate, analyze, loadtest, convert, demo_model, hash_key)

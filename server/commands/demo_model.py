@@ -16,7 +16,7 @@ def add(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace, rest: list[str]) -> None:
-    from foldserve.server.quality.demo.export import copy_checkpoint
+    from foldserve.server.quality.demo.checkpoint import copy_checkpoint
 
     try:
         copy_checkpoint(args.directory)

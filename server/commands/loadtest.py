@@ -124,7 +124,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> None:
     if "withdraw" in given:
         given["withdraw"] = _WITHDRAW[given["withdraw"]]
     if "url" not in given and "model" not in given:
-        from foldserve.server.quality.demo.export import CHECKPOINT
+        from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 
         given["model"] = str(CHECKPOINT)
     if not torch.cuda.is_available():

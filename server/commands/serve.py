@@ -188,7 +188,7 @@ def _run(args: argparse.Namespace, rest: list[str]) -> None:
         args.fail(str(error))
 
     from foldserve.server.api.logs.config import configured
-    from foldserve.server.quality.demo.export import CHECKPOINT
+    from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 
     level = args.log_level or environment.log_level
     with configured(args.log_format, level, verbose=args.verbose, own=environment.own_logging):

@@ -14,8 +14,8 @@ from vllm.renderers.hf import safe_apply_chat_template
 
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.limits import template
-from foldserve.server.quality.demo.tokenizer import CHAT_TEMPLATE
 from tests.api.test_bad_inputs import LEAKS
+from tools.demo_model.tokenizer import CHAT_TEMPLATE
 
 USER = {"role": "user", "content": "Hello"}
 ASSISTANT = {"role": "assistant", "content": "Hi"}

@@ -14,7 +14,7 @@ from vllm.v1.core.sched.request_queue import FCFSRequestQueue
 from vllm.v1.request import Request, RequestStatus
 
 from foldserve.server.engine.fair_queue import KEY, FairQueue, key_of
-from foldserve.server.quality.demo.export import CHECKPOINT
+from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 from tests.engine.conftest import start_engine
 
 SEATS = 10

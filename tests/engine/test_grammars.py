@@ -11,7 +11,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from foldserve.server.engine import grammars
-from foldserve.server.quality.demo.export import CHECKPOINT
+from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 from tests.engine.conftest import start_engine
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_rollback_tokens is deprecated:DeprecationWarning")  # vLLM's use

@@ -10,7 +10,7 @@ from vllm import SamplingParams
 from vllm.logprobs import Logprob
 
 from foldserve.server.engine.padding_rows import unknown_rows
-from foldserve.server.quality.demo.export import CHECKPOINT
+from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 from foldserve.server.settings import Settings
 from tests.engine.conftest import start_engine
 

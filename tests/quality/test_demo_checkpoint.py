@@ -17,12 +17,11 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from foldserve.reducers.reduction import Reduction
 from foldserve.server.api.announce import EXAMPLE_PNG
-from foldserve.server.quality.demo.accuracy import accuracy, scores
+from foldserve.server.quality.demo.checkpoint import CHECKPOINT, copy_checkpoint
 from foldserve.server.quality.demo.examples import Example, questions
-from foldserve.server.quality.demo.export import CHECKPOINT, copy_checkpoint
 from foldserve.server.quality.demo.questions import ALL_KINDS
 from foldserve.server.quality.demo.scene import draw_scene
-from foldserve.server.quality.engine.answers import AnswerEngine
+from tests.quality.accuracy import AnswerEngine, accuracy, scores
 
 PICTURE = Path(__file__).resolve().parents[2] / "docs" / "images" / "scene.png"
 

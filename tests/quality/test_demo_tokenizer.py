@@ -10,10 +10,10 @@ import pytest
 from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer
 
-from foldserve.server.quality.demo.export import CHECKPOINT
+from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 from foldserve.server.quality.demo.questions import ALL_KINDS, ask
 from foldserve.server.quality.demo.scene import draw_scene
-from foldserve.server.quality.demo.tokenizer import build_tokenizer, save_tokenizer, special_ids
+from tools.demo_model.tokenizer import build_tokenizer, save_tokenizer, special_ids
 
 
 @pytest.fixture(scope="module")

@@ -13,16 +13,16 @@ import pytest
 import torch
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
-from foldserve.server.quality.demo import losses
-from foldserve.server.quality.demo.batch import PREFIX_TOKENS, Batch, Text, draw_batch, encode, normalise, pack
 from foldserve.server.quality.demo.examples import questions
-from foldserve.server.quality.demo.export import export
-from foldserve.server.quality.demo.model import DemoLlava, Masks, rotation
-from foldserve.server.quality.demo.muon import orthogonalise
 from foldserve.server.quality.demo.questions import ALL_KINDS, UNKNOWN, Turn, ask
 from foldserve.server.quality.demo.scene import draw_scene
-from foldserve.server.quality.demo.tokenizer import build_tokenizer, special_ids
-from foldserve.server.quality.demo.training import GEOMETRY, Recipe, Stage, Trainer, forward
+from tools.demo_model import losses
+from tools.demo_model.batch import PREFIX_TOKENS, Batch, Text, draw_batch, encode, normalise, pack
+from tools.demo_model.export import export
+from tools.demo_model.model import DemoLlava, Masks, rotation
+from tools.demo_model.muon import orthogonalise
+from tools.demo_model.tokenizer import build_tokenizer, special_ids
+from tools.demo_model.training import GEOMETRY, Recipe, Stage, Trainer, forward
 
 TINY = replace(GEOMETRY, hidden_size=64, num_layers=3, num_heads=2, vision_hidden=32, vision_layers=3, vision_heads=1)
 RECIPE = Recipe(

@@ -12,7 +12,7 @@ from torch import Tensor
 from foldserve.server.quality.demo.config import CLIP_MEAN, CLIP_STD
 from foldserve.server.quality.demo.questions import ALL_KINDS, REFERENTS, UNKNOWN, Dialogue, Turn, ask
 from foldserve.server.quality.demo.scene import Scene, draw_scene
-from foldserve.server.quality.demo.tokenizer import build_tokenizer, special_ids
+from tools.demo_model.tokenizer import build_tokenizer, special_ids
 
 PREFIX_TOKENS = 2  # <s> USER:
 MASKED = -3e4  # low enough for a weight of exactly 0 after the softmax, and finite

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from foldserve.server.folders import new_folder
 from foldserve.server.quality.demo.config import write_config
-from foldserve.server.quality.demo.model import DemoLlava, VisionBlock
-from foldserve.server.quality.demo.tokenizer import save_tokenizer, special_ids
-
-CHECKPOINT = Path(__file__).parent / "checkpoint"
-"""The trained checkpoint that comes with foldserve."""
+from tools.demo_model.model import DemoLlava, VisionBlock
+from tools.demo_model.tokenizer import save_tokenizer, special_ids
 
 _CLIP = "vision_tower.vision_model"
 _PUBLISHED = {
@@ -38,16 +33,6 @@ def export(model: DemoLlava, folder: Path, dtype: torch.dtype = torch.bfloat16) 
     (folder / "model.safetensors").chmod(0o644)  # safetensors makes it private
     write_config(folder, model.geometry, special_ids(), str(dtype).removeprefix("torch."))
     save_tokenizer(folder)
-
-
-def copy_checkpoint(folder: Path) -> None:
-    """Copies the trained checkpoint to `folder`.
-
-    Raises:
-        FileExistsError: `folder` exists and is not an empty directory.
-    """
-    with new_folder(folder) as partial:
-        shutil.copytree(CHECKPOINT, partial, dirs_exist_ok=True)
 
 
 def published_weights(model: DemoLlava) -> dict[str, Tensor]:

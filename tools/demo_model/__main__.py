@@ -1,12 +1,17 @@
-"""`foldserve train-demo`."""
+"""`python -m tools.demo_model DIR`: trains the demo model anew."""
 
 from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from foldserve.server.commands.arguments import Commands
+import torch
+
+from tools.demo_model.export import export
+from tools.demo_model.training import Recipe, Trainer
 
 _DESCRIPTION = """\
 Trains the demo model from nothing, in about 80 minutes on two CPU cores or some minutes on a GPU.
@@ -16,13 +21,10 @@ command on the same DIR continues where it was stopped. docs/demo-model.md says 
 """
 
 
-def add(commands: Commands) -> None:
-    """Declares the command."""
-    train = commands.add_parser(
-        "train-demo",
-        help="train the demo model anew",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+def main(argv: Sequence[str] | None = None) -> None:
+    """Trains, and writes the checkpoint."""
+    train = argparse.ArgumentParser(
+        "python -m tools.demo_model", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     train.add_argument("directory", type=Path, metavar="DIR", help="where state, log and checkpoint go")
     train.add_argument("--seed", type=int, default=0, help="other scenes and weights for each (default: %(default)s)")
@@ -31,23 +33,7 @@ def add(commands: Commands) -> None:
     train.add_argument("--practice-steps", type=_positive, metavar="N", help="updates on mostly hard questions")
     train.add_argument("--withdrawal-steps", type=_positive, metavar="N", help="updates with images withdrawn")
     train.add_argument("--device", choices=("cpu", "cuda"), help="(default: cuda where there is one)")
-    train.set_defaults(run=_run, fail=train.error)
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
-
-
-def _run(args: argparse.Namespace, rest: list[str]) -> None:
-    from dataclasses import replace
-
-    import torch
-
-    from foldserve.server.quality.demo.export import export
-    from foldserve.server.quality.demo.training import Recipe, Trainer
-
+    args = train.parse_args(argv)
     recipe = Recipe(seed=args.seed)
     for name, steps in (
         ("vision", args.vision_steps),
@@ -62,8 +48,18 @@ def _run(args: argparse.Namespace, rest: list[str]) -> None:
     try:
         trainer = Trainer(recipe, args.directory, device, compiles)
     except ValueError as error:
-        args.fail(str(error))
+        train.error(str(error))
     trainer.run()
     checkpoint = args.directory / "checkpoint"
     export(trainer.model, checkpoint)
     print(f"Wrote {checkpoint}. Serve it: foldserve serve {checkpoint}")
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+if __name__ == "__main__":
+    main()

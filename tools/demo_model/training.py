@@ -23,14 +23,14 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from tqdm import tqdm
 
-from foldserve.server.quality.demo import losses
-from foldserve.server.quality.demo.batch import MASKED, PREFIX_TOKENS, Batch, draw_batch, draw_patches
-from foldserve.server.quality.demo.model import DemoLlava
-from foldserve.server.quality.demo.muon import Muon
 from foldserve.server.quality.demo.questions import REFERENTS
 from foldserve.server.quality.demo.scene import IMAGE_PX, LABELS, PATCH_PX
-from foldserve.server.quality.demo.tokenizer import special_ids
 from foldserve.server.quality.demo_weights import Geometry
+from tools.demo_model import losses
+from tools.demo_model.batch import MASKED, PREFIX_TOKENS, Batch, draw_batch, draw_patches
+from tools.demo_model.model import DemoLlava
+from tools.demo_model.muon import Muon
+from tools.demo_model.tokenizer import special_ids
 
 GEOMETRY = Geometry(
     image_size=IMAGE_PX,

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from foldserve.server.quality.demo.batch import Batch
 from foldserve.server.quality.demo.questions import ALL_KINDS, REFERENTS, UNKNOWN
 from foldserve.server.quality.demo.scene import LABELS
+from tools.demo_model.batch import Batch
 
 _BACKGROUND_WEIGHT = 0.3  # of class 0 of what a patch shows: most patches show nothing
 _WHEREABOUTS = ("row", "column")  # labels without a background class
