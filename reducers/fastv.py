@@ -6,7 +6,7 @@ from torch import Tensor
 
 from foldserve.reducers.fold import Reduced
 from foldserve.reducers.illava import without
-from foldserve.reducers.method import Decoder
+from foldserve.reducers.method import ScoringDecoder
 from foldserve.reducers.random import keep
 
 
@@ -25,7 +25,7 @@ def fastv(x: Tensor, score: Tensor, r: int) -> Reduced:
     return keep(x, without(score.argsort(dim=-1, stable=True)[:, :r], score.shape[1]))
 
 
-class FastV(Decoder):
+class FastV(ScoringDecoder):
     """What the authors keep is rounded, halves to even."""
 
     name = "fastv"
@@ -35,3 +35,6 @@ class FastV(Decoder):
 
     def removed(self, tokens: int, ratio: float | None) -> int:
         return tokens - round(tokens * (1 - (ratio or 0.0)))
+
+    def reduce(self, x: Tensor, score: Tensor, removed: int) -> Reduced:
+        return fastv(x, score, removed)

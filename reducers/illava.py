@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foldserve.reducers.fold import Reduced, at_least_fp32, group_sizes, group_sum
 from foldserve.reducers.geometry import VisionGeometry
-from foldserve.reducers.method import Decoder, InTower, Step
+from foldserve.reducers.method import InTower, ScoringDecoder, Step
 from foldserve.reducers.ops import Op
 from foldserve.reducers.options import Layers, Value
 from foldserve.reducers.refusal import InvalidReduction
@@ -136,13 +136,17 @@ class Illava(InTower):
         return reduced._replace(sizes=group_sizes(reduced.group, reduced.tokens.shape[1], sizes))
 
 
-class IllavaDecoder(Decoder):
+class IllavaDecoder(ScoringDecoder):
     """The decoder's half."""
 
     name = "illava_decoder"
     summary = "Merges the vision tokens that the last prompt token attends to least, before decoder layer K."
     paper = _PAPER
     default_ratio = 0.3
+    merges = True
 
     def removed(self, tokens: int, ratio: float | None) -> int:
         return round(tokens * ratio) if ratio else 0  # halves to even, as the authors round
+
+    def reduce(self, x: Tensor, score: Tensor, removed: int) -> Reduced:
+        return illava(x, score, removed)

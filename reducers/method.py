@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from foldserve.reducers.fold import Reduced
     from foldserve.reducers.plan import Plan
 
-__all__ = ["AfterTower", "BeforeTower", "Decoder", "InTower", "Method", "Projector", "Stage", "Step"]
+__all__ = [
+    "AfterTower",
+    "BeforeTower",
+    "Decoder",
+    "InTower",
+    "Method",
+    "Projector",
+    "ScoringDecoder",
+    "Stage",
+    "Step",
+]
 
 
 class Step(NamedTuple):
@@ -166,3 +176,17 @@ class Decoder(Method):
     @abstractmethod
     def removed(self, tokens: int, ratio: float | None) -> int:
         """How many of an image's tokens go."""
+
+
+class ScoringDecoder(Decoder):
+    """Keeps some of an image's tokens, by the attention that the prompt's last token gives them in layer K - 1.
+
+    Attributes:
+        merges: tokens that stay take up those that go, so that they have to be what layer K - 1 makes of them.
+    """
+
+    merges: ClassVar[bool] = False
+
+    @abstractmethod
+    def reduce(self, x: Tensor, score: Tensor, removed: int) -> Reduced:
+        """x (1, n, d), score (1, n) -> the n - removed tokens that stay, in order; linear in x."""

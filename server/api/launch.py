@@ -12,7 +12,7 @@ from importlib.metadata import distribution, entry_points
 from pathlib import Path
 from typing import Any, NoReturn
 
-from vllm.config import CUDAGraphMode, StructuredOutputsConfig
+from vllm.config import StructuredOutputsConfig
 from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.logger import configure_logging_from_args
@@ -153,17 +153,10 @@ def _settings_for(choose: SettingsFor, args: Namespace, refuse: Callable[[str], 
 def _add_withdrawal(args: Namespace, layer: int, refuse: Callable[[str], NoReturn]) -> None:
     """Sets the engine arguments that withdrawal needs; a user's own value for one of them is refused."""
     on_cpu = current_platform.is_cpu()
-    needed = withdrawal.configure(
-        layer, device="cpu" if on_cpu else "cuda", async_scheduling=args.async_scheduling is not False
-    )
-    del needed["additional_config"]
-    mode = needed.pop("compilation_config", {}).get("cudagraph_mode")
-    if mode is not None and args.compilation_config.cudagraph_mode is None and not args.enforce_eager:
-        args.compilation_config.cudagraph_mode = CUDAGraphMode[mode]
-    for name, value in needed.items():
-        if getattr(args, name) not in (None, "auto", True, value):
-            refuse(f"--withdraw-layer sets {_as_option(name, value)} itself: leave that option out")
-        setattr(args, name, value)
+    try:
+        withdrawal.apply(args, layer, device="cpu" if on_cpu else "cuda")
+    except ValueError as error:
+        refuse(str(error))
     if not on_cpu:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # withdrawal on runner V2 has not run on a GPU yet
 

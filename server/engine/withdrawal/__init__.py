@@ -16,6 +16,7 @@ from foldserve.server.engine.withdrawal.requests import Room, refuse_prompt, ref
 __all__ = [
     "Room",
     "TokenMap",
+    "apply",
     "check",
     "check_decoder",
     "configure",
@@ -49,7 +50,7 @@ def model_state_cls() -> type[Any]:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("check", "check_decoder", "configure", "select_decoder", "step_room", "withdraw_layer"):
+    if name in ("apply", "check", "check_decoder", "configure", "select_decoder", "step_room", "withdraw_layer"):
         from foldserve.server.engine.withdrawal import config
 
         return getattr(config, name)

@@ -6,28 +6,17 @@ nothing of the device is read there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
-
 import torch
 from torch import Tensor
 
-from foldserve.reducers.fastv import fastv
-from foldserve.reducers.fold import Reduced
-from foldserve.reducers.illava import illava
+from foldserve.reducers import METHODS
+from foldserve.reducers.method import ScoringDecoder
 from foldserve.server.engine.withdrawal.batch import ChosenImage, ChosenPrompt
-
-METHODS: Mapping[str, Callable[[Tensor, Tensor, int], Reduced]] = MappingProxyType(
-    {"fastv": fastv, "illava_decoder": illava}
-)
-"""x (1, n, d), scores (1, n), r -> the n - r tokens that stay, in order."""
-
-_MERGING = {"illava_decoder"}
 
 
 def merges(prompts: tuple[ChosenPrompt, ...]) -> bool:
     """Whether a token that stays takes others up, which then have to be what layer K-1 makes of them."""
-    return any(image.method in _MERGING for prompt in prompts for image in prompt.images)
+    return any(_method(image).merges for prompt in prompts for image in prompt.images)
 
 
 def last_token_scores(query: Tensor, key: Tensor, prompt: ChosenPrompt, scale: float) -> Tensor:
@@ -67,7 +56,13 @@ def choose(
 def _choose_of(image: ChosenImage, scores: Tensor, rows: Tensor, hidden: Tensor, residual: Tensor) -> None:
     own = slice(image.row, image.row + image.tokens)
     x = torch.cat([hidden[own], residual[own]], dim=-1)  # (tokens, d + e)
-    reduced = METHODS[image.method](x[None], scores[None], image.tokens - image.kept)
+    reduced = _method(image).reduce(x[None], scores[None], image.tokens - image.kept)
     chosen = reduced.source[0] + image.row
     rows[image.deep_row : image.deep_row + image.kept] = chosen
     hidden[chosen], residual[chosen] = torch.split(reduced.tokens[0], [hidden.shape[1], residual.shape[1]], dim=-1)
+
+
+def _method(image: ChosenImage) -> ScoringDecoder:
+    method = METHODS[image.method]
+    assert isinstance(method, ScoringDecoder)  # as the plan chose it
+    return method

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import copy
 from typing import Any, Literal
 
 from vllm import envs
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 
 from foldserve.server.engine.geometry import vision_geometry
 from foldserve.server.engine.withdrawal.requests import Room
@@ -75,6 +76,25 @@ def configure(
         # Piecewise graphs are keyed by the size of the full batch, which is not the size of the deep half.
         arguments["compilation_config"] = {"cudagraph_mode": "FULL_DECODE_ONLY"}
     return arguments
+
+
+def apply(args: Any, layer: int, *, device: Literal["cpu", "cuda"]) -> None:
+    """Writes what `configure` gives into vLLM's parsed options or `EngineArgs`, all but `additional_config`.
+
+    Raises:
+        ValueError: another value is there already, which its owner chose.
+    """
+    needed = configure(layer, device=device, async_scheduling=args.async_scheduling is not False)
+    del needed["additional_config"]
+    mode = needed.pop("compilation_config", {}).get("cudagraph_mode")
+    if mode is not None and args.compilation_config.cudagraph_mode is None and not args.enforce_eager:
+        args.compilation_config = copy(args.compilation_config)
+        args.compilation_config.cudagraph_mode = CUDAGraphMode[mode]
+    for name, value in needed.items():
+        if getattr(args, name) not in (None, "auto", True, value):
+            option = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
+            raise ValueError(f"--withdraw-layer sets {option} itself: leave that option out")
+        setattr(args, name, value)
 
 
 def select_decoder(vllm_config: VllmConfig) -> None:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 from vllm import LLM, SamplingParams
-from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 from vllm.platforms import current_platform
 from vllm.renderers.params import ChatParams
@@ -25,6 +24,7 @@ from foldserve.server.engine.geometry import vision_geometry
 from foldserve.server.engine.plugin import register
 from foldserve.server.engine.processor import KWARG
 from foldserve.server.engine.withdrawal import Room, TokenMap, refuse_prompt
+from foldserve.server.settings import CONFIG_KEY
 
 KV_CACHE_BYTES = 2 << 30
 """Of a CPU; vLLM would take nearly all of its memory."""
@@ -119,7 +119,8 @@ class AnsweringModel(OfflineModel):
         """
         args = copy(self._args)
         if withdraw_layer is not None:
-            _add_withdrawal(args, withdraw_layer)
+            withdrawal.apply(args, withdraw_layer, device=device())
+            args.additional_config = {CONFIG_KEY: {"withdraw_layer": withdraw_layer}}
         elif args.worker_cls == "auto" and args.pipeline_parallel_size == 1:
             args.worker_cls = positions.worker(device())
         llm = LLM.from_engine_args(args)
@@ -127,16 +128,6 @@ class AnsweringModel(OfflineModel):
             yield AnsweringEngine(llm)
         finally:
             llm.llm_engine.engine_core.shutdown()
-
-
-def _add_withdrawal(args: EngineArgs, layer: int) -> None:
-    needed = withdrawal.configure(layer, device=device(), async_scheduling=args.async_scheduling is not False)
-    mode = needed.pop("compilation_config", {}).get("cudagraph_mode")
-    if mode is not None and not args.enforce_eager:
-        args.compilation_config = copy(args.compilation_config)
-        args.compilation_config.cudagraph_mode = CUDAGraphMode[mode]
-    for name, value in needed.items():
-        setattr(args, name, value)
 
 
 class AnsweringEngine:
