@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import select
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ class Pipe:
         """The numbers of the next lines, which have `size` bytes."""
         data = bytearray()
         while (missing := lines - data.count(b"\n")) > 0:
+            assert select.select([self._reads], [], [], PATIENCE_S)[0], f"{missing} lines never came"
             data += os.read(self._reads, missing * size)
         return [int(line.split()[0]) for line in data.splitlines()]
 
@@ -93,6 +95,7 @@ def test_a_line_larger_than_the_queue_is_written(pipe: Pipe) -> None:
     large = b"0 " + b"x" * 2 * _QUEUE_BYTES + b"\n"
     pipe.queued.write(large)
     assert pipe.read(1, len(large)) == [0]
+    wait(pipe.queued.is_read)  # a line is in the queue, and fills it, until all of it is known to be written
     pipe.send()
     assert pipe.read(1) == [0]
 
