@@ -31,7 +31,7 @@ from foldserve.server.api.routes import replace_routes
 from foldserve.server.api.schema import Defaults
 from foldserve.server.api.serving import FoldServingChat
 from foldserve.server.engine import positions
-from foldserve.server.engine.geometry import vision_geometry
+from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.kv_cost import kv_cost
 from foldserve.server.engine.withdrawal import step_room
 from foldserve.server.limits import Limits
@@ -61,12 +61,13 @@ class FoldserveEndpoint:
         limits = Limits.from_config(config.get(CONFIG_KEY, {}).get("limits", {}))
         state.foldserve_unread = UnreadBodies(limits.max_unread_bytes)
         withdraw_layer = config.get(CONFIG_KEY, {}).get("withdraw_layer")
+        family = family_of(engine_client.model_config.hf_config)
         state.foldserve_chat = FoldServingChat(
             engine_client,
             state.openai_serving_models,
             args.response_role,
             planner=Planner(
-                vision_geometry(engine_client.model_config.hf_config),
+                None if family is None else family.geometry,
                 Defaults.from_config(config),
                 withdraw_layer,
                 step_room(engine_client.vllm_config),

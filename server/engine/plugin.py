@@ -6,11 +6,6 @@ from importlib.metadata import requires, version
 
 from foldserve.server import guardian
 
-_MODELS = {
-    "LlavaForConditionalGeneration": "foldserve.server.engine.llava:FoldLlavaForConditionalGeneration",
-    "LlavaStfForConditionalGeneration": "foldserve.server.engine.stf:FoldLlavaStfForConditionalGeneration",
-}
-
 
 def register() -> None:
     """Applies the patches and registers the models. Idempotent.
@@ -24,12 +19,13 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from foldserve.server.engine import patches, refused_options, withdrawal
+    from foldserve.server.engine.families.registry import ENTRIES
 
     patches.apply()
     _enable_amx()
-    for name, model in _MODELS.items():
-        ModelRegistry.register_model(name, model)
-        MODELS_CONFIG_MAP[name] = refused_options.EarlyChecks
+    for architecture, entry in ENTRIES.items():
+        ModelRegistry.register_model(architecture, entry.model_path)
+        MODELS_CONFIG_MAP[architecture] = refused_options.EarlyChecks
     withdrawal.register()
 
 

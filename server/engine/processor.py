@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -13,16 +13,15 @@ from zlib import crc32
 import torch
 from transformers import BatchFeature
 from vllm.inputs import MultiModalHashes, MultiModalInput
-from vllm.model_executor.models.llava import LlavaMultiModalProcessor
 from vllm.multimodal.hasher import MultiModalHasher
-from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
+from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageEmbeddingItems, MultiModalDataItems
-from vllm.multimodal.processing import ProcessorInputs, PromptReplacement, PromptUpdate, TimingContext
+from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs, TimingContext
 
-from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, make_plan
 from foldserve.server.engine import positions
-from foldserve.server.engine.geometry import vision_geometry
+from foldserve.server.engine.families.registry import family_of
+from foldserve.server.engine.family import Family
 from foldserve.server.engine.identity import ItemIdentity
 from foldserve.server.engine.pixels import Normalize, leaving_bytes
 
@@ -40,14 +39,13 @@ _OWN_FIELDS = (PLAN_FIELD, DUMMY_FIELD)
 _Kwargs = Mapping[str, object]
 
 
-class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
-    """Modifications to vLLM's LLaVA processor:
+class FoldProcessor(BaseMultiModalProcessor[Any]):
+    """Mixin before a family's multimodal processor of vLLM. Modifications:
 
     - takes `mm_processor_kwargs["foldserve"]` before the HF processor sees it;
     - adds each image's plan to its multimodal data, and says of dummies that they are;
     - has images without text or options of their own processed by the image part of the HF processor alone: the rest
       sorts keyword arguments, which takes longer than the image. They stay bytes where they can, see `pixels`;
-    - expands `plan.kept` placeholders per image;
     - makes the plan part of the image's identity (`ItemIdentity`), hence of the processor, encoder and prefix caches,
       unless it removes nothing: then everything is as in vLLM. Refuses a client's uuid that reads as a plan's.
     """
@@ -57,7 +55,7 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
         """Raises InvalidReduction if kept positions go beyond those of the model: `vllm.LLM` has nobody else to ask."""
-        plans = self._plans(inputs.mm_data_items, inputs.hf_processor_mm_kwargs)
+        plans = self.plans(inputs.mm_data_items, inputs.hf_processor_mm_kwargs)
         processed = super().apply(inputs, timing_ctx)
         gaps = sum(plan.removed for plan in plans if plan.keeps_positions)
         limit = positions.trained(self.info.ctx.model_config)
@@ -65,8 +63,8 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         return processed
 
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: _Kwargs) -> BatchFeature:
-        plans = self._plans(mm_items, hf_kwargs)
-        processed = super()._apply_hf_processor_main(mm_items, _without_ours(hf_kwargs))
+        plans = self.plans(mm_items, hf_kwargs)
+        processed = super()._apply_hf_processor_main(mm_items, without_ours(hf_kwargs))
         if plans:
             images = zip(plans, processed["pixel_values"], strict=True)
             seeded = [plan.with_seed(self._seed(pixels)) if plan.is_seeded else plan for plan, pixels in images]
@@ -86,18 +84,9 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
         return fields | dict.fromkeys(_OWN_FIELDS, MultiModalFieldConfig.batched("image", keep_on_cpu=True))
 
-    def _get_prompt_updates(
-        self, mm_items: MultiModalDataItems, hf_processor_mm_kwargs: _Kwargs, out_mm_kwargs: MultiModalKwargsItems
-    ) -> Sequence[PromptUpdate]:
-        plans = self._plans(mm_items, hf_processor_mm_kwargs)
-        if not plans:
-            return super()._get_prompt_updates(mm_items, _without_ours(hf_processor_mm_kwargs), out_mm_kwargs)
-        token = self.info.get_hf_config().image_token_index
-        return [PromptReplacement(modality="image", target=[token], replacement=lambda i: [token] * plans[i].kept)]
-
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
-        plans = self._plans(inputs.mm_data_items, inputs.hf_processor_mm_kwargs)
-        stock = replace(inputs, hf_processor_mm_kwargs=_without_ours(inputs.hf_processor_mm_kwargs))
+        plans = self.plans(inputs.mm_data_items, inputs.hf_processor_mm_kwargs)
+        stock = replace(inputs, hf_processor_mm_kwargs=without_ours(inputs.hf_processor_mm_kwargs))
         hashes = dict(super()._get_mm_hashes(stock))
         for h in chain.from_iterable(hashes.values()):
             ItemIdentity(h)  # a client's own could ask for what no plan says
@@ -125,12 +114,12 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
             return str(ItemIdentity(image_hash, full_length))
         return str(ItemIdentity(image_hash, full_length, plan.decoder, plan.kept_deep))
 
-    def _plans(self, mm_items: MultiModalDataItems, kwargs: _Kwargs) -> list[Plan]:
+    def plans(self, mm_items: MultiModalDataItems, kwargs: _Kwargs) -> list[Plan]:
         """One plan per image; empty where there is nothing to plan (no pixel images)."""
         count = mm_items.get_count("image", strict=False)
         reductions = parse_reductions(kwargs.get(KWARG), count)
-        if count and not isinstance(mm_items["image"], ImageEmbeddingItems) and self._geometry is not None:
-            return [make_plan(reduction, self._geometry) for reduction in reductions]
+        if count and not isinstance(mm_items["image"], ImageEmbeddingItems) and self._family is not None:
+            return [make_plan(reduction, self._family.geometry) for reduction in reductions]
         if any(r != Reduction() for r in reductions):
             raise InvalidReduction("only images can be reduced, by a CLIP or SigLIP tower, not embeddings", param="")
         return []
@@ -151,8 +140,8 @@ class FoldLlavaMultiModalProcessor(LlavaMultiModalProcessor):
         return leaving_bytes(image_processor) or image_processor
 
     @cached_property  # a config is slow to read, and plans are made several times per request
-    def _geometry(self) -> VisionGeometry | None:
-        return vision_geometry(self.info.get_hf_config())
+    def _family(self) -> Family | None:
+        return family_of(self.info.get_hf_config())
 
 
 def parse_reductions(value: object, count: int) -> list[Reduction]:
@@ -177,5 +166,5 @@ def _text(value: object) -> str:
     return json.dumps(value, default=repr)  # what is no JSON is no reduction either
 
 
-def _without_ours(kwargs: _Kwargs) -> _Kwargs:
+def without_ours(kwargs: _Kwargs) -> _Kwargs:
     return {key: value for key, value in kwargs.items() if key not in (KWARG, DUMMY_FIELD)}

@@ -21,7 +21,7 @@ from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 from foldserve.server.engine.encoder_budget import profiled_images
 from foldserve.server.engine.fair_queue import FairQueue, key_of
 from foldserve.server.engine.fair_steps import FairSteps
-from foldserve.server.engine.geometry import vision_geometry
+from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.grammars import GrammarPool, PacedGrammar
 
 _KEPT_FOR_OTHERS = 10  # one in so many of those that run at once is not for a key that has all others
@@ -58,10 +58,10 @@ class FoldScheduler(Scheduler):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        geometry = vision_geometry(self.vllm_config.model_config.hf_config)
+        family = family_of(self.vllm_config.model_config.hf_config)
         manager = self.encoder_cache_manager
-        if geometry is not None and type(manager) is EncoderCacheManager:
-            self._encoded, self._most_images = geometry.tokens, profiled_images(self.vllm_config)
+        if family is not None and type(manager) is EncoderCacheManager:
+            self._encoded, self._most_images = family.geometry.tokens, profiled_images(self.vllm_config)
             self.encoder_cache_manager = CountingCacheManager(manager.cache_size)
         self._grammars = GrammarPool()
         self._steps = FairSteps()

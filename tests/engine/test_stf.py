@@ -16,8 +16,8 @@ from foldserve.reducers import METHODS
 from foldserve.reducers.plan import InvalidReduction, Reduction, VisionGeometry, make_plan
 from foldserve.reducers.stf import StfConfig
 from foldserve.server.convert.stf import convert
-from foldserve.server.engine.geometry import vision_geometry
-from foldserve.server.engine.stf_config import ARCHITECTURE
+from foldserve.server.engine.families.llava_stf import ARCHITECTURE
+from foldserve.server.engine.families.registry import family_of
 from tests import stf_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
 from tests.engine.stf_reference import StfReference
@@ -130,9 +130,9 @@ def run_two_ranks(folder: Path) -> None:
 
 def geometry(**fields: Any) -> VisionGeometry:
     """Of a checkpoint with CLIP-L at 336 pixels and these fields in its config.json."""
-    found = vision_geometry(LlavaConfig(architectures=[ARCHITECTURE], **({"stf": StfConfig().to_json()} | fields)))
+    found = family_of(LlavaConfig(architectures=[ARCHITECTURE], **({"stf": StfConfig().to_json()} | fields)))
     assert found is not None
-    return found
+    return found.geometry
 
 
 def test_geometry() -> None:

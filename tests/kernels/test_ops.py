@@ -62,7 +62,7 @@ def test_torch_on_a_gpu_where_no_kernels_are_wanted() -> None:
 
 
 def test_the_model_chooses_for_its_device_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    llava: Any = import_module("foldserve.server.engine.llava")  # vLLM, which takes its time
+    llava: Any = import_module("foldserve.server.engine.families.llava")  # vLLM, which takes its time
 
     class Built(Exception):
         """The rest of the model."""
@@ -70,7 +70,7 @@ def test_the_model_chooses_for_its_device_before_it_is_built(monkeypatch: pytest
     def build(*args: object, **options: object) -> None:
         raise Built
 
-    monkeypatch.setattr(llava.withdrawal, "select_decoder", lambda config: None)
+    monkeypatch.setattr("foldserve.server.engine.withdrawal.select_decoder", lambda config: None)
     monkeypatch.setattr(llava.LlavaForConditionalGeneration, "__init__", build)
     references = {op.reference.__name__: op.reference for op in ops.OPS}
     for device, wanted, expected in (("cuda", "1", TWINS), ("cuda", "0", references), ("cpu", "1", references)):

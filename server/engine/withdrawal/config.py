@@ -9,7 +9,7 @@ from typing import Any, Literal
 from vllm import envs
 from vllm.config import CUDAGraphMode, VllmConfig
 
-from foldserve.server.engine.geometry import vision_geometry
+from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.withdrawal.requests import Room
 
 _PACKAGE = "foldserve.server.engine.withdrawal"
@@ -143,7 +143,7 @@ def _conflicts(config: VllmConfig) -> Iterator[tuple[str, str]]:
     text = model.hf_config.get_text_config()
     blocks = "KV blocks of the deep layers are not addressed by token position"
     positions = "the deep layers see other rows than the batch has"
-    if vision_geometry(model.hf_config) is None:
+    if family_of(model.hf_config) is None:
         yield f"a model of {model.architecture}", "foldserve reduces images of LLaVA-1.5 and LLaVA-STF models"
     if parallel.pipeline_parallel_size > 1:
         yield "--pipeline-parallel-size", "the decoder is split at the withdrawal layer instead"

@@ -20,7 +20,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from foldserve.reducers.plan import Plan, Reduction
 from foldserve.server.engine import positions, withdrawal
-from foldserve.server.engine.geometry import vision_geometry
+from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.plugin import register
 from foldserve.server.engine.processor import KWARG
 from foldserve.server.engine.withdrawal import Room, TokenMap, refuse_prompt
@@ -69,10 +69,10 @@ class OfflineModel:
                 parser.error(f"foldserve {command} sets --{name.replace('_', '-')} itself: leave that option out")
             setattr(self._args, name, value)
         hf_config = self._args.create_model_config().hf_config
-        geometry = vision_geometry(hf_config)
-        if geometry is None:
+        family = family_of(hf_config)
+        if family is None:
             raise ValueError(f"foldserve reduces the vision tokens of LLaVA-1.5-like models; {model} is another one")
-        self.model, self.revision, self.geometry = model, self._args.revision, geometry
+        self.model, self.revision, self.geometry = model, self._args.revision, family.geometry
         self.layers: int = hf_config.get_text_config().num_hidden_layers
 
 

@@ -15,7 +15,7 @@ from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
 from foldserve.reducers.folder import folder
 from foldserve.reducers.schedule import fold_schedule
-from foldserve.server.engine.geometry import vision_geometry
+from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.tower import Tower, attend, run_layer, run_mlp
 from foldserve.server.quality.engine.kl_probe import DenseAttention, KLProbe, Prompt, chat_prompt, dense, embed
 
@@ -65,9 +65,9 @@ def _pixels(model: Any, prompt: Prompt) -> Tensor:
 
 def _walk(model: Any) -> tuple[Tower, int]:
     """The tower, and how many tokens stand before its patches."""
-    geometry = vision_geometry(model.config)
-    assert geometry is not None  # as KLProbe checked
-    return Tower(model.vision_tower, model.config.vision_feature_select_strategy), int(geometry.class_token)
+    family = family_of(model.config)
+    assert family is not None  # as KLProbe checked
+    return Tower(model.vision_tower, model.config.vision_feature_select_strategy), int(family.geometry.class_token)
 
 
 @torch.inference_mode()

@@ -117,7 +117,7 @@ def _link(name: str, site: Path) -> None:
             shutil.copy(source, target)
 
 
-_IMPORTS = "import foldserve.server.api.plugin, foldserve.server.engine.llava as it; print(it.__file__)"
+_IMPORTS = "import foldserve.server.api.plugin, foldserve.server.engine.families.llava as it; print(it.__file__)"
 
 
 def test_the_gpu_images_steps_on_what_vllm_brings(tmp_path: Path) -> None:

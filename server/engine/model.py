@@ -1,4 +1,4 @@
-"""LLaVA-1.5 with per-image token reduction in or after its vision tower."""
+"""What the model classes of all families share: per-image token reduction around vLLM's own tower and projector."""
 
 from __future__ import annotations
 
@@ -7,44 +7,24 @@ from functools import cached_property
 
 import torch
 from vllm.config import VllmConfig
-from vllm.model_executor.models.interfaces import MultiModalEmbeddings
-from vllm.model_executor.models.llava import (
-    LlavaDummyInputsBuilder,
-    LlavaForConditionalGeneration,
-    LlavaProcessingInfo,
-    _build_llava_or_pixtral_hf_info,
-    _build_llava_or_pixtral_hf_processor,
-)
-from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.processing import BaseDummyInputsBuilder, BaseMultiModalProcessor, BaseProcessingInfo
+from vllm.model_executor.models.interfaces import MultiModalEmbeddings, SupportsMultiModal
 from vllm.transformers_utils.processor import cached_image_processor_from_config
 
 from foldserve.kernels import ops
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, make_plan
 from foldserve.server.engine import positions, withdrawal
 from foldserve.server.engine.encoder_budget import batches, profiled_images
-from foldserve.server.engine.geometry import vision_geometry
+from foldserve.server.engine.families.registry import family_of
+from foldserve.server.engine.family import Family
 from foldserve.server.engine.pixels import Normalize
-from foldserve.server.engine.processor import DUMMY_FIELD, PLAN_FIELD, FoldLlavaMultiModalProcessor
+from foldserve.server.engine.processor import DUMMY_FIELD, PLAN_FIELD
 from foldserve.server.engine.refused_options import check_options
-from foldserve.server.engine.vision import Survivors, encode_images, rows
+from foldserve.server.engine.vision import rows
 from foldserve.server.settings import CONFIG_KEY, Environment
 
 
-def _build_processor(
-    info: BaseProcessingInfo, dummy_inputs: BaseDummyInputsBuilder[BaseProcessingInfo]
-) -> BaseMultiModalProcessor[BaseProcessingInfo]:
-    """Ours for CLIP and SigLIP towers, vLLM's own for Pixtral; asked for per request, so that it reads no config."""
-    if isinstance(info, LlavaProcessingInfo):
-        return FoldLlavaMultiModalProcessor(info, dummy_inputs)
-    return _build_llava_or_pixtral_hf_processor(info, dummy_inputs)
-
-
-@MULTIMODAL_REGISTRY.register_processor(
-    _build_processor, info=_build_llava_or_pixtral_hf_info, dummy_inputs=LlavaDummyInputsBuilder
-)
-class FoldLlavaForConditionalGeneration(LlavaForConditionalGeneration):
-    """Modifications to vLLM's LLaVA:
+class FoldModel(SupportsMultiModal):
+    """Mixin before a family's model class of vLLM. Modifications:
 
     - images may come as bytes;
     - `embed_multimodal` reduces each image by the plan that the processor sent with it, and refuses what the rest of
@@ -61,7 +41,7 @@ class FoldLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         ops.choose(torch.device(vllm_config.device_config.device_type), triton=Environment.read().wants_triton)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._vllm_config = vllm_config
-        self._geometry = vision_geometry(self.config)
+        self._family = family_of(self.config)
         self.can_keep_positions = positions.limit(vllm_config) is not None
         self._withdraws = withdrawal.withdraw_layer(vllm_config) is not None
         if self._withdraws:
@@ -73,36 +53,32 @@ class FoldLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         vLLM's own path, bit for bit, when nothing is reduced.
         """
         rows_of_plans, is_dummy = kwargs.pop(PLAN_FIELD, None), kwargs.pop(DUMMY_FIELD, None) is not None
-        pixels = kwargs.get("pixel_values")
-        if (
-            not isinstance(rows_of_plans, torch.Tensor)
-            or self._geometry is None
-            or not isinstance(pixels, torch.Tensor)
-        ):
+        pixels, family = kwargs.get("pixel_values"), self._family
+        if not isinstance(rows_of_plans, torch.Tensor) or not isinstance(pixels, torch.Tensor) or family is None:
             return super().embed_multimodal(**kwargs)
-        plans = [Plan.from_ints(row, self._geometry) for row in rows_of_plans.tolist()]  # on the CPU
+        plans = [Plan.from_ints(row, family.geometry) for row in rows_of_plans.tolist()]  # on the CPU
         if not self.can_keep_positions and any(plan.keeps_positions for plan in plans):
             raise ValueError(positions.CANNOT_KEEP)
         if not self._withdraws and any(plan.decoder != "none" for plan in plans):
             raise ValueError("this engine has no layer K for methods in the decoder: see `withdrawal.configure`")
         if is_dummy and (default := self._default_plan) is not None:
-            self._embed(pixels, [default] * len(plans))
+            self._embed(family, pixels, [default] * len(plans))
         if len(plans) <= self._images_at_once:
-            return self._embed(pixels, plans)
+            return self._embed(family, pixels, plans)
         embeds: dict[int, torch.Tensor] = {}
         for places in batches(plans, self._images_at_once):
-            batch = self._embed(rows(pixels, places), [plans[i] for i in places])
+            batch = self._embed(family, rows(pixels, places), [plans[i] for i in places])
             embeds |= zip(places, batch, strict=True)
         return [embeds[i] for i in range(len(plans))]
 
-    def _embed(self, pixels: torch.Tensor, plans: Sequence[Plan]) -> MultiModalEmbeddings:
+    def _embed(self, family: Family, pixels: torch.Tensor, plans: Sequence[Plan]) -> MultiModalEmbeddings:
         """Embeddings of images (B, 3, H, W) that share a batch."""
         pixels = self.normalized(pixels)
         if all(plan.is_identity for plan in plans):
             return super().embed_multimodal(pixel_values=pixels)
         image_input = self._parse_and_validate_image_input(pixel_values=pixels)
         assert image_input is not None and image_input["type"] == "pixel_values"
-        images = self._embed_reduced(image_input["pixel_values"], plans)
+        images = family.encode(self, image_input["pixel_values"], plans)
         return [
             positions.attach(image.features, image.source) if plan.keeps_positions else image.features
             for image, plan in zip(images, plans, strict=True)
@@ -121,10 +97,10 @@ class FoldLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         """Of the server's default reduction; None where that removes nothing, or can't be done: requests are told."""
         settings = self._vllm_config.additional_config
         reduction = settings.get(CONFIG_KEY, {}).get("default_reduction") if isinstance(settings, dict) else None
-        if reduction is None or self._geometry is None:
+        if reduction is None or self._family is None:
             return None
         try:
-            plan = make_plan(Reduction.parse(reduction), self._geometry)
+            plan = make_plan(Reduction.parse(reduction), self._family.geometry)
         except InvalidReduction:
             return None
         return None if plan.is_identity else plan
@@ -135,10 +111,3 @@ class FoldLlavaForConditionalGeneration(LlavaForConditionalGeneration):
         return Normalize(
             image_processor, self._vllm_config.model_config.dtype, next(self.vision_tower.parameters()).device
         )
-
-    def _embed_reduced(self, pixel_values: torch.Tensor, plans: Sequence[Plan]) -> Sequence[Survivors]:
-        """Tower, reduction and projector, each image by its plan: embeddings (plan.kept, hidden)."""
-        images = encode_images(self.vision_tower, pixel_values, plans, self.config.vision_feature_select_strategy)
-        embeds = self.multi_modal_projector(torch.cat([image.features for image in images]))  # (sum of kept, hidden)
-        each = zip(images, embeds.split([plan.kept for plan in plans]), strict=True)
-        return [image._replace(features=embedded) for image, embedded in each]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from math import isqrt
+from typing import Any
 
 import torch
 from torch import nn
+from transformers import CLIPVisionConfig, PretrainedConfig
 from vllm.config import VllmConfig
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
@@ -13,12 +17,29 @@ from vllm.model_executor.models.llava import LlavaDummyInputsBuilder, LlavaProce
 from vllm.model_executor.models.utils import maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.plan import Plan
-from foldserve.reducers.stf import StfProjector
-from foldserve.server.engine.llava import FoldLlavaForConditionalGeneration
-from foldserve.server.engine.processor import FoldLlavaMultiModalProcessor
-from foldserve.server.engine.stf_config import stf_config, stf_geometry
+from foldserve.reducers.stf import Stf, StfConfig, StfProjector
+from foldserve.server.engine.families.llava import FoldLlavaForConditionalGeneration, FoldLlavaMultiModalProcessor
+from foldserve.server.engine.family import Family
 from foldserve.server.engine.vision import Survivors, reduce_features, untouched
+
+ARCHITECTURE = "LlavaStfForConditionalGeneration"
+
+
+class StfFamily(Family):
+    """Reductions work on what the projector gives."""
+
+    def __init__(self, geometry: VisionGeometry) -> None:
+        self.geometry = geometry
+
+    @classmethod
+    def of(cls, hf_config: PretrainedConfig) -> StfFamily:
+        return cls(stf_geometry(hf_config))
+
+    def encode(self, model: Any, pixels: torch.Tensor, plans: Sequence[Plan]) -> Sequence[Survivors]:
+        embeds = model.multi_modal_projector(model._image_pixels_to_features(model.vision_tower, pixels))
+        return reduce_features(untouched(embeds), plans)
 
 
 class StfProcessingInfo(LlavaProcessingInfo):
@@ -53,8 +74,7 @@ class FoldLlavaStfForConditionalGeneration(FoldLlavaForConditionalGeneration):
     """Modifications to our LLaVA:
 
     - the tower gives the hidden states of several blocks, joined on the channels;
-    - the projector is LLaVA-STF's;
-    - reductions work on what the projector gives.
+    - the projector is LLaVA-STF's.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -78,6 +98,46 @@ class FoldLlavaStfForConditionalGeneration(FoldLlavaForConditionalGeneration):
             pixel_values, select_layers=self.config.vision_feature_layer, feature_select_strategy="default"
         )
 
-    def _embed_reduced(self, pixel_values: torch.Tensor, plans: Sequence[Plan]) -> Sequence[Survivors]:
-        embeds = self.multi_modal_projector(self._image_pixels_to_features(self.vision_tower, pixel_values))
-        return reduce_features(untouched(embeds), plans)
+
+def stf_config(hf_config: PretrainedConfig) -> StfConfig:
+    """The checked object `stf` of config.json.
+
+    Raises:
+        ValueError: it is missing or wrong, or does not fit the vision tower.
+    """
+    vision, strategy = hf_config.vision_config, hf_config.vision_feature_select_strategy
+    if not isinstance(vision, CLIPVisionConfig):
+        raise ValueError(f"{ARCHITECTURE} needs a CLIP vision tower, not {vision.model_type!r}")
+    if strategy != "default":
+        raise ValueError(
+            f"{ARCHITECTURE} drops CLIP's class token: vision_feature_select_strategy must be 'default', not "
+            f"{strategy!r}"
+        )
+    config = StfConfig.parse(getattr(hf_config, "stf", None))
+    config.check(blocks=vision.num_hidden_layers, channels=vision.hidden_size, patches=_patches(vision))
+    return config
+
+
+def stf_geometry(hf_config: PretrainedConfig) -> VisionGeometry:
+    """Geometry of the projector's output: nothing may go before it, since it takes windows of the grid.
+
+    Raises:
+        ValueError: as `stf_config`.
+    """
+    return _geometry(stf_config(hf_config), _patches(hf_config.vision_config))
+
+
+@lru_cache(maxsize=64)  # one object per model, which the plans' caches are keyed by
+def _geometry(config: StfConfig, patches: int) -> VisionGeometry:
+    tokens = config.tokens(patches)
+    side = isqrt(tokens)
+    return VisionGeometry(
+        tokens,
+        grid=(side, side) if config.experts == 1 else None,  # several tokens of one window lie in a row
+        stages=frozenset({Stage.PROJECTOR, Stage.AFTER_TOWER, Stage.DECODER}),
+        projector=Stf.name,
+    )
+
+
+def _patches(vision: CLIPVisionConfig) -> int:
+    return (vision.image_size // vision.patch_size) ** 2

@@ -1,0 +1,123 @@
+"""LLaVA-1.5: one image size, one grid of tokens from a CLIP or SigLIP tower, a projector of each token by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from math import isqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionConfig, PretrainedConfig, SiglipVisionConfig
+from vllm.model_executor.models.llava import (
+    LlavaDummyInputsBuilder,
+    LlavaForConditionalGeneration,
+    LlavaMultiModalProcessor,
+    LlavaProcessingInfo,
+    _build_llava_or_pixtral_hf_info,
+    _build_llava_or_pixtral_hf_processor,
+)
+from vllm.model_executor.models.vision import get_num_selected_vision_tokens, get_vision_encoder_info
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.inputs import MultiModalKwargsItems
+from vllm.multimodal.parse import MultiModalDataItems
+from vllm.multimodal.processing import (
+    BaseDummyInputsBuilder,
+    BaseMultiModalProcessor,
+    BaseProcessingInfo,
+    PromptReplacement,
+    PromptUpdate,
+)
+
+from foldserve.reducers.geometry import Stage, VisionGeometry
+from foldserve.reducers.plan import Plan
+from foldserve.server.engine.family import Family
+from foldserve.server.engine.model import FoldModel
+from foldserve.server.engine.processor import FoldProcessor, without_ours
+from foldserve.server.engine.vision import Survivors, encode_images
+
+
+class LlavaFamily(Family):
+    """Pixtral's checkpoints, which have the same architecture, are not reduced."""
+
+    def __init__(self, geometry: VisionGeometry, select_strategy: str) -> None:
+        self.geometry = geometry
+        self._select_strategy = select_strategy
+
+    @classmethod
+    def of(cls, hf_config: PretrainedConfig) -> LlavaFamily | None:
+        geometry = _geometry_of(hf_config)
+        return None if geometry is None else cls(geometry, hf_config.vision_feature_select_strategy)
+
+    def encode(self, model: Any, pixels: Tensor, plans: Sequence[Plan]) -> Sequence[Survivors]:
+        images = encode_images(model.vision_tower, pixels, plans, self._select_strategy)
+        embeds = model.multi_modal_projector(torch.cat([image.features for image in images]))  # (sum of kept, hidden)
+        each = zip(images, embeds.split([plan.kept for plan in plans]), strict=True)
+        return [image._replace(features=embedded) for image, embedded in each]
+
+
+class FoldLlavaMultiModalProcessor(FoldProcessor, LlavaMultiModalProcessor):
+    """Modifications beside `FoldProcessor`'s: `plan.kept` placeholders per image, without asking for its size."""
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        plans = self.plans(mm_items, hf_processor_mm_kwargs)
+        if not plans:
+            return super()._get_prompt_updates(mm_items, without_ours(hf_processor_mm_kwargs), out_mm_kwargs)
+        token = self.info.get_hf_config().image_token_index
+        return [PromptReplacement(modality="image", target=[token], replacement=lambda i: [token] * plans[i].kept)]
+
+
+def _build_processor(
+    info: BaseProcessingInfo, dummy_inputs: BaseDummyInputsBuilder[BaseProcessingInfo]
+) -> BaseMultiModalProcessor[BaseProcessingInfo]:
+    """Ours for CLIP and SigLIP towers, vLLM's own for Pixtral; asked for per request, so that it reads no config."""
+    if isinstance(info, LlavaProcessingInfo):
+        return FoldLlavaMultiModalProcessor(info, dummy_inputs)
+    return _build_llava_or_pixtral_hf_processor(info, dummy_inputs)
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    _build_processor, info=_build_llava_or_pixtral_hf_info, dummy_inputs=LlavaDummyInputsBuilder
+)
+class FoldLlavaForConditionalGeneration(FoldModel, LlavaForConditionalGeneration):
+    """See `FoldModel`."""
+
+
+def _geometry_of(hf_config: PretrainedConfig) -> VisionGeometry | None:
+    vision_config, strategy = hf_config.vision_config, hf_config.vision_feature_select_strategy
+    if not isinstance(vision_config, CLIPVisionConfig | SiglipVisionConfig):
+        return None
+    encoder = get_vision_encoder_info(hf_config)
+    side = encoder.get_image_size()
+    tokens = get_num_selected_vision_tokens(encoder.get_num_image_tokens(image_width=side, image_height=side), strategy)
+    layer = hf_config.vision_feature_layer
+    stages = {Stage.AFTER_TOWER, Stage.DECODER}
+    is_clip = isinstance(vision_config, CLIPVisionConfig)
+    patches_only = strategy == ("default" if is_clip else "full")
+    if patches_only and isinstance(layer, int):  # several feature layers have no one last layer to reduce in
+        stages |= {Stage.BEFORE_TOWER, Stage.IN_TOWER}
+    return _geometry(
+        tokens,
+        layers=layer if isinstance(layer, int) and layer >= 0 else vision_config.num_hidden_layers + 1 + _last(layer),
+        class_token=is_clip and patches_only,
+        stages=frozenset(stages),
+        is_grid=patches_only,
+    )
+
+
+@lru_cache(maxsize=64)  # one object per model, which the plans' caches are keyed by
+def _geometry(
+    tokens: int, *, layers: int, class_token: bool, stages: frozenset[Stage], is_grid: bool
+) -> VisionGeometry:
+    grid = (isqrt(tokens), isqrt(tokens)) if is_grid else None
+    return VisionGeometry(tokens, grid, layers, class_token, stages)
+
+
+def _last(layer: int | list[int]) -> int:
+    return layer if isinstance(layer, int) else layer[-1]
