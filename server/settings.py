@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -29,6 +29,7 @@ class Settings:
         calibration: of a K that `foldserve calibrate` found: its eta, samples, and mean KL in nats; else None.
         limits: what one request may cost.
         access: who may use the server, how much it takes on, and how it ends.
+        masks_padding_rows: rows of the vocabulary that the tokenizer does not know are never sampled.
 
     Raises:
         ValueError: a value outside these bounds.
@@ -41,14 +42,33 @@ class Settings:
     limits: Limits = field(default_factory=Limits)
     access: Access = field(default_factory=Access)
     positions: Positions = "renumber"
+    masks_padding_rows: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.low_detail_ratio < 1:
             raise ValueError(f"the low-detail ratio must lie in [0, 1), not {self.low_detail_ratio}")
-        if self.withdraw_layer is not None and self.withdraw_layer < 1:
-            raise ValueError(f"the withdrawal layer must be at least 1, not {self.withdraw_layer}")
+        if self.withdraw_layer is not None and (type(self.withdraw_layer) is not int or self.withdraw_layer < 1):
+            raise ValueError(f"--withdraw-layer must be an integer of at least 1, not {self.withdraw_layer!r}")
         if self.default_reduction.withdraw and self.withdraw_layer is None:
             raise ValueError("the default reduction withdraws, so give --withdraw-layer too")
+
+    @classmethod
+    def from_config(cls, additional_config: object) -> Settings:
+        """Reads vLLM's `additional_config`, where `foldserve serve` put what `to_config` gave.
+
+        What is missing has its default, but that vLLM without foldserve's server samples as it does.
+
+        Raises:
+            ValueError: a value out of its bounds, or a setting that there is not.
+        """
+        found = additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
+        config = {"masks_padding_rows": False, **(found or {})}
+        if unknown := config.keys() - {known.name for known in fields(cls)}:
+            raise ValueError(f"{CONFIG_KEY!r} in the additional config has no setting {', '.join(sorted(unknown))}")
+        config["default_reduction"] = Reduction.parse(config.get("default_reduction") or {})
+        config["limits"] = Limits.from_config(config.get("limits") or {})
+        config["access"] = Access.from_config(config.get("access") or {})
+        return cls(**config)
 
     def to_config(self) -> dict[str, object]:
         """The JSON value under `CONFIG_KEY`."""
@@ -60,7 +80,7 @@ class Settings:
             "limits": self.limits.to_config(),
             "access": self.access.to_config(),
             "positions": self.positions,
-            "masks_padding_rows": True,  # an unknown token is no answer
+            "masks_padding_rows": self.masks_padding_rows,
         }
 
 

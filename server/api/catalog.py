@@ -10,7 +10,6 @@ from foldserve.reducers import METHODS, Method, VisionGeometry
 from foldserve.reducers.method import Projector
 from foldserve.reducers.reduction import MIN_KEPT
 from foldserve.reducers.refusal import InvalidReduction
-from foldserve.server.settings import CONFIG_KEY
 
 if TYPE_CHECKING:
     from foldserve.server.api.serving import FoldServingChat
@@ -19,17 +18,17 @@ if TYPE_CHECKING:
 def describe(chat: FoldServingChat) -> dict[str, object]:
     """Methods with their parameters, limits of the served model, and the server's defaults."""
     planner = chat.planner
-    geometry = planner.geometry
+    geometry, settings = planner.geometry, planner.settings
     methods = [method for method in METHODS.values() if geometry and _works_with(method, geometry)]
     return {
         "object": "list",
         "model": chat.models.base_model_paths[0].name,
         "vision_tokens_per_image": geometry.tokens if geometry else None,
-        "default_reduction": planner.defaults.reduction.to_json(),
-        "low_detail_ratio": planner.defaults.low_detail_ratio,
-        "positions": {"default": planner.defaults.positions, "can_keep": planner.positions is not None},
-        "withdraw_layer": planner.withdraw_layer,
-        "calibration": chat.engine_client.vllm_config.additional_config.get(CONFIG_KEY, {}).get("calibration"),
+        "default_reduction": settings.default_reduction.to_json(),
+        "low_detail_ratio": settings.low_detail_ratio,
+        "positions": {"default": settings.positions, "can_keep": planner.positions is not None},
+        "withdraw_layer": settings.withdraw_layer,
+        "calibration": settings.calibration,
         "quality": served_card(chat.engine_client.vllm_config.model_config.model),
         "data": [
             {

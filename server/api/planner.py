@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 from foldserve.server.api.errors import InvalidRequest
-from foldserve.server.api.schema import Defaults, FoldChatRequest
+from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.engine.positions import CANNOT_KEEP, refuse_positions
 from foldserve.server.engine.withdrawal import Room, refuse_request
+from foldserve.server.settings import Settings
 
 _NOTHING = Reduction()
 
@@ -20,16 +21,14 @@ class Planner:
 
     Attributes:
         geometry: of the served model; None where it can't reduce.
-        defaults: what applies where a request says nothing.
-        withdraw_layer: K of the server, or None.
+        settings: the server's; what applies where a request says nothing is among them.
         room: that a prompt has in one step of the engine.
         positions: rotary positions that the model was trained for; None where the engine's runner can't keep those of
             the tokens that stay.
     """
 
     geometry: VisionGeometry | None
-    defaults: Defaults
-    withdraw_layer: int | None
+    settings: Settings
     room: Room
     positions: int | None = None
 
@@ -39,7 +38,7 @@ class Planner:
         Raises:
             InvalidRequest, InvalidReduction: the server can't do what is asked.
         """
-        reductions = [self._with_positions(reduction) for reduction in request.image_reductions(self.defaults)]
+        reductions = [self._with_positions(reduction) for reduction in request.image_reductions(self.settings)]
         self._check_withdrawal(request, reductions)
         if self.geometry is None:
             if any(reduction != _NOTHING for reduction in reductions):
@@ -75,14 +74,14 @@ class Planner:
     def _with_positions(self, reduction: Reduction) -> Reduction:
         """The server's default where the request leaves positions open, as far as anything is removed."""
         if reduction.positions is None and (reduction.ratio or reduction.keep_tokens):
-            reduction = replace(reduction, positions=self.defaults.positions)
+            reduction = replace(reduction, positions=self.settings.positions)
         if reduction.positions == "keep" and self.positions is None:
             raise InvalidRequest(CANNOT_KEEP, "reduction.positions")
         return reduction
 
     def _check_withdrawal(self, request: FoldChatRequest, reductions: Sequence[Reduction]) -> None:
         in_decoder = next((reduction.decoder for reduction in reductions if reduction.decoder), None)
-        if in_decoder and self.withdraw_layer is None:
+        if in_decoder and self.settings.withdraw_layer is None:
             raise InvalidRequest(
                 f"this server has no layer K to run {in_decoder!r} at: start it with --withdraw-layer K",
                 "reduction.withdraw" if in_decoder == "withdraw" else "reduction.method",

@@ -28,14 +28,12 @@ from foldserve.server.api.logs.middleware import RequestLog
 from foldserve.server.api.media.guard import media_guard
 from foldserve.server.api.planner import Planner
 from foldserve.server.api.routes import replace_routes
-from foldserve.server.api.schema import Defaults
 from foldserve.server.api.serving import FoldServingChat
 from foldserve.server.engine import positions
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.kv_cost import kv_cost
 from foldserve.server.engine.withdrawal import step_room
-from foldserve.server.limits import Limits
-from foldserve.server.settings import CONFIG_KEY
+from foldserve.server.settings import Settings
 
 
 class FoldserveEndpoint:
@@ -54,13 +52,12 @@ class FoldserveEndpoint:
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         if engine_client is None or "generate" not in await engine_client.get_supported_tasks():
             raise RuntimeError("foldserve serves models that generate text: leave its plugins out to serve this one")
-        config = args.additional_config or {}
-        _init_access(engine_client, state, args)
+        settings = Settings.from_config(args.additional_config)
+        limits = settings.limits
+        _init_access(engine_client, state, args, settings.access)
         state.foldserve_turn = asyncio.Lock()
         state.foldserve_counts_drops = asyncio.create_task(metrics.count_dropped_lines())
-        limits = Limits.from_config(config.get(CONFIG_KEY, {}).get("limits", {}))
         state.foldserve_unread = UnreadBodies(limits.max_unread_bytes)
-        withdraw_layer = config.get(CONFIG_KEY, {}).get("withdraw_layer")
         family = family_of(engine_client.model_config.hf_config)
         state.foldserve_chat = FoldServingChat(
             engine_client,
@@ -68,12 +65,11 @@ class FoldserveEndpoint:
             args.response_role,
             planner=Planner(
                 None if family is None else family.geometry,
-                Defaults.from_config(config),
-                withdraw_layer,
+                settings,
                 step_room(engine_client.vllm_config),
                 positions.limit(engine_client.vllm_config),
             ),
-            kv_cost=kv_cost(engine_client.vllm_config, withdraw_layer),
+            kv_cost=kv_cost(engine_client.vllm_config, settings.withdraw_layer),
             checks=chat_checks(engine_client, limits),
             media=media_guard(engine_client.model_config, limits, engine_client.renderer._mm_executor),
             sent_images=note_sent_images(engine_client.renderer),
@@ -96,12 +92,11 @@ class FoldserveEndpoint:
             enable_log_deltas=args.enable_log_deltas,
             enable_per_request_metrics=args.enable_per_request_metrics,
         )
-        startup.report(state.foldserve_chat, limits, _access(args))
+        startup.report(state.foldserve_chat, limits, settings.access)
 
 
-def _init_access(engine_client: EngineClient, state: State, args: Namespace) -> None:
+def _init_access(engine_client: EngineClient, state: State, args: Namespace, access: Access) -> None:
     """Guard and life cycle; under plain `vllm serve` they have no other processes to share with."""
-    access = _access(args)
     shared: Shared = getattr(args, SHARED, None) or Shared()
     vllm = engine_client.vllm_config
     capacity = vllm.scheduler_config.max_num_seqs * vllm.parallel_config.data_parallel_size + access.max_queue
@@ -113,10 +108,6 @@ def _init_access(engine_client: EngineClient, state: State, args: Namespace) -> 
         open_scopes=("metrics",) if access.open_metrics else (),
     )
     state.foldserve_lifecycle = Lifecycle(engine_client, access, shared)
-
-
-def _access(args: Namespace) -> Access:
-    return Access.from_config((args.additional_config or {}).get(CONFIG_KEY, {}).get("access", {}))
 
 
 def _renderer(engine_client: EngineClient, state: State, args: Namespace) -> OnlineRenderer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import lru_cache
 from typing import Annotated, Any, ClassVar
 
 from pydantic import PlainValidator, PrivateAttr, WithJsonSchema, model_validator
@@ -13,14 +13,14 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from foldserve.reducers import METHODS
-from foldserve.reducers.reduction import FIELDS, Positions, Reduction
+from foldserve.reducers.reduction import FIELDS, Reduction
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.image_cache import OnItsWay
 from foldserve.server.api.limits import forms
 from foldserve.server.api.limits.body import is_image
 from foldserve.server.api.usage import VisionTokens
 from foldserve.server.engine.fair_queue import KEY
-from foldserve.server.settings import CONFIG_KEY, Settings
+from foldserve.server.settings import Settings
 
 _REDUCTION_SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -41,29 +41,11 @@ def _parse_ratio(value: object) -> Reduction | None:
     return None if value is None else Reduction.parse({"ratio": value})
 
 
-@dataclass(frozen=True)
-class Defaults:
-    """What the server applies where a request says nothing, from its command line."""
-
-    reduction: Reduction = Reduction()
-    low_detail_ratio: float = Settings().low_detail_ratio
-    positions: Positions = Settings().positions
-
-    @cached_property
-    def by_detail(self) -> Mapping[str, Reduction]:
-        """What `image_url.detail` asks for."""
-        low = replace(self.reduction, ratio=self.low_detail_ratio, keep_tokens=None)
-        return {"auto": self.reduction, "low": low, "high": Reduction(), "original": Reduction()}
-
-    @classmethod
-    def from_config(cls, additional_config: Mapping[str, Any]) -> Defaults:
-        """Reads `additional_config[CONFIG_KEY]`, which the command line filled."""
-        ours = additional_config.get(CONFIG_KEY, {})
-        return cls(
-            Reduction.parse(ours.get("default_reduction") or {}),
-            ours.get("low_detail_ratio", cls().low_detail_ratio),
-            ours.get("positions", cls().positions),
-        )
+@lru_cache(maxsize=8)
+def _by_detail(default: Reduction, low_ratio: float) -> Mapping[str, Reduction]:
+    """What `image_url.detail` asks for."""
+    low = replace(default, ratio=low_ratio, keep_tokens=None)
+    return {"auto": default, "low": low, "high": Reduction(), "original": Reduction()}
 
 
 @dataclass(slots=True)
@@ -132,13 +114,14 @@ class FoldChatRequest(ChatCompletionRequest):
     def has_images(self) -> bool:
         return bool(self._progress.details)
 
-    def image_reductions(self, defaults: Defaults) -> list[Reduction]:
+    def image_reductions(self, settings: Settings) -> list[Reduction]:
         """One reduction per image, in prompt order: the explicit one, or else what the image's `detail` says."""
         explicit = self.reduction if self.reduction is not None else self.reduction_ratio
         details = self._progress.details
         if explicit is not None:
             return [explicit] * len(details)
-        return [defaults.by_detail[detail] for detail in details]
+        by_detail = _by_detail(settings.default_reduction, settings.low_detail_ratio)
+        return [by_detail[detail] for detail in details]
 
 
 def _image_details(body: Mapping[str, Any]) -> Iterator[str]:

@@ -91,7 +91,7 @@ class FoldServingChat(OpenAIServingChat):
         self.checks.check_prompt(prompt)
         self.planner.check_positions(plans, len(dict(prompt)["prompt_token_ids"]), request)
         progress = request.progress
-        progress.vision = vision_tokens(plans, prompt, self.planner.withdraw_layer, self.planner.room)
+        progress.vision = vision_tokens(plans, prompt, self.planner.settings.withdraw_layer, self.planner.room)
         if plans and self.sent_images is not None:
             progress.on_its_way = OnItsWay(self.sent_images, dict(prompt)["mm_hashes"]["image"], clock)
         metrics.observe_accepted(progress.vision, self.kv_cost)

@@ -70,18 +70,18 @@ def _device(config: VllmConfig) -> str:
 
 
 def _reduction(chat: FoldServingChat) -> str:
-    defaults, geometry = chat.planner.defaults, chat.planner.geometry
+    settings, geometry = chat.planner.settings, chat.planner.geometry
     if geometry is None:
         return "none: this model's vision tower can't reduce"
-    default = defaults.reduction.to_json()
+    default = settings.default_reduction.to_json()
     return (
         f"{geometry.tokens} tokens an image; default {json.dumps(default) if default else 'none'}, "
-        f'"detail": "low" {defaults.low_detail_ratio:g}, positions {defaults.positions}'
+        f'"detail": "low" {settings.low_detail_ratio:g}, positions {settings.positions}'
     )
 
 
 def _withdrawal(chat: FoldServingChat) -> str:
-    layer = chat.planner.withdraw_layer
+    layer = chat.planner.settings.withdraw_layer
     if layer is None:
         return "off (--withdraw-layer K)"
     layers = chat.engine_client.model_config.hf_text_config.num_hidden_layers

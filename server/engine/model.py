@@ -11,7 +11,7 @@ from vllm.model_executor.models.interfaces import MultiModalEmbeddings, Supports
 from vllm.transformers_utils.processor import cached_image_processor_from_config
 
 from foldserve.kernels import ops
-from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, make_plan
+from foldserve.reducers.plan import InvalidReduction, Plan, make_plan
 from foldserve.server.engine import positions, withdrawal
 from foldserve.server.engine.encoder_budget import batches, profiled_images
 from foldserve.server.engine.families.registry import family_of
@@ -20,7 +20,7 @@ from foldserve.server.engine.pixels import Normalize
 from foldserve.server.engine.processor import DUMMY_FIELD, PLAN_FIELD
 from foldserve.server.engine.refused_options import check_options
 from foldserve.server.engine.vision import rows
-from foldserve.server.settings import CONFIG_KEY, Environment
+from foldserve.server.settings import Environment, Settings
 
 
 class FoldModel(SupportsMultiModal):
@@ -95,12 +95,11 @@ class FoldModel(SupportsMultiModal):
     @cached_property
     def _default_plan(self) -> Plan | None:
         """Of the server's default reduction; None where that removes nothing, or can't be done: requests are told."""
-        settings = self._vllm_config.additional_config
-        reduction = settings.get(CONFIG_KEY, {}).get("default_reduction") if isinstance(settings, dict) else None
-        if reduction is None or self._family is None:
+        if self._family is None:
             return None
+        reduction = Settings.from_config(self._vllm_config.additional_config).default_reduction
         try:
-            plan = make_plan(Reduction.parse(reduction), self._family.geometry)
+            plan = make_plan(reduction, self._family.geometry)
         except InvalidReduction:
             return None
         return None if plan.is_identity else plan

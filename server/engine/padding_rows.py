@@ -9,10 +9,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 
-from foldserve.server.settings import CONFIG_KEY
-
-SETTING = "masks_padding_rows"
-"""Our setting in vLLM's additional config that asks for it; `vllm.LLM` alone samples as vLLM does."""
+from foldserve.server.settings import Settings
 
 
 class PaddingRows(LogitsProcessor):
@@ -39,8 +36,7 @@ class MaskingRunner:
 
     def __init__(self: Any, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)  # type: ignore[call-arg]
-        settings = vllm_config.additional_config
-        asked = isinstance(settings, dict) and settings.get(CONFIG_KEY, {}).get(SETTING)
+        asked = Settings.from_config(vllm_config.additional_config).masks_padding_rows
         if asked and (rows := unknown_rows(vllm_config.model_config)):
             # Not as vLLM's option: with that, it would bring every output token back to the host.
             mask = PaddingRows(torch.tensor(rows, device=device))

@@ -11,8 +11,9 @@ from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.planner import Planner
-from foldserve.server.api.schema import Defaults, FoldChatRequest
+from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.engine.withdrawal import Room
+from foldserve.server.settings import Settings
 
 CLIP = VisionGeometry(576, (24, 24), layers=23, class_token=True)
 SIGLIP = VisionGeometry(729, (27, 27), layers=26)
@@ -24,11 +25,11 @@ def request(*details: str, **fields: Any) -> FoldChatRequest:
 
 
 def planner(geometry: VisionGeometry | None = CLIP, **options: Any) -> Planner:
-    return Planner(geometry, Defaults(**options), withdraw_layer=None, room=Room(100, "--max-num-batched-tokens"))
+    return Planner(geometry, Settings(**options), Room(100, "--max-num-batched-tokens"))
 
 
 def test_defaults_and_details() -> None:
-    made = planner(reduction=Reduction(method="folder_cls", ratio=0.5), low_detail_ratio=0.9)
+    made = planner(default_reduction=Reduction(method="folder_cls", ratio=0.5), low_detail_ratio=0.9)
     _, plans = made.plan(request("auto", "low", "high"))
     assert [(plan.method, plan.kept) for plan in plans] == [("folder_cls", 288), ("folder_cls", 58), ("none", 576)]
     _, plans = made.plan(request("auto", "low", reduction_ratio=0))

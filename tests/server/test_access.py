@@ -132,6 +132,7 @@ def test_metrics_need_a_key_where_there_are_keys(
     )
     state = State()
     monkeypatch.setattr(plugin, "Lifecycle", lambda *_: None)
-    plugin._init_access(SimpleNamespace(vllm_config=vllm), state, Namespace(additional_config={CONFIG_KEY: config}))
+    access = Settings.from_config({CONFIG_KEY: config}).access
+    plugin._init_access(SimpleNamespace(vllm_config=vllm), state, Namespace(), access)
     with pytest.raises(Unauthorized) if asked else nullcontext():
         assert state.foldserve_guard.identify(Headers(), "metrics") is None

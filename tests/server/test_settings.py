@@ -29,22 +29,23 @@ def test_defaults_reduce_nothing() -> None:
     }
 
 
-def test_config_is_json_from_which_the_reduction_can_be_parsed() -> None:
+def test_config_is_json_from_which_the_settings_can_be_read() -> None:
     calibration = {"eta": 0.003, "samples": 20, "kl": 0.0021}
     limits = Limits(max_images_per_request=3)
     access = Access(api_keys=Path("/keys.toml"), open_metrics=True, max_queue=0, shutdown_timeout_s=5)
     settings = Settings(Reduction(method="folder_cls", ratio=0.5), 0.9, 16, calibration, limits, access, "keep")
-    config = json.loads(json.dumps(settings.to_config()))
-    assert Reduction.parse(config.pop("default_reduction")) == settings.default_reduction
-    assert Limits.from_config(config.pop("limits")) == settings.limits
-    assert Access.from_config(config.pop("access")) == settings.access
-    assert config == {
-        "low_detail_ratio": 0.9,
-        "withdraw_layer": 16,
-        "calibration": calibration,
-        "positions": "keep",
-        "masks_padding_rows": True,
-    }
+    config = json.loads(json.dumps({"foldserve": settings.to_config(), "other": 1}))
+    assert Settings.from_config(config) == settings
+
+
+@pytest.mark.parametrize("config", [None, {}, {"other": {}}, {"foldserve": {}}, "hash"], ids=repr)
+def test_without_foldserves_server_vllm_samples_as_it_does(config: object) -> None:
+    assert Settings.from_config(config) == Settings(masks_padding_rows=False)
+
+
+def test_a_setting_that_there_is_not() -> None:
+    with pytest.raises(ValueError, match="has no setting withdraw_layr"):
+        Settings.from_config({"foldserve": {"withdraw_layr": 2}})
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, float("nan")])

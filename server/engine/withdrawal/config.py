@@ -11,6 +11,7 @@ from vllm.config import CUDAGraphMode, VllmConfig
 
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.withdrawal.requests import Room
+from foldserve.server.settings import CONFIG_KEY, Settings
 
 _PACKAGE = "foldserve.server.engine.withdrawal"
 _SCHEDULER = f"{_PACKAGE}.scheduler.WithdrawingScheduler"
@@ -33,16 +34,15 @@ def withdraw_layer(vllm_config: VllmConfig) -> int | None:
     """K of this engine; None if withdrawal is not configured.
 
     Raises:
-        ValueError: K is not an integer in 1..N-1 for the N layers of the decoder.
+        ValueError: K is not an integer in 1..N-1 for the N layers of the decoder, or another setting is wrong.
     """
-    settings = vllm_config.additional_config
-    value = settings.get("foldserve", {}).get("withdraw_layer") if isinstance(settings, dict) else None
-    if value is None:
+    layer = Settings.from_config(vllm_config.additional_config).withdraw_layer
+    if layer is None:
         return None
     layers = vllm_config.model_config.hf_config.get_text_config().num_hidden_layers
-    if type(value) is not int or not 1 <= value < layers:
-        raise ValueError(f"--withdraw-layer must be an integer from 1 to {layers - 1} for this model, got {value!r}")
-    return value
+    if layer >= layers:
+        raise ValueError(f"--withdraw-layer must be an integer from 1 to {layers - 1} for this model, got {layer}")
+    return layer
 
 
 def step_room(vllm_config: VllmConfig) -> Room:
@@ -66,7 +66,7 @@ def configure(
     """
     runs_ahead = async_scheduling and device == "cuda"
     arguments: dict[str, Any] = {
-        "additional_config": {"foldserve": {"withdraw_layer": layer}},
+        "additional_config": {CONFIG_KEY: {"withdraw_layer": layer}},
         "scheduler_cls": _ASYNC_SCHEDULER if runs_ahead else _SCHEDULER,
         "async_scheduling": runs_ahead,
     }

@@ -69,7 +69,8 @@ def test_a_layer_out_of_range_is_refused_before_the_engine_starts(layer: int, ei
     from vllm.engine.arg_utils import EngineArgs
 
     arguments = EngineArgs(str(eight_layers), enforce_eager=True, **withdrawal.configure(layer, device="cpu"))
-    with pytest.raises(ValueError, match=f"integer from 1 to 7 for this model, got {layer}"):
+    bounds = "from 1 to 7 for this model, got" if layer else "of at least 1, not"
+    with pytest.raises(ValueError, match=f"integer {bounds} {layer}"):
         arguments.create_engine_config()
 
 
@@ -108,7 +109,8 @@ def test_breakable_and_piecewise_cuda_graphs_are_refused(config: Any, monkeypatc
 @pytest.mark.parametrize("layer", [0, LAYERS, -1, "4", 4.0, True], ids=repr)
 def test_layers_outside_the_decoder_are_refused(config: Any, layer: object) -> None:
     config.additional_config = {"foldserve": {"withdraw_layer": layer}}
-    with pytest.raises(ValueError, match=f"integer from 1 to {LAYERS - 1} for this model, got {layer!r}"):
+    bounds = f"from 1 to {LAYERS - 1} for this model, got" if layer == LAYERS else "of at least 1, not"
+    with pytest.raises(ValueError, match=f"--withdraw-layer must be an integer {bounds} {layer!r}"):
         withdrawal.check(config)
 
 
