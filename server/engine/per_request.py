@@ -24,6 +24,3 @@ class PerRequest(Generic[T]):
                 self._known = {i: known for i, known in self._known.items() if states.get(i) is known[0]}
             entry = self._known[request_id] = state, self._make(state)
         return entry[1]
-
-    def __len__(self) -> int:
-        return len(self._known)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from weakref import WeakSet
+
 from foldserve.server.engine.per_request import PerRequest
 
 
@@ -26,6 +28,9 @@ def test_a_value_is_made_once_per_state() -> None:
 
 def test_requests_that_are_gone_are_forgotten() -> None:
     values = PerRequest(id)
+    states: WeakSet[State] = WeakSet()
     for i in range(100):
-        values.of({str(i): State()}, str(i))
-    assert len(values) <= 3
+        state = State()
+        states.add(state)
+        values.of({str(i): state}, str(i))
+    assert len(states) <= 3

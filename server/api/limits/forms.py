@@ -45,9 +45,8 @@ async def build(request: FoldChatRequest, engine: EngineClient) -> StructuredOut
     """
     if field(request) is None:
         return None
-    params = request.to_sampling_params(
-        engine.model_config.max_model_len, {}
-    )  # as open as may be: only the form counts
+    most = engine.model_config.max_model_len  # only the form counts here: min_tokens may be as high
+    params = request.to_sampling_params(most, {})
     config, tokenizer = engine.vllm_config.structured_outputs_config, engine.renderer.tokenizer
     loop = asyncio.get_running_loop()
     try:

@@ -27,7 +27,7 @@ from foldserve.server.engine.withdrawal import Room, TokenMap, refuse_prompt
 from foldserve.server.settings import CONFIG_KEY
 
 KV_CACHE_BYTES = 2 << 30
-"""Of a CPU; vLLM would take nearly all of its memory."""
+"""Enough to ask one prompt after the other; left to itself, vLLM takes nearly all of a CPU's memory."""
 
 Messages = list[dict[str, Any]]
 """A dialogue as OpenAI's chat messages; images are parts `{"type": "image_pil", "image_pil": image}`."""
@@ -120,7 +120,7 @@ class AnsweringModel(OfflineModel):
         args = copy(self._args)
         if withdraw_layer is not None:
             withdrawal.apply(args, withdraw_layer, device=device())
-            args.additional_config = {CONFIG_KEY: {"withdraw_layer": withdraw_layer}}
+            args.additional_config = {**args.additional_config, CONFIG_KEY: {"withdraw_layer": withdraw_layer}}
         elif args.worker_cls == "auto" and args.pipeline_parallel_size == 1:
             args.worker_cls = positions.worker(device())
         llm = LLM.from_engine_args(args)
