@@ -18,6 +18,7 @@ from foldserve.server import cli
 from foldserve.server.quality.analysis.command import RESULT_FILE
 from foldserve.server.quality.analysis.measures import RATIOS, earth_movers_distance
 from foldserve.server.quality.analysis.report import Analysis
+from foldserve.server.quality.engine.offline import AnsweringModel
 from foldserve.server.quality.evaluation.card import Card, Result, read_card
 from foldserve.server.quality.evaluation.journal import RESULTS_FILE
 from foldserve.server.quality.evaluation.scores import is_right
@@ -227,3 +228,13 @@ def test_attention_is_that_of_the_decoder(analysis: Analysis, direct: Direct) ->
     expected = torch.stack([direct.attention(i, q) for i, q in zip(PHOTOS, QUESTIONS, strict=True)]).mean(0)
     assert torch.allclose(found, expected, atol=1e-4)
     assert torch.allclose(found.sum(-1), torch.ones(LAYERS, 2), atol=1e-5)
+
+
+def test_options_that_evaluation_sets_itself(tiny_llava: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is loaded before it says so."""
+    with pytest.raises(SystemExit):
+        AnsweringModel(str(tiny_llava), ["--max-logprobs", "5"])
+    assert "foldserve evaluate sets --max-logprobs itself: leave that option out" in capsys.readouterr().err
+    model = AnsweringModel(str(tiny_llava), ["--scheduler-cls", "some.Scheduler"])
+    with pytest.raises(ValueError, match=r"--withdraw-layer sets --scheduler-cls .*: leave"), model.engine(K):
+        pass
