@@ -310,3 +310,14 @@ def test_memory_is_trimmed_once_after_a_flood() -> None:
     assert not trimmed.acquire(timeout=0.3)
     trimmer.freed(300 << 20)
     assert trimmed.acquire(timeout=PATIENCE_S)
+
+
+def test_memory_is_not_trimmed_between_the_images_of_steady_traffic() -> None:
+    """What is given back then is taken again by the next image; once it is much, it is trimmed all the same."""
+    trimmed = threading.Semaphore(0)
+    trimmer = Trimmer(lambda _: trimmed.release(), pause_s=0.5)
+    for _ in range(15):
+        trimmer.freed(65 << 20)
+        assert not trimmed.acquire(timeout=0.1)
+    trimmer.freed(65 << 20)
+    assert trimmed.acquire(timeout=PATIENCE_S)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 _ENOUGH_BYTES = 64 << 20
+_MUCH_BYTES = 1 << 30
 _PAUSE_S = 2.0
 
 
@@ -20,11 +21,13 @@ def _malloc_trim() -> Callable[[int], Any] | None:
 class Trimmer:
     """Has glibc give back what was freed: by itself it keeps most of it, in each thread's arena.
 
-    It takes a fraction of a second for gigabytes, in a thread, without Python's lock.
+    It takes a fraction of a second for gigabytes, in a thread, without Python's lock. What steady traffic frees it soon
+    takes again, so that is left alone until no more comes or it is much: 45 ms every two seconds were 1.2 ms of each
+    request's 14.7.
 
     Args:
         trim: does it.
-        pause_s: between what is freed and this, and from one time to the next.
+        pause_s: without anything freed before this, and from one time to the next.
     """
 
     def __init__(self, trim: Callable[[int], Any] | None = None, pause_s: float = _PAUSE_S) -> None:
@@ -44,8 +47,13 @@ class Trimmer:
         threading.Thread(target=self._later, name="foldserve-trim", daemon=True).start()
 
     def _later(self) -> None:
-        time.sleep(self._pause_s)
-        with self._lock:
-            self._freed, self._waits = 0, False
+        seen = self._freed
+        while True:
+            time.sleep(self._pause_s)
+            with self._lock:
+                if self._freed == seen or self._freed >= _MUCH_BYTES:
+                    self._freed, self._waits = 0, False
+                    break
+                seen = self._freed
         if self._trim is not None:
             self._trim(0)
