@@ -18,10 +18,10 @@ class Stage(Enum):
 
 @dataclass(frozen=True, slots=True)
 class VisionGeometry:
-    """What one image costs at ratio 0, and where it may be reduced on this model.
+    """What one grid of vision tokens costs at ratio 0, and where it may be reduced on this model.
 
     Attributes:
-        tokens: vision tokens per image that reach the decoder without reduction.
+        tokens: of the grid, that reach the decoder without reduction.
         grid: (rows, columns) of those tokens in raster order; None where they are no grid.
         layers: encoder layers that run, up to the one whose output is used.
         class_token: the tower has a class token, its token 0, which is dropped at its end.

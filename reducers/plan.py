@@ -1,4 +1,4 @@
-"""What is done to one image, in integers: the one place where token counts are computed.
+"""What is done to one grid of vision tokens, in integers: the one place where token counts are computed.
 
 The prompt's placeholders depend on the counts, so they are decided before the encoder runs, and nobody computes them
 again.
@@ -13,20 +13,22 @@ from math import isqrt
 
 from foldserve.reducers import METHODS
 from foldserve.reducers.geometry import VisionGeometry
-from foldserve.reducers.method import Decoder, Step
+from foldserve.reducers.method import Step
 from foldserve.reducers.options import Value
 from foldserve.reducers.reduction import MIN_KEPT, InvalidReduction, Reduction
 from foldserve.reducers.schedule import fold_schedule
 
 __all__ = ["InvalidReduction", "Plan", "Reduction", "VisionGeometry", "fold_schedule", "make_plan"]
 
-_CODES = ("none", *METHODS)
+CODES = ("none", *METHODS)
+"""What stands for a method in integers is its place here."""
+
 _MOST_OPTIONS = max(len(method.options) for method in METHODS.values())
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The counts of one image; plans with equal integers are equal.
+    """The counts of one grid; plans with equal integers are equal.
 
     Attributes:
         method: that works before the decoder: a name in `METHODS`, or "none" if nothing is removed there.
@@ -35,9 +37,6 @@ class Plan:
         steps: of the method; they remove `removed` tokens.
         options: a value for each of the method's options.
         grid: (rows, columns) of the kept tokens, of methods that keep a grid.
-        decoder: the method that works in the decoder, or "none".
-        decoder_removed: tokens that it removes from layer K on.
-        keeps_positions: tokens that stay keep their positions in the decoder, and text goes on from the full length.
         seed: of methods that draw at random.
     """
 
@@ -47,9 +46,6 @@ class Plan:
     steps: tuple[Step, ...] = ()
     options: tuple[Value, ...] = ()
     grid: tuple[int, int] | None = None
-    decoder: str = "none"
-    decoder_removed: int = 0
-    keeps_positions: bool = False
     seed: int = 0
 
     @property
@@ -58,24 +54,9 @@ class Plan:
         return self.encoded - self.removed
 
     @property
-    def kept_deep(self) -> int:
-        """Tokens that the decoder's layers from K on get."""
-        return self.kept - self.decoder_removed
-
-    @property
-    def ratio(self) -> float:
-        """Share of tokens that is really removed before the decoder."""
-        return self.removed / self.encoded
-
-    @property
     def is_identity(self) -> bool:
         """Nothing is removed before the decoder."""
         return self.removed == 0
-
-    @property
-    def withdraw(self) -> bool:
-        """All vision tokens leave the decoder at layer K."""
-        return self.decoder == "withdraw"
 
     @property
     def folds(self) -> tuple[int, ...]:
@@ -100,12 +81,9 @@ class Plan:
         options = METHODS[self.method].options if self.method != "none" else ()
         codes = [option.to_int(value) for option, value in zip(options, self.options, strict=True)]
         return (
-            _CODES.index(self.method),
+            CODES.index(self.method),
             self.encoded,
             self.removed,
-            _CODES.index(self.decoder),
-            self.decoder_removed,
-            int(self.keeps_positions),
             self.seed,
             *codes,
             *[0] * (_MOST_OPTIONS - len(codes)),
@@ -114,19 +92,19 @@ class Plan:
     @classmethod
     def from_ints(cls, ints: Sequence[int], geometry: VisionGeometry) -> Plan:
         """The plan that gave these integers, on the same model."""
-        method, _, removed, decoder, decoder_removed, keeps, seed, *codes = ints
-        options = METHODS[_CODES[method]].options if method else ()
+        method, _, removed, seed, *codes = ints
+        options = METHODS[CODES[method]].options if method else ()
         values = tuple(option.from_int(code) for option, code in zip(options, codes, strict=False))
-        plan = _plan(_CODES[method], geometry, removed, values, _CODES[decoder], decoder_removed, bool(keeps))
+        plan = _plan(CODES[method], geometry, removed, values)
         return plan.with_seed(seed) if seed else plan
 
 
 @lru_cache(maxsize=4096)
 def make_plan(reduction: Reduction, geometry: VisionGeometry) -> Plan:
-    """Turn what was asked into counts for an image on a model; a random method's seed is added where the image is.
+    """Turn what was asked into counts for a grid of a model; what `item` asks for each grid of an image.
 
     Raises:
-        InvalidReduction: the image has too few tokens for it, or the model is not one that the method works with.
+        InvalidReduction: the grid has too few tokens for it, or the model is not one that the method works with.
     """
     method, options = METHODS[reduction.method], reduction.option_values
     removed = _tokens_to_remove(reduction, geometry.tokens)
@@ -134,25 +112,16 @@ def make_plan(reduction: Reduction, geometry: VisionGeometry) -> Plan:
         method.check(geometry, options)
     if removed:
         removed = _fit(reduction, geometry, removed)
-    decoder, decoder_removed = _in_decoder(reduction, geometry.tokens - removed)
-    return _plan(reduction.method, geometry, removed, options, decoder, decoder_removed, reduction.positions == "keep")
+    return _plan(reduction.method, geometry, removed, options)
 
 
 @lru_cache(maxsize=4096)
-def _plan(
-    name: str,
-    geometry: VisionGeometry,
-    removed: int,
-    options: tuple[Value, ...],
-    decoder: str,
-    decoder_removed: int,
-    keeps_positions: bool,
-) -> Plan:
+def _plan(name: str, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> Plan:
     if removed == 0:
-        return Plan("none", geometry.tokens, decoder=decoder, decoder_removed=decoder_removed)
+        return Plan("none", geometry.tokens)
     method = METHODS[name]
     steps, grid = method.schedule(geometry, removed, options), method.grid(geometry, removed, options)
-    return Plan(name, geometry.tokens, removed, steps, options, grid, decoder, decoder_removed, keeps_positions)
+    return Plan(name, geometry.tokens, removed, steps, options, grid)
 
 
 def _tokens_to_remove(reduction: Reduction, encoded: int) -> int:
@@ -201,19 +170,3 @@ def _fit(reduction: Reduction, geometry: VisionGeometry, removed: int) -> int:
             "ratio" if reduction.keep_tokens is None else "keep_tokens",
         )
     return fitting
-
-
-def _in_decoder(reduction: Reduction, kept: int) -> tuple[str, int]:
-    """The decoder's method, and how many of the `kept` tokens it removes."""
-    if reduction.decoder is None:
-        return "none", 0
-    method = METHODS[reduction.decoder]
-    assert isinstance(method, Decoder)  # as Reduction checked
-    removed = method.removed(kept, reduction.decoder_ratio)
-    if removed == kept and not reduction.withdraw:
-        raise InvalidReduction(
-            f"{method.name!r} at {reduction.decoder_ratio} would remove all {kept} vision tokens: give a lower share, "
-            "or withdraw them",
-            "decoder_ratio",
-        )
-    return (method.name, removed) if removed else ("none", 0)

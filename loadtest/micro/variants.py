@@ -14,7 +14,8 @@ from foldserve.loadtest.micro.engine import ProbedEngine, Request, StepCost
 from foldserve.loadtest.micro.pairs import Ratio, alternate, ratio
 from foldserve.loadtest.micro.resident import Resident, count_resident
 from foldserve.loadtest.micro.shape import Shape
-from foldserve.reducers.plan import Reduction, VisionGeometry, make_plan
+from foldserve.reducers.item import Layout, plan_item
+from foldserve.reducers.plan import Reduction, VisionGeometry
 
 FOLD = 0.66
 REDUCTIONS = {
@@ -62,7 +63,7 @@ class Bench:
 
     def vision_tokens(self, name: str) -> tuple[int, int]:
         """In the layers before K, and from K on."""
-        plan = make_plan(REDUCTIONS[name] or Reduction(), VisionGeometry(self.shape.vision))
+        plan = plan_item(REDUCTIONS[name] or Reduction(), Layout.single(VisionGeometry(self.shape.vision)))
         return plan.kept, plan.kept_deep
 
     def prefill(self, pairs: int) -> Iterator[Row]:

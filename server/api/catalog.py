@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from foldserve.reducers import METHODS, Method, VisionGeometry
+from foldserve.reducers import METHODS, Method
+from foldserve.reducers.item import Layout
 from foldserve.reducers.method import Projector
-from foldserve.reducers.reduction import MIN_KEPT
 from foldserve.reducers.refusal import InvalidReduction
 
 if TYPE_CHECKING:
@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 def describe(chat: FoldServingChat) -> dict[str, object]:
     """Methods with their parameters, limits of the served model, and the server's defaults."""
     planner = chat.planner
-    geometry, settings = planner.geometry, planner.settings
-    methods = [method for method in METHODS.values() if geometry and _works_with(method, geometry)]
+    family, settings = planner.family, planner.settings
+    largest = None if family is None else family.largest
+    methods = [method for method in METHODS.values() if largest and _works_with(method, largest)]
     return {
         "object": "list",
         "model": chat.models.base_model_paths[0].name,
-        "vision_tokens_per_image": geometry.tokens if geometry else None,
+        "vision_tokens_per_image": None if family is None or family.sizes_matter else family.largest.tokens,
+        "limits": {"image": {"max_tokens": largest.tokens}} if largest else {},
         "default_reduction": settings.default_reduction.to_json(),
         "low_detail_ratio": settings.low_detail_ratio,
         "positions": {"default": settings.positions, "can_keep": planner.positions is not None},
@@ -38,7 +40,7 @@ def describe(chat: FoldServingChat) -> dict[str, object]:
                 "paper": method.paper,
                 "stage": method.stage.value,
                 "options": {option.name: option.schema() for option in method.options},
-                "max_removed_tokens": _max_removed(method, geometry) if geometry else 0,
+                "max_removed_tokens": _max_removed(method, largest) if largest else 0,
             }
             for method in methods
         ],
@@ -54,15 +56,16 @@ def served_card(model: str) -> dict[str, Any] | None:
     return summary
 
 
-def _works_with(method: Method, geometry: VisionGeometry) -> bool:
+def _works_with(method: Method, largest: Layout) -> bool:
     """The model has what the method needs, whatever options a request has to give on it."""
     try:
-        method.check(geometry, tuple(option.default for option in method.options))
+        for part in largest.parts:
+            method.check(part.geometry, tuple(option.default for option in method.options))
     except InvalidReduction as refusal:
         return refusal.param in {option.name for option in method.options}
     return True
 
 
-def _max_removed(method: Method, geometry: VisionGeometry) -> int:
+def _max_removed(method: Method, largest: Layout) -> int:
     """Of one image's tokens."""
-    return 0 if isinstance(method, Projector) else geometry.tokens - MIN_KEPT
+    return 0 if isinstance(method, Projector) else largest.removable

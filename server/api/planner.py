@@ -1,13 +1,16 @@
-"""From a request's reductions to one plan per image, with every refusal that needs to know the server."""
+"""What a request asks of its images, and every refusal that needs to know the server but not the images."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
+from foldserve.reducers import METHODS
+from foldserve.reducers.item import ItemPlan, plan_item
+from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.schema import FoldChatRequest
+from foldserve.server.engine.family import Family
 from foldserve.server.engine.positions import CANNOT_KEEP, refuse_positions
 from foldserve.server.engine.withdrawal import Room, refuse_request
 from foldserve.server.settings import Settings
@@ -17,41 +20,41 @@ _NOTHING = Reduction()
 
 @dataclass(frozen=True, slots=True)
 class Planner:
-    """What plans depend on beside the request.
+    """What plans depend on beside the request. The processor makes them, once it has the images.
 
     Attributes:
-        geometry: of the served model; None where it can't reduce.
+        family: of the served model; None where it can't reduce.
         settings: the server's; what applies where a request says nothing is among them.
         room: that a prompt has in one step of the engine.
         positions: rotary positions that the model was trained for; None where the engine's runner can't keep those of
             the tokens that stay.
     """
 
-    geometry: VisionGeometry | None
+    family: Family | None
     settings: Settings
     room: Room
     positions: int | None = None
 
-    def plan(self, request: FoldChatRequest) -> tuple[list[Reduction], list[Plan]]:
-        """One reduction and one plan per image, in prompt order; no plans where the model can't reduce.
+    def check(self, request: FoldChatRequest) -> list[Reduction]:
+        """One reduction per image, in prompt order; nothing has been fetched yet.
 
         Raises:
-            InvalidRequest, InvalidReduction: the server can't do what is asked.
+            InvalidRequest, InvalidReduction: the server can't do what is asked, whatever the images are.
         """
         reductions = [self._with_positions(reduction) for reduction in request.image_reductions(self.settings)]
         self._check_withdrawal(request, reductions)
-        if self.geometry is None:
+        if self.family is None:
             if any(reduction != _NOTHING for reduction in reductions):
                 raise InvalidRequest("this model's vision tower can't reduce: leave `reduction` out", "reduction")
-            return reductions, []
+            return reductions
         try:
-            return reductions, [make_plan(reduction, self.geometry) for reduction in reductions]
+            for reduction in reductions:
+                _check_for(self.family, reduction)
         except InvalidReduction as error:
-            if request.reduction_ratio is not None:
-                raise InvalidRequest(str(error), "reduction_ratio") from error
-            raise
+            raise as_asked(error, request) from error
+        return reductions
 
-    def check_positions(self, plans: Sequence[Plan], prompt_tokens: int, request: FoldChatRequest) -> None:
+    def check_positions(self, plans: Sequence[ItemPlan], prompt_tokens: int, request: FoldChatRequest) -> None:
         """Sees to it that no token gets a position that the model was not trained for.
 
         Tokens that keep their positions leave gaps, so that the prompt takes more positions than it has tokens. An
@@ -91,3 +94,19 @@ class Planner:
             refuse_request(withdraws=withdraws, prompt_logprobs=request.prompt_logprobs)
         except ValueError as error:
             raise InvalidRequest(str(error), "prompt_logprobs") from error
+
+
+def as_asked(error: InvalidReduction, request: FoldChatRequest) -> InvalidRequest | InvalidReduction:
+    """The error with the field at fault as the request has it."""
+    if request.reduction_ratio is None or error.param == "positions":
+        return error
+    return InvalidRequest(str(error), "reduction_ratio")
+
+
+def _check_for(family: Family, reduction: Reduction) -> None:
+    """Raises InvalidReduction where a plan can't be made: of an image of any size, if sizes matter."""
+    if not family.sizes_matter:
+        plan_item(reduction, family.largest)
+    elif reduction.ratio or reduction.keep_tokens:
+        for part in family.largest.parts:
+            METHODS[reduction.method].check(part.geometry, reduction.option_values)

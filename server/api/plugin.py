@@ -58,13 +58,12 @@ class FoldserveEndpoint:
         state.foldserve_turn = asyncio.Lock()
         state.foldserve_counts_drops = asyncio.create_task(metrics.count_dropped_lines())
         state.foldserve_unread = UnreadBodies(limits.max_unread_bytes)
-        family = family_of(engine_client.model_config.hf_config)
         state.foldserve_chat = FoldServingChat(
             engine_client,
             state.openai_serving_models,
             args.response_role,
             planner=Planner(
-                None if family is None else family.geometry,
+                family_of(engine_client.model_config.hf_config),
                 settings,
                 step_room(engine_client.vllm_config),
                 positions.limit(engine_client.vllm_config),

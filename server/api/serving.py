@@ -16,7 +16,8 @@ from vllm.inputs import EngineInput
 from vllm.outputs import RequestOutput
 from vllm.renderers.chat_utils import ConversationMessage
 
-from foldserve.reducers.plan import Reduction
+from foldserve.reducers.item import ItemPlan
+from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.api import metrics
 from foldserve.server.api.errors import FoldserveError, InvalidRequest, render_event
 from foldserve.server.api.image_cache import OnItsWay, SentImages
@@ -24,11 +25,11 @@ from foldserve.server.api.lifecycle.state import Lifecycle
 from foldserve.server.api.limits import forms, template
 from foldserve.server.api.limits.checks import ChatChecks
 from foldserve.server.api.media.guard import MediaGuard
-from foldserve.server.api.planner import Planner
+from foldserve.server.api.planner import Planner, as_asked
 from foldserve.server.api.schema import FoldChatRequest, Progress
 from foldserve.server.api.usage import VisionTokens, vision_tokens
 from foldserve.server.engine.kv_cost import KvCost
-from foldserve.server.engine.processor import KWARG
+from foldserve.server.engine.processor import KWARG, PLANS
 
 _NOTHING = Reduction()
 
@@ -75,7 +76,7 @@ class FoldServingChat(OpenAIServingChat):
     ) -> tuple[list[ConversationMessage], list[EngineInput]] | ErrorResponse:
         if (refusal := await self._check_model(request)) is not None:
             return refusal
-        reductions, plans = self.planner.plan(request)
+        reductions = self.planner.check(request)
         if any(reduction != _NOTHING for reduction in reductions):
             request.mm_processor_kwargs = {KWARG: [reduction.to_json() for reduction in reductions]}
         request.progress.form = await forms.build(request, self.engine_client)
@@ -85,15 +86,19 @@ class FoldServingChat(OpenAIServingChat):
                 rendered = await super().render_chat_request(request)
             except VLLMValidationError as error:
                 raise template.refusal(error, len(request.messages)) or error from None
+            except InvalidReduction as error:  # an image whose size does not allow what is asked
+                raise as_asked(error, request) from error
         if isinstance(rendered, ErrorResponse):  # the one thing that vLLM refuses in this way here
             raise InvalidRequest('this server can\'t call tools: leave `tools` out, or send "none"', "tool_choice")
         (prompt,) = rendered[1]
         self.checks.check_prompt(prompt)
-        self.planner.check_positions(plans, len(dict(prompt)["prompt_token_ids"]), request)
+        fields: dict[str, Any] = dict(prompt)
+        plans: list[ItemPlan] = fields.get(PLANS, [])
+        self.planner.check_positions(plans, len(fields["prompt_token_ids"]), request)
         progress = request.progress
         progress.vision = vision_tokens(plans, prompt, self.planner.settings.withdraw_layer, self.planner.room)
         if plans and self.sent_images is not None:
-            progress.on_its_way = OnItsWay(self.sent_images, dict(prompt)["mm_hashes"]["image"], clock)
+            progress.on_its_way = OnItsWay(self.sent_images, fields["mm_hashes"]["image"], clock)
         metrics.observe_accepted(progress.vision, self.kv_cost)
         return rendered
 

@@ -70,12 +70,13 @@ def _device(config: VllmConfig) -> str:
 
 
 def _reduction(chat: FoldServingChat) -> str:
-    settings, geometry = chat.planner.settings, chat.planner.geometry
-    if geometry is None:
+    settings, family = chat.planner.settings, chat.planner.family
+    if family is None:
         return "none: this model's vision tower can't reduce"
     default = settings.default_reduction.to_json()
+    tokens = f"{'up to ' if family.sizes_matter else ''}{family.largest.tokens}"
     return (
-        f"{geometry.tokens} tokens an image; default {json.dumps(default) if default else 'none'}, "
+        f"{tokens} tokens an image; default {json.dumps(default) if default else 'none'}, "
         f'"detail": "low" {settings.low_detail_ratio:g}, positions {settings.positions}'
     )
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from vllm.inputs import EngineInput
 
-from foldserve.reducers.plan import Plan
+from foldserve.reducers.item import ItemPlan
 from foldserve.server.api.errors import FoldserveError, InvalidRequest
-from foldserve.server.engine.withdrawal import Room, TokenMap, refuse_prompt
+from foldserve.server.engine.withdrawal import Room, TokenMap, admit, prompt_items
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class VisionTokens:
         withdraw_layer: K of the server, None without withdrawal.
     """
 
-    plans: tuple[Plan, ...]
+    plans: tuple[ItemPlan, ...]
     withdrawn_each: tuple[int, ...]
     withdraw_layer: int | None = None
 
@@ -73,16 +73,8 @@ class VisionTokens:
         return ", ".join(f"{name}={value}" for name, value in self.to_json().items() if name != "images")
 
 
-@dataclass(frozen=True, slots=True)
-class _Image:
-    """An image in the prompt, as `TokenMap` reads it."""
-
-    identifier: str
-    mm_position: Any
-
-
 def vision_tokens(
-    plans: Sequence[Plan], prompt: EngineInput, withdraw_layer: int | None, room: Room
+    plans: Sequence[ItemPlan], prompt: EngineInput, withdraw_layer: int | None, room: Room
 ) -> VisionTokens | None:
     """Counts of a rendered prompt; None for one without planned images.
 
@@ -104,13 +96,11 @@ def vision_tokens(
         raise FoldserveError(f"the prompt holds {found} vision tokens where {planned} were planned")
     if all(plan.decoder == "none" for plan in plans):
         return VisionTokens(tuple(plans), (0,) * len(plans), withdraw_layer)
-    images = [_Image(h, place) for h, place in zip(fields["mm_hashes"]["image"], places, strict=True)]
-    kept_deep = TokenMap.of(images, len(fields["prompt_token_ids"]))
     try:
-        refuse_prompt(kept_deep, len(fields["prompt_token_ids"]), room)
+        token_map = admit(prompt_items(fields), len(fields["prompt_token_ids"]), room)
     except ValueError as error:
         raise InvalidRequest(str(error), "messages") from error
-    return VisionTokens(tuple(plans), tuple(_withdrawn(kept_deep, places)), withdraw_layer)
+    return VisionTokens(tuple(plans), tuple(_withdrawn(token_map, places)), withdraw_layer)
 
 
 def _withdrawn(tokens: TokenMap, places: Iterable[Any]) -> Iterable[int]:

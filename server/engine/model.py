@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
 from vllm.config import VllmConfig
@@ -11,7 +12,8 @@ from vllm.model_executor.models.interfaces import MultiModalEmbeddings, Supports
 from vllm.transformers_utils.processor import cached_image_processor_from_config
 
 from foldserve.kernels import ops
-from foldserve.reducers.plan import InvalidReduction, Plan, make_plan
+from foldserve.reducers.item import ItemPlan, Layout, plan_item
+from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import positions, withdrawal
 from foldserve.server.engine.encoder_budget import batches, profiled_images
 from foldserve.server.engine.families.registry import family_of
@@ -47,38 +49,38 @@ class FoldModel(SupportsMultiModal):
         if self._withdraws:
             self.get_model_state_cls = withdrawal.model_state_cls  # asked for by model runner V2 only
 
-    def embed_multimodal(self, **kwargs: object) -> MultiModalEmbeddings:
+    def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
         """One (plan.kept, hidden) tensor per image, from as many images at a time as start-up has measured.
 
         vLLM's own path, bit for bit, when nothing is reduced.
         """
         rows_of_plans, is_dummy = kwargs.pop(PLAN_FIELD, None), kwargs.pop(DUMMY_FIELD, None) is not None
-        pixels, family = kwargs.get("pixel_values"), self._family
-        if not isinstance(rows_of_plans, torch.Tensor) or not isinstance(pixels, torch.Tensor) or family is None:
+        family = self._family
+        if not isinstance(rows_of_plans, torch.Tensor) or family is None:
             return super().embed_multimodal(**kwargs)
-        plans = [Plan.from_ints(row, family.geometry) for row in rows_of_plans.tolist()]  # on the CPU
+        plans = [family.read_plan(row) for row in rows_of_plans.tolist()]  # on the CPU
         if not self.can_keep_positions and any(plan.keeps_positions for plan in plans):
             raise ValueError(positions.CANNOT_KEEP)
         if not self._withdraws and any(plan.decoder != "none" for plan in plans):
             raise ValueError("this engine has no layer K for methods in the decoder: see `withdrawal.configure`")
-        if is_dummy and (default := self._default_plan) is not None:
-            self._embed(family, pixels, [default] * len(plans))
+        if is_dummy:
+            defaults = [self._default_plan(plan.layout) for plan in plans]
+            if defaults != plans:
+                self._embed(family, kwargs, defaults)
         if len(plans) <= self._images_at_once:
-            return self._embed(family, pixels, plans)
+            return self._embed(family, kwargs, plans)
         embeds: dict[int, torch.Tensor] = {}
         for places in batches(plans, self._images_at_once):
-            batch = self._embed(family, rows(pixels, places), [plans[i] for i in places])
-            embeds |= zip(places, batch, strict=True)
+            inputs = {name: rows(value, places) for name, value in kwargs.items()}
+            embeds |= zip(places, self._embed(family, inputs, [plans[i] for i in places]), strict=True)
         return [embeds[i] for i in range(len(plans))]
 
-    def _embed(self, family: Family, pixels: torch.Tensor, plans: Sequence[Plan]) -> MultiModalEmbeddings:
-        """Embeddings of images (B, 3, H, W) that share a batch."""
-        pixels = self.normalized(pixels)
+    def _embed(self, family: Family, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> MultiModalEmbeddings:
+        """Embeddings of images that share a batch."""
+        inputs = {**inputs, "pixel_values": self.normalized(inputs["pixel_values"])}
         if all(plan.is_identity for plan in plans):
-            return super().embed_multimodal(pixel_values=pixels)
-        image_input = self._parse_and_validate_image_input(pixel_values=pixels)
-        assert image_input is not None and image_input["type"] == "pixel_values"
-        images = family.encode(self, image_input["pixel_values"], plans)
+            return super().embed_multimodal(**inputs)
+        images = family.encode(self, inputs, plans)
         return [
             positions.attach(image.features, image.source) if plan.keeps_positions else image.features
             for image, plan in zip(images, plans, strict=True)
@@ -92,17 +94,13 @@ class FoldModel(SupportsMultiModal):
     def _images_at_once(self) -> int:
         return profiled_images(self._vllm_config)
 
-    @cached_property
-    def _default_plan(self) -> Plan | None:
-        """Of the server's default reduction; None where that removes nothing, or can't be done: requests are told."""
-        if self._family is None:
-            return None
+    def _default_plan(self, layout: Layout) -> ItemPlan:
+        """Of the server's default reduction; of none where that can't be done: requests are told."""
         reduction = Settings.from_config(self._vllm_config.additional_config).default_reduction
         try:
-            plan = make_plan(reduction, self._family.geometry)
+            return plan_item(reduction, layout)
         except InvalidReduction:
-            return None
-        return None if plan.is_identity else plan
+            return plan_item(Reduction(), layout)
 
     @cached_property
     def _normalize(self) -> Normalize:

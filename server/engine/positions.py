@@ -24,13 +24,15 @@ _BASE = 256
 
 
 def attach(embeds: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """(n, hidden) and (n,) int64 below 65,536 -> (n, hidden + 2)."""
+    """(n, hidden) and (n,) int64 below 65,536 -> (n, hidden + 2), in the order of positions."""
+    order = source.argsort()
+    embeds, source = embeds[order], source[order]
     digits = torch.stack([source // _BASE, source % _BASE], dim=-1)
     return torch.cat([embeds, digits.to(embeds.dtype)], dim=-1)
 
 
 def detach(embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inverse of `attach`."""
+    """(n, hidden + 2) of `attach` -> (n, hidden) and (n,)."""
     high, low = embeds[:, -_COLUMNS:].long().unbind(-1)
     return embeds[:, :-_COLUMNS], high * _BASE + low
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 from zlib import crc32
 
 import torch
@@ -18,7 +18,8 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageEmbeddingItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs, TimingContext
 
-from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, make_plan
+from foldserve.reducers.item import ItemPlan, plan_item
+from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import positions
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.family import Family
@@ -29,10 +30,13 @@ KWARG = "foldserve"
 """Key in `mm_processor_kwargs`: one reduction (JSON form) for every image, or a list with one per image."""
 
 PLAN_FIELD = "vision_plan"
-"""Multimodal field that carries `Plan.to_ints()` of each image to the model, on the CPU."""
+"""Multimodal field that carries `ItemPlan.to_ints()` of each image to the model, on the CPU."""
 
 DUMMY_FIELD = "vision_dummy"
 """Multimodal field, and key in the kwargs of the processor, of the images that vLLM makes for its profile run."""
+
+PLANS = "foldserve_plans"
+"""Key in what the processor returns: the plan of each image, for whoever answers the request."""
 
 _OWN_FIELDS = (PLAN_FIELD, DUMMY_FIELD)
 
@@ -54,13 +58,17 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         return replace(super().get_dummy_inputs(*args, **kwargs), hf_processor_mm_kwargs={DUMMY_FIELD: True})
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
-        """Raises InvalidReduction if kept positions go beyond those of the model: `vllm.LLM` has nobody else to ask."""
+        """vLLM's, with the plans under `PLANS`.
+
+        Raises:
+            InvalidReduction: an image can't be reduced so, or kept positions go beyond those of the model.
+        """
         plans = self.plans(inputs.mm_data_items, inputs.hf_processor_mm_kwargs)
         processed = super().apply(inputs, timing_ctx)
         gaps = sum(plan.removed for plan in plans if plan.keeps_positions)
         limit = positions.trained(self.info.ctx.model_config)
         positions.refuse_positions(len(processed["prompt_token_ids"]), gaps, 1, limit)
-        return processed
+        return cast(MultiModalInput, {**processed, PLANS: plans})
 
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: _Kwargs) -> BatchFeature:
         plans = self.plans(mm_items, hf_kwargs)
@@ -105,7 +113,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
             return kwargs
         return {**kwargs, KWARG: [r for r, hit in zip(asked, mm_is_cached["image"], strict=True) if not hit]}
 
-    def _identity(self, image_hash: str, plan: Plan) -> str:
+    def _identity(self, image_hash: str, plan: ItemPlan) -> str:
         if not plan.is_identity:
             algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
             image_hash = MultiModalHasher.hash_kwargs(algorithm, image=image_hash, plan=repr(plan.to_ints()))
@@ -114,12 +122,13 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
             return str(ItemIdentity(image_hash, full_length))
         return str(ItemIdentity(image_hash, full_length, plan.decoder, plan.kept_deep))
 
-    def plans(self, mm_items: MultiModalDataItems, kwargs: _Kwargs) -> list[Plan]:
+    def plans(self, mm_items: MultiModalDataItems, kwargs: _Kwargs) -> list[ItemPlan]:
         """One plan per image; empty where there is nothing to plan (no pixel images)."""
-        count = mm_items.get_count("image", strict=False)
+        count, family = mm_items.get_count("image", strict=False), self._family
         reductions = parse_reductions(kwargs.get(KWARG), count)
-        if count and not isinstance(mm_items["image"], ImageEmbeddingItems) and self._family is not None:
-            return [make_plan(reduction, self._family.geometry) for reduction in reductions]
+        if count and family is not None and not isinstance(images := mm_items["image"], ImageEmbeddingItems):
+            layouts = [family.layout(family.shape(images, i, self.info)) for i in range(count)]
+            return [plan_item(reduction, layout) for reduction, layout in zip(reductions, layouts, strict=True)]
         if any(r != Reduction() for r in reductions):
             raise InvalidReduction("only images can be reduced, by a CLIP or SigLIP tower, not embeddings", param="")
         return []

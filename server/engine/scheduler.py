@@ -61,7 +61,7 @@ class FoldScheduler(Scheduler):
         family = family_of(self.vllm_config.model_config.hf_config)
         manager = self.encoder_cache_manager
         if family is not None and type(manager) is EncoderCacheManager:
-            self._encoded, self._most_images = family.geometry.tokens, profiled_images(self.vllm_config)
+            self._encoded, self._most_images = family.largest.tokens, profiled_images(self.vllm_config)
             self.encoder_cache_manager = CountingCacheManager(manager.cache_size)
         self._grammars = GrammarPool()
         self._steps = FairSteps()

@@ -45,7 +45,7 @@ def encode_images(
         select_strategy: `vision_feature_select_strategy` of the checkpoint.
 
     Returns:
-        What is left of each image, in their order. Images whose plan keeps positions come in the order of these.
+        What is left of each image, in their order.
     """
     walk = Tower(tower, select_strategy)
 
@@ -63,15 +63,15 @@ def encode_images(
 
 
 def reduce_features(images: Sequence[Survivors], plans: Sequence[Plan]) -> list[Survivors]:
-    """The methods that work after the tower, and the order of positions where a plan keeps them."""
+    """The methods that work after the tower."""
 
     def reduce(plan: Plan, members: list[int]) -> Sequence[Survivors]:
         method = METHODS.get(plan.method)
         group = [images[i] for i in members]
         if isinstance(method, AfterTower):
             reduced = method.reduce(torch.stack([image.features for image in group]), plan)
-            group = _survivors(reduced.tokens, reduced.source)
-        return [_in_order(image) for image in group] if plan.keeps_positions else group
+            return _survivors(reduced.tokens, reduced.source)
+        return group
 
     return _each(plans, lambda plan: plan, reduce)
 
@@ -90,11 +90,6 @@ def _survivors(features: torch.Tensor, source: torch.Tensor) -> list[Survivors]:
 def untouched(features: torch.Tensor) -> list[Survivors]:
     """Images (B, n, C) of which nothing is removed yet."""
     return _survivors(features, _count(features))
-
-
-def _in_order(image: Survivors) -> Survivors:
-    order = image.source.argsort()
-    return Survivors(image.features[order], image.source[order])
 
 
 def _count(x: torch.Tensor) -> torch.Tensor:

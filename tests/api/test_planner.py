@@ -8,10 +8,12 @@ from typing import Any
 import pytest
 
 from foldserve.reducers.geometry import VisionGeometry
+from foldserve.reducers.item import ItemPlan, Layout, Part, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.api.errors import InvalidRequest
-from foldserve.server.api.planner import Planner
+from foldserve.server.api.planner import Planner, as_asked
 from foldserve.server.api.schema import FoldChatRequest
+from foldserve.server.engine.family import Family
 from foldserve.server.engine.withdrawal import Room
 from foldserve.server.settings import Settings
 
@@ -24,39 +26,69 @@ def request(*details: str, **fields: Any) -> FoldChatRequest:
     return FoldChatRequest(messages=[{"role": "user", "content": parts}], **fields)
 
 
+class OneSize(Family):
+    """Every image has one layout."""
+
+    def __init__(self, layout: Layout) -> None:
+        self.largest = layout
+
+    @classmethod
+    def of(cls, hf_config: Any) -> None:
+        raise NotImplementedError
+
+    def encode(self, *args: Any) -> Any:
+        raise NotImplementedError
+
+
+class Tiles(OneSize):
+    """An image is a row of tiles, behind each a separator: its size decides how many, four at most."""
+
+    shape_ints = 1
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        return Layout((Part(SIGLIP, count=shape[0], separators=shape[0]),), shape)
+
+
 def planner(geometry: VisionGeometry | None = CLIP, **options: Any) -> Planner:
-    return Planner(geometry, Settings(**options), Room(100, "--max-num-batched-tokens"))
+    family = None if geometry is None else OneSize(Layout.single(geometry))
+    return Planner(family, Settings(**options), Room(100, "--max-num-batched-tokens"))
+
+
+def plans(planner: Planner, request: FoldChatRequest) -> list[ItemPlan]:
+    """As the processor makes them."""
+    assert planner.family is not None
+    return [plan_item(reduction, planner.family.largest) for reduction in planner.check(request)]
 
 
 def test_defaults_and_details() -> None:
     made = planner(default_reduction=Reduction(method="folder_cls", ratio=0.5), low_detail_ratio=0.9)
-    _, plans = made.plan(request("auto", "low", "high"))
-    assert [(plan.method, plan.kept) for plan in plans] == [("folder_cls", 288), ("folder_cls", 58), ("none", 576)]
-    _, plans = made.plan(request("auto", "low", reduction_ratio=0))
-    assert [plan.kept for plan in plans] == [576, 576]
+    found = plans(made, request("auto", "low", "high"))
+    assert [(plan.method, plan.kept) for plan in found] == [("folder_cls", 288), ("folder_cls", 58), ("none", 576)]
+    found = plans(made, request("auto", "low", reduction_ratio=0))
+    assert [plan.kept for plan in found] == [576, 576]
 
 
 def test_withdraw_needs_a_layer() -> None:
     with pytest.raises(InvalidRequest, match="--withdraw-layer") as caught:
-        planner().plan(request("auto", reduction={"withdraw": True}))
+        planner().check(request("auto", reduction={"withdraw": True}))
     assert caught.value.param == "reduction.withdraw"
 
 
 def test_method_that_the_tower_has_not() -> None:
     with pytest.raises(InvalidReduction, match="folder_cls") as caught:
-        planner(SIGLIP).plan(request("auto", reduction={"method": "folder_cls", "ratio": 0.5}))
+        planner(SIGLIP).check(request("auto", reduction={"method": "folder_cls", "ratio": 0.5}))
     assert caught.value.param == "method"
 
 
 def test_model_that_cannot_reduce() -> None:
-    assert planner(None).plan(request("auto", reduction_ratio=0)) == ([Reduction()], [])
+    assert planner(None).check(request("auto", reduction_ratio=0)) == [Reduction()]
     with pytest.raises(InvalidRequest, match="can't reduce"):
-        planner(None).plan(request("auto", reduction_ratio=0.5))
+        planner(None).check(request("auto", reduction_ratio=0.5))
 
 
 def test_positions_that_the_server_cannot_keep() -> None:
     with pytest.raises(InvalidRequest, match="can't keep positions") as caught:
-        planner().plan(request("auto", reduction={"ratio": 0.5, "positions": "keep"}))
+        planner().check(request("auto", reduction={"ratio": 0.5, "positions": "keep"}))
     assert caught.value.param == "reduction.positions"
 
 
@@ -64,12 +96,12 @@ def test_positions_default_and_what_a_request_says() -> None:
     keeping = replace(planner(positions="keep"), positions=4096)
 
     def kept(**fields: Any) -> list[bool]:
-        return [plan.keeps_positions for plan in keeping.plan(request("auto", **fields))[1]]
+        return [plan.keeps_positions for plan in plans(keeping, request("auto", **fields))]
 
     assert kept(reduction_ratio=0.5) == [True]
     assert kept(reduction={"ratio": 0.5, "positions": "renumber"}) == [False]
     assert kept(reduction_ratio=0) == kept() == [False]
-    assert keeping.plan(request("auto"))[0] == [Reduction()]
+    assert keeping.check(request("auto")) == [Reduction()]
 
 
 @pytest.mark.parametrize(
@@ -79,10 +111,35 @@ def test_no_position_beyond_the_models(asked: int | None, prompt: int, left: int
     """Half of 576 tokens leave gaps of 288; the model knows 600 positions."""
     keeping = replace(planner(), positions=600)
     asking = request("auto", reduction={"ratio": 0.5, "positions": "keep"}, max_completion_tokens=asked)
-    _, plans = keeping.plan(asking)
+    found = plans(keeping, asking)
     if left is None:
         with pytest.raises(InvalidRequest, match="600 positions"):
-            keeping.check_positions(plans, prompt, asking)
+            keeping.check_positions(found, prompt, asking)
     else:
-        keeping.check_positions(plans, prompt, asking)
+        keeping.check_positions(found, prompt, asking)
         assert asking.max_completion_tokens == left
+
+
+def test_what_depends_on_the_images_size_is_not_refused_before_it_is_known() -> None:
+    family = Tiles(Tiles.layout(OneSize(Layout.single(SIGLIP)), (4,)))  # type: ignore[arg-type]
+    tiled = replace(planner(), family=family)
+    asking = request("auto", reduction={"keep_tokens": 1000})
+    (reduction,) = tiled.check(asking)
+    assert plan_item(reduction, family.layout((4,))).kept == 1000
+    with pytest.raises(InvalidReduction, match="give 3 to 730") as caught:
+        plan_item(reduction, family.layout((1,)))
+    assert caught.value.param == "keep_tokens"
+    with pytest.raises(InvalidReduction, match="folder_cls"):
+        tiled.check(request("auto", reduction={"method": "folder_cls", "ratio": 0.5}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "named"),
+    [
+        ({"reduction_ratio": 0.5}, "ratio", "reduction_ratio"),
+        ({"reduction_ratio": 0.5}, "positions", "positions"),
+        ({"reduction": {"ratio": 0.5}}, "ratio", "ratio"),
+    ],
+)
+def test_a_refusal_names_the_field_that_the_request_has(fields: dict[str, Any], param: str, named: str) -> None:
+    assert as_asked(InvalidReduction("too small", param), request("auto", **fields)).param == named

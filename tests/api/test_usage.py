@@ -7,21 +7,22 @@ from typing import Any
 import pytest
 from vllm.multimodal.inputs import PlaceholderRange
 
-from foldserve.reducers.plan import Plan, Reduction, VisionGeometry, make_plan
+from foldserve.reducers.item import ItemPlan, Layout, plan_item
+from foldserve.reducers.plan import Reduction, VisionGeometry
 from foldserve.server.api.errors import FoldserveError, InvalidRequest
 from foldserve.server.api.usage import vision_tokens
 from foldserve.server.engine.identity import ItemIdentity
 from foldserve.server.engine.withdrawal import Room
 
-CLIP = VisionGeometry(144, (12, 12), layers=3, class_token=True)
+CLIP = Layout.single(VisionGeometry(144, (12, 12), layers=3, class_token=True))
 ROOM = Room(200, "--max-num-batched-tokens 215 less one for each of 15 other sequences")
 
 
-def plan(reduction: dict[str, object]) -> Plan:
-    return make_plan(Reduction.parse(reduction), CLIP)
+def plan(reduction: dict[str, object]) -> ItemPlan:
+    return plan_item(Reduction.parse(reduction), CLIP)
 
 
-def prompt(plans: list[Plan], text: int) -> Any:
+def prompt(plans: list[ItemPlan], text: int) -> Any:
     """Images one after the other, and `text` tokens behind them."""
     ends = [sum(p.kept for p in plans[: i + 1]) for i in range(len(plans))]
     places = [PlaceholderRange(offset=end - p.kept, length=p.kept) for end, p in zip(ends, plans, strict=True)]

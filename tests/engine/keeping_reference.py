@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from foldserve.reducers.plan import Plan
+from foldserve.reducers.item import ItemPlan
 from tests.engine.reference import Reference
 from tests.engine.withdrawal.reference import WithdrawingReference
 
@@ -43,15 +43,15 @@ class _Keeping(Reference):
         decoder = self.model.model.language_model
         decoder.rotary_emb = self.placed = Placed(decoder.rotary_emb)
 
-    def image_features(self, image: Image.Image, plan: Plan) -> Tensor:
+    def image_features(self, image: Image.Image, plan: ItemPlan) -> Tensor:
         return self.survivors(image, plan)[0]
 
     @torch.no_grad()
-    def survivors(self, image: Image.Image, plan: Plan) -> tuple[Tensor, list[int]]:
+    def survivors(self, image: Image.Image, plan: ItemPlan) -> tuple[Tensor, list[int]]:
         """Projected vision tokens (plan.kept, hidden), and the position of each in the image."""
         pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
         seeded = plan.with_seed(crc32(pixels[0].numpy().tobytes())) if plan.method == "random" else plan
-        tokens, source = self.tower.survivors(pixels, seeded)
+        tokens, source = self.tower.survivors(pixels, seeded.grids[0])
         features = self.model.model.multi_modal_projector(tokens)[0]
         if not plan.keeps_positions:
             return features, list(range(plan.kept))

@@ -11,7 +11,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, CLIPVisionConfig, LlavaForConditionalGeneration
 
-from foldserve.reducers.plan import Plan, Reduction, VisionGeometry, make_plan
+from foldserve.reducers.item import ItemPlan, Layout, plan_item
+from foldserve.reducers.plan import Reduction, VisionGeometry
 from tests.engine.plain_tower import PlainTower
 
 
@@ -27,17 +28,17 @@ class Reference:
         self.geometry = VisionGeometry(side**2, (side, side), vision.num_hidden_layers - 1, class_token)
         self.tower = PlainTower(self.model.model.vision_tower, class_token=class_token)
 
-    def plan(self, reduction: dict[str, object]) -> Plan:
-        return make_plan(Reduction.parse(reduction), self.geometry)
+    def plan(self, reduction: dict[str, object]) -> ItemPlan:
+        return plan_item(Reduction.parse(reduction), Layout.single(self.geometry))
 
     @torch.no_grad()
-    def image_features(self, image: Image.Image, plan: Plan) -> Tensor:
+    def image_features(self, image: Image.Image, plan: ItemPlan) -> Tensor:
         """Projected vision tokens (plan.kept, hidden)."""
         pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
         seeded = plan.with_seed(crc32(pixels[0].numpy().tobytes())) if plan.method == "random" else plan
-        return self.model.model.multi_modal_projector(self.tower.features(pixels, seeded))[0]
+        return self.model.model.multi_modal_projector(self.tower.features(pixels, seeded.grids[0]))[0]
 
-    def prompt_ids(self, prompt: str, plans: Sequence[Plan]) -> list[int]:
+    def prompt_ids(self, prompt: str, plans: Sequence[ItemPlan]) -> list[int]:
         """Token ids with plan.kept placeholders per image."""
         ids: list[int] = []
         remaining = iter(plans)

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from transformers import AutoProcessor, CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from foldserve.reducers.folder import folder
-from foldserve.reducers.plan import Plan, VisionGeometry
+from foldserve.reducers.item import ItemPlan
+from foldserve.reducers.plan import VisionGeometry
 from tests import stf_checkpoint
 from tests.engine.withdrawal.reference import WithdrawingReference
 
@@ -45,14 +46,14 @@ class StfReference(WithdrawingReference):
         self.clip = self._clip()
         self.model = self._decoder(json.loads((source / "config.json").read_text()))
 
-    def image_features(self, image: Image.Image, plan: Plan) -> Tensor:
+    def image_features(self, image: Image.Image, plan: ItemPlan) -> Tensor:
         """Projected vision tokens (plan.kept, hidden)."""
         pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
         states = self.clip(pixels, output_hidden_states=True).hidden_states
         fused = torch.cat([states[i][:, 1:] for i in stf_checkpoint.LAYERS], dim=-1)
         fused = self._linear(f"{_FUSION}.2", F.gelu(self._linear(f"{_FUSION}.0", fused)))
         tokens = self._linear(f"{_OUTPUT}.2", F.gelu(self._windows(fused)))
-        return folder(tokens, plan.folds).tokens[0] if plan.removed else tokens[0]
+        return folder(tokens, plan.grids[0].folds).tokens[0] if plan.removed else tokens[0]
 
     def _windows(self, fused: Tensor) -> Tensor:
         """Space-to-depth and the linear layer after it, as one convolution for each expert's channels."""

@@ -18,23 +18,23 @@ LOOK_ALIKES = ("cat@576", "~fastv:3", "cat~withdraw:0", "cat~a:0", "a@1~b_c:2", 
 PINNED: list[tuple[dict[str, Any], str]] = [
     ({}, "cat"),
     ({"ratio": 0}, "cat"),
-    ({"ratio": 0.5}, "bf28f20a268f06fe47c4e03a4e3851ca7e4cd3e0bcf870fbac71e70d80a5f3c2"),
+    ({"ratio": 0.5}, "ddb3e9c40c5d474f4af0c52cda575ea85fb87472d2db0a3a282d0ac4207b02ce"),
     (
         {"ratio": 0.5, "positions": "keep"},
-        "f88fd3b2c36ed596f7be837e0adfdacaa5b7fcdbfcc60a66c4580b472c18a1e7@144",
+        "f9ac8e7716f6c90e66e0b163fddae7b6a6c4921ee3bafd2f993cd146bf47d1ed@144",
     ),
     ({"withdraw": True}, "cat~withdraw:0"),
     (
         {"ratio": 0.5, "withdraw": True},
-        "06cda6128f981e77be10737b980f2c1a2132f0e4545f05e3ec8e4e94db50de1e~withdraw:0",
+        "d335d11b7a1ec23be2b51cb83c5b227548c0a4f1755b0700f1806ab5dfdcc0a5~withdraw:0",
     ),
     ({"method": "fastv"}, "cat~fastv:72"),
     (
         {"method": "folder+fastv", "ratio": 0.5, "positions": "keep"},
-        "89d4169ba02886fc269abbbce47b6f5c93a81456e0d7ed4f0abca2d5e8a1798a@144~fastv:36",
+        "66445c3b8c644de94a498a9046302a67bb601f489a432ba8eb0cfdc2728a58b3@144~fastv:36",
     ),
-    ({"method": "random", "keep_tokens": 36}, "d6a7e1ce1b24598baeb9e7d89b8bd821399da6fdad086a1ca9c7ef4c947c5940"),
-    ({"method": "pool", "ratio": 0.75}, "bd0f1d8e1508bfd6175143ab4c0b7aa42e08287d9381abd2ed72884555852427"),
+    ({"method": "random", "keep_tokens": 36}, "f354b8b2a5ba4faf0d000775aa90af931719dc602f06de1a82262b0657c4b95d"),
+    ({"method": "pool", "ratio": 0.75}, "c22ca8d06fda6263c50aa03c1c64ce727a7f681fe79a8fd4beae4a52ce780a7a"),
     ({"method": "illava_decoder", "ratio": 0.25}, "cat~illava_decoder:108"),
 ]
 """What is asked for an image named "cat" -> its identity: a change of one empties every deployment's caches."""

@@ -13,6 +13,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from foldserve.reducers import METHODS, Stage
+from foldserve.reducers.item import Layout, plan_item
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 from tests import siglip_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
@@ -208,4 +209,6 @@ def test_the_prompt_holds_what_is_planned(
     case = one_image(35, asked.to_json())
     params = SamplingParams(temperature=0, max_tokens=1)
     (output,) = engines[tower].generate([case.to_vllm()], params, use_tqdm=False)
-    assert len(output.prompt_token_ids) == len(plain.prompt_ids(case.prompt, [make_plan(asked, plain.geometry)]))
+    assert len(output.prompt_token_ids) == len(
+        plain.prompt_ids(case.prompt, [plan_item(asked, Layout.single(plain.geometry))])
+    )

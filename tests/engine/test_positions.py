@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from vllm.multimodal.inputs import PlaceholderRange
 
+from foldserve.reducers.item import Layout, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction, VisionGeometry, make_plan
 from foldserve.server.engine import positions
 from foldserve.server.engine.identity import ItemIdentity
@@ -32,10 +33,10 @@ def test_positions_travel_exactly(dtype: torch.dtype) -> None:
 
 def test_renumbering_is_the_plan_of_who_says_nothing() -> None:
     """The same plan is the same identity, hence the same cache entries."""
-    clip = VisionGeometry(576, (24, 24), layers=23, class_token=True)
-    plans = [make_plan(Reduction.parse({"ratio": 0.5, **more}), clip) for more in ({}, {"positions": "renumber"})]
-    assert plans[0] == plans[1] != make_plan(Reduction.parse({"ratio": 0.5, "positions": "keep"}), clip)
-    whole = [make_plan(Reduction.parse({"ratio": 0, "positions": p}), clip) for p in ("keep", "renumber")]
+    clip = Layout.single(VisionGeometry(576, (24, 24), layers=23, class_token=True))
+    plans = [plan_item(Reduction.parse({"ratio": 0.5, **more}), clip) for more in ({}, {"positions": "renumber"})]
+    assert plans[0] == plans[1] != plan_item(Reduction.parse({"ratio": 0.5, "positions": "keep"}), clip)
+    whole = [plan_item(Reduction.parse({"ratio": 0, "positions": p}), clip) for p in ("keep", "renumber")]
     assert whole[0] == whole[1] and whole[0].is_identity and not whole[0].keeps_positions
 
 

@@ -132,7 +132,8 @@ def geometry(**fields: Any) -> VisionGeometry:
     """Of a checkpoint with CLIP-L at 336 pixels and these fields in its config.json."""
     found = family_of(LlavaConfig(architectures=[ARCHITECTURE], **({"stf": StfConfig().to_json()} | fields)))
     assert found is not None
-    return found.geometry
+    (part,) = found.largest.parts
+    return part.geometry
 
 
 def test_geometry() -> None:

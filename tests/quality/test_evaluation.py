@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from foldserve.reducers import METHODS, VisionGeometry
+from foldserve.reducers.item import ItemPlan, Layout, plan_item
 from foldserve.reducers.method import Decoder
-from foldserve.reducers.plan import Plan, Reduction, make_plan
+from foldserve.reducers.plan import Reduction
 from foldserve.server import cli
 from foldserve.server.api.catalog import served_card
 from foldserve.server.quality.evaluation.card import Card, read_card, refusals, results
@@ -41,12 +42,12 @@ from foldserve.server.quality.evaluation.variants import (
 )
 from tests.images import photo
 
-GEOMETRY = VisionGeometry(144, (12, 12), layers=6, class_token=True)
+LAYOUT = Layout.single(VisionGeometry(144, (12, 12), layers=6, class_token=True))
 LAYERS = 12
 
 
 def planned(*methods: str, ratios: Sequence[float] = (0.5,), layers: Sequence[int] = ()) -> Any:
-    return variants(parse_specs(methods), ratios, layers, GEOMETRY, LAYERS)
+    return variants(parse_specs(methods), ratios, layers, LAYOUT, LAYERS)
 
 
 # --- scores
@@ -164,7 +165,7 @@ def test_each_method_at_each_amount_and_controls_at_each_count() -> None:
     counts = [9, 18, 36, 63, 72, 90, 108]
     assert [v.plan.kept for v in found if v.label == "random"] == counts
     for variant, count in zip((v for v in found if v.label == "downsample"), counts, strict=True):
-        rows, columns = variant.plan.grid or (0, 0)
+        rows, columns = variant.plan.grids[0].grid or (0, 0)
         assert (variant.plan.method, rows * columns) == ("downsample", variant.plan.kept)
         assert 0.7 * count <= variant.plan.kept <= count
 
@@ -252,9 +253,9 @@ class FakeModel:
     """Answers "yes" with ever less conviction the fewer tokens it gets, and "no" below 40; 3 words in all."""
 
     layers: int = LAYERS
-    geometry: VisionGeometry = GEOMETRY
+    layout: Layout = LAYOUT
     started: list[int | None] = field(default_factory=list)
-    asked: list[Plan] = field(default_factory=list)
+    asked: list[ItemPlan] = field(default_factory=list)
     fails_at: int | None = None
 
     @contextmanager
@@ -262,8 +263,8 @@ class FakeModel:
         self.started.append(withdraw_layer)
         yield self
 
-    def ask(self, dialogues: Sequence[Any], reduction: Reduction, plan: Plan, max_tokens: int) -> list[FakeReply]:
-        assert make_plan(reduction, GEOMETRY) == plan
+    def ask(self, dialogues: Sequence[Any], reduction: Reduction, plan: ItemPlan, max_tokens: int) -> list[FakeReply]:
+        assert plan_item(reduction, LAYOUT) == plan
         if len(self.asked) == self.fails_at:
             raise KeyboardInterrupt
         self.asked.append(plan)
@@ -323,7 +324,7 @@ def test_engine_starts_once_for_each_layer_and_the_reference_comes_first(tmp_pat
     model = FakeModel()
     run(model, tmp_path, planned("withdraw", "folder", layers=(6, 3))[0])
     assert model.started == [None, 3, 6]
-    assert model.asked[0] == make_plan(Reduction(), GEOMETRY)
+    assert model.asked[0] == plan_item(Reduction(), LAYOUT)
 
 
 def test_a_stopped_run_goes_on_and_a_finished_one_asks_nothing(tmp_path: Path) -> None:

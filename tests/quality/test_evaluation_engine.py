@@ -53,7 +53,7 @@ class Direct(WithdrawingReference):
     def first(self, image: Any, question: str, reduction: dict[str, object]) -> Tensor:
         """(vocab,) log-probabilities."""
         embeds, of_image = self.embeds(image, question, reduction)
-        kept = ~of_image if self.plan(reduction).withdraw else torch.ones_like(of_image)
+        kept = ~of_image if self.plan(reduction).decoder == "withdraw" else torch.ones_like(of_image)
         hidden = withdrawn_forward(self.model.model.language_model, embeds, kept, self.layer)
         return self.model.lm_head(hidden[-1]).log_softmax(-1)
 

@@ -13,15 +13,16 @@ ROOT = Path(__file__).resolve().parents[2]
 TRY_IT = """
 import torch
 from foldserve.reducers import METHODS
-from foldserve.reducers.plan import Plan, Reduction, VisionGeometry, make_plan
+from foldserve.reducers.item import ItemPlan, Layout, plan_item
+from foldserve.reducers.plan import Reduction, VisionGeometry
 
-geometry = VisionGeometry(16, (4, 4), layers=2)
+layout = Layout.single(VisionGeometry(16, (4, 4), layers=2))
 x = torch.arange(16.0).expand(1, 16)[..., None] * torch.ones(3)
 for order, expected in (("largest", range(8, 16)), ("smallest", range(8))):
     reduction = Reduction.parse({"method": "norm+withdraw", "ratio": 0.5, "order": order})
-    plan = Plan.from_ints(make_plan(reduction, geometry).to_ints(), geometry)
+    plan = ItemPlan.from_ints(plan_item(reduction, layout).to_ints(), layout)
     assert (plan.method, plan.decoder, plan.kept, plan.kept_deep) == ("norm", "withdraw", 8, 0), plan
-    reduced = METHODS["norm"].reduce(x, plan)
+    reduced = METHODS["norm"].reduce(x, plan.grids[0])
     assert reduced.source[0].tolist() == list(expected)
     assert torch.equal(reduced.tokens[0, :, 0], x[0, list(expected), 0])
     assert [reduced.group[0, i] for i in expected] == list(range(8)) and (reduced.group == -1).sum() == 8

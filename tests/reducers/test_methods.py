@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from foldserve.reducers import METHODS
 from foldserve.reducers.attention import LayerAttention
+from foldserve.reducers.item import Layout, plan_item
 from foldserve.reducers.method import AfterTower, Decoder, InTower, Projector
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 from tests.reducers.check import draw
@@ -122,7 +123,7 @@ REFUSED: list[tuple[VisionGeometry, dict[str, Any], str, str]] = [
 @pytest.mark.parametrize(("geometry", "asked", "param", "told"), REFUSED, ids=[str(case[1]) for case in REFUSED])
 def test_refused(geometry: VisionGeometry, asked: dict[str, Any], param: str, told: str) -> None:
     with pytest.raises(InvalidReduction, match=told) as refusal:
-        make_plan(Reduction.parse(asked), geometry)
+        plan_item(Reduction.parse(asked), Layout.single(geometry))
     assert refusal.value.param == param
 
 

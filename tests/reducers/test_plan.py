@@ -13,7 +13,6 @@ from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeo
 
 METHODS_OF_ANY_COUNT = ("folder", "folder_cls")
 methods = st.sampled_from(METHODS_OF_ANY_COUNT)
-decoders = st.sampled_from([None, "withdraw"])
 
 
 def clip(tokens: int) -> VisionGeometry:
@@ -49,30 +48,28 @@ def test_ratio_is_truncated(method: str, n: int, ratio: float) -> None:
     plan = make_plan(Reduction(method, ratio=ratio), clip(n))
     assert plan.removed == int(n * ratio) == sum(plan.folds)
     assert plan.kept == n - plan.removed
-    assert plan.ratio == plan.removed / n
     assert plan.is_identity == (plan.removed == 0) == (plan.method == "none")
 
 
-@given(methods, counts(), decoders)
-def test_equal_integers_are_equal_plans(method: str, count: tuple[int, int], decoder: str | None) -> None:
+@given(methods, counts())
+def test_equal_integers_are_equal_plans(method: str, count: tuple[int, int]) -> None:
     n, r = count
-    by_count = make_plan(Reduction(method, keep_tokens=n - r, decoder=decoder), clip(n))
+    by_count = make_plan(Reduction(method, keep_tokens=n - r), clip(n))
     ratio = (r + 0.5) / n  # not the same number, but the same count
-    by_ratio = make_plan(Reduction(method, ratio=ratio, decoder=decoder), clip(n))
+    by_ratio = make_plan(Reduction(method, ratio=ratio), clip(n))
     assert by_count == by_ratio
     assert hash(by_count) == hash(by_ratio)
 
 
-@given(methods, counts(), st.booleans(), decoders, st.integers(0, 2**32 - 1))
-def test_plan_round_trip(method: str, count: tuple[int, int], official: bool, decoder: str | None, seed: int) -> None:
+@given(methods, counts(), st.booleans(), st.integers(0, 2**32 - 1))
+def test_plan_round_trip(method: str, count: tuple[int, int], official: bool, seed: int) -> None:
     n, r = count
     options = (("scale", "official"),) if official and method == "folder" else ()
-    reduction = Reduction(method, keep_tokens=n - r, decoder=decoder, options=options)
+    reduction = Reduction(method, keep_tokens=n - r, options=options)
     plan = make_plan(reduction, clip(n)).with_seed(seed)
     assert Plan.from_ints(list(plan.to_ints()), clip(n)) == plan
     assert len(plan.to_ints()) == len(Plan("none", 1).to_ints())
     assert plan.options == (() if plan.is_identity else reduction.option_values)
-    assert (plan.withdraw, plan.kept_deep) == (decoder is not None, 0 if decoder else plan.kept)
 
 
 @pytest.mark.parametrize("method", METHODS_OF_ANY_COUNT)

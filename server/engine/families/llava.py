@@ -31,7 +31,7 @@ from vllm.multimodal.processing import (
 )
 
 from foldserve.reducers.geometry import Stage, VisionGeometry
-from foldserve.reducers.plan import Plan
+from foldserve.reducers.item import ItemPlan, Layout
 from foldserve.server.engine.family import Family
 from foldserve.server.engine.model import FoldModel
 from foldserve.server.engine.processor import FoldProcessor, without_ours
@@ -42,7 +42,7 @@ class LlavaFamily(Family):
     """Pixtral's checkpoints, which have the same architecture, are not reduced."""
 
     def __init__(self, geometry: VisionGeometry, select_strategy: str) -> None:
-        self.geometry = geometry
+        self.largest = Layout.single(geometry)
         self._select_strategy = select_strategy
 
     @classmethod
@@ -50,11 +50,20 @@ class LlavaFamily(Family):
         geometry = _geometry_of(hf_config)
         return None if geometry is None else cls(geometry, hf_config.vision_feature_select_strategy)
 
-    def encode(self, model: Any, pixels: Tensor, plans: Sequence[Plan]) -> Sequence[Survivors]:
-        images = encode_images(model.vision_tower, pixels, plans, self._select_strategy)
+    def encode(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> Sequence[Survivors]:
+        grids = [plan.grids[0] for plan in plans]
+        images = encode_images(model.vision_tower, checked_pixels(model, inputs), grids, self._select_strategy)
         embeds = model.multi_modal_projector(torch.cat([image.features for image in images]))  # (sum of kept, hidden)
         each = zip(images, embeds.split([plan.kept for plan in plans]), strict=True)
         return [image._replace(features=embedded) for image, embedded in each]
+
+
+def checked_pixels(model: LlavaForConditionalGeneration, inputs: Mapping[str, Any]) -> Tensor:
+    """(B, 3, H, W), as vLLM's own model checks them."""
+    image_input = model._parse_and_validate_image_input(**inputs)
+    assert image_input is not None and image_input["type"] == "pixel_values"
+    pixels: Tensor = image_input["pixel_values"]
+    return pixels
 
 
 class FoldLlavaMultiModalProcessor(FoldProcessor, LlavaMultiModalProcessor):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from math import isqrt
 from typing import Any
@@ -18,9 +18,13 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from foldserve.reducers.geometry import Stage, VisionGeometry
-from foldserve.reducers.plan import Plan
+from foldserve.reducers.item import ItemPlan, Layout
 from foldserve.reducers.stf import Stf, StfConfig, StfProjector
-from foldserve.server.engine.families.llava import FoldLlavaForConditionalGeneration, FoldLlavaMultiModalProcessor
+from foldserve.server.engine.families.llava import (
+    FoldLlavaForConditionalGeneration,
+    FoldLlavaMultiModalProcessor,
+    checked_pixels,
+)
 from foldserve.server.engine.family import Family
 from foldserve.server.engine.vision import Survivors, reduce_features, untouched
 
@@ -31,15 +35,15 @@ class StfFamily(Family):
     """Reductions work on what the projector gives."""
 
     def __init__(self, geometry: VisionGeometry) -> None:
-        self.geometry = geometry
+        self.largest = Layout.single(geometry)
 
     @classmethod
     def of(cls, hf_config: PretrainedConfig) -> StfFamily:
         return cls(stf_geometry(hf_config))
 
-    def encode(self, model: Any, pixels: torch.Tensor, plans: Sequence[Plan]) -> Sequence[Survivors]:
-        embeds = model.multi_modal_projector(model._image_pixels_to_features(model.vision_tower, pixels))
-        return reduce_features(untouched(embeds), plans)
+    def encode(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> Sequence[Survivors]:
+        features = model._image_pixels_to_features(model.vision_tower, checked_pixels(model, inputs))
+        return reduce_features(untouched(model.multi_modal_projector(features)), [plan.grids[0] for plan in plans])
 
 
 class StfProcessingInfo(LlavaProcessingInfo):

@@ -11,17 +11,18 @@ from __future__ import annotations
 from typing import Any
 
 from foldserve.server.engine.withdrawal.core import TokenMap
-from foldserve.server.engine.withdrawal.requests import Room, refuse_prompt, refuse_request
+from foldserve.server.engine.withdrawal.requests import Room, admit, prompt_items, refuse_request
 
 __all__ = [
     "Room",
     "TokenMap",
+    "admit",
     "apply",
     "check",
     "check_decoder",
     "configure",
     "model_state_cls",
-    "refuse_prompt",
+    "prompt_items",
     "refuse_request",
     "register",
     "select_decoder",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
-from foldserve.server.engine.withdrawal.core import TokenMap
+from foldserve.server.engine.withdrawal.core import Feature, TokenMap
 
 
 class Room(NamedTuple):
@@ -14,11 +15,46 @@ class Room(NamedTuple):
     setting: str
 
 
-def refuse_request(*, withdraws: bool, prompt_logprobs: int | None = None, resumable: bool = False) -> None:
-    """Raises ValueError if a request that withdraws tokens asks for what it cannot have.
+class PromptItem(NamedTuple):
+    """An image in a prompt, as `TokenMap` reads it."""
 
-    The scheduler asks again, but there an exception ends the engine: whoever accepts requests has to ask first.
+    identifier: str
+    mm_position: Any
+
+
+def prompt_items(prompt: Mapping[str, Any]) -> list[PromptItem]:
+    """The images of a prompt as vLLM's renderer gives it."""
+    items = zip(prompt["mm_hashes"]["image"], prompt["mm_placeholders"]["image"], strict=True)
+    return [PromptItem(*item) for item in items]
+
+
+def admit(
+    features: Iterable[Feature],
+    prompt_tokens: int,
+    room: Room,
+    *,
+    prompt_logprobs: int | None = None,
+    resumable: bool = False,
+) -> TokenMap:
+    """The tokens that a request withdraws, if the engine can serve it.
+
+    The scheduler asks, but there an exception ends the engine: whoever accepts requests has to ask first.
+
+    Args:
+        features: of the request's images.
+        room: that a prompt has in one step of the engine.
+
+    Raises:
+        ValueError: it asks for what does not go together.
     """
+    token_map = TokenMap.of(features, prompt_tokens)
+    refuse_request(withdraws=token_map.total > 0, prompt_logprobs=prompt_logprobs, resumable=resumable)
+    refuse_prompt(token_map, prompt_tokens, room)
+    return token_map
+
+
+def refuse_request(*, withdraws: bool, prompt_logprobs: int | None = None, resumable: bool = False) -> None:
+    """Raises ValueError if a request that withdraws tokens asks for what it cannot have."""
     if not withdraws:
         return
     if prompt_logprobs is not None:
@@ -31,7 +67,7 @@ def refuse_request(*, withdraws: bool, prompt_logprobs: int | None = None, resum
 
 
 def refuse_prompt(token_map: TokenMap, prompt_tokens: int, room: Room) -> None:
-    """Raises ValueError if image tokens are to be chosen of a prompt that does not allow it; to be asked first, too."""
+    """Raises ValueError if image tokens are to be chosen of a prompt that does not allow it."""
     if not token_map.choices:
         return
     last = token_map.choices[-1]

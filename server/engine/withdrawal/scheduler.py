@@ -14,10 +14,9 @@ from vllm.v1.request import Request
 
 from foldserve.server.engine.scheduler import EncoderInputs, FoldScheduler
 from foldserve.server.engine.withdrawal.config import check, step_room
-from foldserve.server.engine.withdrawal.core import TokenMap
 from foldserve.server.engine.withdrawal.manager import DeepKVCacheManager
 from foldserve.server.engine.withdrawal.prefix import MappedHashes
-from foldserve.server.engine.withdrawal.requests import refuse_prompt, refuse_request
+from foldserve.server.engine.withdrawal.requests import admit
 
 
 class WithdrawingScheduler(FoldScheduler):
@@ -39,14 +38,14 @@ class WithdrawingScheduler(FoldScheduler):
                 manager.hashes = self._hashes
 
     def add_request(self, request: Request) -> None:
-        token_map = TokenMap.of(request.mm_features, request.num_prompt_tokens)
         params = request.sampling_params
-        refuse_request(
-            withdraws=token_map.total > 0,
+        token_map = admit(
+            request.mm_features,
+            request.num_prompt_tokens,
+            self._room,
             prompt_logprobs=None if params is None else params.prompt_logprobs,
             resumable=request.resumable,
         )
-        refuse_prompt(token_map, request.num_prompt_tokens, self._room)
         if token_map.choices:
             request.skip_reading_prefix_cache = True
         if request.request_id not in self.requests:

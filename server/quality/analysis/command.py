@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from foldserve.reducers.plan import Reduction, make_plan
+from foldserve.reducers.item import plan_item
+from foldserve.reducers.plan import Reduction
 from foldserve.server.quality.analysis.drawing import draw
 from foldserve.server.quality.analysis.report import analyze, summary
 from foldserve.server.quality.evaluation.questions import load_questions
@@ -55,7 +56,7 @@ def run(options: Options, engine_options: Sequence[str]) -> None:
     from foldserve.server.quality.engine.study import Study  # vLLM, which takes seconds
 
     model = Study(options.model, engine_options, command="analyze")
-    tokens = make_plan(Reduction(ratio=options.ratio), model.geometry).encoded  # refuses a ratio that leaves nothing
+    tokens = plan_item(Reduction(ratio=options.ratio), model.layout).encoded  # refuses a ratio that leaves nothing
     model.start()
     analysis = analyze(options.model, model, samples, tokens, options.ratio)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -18,12 +18,13 @@ from vllm.renderers.params import ChatParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from foldserve.reducers.plan import Plan, Reduction
+from foldserve.reducers.item import ItemPlan, Layout
+from foldserve.reducers.plan import Reduction
 from foldserve.server.engine import positions, withdrawal
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.plugin import register
 from foldserve.server.engine.processor import KWARG
-from foldserve.server.engine.withdrawal import Room, TokenMap, refuse_prompt
+from foldserve.server.engine.withdrawal import Room, admit, prompt_items
 from foldserve.server.settings import CONFIG_KEY
 
 KV_CACHE_BYTES = 2 << 30
@@ -40,7 +41,7 @@ class OfflineModel:
         model: name or directory.
         revision: on the Hugging Face hub, or None.
         layers: decoder layers.
-        geometry: of its vision tower.
+        family: that it belongs to.
     """
 
     def __init__(
@@ -72,8 +73,19 @@ class OfflineModel:
         family = family_of(hf_config)
         if family is None:
             raise ValueError(f"foldserve reduces the vision tokens of LLaVA-1.5-like models; {model} is another one")
-        self.model, self.revision, self.geometry = model, self._args.revision, family.geometry
+        self.model, self.revision, self.family = model, self._args.revision, family
         self.layers: int = hf_config.get_text_config().num_hidden_layers
+
+    @property
+    def layout(self) -> Layout:
+        """Of every image.
+
+        Raises:
+            ValueError: an image's size decides it.
+        """
+        if self.family.sizes_matter:
+            raise ValueError(f"not supported yet for {self.model}: an image's size decides its number of tokens")
+        return self.family.largest
 
 
 def device() -> Literal["cpu", "cuda"]:
@@ -139,7 +151,7 @@ class AnsweringEngine:
         self._vocab_size: int = llm.model_config.get_vocab_size()
         self._requests = 0
 
-    def ask(self, dialogues: Sequence[Messages], reduction: Reduction, plan: Plan, max_tokens: int) -> list[Reply]:
+    def ask(self, dialogues: Sequence[Messages], reduction: Reduction, plan: ItemPlan, max_tokens: int) -> list[Reply]:
         """Answers all dialogues, each with one image, whose reduction on this model is `plan`.
 
         Raises:
@@ -154,7 +166,7 @@ class AnsweringEngine:
         return [Reply(told.text, self._log_probabilities(begun)) for begun, told in zip(firsts, answers, strict=True)]
 
     def _run(
-        self, requests: Sequence[tuple[Messages, SamplingParams]], extras: Mapping[str, Any], plan: Plan
+        self, requests: Sequence[tuple[Messages, SamplingParams]], extras: Mapping[str, Any], plan: ItemPlan
     ) -> list[Any]:
         """The completion of each request, in their order."""
         engine = self._llm.llm_engine
@@ -172,14 +184,11 @@ class AnsweringEngine:
             done |= {output.request_id: output.outputs[0] for output in engine.step() if output.finished}
         return [done[request_id] for request_id in ids]
 
-    def _check(self, prompt: Any, plan: Plan) -> None:
+    def _check(self, prompt: Any, plan: ItemPlan) -> None:
         """The prompt holds what was planned, and the scheduler will take it: there, a refusal ends the engine."""
-        places = prompt["mm_placeholders"]["image"]
-        images = [_Image(name, place) for name, place in zip(prompt["mm_hashes"]["image"], places, strict=True)]
-        length = len(prompt["prompt_token_ids"])
-        token_map = TokenMap.of(images, length)
-        refuse_prompt(token_map, length, self._room)
-        found = [place.get_num_embeds() for place in places], token_map.total
+        items = prompt_items(prompt)
+        token_map = admit(items, len(prompt["prompt_token_ids"]), self._room)
+        found = [item.mm_position.get_num_embeds() for item in items], token_map.total
         if found != ([plan.kept], plan.decoder_removed):
             raise RuntimeError(f"(vision tokens, withdrawn) {found} in the prompt, where {plan} was planned")
 
@@ -188,11 +197,3 @@ class AnsweringEngine:
         values = np.full(self._vocab_size, -np.inf, np.float32)
         values[flat.token_ids] = flat.logprobs
         return values
-
-
-@dataclass(frozen=True, slots=True)
-class _Image:
-    """An image in the prompt, as `TokenMap` reads it."""
-
-    identifier: str
-    mm_position: Any

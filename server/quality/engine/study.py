@@ -67,7 +67,8 @@ def _walk(model: Any) -> tuple[Tower, int]:
     """The tower, and how many tokens stand before its patches."""
     family = family_of(model.config)
     assert family is not None  # as KLProbe checked
-    return Tower(model.vision_tower, model.config.vision_feature_select_strategy), int(family.geometry.class_token)
+    (part,) = family.largest.parts
+    return Tower(model.vision_tower, model.config.vision_feature_select_strategy), int(part.geometry.class_token)
 
 
 @torch.inference_mode()

@@ -86,7 +86,7 @@ def run(options: Options, engine_options: Sequence[str]) -> None:
         if not 1 <= layer < model.layers:
             raise ValueError(f"--withdraw takes K from 1 to {model.layers - 1} for this model, not {layer}")
     ratios = sorted({ratio for ratio in options.ratios if ratio > 0})
-    todo, refused = variants(specs, ratios, sorted(set(options.withdraw)), model.geometry, model.layers)
+    todo, refused = variants(specs, ratios, sorted(set(options.withdraw)), model.layout, model.layers)
     weights, asked = model_hash(model_folder(model.model, model.revision)), data_hash(questions)
     engine = {"vLLM": version("vllm"), "Options": " ".join(engine_options) or "none"}
     identity = run_identity(weights=weights, data=asked, engine=engine, max_tokens=options.max_tokens)
@@ -98,7 +98,7 @@ def run(options: Options, engine_options: Sequence[str]) -> None:
         data=_name_of(options.data),
         data_hash=asked,
         questions=len(questions),
-        tokens=model.geometry.tokens,
+        tokens=model.layout.tokens,
         layers=model.layers,
         engine=engine,
         results=results(questions, reference(model), todo, journal),

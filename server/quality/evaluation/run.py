@@ -11,7 +11,8 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm  # comes with vLLM
 
-from foldserve.reducers.plan import Plan, Reduction, VisionGeometry, make_plan
+from foldserve.reducers.item import ItemPlan, Layout, plan_item
+from foldserve.reducers.plan import Reduction
 from foldserve.server.quality.calibration_search import kl_divergence
 from foldserve.server.quality.evaluation.journal import Journal, Outcome
 from foldserve.server.quality.evaluation.questions import Question
@@ -35,7 +36,7 @@ class Engine(Protocol):
     """A running engine."""
 
     def ask(
-        self, dialogues: Sequence[list[dict[str, Any]]], reduction: Reduction, plan: Plan, max_tokens: int
+        self, dialogues: Sequence[list[dict[str, Any]]], reduction: Reduction, plan: ItemPlan, max_tokens: int
     ) -> Sequence[Answered]:
         """One reply to each dialogue."""
 
@@ -48,8 +49,8 @@ class Model(Protocol):
         """L, the decoder's layers."""
 
     @property
-    def geometry(self) -> VisionGeometry:
-        """Of the vision tower."""
+    def layout(self) -> Layout:
+        """Of every image."""
 
     def engine(self, withdraw_layer: int | None) -> AbstractContextManager[Engine]:
         """A running engine with K = `withdraw_layer`, or without withdrawal."""
@@ -57,7 +58,7 @@ class Model(Protocol):
 
 def reference(model: Model) -> Variant:
     """Ratio 0: what everything is compared with."""
-    return Variant("none", 0.0, None, model.layers, Reduction(), make_plan(Reduction(), model.geometry))
+    return Variant("none", 0.0, None, model.layers, Reduction(), plan_item(Reduction(), model.layout))
 
 
 def measure(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from foldserve.reducers import METHODS
+from foldserve.reducers.item import ItemPlan, Layout, plan_item
 from foldserve.reducers.method import BeforeTower, Decoder
-from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
+from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.reducers.reduction import MIN_KEPT
 
 CONTROLS = ("random", "downsample")
@@ -49,7 +50,7 @@ class Variant:
     layer: int | None
     layers: int
     reduction: Reduction
-    plan: Plan
+    plan: ItemPlan
     is_control: bool = False
 
     @property
@@ -68,7 +69,7 @@ class Variant:
     @property
     def key(self) -> str:
         """Equal for variants that are the same to the engine."""
-        return json.dumps([asdict(self.plan), self.layer], sort_keys=True, separators=(",", ":"))
+        return json.dumps([self.plan.to_ints(), self.layer], separators=(",", ":"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,7 @@ def variants(
     specs: Sequence[Spec],
     ratios: Sequence[float],
     withdraw_layers: Sequence[int],
-    geometry: VisionGeometry,
+    layout: Layout,
     layers: int,
 ) -> tuple[list[Variant], list[Refusal]]:
     """Everything to be measured beside ratio 0, each once, and what can't be.
@@ -183,7 +184,7 @@ def variants(
     Args:
         ratios: shares of tokens removed, in (0, 1).
         withdraw_layers: values of K.
-        geometry: of the model.
+        layout: of every image.
         layers: L, the decoder's layers.
     """
     found: list[Variant] = []
@@ -194,14 +195,14 @@ def variants(
                 if layer is None and spec.reduction().decoder:
                     raise InvalidReduction("it works in the decoder, from a layer K on: give --withdraw K")
                 reduction = spec.reduction() if ratio is None else spec.reduction(ratio=ratio)
-                found.append(Variant(spec.label, ratio, layer, layers, reduction, make_plan(reduction, geometry)))
+                found.append(Variant(spec.label, ratio, layer, layers, reduction, plan_item(reduction, layout)))
             except InvalidReduction as error:
                 refused.append(Refusal(spec.label, ratio, layer, str(error)))
-    counts = {(v.count, v.reduction.positions or "") for v in found if v.count < geometry.tokens}
+    counts = {(v.count, v.reduction.positions or "") for v in found if v.count < layout.tokens}
     for name in CONTROLS:
         for count, positions in sorted({(count, control_positions(name, asked)) for count, asked in counts}):
             try:
-                found.append(_control(name, count, positions, geometry, layers))
+                found.append(_control(name, count, positions, layout, layers))
             except InvalidReduction as error:
                 refused.append(Refusal(f"{name} at {count} tokens", None, None, str(error)))
     return found, refused
@@ -231,7 +232,7 @@ def control_positions(name: str, asked: str) -> str:
     return "" if isinstance(METHODS[name], BeforeTower) else asked
 
 
-def _control(name: str, count: int, positions: str, geometry: VisionGeometry, layers: int) -> Variant:
+def _control(name: str, count: int, positions: str, layout: Layout, layers: int) -> Variant:
     """A control that keeps `count` tokens of an image, or the next lower number that it can keep.
 
     Raises:
@@ -239,8 +240,10 @@ def _control(name: str, count: int, positions: str, geometry: VisionGeometry, la
     """
     fields = {"method": name} | ({"positions": positions} if positions else {})
     plain = Reduction.parse(fields)
+    (part,) = layout.parts
+    geometry = part.geometry
     METHODS[name].check(geometry, plain.option_values)
     removed = METHODS[name].removable(geometry, geometry.tokens - count, plain.option_values)
     reduction = Reduction.parse(fields | {"keep_tokens": geometry.tokens - removed})
     label = f"{name}:positions={positions}" if positions else name
-    return Variant(label, None, None, layers, reduction, make_plan(reduction, geometry), is_control=True)
+    return Variant(label, None, None, layers, reduction, plan_item(reduction, layout), is_control=True)
