@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PretrainedConfig
 
 from foldserve.reducers.item import ItemPlan, Layout
-from foldserve.server.engine.vision import Survivors
+from foldserve.reducers.plan import Plan
+from foldserve.server.engine.vision import Survivors, reduce_features, untouched
 
 
 class Family(ABC):
@@ -64,3 +68,42 @@ class Family(ABC):
     def read_plan(self, ints: Sequence[int]) -> ItemPlan:
         """Inverse of `ItemPlan.to_ints`."""
         return ItemPlan.from_ints(ints[self.shape_ints :], self.layout(tuple(ints[: self.shape_ints])))
+
+
+class AfterTowerFamily(Family):
+    """A family that is reduced after its tower, grid by grid, so that the tower's own layers need not be known."""
+
+    @abstractmethod
+    def grids(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> list[list[Tensor]]:
+        """Features of each image's parts before reduction, each (part.count, tokens, C)."""
+
+    def project(self, model: Any, features: Tensor) -> Tensor:
+        """What is left of all grids, (n, C), to the decoder's width, token by token."""
+        return features
+
+    @abstractmethod
+    def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
+        """What is left of an image's grids, and its separators, in the order of the prompt.
+
+        Args:
+            model: vLLM's model.
+            grids: of all parts, (kept, hidden) each; `source` counts the tokens of the grid.
+            plan: of the image.
+
+        Returns:
+            (plan.kept, hidden); `source` counts the embeddings of the unreduced image.
+        """
+
+    def encode(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> Sequence[Survivors]:
+        whole: list[Survivors] = []
+        grid_plans: list[Plan] = []
+        for parts, plan in zip(self.grids(model, inputs, plans), plans, strict=True):
+            for features, grid_plan in zip(parts, plan.grids, strict=True):
+                whole += untouched(features)
+                grid_plans += [grid_plan] * len(features)
+        left = reduce_features(whole, grid_plans)
+        lengths = [len(grid.features) for grid in left]
+        embeds = self.project(model, torch.cat([grid.features for grid in left])).split_with_sizes(lengths)
+        grids = iter([grid._replace(features=own) for grid, own in zip(left, embeds, strict=True)])
+        counts = [sum(part.count for part in plan.layout.parts) for plan in plans]
+        return [self.pack(model, list(islice(grids, n)), plan) for n, plan in zip(counts, plans, strict=True)]

@@ -86,8 +86,10 @@ class FoldModel(SupportsMultiModal):
             for image, plan in zip(images, plans, strict=True)
         ]
 
-    def normalized(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Images (B, 3, H, W) as the tower wants them, from bytes or as they are."""
+    def normalized(self, pixel_values: Any) -> Any:
+        """Images (B, ..., 3, H, W) or a list of (..., 3, H, W), as the tower wants them; bytes become floats."""
+        if isinstance(pixel_values, list):
+            return [self.normalized(image) for image in pixel_values]
         return self._normalize(pixel_values) if pixel_values.dtype == torch.uint8 else pixel_values
 
     @cached_property  # processing an image is not for the time when the weights are laid out

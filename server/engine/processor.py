@@ -134,7 +134,8 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         return []
 
     def _seed(self, pixels: torch.Tensor) -> int:
-        """A number that only an image's own pixels decide, as the tower sees them."""
+        """A number that only an image's own pixels decide, as the tower sees them; of several tiles, the first."""
+        pixels = pixels[0] if pixels.ndim == 4 else pixels
         if pixels.dtype == torch.uint8:
             image_processor, dtype = self.info.get_hf_processor().image_processor, self.info.ctx.model_config.dtype
             pixels = Normalize(image_processor, dtype)(pixels)

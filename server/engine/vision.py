@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -76,10 +76,12 @@ def reduce_features(images: Sequence[Survivors], plans: Sequence[Plan]) -> list[
     return _each(plans, lambda plan: plan, reduce)
 
 
-def rows(x: torch.Tensor, members: Sequence[int]) -> torch.Tensor:
-    """x[members] without an index tensor: that would be a host-to-device copy per group."""
+def rows(x: Any, members: Sequence[int]) -> Any:
+    """x[members] of a tensor, without an index tensor: that would be a host-to-device copy per group; or of a list."""
     if len(members) == len(x):
         return x
+    if isinstance(x, list):
+        return [x[i] for i in members]
     return torch.stack([x[i] for i in members])
 
 

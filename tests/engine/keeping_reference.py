@@ -35,7 +35,7 @@ class Placed(nn.Module):
         return self.rotary(x, torch.tensor([[self.of(row) for row in position_ids[0].tolist()]]))
 
 
-class _Keeping(Reference):
+class Keeping(Reference):
     """Modifications: tokens of an image whose plan keeps positions come in the order of these, and have them."""
 
     def __init__(self, *args: Any) -> None:
@@ -60,7 +60,7 @@ class _Keeping(Reference):
 
     def place(self, prompt: str, images: Sequence[Image.Image], reductions: Sequence[dict[str, object]]) -> list[int]:
         """Writes the table for a prompt, and returns its positions: text goes on from the full length of an image."""
-        remaining = [(image, self.plan(reduction)) for image, reduction in zip(images, reductions, strict=True)][::-1]
+        remaining = list(zip(images, self.plans(images, reductions), strict=True))[::-1]
         places: list[int] = []
         following = 0
         for token in self.processor.tokenizer(prompt)["input_ids"]:
@@ -75,7 +75,7 @@ class _Keeping(Reference):
         return places
 
 
-class KeepingReference(_Keeping):
+class KeepingReference(Keeping):
     """`Reference` with kept positions."""
 
     def generate(
@@ -85,7 +85,7 @@ class KeepingReference(_Keeping):
         return super().generate(prompt, images, reductions, tokens)
 
 
-class KeepingWithdrawingReference(_Keeping, WithdrawingReference):
+class KeepingWithdrawingReference(Keeping, WithdrawingReference):
     """`WithdrawingReference` with kept positions."""
 
     def __init__(self, path: Path, layer: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 import torch
@@ -19,9 +20,11 @@ from tests.engine.plain_tower import PlainTower
 class Reference:
     """Greedy decoding of a checkpoint on one prompt at a time, in fp32."""
 
+    model_class: Any = LlavaForConditionalGeneration
+
     def __init__(self, path: Path) -> None:
         self.processor = AutoProcessor.from_pretrained(path)
-        self.model = LlavaForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
+        self.model = self.model_class.from_pretrained(path, dtype=torch.float32).eval()
         self.config = self.model.config
         vision = self.config.vision_config
         side, class_token = vision.image_size // vision.patch_size, isinstance(vision, CLIPVisionConfig)
@@ -30,6 +33,10 @@ class Reference:
 
     def plan(self, reduction: dict[str, object]) -> ItemPlan:
         return plan_item(Reduction.parse(reduction), Layout.single(self.geometry))
+
+    def plans(self, images: Sequence[Image.Image], reductions: Sequence[dict[str, object]]) -> list[ItemPlan]:
+        """One per image, of whatever size."""
+        return [self.plan(reduction) for reduction in reductions]
 
     @torch.no_grad()
     def image_features(self, image: Image.Image, plan: ItemPlan) -> Tensor:
@@ -52,7 +59,7 @@ class Reference:
         self, prompt: str, images: Sequence[Image.Image], reductions: Sequence[dict[str, object]], tokens: int
     ) -> tuple[list[int], list[float]]:
         """Greedy token ids and their log-probabilities."""
-        plans = [self.plan(reduction) for reduction in reductions]
+        plans = self.plans(images, reductions)
         ids = torch.tensor(self.prompt_ids(prompt, plans))
         embeds = self.model.get_input_embeddings()(ids)
         if images:

@@ -66,8 +66,8 @@ def checked_pixels(model: LlavaForConditionalGeneration, inputs: Mapping[str, An
     return pixels
 
 
-class FoldLlavaMultiModalProcessor(FoldProcessor, LlavaMultiModalProcessor):
-    """Modifications beside `FoldProcessor`'s: `plan.kept` placeholders per image, without asking for its size."""
+class ImageTokens(FoldProcessor):
+    """Modification beside `FoldProcessor`'s: `plan.kept` placeholders per image, in one piece."""
 
     def _get_prompt_updates(
         self,
@@ -80,6 +80,10 @@ class FoldLlavaMultiModalProcessor(FoldProcessor, LlavaMultiModalProcessor):
             return super()._get_prompt_updates(mm_items, without_ours(hf_processor_mm_kwargs), out_mm_kwargs)
         token = self.info.get_hf_config().image_token_index
         return [PromptReplacement(modality="image", target=[token], replacement=lambda i: [token] * plans[i].kept)]
+
+
+class FoldLlavaMultiModalProcessor(ImageTokens, LlavaMultiModalProcessor):
+    """See `ImageTokens`."""
 
 
 def _build_processor(

@@ -25,14 +25,14 @@ from foldserve.server.engine.families.llava import (
     FoldLlavaMultiModalProcessor,
     checked_pixels,
 )
-from foldserve.server.engine.family import Family
-from foldserve.server.engine.vision import Survivors, reduce_features, untouched
+from foldserve.server.engine.family import AfterTowerFamily
+from foldserve.server.engine.vision import Survivors
 
 ARCHITECTURE = "LlavaStfForConditionalGeneration"
 
 
-class StfFamily(Family):
-    """Reductions work on what the projector gives."""
+class StfFamily(AfterTowerFamily):
+    """Reductions work on what the projector gives: one grid."""
 
     def __init__(self, geometry: VisionGeometry) -> None:
         self.largest = Layout.single(geometry)
@@ -41,9 +41,13 @@ class StfFamily(Family):
     def of(cls, hf_config: PretrainedConfig) -> StfFamily:
         return cls(stf_geometry(hf_config))
 
-    def encode(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> Sequence[Survivors]:
+    def grids(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> list[list[torch.Tensor]]:
         features = model._image_pixels_to_features(model.vision_tower, checked_pixels(model, inputs))
-        return reduce_features(untouched(model.multi_modal_projector(features)), [plan.grids[0] for plan in plans])
+        return [[image[None]] for image in model.multi_modal_projector(features)]
+
+    def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
+        (image,) = grids
+        return image
 
 
 class StfProcessingInfo(LlavaProcessingInfo):

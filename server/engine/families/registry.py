@@ -41,6 +41,9 @@ class Entry:
 ENTRIES: Mapping[str, Entry] = MappingProxyType(
     {
         "LlavaForConditionalGeneration": Entry("llava", "LlavaFamily", "FoldLlavaForConditionalGeneration"),
+        "LlavaNextForConditionalGeneration": Entry(
+            "llava_next", "LlavaNextFamily", "FoldLlavaNextForConditionalGeneration"
+        ),
         "LlavaStfForConditionalGeneration": Entry("llava_stf", "StfFamily", "FoldLlavaStfForConditionalGeneration"),
     }
 )

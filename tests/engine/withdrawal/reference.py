@@ -39,7 +39,7 @@ class WithdrawingReference(Reference):
         tail: Sequence[int] = (),
     ) -> tuple[list[int], list[float]]:
         """Greedy token ids and their log-probabilities; an image that ends the prompt keeps its last token."""
-        plans = [self.plan(reduction) for reduction in reductions]
+        plans = self.plans(images, reductions)
         ids = torch.tensor([*self.prompt_ids(prompt, plans), *tail])
         embeds = self.model.get_input_embeddings()(ids)
         image_rows = (ids[: len(ids) - len(tail)] == self.config.image_token_index).nonzero().flatten()

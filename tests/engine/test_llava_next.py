@@ -1,0 +1,189 @@
+"""LLaVA-NeXT: tiles, newlines and counts that depend on the image's size, against vLLM's own and plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import CLIPVisionConfig, LlavaNextConfig
+
+from foldserve.reducers.item import plan_item
+from foldserve.reducers.plan import InvalidReduction, Reduction
+from foldserve.server.engine import withdrawal
+from foldserve.server.engine.families.registry import family_of
+from tests import next_checkpoint
+from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
+from tests.engine.next_reference import KeepingNextReference, NextReference
+from tests.images import photo
+
+K = 2
+SIZES = ((300, 200), (120, 480), (168, 168), (640, 130), (60, 60), (333, 337), (700, 560))
+"""(width, height): each canvas is the best one of some."""
+
+sides = st.integers(1, 3000)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, tiny_llava: Path) -> Path:
+    return next_checkpoint.write(tmp_path_factory.mktemp("checkpoints") / "tiny-next", tiny_llava)
+
+
+@pytest.fixture(scope="module")
+def reference(checkpoint: Path) -> NextReference:
+    return NextReference(checkpoint, K)
+
+
+@pytest.fixture(scope="module")
+def llm(checkpoint: Path) -> Iterator[Any]:
+    """Chunks cut every image; prefix caching is on, as by default."""
+    yield start_engine(
+        checkpoint, max_model_len=2048, max_num_batched_tokens=250, **withdrawal.configure(K, device="cpu")
+    )
+
+
+def published() -> LlavaNextConfig:
+    """`llava-hf/llava-v1.6-vicuna-7b-hf`, as far as counts go."""
+    canvases = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    vision = CLIPVisionConfig(image_size=336, patch_size=14, num_hidden_layers=24)
+    return LlavaNextConfig(
+        vision_config=vision, image_grid_pinpoints=canvases, architectures=["LlavaNextForConditionalGeneration"]
+    )
+
+
+@pytest.fixture(scope="module")
+def info() -> Any:
+    from vllm.model_executor.models.llava_next import LlavaNextProcessingInfo
+
+    class Context:
+        config = published()
+
+        def get_hf_config(self, *_: Any) -> LlavaNextConfig:
+            return self.config
+
+    return LlavaNextProcessingInfo(Context())
+
+
+@given(sides, sides)
+def test_an_image_has_as_many_tokens_as_vllm_says(info: Any, width: int, height: int) -> None:
+    family = family_of(info.get_hf_config())
+    assert family is not None
+    layout = family.layout((height, width))
+    assert layout.tokens == info.get_num_image_tokens(image_width=width, image_height=height) <= family.largest.tokens
+    assert family.read_plan(plan_item(Reduction(), layout).to_ints()) == plan_item(Reduction(), layout)
+
+
+def test_the_largest_image(info: Any) -> None:
+    size = info.get_image_size_with_most_features()
+    family = family_of(info.get_hf_config())
+    assert family is not None and family.sizes_matter
+    assert family.largest == family.layout((size.height, size.width))
+    assert family.largest.tokens == 576 + 48 * 48 + 48
+
+
+def one_image(width: int, height: int, **reduction: object) -> Case:
+    seed = width * height
+    return Case("USER: <image>\nWhat is in the picture? ASSISTANT:", [photo(seed, width, height)], [reduction])
+
+
+def assert_same(llm: Any, reference: NextReference, cases: list[Case]) -> None:
+    for case, (tokens, logprobs) in zip(cases, greedy(llm, cases), strict=True):
+        want, expected = reference.generate(case.prompt, case.images, case.reductions, MAX_TOKENS)
+        assert tokens == want, (case.images[0].size, case.reductions)
+        assert logprobs == pytest.approx(expected, abs=2e-4)
+
+
+def test_nothing_removed_equals_plain_pytorch(llm: Any, reference: NextReference) -> None:
+    assert_same(llm, reference, [one_image(*size) for size in SIZES])
+
+
+def test_sizes_ratios_and_methods_in_one_batch(llm: Any, reference: NextReference) -> None:
+    """Twice: the second time from the caches."""
+    ratios = (0.5, 0.77, 0.25, 0.9, 0.5, 0.66, 0.3)
+    cases = [one_image(*size, ratio=ratio) for size, ratio in zip(SIZES, ratios, strict=True)]
+    cases += [
+        one_image(300, 200),
+        one_image(300, 200, keep_tokens=100),
+        one_image(333, 337, method="random", ratio=0.6),
+        one_image(120, 480, ratio=0.5, withdraw=True),
+        one_image(640, 130, withdraw=True),
+        one_image(60, 60, method="folder+fastv", ratio=0.5),
+        Case(
+            "USER: <image> and <image>\nDiffer how? ASSISTANT:",
+            [photo(1, 640, 130), photo(2, 333, 337)],
+            [{"method": "random", "ratio": 0.3}, {"ratio": 0.66, "withdraw": True}],
+        ),
+    ]
+    for _ in range(2):
+        assert_same(llm, reference, cases)
+
+
+def test_kept_positions_are_those_of_the_whole_image(llm: Any, checkpoint: Path) -> None:
+    """Newlines have theirs, and so does text between and after the images."""
+    cases = [one_image(*size, ratio=0.6, positions="keep") for size in SIZES]
+    cases += [
+        one_image(640, 130, ratio=0.5, positions="keep", withdraw=True),
+        Case(
+            "USER: <image> and <image>\nDiffer how? ASSISTANT:",
+            [photo(1, 640, 130), photo(2, 333, 337)],
+            [{"method": "random", "ratio": 0.3, "positions": "keep"}, {"ratio": 0.66}],
+        ),
+    ]
+    assert_same(llm, KeepingNextReference(checkpoint, K), cases)
+
+
+def test_ratio_0_is_vllms_own_bit_for_bit(checkpoint: Path) -> None:
+    """Without K; unreduced images beside a reduced one are the same to the tower only."""
+    from vllm import ModelRegistry
+
+    stock_class = "StockLlavaNextForConditionalGeneration"
+    ModelRegistry.register_model(stock_class, "vllm.model_executor.models.llava_next:LlavaNextForConditionalGeneration")
+    options: dict[str, Any] = {"max_model_len": 2048, "enable_prefix_caching": False}
+    stock = start_engine(checkpoint, hf_overrides={"architectures": [stock_class]}, worker_cls="auto", **options)
+    plain = [replace(one_image(*size), reductions=()) for size in SIZES]
+    expected = greedy(stock, plain)
+    ours = start_engine(checkpoint, **options)
+    assert greedy(ours, plain) == expected
+    assert greedy(ours, [one_image(*size) for size in SIZES]) == expected
+
+
+def test_blocks_fall_by_the_plan(llm: Any, reference: NextReference) -> None:
+    case = one_image(700, 560, ratio=0.5)
+    (plan,) = reference.plans(case.images, case.reductions)
+    (output,) = llm.generate([case.to_vllm()], use_tqdm=False)
+    text = len(llm.get_tokenizer()(case.prompt.replace("<image>", ""))["input_ids"])
+    assert len(output.prompt_token_ids) == text + plan.kept
+    assert plan.kept == sum(
+        p.count * (p.geometry.tokens - p.geometry.tokens // 2) + p.separators for p in plan.layout.parts
+    )
+
+
+@pytest.mark.parametrize(
+    ("reduction", "param"),
+    [
+        ({"method": "folder_cls", "ratio": 0.5}, "method"),
+        ({"method": "downsample", "ratio": 0.5}, "method"),
+        ({"keep_tokens": 10}, "keep_tokens"),
+    ],
+)
+def test_refused(llm: Any, reduction: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidReduction) as caught:
+        llm.generate([one_image(300, 200, **reduction).to_vllm()], use_tqdm=False)
+    assert caught.value.param == param
+
+
+def test_newlines_stay_at_the_ends_of_rows() -> None:
+    from foldserve.server.engine.families.llava_next import end_rows
+    from foldserve.server.engine.vision import Survivors
+
+    left = Survivors(
+        torch.tensor([[5.0], [0.0], [2.0]]), torch.tensor([5, 0, 2])
+    )  # of 3 rows of 2; the second is empty
+    packed = end_rows(left, 3, 2, torch.tensor([-1.0]))
+    assert packed.features.flatten().tolist() == [0, -1, 2, -1, 5, -1]
+    assert packed.source.tolist() == [0, 2, 3, 5, 7, 8]
