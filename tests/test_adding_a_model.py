@@ -1,0 +1,25 @@
+"""docs/adding-a-model.md quotes a family that tests/engine/test_llava_next.py runs: the quotes have to be true."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_the_page_quotes_the_family_word_for_word() -> None:
+    family = (ROOT / "server/engine/families/llava_next.py").read_text()
+    quotes = re.findall(r"```python\n(.*?)```", (ROOT / "docs/adding-a-model.md").read_text(), re.DOTALL)
+    assert len(quotes) == 4
+    for quote in quotes:
+        assert quote in family
+
+
+def test_every_name_on_the_page_exists() -> None:
+    page = (ROOT / "docs/adding-a-model.md").read_text()
+    sources = [(ROOT / name).read_text() for name in ("server/engine/family.py", "reducers/item.py")]
+    sources += [file.read_text() for file in (ROOT / "server/engine/families").glob("*.py")]
+    for name in ("AfterTowerFamily", "ImageTokens", "shape_ints", "largest", "separators", "grids", "pack", "encode"):
+        assert f"`{name}`" in page
+        assert any(name in source for source in sources)
