@@ -6,6 +6,7 @@ A new method is one file that defines a subclass of a class in `method`, and one
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from types import MappingProxyType
 
 from foldserve.reducers.downsample import Downsample
@@ -14,6 +15,7 @@ from foldserve.reducers.folder import Folder, FolderCls
 from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.illava import Illava, IllavaDecoder
 from foldserve.reducers.method import Method
+from foldserve.reducers.options import Value
 from foldserve.reducers.pool import Pool
 from foldserve.reducers.prumerge import PruMerge
 from foldserve.reducers.random import Random
@@ -42,4 +44,11 @@ METHODS: Mapping[str, Method] = MappingProxyType(
     }
 )
 
-__all__ = ["METHODS", "Method", "Stage", "VisionGeometry"]
+
+@cache
+def configured(name: str, values: tuple[Value, ...]) -> Method:
+    """The method of this name with a value for each of its options."""
+    return type(METHODS[name])(*values)
+
+
+__all__ = ["METHODS", "Method", "Stage", "VisionGeometry", "configured"]

@@ -10,7 +10,6 @@ from torch.nn import functional as F
 
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import BeforeTower
-from foldserve.reducers.options import Value
 from foldserve.reducers.refusal import InvalidReduction
 
 
@@ -66,15 +65,21 @@ class Downsample(BeforeTower):
     name = "downsample"
     summary = "Makes the image smaller before the vision tower; the count is the largest grid that fits the ratio."
 
-    def check(self, geometry: VisionGeometry, options: tuple[Value, ...]) -> None:
-        super().check(geometry, options)
+    def check(self, geometry: VisionGeometry) -> None:
+        super().check(geometry)
         if geometry.grid is None:
             raise InvalidReduction("method 'downsample' needs a grid of tokens, which this model has not", "method")
 
-    def removable(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> int:
-        rows, columns = self.grid(geometry, removed, options)
+    def removable(self, geometry: VisionGeometry, removed: int) -> int:
+        rows, columns = self.grid(geometry, removed)
         return geometry.tokens - rows * columns
 
-    def grid(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> tuple[int, int]:
+    def grid(self, geometry: VisionGeometry, removed: int) -> tuple[int, int]:
         assert geometry.grid is not None  # see check
         return grid_for(geometry.tokens - removed, geometry.grid)
+
+    def resize(self, pixels: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+        return resize(pixels, *grid, patch=patch)
+
+    def source(self, whole: tuple[int, int], grid: tuple[int, int], device: torch.device) -> Tensor:
+        return nearest(whole, *grid, device)

@@ -15,7 +15,7 @@ from torch import Tensor
 from foldserve.reducers.fold import Fold, Reduced, at_least_fp32, fold, group_sum, merge
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import AfterTower, InTower, Step
-from foldserve.reducers.options import Choice, Value
+from foldserve.reducers.options import Choice
 from foldserve.reducers.schedule import fold_schedule
 
 if TYPE_CHECKING:
@@ -108,12 +108,13 @@ class Folder(AfterTower):
     options = (
         Choice("scale", "none", "'official' multiplies by 1 + ln(size) as the authors do", ("none", "official")),
     )
+    scale: Literal["none", "official"]
 
-    def schedule(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> tuple[Step, ...]:
+    def schedule(self, geometry: VisionGeometry, removed: int) -> tuple[Step, ...]:
         return tuple(Step(k) for k in fold_schedule(geometry.tokens, removed))
 
     def reduce(self, x: Tensor, plan: Plan) -> Reduced:
-        return folder(x, plan.folds, scale="official" if plan.options == ("official",) else "none")
+        return folder(x, plan.folds, scale=self.scale)
 
 
 class FolderCls(InTower):
@@ -124,7 +125,7 @@ class FolderCls(InTower):
     paper = _PAPER
     needs_class_token = True
 
-    def schedule(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> tuple[Step, ...]:
+    def schedule(self, geometry: VisionGeometry, removed: int) -> tuple[Step, ...]:
         # the class token takes part
         return tuple(Step(k, geometry.layers - 1) for k in fold_schedule(geometry.tokens + 1, removed))
 

@@ -14,7 +14,7 @@ from foldserve.reducers.fold import Reduced, at_least_fp32, group_sizes, group_s
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import InTower, ScoringDecoder, Step
 from foldserve.reducers.ops import Op
-from foldserve.reducers.options import Layers, Value
+from foldserve.reducers.options import Layers
 from foldserve.reducers.refusal import InvalidReduction
 from foldserve.reducers.schedule import even_schedule
 
@@ -110,21 +110,20 @@ class Illava(InTower):
     summary = "Merges the vision tokens that are attended to least into one, in some layers of the tower."
     paper = _PAPER
     options = (Layers("layers", (5, 6, 7, 8), "tower layers in which tokens go"),)
+    layers: tuple[int, ...]
     decoder_half = "illava_decoder"
 
-    def check(self, geometry: VisionGeometry, options: tuple[Value, ...]) -> None:
-        super().check(geometry, options)
-        (layers,) = options
-        if not isinstance(layers, tuple) or layers[-1] >= geometry.layers:
+    def check(self, geometry: VisionGeometry) -> None:
+        super().check(geometry)
+        if self.layers[-1] >= geometry.layers:
             raise InvalidReduction(
-                f"layers {layers} are not all in this model's vision tower: it runs 0 to {geometry.layers - 1}",
+                f"layers {self.layers} are not all in this model's vision tower: it runs 0 to {geometry.layers - 1}",
                 "layers",
             )
 
-    def schedule(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> tuple[Step, ...]:
-        (layers,) = options
-        assert isinstance(layers, tuple)  # as the option parsed it
-        return tuple(Step(r, layer) for r, layer in zip(even_schedule(removed, len(layers)), layers, strict=True) if r)
+    def schedule(self, geometry: VisionGeometry, removed: int) -> tuple[Step, ...]:
+        each = zip(even_schedule(removed, len(self.layers)), self.layers, strict=True)
+        return tuple(Step(r, layer) for r, layer in each if r)
 
     def reduce(
         self, x: Tensor, sizes: Tensor, attention: LayerAttention, removed: tuple[int, ...], plan: Plan

@@ -117,7 +117,7 @@ class ItemPlan:
 
     def with_seed(self, seed: int) -> ItemPlan:
         """The same plan for an image of this seed."""
-        return replace(self, grids=tuple(plan.with_seed(seed) for plan in self.grids))
+        return replace(self, grids=tuple(plan.with_seed(seed) if plan.is_seeded else plan for plan in self.grids))
 
     def to_ints(self) -> tuple[int, ...]:
         """As many integers for every plan of a model; `from_ints` of the same release reads those behind the shape."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from foldserve.reducers.geometry import Stage, VisionGeometry
@@ -62,7 +63,13 @@ class Method(ABC):
     seeded: ClassVar[bool] = False
     decoder_half: ClassVar[str | None] = None
 
-    def check(self, geometry: VisionGeometry, options: tuple[Value, ...]) -> None:
+    def __init__(self, *values: Value) -> None:
+        """One value for each option, in their order, or none for their defaults; each is an attribute by its name."""
+        self.values = values or tuple(option.default for option in self.options)
+        for option, value in zip(self.options, self.values, strict=True):
+            setattr(self, option.name, value)
+
+    def check(self, geometry: VisionGeometry) -> None:
         """Raises InvalidReduction if the model is not one that the method works with."""
         if self.stage not in geometry.stages:
             fixed = f": its projector is {geometry.projector!r}, which needs every token in place"
@@ -72,15 +79,15 @@ class Method(ABC):
                 "method",
             )
 
-    def removable(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> int:
+    def removable(self, geometry: VisionGeometry, removed: int) -> int:
         """Tokens that really go when `removed` > 0 of them are to go; raises InvalidReduction where none can."""
         return removed
 
-    def grid(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> tuple[int, int] | None:
+    def grid(self, geometry: VisionGeometry, removed: int) -> tuple[int, int] | None:
         """(rows, columns) of the tokens that stay, of methods that keep a grid."""
         return None
 
-    def schedule(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> tuple[Step, ...]:
+    def schedule(self, geometry: VisionGeometry, removed: int) -> tuple[Step, ...]:
         """The steps, in order; they remove `removed` tokens together."""
         return (Step(removed),)
 
@@ -89,6 +96,14 @@ class BeforeTower(Method):
     """Makes the image smaller: the tower runs on the `grid` of patches of the plan."""
 
     stage = Stage.BEFORE_TOWER
+
+    @abstractmethod
+    def resize(self, pixels: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+        """(B, 3, H, W) -> (B, 3, rows * patch, columns * patch) for a grid of (rows, columns)."""
+
+    @abstractmethod
+    def source(self, whole: tuple[int, int], grid: tuple[int, int], device: torch.device) -> Tensor:
+        """(rows * columns,) int64: which token of the `whole` grid each token of `grid` stands for."""
 
 
 class InTower(Method):
@@ -103,15 +118,15 @@ class InTower(Method):
     proportional_attention: ClassVar[bool] = False
     needs_class_token: ClassVar[bool] = False
 
-    def check(self, geometry: VisionGeometry, options: tuple[Value, ...]) -> None:
-        super().check(geometry, options)
+    def check(self, geometry: VisionGeometry) -> None:
+        super().check(geometry)
         if self.needs_class_token and not geometry.class_token:
             raise InvalidReduction(
                 f"method {self.name!r} needs a class token, which this model's tower has not", "method"
             )
 
     @abstractmethod
-    def schedule(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> tuple[Step, ...]:
+    def schedule(self, geometry: VisionGeometry, removed: int) -> tuple[Step, ...]:
         """The steps, by layer."""
 
     @abstractmethod
@@ -147,7 +162,7 @@ class Projector(Method):
 
     stage = Stage.PROJECTOR
 
-    def check(self, geometry: VisionGeometry, options: tuple[Value, ...]) -> None:
+    def check(self, geometry: VisionGeometry) -> None:
         if geometry.projector != self.name:
             raise InvalidReduction(
                 f"method {self.name!r} is trained into a checkpoint's projector, and this model's has none: choose "
@@ -155,7 +170,7 @@ class Projector(Method):
                 "method",
             )
 
-    def removable(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> int:
+    def removable(self, geometry: VisionGeometry, removed: int) -> int:
         raise InvalidReduction(
             f"method {self.name!r} gives {geometry.tokens} tokens per image, as the checkpoint was trained: leave the "
             "amount out, or choose another method to reduce these",

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import isqrt
 
-from foldserve.reducers import METHODS
+from foldserve.reducers import METHODS, Method, configured
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import Step
 from foldserve.reducers.options import Value
@@ -59,6 +59,11 @@ class Plan:
         return self.removed == 0
 
     @property
+    def reducer(self) -> Method | None:
+        """The method with its options; None where nothing is removed."""
+        return None if self.is_identity else configured(self.method, self.options)
+
+    @property
     def folds(self) -> tuple[int, ...]:
         """Tokens that each step removes."""
         return tuple(step.removed for step in self.steps)
@@ -70,7 +75,7 @@ class Plan:
     @property
     def is_seeded(self) -> bool:
         """The method draws at random, seeded by the image."""
-        return self.method != "none" and METHODS[self.method].seeded
+        return self.reducer is not None and self.reducer.seeded
 
     def with_seed(self, seed: int) -> Plan:
         """The same plan for an image of this seed."""
@@ -93,9 +98,11 @@ class Plan:
     def from_ints(cls, ints: Sequence[int], geometry: VisionGeometry) -> Plan:
         """The plan that gave these integers, on the same model."""
         method, _, removed, seed, *codes = ints
-        options = METHODS[CODES[method]].options if method else ()
-        values = tuple(option.from_int(code) for option, code in zip(options, codes, strict=False))
-        plan = _plan(CODES[method], geometry, removed, values)
+        plan = cls("none", geometry.tokens)
+        if removed:
+            options = METHODS[CODES[method]].options
+            values = tuple(option.from_int(code) for option, code in zip(options, codes, strict=False))
+            plan = _plan(configured(CODES[method], values), geometry, removed)
         return plan.with_seed(seed) if seed else plan
 
 
@@ -106,22 +113,21 @@ def make_plan(reduction: Reduction, geometry: VisionGeometry) -> Plan:
     Raises:
         InvalidReduction: the grid has too few tokens for it, or the model is not one that the method works with.
     """
-    method, options = METHODS[reduction.method], reduction.option_values
+    method = configured(reduction.method, reduction.option_values)
     removed = _tokens_to_remove(reduction, geometry.tokens)
     if removed or reduction.method != Reduction().method:
-        method.check(geometry, options)
+        method.check(geometry)
     if removed:
         removed = _fit(reduction, geometry, removed)
-    return _plan(reduction.method, geometry, removed, options)
+    return _plan(method, geometry, removed)
 
 
 @lru_cache(maxsize=4096)
-def _plan(name: str, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> Plan:
+def _plan(method: Method, geometry: VisionGeometry, removed: int) -> Plan:
     if removed == 0:
         return Plan("none", geometry.tokens)
-    method = METHODS[name]
-    steps, grid = method.schedule(geometry, removed, options), method.grid(geometry, removed, options)
-    return Plan(name, geometry.tokens, removed, steps, options, grid)
+    steps, grid = method.schedule(geometry, removed), method.grid(geometry, removed)
+    return Plan(method.name, geometry.tokens, removed, steps, method.values, grid)
 
 
 def _tokens_to_remove(reduction: Reduction, encoded: int) -> int:
@@ -148,7 +154,7 @@ def _fit(reduction: Reduction, geometry: VisionGeometry, removed: int) -> int:
     """What the method really removes; an exact count or a square that it can't give is refused."""
     name = reduction.method
     try:
-        fitting = METHODS[name].removable(geometry, removed, reduction.option_values)
+        fitting = configured(name, reduction.option_values).removable(geometry, removed)
     except InvalidReduction as refusal:
         by_count = refusal.param == "ratio" and reduction.keep_tokens is not None
         raise InvalidReduction(str(refusal), "keep_tokens" if by_count else refusal.param) from None

@@ -11,7 +11,7 @@ from torch import Tensor
 from foldserve.reducers.fold import Reduced, at_least_fp32
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import AfterTower
-from foldserve.reducers.options import Choice, Value
+from foldserve.reducers.options import Choice
 from foldserve.reducers.refusal import InvalidReduction
 
 if TYPE_CHECKING:
@@ -54,15 +54,16 @@ class Pool(AfterTower):
     name = "pool"
     summary = "Averages k x k windows of vision tokens, or k neighbours in a row; the control of every merging method."
     options = (Choice("window", "square", "k x k windows of the grid, or k in a row of it", ("square", "row")),)
+    window: str
 
-    def check(self, geometry: VisionGeometry, options: tuple[Value, ...]) -> None:
-        super().check(geometry, options)
+    def check(self, geometry: VisionGeometry) -> None:
+        super().check(geometry)
         if geometry.grid is None:
             raise InvalidReduction("method 'pool' needs a grid of tokens, which this model has not", "method")
 
-    def removable(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> int:
+    def removable(self, geometry: VisionGeometry, removed: int) -> int:
         kept = geometry.tokens - removed
-        grids = _grids(geometry, options)
+        grids = self._grids(geometry)
         if kept not in grids:
             possible = " or ".join(f"{_least_ratio(geometry.tokens, count)} ({count} tokens)" for count in grids)
             raise InvalidReduction(
@@ -70,26 +71,25 @@ class Pool(AfterTower):
             )
         return removed
 
-    def grid(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> tuple[int, int]:
-        return _grids(geometry, options)[geometry.tokens - removed]
+    def grid(self, geometry: VisionGeometry, removed: int) -> tuple[int, int]:
+        return self._grids(geometry)[geometry.tokens - removed]
 
     def reduce(self, x: Tensor, plan: Plan) -> Reduced:
         assert plan.grid is not None  # see grid
         rows, columns = plan.grid
         size = plan.encoded // plan.kept
-        height = isqrt(size) if plan.options == ("square",) else 1
+        height = isqrt(size) if self.window == "square" else 1
         width = size // height
         return pool(x, (rows * height, columns * width), (height, width))
 
-
-def _grids(geometry: VisionGeometry, options: tuple[Value, ...]) -> dict[int, tuple[int, int]]:
-    """Tokens left, at least two -> (rows, columns) of them, for every window that divides the grid."""
-    assert geometry.grid is not None  # see check
-    rows, columns = geometry.grid
-    square = options == ("square",)
-    windows = [(k if square else 1, k) for k in range(2, columns + 1)]
-    grids = [(rows // height, columns // width) for height, width in windows if not (rows % height or columns % width)]
-    return {height * width: (height, width) for height, width in grids if height * width >= 2}
+    def _grids(self, geometry: VisionGeometry) -> dict[int, tuple[int, int]]:
+        """Tokens left, at least two -> (rows, columns) of them, for every window that divides the grid."""
+        assert geometry.grid is not None  # see check
+        rows, columns = geometry.grid
+        sizes = [(k if self.window == "square" else 1, k) for k in range(2, columns + 1)]
+        whole = [(height, width) for height, width in sizes if not (rows % height or columns % width)]
+        grids = [(rows // height, columns // width) for height, width in whole]
+        return {height * width: (height, width) for height, width in grids if height * width >= 2}
 
 
 def _least_ratio(tokens: int, kept: int) -> float:

@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from foldserve.reducers.fold import Reduced, at_least_fp32, group_sizes
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import InTower, Step
-from foldserve.reducers.options import Value
 
 if TYPE_CHECKING:
     from foldserve.reducers.attention import LayerAttention
@@ -93,7 +92,7 @@ class PruMerge(InTower):
     paper = "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models"
     needs_class_token = True
 
-    def schedule(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> tuple[Step, ...]:
+    def schedule(self, geometry: VisionGeometry, removed: int) -> tuple[Step, ...]:
         return (Step(removed, geometry.layers - 1),)
 
     def reduce(

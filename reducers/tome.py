@@ -9,7 +9,6 @@ from torch import Tensor
 from foldserve.reducers.fold import Order, Reduced, at_least_fp32, fold, merge
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import InTower, Step
-from foldserve.reducers.options import Value
 from foldserve.reducers.refusal import InvalidReduction
 from foldserve.reducers.schedule import even_schedule
 
@@ -61,7 +60,7 @@ class ToMe(InTower):
     paper = "Token Merging: Your ViT But Faster"
     proportional_attention = True
 
-    def removable(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> int:
+    def removable(self, geometry: VisionGeometry, removed: int) -> int:
         if not _fits(geometry, removed):
             most = next(r for r in range(removed, -1, -1) if _fits(geometry, r))
             raise InvalidReduction(
@@ -72,7 +71,7 @@ class ToMe(InTower):
             )
         return removed
 
-    def schedule(self, geometry: VisionGeometry, removed: int, options: tuple[Value, ...]) -> tuple[Step, ...]:
+    def schedule(self, geometry: VisionGeometry, removed: int) -> tuple[Step, ...]:
         return tuple(Step(r, layer) for layer, r in enumerate(even_schedule(removed, geometry.layers)) if r)
 
     def reduce(

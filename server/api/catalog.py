@@ -60,7 +60,7 @@ def _works_with(method: Method, largest: Layout) -> bool:
     """The model has what the method needs, whatever options a request has to give on it."""
     try:
         for part in largest.parts:
-            method.check(part.geometry, tuple(option.default for option in method.options))
+            method.check(part.geometry)
     except InvalidReduction as refusal:
         return refusal.param in {option.name for option in method.options}
     return True

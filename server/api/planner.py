@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from foldserve.reducers import METHODS
+from foldserve.reducers import configured
 from foldserve.reducers.item import ItemPlan, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.api.errors import InvalidRequest
@@ -109,4 +109,4 @@ def _check_for(family: Family, reduction: Reduction) -> None:
         plan_item(reduction, family.largest)
     elif reduction.ratio or reduction.keep_tokens:
         for part in family.largest.parts:
-            METHODS[reduction.method].check(part.geometry, reduction.option_values)
+            configured(reduction.method, reduction.option_values).check(part.geometry)

@@ -12,8 +12,6 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from foldserve.reducers import METHODS
-from foldserve.reducers.downsample import nearest, resize
 from foldserve.reducers.method import AfterTower, BeforeTower, InTower
 from foldserve.reducers.plan import Plan
 from foldserve.server.engine.tower import Tower, attend, run_layer, run_mlp
@@ -52,9 +50,10 @@ def encode_images(
     def encode(grid: tuple[int, int] | None, members: list[int]) -> Sequence[Survivors]:
         pixels, group = rows(pixel_values, members), [plans[i] for i in members]
         if grid is not None:
-            smaller = resize(pixels, *grid, patch=walk.patch_size)
-            features = walk.finish(_run(walk, walk.embed(smaller, grid)))
-            return _survivors(features, nearest(walk.grid, *grid, features.device).expand(len(features), -1))
+            method = group[0].reducer
+            assert isinstance(method, BeforeTower)  # as _tower_grid saw
+            features = walk.finish(_run(walk, walk.embed(method.resize(pixels, grid, walk.patch_size), grid)))
+            return _survivors(features, method.source(walk.grid, grid, features.device).expand(len(features), -1))
         if any(_acts_in_tower(plan) for plan in group):
             return _run_reducing(walk, walk.embed(pixels), group)
         return untouched(walk.run(pixels))
@@ -66,7 +65,7 @@ def reduce_features(images: Sequence[Survivors], plans: Sequence[Plan]) -> list[
     """The methods that work after the tower."""
 
     def reduce(plan: Plan, members: list[int]) -> Sequence[Survivors]:
-        method = METHODS.get(plan.method)
+        method = plan.reducer
         group = [images[i] for i in members]
         if isinstance(method, AfterTower):
             reduced = method.reduce(torch.stack([image.features for image in group]), plan)
@@ -155,7 +154,7 @@ class _Group:
 
     def through(self, layer: nn.Module, index: int) -> None:
         """Runs a layer with the plan's steps in it."""
-        method = METHODS[self.plan.method]
+        method = self.plan.reducer
         assert isinstance(method, InTower)
         steps = self.plan.removed_in(index)
         key_bias = self.sizes.log() if self.reduced and method.proportional_attention else None
@@ -176,12 +175,12 @@ class _Group:
 
 
 def _acts_in_tower(plan: Plan) -> bool:
-    return isinstance(METHODS.get(plan.method), InTower)
+    return isinstance(plan.reducer, InTower)
 
 
 def _tower_grid(plan: Plan) -> tuple[int, int] | None:
     """(rows, columns) of patches that the tower is to see; None for its own."""
-    return plan.grid if isinstance(METHODS.get(plan.method), BeforeTower) else None
+    return plan.grid if isinstance(plan.reducer, BeforeTower) else None
 
 
 def _each(

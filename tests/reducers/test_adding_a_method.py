@@ -12,7 +12,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 TRY_IT = """
 import torch
-from foldserve.reducers import METHODS
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
 from foldserve.reducers.plan import Reduction, VisionGeometry
 
@@ -22,7 +21,7 @@ for order, expected in (("largest", range(8, 16)), ("smallest", range(8))):
     reduction = Reduction.parse({"method": "norm+withdraw", "ratio": 0.5, "order": order})
     plan = ItemPlan.from_ints(plan_item(reduction, layout).to_ints(), layout)
     assert (plan.method, plan.decoder, plan.kept, plan.kept_deep) == ("norm", "withdraw", 8, 0), plan
-    reduced = METHODS["norm"].reduce(x, plan.grids[0])
+    reduced = plan.grids[0].reducer.reduce(x, plan.grids[0])
     assert reduced.source[0].tolist() == list(expected)
     assert torch.equal(reduced.tokens[0, :, 0], x[0, list(expected), 0])
     assert [reduced.group[0, i] for i in expected] == list(range(8)) and (reduced.group == -1).sum() == 8

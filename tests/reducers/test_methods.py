@@ -62,7 +62,7 @@ def test_a_method_that_rounds_down_leaves_two_tokens_or_refuses() -> None:
 
 def run(plan: Plan, geometry: VisionGeometry) -> int:
     """Tokens that are left when the plan's method has run over random tokens of two images."""
-    method = METHODS[plan.method]
+    method = plan.reducer
     first = int(geometry.class_token and isinstance(method, InTower))
     (x,) = draw(plan.removed, (2, geometry.tokens + first, 8))
     if isinstance(method, AfterTower):

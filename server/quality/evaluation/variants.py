@@ -239,11 +239,10 @@ def _control(name: str, count: int, positions: str, layout: Layout, layers: int)
         InvalidReduction: the model is not one that it works with.
     """
     fields = {"method": name} | ({"positions": positions} if positions else {})
-    plain = Reduction.parse(fields)
     (part,) = layout.parts
     geometry = part.geometry
-    METHODS[name].check(geometry, plain.option_values)
-    removed = METHODS[name].removable(geometry, geometry.tokens - count, plain.option_values)
+    METHODS[name].check(geometry)
+    removed = METHODS[name].removable(geometry, geometry.tokens - count)
     reduction = Reduction.parse(fields | {"keep_tokens": geometry.tokens - removed})
     label = f"{name}:positions={positions}" if positions else name
     return Variant(label, None, None, layers, reduction, plan_item(reduction, layout), is_control=True)
