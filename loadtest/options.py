@@ -6,73 +6,56 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 from foldserve.loadtest.grid import Load, ServerName, Variant, variants
 from foldserve.loadtest.workloads import WORKLOADS
+from foldserve.server.options import flag, option, positional
 
+_WITHDRAW = {"off": (False,), "on": (True,), "both": (False, True)}
 _NEEDED = ("httpx", "jinja2", "matplotlib", "pandas", "PIL", "vllm")
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """A run.
+    """A run. Raises ValueError if it can't be measured."""
 
-    Attributes:
-        model: that servers are started with, or None where they run already.
-        url, control_url: of servers that run already: ours, and a plain vLLM.
-        control: a plain vLLM with the same options is started too.
-        beside: both are up at the same time.
-        restart: servers are started anew for every round, so that intervals hold what differs from start to start.
-        methods, ratios, withdraw: of the grid; ratio 0 is measured in any case.
-        concurrency, rate: of the grid; the latter in requests/s.
-        workload: a name from `WORKLOADS`.
-        trace: is replayed instead, at each of `speed`.
-        requests: of a block, for all loads or for each of them; of a trace, at most so many.
-        blocks: of every point in a round, for all loads or for each of them.
-        rounds: so many, each of them all of the grid.
-        warm_up: requests of each variant after a server's start, not counted.
-        output_tokens: of an answer; None: as the workload says.
-        words: of a question.
-        images: folder to take images from; None: they are made up, `image_size` pixels wide and high.
-        repeat_images: how many different images there are; 0: each differs from all others.
-        withdraw_layer: K of the server that is started.
-        quality: the card of `foldserve evaluate`, for accuracy beside throughput.
-        shape_from: a checkpoint, as `model`, for what the arithmetic predicts.
-        seed: of arrival times.
-        output: the folder to write to; results that lie there are not measured again.
+    output: Path = option(Path("loadtest-results"), "DIR", "results that lie there are not measured again")
+    model: str | None = positional("MODEL", default=None)
 
-    Raises:
-        ValueError: something that can't be measured.
-    """
+    url: str | None = option(None, "URL", "a running server, such as http://localhost:8000", group="servers")
+    control_url: str | None = option(None, "URL", "a running plain vLLM, as the control")
+    control: bool = option(True, None, "start no plain vLLM")
+    beside: bool = option(False, None, "both servers up at once (default: one after the other, in every round)")
+    restart: bool = option(True, None, "start servers once, not anew for every round")
+    withdraw_layer: int | None = option(None, "K", "of the server that is started")
 
-    output: Path
-    model: str | None = None
-    url: str | None = None
-    control_url: str | None = None
-    control: bool = True
-    beside: bool = False
-    restart: bool = True
-    methods: Sequence[str] = ("folder",)
-    ratios: Sequence[float] = (0.25, 0.5, 0.66, 0.75, 0.9)
-    withdraw: Sequence[bool] = (False,)
-    concurrency: Sequence[int] = (1, 8, 64)
-    rate: Sequence[float] = ()
-    workload: str = "chat"
-    trace: Path | None = None
-    speed: Sequence[float] = (1.0,)
-    requests: Sequence[int] = (128,)
-    blocks: Sequence[int] = (1,)
-    rounds: int = 4
-    warm_up: int = 2
-    output_tokens: int | None = None
-    words: int = 48
-    images: Path | None = None
-    image_size: int = 336
-    repeat_images: int = 0
-    withdraw_layer: int | None = None
-    quality: Path | None = None
-    shape_from: str | None = None
-    seed: int = 0
+    methods: Sequence[str] = option(("folder",), "M,M,...", group="grid")
+    ratios: Sequence[float] = option((0.25, 0.5, 0.66, 0.75, 0.9), "R,R,...", "beside 0")
+    withdraw: Literal["off", "on", "both"] = option("off", None, "whether vision tokens leave the decoder at layer K")
+    concurrency: Sequence[int] = option((1, 8, 64), "N,N,...", "requests at once")
+    rate: Sequence[float] = option((), "R,R,...", "requests/s that arrive at random (default: none)")
+    rounds: int = option(4, "N", "through all of the grid")
+    blocks: Sequence[int] = option((1,), "N[,N,...]", "of each point in each round, for all loads or one number a load")
+
+    workload: str = option("chat", "NAME", f"one of {', '.join(WORKLOADS)}", group="requests")
+    trace: Path | None = option(None, "JSONL", "replay these requests at their times instead")
+    speed: Sequence[float] = option((1.0,), "S,S,...", "of the trace, as factors")
+    requests: Sequence[int] = option(
+        (128,), "N[,N,...]", "of a block (of a trace, at most), for all loads or one number a load"
+    )
+    warm_up: int = option(2, "N", "of each variant after a server's start, not counted")
+    output_tokens: int | None = option(None, "N", "of an answer (default: 16; long: 256)")
+    words: int = option(48, "N", "of a question")
+    images: Path | None = option(None, "DIR", "take images from there (default: they are made up)")
+    image_size: int = option(336, "PX", "of images that are made up")
+    repeat_images: int = option(0, "N", "only so many different ones, to see caches (default: all differ)")
+    seed: int = option(0, "N", "of arrival times")
+
+    quality: Path | None = option(
+        None, "FILE", "quality.json of `foldserve evaluate`: accuracy beside throughput", group="report"
+    )
+    shape_from: str | None = option(None, "MODEL", "checkpoint that predictions are made for (default: MODEL)")
 
     def __post_init__(self) -> None:
         for problem in self._problems():
@@ -87,7 +70,7 @@ class Options:
             found += [f"--{name} must be above 0, not {value}" for value in getattr(self, name) if value <= 0]
         for name in ("rounds", "words", "image_size"):
             if getattr(self, name) < 1:
-                found.append(f"--{name.replace('_', '-')} must be at least 1, not {getattr(self, name)}")
+                found.append(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
         if self.workload not in WORKLOADS:
             found.append(f"--workload is one of {', '.join(WORKLOADS)}, not {self.workload!r}")
         elif not self.trace and self.burstiness != 1 and not self.rate:
@@ -99,7 +82,7 @@ class Options:
             found += [f"{load.requests} requests can't be {load}: raise --requests" for load in too_few]
         if (self.model is None) == (self.url is None):
             found.append("a model to serve or the --url of a server is needed, one of them")
-        if any(self.withdraw) and self.url is None and self.withdraw_layer is None:
+        if self.withdraw != "off" and self.url is None and self.withdraw_layer is None:
             found.append("--withdraw on needs --withdraw-layer K, which the server is started with")
         missing = [name for name in _NEEDED if find_spec(name) is None]
         if missing:
@@ -130,7 +113,7 @@ class Options:
 
     def grid(self) -> tuple[list[Variant], list[Load]]:
         """Variants and loads."""
-        return variants(self.methods, self.ratios, self.withdraw, self.has_control), self._loads()
+        return variants(self.methods, self.ratios, _WITHDRAW[self.withdraw], self.has_control), self._loads()
 
     def _arrivals(self) -> list[Load]:
         """What arrives at a rate has no fixed concurrency."""

@@ -6,9 +6,10 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from foldserve.loadtest.images import Images
+if TYPE_CHECKING:  # the command line needs the names of workloads, not Pillow
+    from foldserve.loadtest.images import Images
 
 Messages = list[dict[str, Any]]
 

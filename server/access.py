@@ -7,34 +7,46 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from foldserve.server.options import option
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).absolute()
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """Settings of access and life cycle.
+    """Settings of access and life cycle. Raises ValueError if one is out of bounds."""
 
-    Attributes:
-        api_keys: file of keys, see `foldserve hash-key`; None lets everybody in.
-        open_metrics: `/metrics` needs no key, although the rest does; without keys it never needs one.
-        max_queue: answers that may wait beside those that the engine can run at once.
-        key_concurrent: answers that each key may have in flight whose entry says nothing; None for half of all.
-        shutdown_timeout_s: time that requests in flight have to finish after SIGTERM, in whole seconds.
-        engine_timeout_s: without any output of the engine, while requests wait for it, after which it counts as hung.
-
-    Raises:
-        ValueError: values that don't go together, or out of bounds.
-    """
-
-    api_keys: Path | None = None
-    open_metrics: bool = False
-    max_queue: int = 1024
-    key_concurrent: int | None = None
-    shutdown_timeout_s: int = 30
-    engine_timeout_s: int = 60
+    api_keys: Path | None = option(
+        None, "FILE", "keys that may ask, see `foldserve hash-key` (default: all may)", parse=_absolute
+    )
+    open_metrics: bool = option(
+        False, None, "/metrics needs no key (default: with --api-keys, one with the scope `metrics`)"
+    )
+    max_queue: int = option(
+        1024, "N", "answers that may wait beside those the engine runs; more are told to come later"
+    )
+    key_concurrent: int | None = option(
+        None,
+        "N",
+        "answers that a key may have in flight whose entry says nothing (default: half of what the server holds)",
+    )
+    shutdown_timeout_s: int = option(
+        30, "S", "seconds that requests in flight have to finish after SIGTERM", flag="--shutdown-timeout"
+    )
+    engine_timeout_s: int = option(
+        60,
+        "S",
+        "seconds without output of an engine that has work, after which it counts as hung and the server ends; "
+        "more than its longest step",
+        flag="--engine-timeout",
+    )
 
     def __post_init__(self) -> None:
-        for option, value in (("--max-queue", self.max_queue), ("--shutdown-timeout", self.shutdown_timeout_s)):
+        for name, value in (("--max-queue", self.max_queue), ("--shutdown-timeout", self.shutdown_timeout_s)):
             if value < 0:
-                raise ValueError(f"{option} must be at least 0, not {value}")
+                raise ValueError(f"{name} must be at least 0, not {value}")
         if self.key_concurrent is not None and self.key_concurrent < 1:
             raise ValueError(f"--key-concurrent must be at least 1, not {self.key_concurrent}")
         if self.engine_timeout_s < 1:

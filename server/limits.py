@@ -6,15 +6,17 @@ Every field is an option of `foldserve serve`: `max_image_mb` is `--max-image-mb
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any
+
+from foldserve.server.options import flag, option
 
 MOST_PIXELS = 178_956_970
 """Pillow itself refuses images with more."""
 
 
 def _bound(default: float, help: str, *, least: float = 1, most: float = float("inf")) -> Any:
-    return field(default=default, metadata={"help": help, "least": least, "most": most})
+    return option(default, "N", help, least=least, most=most)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,13 +44,12 @@ class Limits:
     max_image_mb: float = _bound(20, "size of an image file", least=0)
     max_media_mb: float = _bound(50, "size of all image files of a request", least=0)
     max_image_megapixels: float = _bound(40, "width x height of an image", least=0, most=MOST_PIXELS // 10**6)
-    oversized: str = field(
-        default="refuse",
-        metadata={
-            "help": "what becomes of an image with more megapixels or a longer side: a 400, or it is scaled down to "
-            "them where it can be decoded within --max-media-megapixels",
-            "choices": ("refuse", "scale"),
-        },
+    oversized: str = option(
+        "refuse",
+        None,
+        "what becomes of an image with more megapixels or a longer side: a 400, or it is scaled down to "
+        "them where it can be decoded within --max-media-megapixels",
+        choices=("refuse", "scale"),
     )
     max_media_megapixels: float = _bound(80, "the same, summed over a request's images", least=0)
     max_prepared_megapixels: float = _bound(400, "the same, of 4 bytes, that an API server prepares at once", least=0)
@@ -58,25 +59,25 @@ class Limits:
     max_media_seconds: float = _bound(15, "time to fetch all images of a request, and to decode them", least=0)
     max_media_redirects: int = _bound(3, "redirects that are followed for one image, each checked anew", least=0)
     media_decode_threads: int = _bound(4, "threads that decode images, in each API server")
-    allow_media_private_host: tuple[str, ...] = field(
-        default=(),
-        metadata={
-            "help": "host name or address that images may be fetched from although it is not on the public internet; "
-            "may be given several times. Whoever can send a request can then make the server ask that host"
-        },
+    allow_media_private_host: tuple[str, ...] = option(
+        (),
+        "NAME",
+        "host name or address that images may be fetched from although it is not on the public internet; "
+        "may be given several times. Whoever can send a request can then make the server ask that host",
+        action="append",
     )
 
     def __post_init__(self) -> None:
         for bound in fields(self):
             if "choices" in bound.metadata and getattr(self, bound.name) not in bound.metadata["choices"]:
                 choices = " or ".join(bound.metadata["choices"])
-                raise ValueError(f"{option(bound.name)} must be {choices}, not {getattr(self, bound.name)!r}")
+                raise ValueError(f"{flag(bound.name)} must be {choices}, not {getattr(self, bound.name)!r}")
             if "least" not in bound.metadata:
                 continue
             value, least, most = getattr(self, bound.name), bound.metadata["least"], bound.metadata["most"]
             if not least <= value <= most or value == float("inf"):
                 above = f" and at most {most}" if most != float("inf") else ""
-                raise ValueError(f"{option(bound.name)} must be at least {least}{above}, not {value}")
+                raise ValueError(f"{flag(bound.name)} must be at least {least}{above}, not {value}")
         for larger, smaller in (
             ("max_image_side", "min_image_side"),
             ("max_unread_mb", "max_body_mb"),
@@ -85,7 +86,7 @@ class Limits:
             ("max_media_mb", "max_image_mb"),
         ):
             if getattr(self, larger) < getattr(self, smaller):
-                raise ValueError(f"{option(larger)} must not be below {option(smaller)}")
+                raise ValueError(f"{flag(larger)} must not be below {flag(smaller)}")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Limits:
@@ -124,8 +125,3 @@ class Limits:
     @property
     def max_prepared_pixels(self) -> int:
         return int(self.max_prepared_megapixels * 1e6)
-
-
-def option(name: str) -> str:
-    """The command-line option of a field."""
-    return f"--{name.replace('_', '-')}"

@@ -12,19 +12,32 @@ from typing import Literal
 from foldserve.reducers.reduction import InvalidReduction, Positions, Reduction
 from foldserve.server.access import Access
 from foldserve.server.limits import Limits
+from foldserve.server.options import option
 
 CONFIG_KEY = "foldserve"
 """Our key in vLLM's `--additional-config`, which the API processes and the engine both read."""
 
 
+def parse_reduction(text: str) -> Reduction:
+    """Reads a reduction as written on a command line: a ratio such as `0.5`, or a request's JSON object.
+
+    Raises:
+        InvalidReduction: neither of the two, or not a reduction that can be done.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InvalidReduction(
+            f'a ratio such as 0.5 or JSON such as {{"ratio": 0.5}} is needed, not {text!r}'
+        ) from error
+    return Reduction.parse(value if isinstance(value, Mapping) else {"ratio": value})
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The server's own settings; their defaults leave plain vLLM's results unchanged.
+    """The server's own settings; their defaults leave plain vLLM's results unchanged. See also each field's help.
 
     Attributes:
-        default_reduction: applied to requests that say nothing.
-        low_detail_ratio: reduction ratio of images sent with OpenAI's `detail: low`, in [0, 1).
-        positions: of the tokens that stay, for requests that do not say: "renumber" or "keep".
         withdraw_layer: K, the first decoder layer without vision tokens, at least 1; None builds the model without it.
         calibration: of a K that `foldserve calibrate` found: its eta, samples, and mean KL in nats; else None.
         limits: what one request may cost.
@@ -35,13 +48,20 @@ class Settings:
         ValueError: a value outside these bounds.
     """
 
-    default_reduction: Reduction = field(default_factory=Reduction)
-    low_detail_ratio: float = 0.75
+    default_reduction: Reduction = option(
+        Reduction(),
+        "JSON|RATIO",
+        "for requests that say nothing: a ratio in [0, 1), or a request's `reduction` object (default: none)",
+        parse=parse_reduction,
+    )
+    low_detail_ratio: float = option(0.75, "RATIO", 'reduction ratio of images sent with "detail": "low"')
     withdraw_layer: int | None = None
     calibration: Mapping[str, float | int] | None = None
     limits: Limits = field(default_factory=Limits)
     access: Access = field(default_factory=Access)
-    positions: Positions = "renumber"
+    positions: Positions = option(
+        "renumber", None, "rotary positions of the vision tokens that stay, for requests that do not say"
+    )
     masks_padding_rows: bool = True
 
     def __post_init__(self) -> None:
@@ -82,21 +102,6 @@ class Settings:
             "positions": self.positions,
             "masks_padding_rows": self.masks_padding_rows,
         }
-
-
-def parse_reduction(text: str) -> Reduction:
-    """Reads a reduction as written on a command line: a ratio such as `0.5`, or a request's JSON object.
-
-    Raises:
-        InvalidReduction: neither of the two, or not a reduction that can be done.
-    """
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InvalidReduction(
-            f'a ratio such as 0.5 or JSON such as {{"ratio": 0.5}} is needed, not {text!r}'
-        ) from error
-    return Reduction.parse(value if isinstance(value, Mapping) else {"ratio": value})
 
 
 def parse_withdraw_layer(text: str) -> int | Literal["auto"]:

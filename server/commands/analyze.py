@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
-from foldserve.server.commands.arguments import Commands
+from foldserve.server.commands.parser import Commands, add_command
+from foldserve.server.quality.analysis.options import AnalysisOptions
 
 _DESCRIPTION = """\
 Shows, without labels, where a model can do with fewer vision tokens: how much of the tower's energy few tokens can hold
@@ -18,33 +16,18 @@ MODEL is a Hugging Face name or a local directory and comes first. Engine option
 
 def add(commands: Commands) -> None:
     """Declares the command."""
-    analyze = commands.add_parser(
+    add_command(
+        commands,
         "analyze",
-        help="show where a model can do with fewer vision tokens",
+        "show where a model can do with fewer vision tokens",
+        AnalysisOptions,
+        _run,
         description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        takes_engine_options=True,
     )
-    add = analyze.add_argument
-    add("model", metavar="MODEL")
-    add("--data", type=Path, metavar="DIR|JSONL", help="as evaluate takes it (default: built-in scenes)")
-    add("--samples", type=int, default=20, metavar="N", help="images to take from the data (default: %(default)s)")
-    add(
-        "--question",
-        default="Describe this image in detail.",
-        metavar="TEXT",
-        help='asked of images that bring none (default: "%(default)s")',
-    )
-    add("--ratio", type=float, default=0.5, metavar="R", help="share of tokens merged (default: %(default)s)")
-    add("--output", type=Path, default=Path("analysis"), metavar="DIR", help="(default: %(default)s)")
-    analyze.set_defaults(run=_run, takes_engine_options=True, fail=analyze.error)
 
 
-def _run(args: argparse.Namespace, rest: list[str]) -> None:
-    from foldserve.server.quality.analysis.command import Options, run
+def _run(options: AnalysisOptions, rest: list[str]) -> None:
+    from foldserve.server.quality.analysis.command import run
 
-    names = ("model", "data", "samples", "question", "ratio", "output")
-    try:
-        run(Options(**{name: getattr(args, name) for name in names}), rest)
-    except ValueError as error:
-        args.fail(str(error))
+    run(options, rest)

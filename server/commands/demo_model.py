@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
-from foldserve.server.commands.arguments import Commands
+from foldserve.server.commands.parser import Commands, add_command
+from foldserve.server.options import positional
+
+
+@dataclass(frozen=True, slots=True)
+class DemoModelOptions:
+    directory: Path = positional("DIR", "a directory that does not exist yet")
 
 
 def add(commands: Commands) -> None:
     """Declares the command."""
-    demo = commands.add_parser("demo-model", help="copy the demo model into a directory, for other programs")
-    demo.add_argument("directory", type=Path, metavar="DIR", help="a directory that does not exist yet")
-    demo.set_defaults(run=_run, fail=demo.error)
+    help = "copy the demo model into a directory, for other programs"
+    add_command(commands, "demo-model", help, DemoModelOptions, _run)
 
 
-def _run(args: argparse.Namespace, rest: list[str]) -> None:
+def _run(options: DemoModelOptions, rest: list[str]) -> None:
     from foldserve.server.quality.demo.checkpoint import copy_checkpoint
 
-    try:
-        copy_checkpoint(args.directory)
-    except FileExistsError as error:
-        args.fail(str(error))
-    print(f"Wrote {args.directory}. Serve it: foldserve serve {args.directory}")
+    copy_checkpoint(options.directory)
+    print(f"Wrote {options.directory}. Serve it: foldserve serve {options.directory}")

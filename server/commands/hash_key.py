@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
+from dataclasses import dataclass
+from typing import Literal
 
-from foldserve.server.commands.arguments import Commands
+from foldserve.server.commands.parser import Commands, add_command
+from foldserve.server.options import option, positional
 
 _DESCRIPTION = """\
 Makes an API key. The key goes to standard error, to be handed to its owner and kept nowhere else; its entry for the
@@ -15,36 +17,28 @@ file of `foldserve serve --api-keys` goes to standard output:
 """
 
 
+@dataclass(frozen=True, slots=True)
+class HashKeyOptions:
+    name: str = positional("NAME", "of its owner, for logs")
+    rate: str | None = option(None, "N/PERIOD", "answers it may ask for, as 600/minute (default: any)")
+    concurrent: int | None = option(
+        None, "N", "answers it may have in flight (default: as `foldserve serve --key-concurrent` says)"
+    )
+    scope: tuple[Literal["api", "metrics"], ...] = option(
+        (), None, "what it opens; may come twice (default: api)", action="append"
+    )
+
+
 def add(commands: Commands) -> None:
     """Declares the command."""
-    hash_key = commands.add_parser(
-        "hash-key",
-        help="make an API key",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    hash_key.add_argument("name", metavar="NAME", help="of its owner, for logs")
-    hash_key.add_argument("--rate", metavar="N/PERIOD", help="answers it may ask for, as 600/minute (default: any)")
-    hash_key.add_argument(
-        "--concurrent",
-        type=int,
-        metavar="N",
-        help="answers it may have in flight (default: as `foldserve serve --key-concurrent` says)",
-    )
-    hash_key.add_argument(
-        "--scope", action="append", choices=("api", "metrics"), help="what it opens; may come twice (default: api)"
-    )
-    hash_key.set_defaults(run=_run, fail=hash_key.error)
+    add_command(commands, "hash-key", "make an API key", HashKeyOptions, _run, description=_DESCRIPTION)
 
 
-def _run(args: argparse.Namespace, rest: list[str]) -> None:
+def _run(options: HashKeyOptions, rest: list[str]) -> None:
     from foldserve.server.api.auth.keys import entry, new_key
 
     key = new_key()
-    try:
-        text = entry(args.name, key, rate=args.rate, concurrent=args.concurrent, scopes=args.scope or ["api"])
-    except ValueError as error:
-        args.fail(str(error))
+    scopes = [*options.scope] or ["api"]
+    text = entry(options.name, key, rate=options.rate, concurrent=options.concurrent, scopes=scopes)
     print(text, end="")
-    print(f"The key of {args.name}, which is shown only now: {key}", file=sys.stderr)
+    print(f"The key of {options.name}, which is shown only now: {key}", file=sys.stderr)

@@ -4,56 +4,23 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from foldserve.server.quality.calibration import calibrate, candidate_layers, report
 from foldserve.server.quality.calibration_data import load_samples
 from foldserve.server.quality.calibration_file import default_file
+from foldserve.server.quality.calibration_options import CalibrationOptions
 from foldserve.server.quality.calibration_plot import can_plot, plot
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """What the user asked for.
-
-    Attributes:
-        model: Hugging Face name or directory.
-        data: folder of images, or JSONL file; None: the built-in scenes.
-        eta: largest mean KL divergence accepted, in nats.
-        samples: how many image and question pairs to take.
-        answer_tokens: over how many tokens of an answer its KL is the mean.
-        min_layer: the first K that is looked at.
-        question: asked of images that bring none.
-        output: the file to write; None is where `serve` looks.
-        plot: the picture to draw; None is beside `output`, if matplotlib is installed.
-    """
-
-    model: str
-    data: Path | None
-    eta: float
-    samples: int
-    answer_tokens: int
-    min_layer: int
-    question: str
-    output: Path | None
-    plot: Path | None
-
-    def __post_init__(self) -> None:
-        if not self.eta > 0:
-            raise ValueError(f"--eta is a KL divergence in nats and must be greater than 0, not {self.eta}")
-        if self.answer_tokens < 1:
-            raise ValueError(f"--answer-tokens must be at least 1, not {self.answer_tokens}")
-        if self.plot is not None and not can_plot():
-            raise ValueError("--plot needs matplotlib: pip install matplotlib")
-
-
-def run(options: Options, cache_dir: Path, engine_options: Sequence[str]) -> int:
+def run(options: CalibrationOptions, cache_dir: Path, engine_options: Sequence[str]) -> int:
     """Calibrates, writes the file and the plot, says what was found; exit status 1 if no layer was.
 
     Raises:
         ValueError: what is asked cannot be done; nothing was written.
     """
+    if options.plot is not None and not can_plot():
+        raise ValueError("--plot needs matplotlib: pip install matplotlib")
     samples = load_samples(options.data, options.samples, options.question)
     output = options.output or default_file(options.model, cache_dir)
     _require_writable(output)

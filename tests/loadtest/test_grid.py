@@ -72,7 +72,7 @@ def test_blocks_of_a_round_alternate_too() -> None:
         ({"requests": (0,)}, "--requests must be above 0, not 0"),
         ({"model": "m"}, "one of them"),
         ({"url": None}, "one of them"),
-        ({"url": None, "model": "m", "withdraw": (True,)}, "--withdraw-layer"),
+        ({"url": None, "model": "m", "withdraw": "on"}, "--withdraw-layer"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

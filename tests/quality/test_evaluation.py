@@ -24,8 +24,9 @@ from foldserve.reducers.plan import Reduction
 from foldserve.server import cli
 from foldserve.server.api.catalog import served_card
 from foldserve.server.quality.evaluation.card import Card, read_card, refusals, results
-from foldserve.server.quality.evaluation.command import Options
+from foldserve.server.quality.evaluation.command import card_file
 from foldserve.server.quality.evaluation.journal import RESULTS_FILE, Journal, Outcome, run_identity
+from foldserve.server.quality.evaluation.options import EvaluationOptions
 from foldserve.server.quality.evaluation.page import page
 from foldserve.server.quality.evaluation.plots import lines, plots
 from foldserve.server.quality.evaluation.questions import Question, data_hash, load_questions
@@ -458,9 +459,7 @@ def test_arguments_that_cannot_be(arguments: list[str], message: str, capsys: py
 
 
 def test_where_the_card_goes(tmp_path: Path) -> None:
-    fields: dict[str, Any] = dict(
-        methods=(), ratios=(), withdraw=(), data=None, limit=1, question="", max_tokens=1, batch=1, output=Path("out")
-    )
-    assert Options(str(tmp_path), card=None, **fields).card_file == tmp_path / "quality.json"
-    assert Options("org/name", card=None, **fields).card_file == Path("out/quality.json")
-    assert Options(str(tmp_path), card=Path("x.json"), **fields).card_file == Path("x.json")
+    output = Path("out")
+    assert card_file(EvaluationOptions(str(tmp_path), output=output)) == tmp_path / "quality.json"
+    assert card_file(EvaluationOptions("org/name", output=output)) == Path("out/quality.json")
+    assert card_file(EvaluationOptions(str(tmp_path), output=output, card=Path("x.json"))) == Path("x.json")

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from foldserve.server import cli
-from foldserve.server.limits import Limits, option
+from foldserve.server.limits import Limits
+from foldserve.server.options import flag
 from foldserve.server.settings import Settings
 
 
@@ -37,12 +38,12 @@ def test_every_bound_is_an_option(chosen: list[Limits], capsys: pytest.CaptureFi
         words = limit.metadata.get("choices", [3 if limit.name == "max_stop_strings" else number])
         wanted[limit.name] = ("minio", "10.0.0.7") if is_list else words[-1]
         for value in wanted[limit.name] if is_list else [wanted[limit.name]]:
-            argv += [option(limit.name), str(value)]
+            argv += [flag(limit.name), str(value)]
     cli.main(argv)
     assert chosen == [Limits(**wanted)]
     cli.main(["serve", "--help"])
     text = capsys.readouterr().out
-    assert all(option(limit.name) in text for limit in fields(Limits))
+    assert all(flag(limit.name) in text for limit in fields(Limits))
 
 
 def test_they_travel_as_json() -> None:

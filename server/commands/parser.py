@@ -1,0 +1,149 @@
+"""Parsers of commands from dataclasses, whose fields are declared with `option` and `positional`."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from types import NoneType
+from typing import Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
+
+from foldserve.server.options import flag
+
+_T = TypeVar("_T")
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+_ARGPARSE = ("action", "choices", "metavar", "nargs")
+"""Metadata that goes to argparse as it is."""
+
+
+def add_command(
+    commands: Commands,
+    name: str,
+    help: str,
+    options: type[_T],
+    run: Callable[[_T, list[str]], None],
+    *,
+    description: str | None = None,
+    takes_engine_options: bool = False,
+    defaults: Callable[[argparse.Namespace], Mapping[str, Any]] = lambda args: {},
+) -> argparse.ArgumentParser:
+    """Declares a command.
+
+    Args:
+        run: gets the options, and those that are vLLM's; what is wrong with them is a ValueError.
+        defaults: stand in for options that were not given, which are None here, before those of the dataclass.
+    """
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_options(parser, options)
+
+    def read_and_run(args: argparse.Namespace, rest: list[str]) -> None:
+        try:
+            run(read_options(options, args, **defaults(args)), rest)
+        except (ValueError, FileExistsError) as error:
+            parser.error(str(error))
+
+    parser.set_defaults(run=read_and_run, takes_engine_options=takes_engine_options)
+    return parser
+
+
+def add_options(parser: argparse._ActionsContainer, options: type) -> None:
+    """Declares the fields of a dataclass that are options; what is not given is left to it."""
+    types = get_type_hints(options)
+    group = parser
+    for field in _options(options):
+        if title := field.metadata.get("group"):
+            group = parser.add_argument_group(title)
+        keywords = _keywords(field, types[field.name])
+        if field.metadata.get("positional"):
+            group.add_argument(field.name, **keywords)
+        else:
+            prefix = "no_" if field.default is True else ""
+            name = field.metadata.get("flag") or flag(prefix + field.name)
+            group.add_argument(name, dest=field.name, **keywords)
+
+
+def read_options(options: type[_T], args: argparse.Namespace, **others: Any) -> _T:
+    """The dataclass of what was given; `others` stand in for what was not.
+
+    Raises:
+        ValueError: what the dataclass refuses.
+    """
+    found = {field.name: getattr(args, field.name) for field in _options(options)}
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if v is not None}
+    return options(**others | given)
+
+
+def argument(parse: Callable[[str], _T]) -> Callable[[str], _T]:
+    """`parse` as argparse wants it: so that the message of its ValueError is shown."""
+
+    def parse_argument(text: str) -> _T:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse_argument
+
+
+def _options(options: type) -> list[Field[Any]]:
+    return [field for field in fields(options) if "help" in field.metadata]
+
+
+def _keywords(field: Field[Any], kind: Any) -> dict[str, Any]:
+    """What `add_argument` is told beside the name."""
+    metadata = field.metadata
+    found = {"default": None, "help": _help(field), **_reader(kind, field)}
+    found |= {key: metadata[key] for key in _ARGPARSE if metadata.get(key) is not None}
+    if metadata.get("positional") and field.default is not MISSING:
+        found["nargs"] = "?"
+    return found
+
+
+def _help(field: Field[Any]) -> str:
+    help: str = field.metadata["help"]
+    default = field.default
+    if default is MISSING or default is None or default == () or isinstance(default, bool) or "(default:" in help:
+        return help
+    text = ",".join(map(_text, default)) if isinstance(default, tuple) else _text(default)
+    return f"{help} (default: {text})".lstrip()
+
+
+def _text(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return f'"{value}"' if isinstance(value, str) and " " in value else str(value)
+
+
+def _reader(kind: Any, field: Field[Any]) -> dict[str, Any]:
+    """How argparse reads a value of a type; those of a list have commas between them, or are words of their own."""
+    metadata = field.metadata
+    if parse := metadata.get("parse"):
+        return {"type": argument(parse)}
+    if NoneType in get_args(kind):
+        kind = next(member for member in get_args(kind) if member is not NoneType)
+    if get_origin(kind) in (tuple, Sequence):
+        kind = get_args(kind)[0]
+        if not {"action", "nargs"} & metadata.keys():
+            return {"type": argument(_each(kind, metadata.get("expected", "values with commas between them")))}
+    if get_origin(kind) is Literal:
+        return {"choices": get_args(kind)}
+    if kind is bool:
+        return {"action": "store_false" if field.default else "store_true"}
+    return {"type": kind}
+
+
+def _each(kind: Callable[[str], _T], expected: str) -> Callable[[str], tuple[_T, ...]]:
+    def parse(text: str) -> tuple[_T, ...]:
+        try:
+            return tuple(kind(part) for part in text.split(","))
+        except ValueError as error:
+            raise ValueError(f"{expected} are needed, not {text!r}") from error
+
+    return parse
