@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from foldserve.server import guardian, output
+from foldserve.server import commands, guardian, output
 
 _DESCRIPTION = """\
 Serve vision-language models with fewer vision tokens: every request chooses how many.
@@ -28,24 +29,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command that `argv` (by default the process's arguments) names; a server under a guardian."""
     if argv is None and guardian.is_wanted(sys.argv[1:]):
         sys.exit(guardian.guard([sys.executable, *sys.orig_argv[1:]]))
-    parser = _parser()
+    argv = sys.argv[1:] if argv is None else argv
+    parser = _parser(next((word for word in argv if word in commands.ALL), None))
     args, rest = parser.parse_known_args(argv)
     if rest and not args.takes_engine_options:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.run(args, rest)
 
 
-def _parser() -> argparse.ArgumentParser:
-    from foldserve.server import commands  # imports torch, which a guardian has no use for
-
+def _parser(asked: str | None) -> argparse.ArgumentParser:
+    """Declares the options of one command only: those of `serve` need torch, which takes seconds."""
     parser = argparse.ArgumentParser(
         "foldserve", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.set_defaults(takes_engine_options=False)
     parser.add_argument("--version", action="version", version=_versions())
     names = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in commands.ALL:
-        command.add(names)
+    for name, help in commands.ALL.items():
+        command = names.add_parser(name, help=help, conflict_handler="resolve")  # `serve` has a --help of its own
+        if name == asked:
+            import_module(f"{commands.__name__}.{name.replace('-', '_')}").add(command)
     return parser
 
 

@@ -1,5 +1,12 @@
-"""The commands of `foldserve`, one a file: `add` declares its arguments, and they name the function that runs it."""
+"""The commands of `foldserve`, one a file of the same name, whose `add` declares it on its parser."""
 
-from foldserve.server.commands import analyze, calibrate, convert, demo_model, evaluate, hash_key, loadtest, serve
-
-ALL = (serve, calibrate, evaluate, analyze, loadtest, convert, demo_model, hash_key)
+ALL = {
+    "serve": "start the server",
+    "calibrate": "find the withdrawal layer of a model",
+    "evaluate": "measure accuracy against vision tokens",
+    "analyze": "show where a model can do with fewer vision tokens",
+    "loadtest": "measure throughput against the reduction ratio",
+    "convert": "bring a checkpoint into the layout that is served",
+    "demo-model": "copy the demo model into a directory, for other programs",
+    "hash-key": "make an API key",
+}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from foldserve.server.commands.parser import Commands, add_command
+from argparse import ArgumentParser
+
+from foldserve.server.commands.parser import declare
 from foldserve.server.quality.analysis.options import AnalysisOptions
 
 _DESCRIPTION = """\
@@ -14,17 +16,8 @@ MODEL is a Hugging Face name or a local directory and comes first. Engine option
 """
 
 
-def add(commands: Commands) -> None:
-    """Declares the command."""
-    add_command(
-        commands,
-        "analyze",
-        "show where a model can do with fewer vision tokens",
-        AnalysisOptions,
-        _run,
-        description=_DESCRIPTION,
-        takes_engine_options=True,
-    )
+def add(parser: ArgumentParser) -> None:
+    declare(parser, AnalysisOptions, _run, _DESCRIPTION, takes_engine_options=True)
 
 
 def _run(options: AnalysisOptions, rest: list[str]) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from foldserve.server.commands.parser import Commands, add_command
+from argparse import ArgumentParser
+
+from foldserve.server.commands.parser import declare
 from foldserve.server.quality.calibration_options import CalibrationOptions
-from foldserve.server.settings import Environment
 
 _DESCRIPTION = """\
 Finds the first decoder layer K at which vision tokens may leave: the first whose mean KL(P_withdrawn || P_full) over
@@ -15,21 +16,13 @@ MODEL is a Hugging Face name or a local directory and comes first. Engine option
 """
 
 
-def add(commands: Commands) -> None:
-    """Declares the command."""
-    add_command(
-        commands,
-        "calibrate",
-        "find the withdrawal layer of a model",
-        CalibrationOptions,
-        _run,
-        description=_DESCRIPTION,
-        takes_engine_options=True,
-    )
+def add(parser: ArgumentParser) -> None:
+    declare(parser, CalibrationOptions, _run, _DESCRIPTION, takes_engine_options=True)
 
 
 def _run(options: CalibrationOptions, rest: list[str]) -> None:
     from foldserve.server.quality.calibration_command import run
+    from foldserve.server.settings import Environment
 
     if status := run(options, Environment.read().cache_dir, rest):
         raise SystemExit(status)

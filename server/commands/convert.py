@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
 
-from foldserve.server.commands.parser import Commands, add_command
+from foldserve.server.commands.parser import declare
 from foldserve.server.options import option, positional
 
 _DESCRIPTION = """\
@@ -28,12 +29,11 @@ class StfOptions:
     experts: int = option(1, "E", "tokens per window")
 
 
-def add(commands: Commands) -> None:
-    """Declares the command, which has one form for each kind of checkpoint."""
-    convert = commands.add_parser("convert", help="bring a checkpoint into the layout that is served")
-    kinds = convert.add_subparsers(title="kinds", metavar="KIND", required=True)
-    help = "LLaVA-STF: vision tokens fused by a trained projector"
-    add_command(kinds, "stf", help, StfOptions, _run_stf, description=_DESCRIPTION)
+def add(parser: ArgumentParser) -> None:
+    """One form for each kind of checkpoint."""
+    kinds = parser.add_subparsers(title="kinds", metavar="KIND", required=True)
+    stf = kinds.add_parser("stf", help="LLaVA-STF: vision tokens fused by a trained projector")
+    declare(stf, StfOptions, _run_stf, _DESCRIPTION)
 
 
 def _run_stf(options: StfOptions, rest: list[str]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentParser
 from dataclasses import dataclass
 from pathlib import Path
 
-from foldserve.server.commands.parser import Commands, add_command
+from foldserve.server.commands.parser import declare
 from foldserve.server.options import positional
 
 
@@ -14,10 +15,8 @@ class DemoModelOptions:
     directory: Path = positional("DIR", "a directory that does not exist yet")
 
 
-def add(commands: Commands) -> None:
-    """Declares the command."""
-    help = "copy the demo model into a directory, for other programs"
-    add_command(commands, "demo-model", help, DemoModelOptions, _run)
+def add(parser: ArgumentParser) -> None:
+    declare(parser, DemoModelOptions, _run)
 
 
 def _run(options: DemoModelOptions, rest: list[str]) -> None:

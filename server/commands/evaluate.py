@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from foldserve.server.commands.parser import Commands, add_command
+from argparse import ArgumentParser
+
+from foldserve.server.commands.parser import declare
 from foldserve.server.quality.evaluation.options import EvaluationOptions
 
 _DESCRIPTION = """\
@@ -15,17 +17,8 @@ MODEL is a Hugging Face name or a local directory and comes first. Engine option
 """
 
 
-def add(commands: Commands) -> None:
-    """Declares the command."""
-    add_command(
-        commands,
-        "evaluate",
-        "measure accuracy against vision tokens",
-        EvaluationOptions,
-        _run,
-        description=_DESCRIPTION,
-        takes_engine_options=True,
-    )
+def add(parser: ArgumentParser) -> None:
+    declare(parser, EvaluationOptions, _run, _DESCRIPTION, takes_engine_options=True)
 
 
 def _run(options: EvaluationOptions, rest: list[str]) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import sys
+from argparse import ArgumentParser
 from dataclasses import dataclass
 from typing import Literal
 
-from foldserve.server.commands.parser import Commands, add_command
+from foldserve.server.commands.parser import declare
 from foldserve.server.options import option, positional
 
 _DESCRIPTION = """\
@@ -29,9 +30,8 @@ class HashKeyOptions:
     )
 
 
-def add(commands: Commands) -> None:
-    """Declares the command."""
-    add_command(commands, "hash-key", "make an API key", HashKeyOptions, _run, description=_DESCRIPTION)
+def add(parser: ArgumentParser) -> None:
+    declare(parser, HashKeyOptions, _run, _DESCRIPTION)
 
 
 def _run(options: HashKeyOptions, rest: list[str]) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import os
+from argparse import ArgumentParser, Namespace
 from typing import Any
 
 from foldserve.loadtest.options import Options
-from foldserve.server.commands.parser import Commands, add_command
+from foldserve.server.commands.parser import declare
 
 _DESCRIPTION = """\
 Measures throughput and latency against the reduction ratio, with `vllm bench serve` as the client: methods x ratios x
@@ -24,22 +24,12 @@ _SMOKE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def add(commands: Commands) -> None:
-    """Declares the command."""
-    loadtest = add_command(
-        commands,
-        "loadtest",
-        "measure throughput against the reduction ratio",
-        Options,
-        _run,
-        description=_DESCRIPTION,
-        takes_engine_options=True,
-        defaults=_defaults,
-    )
-    loadtest.add_argument("--smoke", action="store_true", help="a few requests, to see that all of it works")
+def add(parser: ArgumentParser) -> None:
+    declare(parser, Options, _run, _DESCRIPTION, takes_engine_options=True, defaults=_defaults)
+    parser.add_argument("--smoke", action="store_true", help="a few requests, to see that all of it works")
 
 
-def _defaults(args: argparse.Namespace) -> dict[str, Any]:
+def _defaults(args: Namespace) -> dict[str, Any]:
     from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 
     model = {} if args.url else {"model": str(CHECKPOINT)}

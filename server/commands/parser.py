@@ -6,41 +6,32 @@ import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from types import NoneType
-from typing import Any, Literal, TypeAlias, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from foldserve.server.options import flag
 
 _T = TypeVar("_T")
 
-Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 _ARGPARSE = ("action", "choices", "metavar", "nargs")
 """Metadata that goes to argparse as it is."""
 
 
-def add_command(
-    commands: Commands,
-    name: str,
-    help: str,
+def declare(
+    parser: argparse.ArgumentParser,
     options: type[_T],
     run: Callable[[_T, list[str]], None],
-    *,
     description: str | None = None,
+    *,
     takes_engine_options: bool = False,
     defaults: Callable[[argparse.Namespace], Mapping[str, Any]] = lambda args: {},
-) -> argparse.ArgumentParser:
-    """Declares a command.
+) -> None:
+    """Declares a command on its parser.
 
     Args:
         run: gets the options, and those that are vLLM's; what is wrong with them is a ValueError.
         defaults: stand in for options that were not given, which are None here, before those of the dataclass.
     """
-    parser = commands.add_parser(
-        name,
-        help=help,
-        description=description,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    describe(parser, description)
     add_options(parser, options)
 
     def read_and_run(args: argparse.Namespace, rest: list[str]) -> None:
@@ -50,7 +41,11 @@ def add_command(
             parser.error(str(error))
 
     parser.set_defaults(run=read_and_run, takes_engine_options=takes_engine_options)
-    return parser
+
+
+def describe(parser: argparse.ArgumentParser, description: str | None) -> None:
+    parser.description, parser.formatter_class = description, argparse.RawDescriptionHelpFormatter
+    parser.allow_abbrev = False
 
 
 def add_options(parser: argparse._ActionsContainer, options: type) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 from foldserve.server.access import Access
-from foldserve.server.commands.parser import Commands, add_options, argument, read_options
+from foldserve.server.commands.parser import add_options, argument, describe, read_options
 from foldserve.server.limits import Limits
 from foldserve.server.settings import Environment, Settings, parse_withdraw_layer
 
@@ -25,35 +25,29 @@ Every option of `vllm serve` works here too: --help=all lists them, --help=WORD 
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
-def add(commands: Commands) -> None:
-    """Declares the command."""
-    serve = commands.add_parser(
-        "serve",
-        help="start the server",
-        usage="foldserve serve [MODEL] [options] [any option of vllm serve]",
-        description=_DESCRIPTION,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        add_help=False,
+def add(parser: ArgumentParser) -> None:
+    describe(parser, _DESCRIPTION)
+    parser.usage = "foldserve serve [MODEL] [options] [any option of vllm serve]"
+    parser.add_argument(
+        "-h", "--help", nargs="?", const="", metavar="WORD", help="show this; with WORD, vLLM's options"
     )
-    serve.add_argument("-h", "--help", nargs="?", const="", metavar="WORD", help="show this; with WORD, vLLM's options")
-    add_options(serve, Settings)
-    serve.add_argument(
+    add_options(parser, Settings)
+    parser.add_argument(
         "--withdraw-layer",
         type=argument(parse_withdraw_layer),
         metavar="K|auto",
         help="first decoder layer without vision tokens, for requests that withdraw them; auto: the one that "
         "`foldserve calibrate` found (default: off)",
     )
-    serve.add_argument(
+    parser.add_argument(
         "--calibration",
         type=Path,
         metavar="FILE",
         help="what --withdraw-layer auto reads (default: where `foldserve calibrate MODEL` writes)",
     )
-    limits = serve.add_argument_group("limits of one request", "docs/security.md says what each is good for")
+    limits = parser.add_argument_group("limits of one request", "docs/security.md says what each is good for")
     add_options(limits, Limits)
-    access = serve.add_argument_group("access and life cycle", "docs/lifecycle.md")
+    access = parser.add_argument_group("access and life cycle", "docs/lifecycle.md")
     add_options(access, Access)
     access.add_argument(
         "--log-format", choices=("text", "json"), default="text", help="of standard output (default: %(default)s)"
@@ -66,10 +60,10 @@ def add(commands: Commands) -> None:
     access.add_argument(
         "--verbose", action="store_true", help="vLLM's own lines too: arguments, routes, throughput every 10 s"
     )
-    serve.set_defaults(run=_run, takes_engine_options=True, usage=serve.format_help, fail=serve.error)
+    parser.set_defaults(run=_run, takes_engine_options=True, usage=parser.format_help, fail=parser.error)
 
 
-def _access(args: argparse.Namespace) -> Access:
+def _access(args: Namespace) -> Access:
     access = read_options(Access, args)
     if access.api_keys is not None:
         from foldserve.server.api.auth.keys import read_keys
@@ -78,7 +72,7 @@ def _access(args: argparse.Namespace) -> Access:
     return access
 
 
-def _run(args: argparse.Namespace, rest: list[str]) -> None:
+def _run(args: Namespace, rest: list[str]) -> None:
     if args.help == "":
         print(args.usage(), end="")
         return

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from foldserve.reducers.reduction import Reduction
-from foldserve.server import cli
+from foldserve.server import cli, commands
 from foldserve.server.settings import Environment, Settings
 
 
@@ -41,6 +44,31 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     assert "foldserve serve llava-hf/llava-1.5-7b-hf" in text
     assert "demo-model" in text
+
+
+@pytest.mark.parametrize("name", [*commands.ALL, "convert stf"])
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) if name != "serve" else nullcontext():
+        cli.main([*name.split(), "--help"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"usage: foldserve {name} ")
+    assert "\noptions:\n" in text
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    """Nor for other large packages, but that of `serve`, whose defaults need the methods."""
+    code = """
+import sys
+from foldserve.server import cli
+for name in ([], ["calibrate"], ["evaluate"], ["analyze"], ["loadtest"], ["hash-key"]):
+    try:
+        cli.main([*name, "--help"])
+    except SystemExit:
+        pass
+print(sys.modules.keys() & {"matplotlib", "numpy", "pandas", "PIL", "pydantic", "torch", "transformers", "vllm"})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
 
 
 def test_version_names_both(capsys: pytest.CaptureFixture[str]) -> None:
