@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from foldserve.loadtest.report.journal import RESULTS_FILE, run_identity
 from foldserve.reducers import METHODS, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
 from foldserve.reducers.method import Decoder
@@ -25,7 +26,7 @@ from foldserve.server import cli
 from foldserve.server.api.catalog import served_card
 from foldserve.server.quality.evaluation.card import Card, read_card, refusals, results
 from foldserve.server.quality.evaluation.command import Options
-from foldserve.server.quality.evaluation.journal import RESULTS_FILE, Journal, Outcome, run_identity
+from foldserve.server.quality.evaluation.journal import Outcome, OutcomeJournal
 from foldserve.server.quality.evaluation.page import page
 from foldserve.server.quality.evaluation.plots import lines, plots
 from foldserve.server.quality.evaluation.questions import Question, data_hash, load_questions
@@ -279,8 +280,8 @@ QUESTIONS = [
 ]
 
 
-def run(model: FakeModel, folder: Path, todo: Sequence[Variant], identity: str = "run") -> Journal:
-    journal = Journal(folder, identity)
+def run(model: FakeModel, folder: Path, todo: Sequence[Variant], identity: str = "run") -> OutcomeJournal:
+    journal = OutcomeJournal(folder, identity)
     measure(model, QUESTIONS, todo, journal, max_tokens=8, batch=2)
     return journal
 
@@ -332,7 +333,8 @@ def test_a_stopped_run_goes_on_and_a_finished_one_asks_nothing(tmp_path: Path) -
     stopped = FakeModel(fails_at=7)  # three batches each: in the second variant beside the reference
     with pytest.raises(KeyboardInterrupt):
         run(stopped, tmp_path, todo)
-    assert len((tmp_path / RESULTS_FILE).read_text().splitlines()) == 2
+    written = (tmp_path / RESULTS_FILE).read_text().splitlines()
+    assert [tuple(json.loads(line)) for line in written] == [("run", "variant", "outcomes")] * 2
     resumed, whole = FakeModel(), FakeModel()
     journal = run(resumed, tmp_path, todo)
     expected = run(whole, tmp_path / "whole", todo)
@@ -358,7 +360,7 @@ def test_a_line_that_was_cut_off_is_measured_again_and_a_strange_file_is_left_al
     assert file.read_text() == whole
     file.write_text("not ours\n")
     with pytest.raises(ValueError, match="line 1, is no result"):
-        Journal(tmp_path, "run")
+        OutcomeJournal(tmp_path, "run")
     assert file.read_text() == "not ours\n"
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from foldserve.server.quality.evaluation.journal import Journal, Outcome
+from foldserve.server.quality.evaluation.journal import Outcome, OutcomeJournal
 from foldserve.server.quality.evaluation.questions import Question
 from foldserve.server.quality.evaluation.scores import Estimate, mean, share
 from foldserve.server.quality.evaluation.variants import Refusal, Variant, control_positions
@@ -158,7 +158,7 @@ def _summary(result: Result) -> dict[str, Any]:
 
 
 def results(
-    questions: Sequence[Question], base: Variant, variants: Sequence[Variant], journal: Journal
+    questions: Sequence[Question], base: Variant, variants: Sequence[Variant], journal: OutcomeJournal
 ) -> list[Result]:
     """What the journal says, ratio 0 first; variants that the engine can't tell apart share their outcomes."""
     full = journal[base.key]

@@ -8,9 +8,10 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from foldserve.loadtest.report.journal import run_identity
 from foldserve.server.quality.calibration_file import model_folder, model_hash
 from foldserve.server.quality.evaluation.card import CARD_FILE, Card, refusals, results
-from foldserve.server.quality.evaluation.journal import Journal, run_identity
+from foldserve.server.quality.evaluation.journal import OutcomeJournal
 from foldserve.server.quality.evaluation.page import page
 from foldserve.server.quality.evaluation.plots import plots
 from foldserve.server.quality.evaluation.questions import HELD_OUT_SEED, data_hash, load_questions
@@ -90,7 +91,7 @@ def run(options: Options, engine_options: Sequence[str]) -> None:
     weights, asked = model_hash(model_folder(model.model, model.revision)), data_hash(questions)
     engine = {"vLLM": version("vllm"), "Options": " ".join(engine_options) or "none"}
     identity = run_identity(weights=weights, data=asked, engine=engine, max_tokens=options.max_tokens)
-    journal = Journal(options.output, identity)
+    journal = OutcomeJournal(options.output, identity)
     measure(model, questions, todo, journal, max_tokens=options.max_tokens, batch=options.batch)
     card = Card(
         model=options.model,
