@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -27,12 +27,11 @@ from foldserve.server.api.catalog import served_card
 from foldserve.server.quality.evaluation.card import Card, read_card, refusals, results
 from foldserve.server.quality.evaluation.command import Options
 from foldserve.server.quality.evaluation.journal import Outcome, OutcomeJournal
-from foldserve.server.quality.evaluation.page import page
 from foldserve.server.quality.evaluation.plots import lines, plots
 from foldserve.server.quality.evaluation.questions import Question, data_hash, load_questions
 from foldserve.server.quality.evaluation.run import measure, reference
 from foldserve.server.quality.evaluation.scores import is_right, mean, normalise, share
-from foldserve.server.quality.evaluation.tables import markdown
+from foldserve.server.quality.evaluation.tables import html, markdown
 from foldserve.server.quality.evaluation.variants import (
     CONTROLS,
     Variant,
@@ -93,7 +92,7 @@ def test_interval_of_a_mean_covers_it_as_often_as_it_says() -> None:
     intervals = [mean(rng.exponential(1.0, 100).tolist()) for _ in range(300)]
     covered = sum(found.low <= 1.0 <= found.high for found in intervals)
     assert 0.88 <= covered / 300 <= 0.98
-    assert mean([2.0]).model_dump() == {"value": 2.0, "low": 2.0, "high": 2.0, "count": 1}
+    assert asdict(mean([2.0])) == {"value": 2.0, "low": 2.0, "high": 2.0, "count": 1}
 
 
 def test_nothing_has_no_share_and_no_mean() -> None:
@@ -426,7 +425,7 @@ def test_plots_have_a_line_for_each_method_and_are_the_same_every_time(tmp_path:
 
 def test_page_needs_nothing_else_and_shows_names_as_text(tmp_path: Path) -> None:
     card = card_of(tmp_path, "folder", "stf")
-    text = page(card, plots(card))
+    text = html(card, plots(card))
     assert "<h1>Quality of &lt;the &amp; model&gt;</h1>" in text
     assert text.count("<svg") == 3
     assert "Not possible on this model" in text

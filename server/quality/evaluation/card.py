@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 
 from foldserve.server.quality.evaluation.journal import Outcome, OutcomeJournal
 from foldserve.server.quality.evaluation.questions import Question
-from foldserve.server.quality.evaluation.scores import Estimate, mean, share
+from foldserve.server.quality.evaluation.scores import Score, mean, share
 from foldserve.server.quality.evaluation.variants import Refusal, Variant, control_positions
 
 CARD_FILE = "quality.json"
@@ -52,13 +52,13 @@ class Result(BaseModel):
     layer_tokens: float
     count: int
     is_control: bool
-    accuracy: Estimate | None
-    ocr: Estimate | None
-    kinds: dict[str, Estimate]
+    accuracy: Score | None
+    ocr: Score | None
+    kinds: dict[str, Score]
     lost: int
     gained: int
-    kl: Estimate
-    agreement: Estimate
+    kl: Score
+    agreement: Score
 
 
 class Refused(BaseModel):
@@ -196,6 +196,6 @@ def _result(
     )
 
 
-def _share_of(judged: Sequence[tuple[str, bool]], *, reading: bool) -> Estimate | None:
+def _share_of(judged: Sequence[tuple[str, bool]], *, reading: bool) -> Score | None:
     hits = [right for kind, right in judged if (OCR in kind.casefold()) == reading]
     return share(hits) if hits else None

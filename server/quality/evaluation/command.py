@@ -12,11 +12,10 @@ from foldserve.loadtest.report.journal import run_identity
 from foldserve.server.quality.calibration_file import model_folder, model_hash
 from foldserve.server.quality.evaluation.card import CARD_FILE, Card, refusals, results
 from foldserve.server.quality.evaluation.journal import OutcomeJournal
-from foldserve.server.quality.evaluation.page import page
 from foldserve.server.quality.evaluation.plots import plots
 from foldserve.server.quality.evaluation.questions import HELD_OUT_SEED, data_hash, load_questions
 from foldserve.server.quality.evaluation.run import measure, reference
-from foldserve.server.quality.evaluation.tables import markdown
+from foldserve.server.quality.evaluation.tables import html, markdown
 from foldserve.server.quality.evaluation.variants import complete, default_specs, parse_specs, variants
 
 _NEEDED = ("matplotlib", "scipy")
@@ -113,7 +112,7 @@ def _write(card: Card, options: Options) -> None:
     drawn = plots(card)
     for stem, svg in drawn.items():
         (options.output / f"{stem}.svg").write_text(svg)
-    (options.output / "index.html").write_text(page(card, drawn))
+    (options.output / "index.html").write_text(html(card, drawn))
     (options.output / "quality.md").write_text(markdown(card))
     for file in dict.fromkeys([options.output / CARD_FILE, options.card_file]):
         card.write(file)
