@@ -24,7 +24,7 @@ from foldserve.reducers.method import Decoder
 from foldserve.reducers.plan import Reduction
 from foldserve.server import cli
 from foldserve.server.api.catalog import served_card
-from foldserve.server.quality.evaluation.card import Card, read_card, refusals, results
+from foldserve.server.quality.evaluation.card import Card, refusals, results
 from foldserve.server.quality.evaluation.command import Options
 from foldserve.server.quality.evaluation.journal import Outcome, OutcomeJournal
 from foldserve.server.quality.evaluation.plots import lines, plots
@@ -41,6 +41,7 @@ from foldserve.server.quality.evaluation.variants import (
     variants,
 )
 from tests.images import photo
+from tests.quality.cards import read_card
 
 LAYOUT = Layout.single(VisionGeometry(144, (12, 12), layers=6, class_token=True))
 LAYERS = 12

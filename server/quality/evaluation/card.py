@@ -136,13 +136,6 @@ class Card(BaseModel):
         }
 
 
-def read_card(file: Path) -> Card:
-    """The card that `write` wrote."""
-    fields = json.loads(file.read_text())
-    fields.pop("summary")
-    return Card.model_validate(fields)
-
-
 def _summary(result: Result) -> dict[str, Any]:
     return {
         "method": result.label,
