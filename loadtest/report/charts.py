@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+_LEGEND_LINE_IN = 0.165
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "foldserve",
@@ -35,7 +36,7 @@ def style() -> AbstractContextManager[None]:
 
 
 def one_panel(paint: Callable[[Axes], None], size_in: tuple[float, float] = (7, 4)) -> Figure:
-    """A chart whose axes `paint` fills."""
+    """A chart whose axes `paint` fills; higher than asked for if their legend is."""
     from matplotlib.figure import Figure
 
     with style():
@@ -43,6 +44,8 @@ def one_panel(paint: Callable[[Axes], None], size_in: tuple[float, float] = (7, 
         axes = figure.add_subplot()
         axes.grid()
         paint(axes)
+        if legend := axes.get_legend():
+            figure.set_figheight(max(size_in[1], _LEGEND_LINE_IN * (len(legend.get_texts()) + 2)))
     return figure
 
 
