@@ -15,14 +15,14 @@ from foldserve.loadtest.grid import Block, Point, schedule
 from foldserve.loadtest.options import Options
 from foldserve.loadtest.prediction import read_shape
 from foldserve.loadtest.quality import read_accuracy
-from foldserve.loadtest.record import Journal, Record, joined, run_identity
-from foldserve.loadtest.report import Report, write
+from foldserve.loadtest.record import BlockJournal, Record, joined
+from foldserve.loadtest.report.journal import run_identity
 from foldserve.loadtest.run import Runner
 from foldserve.loadtest.servers import Fleet
 from foldserve.loadtest.summary import summarise
+from foldserve.loadtest.throughput import Report, write
 from foldserve.loadtest.workloads import WORKLOADS
 
-_RESULTS = "results.jsonl"
 _NOT_THE_SAME = (
     "output", "quality", "shape_from", "methods", "ratios", "withdraw", "concurrency", "rate", "speed", "requests",
     "blocks", "rounds",
@@ -39,7 +39,7 @@ def run(options: Options, engine_options: Sequence[str]) -> Report:
     """
     variants, loads = options.grid()
     blocks = schedule(variants, loads, options.rounds, beside=options.beside)
-    journal = Journal(options.output / _RESULTS, _identity(options, engine_options))
+    journal = BlockJournal(options.output, _identity(options, engine_options))
     fleet = Fleet(
         options.urls(), options.server_options(engine_options), options.output / "logs", beside=options.beside
     )
@@ -55,7 +55,11 @@ def run(options: Options, engine_options: Sequence[str]) -> Report:
 
 
 def _report(
-    options: Options, engine_options: Sequence[str], blocks: Sequence[Block], journal: Journal, load: Sequence[float]
+    options: Options,
+    engine_options: Sequence[str],
+    blocks: Sequence[Block],
+    journal: BlockJournal,
+    load: Sequence[float],
 ) -> Report:
     rounds: dict[tuple[Point, int], list[Record]] = {}
     for block in blocks:

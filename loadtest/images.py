@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -42,9 +43,14 @@ class Images:
             image = Image.fromarray(coarse).resize((self._size_px, self._size_px), Image.Resampling.BICUBIC)
         if not self._repeat:
             _mark(image, number)
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=90)
-        return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+        return data_url(image, "JPEG", quality=90)
+
+
+def data_url(image: Image.Image, kind: str, **options: Any) -> str:
+    """The image as a file of that kind, in a URL; `options` are those of `Image.save`."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _mark(image: Image.Image, number: int) -> None:

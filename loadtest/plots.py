@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from foldserve.loadtest.quality import Accuracy
-from foldserve.loadtest.statistics import Estimate
+from foldserve.loadtest.report.charts import draw_estimates, style
+from foldserve.loadtest.report.estimates import Estimate
 from foldserve.loadtest.summary import Row
 
 if TYPE_CHECKING:
@@ -19,15 +19,6 @@ _COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#
 _CONTROL = "#111827"
 _COLUMNS = 3
 _PANEL_IN = (4.3, 3.5)
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "foldserve",
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 10,
-    "axes.titleweight": "bold",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,24 +68,12 @@ PICTURES = {
 
 def draw(rows: Sequence[Row], accuracy: Sequence[Accuracy]) -> dict[str, Figure]:
     """File stem -> picture; one without figures is left out."""
-    import matplotlib
-
-    with matplotlib.rc_context(_STYLE):
+    with style():
         return {
             stem: _draw(picture, rows, accuracy if stem == "throughput" else ())
             for stem, picture in PICTURES.items()
             if any(picture.read(row) for row in rows)
         }
-
-
-def as_svg(figure: Figure) -> str:
-    """The same picture gives the same text."""
-    import matplotlib
-
-    text = io.StringIO()
-    with matplotlib.rc_context(_STYLE):
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()
 
 
 def _draw(picture: Picture, rows: Sequence[Row], accuracy: Sequence[Accuracy]) -> Figure:
@@ -145,7 +124,7 @@ def _panel(
     axes.set_xlabel("reduction ratio")
     axes.set_ylabel(picture.unit)
     axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.grid()
     _accuracy_axis(axes, families, accuracy)
 
 
@@ -155,20 +134,9 @@ def _at_zero(family: str) -> str:
 
 
 def _line(axes: Axes, points: Sequence[tuple[float, Estimate | None]], label: str, colour: str) -> None:
-    known = [(x, e) for x, e in points if e is not None]
-    errors = [[e.value - e.low for _, e in known], [e.high - e.value for _, e in known]]
-    axes.errorbar(
-        [x for x, _ in known],
-        [e.value for _, e in known],
-        yerr=errors,
-        label=label,
-        color=colour,
-        marker="o",
-        markersize=4,
-        linewidth=1.6,
-        elinewidth=1,
-        capsize=2.5,
-    )
+    known = [(x, estimate) for x, estimate in points if estimate is not None]
+    options: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.6, "elinewidth": 1, "capsize": 2.5}
+    draw_estimates(axes, known, label=label, color=colour, **options)
 
 
 def _limit_line(axes: Axes, picture: Picture, curve: Sequence[Row], full: Row, colour: str) -> None:
@@ -187,13 +155,9 @@ def _accuracy_axis(axes: Axes, families: dict[str, str], accuracy: Sequence[Accu
     other = axes.twinx()
     for family, colour in families.items():
         own = sorted((each for each in shown if each.family == family), key=lambda each: each.ratio)
-        errors = [
-            [100 * (e.share.value - e.share.low) for e in own],
-            [100 * (e.share.high - e.share.value) for e in own],
-        ]
-        x, y = [e.ratio for e in own], [100 * e.share.value for e in own]
-        style: dict[str, Any] = {"color": colour, "marker": "x", "markersize": 4, "linewidth": 1, "linestyle": "-."}
-        other.errorbar(x, y, yerr=errors, elinewidth=0.6, alpha=0.6, label="accuracy (right axis)", **style)
+        points = [(each.ratio, each.share) for each in own]
+        options: dict[str, Any] = {"marker": "x", "markersize": 4, "linewidth": 1, "linestyle": "-.", "elinewidth": 0.6}
+        draw_estimates(other, points, 100, label="accuracy (right axis)", color=colour, alpha=0.6, **options)
     other.set_ylabel("accuracy, %")
     other.set_ylim(0, 105)
     other.spines["right"].set_visible(True)

@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from foldserve.loadtest.statistics import Estimate
+from foldserve.loadtest.report.estimates import Estimate
 
 
 @dataclass(frozen=True, slots=True)

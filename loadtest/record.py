@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
+
+from foldserve.loadtest.report.journal import Journal, Line
 
 _T = TypeVar("_T")
 
@@ -79,50 +78,12 @@ def _by_name(blocks: Sequence[Mapping[str, _T]], join: Callable[[list[_T]], _T])
     return {name: join([block[name] for block in blocks if name in block]) for name in names}
 
 
-class _Line(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    run: str
-    block: str
-    record: Record
+class _Line(Line[Record]):
+    key: str = Field(alias="block")
+    result: Record = Field(alias="record")
 
 
-def run_identity(**parts: object) -> str:
-    """Equal for runs whose results may stand in for each other."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+class BlockJournal(Journal[Record]):
+    """The records of one run, by `Block.key`."""
 
-
-class Journal:
-    """The records of one run, in a file that may hold those of others: a line a block, written when it is done.
-
-    Raises:
-        ValueError: a file that no load test wrote.
-    """
-
-    def __init__(self, file: Path, run: str) -> None:
-        self._file, self._run = file, run
-        self._known: dict[str, Record] = {}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        text = file.read_text() if file.is_file() else ""
-        complete = text[: text.rfind("\n") + 1]
-        if complete != text:  # cut off while it was written
-            file.write_text(complete)
-        for number, row in enumerate(complete.splitlines(), start=1):
-            try:
-                line = _Line.model_validate_json(row)
-            except ValueError as error:
-                raise ValueError(f"{file}, line {number}, is no result: move the file away ({error})") from error
-            if line.run == run:
-                self._known[line.block] = line.record
-
-    def __contains__(self, block: str) -> bool:
-        return block in self._known
-
-    def __getitem__(self, block: str) -> Record:
-        return self._known[block]
-
-    def add(self, block: str, record: Record) -> None:
-        """Appends a block."""
-        with self._file.open("a") as file:
-            file.write(_Line(run=self._run, block=block, record=record).model_dump_json() + "\n")
-        self._known[block] = record
+    line = _Line

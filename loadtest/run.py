@@ -14,7 +14,7 @@ from foldserve.loadtest.grid import Block, Load, Variant
 from foldserve.loadtest.images import Images
 from foldserve.loadtest.metrics import Watch
 from foldserve.loadtest.options import Options
-from foldserve.loadtest.record import Journal, Record, Sent
+from foldserve.loadtest.record import BlockJournal, Record, Sent
 from foldserve.loadtest.servers import Fleet, Server
 from foldserve.loadtest.trace import Recorded, read_trace, replay
 from foldserve.loadtest.workloads import WORKLOADS, Maker, Messages
@@ -45,7 +45,7 @@ class Runner:
         self._send = send or (self._replay if self._trace else self._bench)
         self._models: dict[str, str] = {}
 
-    def measure(self, blocks: Sequence[Block], variants: Sequence[Variant], journal: Journal) -> None:
+    def measure(self, blocks: Sequence[Block], variants: Sequence[Variant], journal: BlockJournal) -> None:
         """Fills the journal, with a progress bar over all requests.
 
         Raises:

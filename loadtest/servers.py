@@ -18,7 +18,8 @@ import psutil
 
 from foldserve.loadtest.grid import ServerName
 
-_HOST = "127.0.0.1"
+HOST = "127.0.0.1"
+"""Of servers that are started here."""
 _STARTS_WITHIN_S = 1800  # a server that fails to start ends; this is for one that hangs
 _STOPS_WITHIN_S = 60
 _MODULES: dict[ServerName, str] = {"foldserve": "foldserve.server.cli", "vllm": "vllm.entrypoints.cli.main"}
@@ -59,10 +60,10 @@ class Local:
 
     def __init__(self, name: ServerName, options: Sequence[str], log: Path) -> None:
         with socket.socket() as probe:
-            probe.bind((_HOST, 0))
-            port = int(probe.getsockname()[1])
-        self.url, self._log = f"http://{_HOST}:{port}", log
-        command = [sys.executable, "-m", _MODULES[name], "serve", *options, "--host", _HOST, "--port", str(port)]
+            probe.bind((HOST, 0))
+            self.port = int(probe.getsockname()[1])
+        self.url, self._log = f"http://{HOST}:{self.port}", log
+        command = [sys.executable, "-m", _MODULES[name], "serve", *options, "--host", HOST, "--port", str(self.port)]
         env = os.environ | ({"VLLM_PLUGINS": ""} if name == "vllm" else {})
         log.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
@@ -78,18 +79,26 @@ class Local:
     def cpu_s(self) -> dict[str, float]:
         """`engine` is what runs the model, `api` the rest."""
         times = {"api": 0.0, "engine": 0.0}
-        root = psutil.Process(self._process.pid)
-        for process in [root, *root.children(recursive=True)]:
+        for process in self.processes():
             name = " ".join(process.cmdline())
             spent = process.cpu_times()
             times["engine" if "EngineCore" in name or "Worker" in name else "api"] += spent.user + spent.system
         return times
 
+    def processes(self) -> list[psutil.Process]:
+        """The first one first."""
+        first = psutil.Process(self._process.pid)
+        return [first, *first.children(recursive=True)]
+
+    def wait(self, patience_s: float) -> int:
+        """Waits until it has ended by itself; its exit status."""
+        return self._process.wait(patience_s)
+
     def stop(self) -> None:
         """As a supervisor does, and without leaving a process behind."""
         if self._process.poll() is not None:
             return
-        children = psutil.Process(self._process.pid).children(recursive=True)
+        _, *children = self.processes()
         self._process.send_signal(signal.SIGTERM)
         try:
             self._process.wait(_STOPS_WITHIN_S)

@@ -7,31 +7,15 @@ rounds of what one round gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isqrt
 
 import numpy as np
-from numpy.typing import NDArray
+
+from foldserve.loadtest.report.estimates import Estimate, Floats, Statistic, interval, resample
 
 RESAMPLES = 1000
-CONFIDENCE = 0.95
-
-Floats = NDArray[np.float64]
-Statistic = Callable[[Floats], Floats]
-"""(..., values) -> (...); NaN stands for no value."""
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """A figure and its interval at `CONFIDENCE`."""
-
-    value: float
-    low: float
-    high: float
-
-    def show(self, digits: int = 2, scale: float = 1) -> str:
-        return f"{scale * self.value:.{digits}f} [{scale * self.low:.{digits}f}, {scale * self.high:.{digits}f}]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +29,11 @@ class Draws:
         return Draws(self.value / base.value, self.drawn / base.drawn)
 
     def estimate(self) -> Estimate:
-        tail = (1 - CONFIDENCE) / 2
-        low, high = np.quantile(self.drawn, [tail, 1 - tail])
-        return Estimate(self.value, float(low), float(high))
+        return Estimate(self.value, *interval(self.drawn))
 
 
 def mean(values: Floats) -> Floats:
+    """As in all statistics here, NaN stands for no value."""
     return np.asarray(np.nanmean(values, axis=-1))
 
 
@@ -82,10 +65,7 @@ def draw(rounds: Sequence[Sequence[Sequence[float]]], statistic: Statistic) -> D
         raise ValueError("a figure of no values")
     values = float(np.mean([statistic(each.reshape(-1)) for each in by_round]))
     random = np.random.default_rng(0)
-    resampled = []
-    for each in by_round:
-        picks = random.integers(0, len(each), (RESAMPLES, len(each)))
-        resampled.append(statistic(each[picks].reshape(RESAMPLES, -1)))
+    resampled = [resample(each, statistic, RESAMPLES, random) for each in by_round]
     chosen = np.random.default_rng(1).integers(0, len(by_round), (len(by_round), RESAMPLES))
     return Draws(values, np.stack(resampled)[chosen, np.arange(RESAMPLES)].mean(axis=0))
 

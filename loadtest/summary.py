@@ -10,7 +10,8 @@ from foldserve.loadtest.grid import CONTROL, RATIO_0, Load, Point, Variant
 from foldserve.loadtest.metrics import KV_USE, RESIDENT
 from foldserve.loadtest.prediction import ModelShape, Request
 from foldserve.loadtest.record import Record
-from foldserve.loadtest.statistics import Draws, Estimate, draw, gaps, mean, quantile, rate, runs
+from foldserve.loadtest.report.estimates import Estimate
+from foldserve.loadtest.statistics import Draws, draw, gaps, mean, quantile, rate, runs
 
 _PERCENTILES = (50, 90, 99)
 _STAGES = {

@@ -1,4 +1,4 @@
-"""The report's tables as cells, Markdown and CSV."""
+"""The report's tables, and all figures as CSV."""
 
 from __future__ import annotations
 
@@ -6,71 +6,64 @@ import csv
 import io
 from collections.abc import Sequence
 
-from foldserve.loadtest.statistics import Estimate
+from foldserve.loadtest.report.estimates import Estimate
+from foldserve.loadtest.report.tables import NONE, Table
 from foldserve.loadtest.summary import Row
 
-_NONE = "-"
-
-MAIN = [
+_MAIN = [
     "load", "variant", "requests/s", "to ratio 0", "FLOPs allow", "to plain vLLM", "TTFT p50, s", "E2E p50, s",
     "vision tokens", "failed",
 ]  # fmt: skip
-CLIENT = ["load", "variant", *(f"{name} p{p}, s" for name in ("TTFT", "ITL", "E2E") for p in (50, 90, 99))]
-SERVER = [
+_CLIENT = ["load", "variant", *(f"{name} p{p}, s" for name in ("TTFT", "ITL", "E2E") for p in (50, 90, 99))]
+_SERVER = [
     "load", "variant", "resident", "to ratio 0", "KV allows", "KV in use, %", "preemptions", "prefix hits, %",
     "image cache hits, %", "queue, s", "prefill, s", "decode, s", "API CPU, ms", "to plain vLLM", "engine CPU, s",
 ]  # fmt: skip
 
 
-def main_cells(rows: Sequence[Row]) -> list[list[str]]:
-    """Throughput and latency against both bases."""
+def tables(rows: Sequence[Row], note: str) -> list[Table]:
+    """All of them, with `note` below the last."""
     return [
-        [
-            *_names(row),
-            _show(row.figures.get("requests_per_s"), 3),
-            _show(row.to_ratio_0.get("requests_per_s")),
-            _number(row.limit.get("requests_per_s")),
-            _show(row.to_vllm.get("requests_per_s")),
-            _show(row.figures.get("ttft_s_p50")),
-            _show(row.figures.get("e2e_s_p50")),
-            _vision(row),
-            f"{row.failures} of {row.requests}",
-        ]
-        for row in rows
+        Table("Throughput and latency", _MAIN, [_main_cells(row) for row in rows], labels=2),
+        Table("What the client saw", _CLIENT, [_client_cells(row) for row in rows], labels=2),
+        Table("What the server tells, per request", _SERVER, [_server_cells(row) for row in rows], labels=2, note=note),
     ]
 
 
-def client_cells(rows: Sequence[Row]) -> list[list[str]]:
-    """All percentiles that the client saw."""
+def _main_cells(row: Row) -> list[str]:
+    return [
+        *_names(row),
+        _show(row.figures.get("requests_per_s"), 3),
+        _show(row.to_ratio_0.get("requests_per_s")),
+        _number(row.limit.get("requests_per_s")),
+        _show(row.to_vllm.get("requests_per_s")),
+        _show(row.figures.get("ttft_s_p50")),
+        _show(row.figures.get("e2e_s_p50")),
+        _vision(row),
+        f"{row.failures} of {row.requests}",
+    ]
+
+
+def _client_cells(row: Row) -> list[str]:
     names = [f"{name}_s_p{p}" for name in ("ttft", "itl", "e2e") for p in (50, 90, 99)]
-    return [[*_names(row), *(_show(row.figures.get(name), 3) for name in names)] for row in rows]
+    return [*_names(row), *(_show(row.figures.get(name), 3) for name in names)]
 
 
-def server_cells(rows: Sequence[Row]) -> list[list[str]]:
-    """What the server tells of itself; times and CPU are per request."""
+def _server_cells(row: Row) -> list[str]:
     return [
-        [
-            *_names(row),
-            _show(row.figures.get("resident"), 1),
-            _show(row.to_ratio_0.get("resident")),
-            _number(row.limit.get("resident")),
-            _show(row.figures.get("kv_use"), 1, 100),
-            _show(row.figures.get("preemptions")),
-            _show(row.figures.get("prefix_cache_hit_share"), 1, 100),
-            _show(row.figures.get("mm_cache_hit_share"), 1, 100),
-            *(_show(row.figures.get(f"{stage}_s")) for stage in ("queue", "prefill", "decode")),
-            _show(row.figures.get("api_cpu_s"), 1, 1000),
-            _show(row.to_vllm.get("api_cpu_s")),
-            _show(row.figures.get("engine_cpu_s")),
-        ]
-        for row in rows
+        *_names(row),
+        _show(row.figures.get("resident"), 1),
+        _show(row.to_ratio_0.get("resident")),
+        _number(row.limit.get("resident")),
+        _show(row.figures.get("kv_use"), 1, 100),
+        _show(row.figures.get("preemptions")),
+        _show(row.figures.get("prefix_cache_hit_share"), 1, 100),
+        _show(row.figures.get("mm_cache_hit_share"), 1, 100),
+        *(_show(row.figures.get(f"{stage}_s")) for stage in ("queue", "prefill", "decode")),
+        _show(row.figures.get("api_cpu_s"), 1, 1000),
+        _show(row.to_vllm.get("api_cpu_s")),
+        _show(row.figures.get("engine_cpu_s")),
     ]
-
-
-def markdown(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [headings, ["---"] * len(headings), *cells]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def as_csv(rows: Sequence[Row]) -> str:
@@ -99,14 +92,14 @@ def _vision(row: Row) -> str:
     """Encoded -> kept - withdrawn, per request; counters, so that there is no spread but between rounds."""
     stages = [row.figures.get(f"vision_{stage}") for stage in ("encoded", "kept", "withdrawn")]
     if None in stages:
-        return _NONE
+        return NONE
     encoded, kept, withdrawn = (stage.value for stage in stages if stage is not None)
     return f"{encoded:g} → {kept:g}" + (f", {withdrawn:g} withdrawn" if withdrawn else "")
 
 
 def _show(estimate: Estimate | None, digits: int = 2, scale: float = 1) -> str:
-    return _NONE if estimate is None else estimate.show(digits, scale)
+    return NONE if estimate is None else estimate.show(digits, scale)
 
 
 def _number(value: float | None) -> str:
-    return _NONE if value is None else f"{value:.2f}"
+    return NONE if value is None else f"{value:.2f}"

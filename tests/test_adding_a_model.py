@@ -8,12 +8,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def test_the_page_quotes_the_family_word_for_word() -> None:
-    family = (ROOT / "server/engine/families/llava_next.py").read_text()
+def test_the_page_quotes_the_family_line_by_line() -> None:
+    family = _lines((ROOT / "server/engine/families/llava_next.py").read_text())
     quotes = re.findall(r"```python\n(.*?)```", (ROOT / "docs/adding-a-model.md").read_text(), re.DOTALL)
     assert len(quotes) == 4
     for quote in quotes:
-        assert quote in family
+        assert _lines(quote) in family
 
 
 def test_every_name_on_the_page_exists() -> None:
@@ -23,3 +23,8 @@ def test_every_name_on_the_page_exists() -> None:
     for name in ("AfterTowerFamily", "ImageTokens", "shape_ints", "largest", "separators", "grids", "pack", "encode"):
         assert f"`{name}`" in page
         assert any(name in source for source in sources)
+
+
+def _lines(code: str) -> str:
+    """Without indentation and empty lines, as in which methods that stand alone differ."""
+    return "".join(f"{line.strip()}\n" for line in code.splitlines() if line.strip())

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
 from typing import TypeVar
 
 import numpy as np
 
-T = TypeVar("T")
+from foldserve.loadtest.report.estimates import Estimate, estimate
 
-RESAMPLES = 2000
-CONFIDENCE = 0.95
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Ratio:
-    """Median of the ratios of `pairs` pairs, and the interval that its bootstrap gives at `CONFIDENCE`."""
+class Ratio(Estimate):
+    """Median of the ratios of `pairs` pairs."""
 
-    value: float
-    low: float
-    high: float
     pairs: int
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return self.show(3)
 
 
 def alternate(variant: Callable[[], T], base: Callable[[], T], pairs: int) -> list[tuple[T, T]]:
@@ -43,8 +38,5 @@ def alternate(variant: Callable[[], T], base: Callable[[], T], pairs: int) -> li
 
 def ratio(pairs: Sequence[tuple[float, float]]) -> Ratio:
     """How much of the base's cost the variant has, from (variant, base) costs in any unit."""
-    ratios = np.array([variant / base for variant, base in pairs])
-    drawn = np.random.default_rng(0).choice(ratios, (RESAMPLES, len(ratios)))
-    tail = (1 - CONFIDENCE) / 2
-    low, high = np.quantile(np.median(drawn, axis=1), [tail, 1 - tail])
-    return Ratio(median(ratios.tolist()), float(low), float(high), len(ratios))
+    found = estimate([variant / base for variant, base in pairs], lambda ratios: np.median(ratios, axis=-1))
+    return Ratio(found.value, found.low, found.high, len(pairs))

@@ -92,7 +92,6 @@ async def _run(args: argparse.Namespace) -> Report:
     with TemporaryDirectory() as folder:
         server = Server(args.options, args.log or Path(folder) / "log")
         try:
-            await server.wait_until_ready()
             with tqdm(total=args.requests + args.streams, unit="req", smoothing=0.05) as bar:
                 soak = await send_all(server.address, islice(requests, warming), args.at_once, bar)
                 streams = await stream_at_once(server.address, args.streams, _STREAM_TOKENS, bar)
@@ -104,7 +103,7 @@ async def _run(args: argparse.Namespace) -> Report:
             seconds = round(time.monotonic() - started, 1)
             return Report(looks, soak, streams, death, seconds, args.ready_within or READY_WITHIN_S)
         finally:
-            server.kill()
+            server.stop()
 
 
 async def _run_hostile(args: argparse.Namespace) -> Siege:
@@ -113,10 +112,9 @@ async def _run_hostile(args: argparse.Namespace) -> Siege:
         user, stranger = make_keys(keys)
         server = Server([*args.options, "--api-keys", str(keys)], args.log or Path(folder) / "log", user)
         try:
-            await server.wait_until_ready()
             return await besiege(server, user, stranger, args.hostile, args.seed, args.ready_within or PROBED_WITHIN_S)
         finally:
-            server.kill()
+            server.stop()
 
 
 async def _look(server: Server, bar: tqdm[Any]) -> Held:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import os
 import random
@@ -17,7 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from foldserve.loadtest.soak.mix import chat, data_url
+from foldserve.loadtest.images import data_url
+from foldserve.loadtest.soak.mix import chat
 from foldserve.loadtest.soak.wire import Address, ask, connect, encode, read_status
 
 _CHAT = "/v1/chat/completions"
@@ -64,9 +64,7 @@ def _text(length: int, piece: str) -> dict[str, object]:
 def _picture(kind: str, bits: int, **options: Any) -> str:
     noise = np.random.default_rng(0).integers(0, 1 << bits, (64, 64)).astype(f"uint{bits}")
     pixels = np.tile(noise, (_SIDE // 64, _SIDE // 64))
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, kind, **options)
-    return data_url(buffer.getvalue(), kind.lower())
+    return data_url(Image.fromarray(pixels), kind, **options)
 
 
 def _structured(regex: str) -> dict[str, object]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from foldserve.loadtest.images import data_url
 
 _PATH = "/v1/chat/completions"
 _IMAGES = 24
@@ -75,11 +75,4 @@ def chat(text: str, images: list[str], tokens: int) -> dict[str, Any]:
 
 def _image(seed: int) -> str:
     pixels = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).resize((120, 90)).save(buffer, "JPEG")
-    return data_url(buffer.getvalue(), "jpeg")
-
-
-def data_url(content: bytes, kind: str) -> str:
-    """An image file as a URL."""
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return data_url(Image.fromarray(pixels).resize((120, 90)), "JPEG")

@@ -12,10 +12,11 @@ from foldserve.loadtest.grid import CONTROL, RATIO_0, Load, Point, Variant
 from foldserve.loadtest.metrics import read
 from foldserve.loadtest.prediction import ModelShape, Request, read_shape
 from foldserve.loadtest.quality import read_accuracy
-from foldserve.loadtest.record import Journal, Record, Sent, joined, run_identity
-from foldserve.loadtest.report import Report, write
+from foldserve.loadtest.record import BlockJournal, Record, Sent, joined
+from foldserve.loadtest.report.journal import RESULTS_FILE, run_identity
 from foldserve.loadtest.statistics import draw, gaps, mean, quantile, rate, runs
 from foldserve.loadtest.summary import summarise
+from foldserve.loadtest.throughput import Report, write
 
 LOAD = Load(concurrency=2)
 FOLDED = Variant("foldserve", "folder", 0.5)
@@ -159,18 +160,19 @@ def test_metrics_are_summed_over_labels() -> None:
 
 
 def test_a_journal_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
-    file, one = tmp_path / "results.jsonl", record(1, 100)
+    file, one = tmp_path / RESULTS_FILE, record(1, 100)
     assert run_identity(a=1) == run_identity(a=1) != run_identity(a=2)
-    Journal(file, "x").add("first", one)
+    BlockJournal(tmp_path, "x").add("first", one)
     with file.open("a") as out:
         out.write('{"run": "x", "blo')
-    again = Journal(file, "x")
+    again = BlockJournal(tmp_path, "x")
     again.add("second", one)
-    assert Journal(file, "x")["second"] == one
-    assert "first" in again and "first" not in Journal(file, "another run")
+    assert BlockJournal(tmp_path, "x")["second"] == one
+    assert {tuple(json.loads(line)) for line in file.read_text().splitlines()} == {("run", "block", "record")}
+    assert "first" in again and "first" not in BlockJournal(tmp_path, "another run")
     file.write_text("{}\n")
     with pytest.raises(ValueError, match="line 1, is no result"):
-        Journal(file, "x")
+        BlockJournal(tmp_path, "x")
 
 
 def test_the_report_stands_alone_and_shows_every_interval(tmp_path: Path) -> None:

@@ -47,13 +47,12 @@ def test_each_attack_meets_its_answer(tiny_llava: Path, tmp_path: Path) -> None:
             return type(error).__name__
 
     async def run() -> tuple[list[str], Held]:
-        await server.wait_until_ready()
         return await asyncio.gather(*map(outcome, attacks)), await server.settled()
 
     try:
         outcomes, held = asyncio.run(run())
     finally:
-        server.kill()
+        server.stop()
     assert attacks.keys() == EXPECTED.keys()
     for name, came in zip(attacks, outcomes, strict=True):
         assert came in EXPECTED[name], name

@@ -15,7 +15,7 @@ from foldserve.loadtest import bench, servers
 from foldserve.loadtest.command import run
 from foldserve.loadtest.grid import Block, Load, schedule
 from foldserve.loadtest.options import Options
-from foldserve.loadtest.record import Journal, Record, Sent
+from foldserve.loadtest.record import BlockJournal, Record, Sent
 from foldserve.loadtest.run import Runner
 from foldserve.loadtest.servers import Fleet
 from foldserve.loadtest.trace import read_trace, replay
@@ -130,7 +130,7 @@ def test_blocks_that_are_there_are_left_alone(fake: Fake, tmp_path: Path) -> Non
 
     variants, loads = options.grid()
     blocks = schedule(variants, loads, 2, beside=False)
-    journal = Journal(tmp_path / "results.jsonl", "run")
+    journal = BlockJournal(tmp_path, "run")
     done = Sent(start_s=[0], ttft_s=[1], e2e_s=[1], itl_s=[], prompt_tokens=[1], output_tokens=[1], errors=[])
     journal.add(blocks[1].key, Record(sent=done, counters={}, gauges={}, cpu_s={}))
     fleet = Fleet(options.urls(), {}, tmp_path, beside=False)
@@ -183,7 +183,7 @@ def test_servers_are_started_anew_for_every_round(
     variants, loads = options.grid()
     fleet = Fleet(options.urls(), options.server_options([]), tmp_path, beside=beside)
     blocks = schedule(variants, loads, options.rounds, beside=beside)
-    Runner(options, fleet, send).measure(blocks, variants, Journal(tmp_path / "results.jsonl", "run"))
+    Runner(options, fleet, send).measure(blocks, variants, BlockJournal(tmp_path, "run"))
     assert " ".join(seen) == expected
 
 

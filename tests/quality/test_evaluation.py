@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -17,22 +17,22 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from foldserve.loadtest.report.journal import RESULTS_FILE, run_identity
 from foldserve.reducers import METHODS, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
 from foldserve.reducers.method import Decoder
 from foldserve.reducers.plan import Reduction
 from foldserve.server import cli
 from foldserve.server.api.catalog import served_card
-from foldserve.server.quality.evaluation.card import Card, read_card, refusals, results
+from foldserve.server.quality.evaluation.card import Card, refusals, results
 from foldserve.server.quality.evaluation.command import card_file
-from foldserve.server.quality.evaluation.journal import RESULTS_FILE, Journal, Outcome, run_identity
+from foldserve.server.quality.evaluation.journal import Outcome, OutcomeJournal
 from foldserve.server.quality.evaluation.options import EvaluationOptions
-from foldserve.server.quality.evaluation.page import page
 from foldserve.server.quality.evaluation.plots import lines, plots
 from foldserve.server.quality.evaluation.questions import Question, data_hash, load_questions
 from foldserve.server.quality.evaluation.run import measure, reference
 from foldserve.server.quality.evaluation.scores import is_right, mean, normalise, share
-from foldserve.server.quality.evaluation.tables import markdown
+from foldserve.server.quality.evaluation.tables import html, markdown
 from foldserve.server.quality.evaluation.variants import (
     CONTROLS,
     Variant,
@@ -42,6 +42,7 @@ from foldserve.server.quality.evaluation.variants import (
     variants,
 )
 from tests.images import photo
+from tests.quality.cards import read_card
 
 LAYOUT = Layout.single(VisionGeometry(144, (12, 12), layers=6, class_token=True))
 LAYERS = 12
@@ -93,7 +94,7 @@ def test_interval_of_a_mean_covers_it_as_often_as_it_says() -> None:
     intervals = [mean(rng.exponential(1.0, 100).tolist()) for _ in range(300)]
     covered = sum(found.low <= 1.0 <= found.high for found in intervals)
     assert 0.88 <= covered / 300 <= 0.98
-    assert mean([2.0]).model_dump() == {"value": 2.0, "low": 2.0, "high": 2.0, "count": 1}
+    assert asdict(mean([2.0])) == {"value": 2.0, "low": 2.0, "high": 2.0, "count": 1}
 
 
 def test_nothing_has_no_share_and_no_mean() -> None:
@@ -280,8 +281,8 @@ QUESTIONS = [
 ]
 
 
-def run(model: FakeModel, folder: Path, todo: Sequence[Variant], identity: str = "run") -> Journal:
-    journal = Journal(folder, identity)
+def run(model: FakeModel, folder: Path, todo: Sequence[Variant], identity: str = "run") -> OutcomeJournal:
+    journal = OutcomeJournal(folder, identity)
     measure(model, QUESTIONS, todo, journal, max_tokens=8, batch=2)
     return journal
 
@@ -333,7 +334,8 @@ def test_a_stopped_run_goes_on_and_a_finished_one_asks_nothing(tmp_path: Path) -
     stopped = FakeModel(fails_at=7)  # three batches each: in the second variant beside the reference
     with pytest.raises(KeyboardInterrupt):
         run(stopped, tmp_path, todo)
-    assert len((tmp_path / RESULTS_FILE).read_text().splitlines()) == 2
+    written = (tmp_path / RESULTS_FILE).read_text().splitlines()
+    assert [tuple(json.loads(line)) for line in written] == [("run", "variant", "outcomes")] * 2
     resumed, whole = FakeModel(), FakeModel()
     journal = run(resumed, tmp_path, todo)
     expected = run(whole, tmp_path / "whole", todo)
@@ -359,7 +361,7 @@ def test_a_line_that_was_cut_off_is_measured_again_and_a_strange_file_is_left_al
     assert file.read_text() == whole
     file.write_text("not ours\n")
     with pytest.raises(ValueError, match="line 1, is no result"):
-        Journal(tmp_path, "run")
+        OutcomeJournal(tmp_path, "run")
     assert file.read_text() == "not ours\n"
 
 
@@ -425,7 +427,7 @@ def test_plots_have_a_line_for_each_method_and_are_the_same_every_time(tmp_path:
 
 def test_page_needs_nothing_else_and_shows_names_as_text(tmp_path: Path) -> None:
     card = card_of(tmp_path, "folder", "stf")
-    text = page(card, plots(card))
+    text = html(card, plots(card))
     assert "<h1>Quality of &lt;the &amp; model&gt;</h1>" in text
     assert text.count("<svg") == 3
     assert "Not possible on this model" in text

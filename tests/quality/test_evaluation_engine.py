@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from foldserve.loadtest.report.journal import RESULTS_FILE
 from foldserve.reducers.folder import folder
 from foldserve.reducers.schedule import fold_schedule
 from foldserve.server import cli
@@ -19,12 +20,12 @@ from foldserve.server.quality.analysis.command import RESULT_FILE
 from foldserve.server.quality.analysis.measures import RATIOS, earth_movers_distance
 from foldserve.server.quality.analysis.report import Analysis
 from foldserve.server.quality.engine.offline import AnsweringModel
-from foldserve.server.quality.evaluation.card import Card, Result, read_card
-from foldserve.server.quality.evaluation.journal import RESULTS_FILE
+from foldserve.server.quality.evaluation.card import Card, Result
 from foldserve.server.quality.evaluation.scores import is_right
 from foldserve.server.quality.evaluation.variants import CONTROLS
 from tests.engine.withdrawal.reference import WithdrawingReference, withdrawn_forward
 from tests.images import photo
+from tests.quality.cards import read_card
 
 K, LAYERS, TOKENS = 2, 4, 144
 PHOTOS = [photo(seed, 168, 168) for seed in range(3)]

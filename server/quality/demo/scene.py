@@ -30,7 +30,6 @@ COLORS = {
 }
 COLOR_NAMES = tuple(COLORS)
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
-MAX_OBJECTS = 6
 MAX_DIGITS = 4
 
 # What a patch shows -> number of classes, 0 being background; row and column follow from where it lies. `anchor` marks

@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from foldserve.server.quality.evaluation.journal import Journal, Outcome
+from foldserve.server.quality.evaluation.journal import Outcome, OutcomeJournal
 from foldserve.server.quality.evaluation.questions import Question
-from foldserve.server.quality.evaluation.scores import Estimate, mean, share
+from foldserve.server.quality.evaluation.scores import Score, mean, share
 from foldserve.server.quality.evaluation.variants import Refusal, Variant, control_positions
 
 CARD_FILE = "quality.json"
@@ -52,13 +52,13 @@ class Result(BaseModel):
     layer_tokens: float
     count: int
     is_control: bool
-    accuracy: Estimate | None
-    ocr: Estimate | None
-    kinds: dict[str, Estimate]
+    accuracy: Score | None
+    ocr: Score | None
+    kinds: dict[str, Score]
     lost: int
     gained: int
-    kl: Estimate
-    agreement: Estimate
+    kl: Score
+    agreement: Score
 
 
 class Refused(BaseModel):
@@ -136,13 +136,6 @@ class Card(BaseModel):
         }
 
 
-def read_card(file: Path) -> Card:
-    """The card that `write` wrote."""
-    fields = json.loads(file.read_text())
-    fields.pop("summary")
-    return Card.model_validate(fields)
-
-
 def _summary(result: Result) -> dict[str, Any]:
     return {
         "method": result.label,
@@ -158,7 +151,7 @@ def _summary(result: Result) -> dict[str, Any]:
 
 
 def results(
-    questions: Sequence[Question], base: Variant, variants: Sequence[Variant], journal: Journal
+    questions: Sequence[Question], base: Variant, variants: Sequence[Variant], journal: OutcomeJournal
 ) -> list[Result]:
     """What the journal says, ratio 0 first; variants that the engine can't tell apart share their outcomes."""
     full = journal[base.key]
@@ -196,6 +189,6 @@ def _result(
     )
 
 
-def _share_of(judged: Sequence[tuple[str, bool]], *, reading: bool) -> Estimate | None:
+def _share_of(judged: Sequence[tuple[str, bool]], *, reading: bool) -> Score | None:
     hits = [right for kind, right in judged if (OCR in kind.casefold()) == reading]
     return share(hits) if hits else None

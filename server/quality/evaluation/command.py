@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
+from foldserve.loadtest.report.journal import run_identity
 from foldserve.server.quality.calibration_file import model_folder, model_hash
 from foldserve.server.quality.evaluation.card import CARD_FILE, Card, refusals, results
-from foldserve.server.quality.evaluation.journal import Journal, run_identity
+from foldserve.server.quality.evaluation.journal import OutcomeJournal
 from foldserve.server.quality.evaluation.options import EvaluationOptions
-from foldserve.server.quality.evaluation.page import page
 from foldserve.server.quality.evaluation.plots import plots
 from foldserve.server.quality.evaluation.questions import HELD_OUT_SEED, data_hash, load_questions
 from foldserve.server.quality.evaluation.run import measure, reference
-from foldserve.server.quality.evaluation.tables import markdown
+from foldserve.server.quality.evaluation.tables import html, markdown
 from foldserve.server.quality.evaluation.variants import complete, default_specs, parse_specs, variants
 
 
@@ -38,7 +38,7 @@ def run(options: EvaluationOptions, engine_options: Sequence[str]) -> None:
     weights, asked = model_hash(model_folder(model.model, model.revision)), data_hash(questions)
     engine = {"vLLM": version("vllm"), "Options": " ".join(engine_options) or "none"}
     identity = run_identity(weights=weights, data=asked, engine=engine, max_tokens=options.max_tokens)
-    journal = Journal(options.output, identity)
+    journal = OutcomeJournal(options.output, identity)
     measure(model, questions, todo, journal, max_tokens=options.max_tokens, batch=options.batch)
     card = Card(
         model=options.model,
@@ -60,7 +60,7 @@ def _write(card: Card, options: EvaluationOptions) -> None:
     drawn = plots(card)
     for stem, svg in drawn.items():
         (options.output / f"{stem}.svg").write_text(svg)
-    (options.output / "index.html").write_text(page(card, drawn))
+    (options.output / "index.html").write_text(html(card, drawn))
     (options.output / "quality.md").write_text(markdown(card))
     served = card_file(options)
     for file in dict.fromkeys([options.output / CARD_FILE, served]):

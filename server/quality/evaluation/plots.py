@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
+from foldserve.loadtest.report.charts import as_svg, draw_estimates, one_panel
+from foldserve.loadtest.report.estimates import Estimate
 from foldserve.server.quality.evaluation.card import Card, Result
-from foldserve.server.quality.evaluation.scores import Estimate
 from foldserve.server.quality.evaluation.variants import CONTROLS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+_SIZE_IN = (8, 4.2)  # with the legend beside the curves
 _Read = Callable[[Result], Estimate | None]
 
 
@@ -54,7 +55,7 @@ def _by_tokens(card: Card, read: _Read, title: str, unit: str) -> str | None:
         axes.invert_xaxis()
         _finish(axes, title, unit)
 
-    return _svg(draw)
+    return as_svg(one_panel(draw, _SIZE_IN))
 
 
 def _by_layer(card: Card, read: Mapping[str, _Read]) -> str | None:
@@ -70,38 +71,19 @@ def _by_layer(card: Card, read: Mapping[str, _Read]) -> str | None:
         axes.set_xlabel(f"K, first decoder layer without vision tokens ({card.layers}: never)")
         _finish(axes, "Withdrawal", "accuracy, %")
 
-    return _svg(draw)
+    return as_svg(one_panel(draw, _SIZE_IN))
 
 
 def _line(axes: Axes, name: str, points: list[tuple[float, Estimate]], scale: float) -> None:
-    x = [place for place, _ in points]
-    y = [scale * estimate.value for _, estimate in points]
-    errors = [
-        [scale * (e.value - e.low) for _, e in points],
-        [scale * (e.high - e.value) for _, e in points],
-    ]
     control = name.partition(":")[0]
     style: dict[str, Any] = {"linestyle": "--", "color": "black" if control == CONTROLS[0] else "gray"}
     if control not in CONTROLS:
         style = {}
-    axes.errorbar(x, y, yerr=errors, label=name, marker="o", markersize=3, linewidth=1.2, elinewidth=0.5, **style)
+    style |= {"marker": "o", "markersize": 3, "linewidth": 1.2, "elinewidth": 0.5}
+    draw_estimates(axes, points, scale, label=name, **style)
 
 
 def _finish(axes: Axes, title: str, unit: str) -> None:
     axes.set_title(title)
     axes.set_ylabel(unit)
-    axes.grid(alpha=0.3)
     axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
-
-
-def _svg(draw: Callable[[Axes], None]) -> str:
-    """The same picture gives the same text."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "foldserve"}):
-        figure = Figure(figsize=(8, 4.2), layout="constrained")
-        draw(figure.add_subplot())
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None})
-    return text.getvalue()

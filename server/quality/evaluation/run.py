@@ -14,7 +14,7 @@ from tqdm import tqdm  # comes with vLLM
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
 from foldserve.reducers.plan import Reduction
 from foldserve.server.quality.calibration_search import kl_divergence
-from foldserve.server.quality.evaluation.journal import Journal, Outcome
+from foldserve.server.quality.evaluation.journal import Outcome, OutcomeJournal
 from foldserve.server.quality.evaluation.questions import Question
 from foldserve.server.quality.evaluation.scores import is_right
 from foldserve.server.quality.evaluation.variants import Variant
@@ -65,7 +65,7 @@ def measure(
     model: Model,
     questions: Sequence[Question],
     variants: Sequence[Variant],
-    journal: Journal,
+    journal: OutcomeJournal,
     *,
     max_tokens: int,
     batch: int,

@@ -1,27 +1,23 @@
-"""Right or wrong, and how sure that is: exact match after normalisation, intervals of 95 %."""
+"""Right or wrong, and how sure that is: exact match after normalisation."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict
 
-_CONFIDENCE = 0.95
-_RESAMPLES = 2000
+from foldserve.loadtest.report.estimates import CONFIDENCE, Estimate, estimate
+
 _NO_WORD = re.compile(r"[^\w\s]|_")
 _ARTICLE = re.compile(r"\b(a|an|the)\b")
 
 
-class Estimate(BaseModel):
-    """A mean over `count` questions with its 95 % interval."""
+@dataclass(frozen=True, slots=True)
+class Score(Estimate):
+    """A mean over `count` questions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    value: float
-    low: float
-    high: float
     count: int
 
 
@@ -35,7 +31,7 @@ def is_right(answer: str, accepted: Sequence[str]) -> bool:
     return normalise(answer) in {normalise(text) for text in accepted}
 
 
-def share(hits: Sequence[bool]) -> Estimate:
+def share(hits: Sequence[bool]) -> Score:
     """Share of hits with Wilson's score interval, which holds for shares near 0 and 1 too.
 
     The questions count as independent. Those that share an image are not quite: then the interval is too narrow.
@@ -47,20 +43,17 @@ def share(hits: Sequence[bool]) -> Estimate:
 
     if not hits:
         raise ValueError("a share of no questions")
-    interval = binomtest(sum(hits), len(hits)).proportion_ci(_CONFIDENCE, method="wilson")
-    return Estimate(value=sum(hits) / len(hits), low=float(interval.low), high=float(interval.high), count=len(hits))
+    interval = binomtest(sum(hits), len(hits)).proportion_ci(CONFIDENCE, method="wilson")
+    return Score(sum(hits) / len(hits), float(interval.low), float(interval.high), len(hits))
 
 
-def mean(values: Sequence[float]) -> Estimate:
-    """Mean with the percentile interval of a bootstrap over the questions; equal values give equal intervals.
+def mean(values: Sequence[float]) -> Score:
+    """Mean with the interval of a bootstrap over the questions.
 
     Raises:
         ValueError: there are none.
     """
     if not values:
         raise ValueError("a mean of no questions")
-    sample = np.asarray(values, np.float64)
-    drawn = np.random.default_rng(0).integers(0, len(sample), (_RESAMPLES, len(sample)))
-    tail = 100 * (1 - _CONFIDENCE) / 2
-    low, high = np.percentile(sample[drawn].mean(axis=1), [tail, 100 - tail])
-    return Estimate(value=float(sample.mean()), low=float(low), high=float(high), count=len(sample))
+    found = estimate(values, lambda sample: np.mean(sample, axis=-1))
+    return Score(found.value, found.low, found.high, len(values))

@@ -1,37 +1,60 @@
-"""The quality card as Markdown."""
+"""The quality card as Markdown and as a page."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
+from foldserve.loadtest.report.estimates import Estimate
+from foldserve.loadtest.report.page import page
+from foldserve.loadtest.report.tables import NONE, Table
 from foldserve.server.quality.evaluation.card import Card, Result
-from foldserve.server.quality.evaluation.scores import Estimate
 from foldserve.server.quality.evaluation.variants import CONTROLS
 
-_NONE = "-"
+_NAMES = ["method", "ratio", "K"]
+_HEADINGS = [
+    *_NAMES, "tokens", "layer tokens", "accuracy", *CONTROLS, "OCR", *(f"OCR {c}" for c in CONTROLS), "lost", "gained",
+    "KL", "agreement",
+]  # fmt: skip
 
 
 def markdown(card: Card) -> str:
     """A heading, the table of results, accuracy by kind, and what is refused."""
-    parts = [head(card), table(HEADINGS, rows(card)), notes(card)]
-    if any(result.kinds for result in card.results):
-        kinds = sorted({kind for result in card.results for kind in result.kinds})
-        parts += ["Accuracy by kind of question, %:", table(["method", "ratio", "K", *kinds], kind_rows(card, kinds))]
-    if card.refused:
-        parts += ["Not possible on this model:", table(["method", "ratio", "K", "why"], refused_rows(card))]
+    results, *others = _tables(card)
+    parts = [_head(card), results.markdown(), results.note]
+    for table in others:
+        parts += [f"{table.title}:", table.markdown()]
     return "\n\n".join(parts) + "\n"
 
 
-def head(card: Card) -> str:
-    """What was measured on what."""
+def html(card: Card, plots: Mapping[str, str]) -> str:
+    """One HTML file, with the plots (SVG) in it."""
+    facts = {"weights": card.model_hash, "questions": card.data_hash}
+    title = f"Quality of {card.model}"
+    return page(title, lead=_head(card), facts=facts, charts=plots.values(), tables=_tables(card))
+
+
+def _tables(card: Card) -> list[Table]:
+    """Results first."""
+    shown = [result for result in card.results if not result.is_control]
+    tables = [Table("Results", _HEADINGS, [_row(card, result) for result in shown], note=_note(card))]
+    if kinds := sorted({kind for result in card.results for kind in result.kinds}):
+        by_kind = [[*_names(r), *(_percent(r.kinds.get(kind)) for kind in kinds)] for r in shown]
+        tables.append(Table("Accuracy by kind of question, %", [*_NAMES, *kinds], by_kind))
+    if card.refused:
+        refused = [[r.label, _number(r.ratio), _number(r.layer), r.reason] for r in card.refused]
+        tables.append(Table("Not possible on this model", [*_NAMES, "why"], refused, is_prose=True))
+    return tables
+
+
+def _head(card: Card) -> str:
     return (
         f"Quality of {card.model} ({card.tokens} vision tokens per image, {card.layers} decoder layers) on "
         f"{card.questions} questions: {card.data}."
     )
 
 
-def notes(card: Card) -> str:
-    """How to read the table."""
+def _note(card: Card) -> str:
+    """How to read the results."""
     return (
         "Accuracy is exact match in %, with its 95 % interval (Wilson); OCR is kept apart. Layer tokens: vision tokens "
         "that a decoder layer sees, mean over the layers. random, downsample: accuracy of these controls at the same "
@@ -39,17 +62,6 @@ def notes(card: Card) -> str:
         f"over the whole vocabulary. Agreement: its likeliest value is that of ratio 0, in %. "
         f"{' '.join(f'{key} {value}.' for key, value in card.engine.items())}"
     )
-
-
-HEADINGS = [
-    "method", "ratio", "K", "tokens", "layer tokens", "accuracy", *CONTROLS, "OCR", *(f"OCR {c}" for c in CONTROLS),
-    "lost", "gained", "KL", "agreement",
-]  # fmt: skip
-
-
-def rows(card: Card) -> list[list[str]]:
-    """Cells of the table of results, controls that stand for other methods' counts left out."""
-    return [_row(card, result) for result in card.results if not result.is_control]
 
 
 def _row(card: Card, result: Result) -> list[str]:
@@ -69,36 +81,19 @@ def _row(card: Card, result: Result) -> list[str]:
     ]
 
 
-def kind_rows(card: Card, kinds: Sequence[str]) -> list[list[str]]:
-    """Cells of accuracy by kind."""
-    shown = [result for result in card.results if not result.is_control]
-    return [[*_names(result), *(_percent(result.kinds.get(kind)) for kind in kinds)] for result in shown]
-
-
-def refused_rows(card: Card) -> list[list[str]]:
-    """Cells of what can't be done."""
-    return [[r.label, _number(r.ratio), _number(r.layer), r.reason] for r in card.refused]
-
-
-def table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    lines = [headings, ["---"] * len(headings), *cells]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-
-
 def _names(result: Result) -> list[str]:
     return [result.label, _number(result.ratio), _number(result.layer)]
 
 
 def _number(value: float | None) -> str:
-    return _NONE if value is None else f"{value:g}"
+    return NONE if value is None else f"{value:g}"
 
 
 def _percent(estimate: Estimate | None) -> str:
-    return _NONE if estimate is None else f"{100 * estimate.value:.1f}"
+    return NONE if estimate is None else f"{100 * estimate.value:.1f}"
 
 
 def _with_interval(estimate: Estimate | None) -> str:
     if estimate is None:
-        return _NONE
+        return NONE
     return f"{100 * estimate.value:.1f} ({100 * estimate.low:.1f}..{100 * estimate.high:.1f})"
