@@ -1,4 +1,4 @@
-# foldserve on a machine that has Python 3.11 and make. `make help` says what there is.
+# foldserve on a machine that has Python (3.11, or another that pyproject.toml names) and make. `make help` says what there is.
 
 MODEL ?=
 PORT ?= 8000
@@ -8,8 +8,9 @@ DEVICE ?= auto
 
 VENV := .venv
 BIN := $(VENV)/bin
-PYTHON ?= $(shell for p in python3.11 python3 python; do \
-	$$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null && echo $$p && break; done)
+# The one that CI tests comes first.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 python; do \
+	$$p tools/setup.py --check-python >/dev/null 2>&1 && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve test test-clients test-deploy soak check clean
@@ -19,7 +20,7 @@ help: ## show this
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1\t/p' Makefile
 
 setup: ## install into .venv (DEVICE=auto|cpu|gpu); quick when nothing changed
-	@test -n "$(PYTHON)" || { echo "Python 3.11 was not found. Install it (Debian, Ubuntu: apt-get install python3.11" \
+	@test -n "$(PYTHON)" || { echo "No Python that foldserve runs on was found. Install one (Debian 12: apt-get install python3.11" \
 		"python3.11-venv) or say where it is: make $(MAKECMDGOALS) PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@$(PYTHON) tools/setup.py --venv $(VENV) --device $(DEVICE)
 

@@ -1,4 +1,4 @@
-"""Parameters of single methods: checked on the way in, integers on the way to the model."""
+"""Fields of `reduction`: each is stated once, and its check, JSON Schema and messages follow from that."""
 
 from __future__ import annotations
 
@@ -10,28 +10,81 @@ from typing import Any, Generic, TypeVar
 
 from foldserve.reducers.refusal import InvalidReduction
 
-_T = TypeVar("_T", str, bool, tuple[int, ...])
+_T = TypeVar("_T")
 
 Value = str | bool | tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Option(ABC, Generic[_T]):
-    """A field of `reduction` that some methods take.
+@dataclass(frozen=True)
+class Field(ABC, Generic[_T]):
+    """A field of `reduction`.
 
     Attributes:
         name: of the field.
-        default: its value where it is left out.
+        default: its value where it is left out; None if the server or another field decides.
         summary: half a sentence for users.
     """
 
     name: str
-    default: _T
+    default: Any
     summary: str
 
     @abstractmethod
     def parse(self, value: object) -> _T:
-        """The checked value of a JSON value; raises InvalidReduction with the option's name."""
+        """The checked value of a JSON value; raises InvalidReduction with the field's name."""
+
+    @abstractmethod
+    def values(self) -> dict[str, Any]:
+        """JSON Schema of the values."""
+
+    def schema(self) -> dict[str, Any]:
+        """JSON Schema of the field."""
+        default = {} if self.default is None else {"default": to_json(self.default)}
+        return self.values() | default | {"description": self.summary}
+
+    def refusal(self, expected: str, value: object) -> InvalidReduction:
+        return InvalidReduction(f"{self.name} must be {expected}, not {_short(value)}", self.name)
+
+
+class Share(Field[float]):
+    """A share of an image's vision tokens."""
+
+    def parse(self, value: object) -> float:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            raise self.refusal("the share of vision tokens to remove, a number in [0, 1)", value)
+        return float(value)
+
+    def values(self) -> dict[str, Any]:
+        return {"type": "number", "minimum": 0, "exclusiveMaximum": 1}
+
+
+@dataclass(frozen=True)
+class Count(Field[int]):
+    """A number of tokens."""
+
+    least: int
+
+    def parse(self, value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < self.least:
+            raise self.refusal(f"an integer of at least {self.least}", value)
+        return value
+
+    def values(self) -> dict[str, Any]:
+        return {"type": "integer", "minimum": self.least}
+
+
+class Flag(Field[bool]):
+    def parse(self, value: object) -> bool:
+        if not isinstance(value, bool):
+            raise self.refusal("true or false", value)
+        return value
+
+    def values(self) -> dict[str, Any]:
+        return {"type": "boolean"}
+
+
+class Option(Field[_T]):
+    """A field that only some methods take: an integer on its way to the model."""
 
     @abstractmethod
     def to_int(self, value: _T) -> int:
@@ -41,12 +94,8 @@ class Option(ABC, Generic[_T]):
     def from_int(self, code: int) -> _T:
         """Inverse of `to_int`."""
 
-    @abstractmethod
-    def schema(self) -> dict[str, Any]:
-        """JSON Schema of the field."""
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Choice(Option[str]):
     """One of several words."""
 
@@ -54,8 +103,7 @@ class Choice(Option[str]):
 
     def parse(self, value: object) -> str:
         if not isinstance(value, str) or value not in self.words:
-            expected = " or ".join(repr(word) for word in self.words)
-            raise InvalidReduction(f"{self.name} must be {expected}, not {_short(value)}", self.name)
+            raise self.refusal(" or ".join(repr(word) for word in self.words), value)
         return value
 
     def to_int(self, value: str) -> int:
@@ -64,11 +112,10 @@ class Choice(Option[str]):
     def from_int(self, code: int) -> str:
         return self.words[code]
 
-    def schema(self) -> dict[str, Any]:
-        return {"type": "string", "enum": list(self.words), "default": self.default, "description": self.summary}
+    def values(self) -> dict[str, Any]:
+        return {"type": "string", "enum": list(self.words)}
 
 
-@dataclass(frozen=True, slots=True)
 class Layers(Option[tuple[int, ...]]):
     """Numbers of tower layers, the first being 0; kept in ascending order."""
 
@@ -80,11 +127,7 @@ class Layers(Option[tuple[int, ...]]):
             or any(isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < 63 for layer in value)
             or len(set(value)) < len(value)
         ):
-            raise InvalidReduction(
-                f"{self.name} must be a list of different layer numbers from 0 on, such as {list(self.default)}, "
-                f"not {_short(value)}",
-                self.name,
-            )
+            raise self.refusal(f"a list of different layer numbers from 0 on, such as {list(self.default)}", value)
         return tuple(sorted(value))
 
     def to_int(self, value: tuple[int, ...]) -> int:
@@ -93,20 +136,16 @@ class Layers(Option[tuple[int, ...]]):
     def from_int(self, code: int) -> tuple[int, ...]:
         return tuple(layer for layer in range(63) if code >> layer & 1)
 
-    def schema(self) -> dict[str, Any]:
+    def values(self) -> dict[str, Any]:
         number = {"type": "integer", "minimum": 0, "maximum": 62}
-        return {
-            "type": "array",
-            "items": number,
-            "minItems": 1,
-            "uniqueItems": True,
-            "default": list(self.default),
-            "description": self.summary,
-        }
+        return {"type": "array", "items": number, "minItems": 1, "uniqueItems": True}
+
+
+def to_json(value: object) -> object:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def parse_options(options: Sequence[Option[Any]], given: dict[str, object]) -> tuple[tuple[str, Value], ...]:
     """The given fields that differ from their defaults, checked, in the order of `options`."""
-    parsed = [(option.name, option.parse(given[option.name])) for option in options if option.name in given]
-    defaults = {option.name: option.default for option in options}
-    return tuple((name, value) for name, value in parsed if value != defaults[name])
+    parsed = [(option, option.parse(given[option.name])) for option in options if option.name in given]
+    return tuple((option.name, value) for option, value in parsed if value != option.default)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import sys
-from collections.abc import Iterator
+from graphlib import CycleError
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = "foldserve"
+from tools.arrows import PACKAGE, PAGE, ROOT, SOURCES, arrows, imports_of, picture, place_of, redrawn, within
 
 # Where a module lives -> what of ours it may import; the longest matching prefix counts.
 OURS = {
@@ -68,34 +66,14 @@ OURS = {
 PURE_TORCH = {"reducers": {"torch"}, "kernels": {"torch", "triton"}}
 MAY_IMPORT_VLLM = ("server/engine", "server/api", "server/quality/engine", "loadtest/micro")
 
-SOURCES = sorted(
-    path.relative_to(ROOT)
-    for folder in ("server", "reducers", "kernels", "loadtest", "deploy")
-    for path in (ROOT / folder).rglob("*.py")
-)
-
-
-def imported(source: str, module: str) -> Iterator[str]:
-    """Dotted names that `source`, the text of `module` (dotted), imports, at any depth and under TYPE_CHECKING too."""
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            base = module.split(".")[: -node.level] if node.level else []
-            yield from (".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names)
-
-
-def within(place: str, folder: str) -> bool:
-    return place == folder or place.startswith(f"{folder}/")
-
 
 def broken_arrows(file: Path, source: str) -> list[str]:
     """The imports of `source` that `file` (relative to the root) may not have."""
-    place = file.with_suffix("").as_posix().removesuffix("/__init__")
+    place = place_of(file)
     layer = max((folder for folder in OURS if within(place, folder)), key=len)
     package = file.parts[0]
     broken = []
-    for name in imported(source, f"{PACKAGE}.{'.'.join(file.with_suffix('').parts)}"):
+    for name in imports_of(file, source):
         top = name.split(".")[0]
         if top == PACKAGE:
             target = "/".join(name.split(".")[1:])
@@ -148,3 +126,29 @@ def test_the_check_itself(file: str, source: str, broken: list[str]) -> None:
 def test_kernels_is_no_regular_package() -> None:
     # With an __init__.py, `import kernels` works from the root of the repository, and transformers probes that name.
     assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+def test_the_picture_of_the_arrows() -> None:
+    page = PAGE.read_text()
+    assert page == redrawn(page), "docs/design.md shows other arrows than the imports: run `python -m tools.arrows`"
+
+
+@pytest.mark.parametrize(
+    ("arrow", "shown"),
+    [
+        (("deploy", "loadtest"), "deploy --> loadtest"),
+        (("loadtest", "vllm"), '["<b>loadtest</b><br>throughput, soak"]:::vllm'),
+        (("server/cli", "reducers"), None),  # follows from others
+    ],
+    ids=["new", "vllm", "implied"],
+)
+def test_what_the_picture_shows(arrow: tuple[str, str], shown: str | None) -> None:
+    before, after = picture(arrows()), picture(arrows() | {arrow})
+    assert after == before if shown is None else shown in after and shown not in before
+
+
+@pytest.mark.parametrize("arrow", [("reducers", "kernels"), ("server", "server/commands")], ids=" -> ".join)
+def test_rooms_import_each_other_in_no_circle(arrow: tuple[str, str]) -> None:
+    picture(arrows())
+    with pytest.raises(CycleError):
+        picture(arrows() | {arrow})

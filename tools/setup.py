@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import re
 import shlex
 import shutil
 import subprocess
@@ -38,13 +39,15 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--venv", type=Path, default=ROOT / ".venv")
     options.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
+    options.add_argument("--check-python", action="store_true", help="only say whether this Python will do")
     args = options.parse_args()
-    if sys.version_info[:2] != (3, 11):
-        sys.exit(f"set-up: Python 3.11 is needed, this is {sys.version.split()[0]}")
+    _check_python()
+    if args.check_python:
+        return
 
     device = _device() if args.device == "auto" else args.device
     stamp = args.venv / ".foldserve-setup"
-    wanted = f"{device} {_inputs_hash()}"
+    wanted = f"{device} {sys.version_info[:2]} {_inputs_hash()}"
     if stamp.is_file() and stamp.read_text() == wanted:
         return
     stamp.unlink(missing_ok=True)
@@ -59,6 +62,16 @@ def main() -> None:
     _run([python, "-c", check], "The packages are installed but do not work together; the error is above.")
     stamp.write_text(wanted)
     _say("done")
+
+
+def _check_python() -> None:
+    """Ends the program unless pyproject.toml names this Python. Read without tomllib, which an older one has not."""
+    text = (ROOT / "pyproject.toml").read_text()
+    found = re.search(r'^requires-python = ">=3\.(\d+),<3\.(\d+)"', text, re.MULTILINE)
+    assert found is not None
+    first, end = int(found[1]), int(found[2])
+    if not (3, first) <= sys.version_info[:2] < (3, end):
+        sys.exit(f"set-up: Python 3.{first} to 3.{end - 1} is needed, this is {sys.version.split()[0]}")
 
 
 def _device() -> str:
@@ -83,7 +96,7 @@ def _inputs_hash() -> str:
 def _make_venv(folder: Path) -> str:
     """Creates the virtual environment unless a working one is there; returns its interpreter."""
     python = str(folder / "bin" / "python")
-    probe = [python, "-c", "import pip, sys; assert sys.version_info[:2] == (3, 11)"]
+    probe = [python, "-c", f"import pip, sys; assert sys.version_info[:2] == {sys.version_info[:2]}"]
     if Path(python).exists() and subprocess.run(probe, capture_output=True, check=False).returncode == 0:
         return python
     try:
@@ -91,7 +104,7 @@ def _make_venv(folder: Path) -> str:
     except subprocess.CalledProcessError:
         sys.exit(
             f"\nset-up: {sys.executable} cannot make a virtual environment with pip.\n"
-            "On Debian and Ubuntu: apt-get install python3.11-venv. Then run make setup again."
+            f"On Debian and Ubuntu: apt-get install python3.{sys.version_info[1]}-venv. Then run make setup again."
         )
     return python
 

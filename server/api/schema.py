@@ -12,7 +12,6 @@ from pydantic import PlainValidator, PrivateAttr, WithJsonSchema, model_validato
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
-from foldserve.reducers import METHODS
 from foldserve.reducers.reduction import FIELDS, Reduction
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.image_cache import OnItsWay
@@ -26,10 +25,9 @@ _REDUCTION_SCHEMA: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
     "description": "How the request's images are reduced. Without `ratio` and `keep_tokens` nothing is removed.",
-    "properties": dict(FIELDS)
-    | {option.name: option.schema() for method in METHODS.values() for option in method.options},
+    "properties": {name: field.schema() for name, field in FIELDS.items()},
 }
-_RATIO_SCHEMA = {"type": "number", "minimum": 0, "exclusiveMaximum": 1, "description": "short for `reduction.ratio`"}
+_RATIO_SCHEMA = FIELDS["ratio"].values() | {"description": "short for `reduction.ratio`"}
 DETAILS = ("auto", "low", "high", "original")
 
 

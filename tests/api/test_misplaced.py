@@ -26,6 +26,7 @@ from openai.types.responses.response_input_image import ResponseInputImage
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.renderers.chat_utils import CustomChatCompletionMessageParam
 
+from foldserve.reducers.reduction import FIELDS
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.limits import misplaced
 from foldserve.server.api.limits.body import check_body
@@ -176,7 +177,7 @@ SPELLINGS = [
 ]
 
 
-NAMES = {"reduction", *misplaced.FIELD_NAMES, *(f"reduction_{field}" for field in misplaced.FIELD_NAMES)}
+NAMES = {"reduction", *FIELDS, *(f"reduction_{field}" for field in FIELDS)}
 
 
 @given(st.sampled_from(sorted(NAMES)), st.sampled_from([str, *SPELLINGS]))
@@ -194,10 +195,8 @@ def test_every_field_in_every_spelling(name: str, spell: Any) -> None:
 
 
 def test_ordinary_words_are_fields() -> None:
-    assert misplaced.ORDINARY_WORDS < misplaced.FIELD_NAMES
-    assert set(misplaced.FIELD_NAMES) == set(
-        FoldChatRequest.model_json_schema()["properties"]["reduction"]["properties"]
-    )
+    assert FIELDS.keys() > misplaced.ORDINARY_WORDS
+    assert FIELDS.keys() == FoldChatRequest.model_json_schema()["properties"]["reduction"]["properties"].keys()
 
 
 # Compared with the installed packages: what they know is theirs.

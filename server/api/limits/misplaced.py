@@ -10,15 +10,12 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from foldserve.reducers import METHODS
 from foldserve.reducers.reduction import FIELDS
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.limits.strict_json import Path, to_text
 
-FIELD_NAMES = frozenset(FIELDS) | {option.name for method in METHODS.values() for option in method.options}
-"""What an object `reduction` may hold."""
 ORDINARY_WORDS = frozenset({"decoder", "layers", "method", "positions", "ratio", "scale", "window"})
-"""Those of them that mean other things elsewhere: refused at the top of the body and beside an image only."""
+"""Fields of `reduction` that mean other things elsewhere: refused at the top of the body and beside an image only."""
 
 _SHORT_FORM = '`"reduction_ratio": 0.5`'
 _AT_THE_TOP = f"it would be ignored here: write {_SHORT_FORM} or `reduction` at the top of the body, for all its images"
@@ -43,8 +40,8 @@ def _as_written(field: str) -> str:
     return f'`"reduction": {{"{field}": ...}}`'
 
 
-_OURS = {_folded(field): _as_written(field) for field in FIELD_NAMES}
-_OURS |= {_folded(f"reduction_{field}"): _as_written(field) for field in FIELD_NAMES}
+_OURS = {_folded(field): _as_written(field) for field in FIELDS}
+_OURS |= {_folded(f"reduction_{field}"): _as_written(field) for field in FIELDS}
 _OURS |= {"reduction": f'`"reduction": {{...}}` or {_SHORT_FORM}', "reductionratio": _SHORT_FORM}
 _ONLY_OURS = frozenset(_OURS) - {_folded(field) for field in ORDINARY_WORDS}
 _MEDIA = re.compile(

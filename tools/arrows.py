@@ -1,0 +1,124 @@
+"""Which part of foldserve imports which, read from the source: the picture of docs/design.md.
+
+`python -m tools.arrows` draws it anew.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "design.md"
+PACKAGE = "foldserve"
+FOLDERS = ("server", "reducers", "kernels", "loadtest", "deploy")
+SOURCES = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+
+ROOMS = {
+    "server/cli": "the command line",
+    "server/commands": "one command a file",
+    "server/api": "the OpenAI front",
+    "server/quality": "evaluation, calibration",
+    "server/convert": "other layouts into ours",
+    "server/engine": "what runs inside vLLM",
+    "server": "settings, limits, guardian, ...",
+    "loadtest/micro": "benchmarks of parts",
+    "loadtest/report": "journal, tables, charts, page",
+    "loadtest": "throughput, soak",
+    "kernels": "Triton twins",
+    "reducers": "methods, in pure torch",
+    "deploy": "standard library only",
+}
+"""Where a module lives -> what is there; the longest matching prefix counts."""
+
+Arrow = tuple[str, str]
+_START, _END = "<!-- drawn by python -m tools.arrows -->\n", "<!-- end of the drawing -->\n"
+
+
+def place_of(file: Path) -> str:
+    """server/engine/__init__.py -> server/engine"""
+    return file.with_suffix("").as_posix().removesuffix("/__init__")
+
+
+def within(place: str, folder: str) -> bool:
+    return place == folder or place.startswith(f"{folder}/")
+
+
+def imported(source: str, module: str) -> Iterator[str]:
+    """Dotted names that `source`, the text of `module` (dotted), imports, at any depth and under TYPE_CHECKING too."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = module.split(".")[: -node.level] if node.level else []
+            yield from (".".join([*base, *filter(None, [node.module]), alias.name]) for alias in node.names)
+
+
+def imports_of(file: Path, source: str) -> Iterator[str]:
+    return imported(source, f"{PACKAGE}.{'.'.join(file.with_suffix('').parts)}")
+
+
+def room_of(place: str) -> str:
+    return max((room for room in ROOMS if within(place, room)), key=len)
+
+
+def arrows() -> set[Arrow]:
+    """(importer, imported), rooms or "vllm"."""
+    found = set()
+    for file in SOURCES:
+        room = room_of(place_of(file))
+        for name in imports_of(file, (ROOT / file).read_text()):
+            top, *rest = name.split(".")
+            if top == PACKAGE and rest:
+                found.add((room, room_of("/".join(rest))))
+            elif top == "vllm":
+                found.add((room, top))
+    return {(a, b) for a, b in found if a != b}
+
+
+def without_detours(graph: set[Arrow]) -> set[Arrow]:
+    """The arrows that do not follow from others.
+
+    Raises:
+        CycleError: rooms import each other, directly or not.
+    """
+    TopologicalSorter({a: [d for c, d in graph if c == a] for a, _ in graph}).prepare()
+    return {(a, b) for a, b in graph if not any((a, c) in graph and _leads(graph, c, b) for c in ROOMS if c != b)}
+
+
+def _leads(graph: set[Arrow], a: str, b: str) -> bool:
+    return (a, b) in graph or any(_leads(graph, d, b) for c, d in graph if c == a)
+
+
+def picture(graph: set[Arrow]) -> str:
+    """Mermaid, which GitHub draws."""
+    with_vllm = {a for a, b in graph if b == "vllm"}
+    ours = {arrow for arrow in graph if "vllm" not in arrow}
+    order = [room for room in ROOMS if any(room in arrow for arrow in ours)]
+    lines = ["flowchart TD"]
+    lines += [f'    {_id(room)}["<b>{room}</b><br>{ROOMS[room]}"]{_style(room in with_vllm)}' for room in order]
+    drawn = sorted(without_detours(ours), key=lambda arrow: (order.index(arrow[0]), order.index(arrow[1])))
+    lines += [f"    {_id(a)} --> {_id(b)}" for a, b in drawn]
+    lines += ["    classDef vllm stroke-width:3px"]
+    return "\n".join(["```mermaid", *lines, "```"]) + "\n"
+
+
+def _id(room: str) -> str:
+    return room.replace("/", "_")
+
+
+def _style(with_vllm: bool) -> str:
+    return ":::vllm" if with_vllm else ""
+
+
+def redrawn(page: str) -> str:
+    """The page with the picture as it is now."""
+    before, rest = page.split(_START)
+    _, after = rest.split(_END)
+    return before + _START + picture(arrows()) + _END + after
+
+
+if __name__ == "__main__":
+    PAGE.write_text(redrawn(PAGE.read_text()))
