@@ -36,7 +36,7 @@ def style() -> AbstractContextManager[None]:
 
 
 def one_panel(paint: Callable[[Axes], None], size_in: tuple[float, float] = (7, 4)) -> Figure:
-    """A chart whose axes `paint` fills; higher than asked for if their legend is."""
+    """A chart whose axes `paint` fills, taller than `size_in` if their legend is."""
     from matplotlib.figure import Figure
 
     with style():
