@@ -42,7 +42,7 @@ assert [plan.kept for plan in plans] == [64, 58, 288]
 
 schema = FoldChatRequest.model_json_schema()["properties"]["reduction"]["properties"]["keep_at_least"]
 assert schema == {
-    "type": "integer", "minimum": 2, "description": "tokens that stay per image, whatever `ratio` says"
+    "type": "integer", "minimum": 2, "description": "tokens that stay of each grid, whatever `ratio` says"
 }
 for body in ({"keepAtLeast": 64}, {"metadata_of_ours": {"keep_at_least": 64}}):
     try:
