@@ -163,6 +163,14 @@ def test_blocks_fall_by_the_plan(llm: Any, reference: NextReference) -> None:
     )
 
 
+def test_an_evaluation_counts_each_image(checkpoint: Path, reference: NextReference) -> None:
+    from foldserve.server.quality.engine.offline import AnsweringModel
+
+    images = [photo(1, *size) for size in SIZES]
+    found = AnsweringModel(str(checkpoint)).layouts(images)
+    assert [(it.tokens, it.shape) for it in found] == [(it.tokens, it.shape) for it in map(reference.layout, images)]
+
+
 @pytest.mark.parametrize(
     ("reduction", "param"),
     [

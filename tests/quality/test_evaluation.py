@@ -19,7 +19,7 @@ from PIL import Image
 
 from foldserve.loadtest.report.journal import RESULTS_FILE, run_identity
 from foldserve.reducers import METHODS, VisionGeometry
-from foldserve.reducers.item import ItemPlan, Layout, plan_item
+from foldserve.reducers.item import ItemPlan, Layout, Part, plan_item
 from foldserve.reducers.method import Decoder
 from foldserve.reducers.plan import Reduction
 from foldserve.server import cli
@@ -45,11 +45,12 @@ from tests.images import photo
 from tests.quality.cards import read_card
 
 LAYOUT = Layout.single(VisionGeometry(144, (12, 12), layers=6, class_token=True))
+LAYOUTS = [LAYOUT] * 5  # of QUESTIONS
 LAYERS = 12
 
 
 def planned(*methods: str, ratios: Sequence[float] = (0.5,), layers: Sequence[int] = ()) -> Any:
-    return variants(parse_specs(methods), ratios, layers, LAYOUT, LAYERS)
+    return variants(parse_specs(methods), ratios, layers, LAYOUTS, LAYERS)
 
 
 # --- scores
@@ -149,7 +150,7 @@ def test_controls_and_withdrawal_are_added_where_they_are_missing() -> None:
 def test_each_method_at_each_amount_and_controls_at_each_count() -> None:
     found, refused = planned("folder", "folder+withdraw", "withdraw", "fastv", ratios=(0.5, 0.75), layers=(3, 6))
     assert not refused
-    measured = [(v.label, v.ratio, v.layer, v.plan.kept, v.layer_tokens) for v in found if v.label not in CONTROLS]
+    measured = [(v.label, v.ratio, v.layer, v.kept, v.layer_tokens) for v in found if v.label not in CONTROLS]
     assert measured == [
         ("folder", 0.5, None, 72, 72.0),
         ("folder", 0.75, None, 36, 36.0),
@@ -165,16 +166,30 @@ def test_each_method_at_each_amount_and_controls_at_each_count() -> None:
         ("fastv", 0.75, 6, 144, 90.0),
     ]
     counts = [9, 18, 36, 63, 72, 90, 108]
-    assert [v.plan.kept for v in found if v.label == "random"] == counts
+    assert [v.kept for v in found if v.label == "random"] == counts
     for variant, count in zip((v for v in found if v.label == "downsample"), counts, strict=True):
-        rows, columns = variant.plan.grids[0].grid or (0, 0)
-        assert (variant.plan.method, rows * columns) == ("downsample", variant.plan.kept)
-        assert 0.7 * count <= variant.plan.kept <= count
+        rows, columns = variant.plans[0].grids[0].grid or (0, 0)
+        assert (variant.plans[0].method, rows * columns) == ("downsample", variant.kept)
+        assert 0.7 * count <= variant.kept <= count
+
+
+def test_images_of_several_sizes_are_counted_at_the_mean() -> None:
+    """Three and six grids of 64 tokens, a separator beside each: controls get a ratio, and keep no more than asked."""
+    layouts = [Layout((Part(VisionGeometry(64, (8, 8)), n, separators=n),), (n,)) for n in (3, 6, 3, 6)]
+    found, refused = variants(parse_specs(["folder", "withdraw"]), (0.5,), (3,), layouts, LAYERS)
+    half, withdrawn, *controls = found
+    assert (half.kept, [plan.kept for plan in half.plans]) == (4.5 * 33, [3 * 33, 6 * 33, 3 * 33, 6 * 33])
+    assert (withdrawn.kept, withdrawn.kept_deep, withdrawn.layer_tokens) == (4.5 * 65, 0, 4.5 * 65 / 4)
+    assert not refused
+    assert [(v.label, v.reduction.keep_tokens) for v in controls] == [(n, None) for n in CONTROLS for _ in range(2)]
+    for control, beside in zip(controls[:2], (withdrawn, half), strict=True):
+        assert beside.count - 4.5 <= control.kept <= beside.count
+    assert half.key != withdrawn.key != controls[0].key
 
 
 def test_controls_have_the_positions_of_what_they_control() -> None:
     found, _ = planned("folder,folder:positions=keep")
-    controls = [(v.label, v.reduction.positions, v.plan.keeps_positions) for v in found if v.is_control]
+    controls = [(v.label, v.reduction.positions, v.plans[0].keeps_positions) for v in found if v.is_control]
     assert controls == [
         ("random", None, False),
         ("random:positions=keep", "keep", True),
@@ -254,8 +269,6 @@ class FakeReply:
 class FakeModel:
     """Answers "yes" with ever less conviction the fewer tokens it gets, and "no" below 40; 3 words in all."""
 
-    layers: int = LAYERS
-    layout: Layout = LAYOUT
     started: list[int | None] = field(default_factory=list)
     asked: list[ItemPlan] = field(default_factory=list)
     fails_at: int | None = None
@@ -265,8 +278,11 @@ class FakeModel:
         self.started.append(withdraw_layer)
         yield self
 
-    def ask(self, dialogues: Sequence[Any], reduction: Reduction, plan: ItemPlan, max_tokens: int) -> list[FakeReply]:
-        assert plan_item(reduction, LAYOUT) == plan
+    def ask(
+        self, dialogues: Sequence[Any], reduction: Reduction, plans: Sequence[ItemPlan], max_tokens: int
+    ) -> list[FakeReply]:
+        assert [plan_item(reduction, LAYOUT)] * len(dialogues) == list(plans)
+        plan = plans[0]
         if len(self.asked) == self.fails_at:
             raise KeyboardInterrupt
         self.asked.append(plan)
@@ -283,7 +299,7 @@ QUESTIONS = [
 
 def run(model: FakeModel, folder: Path, todo: Sequence[Variant], identity: str = "run") -> OutcomeJournal:
     journal = OutcomeJournal(folder, identity)
-    measure(model, QUESTIONS, todo, journal, max_tokens=8, batch=2)
+    measure(model, QUESTIONS, reference(LAYOUTS, LAYERS), todo, journal, max_tokens=8, batch=2)
     return journal
 
 
@@ -300,7 +316,7 @@ def card_of(folder: Path, *methods: str, layers: Sequence[int] = ()) -> Card:
         tokens=144,
         layers=LAYERS,
         engine={"vLLM": "0"},
-        results=results(QUESTIONS, reference(model), todo, journal),
+        results=results(QUESTIONS, reference(LAYOUTS, LAYERS), todo, journal),
         refused=refusals(refused),
     )
 

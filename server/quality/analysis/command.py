@@ -25,7 +25,9 @@ def run(options: AnalysisOptions, engine_options: Sequence[str]) -> None:
     from foldserve.server.quality.engine.study import Study  # vLLM, which takes seconds
 
     model = Study(options.model, engine_options, command="analyze")
-    tokens = plan_item(Reduction(ratio=options.ratio), model.layout).encoded  # refuses a ratio that leaves nothing
+    if model.family.sizes_matter:
+        raise ValueError(f"{options.model}: the studies are made for models whose images are one grid of one size")
+    tokens = plan_item(Reduction(ratio=options.ratio), model.family.largest).encoded  # refuses a ratio too high
     model.start()
     analysis = analyze(options.model, model, samples, tokens, options.ratio)
     options.output.mkdir(parents=True, exist_ok=True)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.parse import ImageProcessorItems
 from vllm.platforms import current_platform
 from vllm.renderers.params import ChatParams
 from vllm.sampling_params import RequestOutputKind
@@ -26,6 +28,9 @@ from foldserve.server.engine.plugin import register
 from foldserve.server.engine.processor import KWARG
 from foldserve.server.engine.withdrawal import Room, admit, prompt_items
 from foldserve.server.settings import CONFIG_KEY
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 KV_CACHE_BYTES = 2 << 30
 """Enough to ask one prompt after the other; left to itself, vLLM takes nearly all of a CPU's memory."""
@@ -76,16 +81,13 @@ class OfflineModel:
         self.model, self.revision, self.family = model, self._args.revision, family
         self.layers: int = hf_config.get_text_config().num_hidden_layers
 
-    @property
-    def layout(self) -> Layout:
-        """Of every image.
-
-        Raises:
-            ValueError: an image's size decides it.
-        """
-        if self.family.sizes_matter:
-            raise ValueError(f"not supported yet for {self.model}: an image's size decides its number of tokens")
-        return self.family.largest
+    def layouts(self, images: Iterable[Image]) -> list[Layout]:
+        """Of each image at ratio 0."""
+        family = self.family
+        if not family.sizes_matter:
+            return [family.largest for _ in images]
+        info = MULTIMODAL_REGISTRY.create_processor(self._args.create_model_config()).info
+        return [family.layout(family.shape(ImageProcessorItems([image]), 0, info)) for image in images]
 
 
 def device() -> Literal["cpu", "cuda"]:
@@ -151,8 +153,10 @@ class AnsweringEngine:
         self._vocab_size: int = llm.model_config.get_vocab_size()
         self._requests = 0
 
-    def ask(self, dialogues: Sequence[Messages], reduction: Reduction, plan: ItemPlan, max_tokens: int) -> list[Reply]:
-        """Answers all dialogues, each with one image, whose reduction on this model is `plan`.
+    def ask(
+        self, dialogues: Sequence[Messages], reduction: Reduction, plans: Sequence[ItemPlan], max_tokens: int
+    ) -> list[Reply]:
+        """Answers all dialogues, each with one image, of which its plan is what `reduction` makes.
 
         Raises:
             ValueError: a prompt that the reduction does not go with.
@@ -161,17 +165,18 @@ class AnsweringEngine:
         extras = {"mm_processor_kwargs": {KWARG: reduction.to_json()}}
         first = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, flat_logprobs=True, detokenize=False)
         answer = SamplingParams(temperature=0, max_tokens=max_tokens)
-        outputs = self._run([(d, p) for p in (first, answer) for d in dialogues], extras, plan)
+        each = [*zip(dialogues, plans, strict=True)]
+        outputs = self._run([(*one, params) for params in (first, answer) for one in each], extras)
         firsts, answers = outputs[: len(dialogues)], outputs[len(dialogues) :]
         return [Reply(told.text, self._log_probabilities(begun)) for begun, told in zip(firsts, answers, strict=True)]
 
     def _run(
-        self, requests: Sequence[tuple[Messages, SamplingParams]], extras: Mapping[str, Any], plan: ItemPlan
+        self, requests: Sequence[tuple[Messages, ItemPlan, SamplingParams]], extras: Mapping[str, Any]
     ) -> list[Any]:
         """The completion of each request, in their order."""
         engine = self._llm.llm_engine
         ids = []
-        for messages, params in requests:
+        for messages, plan, params in requests:
             prompt = render(self._llm, messages, prompt_extras=dict(extras))
             self._check(prompt, plan)
             params = params.clone()

@@ -28,7 +28,7 @@ class Result(BaseModel):
         ratio: asked for; None where the method has no amount, or for a control at another method's count.
         layer: K of the server, or None.
         reduction: what a request sends.
-        kept: vision tokens of an image that reach the decoder.
+        kept: vision tokens of an image that reach the decoder; where images differ, the mean.
         kept_deep: that its layers from K on see.
         layer_tokens: that a layer sees, mean over all layers.
         count: `layer_tokens` as an integer, at which the controls are measured.
@@ -80,7 +80,7 @@ class Card(BaseModel):
         model_hash, data_hash: identities of weights and questions.
         data: where the questions come from.
         questions: how many.
-        tokens: vision tokens of an image at ratio 0.
+        tokens: vision tokens of an image at ratio 0; where images differ, the mean.
         layers: L, the decoder's layers.
         engine: versions, and the engine options that were given.
         results: ratio 0 first.
@@ -174,8 +174,8 @@ def _result(
         ratio=variant.ratio,
         layer=variant.layer,
         reduction=variant.reduction.to_json(),
-        kept=variant.plan.kept,
-        kept_deep=variant.plan.kept_deep,
+        kept=round(variant.kept),
+        kept_deep=round(variant.kept_deep),
         layer_tokens=variant.layer_tokens,
         count=variant.count,
         is_control=variant.is_control,

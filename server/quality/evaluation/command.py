@@ -34,22 +34,24 @@ def run(options: EvaluationOptions, engine_options: Sequence[str]) -> None:
         if not 1 <= layer < model.layers:
             raise ValueError(f"--withdraw takes K from 1 to {model.layers - 1} for this model, not {layer}")
     ratios = sorted({ratio for ratio in options.ratios if ratio > 0})
-    todo, refused = variants(specs, ratios, sorted(set(options.withdraw)), model.layout, model.layers)
+    layouts = model.layouts(question.open() for question in questions)
+    base = reference(layouts, model.layers)
+    todo, refused = variants(specs, ratios, sorted(set(options.withdraw)), layouts, model.layers)
     weights, asked = model_hash(model_folder(model.model, model.revision)), data_hash(questions)
     engine = {"vLLM": version("vllm"), "Options": " ".join(engine_options) or "none"}
     identity = run_identity(weights=weights, data=asked, engine=engine, max_tokens=options.max_tokens)
     journal = OutcomeJournal(options.output, identity)
-    measure(model, questions, todo, journal, max_tokens=options.max_tokens, batch=options.batch)
+    measure(model, questions, base, todo, journal, max_tokens=options.max_tokens, batch=options.batch)
     card = Card(
         model=options.model,
         model_hash=weights,
         data=_name_of(options.data),
         data_hash=asked,
         questions=len(questions),
-        tokens=model.layout.tokens,
+        tokens=round(base.kept),
         layers=model.layers,
         engine=engine,
-        results=results(questions, reference(model), todo, journal),
+        results=results(questions, base, todo, journal),
         refused=refusals(refused),
     )
     _write(card, options)

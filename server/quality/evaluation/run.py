@@ -11,13 +11,13 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm  # comes with vLLM
 
-from foldserve.reducers.item import ItemPlan, Layout, plan_item
+from foldserve.reducers.item import ItemPlan, Layout
 from foldserve.reducers.plan import Reduction
 from foldserve.server.quality.calibration_search import kl_divergence
 from foldserve.server.quality.evaluation.journal import Outcome, OutcomeJournal
 from foldserve.server.quality.evaluation.questions import Question
 from foldserve.server.quality.evaluation.scores import is_right
-from foldserve.server.quality.evaluation.variants import Variant
+from foldserve.server.quality.evaluation.variants import Variant, plan_all
 
 
 class Answered(Protocol):
@@ -36,34 +36,31 @@ class Engine(Protocol):
     """A running engine."""
 
     def ask(
-        self, dialogues: Sequence[list[dict[str, Any]]], reduction: Reduction, plan: ItemPlan, max_tokens: int
+        self,
+        dialogues: Sequence[list[dict[str, Any]]],
+        reduction: Reduction,
+        plans: Sequence[ItemPlan],
+        max_tokens: int,
     ) -> Sequence[Answered]:
-        """One reply to each dialogue."""
+        """One reply to each dialogue, whose image is reduced by its plan."""
 
 
 class Model(Protocol):
     """Where engines come from."""
 
-    @property
-    def layers(self) -> int:
-        """L, the decoder's layers."""
-
-    @property
-    def layout(self) -> Layout:
-        """Of every image."""
-
     def engine(self, withdraw_layer: int | None) -> AbstractContextManager[Engine]:
         """A running engine with K = `withdraw_layer`, or without withdrawal."""
 
 
-def reference(model: Model) -> Variant:
+def reference(layouts: Sequence[Layout], layers: int) -> Variant:
     """Ratio 0: what everything is compared with."""
-    return Variant("none", 0.0, None, model.layers, Reduction(), plan_item(Reduction(), model.layout))
+    return Variant("none", 0.0, None, layers, Reduction(), plan_all(Reduction(), layouts))
 
 
 def measure(
     model: Model,
     questions: Sequence[Question],
+    base: Variant,
     variants: Sequence[Variant],
     journal: OutcomeJournal,
     *,
@@ -73,25 +70,26 @@ def measure(
     """Fills the journal, with one engine for each K and one without, and a progress bar over all questions.
 
     Args:
-        variants: beside the reference, which comes first.
+        base: the reference, which comes first.
+        variants: the others.
         max_tokens: of an answer.
         batch: questions that the engine is given at once.
 
     Raises:
         ValueError: an unreadable image, or log-probabilities that are no distribution.
     """
-    base = reference(model)
     first = journal.load_reference() if base.key in journal else None
     wanted = {v.key: v for v in [*([base] if first is None else []), *variants] if v is base or v.key not in journal}
     bar = tqdm(total=len(wanted) * len(questions), desc="foldserve evaluate", unit="question")
     for layer, group in _by_layer(list(wanted.values())):
         with model.engine(layer) as engine:
             for variant in group:
-                bar.set_postfix_str(f"{variant.label} {variant.plan.kept} tokens" + (f" K={layer}" if layer else ""))
+                bar.set_postfix_str(f"{variant.label} {variant.kept:.4g} tokens" + (f" K={layer}" if layer else ""))
                 replies: list[Answered] = []
                 for start in range(0, len(questions), batch):
-                    asked = [question.messages() for question in questions[start : start + batch]]
-                    replies += engine.ask(asked, variant.reduction, variant.plan, max_tokens)
+                    these = slice(start, start + batch)
+                    asked = [question.messages() for question in questions[these]]
+                    replies += engine.ask(asked, variant.reduction, variant.plans[these], max_tokens)
                     bar.update(len(asked))
                 if variant is base:
                     first = np.stack([reply.first for reply in replies])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean as mean
 from typing import Any
 
 from foldserve.reducers import METHODS
@@ -41,7 +42,7 @@ class Variant:
         layer: K of the server that it needs, or None.
         layers: L, the decoder's layers.
         reduction: what a request sends.
-        plan: what becomes of an image.
+        plans: what becomes of each question's image.
         is_control: it stands for no request but for the count of others.
     """
 
@@ -50,16 +51,25 @@ class Variant:
     layer: int | None
     layers: int
     reduction: Reduction
-    plan: ItemPlan
+    plans: tuple[ItemPlan, ...]
     is_control: bool = False
+
+    @property
+    def kept(self) -> float:
+        """Vision tokens of an image that reach the decoder, mean over the images."""
+        return mean(plan.kept for plan in self.plans)
+
+    @property
+    def kept_deep(self) -> float:
+        """Those that its layers from K on see."""
+        return mean(plan.kept_deep for plan in self.plans)
 
     @property
     def layer_tokens(self) -> float:
         """Vision tokens of an image that a decoder layer sees, mean over the layers: n K / L if all leave at K."""
         if self.layer is None:
-            return float(self.plan.kept)
-        deep = self.layers - self.layer
-        return (self.plan.kept * self.layer + self.plan.kept_deep * deep) / self.layers
+            return self.kept
+        return (self.kept * self.layer + self.kept_deep * (self.layers - self.layer)) / self.layers
 
     @property
     def count(self) -> int:
@@ -69,7 +79,7 @@ class Variant:
     @property
     def key(self) -> str:
         """Equal for variants that are the same to the engine."""
-        return json.dumps([self.plan.to_ints(), self.layer], separators=(",", ":"))
+        return json.dumps([sorted({plan.to_ints() for plan in self.plans}), self.layer], separators=(",", ":"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +184,7 @@ def variants(
     specs: Sequence[Spec],
     ratios: Sequence[float],
     withdraw_layers: Sequence[int],
-    layout: Layout,
+    layouts: Sequence[Layout],
     layers: int,
 ) -> tuple[list[Variant], list[Refusal]]:
     """Everything to be measured beside ratio 0, each once, and what can't be.
@@ -184,7 +194,7 @@ def variants(
     Args:
         ratios: shares of tokens removed, in (0, 1).
         withdraw_layers: values of K.
-        layout: of every image.
+        layouts: of each question's image.
         layers: L, the decoder's layers.
     """
     found: list[Variant] = []
@@ -195,14 +205,16 @@ def variants(
                 if layer is None and spec.reduction().decoder:
                     raise InvalidReduction("it works in the decoder, from a layer K on: give --withdraw K")
                 reduction = spec.reduction() if ratio is None else spec.reduction(ratio=ratio)
-                found.append(Variant(spec.label, ratio, layer, layers, reduction, plan_item(reduction, layout)))
+                found.append(Variant(spec.label, ratio, layer, layers, reduction, plan_all(reduction, layouts)))
             except InvalidReduction as error:
                 refused.append(Refusal(spec.label, ratio, layer, str(error)))
-    counts = {(v.count, v.reduction.positions or "") for v in found if v.count < layout.tokens}
+    counts = {
+        (v.count, v.reduction.positions or "") for v in found if v.count < mean(layout.tokens for layout in layouts)
+    }
     for name in CONTROLS:
         for count, positions in sorted({(count, control_positions(name, asked)) for count, asked in counts}):
             try:
-                found.append(_control(name, count, positions, layout, layers))
+                found.append(_control(name, count, positions, layouts, layers))
             except InvalidReduction as error:
                 refused.append(Refusal(f"{name} at {count} tokens", None, None, str(error)))
     return found, refused
@@ -232,17 +244,32 @@ def control_positions(name: str, asked: str) -> str:
     return "" if isinstance(METHODS[name], BeforeTower) else asked
 
 
-def _control(name: str, count: int, positions: str, layout: Layout, layers: int) -> Variant:
+def plan_all(reduction: Reduction, layouts: Sequence[Layout]) -> tuple[ItemPlan, ...]:
+    """What becomes of each image; raises InvalidReduction if one of them can't be reduced so."""
+    return tuple(plan_item(reduction, layout) for layout in layouts)
+
+
+def _control(name: str, count: int, positions: str, layouts: Sequence[Layout], layers: int) -> Variant:
     """A control that keeps `count` tokens of an image, or the next lower number that it can keep.
 
     Raises:
         InvalidReduction: the model is not one that it works with.
     """
     fields = {"method": name} | ({"positions": positions} if positions else {})
-    (part,) = layout.parts
-    geometry = part.geometry
-    METHODS[name].check(geometry)
-    removed = METHODS[name].removable(geometry, geometry.tokens - count)
-    reduction = Reduction.parse(fields | {"keep_tokens": geometry.tokens - removed})
+    reduction = Reduction.parse(fields | _amount(name, count, layouts))
     label = f"{name}:positions={positions}" if positions else name
-    return Variant(label, None, None, layers, reduction, plan_item(reduction, layout), is_control=True)
+    return Variant(label, None, None, layers, reduction, plan_all(reduction, layouts), is_control=True)
+
+
+def _amount(name: str, count: int, layouts: Sequence[Layout]) -> dict[str, Any]:
+    """Tokens to keep, of images that are one grid of one size; else a ratio that leaves `count` of them at the mean."""
+    first = layouts[0]
+    if set(layouts) == {first} and first.tokens == first.parts[0].geometry.tokens:
+        geometry = first.parts[0].geometry
+        METHODS[name].check(geometry)
+        return {"keep_tokens": geometry.tokens - METHODS[name].removable(geometry, geometry.tokens - count)}
+    parts = [part for layout in layouts for part in layout.parts]
+    grids, tokens = sum(part.count for part in parts), sum(part.tokens for part in parts)
+    in_grids = tokens - sum(part.separators for part in parts)
+    # What goes of a grid is rounded down: one more from each, so that no more than `count` are left.
+    return {"ratio": min(1 - 1e-9, (tokens - count * len(layouts) + grids) / in_grids)}
