@@ -33,6 +33,7 @@ class ModelShape:
         hidden, mlp, layers, kv: of the decoder; `kv` is the width of its keys, and of its values.
         vision_hidden, vision_mlp, vision_layers: of the tower, up to the layer whose features are taken.
         withdraw_layer: K, or None.
+        tile: tokens that attend to each other in the tower; None: all of an image.
     """
 
     hidden: int
@@ -43,11 +44,12 @@ class ModelShape:
     vision_mlp: int
     vision_layers: int
     withdraw_layer: int | None = None
+    tile: int | None = None
 
     def flops(self, request: Request) -> float:
         """Encoder, projector, prefill and decode steps of one request, without the output head."""
         n, dv = request.encoded, self.vision_hidden
-        tower = self.vision_layers * (n * (8 * dv * dv + 4 * dv * self.vision_mlp) + 4 * n * n * dv)
+        tower = self.vision_layers * (n * (8 * dv * dv + 4 * dv * self.vision_mlp) + 4 * n * (self.tile or n) * dv)
         projector = request.kept * 2 * (dv * self.hidden + self.hidden * self.hidden)
         shallow = request.text + request.kept
         return tower + projector + self._decoder(shallow, shallow - request.withdrawn, request.output)
@@ -97,6 +99,7 @@ def read_shape(checkpoint: Path | str, withdraw_layer: int | None) -> ModelShape
             vision_mlp=vision.intermediate_size,
             vision_layers=vision.num_hidden_layers + 1 + layer if layer < 0 else layer,
             withdraw_layer=withdraw_layer,
+            tile=(vision.image_size // vision.patch_size) ** 2,
         )
     except (OSError, AttributeError, TypeError, ValueError):
         return None

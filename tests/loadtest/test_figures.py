@@ -20,7 +20,7 @@ from foldserve.loadtest.throughput import Report, write
 
 LOAD = Load(concurrency=2)
 FOLDED = Variant("foldserve", "folder", 0.5)
-SEVEN_B = ModelShape(4096, 11008, 32, 4096, 1024, 4096, 23, withdraw_layer=16)
+SEVEN_B = ModelShape(4096, 11008, 32, 4096, 1024, 4096, 23, withdraw_layer=16, tile=576)
 
 
 def record(seconds: float, kept: int, seed: int = 0, api_s: float = 0.5) -> Record:
@@ -131,8 +131,15 @@ def test_predictions_are_those_of_the_design() -> None:
     assert kv == [320, 128, 80]
 
 
+def test_tiles_attend_to_themselves() -> None:
+    """Five tiles of 576 tokens cost the tower five times what one does."""
+    one, five = (Request(n, 576, 0, 64, 1) for n in (576, 5 * 576))
+    tower = 23 * (576 * (8 * 1024**2 + 4 * 1024 * 4096) + 4 * 576**2 * 1024)
+    assert SEVEN_B.flops(five) - SEVEN_B.flops(one) == 4 * tower
+
+
 def test_a_shape_is_read_from_a_checkpoint(tiny_llava: Path, tmp_path: Path) -> None:
-    assert read_shape(tiny_llava, 2) == ModelShape(128, 352, 4, 128, 128, 512, 3, 2)
+    assert read_shape(tiny_llava, 2) == ModelShape(128, 352, 4, 128, 128, 512, 3, 2, tile=144)
     assert read_shape(tmp_path, None) is None
     defaults_left_out = {
         "model_type": "llava",
