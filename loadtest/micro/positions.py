@@ -33,7 +33,7 @@ from foldserve.loadtest.micro.shape import ITEM_BYTES, Shape
 from foldserve.loadtest.micro.variants import Row
 from foldserve.loadtest.micro.withdrawal import TIMED, engine_options, machine, render, table
 from foldserve.reducers.plan import Reduction
-from foldserve.server.engine import positions, vision
+from foldserve.server.engine import positions
 
 Positions = Literal["keep", "renumber"]
 RATIO = 0.66
@@ -43,7 +43,7 @@ GOAL = 1.01
 WARM_UP = 1
 DECODE_PAIRS = 4  # for each other pair, which takes far longer
 PARTS = ("pairs", "clocked")
-KEEPING = ((vision, "_in_order"), (positions, "attach"), (positions.PositionsRunner, "_place"))
+KEEPING = ((positions, "attach"), (positions.PositionsRunner, "_place"))
 """What runs for requests that keep positions only."""
 
 

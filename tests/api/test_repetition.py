@@ -122,15 +122,14 @@ def test_any_text_has_an_answer(text: str) -> None:
 )
 @pytest.mark.parametrize("form", ["regex", "grammar"])
 def test_the_check_is_linear_in_the_text(make: Any, form: str) -> None:
-    """Four times the text takes at most six times as long; the least of five, of CPU time."""
+    """Four times the text takes at most six times as long; the least of five turns, of CPU time."""
 
-    def seconds(n: int) -> float:
-        text, best = make(n), 1e9
-        for _ in range(5):
-            began = time.thread_time()
-            with suppress(LimitExceeded):
-                check_repetition({form: text}, (None, "structured_outputs"))
-            best = min(best, time.thread_time() - began)
-        return best
+    def seconds(text: str) -> float:
+        began = time.thread_time()
+        with suppress(LimitExceeded):
+            check_repetition({form: text}, (None, "structured_outputs"))
+        return time.thread_time() - began
 
-    assert seconds(8000) < max(6 * seconds(2000), 0.02)
+    short, long = make(2000), make(8000)
+    turns = [(seconds(short), seconds(long)) for _ in range(5)]  # side by side: other tests make a machine slower
+    assert min(after for _, after in turns) < max(6 * min(before for before, _ in turns), 0.02)
