@@ -321,3 +321,14 @@ def test_memory_is_not_trimmed_between_the_images_of_steady_traffic() -> None:
         assert not trimmed.acquire(timeout=0.1)
     trimmer.freed(65 << 20)
     assert trimmed.acquire(timeout=PATIENCE_S)
+
+
+def test_a_trickle_of_images_does_not_keep_what_a_flood_has_left() -> None:
+    trimmed = threading.Event()
+    trimmer = Trimmer(lambda _: trimmed.set(), pause_s=0.1)
+    trimmer.freed(100 << 20)
+    for _ in range(int(100 * PATIENCE_S)):
+        if trimmed.wait(0.01):
+            break
+        trimmer.freed(1)
+    assert trimmed.is_set()
