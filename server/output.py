@@ -1,8 +1,8 @@
 """Standard output and error that never wait for whoever reads them.
 
 A pipe whose reader stops (a stuck log driver, `less`, Ctrl-S in a terminal) takes 64 kB and then blocks whoever writes:
-the event loop, and with it the server. Here a thread writes, and what does not fit into its queue is dropped and
-counted.
+the event loop, and with it the server. Here what a pipe has no room for is left to a thread, and what does not fit into
+the thread's queue is dropped and counted.
 
 Both streams are replaced, not only the handlers of logging: once the queue has filled a pipe, a warning or a `print`
 would block just as well. `logging.handlers.QueueListener` also writes through `sys.stdout`, whose lock the interpreter
@@ -36,7 +36,10 @@ _log = logging.getLogger(__name__)
 
 
 class Queued(io.RawIOBase):
-    """A descriptor that is written by a thread.
+    """A descriptor that is written at once where that can't wait, and by a thread elsewhere.
+
+    Waking a thread costs as much as some hundred such writes. A terminal always takes the thread: it has no write that
+    refuses to wait.
 
     Once the queue is full, everything is dropped until all of it is written: one gap instead of many, and a warning in
     its place.
@@ -74,16 +77,31 @@ class Queued(io.RawIOBase):
     def write(self, data: Any, /) -> int:
         piece = bytes(data)
         with self._changed:
-            is_full = bool(self._queue) and self._queued_bytes + len(piece) > _QUEUE_BYTES
-            self._drops = self._drops or is_full
-            if self._drops:
-                self.dropped_lines += piece.count(b"\n")
-            else:
-                self._queue.append(piece)
-                self._queued_bytes += len(piece)
-                self._start()
-                self._changed.notify()
+            if rest := piece[self._write_now(piece) :]:
+                self._enqueue(rest)
         return len(piece)
+
+    def _write_now(self, piece: bytes) -> int:
+        """How many bytes were taken at once; all or none by a pipe."""
+        if self._queue or self._failed or self._told < self.dropped_lines or len(piece) > select.PIPE_BUF:
+            return 0
+        try:
+            if stat.S_ISREG(os.fstat(self._descriptor).st_mode):  # has no reader
+                return os.write(self._descriptor, piece)
+            return os.pwritev(self._descriptor, [piece], -1, os.RWF_NOWAIT)
+        except OSError:  # no room, a terminal, a full disk: the thread waits, or tells
+            return 0
+
+    def _enqueue(self, piece: bytes) -> None:
+        is_full = bool(self._queue) and self._queued_bytes + len(piece) > _QUEUE_BYTES
+        self._drops = self._drops or is_full
+        if self._drops:
+            self.dropped_lines += piece.count(b"\n")
+        else:
+            self._queue.append(piece)
+            self._queued_bytes += len(piece)
+            self._start()
+            self._changed.notify()
 
     def is_read(self) -> bool:
         """Whether nothing waits for the reader, as far as can be told."""

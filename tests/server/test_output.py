@@ -7,6 +7,7 @@ import os
 import select
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -63,6 +64,24 @@ def test_lines_come_in_order(pipe: Pipe) -> None:
     pipe.send(1000)
     assert pipe.read(1000) == list(range(1000))
     assert pipe.queued.dropped_lines == 0
+
+
+@pytest.mark.parametrize("kind", ["pipe", "file"])
+def test_what_can_not_wait_is_written_without_a_thread(kind: str, tmp_path: Path) -> None:
+    reads, target = os.pipe() if kind == "pipe" else (0, os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT))
+    queued = Queued(target, "standard output")
+    started = threading.active_count()
+    queued.write(b"line\n")
+    assert (os.read(reads, 100) if kind == "pipe" else (tmp_path / "log").read_bytes()) == b"line\n"
+    assert threading.active_count() == started
+
+
+def test_a_terminal_is_written_by_the_thread() -> None:
+    """Ctrl-S stops it, and no write to it refuses to wait."""
+    leader, terminal = os.openpty()
+    Queued(terminal, "standard output").write(b"line\n")
+    assert select.select([leader], [], [], PATIENCE_S)[0]
+    assert os.read(leader, 100) == b"line\r\n"
 
 
 def test_a_stalled_reader_costs_lines_and_hears_how_many(pipe: Pipe, caplog: pytest.LogCaptureFixture) -> None:
