@@ -315,7 +315,7 @@ def test_memory_is_trimmed_once_after_a_flood() -> None:
 def test_memory_is_not_trimmed_between_the_images_of_steady_traffic() -> None:
     """What is given back then is taken again by the next image; once it is much, it is trimmed all the same."""
     trimmed = threading.Semaphore(0)
-    trimmer = Trimmer(lambda _: trimmed.release(), pause_s=0.5)
+    trimmer = Trimmer(lambda _: trimmed.release(), pause_s=1.0)
     for _ in range(15):
         trimmer.freed(65 << 20)
         assert not trimmed.acquire(timeout=0.1)
