@@ -29,7 +29,7 @@ serve: setup ## start the server (MODEL=name or directory, PORT=8000, ARGS="any 
 	@exec $(BIN)/foldserve serve $(MODEL) --port $(PORT) $(ARGS)
 
 test: setup ## run all tests, without a GPU (TESTS="paths or pytest options" for some)
-	@$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(TESTS)
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 test-clients: setup ## docs/clients.md with the real clients (installs them; needs a JDK)
 	@tests/clients/tools.sh $(BIN)/python $(VENV)-clients

@@ -6,6 +6,7 @@ minute, and generates much faster than with OpenMP threads that wait for each ot
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+gc.disable()  # until all tests are collected: importing vLLM leaves no garbage, and looking for it takes a fifth
 
 import pytest
 from xdist.scheduler import LoadFileScheduling
@@ -36,6 +39,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "server_url" in getattr(item, "fixturenames", ()) and not item.nodeid.startswith(ON_ONE_SERVER):
             raise pytest.UsageError(f"{item.nodeid} would start a second server: name its file in {__file__}")
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from importlib.metadata import requires, version
 
 from foldserve.server import guardian
@@ -14,6 +15,9 @@ def register() -> None:
         RuntimeError: another vLLM version than the one this release is written for.
     """
     guardian.die_with_parent()
+    if not gc.isenabled():  # as a process of a server imports
+        gc.freeze()
+        gc.enable()
     _require_vllm(version("vllm"))
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
