@@ -136,7 +136,6 @@ class Environment:
         cxx: the C++ compiler that torch's inductor uses on CPU.
         log_level: `VLLM_LOGGING_LEVEL`; None when unset.
         own_logging: the user has a logging configuration of their own, or wants none.
-        wants_v2_runner: `VLLM_USE_V2_MODEL_RUNNER` asks for model runner V2.
         wants_triton: `FOLDSERVE_TRITON=1` asks for Triton kernels on a GPU.
         refused: names of variables that are set and would undo what the server promises, with what to do instead.
     """
@@ -147,7 +146,6 @@ class Environment:
     cxx: str
     log_level: str | None = None
     own_logging: bool = False
-    wants_v2_runner: bool = False
     wants_triton: bool = False
     refused: tuple[str, ...] = ()
 
@@ -167,7 +165,6 @@ class Environment:
             cxx=env.get("CXX") or "g++",
             log_level=(env.get("VLLM_LOGGING_LEVEL") or "").upper() or None,
             own_logging=bool(env.get("VLLM_LOGGING_CONFIG_PATH")) or env.get("VLLM_CONFIGURE_LOGGING") == "0",
-            wants_v2_runner=env.get("VLLM_USE_V2_MODEL_RUNNER") == "1",
             wants_triton=_is_on("FOLDSERVE_TRITON", env),
             refused=tuple(f"{name}: {why}" for name, why in _REFUSED.items() if env.get(name) not in (None, "", "0")),
         )

@@ -18,10 +18,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 
-gc.disable()  # until all tests are collected: importing vLLM leaves no garbage, and looking for it takes a fifth
-
 import pytest
 from xdist.scheduler import LoadFileScheduling
+
+gc.disable()  # until all tests are collected: importing vLLM leaves no garbage, and looking for it takes a fifth
 
 _ON_ONE_SERVER = ("bad_inputs", "chat", "front", "positions", "schema_fuzz")
 ON_ONE_SERVER = tuple(f"tests/api/test_{name}.py::" for name in _ON_ONE_SERVER)
@@ -44,6 +44,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # else C++ libraries list as leaked what was imported
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling | None:

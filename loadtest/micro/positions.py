@@ -33,7 +33,8 @@ from foldserve.loadtest.micro.shape import ITEM_BYTES, Shape
 from foldserve.loadtest.micro.variants import Row
 from foldserve.loadtest.micro.withdrawal import TIMED, engine_options, machine, render, table
 from foldserve.reducers.plan import Reduction
-from foldserve.server.engine import positions
+from foldserve.server.engine import positions, runner_v1
+from foldserve.server.engine.worker import WORKERS
 
 Positions = Literal["keep", "renumber"]
 RATIO = 0.66
@@ -43,7 +44,7 @@ GOAL = 1.01
 WARM_UP = 1
 DECODE_PAIRS = 4  # for each other pair, which takes far longer
 PARTS = ("pairs", "clocked")
-KEEPING = ((positions, "attach"), (positions.PositionsRunner, "_place"))
+KEEPING = ((positions, "attach"), (runner_v1, "moves"), (positions.Moves, "apply"))
 """What runs for requests that keep positions only."""
 
 
@@ -51,7 +52,7 @@ class Bench:
     """The engine, and the requests of both kinds."""
 
     def __init__(self, shape: Shape, checkpoint: Path, **options: Any) -> None:
-        self._engine = ProbedEngine(checkpoint, None, worker_cls=positions.worker("cpu"), **options)
+        self._engine = ProbedEngine(checkpoint, None, worker_cls=WORKERS["cpu"], **options)
         image = self._engine.tokenizer.convert_tokens_to_ids("<image>")
         words = self._engine.tokenizer.encode("What is in this picture?")
         self._prompt = [image, *islice(cycle(words), shape.text)]

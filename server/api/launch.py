@@ -24,8 +24,9 @@ from foldserve.server.api import preflight
 from foldserve.server.api.announce import announce_when_ready
 from foldserve.server.api.connection import HEAD_BYTES
 from foldserve.server.api.lifecycle.arguments import SHARED, Shared, prepare
-from foldserve.server.engine import positions, withdrawal
+from foldserve.server.engine import withdrawal
 from foldserve.server.engine.refused_options import refuse_options
+from foldserve.server.engine.worker import WORKERS, device
 from foldserve.server.settings import CONFIG_KEY, Environment, Settings, cpu_variables, http_variables
 
 # Groups that vLLM loads in full unless VLLM_PLUGINS is set. Endpoint plugins it loads only if VLLM_PLUGINS names them.
@@ -121,11 +122,8 @@ def serve_args(
         options.error(f"{CONFIG_KEY!r} in --additional-config is set by foldserve's own options: use those")
     if settings.withdraw_layer is not None:
         _add_withdrawal(args, settings.withdraw_layer, options.error)
-    elif args.worker_cls == "auto" and args.pipeline_parallel_size == 1 and not environment.wants_v2_runner:
-        on_cpu = current_platform.is_cpu()
-        args.worker_cls = positions.worker("cpu" if on_cpu else "cuda")
-        if not on_cpu:
-            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # positions are kept by a V1 runner
+    elif args.worker_cls == "auto" and args.pipeline_parallel_size == 1:
+        args.worker_cls = WORKERS[device()]
     if args.scheduler_cls is None:
         args.scheduler_cls = _SCHEDULER
     try:
@@ -152,13 +150,10 @@ def _settings_for(choose: SettingsFor, args: Namespace, refuse: Callable[[str], 
 
 def _add_withdrawal(args: Namespace, layer: int, refuse: Callable[[str], NoReturn]) -> None:
     """Sets the engine arguments that withdrawal needs; a user's own value for one of them is refused."""
-    on_cpu = current_platform.is_cpu()
     try:
-        withdrawal.apply(args, layer, device="cpu" if on_cpu else "cuda")
+        withdrawal.apply(args, layer, device=device())
     except ValueError as error:
         refuse(str(error))
-    if not on_cpu:
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # withdrawal on runner V2 has not run on a GPU yet
 
 
 # Options whose vLLM default is replaced by None while parsing, to tell a user's choice from a default.

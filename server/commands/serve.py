@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +23,8 @@ Every option of `vllm serve` works here too: --help=all lists them, --help=WORD 
 """
 
 
+_RUNNERS = {"v1": "0", "v2": "1"}
+"""Values of `VLLM_USE_V2_MODEL_RUNNER`."""
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -44,6 +47,12 @@ def add(parser: ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="what --withdraw-layer auto reads (default: where `foldserve calibrate MODEL` writes)",
+    )
+    parser.add_argument(
+        "--model-runner",
+        choices=("auto", *_RUNNERS),
+        default="auto",
+        help="vLLM's model runner; auto: its own choice, which is v2 on a GPU and v1 on a CPU (default: auto)",
     )
     limits = parser.add_argument_group("limits of one request", "docs/security.md says what each is good for")
     add_options(limits, Limits)
@@ -98,6 +107,8 @@ def _run(args: Namespace, rest: list[str]) -> None:
     except ValueError as error:
         args.fail(str(error))
 
+    if args.model_runner in _RUNNERS:
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = _RUNNERS[args.model_runner]
     from foldserve.server.api.logs.config import configured
     from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 

@@ -46,8 +46,16 @@ class FoldModel(SupportsMultiModal):
         self._family = family_of(self.config)
         self.can_keep_positions = positions.limit(vllm_config) is not None
         self._withdraws = withdrawal.withdraw_layer(vllm_config) is not None
+
+    def get_model_state_cls(self) -> type[Any]:
+        """Asked for by model runner V2 only."""
         if self._withdraws:
-            self.get_model_state_cls = withdrawal.model_state_cls  # asked for by model runner V2 only
+            from foldserve.server.engine.withdrawal.state_v2 import WithdrawingModelState
+
+            return WithdrawingModelState
+        from foldserve.server.engine.state_v2 import FoldModelState
+
+        return FoldModelState
 
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
         """One (plan.kept, hidden) tensor per image, from as many images at a time as start-up has measured.

@@ -8,6 +8,7 @@ import torch
 from vllm.config import ModelConfig, VllmConfig
 from vllm.tokenizers import cached_tokenizer_from_config
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
+from vllm.v1.worker.gpu.sample import logits_processor as v2
 
 from foldserve.server.settings import Settings
 
@@ -31,16 +32,31 @@ class PaddingRows(LogitsProcessor):
         """All requests are treated alike."""
 
 
+class PaddingRowsV2(v2.LogitsProcessor):
+    """The same in model runner V2."""
+
+    def __init__(self, index: torch.Tensor) -> None:
+        self._index = index
+
+    def apply(self, logits: torch.Tensor, ctx: v2.LogitsContext) -> torch.Tensor:
+        return logits.index_fill_(-1, self._index, -torch.inf)
+
+
 class MaskingRunner:
     """Mixin before a V1 runner class. Modification: padding rows are never sampled, where the configuration says so."""
 
     def __init__(self: Any, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)  # type: ignore[call-arg]
-        asked = Settings.from_config(vllm_config.additional_config).masks_padding_rows
-        if asked and (rows := unknown_rows(vllm_config.model_config)):
+        if rows := masked_rows(vllm_config):
             # Not as vLLM's option: with that, it would bring every output token back to the host.
             mask = PaddingRows(torch.tensor(rows, device=device))
             self.input_batch.logitsprocs.non_argmax_invariant.append(mask)
+
+
+def masked_rows(vllm_config: VllmConfig) -> list[int]:
+    """Rows that the engine is to mask."""
+    asked = Settings.from_config(vllm_config.additional_config).masks_padding_rows
+    return unknown_rows(vllm_config.model_config) if asked else []
 
 
 def unknown_rows(model_config: ModelConfig) -> list[int]:

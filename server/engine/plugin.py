@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 from importlib.metadata import requires, version
 
@@ -17,6 +18,7 @@ def register() -> None:
     guardian.die_with_parent()
     if not gc.isenabled():  # as a process of a server imports
         gc.freeze()
+        atexit.register(gc.unfreeze)  # else C++ libraries list as leaked what was imported
         gc.enable()
     _require_vllm(version("vllm"))
     from vllm import ModelRegistry

@@ -1,14 +1,15 @@
 """Vision tokens that stay keep the positions that they had in the image; text goes on from the full length.
 
 A token's position is then data: which tokens stay is known on the device alone. It travels as two columns beside the
-embedding, so that the encoder cache holds both, and goes into the runner's positions after slot mapping has used them.
+embedding, so that the encoder cache holds both, and goes into the positions that the model gets (`runner_v1`,
+`state_v2`); slot mapping has used the runner's own by then.
 What the host has to know, the full length of an image, is part of the image's identity, and with it of every cache's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +18,6 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from foldserve.reducers.refusal import InvalidReduction
 from foldserve.server.engine.identity import ItemIdentity
-from foldserve.server.engine.per_request import PerRequest
 
 _COLUMNS = 2  # a position in base 256: each digit is exact in bfloat16
 _BASE = 256
@@ -38,16 +38,16 @@ def detach(embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 CANNOT_KEEP = (
-    "this engine can't keep positions: it needs foldserve's worker on model runner V1, both of which `foldserve serve` "
-    "sets, without pipeline parallelism and without speculative decoding; send positions 'renumber' to it"
+    "this engine can't keep positions: none can with pipeline parallelism, speculative decoding or micro-batches, and "
+    "model runner V1 needs foldserve's worker for it, which `foldserve serve` sets; send positions 'renumber' to it"
 )
 
 
 def limit(vllm_config: VllmConfig) -> int | None:
     """Positions that the model was trained for; None where the engine can't keep any, see `CANNOT_KEEP`."""
     parallel = vllm_config.parallel_config
-    ours = parallel.worker_cls.startswith("foldserve.") and not vllm_config.use_v2_model_runner
-    if not ours or parallel.pipeline_parallel_size > 1 or vllm_config.speculative_config is not None:
+    ours = vllm_config.use_v2_model_runner or parallel.worker_cls.startswith("foldserve.")
+    if not ours or parallel.pipeline_parallel_size > 1 or parallel.use_ubatching or vllm_config.speculative_config:
         return None
     return trained(vllm_config.model_config)
 
@@ -66,11 +66,6 @@ def refuse_positions(prompt_tokens: int, gaps: int, asked: int, limit: int) -> N
             "asked for: shorten it, ask for fewer (max_tokens), or send positions 'renumber'",
             "positions",
         )
-
-
-def worker(device: Literal["cpu", "cuda"]) -> str:
-    """The `worker_cls` whose runner keeps positions; every worker of withdrawal does too."""
-    return f"foldserve.server.engine.worker_{device}.FoldWorker"
 
 
 class Image(NamedTuple):
@@ -111,69 +106,71 @@ class PositionMap:
         return shifts
 
 
-class PositionsRunner:
-    """Mixin before a V1 runner class. Modification: positions of requests whose images keep theirs.
+class Chunk(NamedTuple):
+    """What a step computes of one request: tokens start..end - 1.
 
-    A request that would go beyond the model's positions is an error, before anything of it is computed: the server
-    refuses it before, and so does the processor as far as it can tell.
-    Nothing is done in a step without such a request, nor with a model whose identities say nothing of positions.
+    Attributes:
+        features: the request's images.
+        map: of the request; None where its tokens are numbered as they come.
     """
 
-    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._position_maps = PerRequest(self._checked_map)
+    features: Sequence[Any]
+    map: PositionMap | None
+    start: int
+    end: int
 
-    def _gather_mm_embeddings(
-        self: Any, scheduler_output: Any, shift_computed_tokens: int = 0
-    ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Called once per step, after slot mapping and before the positions are handed to the model."""
-        embeds, is_embed = super()._gather_mm_embeddings(  # type: ignore[misc]
-            scheduler_output, shift_computed_tokens
-        )
-        if not getattr(self.get_model(), "can_keep_positions", False):
-            return embeds, is_embed
-        maps = {name: self._position_maps.of(self.requests, name) for name in self.input_batch.req_ids}
-        if not any(maps.values()):
-            return embeds, is_embed
-        return self._place(scheduler_output, maps, embeds), is_embed
 
-    def _place(
-        self: Any, scheduler_output: Any, maps: dict[str, PositionMap | None], embeds: list[torch.Tensor]
-    ) -> list[torch.Tensor]:
-        """Moves the step's positions; returns the embeddings without their columns."""
-        shifts = np.zeros(scheduler_output.total_num_scheduled_tokens, dtype=np.int64)
-        plain: list[torch.Tensor] = []
-        images: list[tuple[int, int, torch.Tensor]] = []  # (first row in the step, first position, tokens)
-        remaining = iter(embeds)
-        row = 0
-        for request_id, positions in maps.items():
-            state = self.requests[request_id]
-            start = state.num_computed_tokens
-            end = start + scheduler_output.num_scheduled_tokens[request_id]
-            if positions is not None:
-                shifts[row : row + end - start] = positions.shifts(start, end)
-            for feature in state.mm_features:
-                place = feature.mm_position
-                first, last = max(place.offset, start), min(place.offset + place.length, end)
-                if first >= last:
-                    continue
-                item = next(remaining)
-                if ItemIdentity.parse(feature.identifier).full_length is not None:
-                    assert positions is not None
-                    item, source = detach(item)
-                    base = place.offset + int(positions.shifts(place.offset, place.offset + 1)[0])
-                    images.append((row + first - start, base, source))
-                plain.append(item)
-            row += end - start
-        self.positions[:row] += async_tensor_h2d(shifts, self.positions.device)
-        for first_row, base, source in images:
-            self.positions[first_row : first_row + len(source)] = source + base
-        return plain
+class Moves(NamedTuple):
+    """Where the tokens of a step stand instead of at their number in the prompt.
 
-    def _checked_map(self: Any, state: Any) -> PositionMap | None:
-        """The last place where a position beyond the model's can be refused: the next one is the rotary kernel."""
-        found = PositionMap.of(state.mm_features)
-        if found is not None:
-            asked = state.sampling_params.max_tokens
-            refuse_positions(state.num_prompt_tokens, found.shift, asked, trained(self.model_config))
-        return found
+    Attributes:
+        shifts: (tokens,) what each is moved by.
+        images: (first row in the step, position of the image's first token, (n,) tokens of the image) of those that
+            keep their positions.
+    """
+
+    shifts: np.ndarray[Any, np.dtype[np.int64]]
+    images: Sequence[tuple[int, int, torch.Tensor]]
+
+    def apply(self, positions: torch.Tensor) -> None:
+        """Moves (at least tokens,) positions in place."""
+        positions[: len(self.shifts)] += async_tensor_h2d(self.shifts, positions.device)
+        for first_row, base, source in self.images:
+            positions[first_row : first_row + len(source)] = source + base
+
+
+def moves(step: Iterable[Chunk], embeds: Iterable[torch.Tensor]) -> tuple[Moves, list[torch.Tensor]]:
+    """What moves in a step, and its images' embeddings, which come in the order of the chunks, without columns."""
+    shifts: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+    plain: list[torch.Tensor] = []
+    images: list[tuple[int, int, torch.Tensor]] = []
+    remaining = iter(embeds)
+    row = 0
+    for chunk in step:
+        length = chunk.end - chunk.start
+        shifts.append(np.zeros(length, np.int64) if chunk.map is None else chunk.map.shifts(chunk.start, chunk.end))
+        for feature in chunk.features:
+            place = feature.mm_position
+            first, last = max(place.offset, chunk.start), min(place.offset + place.length, chunk.end)
+            if first >= last:
+                continue
+            item = next(remaining)
+            if ItemIdentity.parse(feature.identifier).full_length is not None:
+                assert chunk.map is not None
+                item, source = detach(item)
+                base = place.offset + int(chunk.map.shifts(place.offset, place.offset + 1)[0])
+                images.append((row + first - chunk.start, base, source))
+            plain.append(item)
+        row += length
+    return Moves(np.concatenate(shifts), images), plain
+
+
+def checked_map(features: Sequence[Any], prompt_tokens: int, asked: int, limit: int) -> PositionMap | None:
+    """The map of a request: the last place where a position beyond the model's can be refused, see `refuse_positions`.
+
+    The next one is the rotary kernel. The server refuses before, and so does the processor as far as it can tell.
+    """
+    found = PositionMap.of(features)
+    if found is not None:
+        refuse_positions(prompt_tokens, found.shift, asked, limit)
+    return found

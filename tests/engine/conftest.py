@@ -1,10 +1,15 @@
-"""One in-process engine for the folder: small chunks that cut images, prefix caching on, several images per prompt."""
+"""One in-process engine for the folder: small chunks that cut images, prefix caching on, several images per prompt.
+
+With VLLM_USE_V2_MODEL_RUNNER=1 and TRITON_INTERPRET=1 the engines have model runner V2, its Triton kernels interpreted.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +18,12 @@ from PIL import Image
 from tests.engine.reference import Reference
 
 MAX_TOKENS = 8
+V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+if V2:
+    from triton.backends import backends
+
+    # Triton brings no CPU backend: the name of one is enough for vLLM, and interpreted kernels never ask for it.
+    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,9 @@ def start_engine(path: Path, **options: Any) -> Any:
         "seed": 0,
         "worker_cls": "foldserve.server.engine.worker_cpu.FoldWorker",
     }
-    return LLM(str(path), **(defaults | options))
+    llm = LLM(str(path), **(defaults | options))
+    assert llm.llm_engine.vllm_config.use_v2_model_runner == V2
+    return llm
 
 
 def greedy(llm: Any, cases: Sequence[Case], tokens: int = MAX_TOKENS) -> list[tuple[list[int], list[float]]]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,8 +26,9 @@ class Watched:
         self.chunks: dict[str, list[tuple[int, list[int]]]] = defaultdict(list)
 
     def positions(self) -> list[list[int]]:
-        """Of the requests, in the order in which they began, those that were never preempted and read no cache."""
-        return [[place for _, chunk in chunks for place in chunk] for chunks in self.chunks.values()]
+        """Of the requests, in the order in which they were added, those that were never preempted and read no cache."""
+        added = sorted(self.chunks, key=lambda name: int(name.partition("-")[0]))  # a count, and a random part
+        return [[place for _, chunk in self.chunks[name] for place in chunk] for name in added]
 
 
 @contextmanager
@@ -44,16 +46,38 @@ def watch(llm: Any) -> Iterator[Watched]:
         return step
 
     def forwarded(*args: Any, positions: Any, **kwargs: Any) -> Any:
-        ends = runner.query_start_loc.np
-        for i, request_id in enumerate(runner.input_batch.req_ids):
-            first = int(runner.input_batch.num_computed_tokens_cpu[i])
-            seen.chunks[request_id].append((first, positions[ends[i] : ends[i + 1]].tolist()))
+        request_ids, starts, ends = batch()
+        for i, request_id in enumerate(request_ids):
+            seen.chunks[request_id].append((int(starts[i]), positions[ends[i] : ends[i + 1]].tolist()))
         return forward(*args, positions=positions, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
+        is_v2 = llm.llm_engine.vllm_config.use_v2_model_runner
+        batch = _batch_v2(runner, patch) if is_v2 else partial(_batch_v1, runner)
         patch.setattr(scheduler, "schedule", scheduled)
         patch.setattr(runner.model, "forward", forwarded)
         yield seen
+
+
+Batch = tuple[Sequence[str], Sequence[int], Sequence[int]]
+"""Requests of a step, the first token of each in it, and the rows where they begin and end."""
+
+
+def _batch_v1(runner: Any) -> Batch:
+    return runner.input_batch.req_ids, runner.input_batch.num_computed_tokens_cpu, runner.query_start_loc.np
+
+
+def _batch_v2(runner: Any, patch: pytest.MonkeyPatch) -> Callable[[], Batch]:
+    prepare_attn = runner.model_state.prepare_attn
+    latest: Any = None
+
+    def prepared(input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal latest
+        latest = input_batch
+        return prepare_attn(input_batch, *args, **kwargs)
+
+    patch.setattr(runner.model_state, "prepare_attn", prepared)
+    return lambda: (latest.req_ids, latest.num_computed_tokens_np, latest.query_start_loc_np)
 
 
 def forget(llm: Any) -> None:

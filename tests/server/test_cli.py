@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -35,6 +36,17 @@ def fails(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
         cli.main(argv)
     assert exit_.value.code == 2
     return capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("asked", "variable"), [("auto", "theirs"), ("v1", "0"), ("v2", "1")])
+def test_the_model_runner_may_be_chosen(
+    asked: str, variable: str, started: list[tuple[list[str], Settings]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a variable of vLLM's, which `auto` leaves as it is."""
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "theirs")
+    cli.main(["serve", "m", "--model-runner", asked])
+    assert started[0][0] == ["m"]
+    assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == variable
 
 
 def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,7 @@ ENVIRONMENT = Environment(Path("/cache"), None, False, "g++")
 def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Namespace]:
     """`serve_args` on a CPU (or, with `cpu=False`, a GPU) with 8 GiB of memory and a compiler unless said otherwise."""
     from foldserve.server.api import launch
+    from foldserve.server.engine import worker
 
     def parse(
         *argv: str,
@@ -31,9 +32,9 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Namespace]:
         memory_gib: int = 8,
         compiler: bool = True,
     ) -> Namespace:
-        monkeypatch.setattr(launch, "current_platform", SimpleNamespace(is_cpu=lambda: cpu))
+        for module in (launch, worker):
+            monkeypatch.setattr(module, "current_platform", SimpleNamespace(is_cpu=lambda: cpu))
         memory = SimpleNamespace(available_memory=memory_gib * 2**30)
-        monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")  # set there too: undone here
         monkeypatch.setattr(launch, "get_memory_node_info", lambda node: memory)
         monkeypatch.setattr(shutil, "which", lambda name: f"/bin/{name}" if compiler else None)
         return launch.serve_args(list(argv), settings, environment, SMALL)

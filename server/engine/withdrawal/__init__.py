@@ -21,7 +21,6 @@ __all__ = [
     "check",
     "check_decoder",
     "configure",
-    "model_state_cls",
     "prompt_items",
     "refuse_request",
     "register",
@@ -41,13 +40,6 @@ def register() -> None:
     register_specs()
     for name in WITHDRAWING.values():
         ModelRegistry.register_model(name, f"{__name__}.decoder:{name}")
-
-
-def model_state_cls() -> type[Any]:
-    """What the model's `get_model_state_cls` returns for model runner V2."""
-    from foldserve.server.engine.withdrawal.state_v2 import WithdrawingModelState
-
-    return WithdrawingModelState
 
 
 def __getattr__(name: str) -> Any:

@@ -11,12 +11,12 @@ from vllm.config import CUDAGraphMode, VllmConfig
 
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.withdrawal.requests import Room
+from foldserve.server.engine.worker import WORKERS
 from foldserve.server.settings import CONFIG_KEY, Settings
 
 _PACKAGE = "foldserve.server.engine.withdrawal"
 _SCHEDULER = f"{_PACKAGE}.scheduler.WithdrawingScheduler"
 _ASYNC_SCHEDULER = f"{_PACKAGE}.scheduler.WithdrawingAsyncScheduler"
-_WORKERS = {device: f"{_PACKAGE}.worker_{device}.WithdrawingWorker" for device in ("cpu", "cuda")}
 
 _CAUSAL_LM = {
     "llama": "LlamaForCausalLM",
@@ -56,22 +56,18 @@ def step_room(vllm_config: VllmConfig) -> Room:
     return min(rooms)
 
 
-def configure(
-    layer: int, *, device: Literal["cpu", "cuda"], async_scheduling: bool = True, v2_runner: bool = False
-) -> dict[str, Any]:
+def configure(layer: int, *, device: Literal["cpu", "cuda"], async_scheduling: bool = True) -> dict[str, Any]:
     """The engine arguments that withdrawal at `layer` needs, to be merged into the others.
 
-    On the CPU vLLM schedules synchronously whatever is asked for. With `v2_runner` (experimental: not run on a GPU yet)
-    the environment has to say VLLM_USE_V2_MODEL_RUNNER=1, without it VLLM_USE_V2_MODEL_RUNNER=0; `check` verifies it.
+    On the CPU vLLM schedules synchronously whatever is asked for.
     """
     runs_ahead = async_scheduling and device == "cuda"
     arguments: dict[str, Any] = {
         "additional_config": {CONFIG_KEY: {"withdraw_layer": layer}},
         "scheduler_cls": _ASYNC_SCHEDULER if runs_ahead else _SCHEDULER,
         "async_scheduling": runs_ahead,
+        "worker_cls": WORKERS[device],
     }
-    if not v2_runner:
-        arguments["worker_cls"] = _WORKERS[device]
     if device == "cuda":
         # Piecewise graphs are keyed by the size of the full batch, which is not the size of the deep half.
         arguments["compilation_config"] = {"cudagraph_mode": "FULL_DECODE_ONLY"}
@@ -192,11 +188,9 @@ def _is_sliding(text_config: Any) -> bool:
 
 def _required_classes(config: VllmConfig) -> Iterator[tuple[str, str]]:
     """Classes of ours that vLLM's configuration does not name."""
-    scheduler, worker = config.scheduler_config, config.parallel_config.worker_cls
+    scheduler = config.scheduler_config
     schedulers = [_ASYNC_SCHEDULER] if scheduler.async_scheduling else [_SCHEDULER, _ASYNC_SCHEDULER]
     if scheduler.scheduler_cls not in schedulers:
         yield "scheduler_cls", schedulers[0]
-    if not config.use_v2_model_runner and worker not in _WORKERS.values():
-        yield "worker_cls", " or ".join(_WORKERS.values())
-    if config.use_v2_model_runner and worker in _WORKERS.values():
-        yield "worker_cls", "auto (with model runner V2)"
+    if not config.use_v2_model_runner and config.parallel_config.worker_cls not in WORKERS.values():
+        yield "worker_cls", " or ".join(WORKERS.values())

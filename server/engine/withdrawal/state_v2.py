@@ -1,7 +1,4 @@
-"""Model runner V2: hands the deep part of each step to the metadata builders.
-
-Experimental: run on the CPU with interpreted Triton kernels only, not on a GPU yet.
-"""
+"""Model runner V2: hands the deep part of each step to the metadata builders."""
 
 from __future__ import annotations
 
@@ -10,15 +7,15 @@ from typing import Any
 import numpy as np
 from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch
-from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.utils import AttentionGroup
 
+from foldserve.server.engine.state_v2 import FoldModelState
 from foldserve.server.engine.withdrawal.batch import BatchMaps, DeepBatch
 from foldserve.server.engine.withdrawal.core import TokenMap
 from foldserve.server.engine.withdrawal.metadata import deep_step
 
 
-class WithdrawingModelState(DefaultModelState):
+class WithdrawingModelState(FoldModelState):
     """Modifications: metadata of the deep layers is built for their part of the step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

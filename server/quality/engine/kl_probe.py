@@ -23,8 +23,9 @@ from vllm.multimodal.utils import group_and_batch_mm_kwargs
 from foldserve.server.engine import withdrawal
 from foldserve.server.engine.withdrawal.batch import BatchMaps
 from foldserve.server.engine.withdrawal.core import TokenMap
+from foldserve.server.engine.worker import device
 from foldserve.server.quality.engine.kl_walk import last_logits
-from foldserve.server.quality.engine.offline import KV_CACHE_BYTES, OfflineModel, device, render
+from foldserve.server.quality.engine.offline import KV_CACHE_BYTES, OfflineModel, render
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,18 +14,18 @@ from vllm import LLM, SamplingParams
 from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageProcessorItems
-from vllm.platforms import current_platform
 from vllm.renderers.params import ChatParams
 from vllm.sampling_params import RequestOutputKind
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from foldserve.reducers.item import ItemPlan, Layout
 from foldserve.reducers.plan import Reduction
-from foldserve.server.engine import positions, withdrawal
+from foldserve.server.engine import withdrawal
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.plugin import register
 from foldserve.server.engine.processor import KWARG
 from foldserve.server.engine.withdrawal import Room, admit, prompt_items
+from foldserve.server.engine.worker import WORKERS, device
 from foldserve.server.settings import CONFIG_KEY
 
 if TYPE_CHECKING:
@@ -64,8 +63,6 @@ class OfflineModel:
             ValueError: not a model that foldserve can reduce.
             SystemExit: options that vLLM's parser refuses, or fixed ones.
         """
-        if not current_platform.is_cpu():
-            os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # as `foldserve serve` does
         register()
         parser = EngineArgs.add_cli_args(FlexibleArgumentParser(prog=f"foldserve {command} MODEL"))
         parser.set_defaults(**defaults)
@@ -88,10 +85,6 @@ class OfflineModel:
             return [family.largest for _ in images]
         info = MULTIMODAL_REGISTRY.create_processor(self._args.create_model_config()).info
         return [family.layout(family.shape(ImageProcessorItems([image]), 0, info)) for image in images]
-
-
-def device() -> Literal["cpu", "cuda"]:
-    return "cpu" if current_platform.is_cpu() else "cuda"
 
 
 def render(llm: LLM, messages: Messages, **options: Any) -> Any:
@@ -136,7 +129,7 @@ class AnsweringModel(OfflineModel):
             withdrawal.apply(args, withdraw_layer, device=device())
             args.additional_config = {**args.additional_config, CONFIG_KEY: {"withdraw_layer": withdraw_layer}}
         elif args.worker_cls == "auto" and args.pipeline_parallel_size == 1:
-            args.worker_cls = positions.worker(device())
+            args.worker_cls = WORKERS[device()]
         llm = LLM.from_engine_args(args)
         try:
             yield AnsweringEngine(llm)

@@ -125,7 +125,7 @@ def test_without_k_everything_is_allowed(config: Any) -> None:
 def test_vllms_own_scheduler_and_worker_are_refused(config: Any) -> None:
     ours = config.parallel_config.worker_cls
     config.parallel_config.worker_cls = "vllm.v1.worker.cpu_worker.CPUWorker"
-    with pytest.raises(ValueError, match=r"needs worker_cls .*worker_cpu.WithdrawingWorker"):
+    with pytest.raises(ValueError, match=r"needs worker_cls .*worker_cpu.FoldWorker"):
         withdrawal.check(config)
     config.parallel_config.worker_cls = ours
     config.scheduler_config.scheduler_cls = None
@@ -153,6 +153,5 @@ def test_select_decoder_knows_four_families_and_refuses_the_rest(config: Any) ->
 def test_arguments_for_a_gpu() -> None:
     arguments = withdrawal.configure(16, device="cuda")
     assert arguments["async_scheduling"] and arguments["scheduler_cls"].endswith("WithdrawingAsyncScheduler")
-    assert arguments["worker_cls"].endswith("worker_cuda.WithdrawingWorker")
+    assert arguments["worker_cls"].endswith("worker_cuda.FoldWorker")
     assert arguments["compilation_config"] == {"cudagraph_mode": "FULL_DECODE_ONLY"}
-    assert "worker_cls" not in withdrawal.configure(16, device="cuda", v2_runner=True)

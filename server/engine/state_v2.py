@@ -1,0 +1,95 @@
+"""Model runner V2: positions of requests whose images keep theirs, and padding rows that are never sampled.
+
+The model names this state (`get_model_state_cls`), so any worker does. Run with interpreted Triton kernels on a CPU,
+not on a GPU yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from vllm.v1.core.sched.output import NewRequestData
+from vllm.v1.worker.gpu.input_batch import InputBatch
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+from vllm.v1.worker.gpu.model_states.interface import ModelState
+from vllm.v1.worker.gpu.states import RequestState
+
+from foldserve.server.engine.padding_rows import PaddingRowsV2, masked_rows
+from foldserve.server.engine.positions import Chunk, Moves, PositionMap, checked_map, moves, trained
+
+
+class GatheringState(ModelState):
+    """Modification: embeddings are gathered without the columns that say where their tokens stand.
+
+    `DefaultModelState` gathers with `super()`, so this stands behind it.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._position_maps: dict[str, PositionMap] = {}
+        self._moves: Moves | None = None
+
+    def gather_mm_embeddings(
+        self, input_batch: InputBatch, draft_lookahead: int = 0
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        embeds, is_embed = super().gather_mm_embeddings(input_batch, draft_lookahead)
+        if any(name in self._position_maps for name in input_batch.req_ids):
+            self._moves, embeds = moves(self._chunks(input_batch), embeds)
+        return embeds, is_embed
+
+    def _chunks(self, input_batch: InputBatch) -> Iterator[Chunk]:
+        features, maps = self.encoder_cache.mm_features, self._position_maps
+        starts = input_batch.num_computed_tokens_np.tolist()
+        counts = input_batch.num_scheduled_tokens.tolist()
+        for name, start, count in zip(input_batch.req_ids, starts, counts, strict=True):
+            yield Chunk(features[name], maps.get(name), start, start + count)
+
+
+class FoldModelState(DefaultModelState, GatheringState):
+    """Modifications:
+
+    - a model that can keep positions gets positions of its own, in a buffer that CUDA graphs may read; those of the
+      batch stay, which slot mapping and the sampler's random numbers are made from;
+    - rows of the vocabulary that no token has are never sampled, where the configuration says so.
+    """
+
+    def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
+        super().__init__(vllm_config, model, encoder_cache, device)
+        self._positions: torch.Tensor | None = None
+        if getattr(model, "can_keep_positions", False):
+            self._positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
+
+    def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
+        super().add_request(req_index, new_req_data)
+        if self._positions is None or new_req_data.sampling_params is None:
+            return
+        asked = new_req_data.sampling_params.max_tokens or 0
+        found = checked_map(new_req_data.mm_features, new_req_data.prompt_len, asked, trained(self.model_config))
+        if found is not None:
+            self._position_maps[new_req_data.req_id] = found
+
+    def remove_request(self, req_id: str) -> None:
+        self._position_maps.pop(req_id, None)
+        super().remove_request(req_id)
+
+    def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, torch.Tensor | None]:
+        inputs = super().prepare_inputs(input_batch, req_states)
+        if self._positions is None:
+            return inputs
+        positions = self._positions[: input_batch.num_tokens_after_padding]
+        positions.copy_(input_batch.positions)
+        if self._moves is not None:
+            self._moves.apply(positions)
+            self._moves = None
+        return {**inputs, "positions": positions}
+
+    def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
+        inputs: dict[str, Any] = super().prepare_dummy_inputs(num_reqs, num_tokens)
+        return inputs if self._positions is None else {**inputs, "positions": self._positions[:num_tokens]}
+
+    def custom_sampler(self, sampler: Any) -> tuple[Any, Any] | None:
+        if rows := masked_rows(self.vllm_config):
+            sampler.logits_processors.append(PaddingRowsV2(torch.tensor(rows, device=self.device)))
+        return super().custom_sampler(sampler)
