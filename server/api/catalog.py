@@ -20,7 +20,7 @@ def describe(chat: FoldServingChat) -> dict[str, object]:
     planner = chat.planner
     family, settings = planner.family, planner.settings
     largest = None if family is None else family.largest
-    methods = [method for method in METHODS.values() if largest and _works_with(method, largest)]
+    methods = served_methods(largest)
     return {
         "object": "list",
         "model": chat.models.base_model_paths[0].name,
@@ -54,6 +54,11 @@ def served_card(model: str) -> dict[str, Any] | None:
         return None
     summary: dict[str, Any] = json.loads(file.read_text())["summary"]
     return summary
+
+
+def served_methods(largest: Layout | None) -> list[Method]:
+    """Methods that a model with this largest image has what they need for; None: no image can be reduced."""
+    return [method for method in METHODS.values() if largest and _works_with(method, largest)]
 
 
 def _works_with(method: Method, largest: Layout) -> bool:

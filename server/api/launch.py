@@ -44,6 +44,10 @@ _CPU_KV_CACHE_GIB = 4
 _CPU_IMAGE_CACHE_GIB = 1
 
 
+def _say(message: str) -> None:
+    print(f"foldserve: {message}", file=sys.stderr, flush=True)
+
+
 SettingsFor = Callable[[str, str | None], Settings]
 """Settings that depend on the model: its name or directory and its revision -> settings; ValueError refuses."""
 
@@ -59,12 +63,7 @@ def serve(argv: list[str], settings: Settings | SettingsFor, environment: Enviro
         SystemExit: arguments that vLLM's parser or we refuse.
         CannotStart: what `preflight` refuses.
     """
-    _check_plugins()
-    os.environ["VLLM_PLUGINS"] = ",".join(plugins_to_load(environment))
-    if current_platform.is_cpu():
-        os.environ.update(cpu_variables())
-    os.environ.update(http_variables())
-    cli_env_setup()
+    prepare_process(environment)
     args = serve_args(argv, settings, environment, small_model)
     configure_logging_from_args(args)
     with preflight.explained():
@@ -76,6 +75,16 @@ def serve(argv: list[str], settings: Settings | SettingsFor, environment: Enviro
     shared: Shared = getattr(args, SHARED)
     if shared.engine_died.is_set():
         raise SystemExit("foldserve: the engine's process has died")
+
+
+def prepare_process(environment: Environment) -> None:
+    """Sets the variables that vLLM's processes read, and checks that they can load our plugins."""
+    _check_plugins()
+    os.environ["VLLM_PLUGINS"] = ",".join(plugins_to_load(environment))
+    if current_platform.is_cpu():
+        os.environ.update(cpu_variables())
+    os.environ.update(http_variables())
+    cli_env_setup()
 
 
 def _check_plugins() -> None:
@@ -95,10 +104,21 @@ def plugins_to_load(environment: Environment) -> list[str]:
 
 
 def serve_args(
-    argv: list[str], settings: Settings | SettingsFor, environment: Environment, small_model: Path
+    argv: list[str],
+    settings: Settings | SettingsFor,
+    environment: Environment,
+    small_model: Path,
+    *,
+    parser_class: type[FlexibleArgumentParser] = FlexibleArgumentParser,
+    say: Callable[[str], None] = _say,
 ) -> Namespace:
-    """vLLM's parsed arguments, completed where the user left the choice."""
-    parser = FlexibleArgumentParser(prog="foldserve")
+    """vLLM's parsed arguments, completed where the user left the choice.
+
+    Args:
+        parser_class: its `error` ends whatever is refused.
+        say: gets what was chosen.
+    """
+    parser = parser_class(prog="foldserve")
     options = ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
     options.usage = "foldserve serve [MODEL] [options]"
     defaults = {name: options.get_default(name) for name in _OURS_TO_CHOOSE}
@@ -109,15 +129,15 @@ def serve_args(
     small = args.model_tag is None and args.model is None
     if small:
         choices |= {"model": str(small_model), "served_model_name": [_SMALL_MODEL_NAME]}
-        _say("no MODEL given: serving the small demo model, which knows drawn scenes of coloured shapes and numbers")
+        say("no MODEL given: serving the small demo model, which knows drawn scenes of coloured shapes and numbers")
     if current_platform.is_cpu():
         choices |= _cpu_choices(args, environment, small)
     if small:
         choices["structured_outputs_config"] = StructuredOutputsConfig(**_SMALL_MODEL_JSON)
-    _complete(args, choices, defaults)
+    _complete(args, choices, defaults, say)
 
     if not isinstance(settings, Settings):
-        settings = _settings_for(settings, args, options.error)
+        settings = _settings_for(settings, args, options.error, say)
     if CONFIG_KEY in args.additional_config:
         options.error(f"{CONFIG_KEY!r} in --additional-config is set by foldserve's own options: use those")
     if settings.withdraw_layer is not None:
@@ -139,12 +159,14 @@ def serve_args(
     return args
 
 
-def _settings_for(choose: SettingsFor, args: Namespace, refuse: Callable[[str], NoReturn]) -> Settings:
+def _settings_for(
+    choose: SettingsFor, args: Namespace, refuse: Callable[[str], NoReturn], say: Callable[[str], None]
+) -> Settings:
     try:
         settings = choose(args.model_tag or args.model, args.revision)
     except ValueError as error:
         refuse(str(error))
-    _say(f"--withdraw-layer {settings.withdraw_layer}, as calibrated")
+    say(f"--withdraw-layer {settings.withdraw_layer}, as calibrated")
     return settings
 
 
@@ -182,14 +204,16 @@ def _cpu_choices(args: Namespace, environment: Environment, small: bool) -> dict
     return choices
 
 
-def _complete(args: Namespace, choices: dict[str, object], defaults: dict[str, object]) -> None:
+def _complete(
+    args: Namespace, choices: dict[str, object], defaults: dict[str, object], say: Callable[[str], None]
+) -> None:
     """Fills in what the user left open, by `choices` before vLLM's `defaults`, and says what was chosen."""
     chosen = {name: value for name, value in choices.items() if getattr(args, name) is None}
     for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, chosen.get(name, default))
     if chosen:
-        _say("defaults applied: " + " ".join(_as_option(name, value) for name, value in chosen.items()))
+        say("defaults applied: " + " ".join(_as_option(name, value) for name, value in chosen.items()))
 
 
 def _as_option(name: str, value: object) -> str:
@@ -199,7 +223,3 @@ def _as_option(name: str, value: object) -> str:
     if isinstance(value, StructuredOutputsConfig):
         return f"{option} '{json.dumps(_SMALL_MODEL_JSON)}'"
     return f"{option} {' '.join(value) if isinstance(value, list) else value}"
-
-
-def _say(message: str) -> None:
-    print(f"foldserve: {message}", file=sys.stderr, flush=True)

@@ -11,6 +11,10 @@ from vllm.config import VllmConfig
 
 from foldserve.server.access import Access
 from foldserve.server.api.logs.config import STARTUP
+from foldserve.server.api.sizes import size
+from foldserve.server.engine.encoder_budget import profiled_images
+from foldserve.server.engine.facts.choices import model_runner
+from foldserve.server.engine.facts.kv import TEXT_TOKENS
 from foldserve.server.limits import Limits
 
 if TYPE_CHECKING:
@@ -37,6 +41,7 @@ def facts(chat: FoldServingChat, limits: Limits, access: Access) -> dict[str, st
         "model": f"{name}: {', '.join(model.architectures)}, {str(model.dtype).removeprefix('torch.')}, "
         f"{model.max_model_len} tokens of context",
         "device": _device(config),
+        "engine": _engine(chat),
         "reduction": _reduction(chat),
         "withdrawal": _withdrawal(chat),
         "requests": f"{config.scheduler_config.max_num_seqs} run at once, {access.max_queue} wait; each up to "
@@ -67,6 +72,24 @@ def _device(config: VllmConfig) -> str:
     )
     blocks = f", KV cache of {cache.num_gpu_blocks} blocks of {cache.block_size} tokens" if cache.num_gpu_blocks else ""
     return f"{config.device_config.device_type}{engines}{blocks}"
+
+
+def _engine(chat: FoldServingChat) -> str:
+    """Without attention backends: to ask for them costs the start a tenth of a second, `foldserve doctor` does it."""
+    config, family, cost = chat.engine_client.vllm_config, chat.planner.family, chat.kv_cost
+    graphs = config.compilation_config.cudagraph_mode
+    text = f"model runner {model_runner(config)}, graphs {'NONE' if graphs is None else graphs.name}"
+    if family is None:
+        return text
+    image = family.largest.tokens
+    sequence = size(cost.sequence_bytes(image + TEXT_TOKENS))
+    if cost.withdraw_layer is not None:
+        sequence += f" ({size(cost.sequence_bytes(image + TEXT_TOKENS, image))} withdrawn)"
+    images = profiled_images(config)
+    return (
+        f"{text}, up to {images} images a tower call; KV cache: {sequence} for one largest image and {TEXT_TOKENS} "
+        "tokens of text"
+    )
 
 
 def _reduction(chat: FoldServingChat) -> str:

@@ -2,6 +2,7 @@
 
 ALL = {
     "serve": "start the server",
+    "doctor": "say whether and how a server with these options would run here",
     "calibrate": "find the withdrawal layer of a model",
     "evaluate": "measure accuracy against vision tokens",
     "analyze": "show where a model can do with fewer vision tokens",

@@ -30,7 +30,13 @@ _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 def add(parser: ArgumentParser) -> None:
     describe(parser, _DESCRIPTION)
-    parser.usage = "foldserve serve [MODEL] [options] [any option of vllm serve]"
+    declare_options(parser, "serve")
+    parser.set_defaults(run=_run)
+
+
+def declare_options(parser: ArgumentParser, command: str) -> None:
+    """The options of a command that takes all arguments of a server."""
+    parser.usage = f"foldserve {command} [MODEL] [options] [any option of vllm serve]"
     parser.add_argument(
         "-h", "--help", nargs="?", const="", metavar="WORD", help="show this; with WORD, vLLM's options"
     )
@@ -69,7 +75,7 @@ def add(parser: ArgumentParser) -> None:
     access.add_argument(
         "--verbose", action="store_true", help="vLLM's own lines too: arguments, routes, throughput every 10 s"
     )
-    parser.set_defaults(run=_run, takes_engine_options=True, usage=parser.format_help, fail=parser.error)
+    parser.set_defaults(takes_engine_options=True, usage=parser.format_help, fail=parser.error)
 
 
 def _access(args: Namespace) -> Access:
@@ -81,34 +87,40 @@ def _access(args: Namespace) -> Access:
     return access
 
 
+def read_settings(args: Namespace, environment: Environment) -> Settings | Callable[[str, str | None], Settings]:
+    """The settings, or how they follow from the model; vLLM is told of the model runner by its variable.
+
+    Raises:
+        ValueError: options that don't go together, or with the environment.
+    """
+    if environment.own_logging and (args.log_format != "text" or args.log_level or args.verbose):
+        raise ValueError("--log-format, --log-level and --verbose exclude a logging configuration of your own")
+    calibrated = args.withdraw_layer == "auto"
+    if args.calibration is not None and not calibrated:
+        raise ValueError("--calibration is what --withdraw-layer auto reads: give both or none")
+    settings = read_options(
+        Settings,
+        args,
+        withdraw_layer=None if calibrated else args.withdraw_layer,
+        limits=read_options(Limits, args),
+        access=_access(args),
+    )
+    if args.model_runner in _RUNNERS:
+        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = _RUNNERS[args.model_runner]
+    return _calibrated(settings, args.calibration, environment) if calibrated else settings
+
+
 def _run(args: Namespace, rest: list[str]) -> None:
     if args.help == "":
         print(args.usage(), end="")
         return
     if args.help:
         rest = [*rest, f"--help={args.help}"]
-    settings: Settings | Callable[[str, str | None], Settings]
     try:
         environment = Environment.read()
-        if environment.own_logging and (args.log_format != "text" or args.log_level or args.verbose):
-            raise ValueError("--log-format, --log-level and --verbose exclude a logging configuration of your own")
-        calibrated = args.withdraw_layer == "auto"
-        if args.calibration is not None and not calibrated:
-            raise ValueError("--calibration is what --withdraw-layer auto reads: give both or none")
-        settings = read_options(
-            Settings,
-            args,
-            withdraw_layer=None if calibrated else args.withdraw_layer,
-            limits=read_options(Limits, args),
-            access=_access(args),
-        )
-        if calibrated:
-            settings = _calibrated(settings, args.calibration, environment)
+        settings = read_settings(args, environment)
     except ValueError as error:
         args.fail(str(error))
-
-    if args.model_runner in _RUNNERS:
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = _RUNNERS[args.model_runner]
     from foldserve.server.api.logs.config import configured
     from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 

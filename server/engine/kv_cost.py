@@ -22,6 +22,10 @@ class KvCost:
     layers: int
     withdraw_layer: int | None
 
+    def sequence_bytes(self, tokens: int, withdrawn: int = 0) -> int:
+        """Of `tokens` tokens, of which the layers from K on don't hold `withdrawn`."""
+        return self.token_layer_bytes * tokens * self.layers - self.saved_bytes(0, withdrawn)
+
     def saved_bytes(self, removed: int, withdrawn: int) -> int:
         """Against the same request unreduced: removed tokens are in no layer, withdrawn ones in none from K on."""
         deep_layers = self.layers - self.withdraw_layer if self.withdraw_layer is not None else 0

@@ -20,7 +20,7 @@ def register() -> None:
         gc.freeze()
         atexit.register(gc.unfreeze)  # else C++ libraries list as leaked what was imported
         gc.enable()
-    _require_vllm(version("vllm"))
+    require_vllm(version("vllm"))
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
@@ -41,7 +41,8 @@ def vllm_version() -> str:
     return pin.partition(";")[0].removeprefix("vllm==")
 
 
-def _require_vllm(found: str) -> None:
+def require_vllm(found: str) -> None:
+    """Raises RuntimeError for another vLLM version than `vllm_version()`; builds such as `+cpu` don't matter."""
     needed = vllm_version()
     if found.partition("+")[0] != needed:
         raise RuntimeError(f"foldserve needs vLLM {needed}, found {found}: pip install vllm=={needed}")

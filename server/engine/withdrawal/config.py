@@ -113,11 +113,17 @@ def check_decoder(vllm_config: VllmConfig) -> str:
     if withdraw_layer(vllm_config) is None:
         return ""
     check(vllm_config)
-    text = vllm_config.model_config.hf_config.get_text_config()
-    name = (text.architectures or [_CAUSAL_LM.get(text.model_type, text.model_type)])[0]
+    name = decoder_class(vllm_config)
     if name not in (*WITHDRAWING, *WITHDRAWING.values()):
         raise ValueError(f"--withdraw-layer supports the decoders {sorted(WITHDRAWING)}; this model has {name}")
     return WITHDRAWING.get(name, name)
+
+
+def decoder_class(vllm_config: VllmConfig) -> str:
+    """vLLM's class of the model's decoder, or ours once `select_decoder` has named it."""
+    text = vllm_config.model_config.hf_config.get_text_config()
+    name: str = (text.architectures or [_CAUSAL_LM.get(text.model_type, text.model_type)])[0]
+    return name
 
 
 def check(vllm_config: VllmConfig) -> None:

@@ -1,0 +1,1 @@
+"""`foldserve doctor`: `machine` and `examine` find facts and problems, `table` shows them."""

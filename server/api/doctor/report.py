@@ -1,0 +1,54 @@
+"""What `foldserve doctor` found."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # they import vLLM, which may be missing
+    from foldserve.server.api.doctor.machine import Machine
+    from foldserve.server.api.doctor.versions import Versions
+    from foldserve.server.engine.facts.choices import EngineFacts
+    from foldserve.server.engine.facts.kv import KvFacts
+    from foldserve.server.engine.facts.model import ModelFacts
+
+
+DEFAULTS = "defaults applied: "
+"""Begins the note about options that `foldserve serve` fills in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """`text`: what is wrong and what to do, in one line. `stops`: the server would not start."""
+
+    text: str
+    stops: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """None: not known, since a problem came before.
+
+    Attributes:
+        notes: what `foldserve serve` would say that it chose.
+        methods: names of those before the decoder that the model is served with.
+        decoder_methods: that it is served with where there is a withdrawal layer.
+    """
+
+    problems: tuple[Problem, ...]
+    versions: Versions
+    machine: Machine | None = None
+    notes: tuple[str, ...] = ()
+    model: ModelFacts | None = None
+    methods: tuple[str, ...] = ()
+    decoder_methods: tuple[str, ...] = ()
+    engine: EngineFacts | None = None
+    kv: KvFacts | None = None
+
+    @property
+    def starts(self) -> bool:
+        """Whether a server would."""
+        return not any(problem.stops for problem in self.problems)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"starts": self.starts, **asdict(self)}

@@ -1,0 +1,38 @@
+"""Plain attention of a decoder that is not built yet."""
+
+from __future__ import annotations
+
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.utils.torch_utils import get_kv_cache_torch_dtype
+from vllm.v1.attention.backend import AttentionBackend
+from vllm.v1.attention.selector import get_attn_backend
+from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+
+def attention_backend(config: VllmConfig) -> type[AttentionBackend] | None:
+    """None where the decoder has attention of another kind.
+
+    Raises:
+        ValueError: vLLM has none for what is asked for.
+    """
+    model = config.model_config
+    if model.use_mla or model.is_attention_free:
+        return None
+    with set_current_vllm_config(config):
+        return get_attn_backend(
+            model.get_head_size(),
+            model.dtype,
+            config.cache_config.cache_dtype,
+            num_heads=model.get_num_attention_heads(config.parallel_config),
+        )
+
+
+def attention_spec(config: VllmConfig) -> FullAttentionSpec:
+    """KV spec of a layer with plain attention in one rank, as its attention op will give it."""
+    model, cache = config.model_config, config.cache_config
+    return FullAttentionSpec(
+        block_size=cache.block_size,
+        num_kv_heads=model.get_num_kv_heads(config.parallel_config),
+        head_size=model.get_head_size(),
+        dtype=get_kv_cache_torch_dtype(cache.cache_dtype, model.dtype),
+    )

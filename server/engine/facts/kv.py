@@ -1,0 +1,129 @@
+"""What the KV cache costs, and how it is divided."""
+
+from __future__ import annotations
+
+from copy import copy
+from dataclasses import dataclass
+from typing import Literal
+
+from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
+from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
+from vllm.v1.core.kv_cache_utils import check_enough_kv_cache_memory, get_kv_cache_groups
+from vllm.v1.kv_cache_interface import KVCacheSpec, replace_as
+
+from foldserve.server.engine.facts.attention import attention_backend, attention_spec
+from foldserve.server.engine.families.registry import family_of
+from foldserve.server.engine.kv_cost import kv_cost
+from foldserve.server.engine.withdrawal.config import withdraw_layer
+from foldserve.server.engine.withdrawal.layout import bucket_of
+from foldserve.server.engine.withdrawal.spec import DeepAttentionSpec, ShallowAttentionSpec
+
+TEXT_TOKENS = 64
+"""Beside one largest image, in the sequence that stands for all."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvGroup:
+    """Layers that share a block table."""
+
+    kind: Literal["all", "shallow", "deep"]
+    layers: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvFacts:
+    """KV cache of a decoder with plain attention, over all ranks.
+
+    Attributes:
+        token_bytes: of a token in all layers.
+        sequence_tokens: of one largest image and `text_tokens`.
+        sequence_bytes: of these.
+        withdrawn_bytes: of these where the image is withdrawn at K; None without K.
+        pool_bytes: of the whole cache where the options say so; else what is free at start-up decides.
+        sequences: such sequences that the pool holds, in whole blocks; None where its size is open.
+        withdrawn_sequences: the same where all images are withdrawn.
+    """
+
+    token_bytes: int
+    text_tokens: int
+    sequence_tokens: int
+    sequence_bytes: int
+    withdrawn_bytes: int | None
+    block_tokens: int
+    groups: tuple[KvGroup, ...]
+    pool_bytes: int | None
+    sequences: int | None
+    withdrawn_sequences: int | None
+
+
+def kv_facts(config: VllmConfig) -> KvFacts | None:
+    """None for a model that foldserve does not reduce: its layers may have other caches than plain attention's.
+
+    Raises:
+        ValueError: the pool that the options ask for holds no sequence of the longest kind.
+    """
+    family = family_of(config.model_config.hf_config)
+    if family is None:
+        return None
+    layer, image = withdraw_layer(config), family.largest.tokens
+    cost, tokens, pool = kv_cost(config, layer), image + TEXT_TOKENS, config.cache_config.kv_cache_memory_bytes
+    specs = _specs(config, layer)
+    config = _laid_out(config, specs)
+    groups = get_kv_cache_groups(config, dict(specs))
+    kinds = [_kind(group.kv_cache_spec) for group in groups]
+    if pool is not None:
+        check_enough_kv_cache_memory(config, specs, pool)
+    width = max(len(group.layer_names) for group in groups)
+    block, page = config.cache_config.block_size, next(iter(specs.values())).page_size_bytes
+
+    def fits(withdrawn: int) -> int | None:
+        if pool is None:
+            return None
+        blocks = sum(cdiv(tokens - (withdrawn if kind == "deep" else 0), block) for kind in kinds)
+        return (pool // (page * width) - 1) // blocks  # vLLM keeps one block back
+
+    return KvFacts(
+        token_bytes=cost.sequence_bytes(1),
+        text_tokens=TEXT_TOKENS,
+        sequence_tokens=tokens,
+        sequence_bytes=cost.sequence_bytes(tokens),
+        withdrawn_bytes=None if layer is None else cost.sequence_bytes(tokens, image),
+        block_tokens=block,
+        groups=tuple(KvGroup(kind, len(group.layer_names)) for kind, group in zip(kinds, groups, strict=True)),
+        pool_bytes=pool,
+        sequences=fits(0),
+        withdrawn_sequences=None if layer is None else fits(image),
+    )
+
+
+def _specs(config: VllmConfig, withdraw_layer: int | None) -> dict[str, KVCacheSpec]:
+    """KV specs of a rank's layers, as its attention ops will give them."""
+    full, layers = attention_spec(config), config.model_config.get_num_layers(config.parallel_config)
+    if withdraw_layer is None:
+        return dict.fromkeys(map(str, range(layers)), full)
+    not_deep = ("sliding_window", "attention_chunk_size", "non_causal")
+    specs: dict[str, KVCacheSpec] = {}
+    for i in range(layers):
+        bucket = bucket_of(i, layers, withdraw_layer)
+        if i < withdraw_layer:
+            specs[str(i)] = replace_as(full, ShallowAttentionSpec, bucket=bucket)
+        else:
+            specs[str(i)] = replace_as(full, DeepAttentionSpec, drop=not_deep, bucket=bucket)
+    return specs
+
+
+def _laid_out(config: VllmConfig, specs: dict[str, KVCacheSpec]) -> VllmConfig:
+    """A copy whose KV cache has the layout that the engine will choose."""
+    config, backend = copy(config), attention_backend(config)
+    assert backend is not None  # our decoders have plain attention
+    config.cache_config = copy(config.cache_config)
+    layouts = [layout.name for layout in get_supported_kv_cache_layouts([backend])]
+    resolve_kv_cache_layout(config, [layouts], specs.values())
+    return config
+
+
+def _kind(spec: KVCacheSpec) -> Literal["all", "shallow", "deep"]:
+    if isinstance(spec, DeepAttentionSpec):
+        return "deep"
+    return "shallow" if isinstance(spec, ShallowAttentionSpec) else "all"
