@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from argparse import ArgumentParser, Namespace
+from contextlib import nullcontext, redirect_stdout
 from typing import TYPE_CHECKING
 
 from foldserve.server.commands.parser import describe
@@ -38,7 +39,8 @@ def _run(args: Namespace, rest: list[str]) -> None:
     if not args.verbose:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # the table says what vLLM's lines would
         logging.getLogger("vllm").addHandler(logging.NullHandler())  # and it warns before it reads that
-    report = _report(args, rest)
+    with nullcontext() if args.help else redirect_stdout(sys.stderr):  # where vLLM logs in spite of that
+        report = _report(args, rest)
     if args.json:
         print(json.dumps(report.to_json(), indent=2))
     else:
