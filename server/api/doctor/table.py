@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -17,7 +18,7 @@ if TYPE_CHECKING:  # they import vLLM, which may be missing
     from foldserve.server.engine.facts.kv import KvFacts
     from foldserve.server.engine.facts.model import ModelFacts
 
-_WIDTH = 100
+_WIDTH = 108
 _NAMES = 18
 """Columns that names take."""
 
@@ -137,8 +138,10 @@ def _engine(engine: EngineFacts) -> Rows:
 
 
 def _notes(notes: Sequence[str]) -> Rows:
-    """Options that `serve` fills in; its other lines are about what other rows say."""
-    return [("options added", note.removeprefix(DEFAULTS)) for note in notes if note.startswith(DEFAULTS)]
+    """Options that `serve` fills in, one a line; its other notes are about what other rows say."""
+    added = [note.removeprefix(DEFAULTS) for note in notes if note.startswith(DEFAULTS)]
+    options = [option for text in added for option in re.split(r" (?=--)", text)]
+    return [("" if i else "options added", option) for i, option in enumerate(options)]
 
 
 def _machine(machine: Machine) -> Rows:

@@ -1,0 +1,48 @@
+"""The table of a server that is about to listen."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from foldserve.server.access import Access
+from foldserve.server.api import startup
+from foldserve.server.engine.families.registry import family_of
+from foldserve.server.engine.kv_cost import kv_cost
+from foldserve.server.limits import Limits
+from foldserve.server.quality.demo.checkpoint import CHECKPOINT
+from foldserve.server.settings import Settings
+
+
+@pytest.fixture(scope="module")
+def config() -> Any:
+    return EngineArgs(str(CHECKPOINT), dtype="float32", enforce_eager=True).create_engine_config()
+
+
+def facts(config: Any, *, is_reduced: bool = True, withdraw_layer: int | None = None) -> dict[str, str]:
+    chat: Any = SimpleNamespace(
+        engine_client=SimpleNamespace(vllm_config=config, model_config=config.model_config),
+        models=SimpleNamespace(base_model_paths=[SimpleNamespace(name="demo")]),
+        planner=SimpleNamespace(
+            settings=Settings(withdraw_layer=withdraw_layer),
+            family=family_of(config.model_config.hf_config) if is_reduced else None,
+        ),
+        kv_cost=kv_cost(config, withdraw_layer),
+    )
+    return startup.facts(chat, Limits(), Access())
+
+
+def test_the_engine(config: Any) -> None:
+    tower = f"up to {config.scheduler_config.max_num_batched_tokens // 144} images a tower call"
+    plain = f"model runner v1, graphs NONE, {tower}; KV cache: 3.05 MiB for one largest image and 64 tokens of text"
+    assert facts(config)["engine"] == plain
+    withdrawing = facts(config, withdraw_layer=8)
+    assert "KV cache: 3.05 MiB (2.34 MiB withdrawn) for one largest image" in withdrawing["engine"]
+    assert withdrawing["withdrawal"].startswith("from decoder layer K = 8 of 12 on")
+
+
+def test_the_engine_of_a_model_that_is_not_reduced(config: Any) -> None:
+    assert facts(config, is_reduced=False)["engine"] == "model runner v1, graphs NONE"
