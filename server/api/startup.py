@@ -41,7 +41,7 @@ def facts(chat: FoldServingChat, limits: Limits, access: Access) -> dict[str, st
         "model": f"{name}: {', '.join(model.architectures)}, {str(model.dtype).removeprefix('torch.')}, "
         f"{model.max_model_len} tokens of context",
         "device": _device(config),
-        "engine": _engine(chat),
+        **_engine(chat),
         "reduction": _reduction(chat),
         "withdrawal": _withdrawal(chat),
         "requests": f"{config.scheduler_config.max_num_seqs} run at once, {access.max_queue} wait; each up to "
@@ -74,22 +74,21 @@ def _device(config: VllmConfig) -> str:
     return f"{config.device_config.device_type}{engines}{blocks}"
 
 
-def _engine(chat: FoldServingChat) -> str:
+def _engine(chat: FoldServingChat) -> dict[str, str]:
     """Without attention backends: to ask for them costs the start a tenth of a second, `foldserve doctor` does it."""
     config, family, cost = chat.engine_client.vllm_config, chat.planner.family, chat.kv_cost
     graphs = config.compilation_config.cudagraph_mode
-    text = f"model runner {model_runner(config)}, graphs {'NONE' if graphs is None else graphs.name}"
+    engine = f"model runner {model_runner(config)}, graphs {'NONE' if graphs is None else graphs.name}"
     if family is None:
-        return text
+        return {"engine": engine}
     image = family.largest.tokens
     sequence = size(cost.sequence_bytes(image + TEXT_TOKENS))
     if cost.withdraw_layer is not None:
         sequence += f" ({size(cost.sequence_bytes(image + TEXT_TOKENS, image))} withdrawn)"
-    images = profiled_images(config)
-    return (
-        f"{text}, up to {images} images a tower call; KV cache: {sequence} for one largest image and {TEXT_TOKENS} "
-        "tokens of text"
-    )
+    return {
+        "engine": f"{engine}, up to {profiled_images(config)} images a tower call",
+        "KV cache": f"{sequence} for a sequence of one largest image and {TEXT_TOKENS} tokens of text",
+    }
 
 
 def _reduction(chat: FoldServingChat) -> str:

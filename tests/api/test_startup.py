@@ -36,13 +36,19 @@ def facts(config: Any, *, is_reduced: bool = True, withdraw_layer: int | None = 
 
 
 def test_the_engine(config: Any) -> None:
-    tower = f"up to {config.scheduler_config.max_num_batched_tokens // 144} images a tower call"
-    plain = f"model runner v1, graphs NONE, {tower}; KV cache: 3.05 MiB for one largest image and 64 tokens of text"
-    assert facts(config)["engine"] == plain
-    withdrawing = facts(config, withdraw_layer=8)
-    assert "KV cache: 3.05 MiB (2.34 MiB withdrawn) for one largest image" in withdrawing["engine"]
-    assert withdrawing["withdrawal"].startswith("from decoder layer K = 8 of 12 on")
+    images = config.scheduler_config.max_num_batched_tokens // 144
+    shown = facts(config)
+    assert shown["engine"] == f"model runner v1, graphs NONE, up to {images} images a tower call"
+    assert shown["KV cache"] == "3.05 MiB for a sequence of one largest image and 64 tokens of text"
 
 
-def test_the_engine_of_a_model_that_is_not_reduced(config: Any) -> None:
-    assert facts(config, is_reduced=False)["engine"] == "model runner v1, graphs NONE"
+def test_withdrawal_and_what_it_saves(config: Any) -> None:
+    shown = facts(config, withdraw_layer=8)
+    assert shown["KV cache"].startswith("3.05 MiB (2.34 MiB withdrawn) for a sequence")
+    assert shown["withdrawal"].startswith("from decoder layer K = 8 of 12 on")
+
+
+def test_a_model_that_is_not_reduced(config: Any) -> None:
+    shown = facts(config, is_reduced=False)
+    assert shown["engine"] == "model runner v1, graphs NONE"
+    assert "KV cache" not in shown
