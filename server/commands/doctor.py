@@ -62,7 +62,6 @@ def _report(args: Namespace, rest: list[str]) -> Report:
 
     try:
         environment = Environment.read()
-        settings = read_settings(args, environment)
+        return examine(rest, read_settings(args, environment), environment, CHECKPOINT, args.model_runner)
     except ValueError as error:
         return Report((Problem(str(error)),), versions)
-    return examine(rest, settings, environment, CHECKPOINT, args.model_runner)

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from foldserve.server.api.doctor import machine
 from foldserve.server.api.doctor.examine import examine, machine_problems, memory_problems
 from foldserve.server.api.doctor.machine import Gpu, Machine
 from foldserve.server.api.doctor.report import Problem, Report
@@ -248,7 +250,7 @@ def test_a_model_that_is_not_reduced() -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine", "environment", "expected"),
+    ("found_machine", "environment", "expected"),
     [
         (MACHINE, ENVIRONMENT, []),
         (
@@ -283,9 +285,9 @@ def test_a_model_that_is_not_reduced() -> None:
     ids=["all-well", "no-driver", "no-gpu", "no-device", "triton", "triton-wanted", "shm", "plugins", "plugins-ours"],
 )
 def test_problems_of_a_machine(
-    machine: Machine, environment: Environment, expected: Sequence[tuple[bool, str]]
+    found_machine: Machine, environment: Environment, expected: Sequence[tuple[bool, str]]
 ) -> None:
-    found = list(machine_problems(machine, environment))
+    found = list(machine_problems(found_machine, environment))
     assert len(found) == len(expected)
     for problem, (stops, text) in zip(found, expected, strict=True):
         assert problem.stops is stops
@@ -303,6 +305,76 @@ def test_a_cuda_build_without_a_gpu_is_one_clear_line(
     assert "platform          none that vLLM can run on\n" in out
 
 
+class Nvml:
+    """NVML of a machine with two GPUs, the second of which has no memory of its own."""
+
+    class NVMLError(Exception):
+        pass
+
+    class NVMLError_NotSupported(NVMLError):
+        pass
+
+    closed = 0
+
+    def nvmlInit(self) -> None:
+        pass
+
+    def nvmlShutdown(self) -> None:
+        self.closed += 1
+
+    def nvmlSystemGetDriverVersion(self) -> str:
+        return "580.65.06"
+
+    def nvmlDeviceGetCount(self) -> int:
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:
+        if index >= 2:
+            raise self.NVMLError("Invalid Argument")
+        return index
+
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> int:
+        return {"GPU-a": 0, "GPU-b": 1}[uuid]
+
+    def nvmlDeviceGetName(self, handle: int) -> str:
+        return ("H200", "GB10")[handle]
+
+    def nvmlDeviceGetCudaComputeCapability(self, handle: int) -> tuple[int, int]:
+        return ((9, 0), (12, 1))[handle]
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:
+        if handle == 1:
+            raise self.NVMLError_NotSupported
+        return SimpleNamespace(total=140 * GIB, free=139 * GIB)
+
+
+@pytest.mark.parametrize(
+    ("visible", "names"),
+    [(None, ["H200", "GB10"]), ("1", ["GB10"]), ("GPU-b,GPU-a", ["GB10", "H200"]), ("", [])],
+    ids=["all", "index", "uuid", "none"],
+)
+def test_gpus_that_are_visible(visible: str | None, names: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    nvml = Nvml()
+    monkeypatch.setattr(machine, "pynvml", nvml)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    found = Machine.read()
+    assert found.driver == "580.65.06"
+    assert [gpu.name for gpu in found.gpus] == names
+    known = {"H200": Gpu("H200", "9.0", 140 * GIB, 139 * GIB), "GB10": Gpu("GB10", "12.1", 0, 0)}
+    assert all(gpu == known[gpu.name] for gpu in found.gpus)
+    assert nvml.closed == 1
+
+
+def test_a_visible_gpu_that_is_not_here(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "pynvml", Nvml())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,7")
+    status, out = run(capsys)
+    assert status == 1
+    assert "  problem  CUDA_VISIBLE_DEVICES=0,7 names GPUs that are not here: Invalid Argument\n" in out
+
+
 @pytest.mark.parametrize(
     ("share", "ranks", "expected"),
     [
@@ -313,8 +385,6 @@ def test_a_cuda_build_without_a_gpu_is_one_clear_line(
     ],
 )
 def test_memory_of_gpus(share: float, ranks: int, expected: list[str]) -> None:
-    from types import SimpleNamespace
-
     config: Any = SimpleNamespace(
         cache_config=SimpleNamespace(gpu_memory_utilization=share, kv_cache_memory_bytes=None),
         parallel_config=SimpleNamespace(world_size=ranks, nnodes=1),

@@ -67,6 +67,9 @@ def examine(
 
     Args:
         runner_option: the value of `--model-runner`.
+
+    Raises:
+        ValueError: `CUDA_VISIBLE_DEVICES` names GPUs that are not here.
     """
     found, machine, notes = _Found(), Machine.read(), list[str]()
     found.problems += machine_problems(machine, environment)

@@ -20,7 +20,7 @@ _SHM = Path("/dev/shm")
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """`capability` as in "9.0"."""
+    """`capability` as in "9.0"; bytes are 0 where the GPU has no memory of its own."""
 
     name: str
     capability: str
@@ -85,22 +85,26 @@ def _nvml() -> tuple[str | None, tuple[Gpu, ...]]:
     except pynvml.NVMLError:
         return None, ()
     try:
-        visible = range(current_platform.device_count() if current_platform.is_cuda() else pynvml.nvmlDeviceGetCount())
-        places = [_physical(i) for i in visible]
-        return pynvml.nvmlSystemGetDriverVersion(), tuple(map(_gpu, places))
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = map(str, range(pynvml.nvmlDeviceGetCount())) if visible is None else filter(None, visible.split(","))
+        return pynvml.nvmlSystemGetDriverVersion(), tuple(map(_gpu, names))
+    except pynvml.NVMLError as error:
+        raise ValueError(f"CUDA_VISIBLE_DEVICES={visible} names GPUs that are not here: {error}") from error
     finally:
         pynvml.nvmlShutdown()
 
 
-def _physical(index: int) -> int:
-    return current_platform.visible_device_id_to_physical_device_id(index) if current_platform.is_cuda() else index
-
-
-def _gpu(index: int) -> Gpu:
-    handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+def _gpu(name: str) -> Gpu:
+    """By index or UUID, as CUDA takes it."""
+    by_index = name.strip().isdecimal()
+    handle = pynvml.nvmlDeviceGetHandleByIndex(int(name)) if by_index else pynvml.nvmlDeviceGetHandleByUUID(name)
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
-    return Gpu(pynvml.nvmlDeviceGetName(handle), f"{major}.{minor}", memory.total, memory.free)
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+        total, free = memory.total, memory.free
+    except pynvml.NVMLError_NotSupported:  # memory that it shares with the CPU
+        total, free = 0, 0
+    return Gpu(pynvml.nvmlDeviceGetName(handle), f"{major}.{minor}", total, free)
 
 
 def _ram() -> tuple[int, int]:

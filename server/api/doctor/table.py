@@ -149,7 +149,7 @@ def _machine(machine: Machine) -> Rows:
     if machine.driver is not None:
         rows.append(("driver", machine.driver))
     for i, gpu in enumerate(machine.gpus):
-        memory = f"{size(gpu.free_bytes)} of {size(gpu.total_bytes)} free"
+        memory = f"{size(gpu.free_bytes)} of {size(gpu.total_bytes)} free" if gpu.total_bytes else "shared memory"
         rows.append((f"GPU {i}", f"{gpu.name}, compute capability {gpu.capability}, {memory}"))
     cores = _count(machine.cpu_count, "core")
     rows.append(("CPU", ", ".join([cores, *machine.instructions])))
