@@ -30,11 +30,18 @@ def keep(x: Tensor, kept: Tensor) -> Reduced:
     Returns:
         m tokens of size 1; `group` is -1 for what was dropped.
     """
-    source = kept.to(x.device, non_blocking=True).expand(x.shape[0], -1)
+    source = _sent(kept, x.device).expand(x.shape[0], -1)
     slots = torch.arange(kept.shape[-1], device=x.device).expand_as(source)
     group = source.new_full(x.shape[:2], -1).scatter_(1, source, slots)
     tokens = x.gather(1, source.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
     return Reduced(tokens, torch.ones_like(source), source, group)
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """On the device. A GPU copies pinned memory while the host goes on, which for other memory it can't."""
+    if x.device == device:
+        return x
+    return (x.pin_memory() if torch.cuda.is_available() else x).to(device, non_blocking=True)
 
 
 class Random(AfterTower):

@@ -1,0 +1,169 @@
+"""Nothing that runs on the device in a step copies from memory that isn't pinned: the host would wait for the GPU.
+
+Values that are read back need no look here: on the meta device, on which all of this runs, there are none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from foldserve.reducers import METHODS
+from foldserve.reducers.attention import LayerAttention
+from foldserve.reducers.method import AfterTower, BeforeTower, InTower, Projector, ScoringDecoder
+from foldserve.reducers.plan import Plan, Reduction, VisionGeometry, make_plan
+from foldserve.reducers.stf import StfConfig, StfProjector, fusion_input
+from foldserve.reducers.withdraw import take_rows
+from foldserve.server.engine.positions import Chunk, PositionMap, attach, moves
+from foldserve.server.engine.vision import Survivors, reduce_features
+from foldserve.server.engine.withdrawal.batch import BatchMaps
+from foldserve.server.engine.withdrawal.choose import choose, last_token_scores
+from foldserve.server.engine.withdrawal.core import TokenMap
+from tests.engine.cuda.copies import HostWaits, host_goes_on
+from tests.engine.test_positions import WIDTH, Image
+from tests.engine.withdrawal.test_choose import PROMPTS, batch
+from tests.engine.withdrawal.test_metadata import BLOCK, IMAGE, TEXT, common
+
+META = torch.device("meta")
+CLIP = VisionGeometry(144, (12, 12), 4, class_token=True)
+OnDevice = Callable[[], AbstractContextManager[None]]
+
+
+@pytest.fixture
+def on_device(monkeypatch: pytest.MonkeyPatch) -> OnDevice:
+    return lambda: host_goes_on(monkeypatch)
+
+
+def meta(*shape: int) -> Tensor:
+    return torch.empty(shape, device=META)
+
+
+NUMBERS, INDEX = np.arange(3), torch.arange(3)
+WAITING: dict[str, Callable[[Tensor], object]] = {
+    "a tensor of a list": lambda x: torch.tensor([1, 2], device=x.device),
+    "a tensor of numbers": lambda x: x.new_tensor([1, 2]),
+    "a tensor of an array": lambda x: torch.as_tensor(NUMBERS, device=x.device),
+    "to": lambda x: INDEX.to(x.device, non_blocking=True),
+    "to, pinned": lambda x: INDEX.pin_memory().to(x.device),
+    "an index": lambda x: x[INDEX],
+    "a value": lambda x: x.__setitem__(slice(3), INDEX),
+    "copy": lambda x: x[:3].copy_(INDEX),
+}
+
+
+@pytest.mark.parametrize("kind", WAITING)
+def test_a_copy_that_waits_is_found(on_device: OnDevice, kind: str) -> None:
+    """Else the tests below would prove nothing."""
+    with pytest.raises(HostWaits), on_device():
+        WAITING[kind](meta(4))
+
+
+def test_copies_that_do_not_wait_are_allowed(on_device: OnDevice) -> None:
+    from vllm.utils.torch_utils import async_tensor_h2d
+
+    with on_device():
+        assert async_tensor_h2d(NUMBERS, device=META).is_meta
+        assert async_tensor_h2d([1, 2], device=META).is_meta
+        meta(3).copy_(INDEX.pin_memory(), non_blocking=True)
+        assert (meta(3) * torch.tensor(2.0) + 1).is_meta
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not isinstance(method, Projector)])
+def test_methods(on_device: OnDevice, name: str) -> None:
+    method = METHODS[name]
+    if isinstance(method, ScoringDecoder):
+        with on_device():
+            assert method.reduce(meta(1, 144, WIDTH), meta(1, 144), 100).tokens.shape == (1, 44, WIDTH)
+    elif isinstance(method, AfterTower | BeforeTower | InTower):
+        options: dict[str, object] = {"layers": [0, 2]} if name == "illava" else {}
+        plan = make_plan(Reduction.parse({"method": name, "ratio": 0.4, **options} | AMOUNTS.get(name, {})), CLIP)
+        with on_device():
+            assert run(plan) == plan.kept < 144
+
+
+AMOUNTS: dict[str, dict[str, object]] = {"pool": {"ratio": 0.75}, "downsample": {"ratio": 0.75}}
+"""Of methods that take some only."""
+
+
+def run(plan: Plan) -> int:
+    """Tokens that are left of two images."""
+    method = plan.reducer
+    if isinstance(method, AfterTower):
+        left = reduce_features([Survivors(meta(144, WIDTH), torch.arange(144, device=META))] * 2, [plan, plan])
+        return len(left[0].features)
+    if isinstance(method, BeforeTower):
+        assert plan.grid is not None
+        assert method.resize(meta(2, 3, 168, 168), plan.grid, 14).is_meta
+        return len(method.source((12, 12), plan.grid, META))
+    assert isinstance(method, InTower)
+    x, sizes = meta(2, 145, WIDTH), torch.ones(2, 145, dtype=torch.int64, device=META)
+    for layer in range(CLIP.layers):
+        if removed := plan.removed_in(layer):
+            count = x.shape[1]
+            attention = LayerAttention(meta(2, count, 2, 4), meta(2, count, 2, 4), 0.5, sizes.log(), class_token=True)
+            x, sizes, *_ = method.reduce(x, sizes, attention, removed, plan)
+    return x.shape[1] - 1
+
+
+def test_positions_of_a_step(on_device: OnDevice) -> None:
+    images = [Image(1, 3, 9, [2, 4, 8]), Image(6, 2, 2, None)]
+    chunks = [Chunk(images, PositionMap.of(images), 2, 10), Chunk([], None, 0, 4)]
+    with on_device():
+        kept = attach(meta(3, WIDTH), torch.arange(3, device=META))
+        moved, plain = moves(chunks, [kept[1:], meta(2, WIDTH)])
+        moved.apply(torch.zeros(20, dtype=torch.int64, device=META))
+    assert [item.shape for item in plain] == [(2, WIDTH), (2, WIDTH)]
+
+
+STEPS: dict[str, tuple[list[TokenMap], list[int], list[int]]] = {
+    "decode": ([IMAGE, TEXT], [12, 3], [1, 1]),
+    "prefill": ([IMAGE, TEXT], [0, 0], [10, 5]),
+    "a request without rows": ([IMAGE, TEXT], [2, 0], [5, 5]),
+}
+
+
+@pytest.mark.parametrize("kind", STEPS)
+def test_metadata_of_a_step(on_device: OnDevice, kind: str) -> None:
+    from foldserve.server.engine.withdrawal.graph import GraphBuffers
+    from foldserve.server.engine.withdrawal.metadata import DeviceBatch, compact
+
+    maps, computed, scheduled = STEPS[kind]
+    full = on_meta(common(computed, scheduled, 2, sum(scheduled)))
+    scheduler: Any = type("Scheduler", (), {"max_num_seqs": 4, "max_num_batched_tokens": 20})
+    buffers = GraphBuffers.of(scheduler, META)
+    step = BatchMaps(maps).step(np.array(computed), np.array(scheduled))
+    assert step is not None
+    with on_device():
+        deep = buffers.hold(compact(full, DeviceBatch.of(step, META), BLOCK))
+    assert deep.slot_mapping.is_meta and deep.seq_lens.is_meta and deep.block_table_tensor.is_meta
+
+
+def on_meta(full: Any) -> Any:
+    """As vLLM's runners make it on a GPU: `is_prefilling` is on the host too."""
+    for name in ("query_start_loc", "seq_lens", "block_table_tensor", "slot_mapping"):
+        setattr(full, name, getattr(full, name).to(META))
+    return full
+
+
+def test_choice_of_a_step(on_device: OnDevice) -> None:
+    query, key, hidden, residual, rows = batch("meta")
+    with on_device():
+        scores = [last_token_scores(query, key, prompt, 0.3) for prompt in PROMPTS]
+        choose(PROMPTS, scores, rows, hidden, residual)
+        positions, *_ = take_rows(rows, torch.arange(len(hidden), device=META), hidden, residual)
+    assert len(positions) == len(rows)
+
+
+def test_the_projector_that_fuses_tokens(on_device: OnDevice) -> None:
+    config = StfConfig((3, 1))
+    with META:
+        projector = StfProjector(config, channels=8, hidden_size=16)
+    with on_device():
+        tokens = projector(fusion_input({block: meta(2, 145, 8) for block in (1, 3)}, config))
+    assert tokens.shape == (2, 36, 16)
