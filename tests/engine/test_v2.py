@@ -14,13 +14,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 TESTS = (
-    "test_padding_rows.py",
     "test_positions_engine.py",
     "withdrawal/test_positions.py",
     "withdrawal/test_kept.py::test_preempted_prompts_are_computed_whole_again",
     "test_methods.py::test_all_in_one_batch_and_again_from_the_cache",
     "withdrawal/test_reference.py::test_thirty_requests_on_a_pool_that_preempts",
-    "withdrawal/test_reference.py::test_chunks_of_50_tokens_with_steps_of_no_deep_row",
 )
 
 
