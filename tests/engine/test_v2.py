@@ -1,7 +1,7 @@
 """Model runner V2, as far as a machine without a GPU can run it: positions, methods and withdrawal once more.
 
 Which runner an engine has is read from the environment once per process, so this is a pytest of its own. Here it runs
-some of each; CONTRIBUTING.md has the command for all.
+some of each, for interpreted kernels are slow; CONTRIBUTING.md has the command for all.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 TESTS = (
     "test_positions_engine.py",
-    "withdrawal/test_positions.py",
-    "withdrawal/test_kept.py::test_preempted_prompts_are_computed_whole_again",
+    "withdrawal/test_positions.py::test_chunks_that_cut_images_and_again_from_the_cache",
+    "withdrawal/test_positions.py::test_chosen_tokens",
     "test_methods.py::test_all_in_one_batch_and_again_from_the_cache",
-    "withdrawal/test_reference.py::test_thirty_requests_on_a_pool_that_preempts",
 )
 
 
