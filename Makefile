@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 	$$p tools/setup.py --check-python >/dev/null 2>&1 && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-clients test-deploy soak check clean
+.PHONY: help setup serve test test-runners test-clients test-deploy soak check clean
 
 help: ## show this
 	@echo "make COMMAND, where COMMAND is"
@@ -30,6 +30,9 @@ serve: setup ## start the server (MODEL=name or directory, PORT=8000, ARGS="any 
 
 test: setup ## run all tests, without a GPU (TESTS="paths or pytest options" for some)
 	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(TESTS)
+
+test-runners: setup ## model runner V2 with interpreted kernels, and vLLM's compile mode, on a CPU (5 minutes)
+	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/engine/runners $(TESTS)
 
 test-clients: setup ## docs/clients.md with the real clients (installs them; needs a JDK)
 	@tests/clients/tools.sh $(BIN)/python $(VENV)-clients

@@ -6,13 +6,8 @@ some of each, for interpreted kernels are slow; CONTRIBUTING.md has the command 
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
+from tests.engine.cuda.processes import V2, run
 
-ROOT = Path(__file__).parents[2]
 TESTS = (
     "test_positions_engine.py",
     "withdrawal/test_positions.py::test_chunks_that_cut_images_and_again_from_the_cache",
@@ -22,9 +17,8 @@ TESTS = (
 
 
 def test_model_runner_v2_with_interpreted_kernels() -> None:
-    command = [sys.executable, "-m", "pytest", "-n", "0", "-q", "-p", "no:cacheprovider"]
-    command += [f"tests/engine/{name}" for name in TESTS]
-    env = os.environ | {"TRITON_INTERPRET": "1", "VLLM_USE_V2_MODEL_RUNNER": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, cwd=ROOT, check=False)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert re.search(r"^\d+ passed", done.stdout.splitlines()[-1])
+    run(*(f"tests/engine/{name}" for name in TESTS), **V2)
+
+
+def test_asynchronous_loop() -> None:
+    run("tests/engine/cuda/async_loop.py", **V2)
