@@ -18,7 +18,7 @@ def register() -> None:
     guardian.die_with_parent()
     if not gc.isenabled():  # as a process of a server imports
         gc.freeze()
-        atexit.register(gc.unfreeze)  # else C++ libraries list as leaked what was imported
+        atexit.register(_thaw)
         gc.enable()
     require_vllm(version("vllm"))
     from vllm import ModelRegistry
@@ -33,6 +33,15 @@ def register() -> None:
         ModelRegistry.register_model(architecture, entry.model_path)
         MODELS_CONFIG_MAP[architecture] = refused_options.EarlyChecks
     withdrawal.register()
+
+
+def _thaw() -> None:
+    """Where a start fails: C++ libraries would list as leaked what was imported, below the one line that says why.
+
+    The end of a server has no second for that.
+    """
+    if not guardian.is_listening():
+        gc.unfreeze()
 
 
 def vllm_version() -> str:

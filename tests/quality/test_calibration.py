@@ -362,7 +362,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
 
     def parsed(argv: list[str], settings: Any, environment: Environment, small: Path) -> None:
         args = launch.serve_args(argv, settings, environment, small)
-        ready.append(args.additional_config[CONFIG_KEY] | {"worker_cls": args.worker_cls})
+        ready.append(args.additional_config[CONFIG_KEY] | {"scheduler_cls": args.scheduler_cls})
 
     monkeypatch.setattr(launch, "serve", parsed)
 
@@ -379,7 +379,7 @@ def test_serve_auto_takes_the_calibrated_layer(serve: Callable[..., dict[str, An
     assert config["withdraw_layer"] == 3
     assert config["low_detail_ratio"] == 0.5
     assert config["calibration"] == {"eta": 0.01, "samples": 7, "answer_tokens": 1, "kl": 0.004}
-    assert "withdrawal" in config["worker_cls"]
+    assert "withdrawal" in config["scheduler_cls"]
     elsewhere = file.rename(checkpoint / "other.json")
     assert serve(checkpoint, "--withdraw-layer=auto", "--calibration", elsewhere)["withdraw_layer"] == 3
 
@@ -396,5 +396,5 @@ def test_serve_refuses_another_models_calibration(checkpoint: Path, capsys: pyte
 
 def test_a_layer_by_number_has_no_calibration(serve: Callable[..., dict[str, Any]], checkpoint: Path) -> None:
     config = serve(checkpoint, "--withdraw-layer", 3)
-    del config["worker_cls"]
+    del config["scheduler_cls"]
     assert config == Settings(withdraw_layer=3).to_config()
