@@ -28,11 +28,12 @@ serve: setup ## start the server (MODEL=name or directory, PORT=8000, ARGS="any 
 	@echo "foldserve: starting on port $(PORT), which takes about half a minute; an example to try comes when it is ready"
 	@exec $(BIN)/foldserve serve $(MODEL) --port $(PORT) $(ARGS)
 
+# Workers and servers of the tests import the same modules: they keep byte code, whatever the environment says.
 test: setup ## run all tests, without a GPU (TESTS="paths or pytest options" for some)
 	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(TESTS)
 
-test-runners: setup ## model runner V2 with interpreted kernels, and vLLM's compile mode, on a CPU (5 minutes)
-	@$(BIN)/python -m pytest -n 2 --dist loadfile tests/engine/runners $(TESTS)
+test-runners: setup ## model runner V2 with interpreted kernels, and vLLM's compile mode, on a CPU (4 minutes)
+	@$(BIN)/python -m pytest -n 2 tests/engine/runners $(TESTS)
 
 test-clients: setup ## docs/clients.md with the real clients (installs them; needs a JDK)
 	@tests/clients/tools.sh $(BIN)/python $(VENV)-clients

@@ -21,8 +21,6 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-gc.disable()  # until all tests are collected: importing vLLM leaves no garbage, and looking for it takes a fifth
-
 _ON_ONE_SERVER = ("bad_inputs", "chat", "front", "positions", "schema_fuzz")
 ON_ONE_SERVER = tuple(f"tests/api/test_{name}.py::" for name in _ON_ONE_SERVER)
 """Files that use the fixture `server_url`, which lives as long as its worker."""
@@ -33,6 +31,10 @@ class Scheduling(LoadFileScheduling):
 
     def _split_scope(self, nodeid: str) -> str:
         return ON_ONE_SERVER[0] if nodeid.startswith(ON_ONE_SERVER) else super()._split_scope(nodeid)
+
+
+def pytest_configure() -> None:
+    gc.disable()  # until all is collected: importing vLLM leaves no garbage, and looking for it takes a fifth
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

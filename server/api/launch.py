@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import distribution, entry_points
 from pathlib import Path
 from typing import Any, NoReturn
@@ -44,12 +44,15 @@ _CPU_KV_CACHE_GIB = 4
 _CPU_IMAGE_CACHE_GIB = 1
 
 
-def _say(message: str) -> None:
-    print(f"foldserve: {message}", file=sys.stderr, flush=True)
+def _say(message: str, options: Sequence[str] = ()) -> None:
+    print("foldserve:", message, *options, file=sys.stderr, flush=True)
 
 
 SettingsFor = Callable[[str, str | None], Settings]
 """Settings that depend on the model: its name or directory and its revision -> settings; ValueError refuses."""
+
+Say = Callable[[str, Sequence[str]], None]
+"""Takes a message, and the options that it ends with."""
 
 
 def serve(argv: list[str], settings: Settings | SettingsFor, environment: Environment, small_model: Path) -> None:
@@ -110,7 +113,7 @@ def serve_args(
     small_model: Path,
     *,
     parser_class: type[FlexibleArgumentParser] = FlexibleArgumentParser,
-    say: Callable[[str], None] = _say,
+    say: Say = _say,
 ) -> Namespace:
     """vLLM's parsed arguments, completed where the user left the choice.
 
@@ -129,7 +132,7 @@ def serve_args(
     small = args.model_tag is None and args.model is None
     if small:
         choices |= {"model": str(small_model), "served_model_name": [_SMALL_MODEL_NAME]}
-        say("no MODEL given: serving the small demo model, which knows drawn scenes of coloured shapes and numbers")
+        say("no MODEL given: serving the small demo model, which knows drawn scenes of coloured shapes and numbers", ())
     if current_platform.is_cpu():
         choices |= _cpu_choices(args, environment, small)
     if small:
@@ -159,14 +162,12 @@ def serve_args(
     return args
 
 
-def _settings_for(
-    choose: SettingsFor, args: Namespace, refuse: Callable[[str], NoReturn], say: Callable[[str], None]
-) -> Settings:
+def _settings_for(choose: SettingsFor, args: Namespace, refuse: Callable[[str], NoReturn], say: Say) -> Settings:
     try:
         settings = choose(args.model_tag or args.model, args.revision)
     except ValueError as error:
         refuse(str(error))
-    say(f"--withdraw-layer {settings.withdraw_layer}, as calibrated")
+    say(f"--withdraw-layer {settings.withdraw_layer}, as calibrated", ())
     return settings
 
 
@@ -204,16 +205,14 @@ def _cpu_choices(args: Namespace, environment: Environment, small: bool) -> dict
     return choices
 
 
-def _complete(
-    args: Namespace, choices: dict[str, object], defaults: dict[str, object], say: Callable[[str], None]
-) -> None:
+def _complete(args: Namespace, choices: dict[str, object], defaults: dict[str, object], say: Say) -> None:
     """Fills in what the user left open, by `choices` before vLLM's `defaults`, and says what was chosen."""
     chosen = {name: value for name, value in choices.items() if getattr(args, name) is None}
     for name, default in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, chosen.get(name, default))
     if chosen:
-        say("defaults applied: " + " ".join(_as_option(name, value) for name, value in chosen.items()))
+        say("defaults applied:", [_as_option(name, value) for name, value in chosen.items()])
 
 
 def _as_option(name: str, value: object) -> str:

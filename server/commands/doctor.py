@@ -11,7 +11,7 @@ from contextlib import nullcontext, redirect_stdout
 from typing import TYPE_CHECKING
 
 from foldserve.server.commands.parser import describe
-from foldserve.server.commands.serve import declare_options, read_settings
+from foldserve.server.commands.serve import declare_options, help_or_rest, read_settings
 from foldserve.server.settings import Environment
 
 if TYPE_CHECKING:
@@ -31,16 +31,14 @@ def add(parser: ArgumentParser) -> None:
 
 
 def _run(args: Namespace, rest: list[str]) -> None:
-    if args.help == "":
-        print(args.usage(), end="")
+    argv = help_or_rest(args, rest)
+    if argv is None:
         return
-    if args.help:
-        rest = [*rest, f"--help={args.help}"]
     if not args.verbose:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "CRITICAL")  # the table says what vLLM's lines would
         logging.getLogger("vllm").addHandler(logging.NullHandler())  # and it warns before it reads that
     with nullcontext() if args.help else redirect_stdout(sys.stderr):  # where vLLM logs in spite of that
-        report = _report(args, rest)
+        report = _report(args, argv)
     if args.json:
         print(json.dumps(report.to_json(), indent=2))
     else:

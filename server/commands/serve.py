@@ -110,12 +110,18 @@ def read_settings(args: Namespace, environment: Environment) -> Settings | Calla
     return _calibrated(settings, args.calibration, environment) if calibrated else settings
 
 
-def _run(args: Namespace, rest: list[str]) -> None:
+def help_or_rest(args: Namespace, rest: list[str]) -> list[str] | None:
+    """vLLM's arguments, `--help=WORD` among them; None where `--help` was all that was asked, and is answered."""
     if args.help == "":
         print(args.usage(), end="")
+        return None
+    return [*rest, f"--help={args.help}"] if args.help else rest
+
+
+def _run(args: Namespace, rest: list[str]) -> None:
+    argv = help_or_rest(args, rest)
+    if argv is None:
         return
-    if args.help:
-        rest = [*rest, f"--help={args.help}"]
     try:
         environment = Environment.read()
         settings = read_settings(args, environment)
@@ -129,7 +135,7 @@ def _run(args: Namespace, rest: list[str]) -> None:
         from foldserve.server.api import launch, preflight  # import vllm, which looks at once how to log
 
         try:
-            launch.serve(rest, settings, environment, CHECKPOINT)
+            launch.serve(argv, settings, environment, CHECKPOINT)
         except preflight.CannotStart as error:
             args.fail(str(error))
 

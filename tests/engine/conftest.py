@@ -18,6 +18,7 @@ from PIL import Image
 from tests.engine.reference import Reference
 
 MAX_TOKENS = 8
+LAYERS = 8  # of the decoder of `eight_layers`
 V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 if V2:
     from triton.backends import backends
@@ -98,3 +99,11 @@ def expect(reference: Reference) -> Callable[[Case], tuple[list[int], list[float
         return known[key]
 
     return answer
+
+
+@pytest.fixture(scope="session")
+def eight_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LLaVA-1.5 checkpoint in fp32 with eight decoder layers and 144 vision tokens per image."""
+    from foldserve.server.quality.demo_model import create
+
+    return create(tmp_path_factory.mktemp("checkpoints") / "eight-layers", image_size=168, num_layers=LAYERS)

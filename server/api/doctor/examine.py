@@ -71,20 +71,25 @@ def examine(
     Raises:
         ValueError: `CUDA_VISIBLE_DEVICES` names GPUs that are not here.
     """
-    found, machine, notes = _Found(), Machine.read(), list[str]()
+    found, machine, added = _Found(), Machine.read(), list[str]()
     found.problems += machine_problems(machine, environment)
     if machine.platform == "none":
         return Report(tuple(found.problems), Versions.read(), machine)
     with found.noting():
         launch.prepare_process(environment)
         args = launch.serve_args(
-            argv, settings, environment, small_model, parser_class=RefusingParser, say=notes.append
+            argv,
+            settings,
+            environment,
+            small_model,
+            parser_class=RefusingParser,
+            say=lambda message, options: added.extend(options),  # the report's rows say the rest
         )
         preflight.check(args)
         with found.noting(), preflight.claimed_address(args):
             pass
         _look_at_engine(args, machine, runner_option, found)
-    return Report(tuple(found.problems), Versions.read(), machine, tuple(notes), **found.fields)
+    return Report(tuple(found.problems), Versions.read(), machine, tuple(added), **found.fields)
 
 
 def _look_at_engine(args: Namespace, machine: Machine, runner_option: str, found: _Found) -> None:

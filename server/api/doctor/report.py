@@ -13,10 +13,6 @@ if TYPE_CHECKING:  # they import vLLM, which may be missing
     from foldserve.server.engine.facts.model import ModelFacts
 
 
-DEFAULTS = "defaults applied: "
-"""Begins the note about options that `foldserve serve` fills in."""
-
-
 @dataclass(frozen=True, slots=True)
 class Problem:
     """`text`: what is wrong and what to do, in one line. `stops`: the server would not start."""
@@ -30,7 +26,7 @@ class Report:
     """None: not known, since a problem came before.
 
     Attributes:
-        notes: what `foldserve serve` would say that it chose.
+        options_added: those that `foldserve serve` fills in.
         methods: names of those before the decoder that the model is served with.
         decoder_methods: that it is served with where there is a withdrawal layer.
     """
@@ -38,7 +34,7 @@ class Report:
     problems: tuple[Problem, ...]
     versions: Versions
     machine: Machine | None = None
-    notes: tuple[str, ...] = ()
+    options_added: tuple[str, ...] = ()
     model: ModelFacts | None = None
     methods: tuple[str, ...] = ()
     decoder_methods: tuple[str, ...] = ()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from foldserve.server.api.doctor.report import DEFAULTS, Report
+from foldserve.server.api.doctor.report import Report
 from foldserve.server.api.sizes import size
 
 if TYPE_CHECKING:  # they import vLLM, which may be missing
@@ -34,7 +33,7 @@ def table(report: Report) -> str:
     if report.kv is not None:
         sections.append(("KV cache", _kv(report.kv)))
     if report.engine is not None:
-        sections.append(("engine", [*_engine(report.engine), *_notes(report.notes)]))
+        sections.append(("engine", [*_engine(report.engine), *_added(report.options_added)]))
     sections.append(("machine", _machine(report.machine) if report.machine else ()))
     sections.append(("versions", _versions(report.versions, report.machine)))
     lines = [_verdict(report), *_problems(report)]
@@ -137,10 +136,8 @@ def _engine(engine: EngineFacts) -> Rows:
     ]
 
 
-def _notes(notes: Sequence[str]) -> Rows:
-    """Options that `serve` fills in, one a line; its other notes are about what other rows say."""
-    added = [note.removeprefix(DEFAULTS) for note in notes if note.startswith(DEFAULTS)]
-    options = [option for text in added for option in re.split(r" (?=--)", text)]
+def _added(options: Sequence[str]) -> Rows:
+    """One a line."""
     return [("" if i else "options added", option) for i, option in enumerate(options)]
 
 

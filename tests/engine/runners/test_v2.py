@@ -1,24 +1,22 @@
-"""Model runner V2, as far as a machine without a GPU can run it: positions, methods and withdrawal once more.
+"""More of model runner V2 than `tests/engine/test_v2.py`: whole files, with its Triton kernels interpreted.
 
-Which runner an engine has is read from the environment once per process, so this is a pytest of its own. Here it runs
-some of each, for interpreted kernels are slow; CONTRIBUTING.md has the command for all.
+`top_k` is left out: Triton's interpreter does not take vLLM's kernel for it.
 """
 
 from __future__ import annotations
 
+import pytest
+
 from tests.engine.cuda.processes import V2, run
 
-TESTS = (
-    "test_positions_engine.py",
-    "withdrawal/test_positions.py::test_chunks_that_cut_images_and_again_from_the_cache",
-    "withdrawal/test_positions.py::test_chosen_tokens",
-    "test_methods.py::test_all_in_one_batch_and_again_from_the_cache",
-)
+SUITES = {
+    "positions": ["test_positions_engine.py"],
+    "methods": ["test_methods.py", "test_llava_next.py", "test_padding_rows.py"],
+    "withdrawal": ["withdrawal/test_kept.py", "withdrawal/test_positions.py", "withdrawal/test_reference.py"],
+    "asynchronous loop": ["cuda/async_loop.py"],
+}
 
 
-def test_model_runner_v2_with_interpreted_kernels() -> None:
-    run(*(f"tests/engine/{name}" for name in TESTS), **V2)
-
-
-def test_asynchronous_loop() -> None:
-    run("tests/engine/cuda/async_loop.py", **V2)
+@pytest.mark.parametrize("suite", SUITES)
+def test_model_runner_v2(suite: str) -> None:
+    run("-k", "not top_k and not several_sequences", *(f"tests/engine/{name}" for name in SUITES[suite]), **V2)

@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 
+from tests.engine.conftest import LAYERS
 from tests.engine.withdrawal.harness import Case, Engine, answer_of
 from tests.engine.withdrawal.reference import WithdrawingReference
-
-LAYERS = 8
 
 
 class Expected:
@@ -45,14 +44,6 @@ class Expected:
             assert len(output.outputs[0].token_ids) == tokens
             self.check(layer, case, output)
         return outputs
-
-
-@pytest.fixture(scope="session")
-def eight_layers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LLaVA-1.5 checkpoint in fp32 with eight decoder layers and 144 vision tokens per image."""
-    from foldserve.server.quality.demo_model import create
-
-    return create(tmp_path_factory.mktemp("checkpoints") / "eight-layers", image_size=168, num_layers=LAYERS)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,8 @@ import pytest
 
 from foldserve.server.engine import fair_steps
 from foldserve.server.engine.fair_queue import KEY
-from tests.engine.withdrawal.conftest import LAYERS, Expected
+from tests.engine.conftest import LAYERS
+from tests.engine.withdrawal.conftest import Expected
 from tests.engine.withdrawal.harness import AskedCase, Case, Engine, words
 
 K = LAYERS // 2

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from foldserve.server.engine import withdrawal
-from tests.engine.withdrawal.conftest import LAYERS
+from tests.engine.conftest import LAYERS
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.engine.withdrawal.conftest import LAYERS, Expected
+from tests.engine.conftest import LAYERS
+from tests.engine.withdrawal.conftest import Expected
 from tests.engine.withdrawal.harness import Case, Engine, words
 from tests.engine.withdrawal.test_kept import SHORT, TINY
 from tests.engine.withdrawal.test_reference import MIXED, TOKENS

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from tests.engine.withdrawal.conftest import LAYERS, Expected
+from tests.engine.conftest import LAYERS
+from tests.engine.withdrawal.conftest import Expected
 from tests.engine.withdrawal.harness import AskedCase, Case, Engine, words
 
 K = LAYERS // 2

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.engine.conftest import LAYERS
 from tests.engine.keeping_reference import KeepingWithdrawingReference
-from tests.engine.withdrawal.conftest import LAYERS, Expected
+from tests.engine.withdrawal.conftest import Expected
 from tests.engine.withdrawal.harness import AskedCase, Case, Engine, words
 
 K = LAYERS // 2

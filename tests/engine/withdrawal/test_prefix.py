@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from tests.engine.withdrawal.conftest import LAYERS, Expected
+from tests.engine.conftest import LAYERS
+from tests.engine.withdrawal.conftest import Expected
 from tests.engine.withdrawal.harness import BLOCK, PHOTOS, Case, Engine
 
 K = LAYERS // 2

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.engine.withdrawal.conftest import LAYERS, Expected
+from tests.engine.conftest import LAYERS
+from tests.engine.withdrawal.conftest import Expected
 from tests.engine.withdrawal.harness import Case, Engine, words
 
 TOKENS = 10
