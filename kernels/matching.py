@@ -1,4 +1,4 @@
-"""Bipartite matching without its matrix of scores: cosine and row maximum in one kernel."""
+"""Bipartite matching without its matrix of scores: cosines and their row maxima, tile by tile."""
 
 from __future__ import annotations
 
@@ -7,24 +7,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foldserve.kernels.dtypes import at_most_fp32
+from foldserve.kernels.inputs import at_most_fp32, image_stride
 
-BLOCK_EVEN, BLOCK_ODD, BLOCK_BYTES = 16, 64, 128
-"""Tokens, and bytes of each, that a program holds at once: what sm_90 has registers for; not tuned on a device yet."""
+BLOCK_EVEN, BLOCK_ODD, BLOCK_BYTES = 64, 64, 128
+"""Tokens, and bytes of each, that a program of `_match` holds at once: the least that Hopper's tensor cores multiply
+asynchronously; not tuned on a device yet."""
+
+BLOCK_TOKENS, MOST_CHANNELS = 4, 1024
+"""What a program of `_norms` holds at once; not tuned on a device yet."""
+
+BLOCK_BEST = 256
+"""Even tokens of a program of `_best`; not tuned on a device yet."""
 
 EPS = 1e-12  # torch.nn.functional.normalize
 
 
 def match(metric: Tensor, *, class_token: bool = False, penalty: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`foldserve.reducers.fold.match` in one launch; fp32 results of fp16, bf16 or fp32.
+    """`foldserve.reducers.fold.match` in three launches; fp32 results of fp16, bf16 or fp32.
 
-    A program takes 16 even tokens past all odd ones, and scales each product by the norms that it finds on the way.
-    Floor of memory traffic: B n d elements of the metric read once (programs share the odd tokens in the L2 cache),
-    6 n B bytes written. The reference is 6 or 7 operators of torch, each a launch or more; it writes the normalised
-    metric and the matrix of scores, B (n / 2)^2 x 4 bytes, and reads both again.
+    Norms once for each token; then a program for each tile of 64 even by 64 odd tokens, which keeps the best odd one of
+    each even one; then the best over the tiles, the first of equals. A tile reads its tokens once, so each token is
+    read n / 128 times, from the L2 cache. The reference is 6 or 7 operators of torch, each a launch or more; it writes
+    the normalised metric and the matrix of scores, B (n / 2)^2 x 4 bytes, and reads both again.
 
-    Products are exact: fp16 and bf16 fit into TF32, so tensor cores may multiply them, and fp32 is multiplied in
-    fp32. They are accumulated in fp32.
+    Products are exact and accumulated in fp32, fp16 and bf16 by tensor cores, fp32 in fp32.
 
     Raises:
         TypeError: the metric is in fp64.
@@ -34,83 +40,150 @@ def match(metric: Tensor, *, class_token: bool = False, penalty: Tensor | None =
     batch, n, width = metric.shape
     if n < 2:
         raise ValueError(f"a matching needs an even token and an odd one, not {n} tokens")
-    even = (n + 1) // 2
-    score = metric.new_empty(batch, even, dtype=torch.float32)
-    partner = metric.new_empty(batch, even, dtype=torch.int64)
-    _match[triton.cdiv(even, BLOCK_EVEN), batch](
+    even, tiles = (n + 1) // 2, triton.cdiv(n // 2, BLOCK_ODD)
+    stride, unit = image_stride(metric)
+    norm = metric.new_empty(batch, n, dtype=torch.float32)
+    _norms[triton.cdiv(n, BLOCK_TOKENS), batch](
         metric,
-        penalty,
-        score,
-        partner,
+        norm,
         n,
         width,
-        *metric.stride(),
-        *((0, 0) if penalty is None else penalty.stride()),
-        CLASS_TOKEN=class_token,
-        PRECISION="ieee" if metric.dtype == torch.float32 else "tf32",
+        stride,
+        *metric.stride()[1:],
+        UNIT=unit,
         EPS=EPS,
+        BLOCK_TOKENS=BLOCK_TOKENS,
+        BLOCK_WIDTH=min(MOST_CHANNELS, triton.next_power_of_2(width)),
+    )
+    tile_score = metric.new_empty(batch, tiles, even, dtype=torch.float32)
+    tile_partner = metric.new_empty(batch, tiles, even, dtype=torch.int32)
+    _match[triton.cdiv(even, BLOCK_EVEN), tiles, batch](
+        metric,
+        norm,
+        tile_score,
+        tile_partner,
+        n,
+        width,
+        stride,
+        *metric.stride()[1:],
+        UNIT=unit,
         BLOCK_EVEN=BLOCK_EVEN,
         BLOCK_ODD=BLOCK_ODD,
         BLOCK_WIDTH=BLOCK_BYTES // metric.element_size(),
     )
+    score = metric.new_empty(batch, even, dtype=torch.float32)
+    partner = metric.new_empty(batch, even, dtype=torch.int64)
+    _best[triton.cdiv(even, BLOCK_BEST), batch](
+        tile_score,
+        tile_partner,
+        norm,
+        penalty,
+        score,
+        partner,
+        n,
+        tiles,
+        *((0, 0) if penalty is None else penalty.stride()),
+        CLASS_TOKEN=class_token,
+        BLOCK=BLOCK_BEST,
+    )
     return score, partner
 
 
-@triton.jit(do_not_specialize=["n"])
-def _match(
+@triton.jit(do_not_specialize=["n", "image_stride"])
+def _norms(
     metric: tl.tensor,
-    penalty: tl.tensor,
-    score: tl.tensor,
-    partner: tl.tensor,
+    norm: tl.tensor,
     n: int,
     width: int,
     image_stride: int,
     token_stride: int,
     channel_stride: int,
-    penalty_image_stride: int,
-    penalty_token_stride: int,
-    CLASS_TOKEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    UNIT: tl.constexpr,
     EPS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_WIDTH: tl.constexpr,
+) -> None:
+    image = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    rows = metric + image * image_stride * UNIT + i[:, None] * token_stride
+    square = tl.zeros((BLOCK_TOKENS,), tl.float32)
+    for first_channel in range(0, width, BLOCK_WIDTH):
+        c = first_channel + tl.arange(0, BLOCK_WIDTH)
+        x = tl.load(rows + c[None, :] * channel_stride, (i < n)[:, None] & (c < width)[None, :], 0.0).to(tl.float32)
+        square += tl.sum(x * x, axis=1)
+    tl.store(norm + image * n + i, tl.maximum(tl.math.sqrt_rn(square), EPS), i < n)
+
+
+@triton.jit(do_not_specialize=["n", "image_stride"])
+def _match(
+    metric: tl.tensor,
+    norm: tl.tensor,
+    tile_score: tl.tensor,
+    tile_partner: tl.tensor,
+    n: int,
+    width: int,
+    image_stride: int,
+    token_stride: int,
+    channel_stride: int,
+    UNIT: tl.constexpr,
     BLOCK_EVEN: tl.constexpr,
     BLOCK_ODD: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ) -> None:
+    """Of each even token, the best of the tile's odd ones; +inf stands for NaN, the largest as for torch.max."""
     even, odd = (n + 1) // 2, n // 2
-    image = tl.program_id(1).to(tl.int64)
+    image = tl.program_id(2).to(tl.int64)
     a = tl.program_id(0) * BLOCK_EVEN + tl.arange(0, BLOCK_EVEN)
-    b = tl.arange(0, BLOCK_ODD)
-    channels = tl.arange(0, BLOCK_WIDTH)
-    metric += image * image_stride
+    b = tl.program_id(1) * BLOCK_ODD + tl.arange(0, BLOCK_ODD)
+    metric += image * image_stride * UNIT
     a_rows = metric + 2 * a[:, None] * token_stride  # (BLOCK_EVEN, 1)
     b_rows = metric + (2 * b[None, :] + 1) * token_stride  # (1, BLOCK_ODD)
+    dot = tl.zeros((BLOCK_EVEN, BLOCK_ODD), tl.float32)
+    for first_channel in range(0, width, BLOCK_WIDTH):
+        c = first_channel + tl.arange(0, BLOCK_WIDTH)
+        x = tl.load(a_rows + c[None, :] * channel_stride, (a < even)[:, None] & (c < width)[None, :], 0.0)
+        y = tl.load(b_rows + c[:, None] * channel_stride, (b < odd)[None, :] & (c < width)[:, None], 0.0)
+        dot = tl.dot(x, y, dot, input_precision="ieee")  # TF32 would round fp32; others multiply as they are
+    b_norm = tl.load(norm + image * n + 2 * b + 1, b < odd, 1.0)
+    cosine = tl.math.div_rn(dot, b_norm[None, :])  # but for the even token's norm, which does not change its order
+    cosine = tl.where(cosine == cosine, cosine, float("inf"))
+    cosine = tl.where((b < odd)[None, :], cosine, float("-inf"))
+    best, best_b = tl.max(cosine, axis=1, return_indices=True)  # of equals the first
+    to = (image * tl.num_programs(1) + tl.program_id(1)) * even + a
+    tl.store(tile_score + to, best, a < even)
+    tl.store(tile_partner + to, tl.program_id(1) * BLOCK_ODD + best_b, a < even)
 
-    best = tl.full((BLOCK_EVEN,), float("-inf"), tl.float32)
-    best_b = tl.zeros((BLOCK_EVEN,), tl.int32)
-    a_square = tl.zeros((BLOCK_EVEN,), tl.float32)
-    for first_b in range(0, odd, BLOCK_ODD):
-        in_range = first_b + b < odd
-        dot = tl.zeros((BLOCK_EVEN, BLOCK_ODD), tl.float32)
-        a_square = tl.zeros((BLOCK_EVEN,), tl.float32)
-        b_square = tl.zeros((BLOCK_ODD,), tl.float32)
-        for first_channel in range(0, width, BLOCK_WIDTH):
-            c = first_channel + channels
-            x = tl.load(a_rows + c[None, :] * channel_stride, (a < even)[:, None] & (c < width)[None, :], 0.0)
-            b_at = b_rows + 2 * first_b * token_stride + c[:, None] * channel_stride
-            y = tl.load(b_at, in_range[None, :] & (c < width)[:, None], 0.0)
-            x, y = x.to(tl.float32), y.to(tl.float32)
-            dot = tl.dot(x, y, dot, input_precision=PRECISION)
-            a_square += tl.sum(x * x, axis=1)
-            b_square += tl.sum(y * y, axis=0)
-        b_norm = tl.maximum(tl.math.sqrt_rn(b_square), EPS)
-        cosine = tl.math.div_rn(dot, b_norm[None, :])
-        cosine = tl.where(cosine == cosine, cosine, float("inf"))  # NaN is the largest, as for torch.max
-        cosine = tl.where(in_range[None, :], cosine, float("-inf"))
-        here, here_b = tl.max(cosine, axis=1, return_indices=True)  # of equals the first
-        best_b = tl.where(here > best, first_b + here_b, best_b)
+
+@triton.jit(
+    do_not_specialize=["n", "tiles", "penalty_image_stride", "penalty_token_stride"],
+    do_not_specialize_on_alignment=["penalty"],
+)
+def _best(
+    tile_score: tl.tensor,
+    tile_partner: tl.tensor,
+    norm: tl.tensor,
+    penalty: tl.tensor,
+    score: tl.tensor,
+    partner: tl.tensor,
+    n: int,
+    tiles: int,
+    penalty_image_stride: int,
+    penalty_token_stride: int,
+    CLASS_TOKEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    even = (n + 1) // 2
+    image = tl.program_id(1).to(tl.int64)
+    a = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    best = tl.full((BLOCK,), float("-inf"), tl.float32)
+    best_b = tl.zeros((BLOCK,), tl.int32)
+    for tile in range(0, tiles):
+        of_tile = (image * tiles + tile) * even + a
+        here = tl.load(tile_score + of_tile, a < even, float("-inf"))
+        here_b = tl.load(tile_partner + of_tile, a < even, 0)
+        best_b = tl.where(here > best, here_b, best_b)  # of equals that of the earlier tile
         best = tl.maximum(here, best)
-
-    result = tl.math.div_rn(best, tl.maximum(tl.math.sqrt_rn(a_square), EPS))
+    result = tl.math.div_rn(best, tl.load(norm + image * n + 2 * a, a < even, 1.0))
     result = tl.where(best == float("inf"), float("nan"), result)
     if penalty is not None:
         own = penalty + image * penalty_image_stride + 2 * a * penalty_token_stride

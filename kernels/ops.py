@@ -10,22 +10,26 @@ import torch
 from foldserve.reducers.fold import group_mean, group_sum, match, place
 from foldserve.reducers.illava import lowest_into_one
 from foldserve.reducers.ops import Op
-from foldserve.reducers.withdraw import kv_slots, take_rows
+from foldserve.reducers.withdraw import kv_slots
 
-OPS: tuple[Op[..., Any], ...] = (match, place, group_mean, group_sum, lowest_into_one, kv_slots, take_rows)
+OPS: tuple[Op[..., Any], ...] = (match, place, group_mean, group_sum, lowest_into_one, kv_slots)
 """All that have a kernel."""
 
 
-def choose(device: torch.device, *, triton: bool) -> None:
+def choose(device: torch.device, *, triton: bool) -> bool:
     """From now on `OPS` run as Triton kernels, if wanted, `device` is a GPU and Triton is there; else as references.
 
     A process that chose the kernels can reduce on the GPU only. Calling it again chooses anew.
+
+    Returns:
+        Whether kernels run: `warm_up` compiles them.
     """
     if triton and device.type == "cuda" and find_spec("triton"):
         _use_triton()
-    else:
-        for op in OPS:
-            op.use(None)
+        return True
+    for op in OPS:
+        op.use(None)
+    return False
 
 
 def _use_triton() -> None:
@@ -37,4 +41,3 @@ def _use_triton() -> None:
     group_sum.use(groups.group_sum)
     lowest_into_one.use(selection.lowest_into_one)
     kv_slots.use(rows.kv_slots)
-    take_rows.use(rows.take_rows)

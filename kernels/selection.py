@@ -1,7 +1,8 @@
 """Which tokens go, and the places of those that stay: one program for each image, with all its scores in registers.
 
 Tokens are ranked by counting: the rank of a score is how many come before it. That is n^2 comparisons, which no order
-of threads can change, instead of a stable sort, which is several launches.
+of threads can change, instead of a stable sort, which is several launches. One multiprocessor makes them all, so images
+of more than `MOST_TOKENS` are left to the references.
 """
 
 from __future__ import annotations
@@ -11,9 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from foldserve.kernels.dtypes import at_most_fp32
+from foldserve.kernels.inputs import at_most_fp32
+from foldserve.reducers import fold, illava
 from foldserve.reducers.fold import Fold, Order
 from foldserve.reducers.illava import IntoOne
+
+MOST_TOKENS = 1024
+"""Of an image that a program ranks. That many scores are a million comparisons on one multiprocessor, some 20 us by its
+clock rate; twice as many take four times as long, as much as the launches that the kernel saves. Towers of today give
+144 to 729 tokens a grid."""
 
 COMPARED_AT_ONCE = 1 << 13
 """Comparisons that a program holds at once: what sm_90 has registers for; not tuned on a device yet."""
@@ -29,9 +36,11 @@ def place(score: Tensor, partner: Tensor, n: int, k: int, order: Order) -> Fold:
         TypeError: the scores are in fp64.
     """
     at_most_fp32(score)
-    batch, even = score.shape
+    if n > MOST_TOKENS:
+        return fold.place.reference(score, partner, n, k, order)
+    batch = len(score)
     slot = partner.new_empty(batch, n)
-    sizes, survivor = partner.new_empty(2, batch, n - k)
+    sizes, survivor = partner.new_empty(batch, n - k), partner.new_empty(batch, n - k)
     _place[batch,](
         score.contiguous(),
         partner.contiguous(),
@@ -41,7 +50,7 @@ def place(score: Tensor, partner: Tensor, n: int, k: int, order: Order) -> Fold:
         n,
         k,
         ORDER=order,
-        **_blocks(even),
+        **_blocks(MOST_TOKENS // 2),
     )
     return Fold(slot, sizes, survivor)
 
@@ -57,16 +66,17 @@ def lowest_into_one(score: Tensor, r: int) -> IntoOne:
     """
     at_most_fp32(score)
     batch, n = score.shape
-    source, sizes = score.new_empty(2, batch, n - r, dtype=torch.int64)
-    group = score.new_empty(batch, n, dtype=torch.int64)
+    if n > MOST_TOKENS:
+        return illava.lowest_into_one.reference(score, r)
+    source, sizes, group = (score.new_empty(batch, length, dtype=torch.int64) for length in (n - r, n - r, n))
     weight = score.new_empty(batch, n, dtype=torch.float32)
-    _lowest_into_one[batch,](score.contiguous(), source, group, sizes, weight, n, r, **_blocks(n))
+    _lowest_into_one[batch,](score.contiguous(), source, group, sizes, weight, n, r, **_blocks(MOST_TOKENS))
     return IntoOne(source, group, sizes, weight)
 
 
-def _blocks(tokens: int) -> dict[str, int]:
-    block = max(32, triton.next_power_of_2(tokens))
-    return {"BLOCK": block, "CHUNK": max(1, min(32, COMPARED_AT_ONCE // block)), "num_warps": 4 if block < 1024 else 8}
+def _blocks(most: int) -> dict[str, int]:
+    """Of any image alike: sizes that went with n would be a variant of the kernel for each doubling of it."""
+    return {"BLOCK": most, "CHUNK": COMPARED_AT_ONCE // most, "num_warps": 4 if most < 1024 else 8}
 
 
 @triton.jit
@@ -98,7 +108,7 @@ def _rank(
     return rank
 
 
-@triton.jit(do_not_specialize=["n", "k"])
+@triton.jit(do_not_specialize=["n", "k"], do_not_specialize_on_alignment=["score", "partner"])
 def _place(
     score: tl.tensor,
     partner: tl.tensor,
@@ -142,7 +152,7 @@ def _place(
     tl.store(survivor + odd_slot, (2 * index + 1).to(tl.int64), is_odd)
 
 
-@triton.jit(do_not_specialize=["n", "r"])
+@triton.jit(do_not_specialize=["n", "r"], do_not_specialize_on_alignment=["score"])
 def _lowest_into_one(
     score: tl.tensor,
     source: tl.tensor,

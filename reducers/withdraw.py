@@ -9,7 +9,6 @@ from foldserve.reducers.method import Decoder
 from foldserve.reducers.ops import Op
 
 
-@Op
 def take_rows(rows: Tensor, positions: Tensor, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The rows of a step that enter the deep layers.
 

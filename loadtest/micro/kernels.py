@@ -2,7 +2,7 @@
 
 Each operation that has a kernel, and the methods made of them, run in turns with the kernels and with the torch
 references, in pairs. Times are wall times of one call until the GPU has finished: launches count as they do in a server
-whose GPU waits for them. Sizes are those of CLIP-L/14-336 and of a decoder of width 4096.
+whose GPU waits for them. Sizes are those of CLIP-L/14-336.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from foldserve.reducers.folder import folder
 from foldserve.reducers.illava import illava, lowest_into_one
 from foldserve.reducers.schedule import fold_schedule
 from foldserve.reducers.tome import tome
-from foldserve.reducers.withdraw import kv_slots, take_rows
+from foldserve.reducers.withdraw import kv_slots
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENS = (144, 576, 729, 2880)
@@ -41,7 +41,6 @@ class Shape:
     Attributes:
         width: of the vision tower.
         key_width: of one of its heads.
-        hidden: width of the decoder.
     """
 
     tokens: int
@@ -49,7 +48,6 @@ class Shape:
     dtype: str
     width: int = 1024
     key_width: int = 64
-    hidden: int = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,18 +97,13 @@ def cases(shape: Shape, device: str) -> Iterator[Case]:
 
 
 def _of_the_decoder(shape: Shape, device: str) -> Iterator[Case]:
-    """A prompt of an image and 64 tokens of text per request, of which the text enters the deep layers."""
-    per_request, text = shape.tokens + 64, 64
-    rows = torch.arange(shape.batch * per_request, device=device).view(shape.batch, -1)[:, -text:].flatten()
-    positions = torch.arange(shape.batch * per_request, device=device)
-    hidden = torch.randn(len(positions), shape.hidden, device=device).to(DTYPES[shape.dtype])
+    """The 64 tokens of text of each prompt, which enter the deep layers."""
+    text = 64
     blocks = -(-text // BLOCK_SIZE)
     table = torch.arange(shape.batch * blocks, dtype=torch.int32, device=device).view(shape.batch, -1)
     request_of = torch.arange(shape.batch, device=device).repeat_interleave(text)
     place_in: Tensor = torch.arange(text, device=device).repeat(shape.batch)
-    row_bytes = 2 * (2 * hidden[0].nbytes + 8) + 8
-    yield "take_rows", len(rows) * row_bytes, lambda: take_rows(rows, positions, hidden, hidden)
-    yield "kv_slots", len(rows) * 28, lambda: kv_slots(table, request_of, place_in, BLOCK_SIZE, len(rows))
+    yield "kv_slots", len(place_in) * 28, lambda: kv_slots(table, request_of, place_in, BLOCK_SIZE, len(place_in))
 
 
 def time_us(call: Callable[[], object], device: str) -> float:

@@ -12,6 +12,7 @@ from vllm.model_executor.models.interfaces import MultiModalEmbeddings, Supports
 from vllm.transformers_utils.processor import cached_image_processor_from_config
 
 from foldserve.kernels import ops
+from foldserve.kernels.warm_up import Widths, warm_up
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import positions, withdrawal
@@ -34,13 +35,13 @@ class FoldModel(SupportsMultiModal):
     - the tower and the projector run on as many images at a time as the profile run did, which tries the server's
       default reduction too;
     - with a withdrawal layer configured, the decoder is the withdrawing twin of the checkpoint's own;
-    - on a GPU, where the environment asks for it, this process reduces with Triton kernels.
+    - on a GPU, where the environment asks for it, this process reduces with Triton kernels, compiled before it serves.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_options(vllm_config)
         withdrawal.select_decoder(vllm_config)
-        ops.choose(torch.device(vllm_config.device_config.device_type), triton=Environment.read().wants_triton)
+        _choose_kernels(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._vllm_config = vllm_config
         self._family = family_of(self.config)
@@ -118,3 +119,12 @@ class FoldModel(SupportsMultiModal):
         return Normalize(
             image_processor, self._vllm_config.model_config.dtype, next(self.vision_tower.parameters()).device
         )
+
+
+def _choose_kernels(config: VllmConfig) -> None:
+    device, model = torch.device(config.device_config.device_type), config.model_config
+    if ops.choose(device, triton=Environment.read().wants_triton) and family_of(model.hf_config) is not None:
+        vision, text = model.hf_config.vision_config, model.hf_config.get_text_config()
+        decoder = None if withdrawal.withdraw_layer(config) is None else text.hidden_size
+        head = vision.hidden_size // vision.num_attention_heads
+        warm_up(Widths(vision.hidden_size, head, decoder), model.dtype, device)

@@ -18,7 +18,7 @@ from foldserve.reducers.folder import folder, folder_cls
 from foldserve.reducers.illava import illava, lowest_into_one
 from foldserve.reducers.schedule import fold_schedule
 from foldserve.reducers.tome import tome, turbo
-from foldserve.reducers.withdraw import kv_slots, take_rows
+from foldserve.reducers.withdraw import kv_slots
 
 Values = Literal["random", "few", "nan"]
 Layout = Literal["contiguous", "sliced", "transposed"]
@@ -112,6 +112,18 @@ def check_lowest_into_one(device: str, n: int, values: Values) -> None:
             assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), (r, name)
 
 
+def check_bound(device: str, n: int) -> None:
+    """Beyond the bound no kernel is launched: what would be is no kernel here."""
+    launched = selection._place, selection._lowest_into_one
+    selection._place = selection._lowest_into_one = None
+    try:
+        assert n > selection.MOST_TOKENS
+        check_place(device, n, "position", "few")
+        check_lowest_into_one(device, n, "few")
+    finally:
+        selection._place, selection._lowest_into_one = launched
+
+
 def check_groups(device: str, n: int, width: int, kept: int, dtype: torch.dtype, layout: Layout) -> None:
     """Sums and means within the error of fp32 sums, exact for small integers; NaN stays in its group."""
     group = integers((2, n), 0, kept, n, device)
@@ -143,20 +155,6 @@ def _sums(values: Tensor, group: Tensor, kept: int) -> Tensor:
     return values.new_zeros(len(values), kept, values.shape[2]).scatter_add_(
         1, group.unsqueeze(2).expand_as(values), values
     )
-
-
-def check_rows(device: str, n: int, width: int, dtype: torch.dtype, layout: Layout) -> None:
-    positions = integers((n,), 0, 1 << 40, 3, device)
-    some = (torch.arange(n), torch.arange(0, n, 3), torch.tensor([n - 1]), torch.tensor([], dtype=torch.int64))
-    for widths in ((width, width), (width, width + 3), (width + 3, width)):
-        hidden, residual = (laid_out(draw((n, d), seed, device, dtype), layout) for seed, d in enumerate(widths))
-        hidden[0] = torch.nan
-        for taken in some:
-            given = taken.to(device), positions, hidden, residual
-            with poisoned():
-                found = rows.take_rows(*given)
-            for ours, theirs in zip(found, take_rows.reference(*given), strict=True):
-                torch.testing.assert_close(ours, theirs, atol=0, rtol=0, equal_nan=True)
 
 
 def check_slots(device: str, count: int, size: int, block_size: int) -> None:

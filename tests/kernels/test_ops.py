@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import CLIPVisionConfig, LlavaConfig
 
 from foldserve.kernels import groups, matching, ops, rows, selection
+from foldserve.kernels.warm_up import Widths
 from foldserve.loadtest.micro.kernels import main
 from foldserve.reducers.ops import Op
 from tests.kernels.benchmark import check_benchmark
@@ -26,7 +28,6 @@ TWINS = {
         groups.group_sum,
         selection.lowest_into_one,
         rows.kv_slots,
-        rows.take_rows,
     )
 }
 
@@ -61,7 +62,7 @@ def test_torch_on_a_gpu_where_no_kernels_are_wanted() -> None:
     assert not in_use().items() & TWINS.items()
 
 
-def test_the_model_chooses_for_its_device_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_model_chooses_for_its_device_and_compiles_before_it_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     llava: Any = import_module("foldserve.server.engine.families.llava")  # vLLM, which takes its time
 
     class Built(Exception):
@@ -70,20 +71,34 @@ def test_the_model_chooses_for_its_device_before_it_is_built(monkeypatch: pytest
     def build(*args: object, **options: object) -> None:
         raise Built
 
+    warmed: list[object] = []
     monkeypatch.setattr("foldserve.server.engine.withdrawal.select_decoder", lambda config: None)
+    monkeypatch.setattr("foldserve.server.engine.model.warm_up", lambda *model: warmed.append(model))
     monkeypatch.setattr(llava.LlavaForConditionalGeneration, "__init__", build)
+    vision = CLIPVisionConfig(hidden_size=96, num_attention_heads=4)
+    config = LlavaConfig(
+        architectures=["LlavaForConditionalGeneration"],
+        vision_config=vision,
+        text_config={"model_type": "llama", "hidden_size": 64},
+    )
     references = {op.reference.__name__: op.reference for op in ops.OPS}
     for device, wanted, expected in (("cuda", "1", TWINS), ("cuda", "0", references), ("cpu", "1", references)):
         monkeypatch.setenv("FOLDSERVE_TRITON", wanted)
-        with pytest.raises(Built):
-            llava.FoldLlavaForConditionalGeneration(
-                vllm_config=SimpleNamespace(
-                    device_config=SimpleNamespace(device_type=device),
-                    compilation_config=SimpleNamespace(cudagraph_mm_encoder=False),
-                    lora_config=None,
+        for layer, decoder in ((None, None), (1, 64)):
+            with pytest.raises(Built):
+                llava.FoldLlavaForConditionalGeneration(
+                    vllm_config=SimpleNamespace(
+                        device_config=SimpleNamespace(device_type=device),
+                        compilation_config=SimpleNamespace(cudagraph_mm_encoder=False),
+                        lora_config=None,
+                        model_config=SimpleNamespace(hf_config=config, dtype=torch.bfloat16),
+                        additional_config={"foldserve": {"withdraw_layer": layer}},
+                    )
                 )
-            )
-        assert in_use() == expected
+            assert in_use() == expected
+            compiled = [(Widths(96, 24, decoder), torch.bfloat16, torch.device("cuda"))]
+            assert warmed == (compiled if expected is TWINS else [])
+            warmed.clear()
 
 
 @pytest.mark.parametrize("op", ops.OPS, ids=lambda op: op.reference.__name__)

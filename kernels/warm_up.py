@@ -1,0 +1,52 @@
+"""Compiles what a server launches before it serves: Triton compiles a variant of a kernel when it is first launched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from foldserve.reducers.folder import folder, folder_cls
+from foldserve.reducers.illava import illava
+from foldserve.reducers.tome import tome, turbo
+from foldserve.reducers.withdraw import kv_slots
+
+_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Widths:
+    """Of the tensors that a model reduces: variants differ by them, and by the dtype, not by how many tokens there are.
+
+    Attributes:
+        tower: of the vision tower.
+        head: of one of its heads.
+        decoder: of the decoder, where it withdraws tokens; else None.
+    """
+
+    tower: int
+    head: int
+    decoder: int | None = None
+
+
+def warm_up(widths: Widths, dtype: torch.dtype, device: torch.device) -> None:
+    """Reduces some zeros by each method that has kernels, in as many ways as they are launched in.
+
+    Args:
+        dtype: of the model.
+    """
+    x = torch.zeros(1, _TOKENS, widths.tower, dtype=dtype, device=device)
+    keys = torch.zeros(1, _TOKENS, widths.head, dtype=torch.float32, device=device)
+    score, sizes = keys[..., 0].contiguous(), torch.ones(1, _TOKENS, dtype=torch.int64, device=device)
+    two_folds = (4, 2)
+    folder(x, two_folds)
+    folder_cls(x, keys, score, two_folds)
+    for class_token in (False, True):
+        tome(x, keys, sizes, 2, class_token=class_token)
+    turbo(x, keys, score, sizes, 2)
+    illava(x, score, 2)
+    if widths.decoder is not None:
+        addends = torch.zeros(1, _TOKENS, 2 * widths.decoder, dtype=dtype, device=device)
+        illava(addends, score, 2)
+        rows = torch.zeros(_TOKENS, dtype=torch.int64, device=device)
+        kv_slots(rows[None].int(), rows, rows, _TOKENS, len(rows))
