@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from copy import copy
 from typing import Any, Literal
 
 from vllm import envs
-from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.config import VllmConfig
 
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.withdrawal.requests import Room
@@ -62,16 +61,12 @@ def configure(layer: int, *, device: Literal["cpu", "cuda"], async_scheduling: b
     On the CPU vLLM schedules synchronously whatever is asked for.
     """
     runs_ahead = async_scheduling and device == "cuda"
-    arguments: dict[str, Any] = {
+    return {
         "additional_config": {CONFIG_KEY: {"withdraw_layer": layer}},
         "scheduler_cls": _ASYNC_SCHEDULER if runs_ahead else _SCHEDULER,
         "async_scheduling": runs_ahead,
         "worker_cls": WORKERS[device],
     }
-    if device == "cuda":
-        # Piecewise graphs are keyed by the size of the full batch, which is not the size of the deep half.
-        arguments["compilation_config"] = {"cudagraph_mode": "FULL_DECODE_ONLY"}
-    return arguments
 
 
 def apply(args: Any, layer: int, *, device: Literal["cpu", "cuda"]) -> None:
@@ -82,10 +77,6 @@ def apply(args: Any, layer: int, *, device: Literal["cpu", "cuda"]) -> None:
     """
     needed = configure(layer, device=device, async_scheduling=args.async_scheduling is not False)
     del needed["additional_config"]
-    mode = needed.pop("compilation_config", {}).get("cudagraph_mode")
-    if mode is not None and args.compilation_config.cudagraph_mode is None and not args.enforce_eager:
-        args.compilation_config = copy(args.compilation_config)
-        args.compilation_config.cudagraph_mode = CUDAGraphMode[mode]
     for name, value in needed.items():
         if getattr(args, name) not in (None, "auto", True, value):
             option = f"--{name.replace('_', '-')}" + ("" if value is True else f" {value}")
@@ -180,9 +171,6 @@ def _conflicts(config: VllmConfig) -> Iterator[tuple[str, str]]:
         if envs.VLLM_BATCH_INVARIANT:
             yield "VLLM_BATCH_INVARIANT=1", f"without VLLM_USE_BREAKABLE_CUDAGRAPH=0 it turns that on, where {reason}"
         yield "VLLM_USE_BREAKABLE_CUDAGRAPH=1", reason
-    mode = config.compilation_config.cudagraph_mode
-    if mode is not None and mode.requires_piecewise_compilation():
-        yield f"cudagraph_mode {mode.name}", "piecewise graphs are made for the size of the full batch"
 
 
 def _is_sliding(text_config: Any) -> bool:

@@ -26,6 +26,7 @@ from foldserve.reducers.withdraw import take_rows
 from foldserve.server.engine.withdrawal.attention import DeepAttention, ShallowAttention, adopt, score_in
 from foldserve.server.engine.withdrawal.choose import choose, merges
 from foldserve.server.engine.withdrawal.config import withdraw_layer
+from foldserve.server.engine.withdrawal.graph import PartBuffers, no_graphs, replays_parts
 from foldserve.server.engine.withdrawal.layout import bucket_of
 
 
@@ -95,6 +96,7 @@ class WithdrawingDecoder(nn.Module):
     """Takes over the parts of a vLLM decoder (`embed_tokens`, `layers`, `norm`); weights keep their names.
 
     The parts are compiled as three graphs, since they see different numbers of rows; what lies between runs in Python.
+    Where vLLM has captured CUDA graphs of them, they replay in steps with all rows, and the first part in any step.
     """
 
     def __init__(self, decoder: Any, *, vllm_config: VllmConfig, prefix: str) -> None:
@@ -114,6 +116,7 @@ class WithdrawingDecoder(nn.Module):
             self.after_attention = AfterAttention(layer=self.layers[first - 1], **parts)
         with set_model_tag("deep_part"):
             self.deep = DeepPart(layers=self.layers[first:], norm=self.norm, **parts)
+        self._between = PartBuffers(vllm_config.compilation_config)
         self._deep_ops = [layer.self_attn.attn.layer_name for layer in self.layers[first:]]
         score_in(self.layers[first - 1].self_attn.attn, self._deep_ops[0])
 
@@ -144,13 +147,28 @@ class WithdrawingDecoder(nn.Module):
         if inputs_embeds is None:
             assert input_ids is not None
             inputs_embeds = self.embed_input_ids(input_ids)
+            if replays_parts():
+                (inputs_embeds,) = self._between.hold(embeds=inputs_embeds)
         attended, residual = self.shallow(positions, inputs_embeds)
         step = self._enter_deep_part()
         if step is None or step.deep_rows is None:
-            kept: Tensor = self.deep(positions, *self.after_attention(attended, residual))
-            return kept
+            return self._on_all_rows(positions, attended, residual)
+        with no_graphs():
+            return self._on_kept_rows(step, positions, attended, residual)
+
+    def _on_all_rows(self, positions: Tensor, attended: Tensor, residual: Tensor) -> Tensor:
+        if not replays_parts():
+            eager: Tensor = self.deep(positions, *self.after_attention(attended, residual))
+            return eager
+        attended, residual = self._between.hold(attended=attended, residual=residual)
+        hidden, residual = self.after_attention(attended, residual)
+        hidden, residual = self._between.hold(hidden=hidden, residual=residual)
+        replayed: Tensor = self.deep(positions, hidden, residual)
+        return replayed
+
+    def _on_kept_rows(self, step: Any, positions: Tensor, attended: Tensor, residual: Tensor) -> Tensor:
         rows = step.deep_rows
-        output = torch.zeros_like(inputs_embeds)  # of full size: the rows to sample from are numbered in the full batch
+        output = torch.zeros_like(residual)  # of full size: the rows to sample from are numbered in the full batch
         if not len(rows):
             return output
         hidden, merging = attended, merges(step.deep_prompts)

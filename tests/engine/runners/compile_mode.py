@@ -12,12 +12,16 @@ from typing import Any
 
 import pytest
 
+from tests.engine.cuda.graphs import Piecewise, Pool
 from tests.engine.withdrawal.conftest import Expected
 from tests.engine.withdrawal.harness import Case, Engine
 from tests.engine.withdrawal.test_kept import CASES as CHOSEN
 from tests.engine.withdrawal.test_reference import MIXED
 
 K, LAYERS = 1, 2
+STEP, SIZES = 135, [1, 2, 4, 8, 64, 135]
+POOL = Pool()
+PIECES: list[Piecewise] = []
 CASES: list[Case] = [MIXED[0], MIXED[6], CHOSEN[1]]
 """Steps with all rows and with fewer; those whose tokens are chosen and those without."""
 
@@ -25,6 +29,7 @@ CASES: list[Case] = [MIXED[0], MIXED[6], CHOSEN[1]]
 @pytest.fixture(scope="module", autouse=True)
 def as_on_cuda() -> None:
     """Lets the CPU platform of this process keep vLLM's compile mode."""
+    from vllm.compilation import backends
     from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
     from vllm.config import CompilationMode
     from vllm.platforms.cpu import CpuPlatform
@@ -43,6 +48,12 @@ def as_on_cuda() -> None:
     functionalization: Any = FixFunctionalizationPass
     functionalization.__call__ = lambda self, graph: None  # it names operators that only CUDA builds have
 
+    def wrap(piece: Any, config: Any, options: Any, is_first_graph: bool, is_last_graph: bool) -> Piecewise:
+        PIECES.append(Piecewise(piece, POOL, is_last=is_last_graph))
+        return PIECES[-1]
+
+    backends.wrap_with_cudagraph_if_needed = wrap
+
 
 def test_three_parts_compiled_saved_and_loaded() -> None:
     import torch._dynamo.utils
@@ -56,10 +67,30 @@ def test_three_parts_compiled_saved_and_loaded() -> None:
     warm = path.exists()
     if not warm:
         create(path, image_size=168, num_layers=LAYERS)
-    engine = Engine(path, K, enforce_eager=False, max_num_batched_tokens=135)
+    engine = Engine(path, K, enforce_eager=False, max_num_batched_tokens=STEP)
     assert engine.llm.llm_engine.vllm_config.compilation_config.mode == CompilationMode.VLLM_COMPILE
     counts = (counter.num_aot_compiles, counter.num_aot_artifacts_saved, counter.num_aot_artifacts_loaded)
-    Expected(path).generate(engine, K, CASES, 3)
+    expected = Expected(path)
+    expected.generate(engine, K, CASES, 3)
     engine.assert_all_blocks_free()
     assert counts == ((0, 0, 3) if warm else (3, 3, 0))
     assert not torch._dynamo.utils.counters["graph_break"]
+    capture(engine)
+    for cases in (CASES, [MIXED[5]], [MIXED[3], MIXED[0]], CASES[::-1]):
+        expected.generate(engine, K, cases, 5)
+    counts_of_pieces = [piece.replays.total() for piece in PIECES]
+    assert max(counts_of_pieces) > min(counts_of_pieces) > 0  # shallow pieces also where rows leave, deep ones not
+
+
+def capture(engine: Engine) -> None:
+    """Piecewise graphs of all steps, as on a GPU, whose pieces vLLM has cut and wrapped."""
+    from vllm.config import CUDAGraphMode
+
+    runner = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    compilation = runner.vllm_config.compilation_config
+    compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+    compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = SIZES, SIZES[-1]
+    runner.cudagraph_dispatcher.initialize_cudagraph_keys(CUDAGraphMode.PIECEWISE, 1)
+    for size in reversed(SIZES):
+        runner._dummy_run(size, CUDAGraphMode.PIECEWISE, is_graph_capturing=True)
+    POOL.capturing = False
