@@ -89,7 +89,7 @@ class Piecewise:
             return self.runnable(*args, **kwargs)
         self._pool.reuse()
         key = context.batch_descriptor
-        if self._pool.capturing:
+        if self._pool.capturing or key not in self._captured:
             self._captured[key] = args, kwargs, self.runnable(*args, **kwargs)
         else:
             self.replays[key.num_tokens] += 1

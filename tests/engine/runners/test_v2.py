@@ -12,7 +12,12 @@ from tests.engine.cuda.processes import V2, run
 SUITES = {
     "positions": ["test_positions_engine.py"],
     "methods": ["test_methods.py", "test_llava_next.py", "test_padding_rows.py"],
-    "withdrawal": ["withdrawal/test_kept.py", "withdrawal/test_positions.py", "withdrawal/test_reference.py"],
+    "withdrawal": [
+        "withdrawal/test_kept.py",
+        "withdrawal/test_positions.py",
+        "withdrawal/test_reference.py",
+        "withdrawal/piecewise_v2.py",
+    ],
     "asynchronous loop": ["cuda/async_loop.py"],
 }
 
