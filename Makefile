@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 	$$p tools/setup.py --check-python >/dev/null 2>&1 && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve test test-runners test-clients test-deploy soak check clean
+.PHONY: help setup serve gpu-check test test-runners test-clients test-deploy soak check clean
 
 help: ## show this
 	@echo "make COMMAND, where COMMAND is"
@@ -32,7 +32,7 @@ serve: setup ## start the server (MODEL=name or directory, PORT=8000, ARGS="any 
 test: setup ## run all tests, without a GPU (TESTS="paths or pytest options" for some)
 	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(TESTS)
 
-test-runners: setup ## model runner V2 with interpreted kernels, and vLLM's compile mode, on a CPU (4 minutes)
+test-runners: setup ## model runner V2 with interpreted kernels, vLLM's compile mode, gpu-check, on a CPU (8 minutes)
 	@$(BIN)/python -m pytest -n 2 tests/engine/runners $(TESTS)
 
 test-clients: setup ## docs/clients.md with the real clients (installs them; needs a JDK)
@@ -42,6 +42,9 @@ test-clients: setup ## docs/clients.md with the real clients (installs them; nee
 test-deploy: setup ## routing, data parallel, Prometheus and image steps on real programs (fetches Prometheus, vllm-router)
 	@tests/deploy/live/tools.sh $(VENV)
 	@$(BIN)/python -m pytest tests/deploy/live $(TESTS)
+
+gpu-check: setup ## whether this machine's GPU computes what it should (ARGS="options of foldserve gpu-check")
+	@$(BIN)/foldserve gpu-check $(ARGS)
 
 soak: setup ## 10,000 requests, many broken off, against a server: nothing may be left over (ARGS="options of the soak")
 	@$(BIN)/python -m foldserve.loadtest.soak $(ARGS)

@@ -17,6 +17,7 @@ Serve vision-language models with fewer vision tokens: every request chooses how
   foldserve serve                               the small demo model on port 8000
   foldserve serve llava-hf/llava-1.5-7b-hf      a real model
   foldserve doctor MODEL                        whether and how it would run here, in seconds
+  foldserve gpu-check                           whether a GPU computes what it should, in minutes
   foldserve calibrate MODEL --data DIR          find the layer where vision tokens may be withdrawn
   foldserve evaluate MODEL                      accuracy against vision tokens, for every method
   foldserve analyze MODEL                       where the model can do with fewer vision tokens

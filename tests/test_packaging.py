@@ -32,14 +32,14 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_every_module_and_the_demo_model_are_in_the_wheel_once_and_nothing_is_at_the_top_level(wheel: Path) -> None:
+def test_every_module_and_all_data_are_in_the_wheel_once_and_nothing_is_at_the_top_level(wheel: Path) -> None:
     sources = {
         f"foldserve/{path.relative_to(ROOT).as_posix()}": path.read_bytes()
         for name in LINKED
         for path in (ROOT / name).rglob("*.py")
     }
-    checkpoint = (ROOT / "server/quality/demo/checkpoint").iterdir()
-    sources |= {f"foldserve/{path.relative_to(ROOT).as_posix()}": path.read_bytes() for path in checkpoint}
+    data = [*(ROOT / "server/quality/demo/checkpoint").iterdir(), *(ROOT / "server").rglob("references.safetensors")]
+    sources |= {f"foldserve/{path.relative_to(ROOT).as_posix()}": path.read_bytes() for path in data}
     with zipfile.ZipFile(wheel) as archive:
         packed = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
     assert packed == sources | {"foldserve/__init__.py": b"", "foldserve/py.typed": b""}

@@ -3,6 +3,7 @@
 ALL = {
     "serve": "start the server",
     "doctor": "say whether and how a server with these options would run here",
+    "gpu-check": "say whether this machine's GPU computes what it should, and what reduction gains there",
     "calibrate": "find the withdrawal layer of a model",
     "evaluate": "measure accuracy against vision tokens",
     "analyze": "show where a model can do with fewer vision tokens",

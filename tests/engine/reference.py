@@ -69,9 +69,13 @@ class Reference:
         logprobs: list[float] = []
         for _ in range(tokens):
             hidden = self.model.model.language_model(inputs_embeds=embeds[None], use_cache=False).last_hidden_state
-            distribution = self.model.lm_head(hidden[0, -1]).log_softmax(-1)
-            best = int(distribution.argmax())
+            best, logprob = self.pick(self.model.lm_head(hidden[0, -1]).log_softmax(-1))
             out.append(best)
-            logprobs.append(float(distribution[best]))
+            logprobs.append(logprob)
             embeds = torch.cat([embeds, self.model.get_input_embeddings()(torch.tensor([best]))])
         return out, logprobs
+
+    def pick(self, distribution: Tensor) -> tuple[int, float]:
+        """The next token and its log-probability, of those of all tokens."""
+        best = int(distribution.argmax())
+        return best, float(distribution[best])

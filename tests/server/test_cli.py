@@ -72,7 +72,7 @@ def test_help_does_not_wait_for_torch() -> None:
     code = """
 import sys
 from foldserve.server import cli
-for name in ([], ["calibrate"], ["evaluate"], ["analyze"], ["loadtest"], ["hash-key"]):
+for name in ([], ["calibrate"], ["evaluate"], ["analyze"], ["loadtest"], ["gpu-check"], ["hash-key"]):
     try:
         cli.main([*name, "--help"])
     except SystemExit:

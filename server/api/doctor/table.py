@@ -34,8 +34,8 @@ def table(report: Report) -> str:
         sections.append(("KV cache", _kv(report.kv)))
     if report.engine is not None:
         sections.append(("engine", [*_engine(report.engine), *_added(report.options_added)]))
-    sections.append(("machine", _machine(report.machine) if report.machine else ()))
-    sections.append(("versions", _versions(report.versions, report.machine)))
+    sections.append(("machine", machine_rows(report.machine) if report.machine else ()))
+    sections.append(("versions", version_rows(report.versions, report.machine)))
     lines = [_verdict(report), *_problems(report)]
     for title, rows in sections:
         if rows:
@@ -141,7 +141,7 @@ def _added(options: Sequence[str]) -> Rows:
     return [("" if i else "options added", option) for i, option in enumerate(options)]
 
 
-def _machine(machine: Machine) -> Rows:
+def machine_rows(machine: Machine) -> Rows:
     rows: list[tuple[str, str]] = [("platform", _PLATFORMS[machine.platform])]
     if machine.driver is not None:
         rows.append(("driver", machine.driver))
@@ -156,7 +156,7 @@ def _machine(machine: Machine) -> Rows:
     return rows
 
 
-def _versions(versions: Versions, machine: Machine | None) -> Rows:
+def version_rows(versions: Versions, machine: Machine | None) -> Rows:
     cuda = triton = ""
     if machine is not None:
         cuda = f" for {f'CUDA {machine.cuda_build}' if machine.cuda_build else 'CPU'}"

@@ -61,10 +61,9 @@ class WithdrawingReference(Reference):
         logprobs: list[float] = []
         for _ in range(tokens):
             hidden = withdrawn_forward(self.model.model.language_model, embeds, kept, self.layer, merges)
-            distribution = self.model.lm_head(hidden[-1]).log_softmax(-1)
-            best = int(distribution.argmax())
+            best, logprob = self.pick(self.model.lm_head(hidden[-1]).log_softmax(-1))
             out.append(best)
-            logprobs.append(float(distribution[best]))
+            logprobs.append(logprob)
             embeds = torch.cat([embeds, self.model.get_input_embeddings()(torch.tensor([best]))])
             kept = torch.cat([kept, torch.tensor([True])])
         return out, logprobs

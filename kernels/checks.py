@@ -1,4 +1,4 @@
-"""Kernels against their torch references; run by `run` of `conftest.py` where kernels can run.
+"""Kernels against their torch references, for `foldserve gpu-check` and, in Triton's interpreter, the tests.
 
 Results are poisoned before a kernel runs: NaN and the largest integer are in every element that it does not write.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ Layout = Literal["contiguous", "sliced", "transposed"]
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Torch fills new memory in deterministic mode."""
-    torch.use_deterministic_algorithms(True)
+    """Torch fills new memory in deterministic mode, for which some of its own CUDA operators only warn."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:
@@ -232,3 +232,53 @@ def _raises(error: type[Exception], message: str) -> Iterator[None]:
         assert message in str(found)
     else:
         raise AssertionError(f"no {error.__name__}: {message}")
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+Check = Callable[..., None]
+CHECKS: list[tuple[Check, tuple[Any, ...]]] = [
+    (check_match, (2, 1, FP32, "random", "contiguous")),
+    (check_match, (3, 5, FP32, "random", "sliced")),
+    (check_match, (16, 16, BF16, "few", "contiguous")),
+    (check_match, (33, 16, FP16, "few", "transposed")),
+    (check_match, (130, 16, FP32, "few", "sliced")),  # the last tile of odd tokens has one
+    (check_match, (259, 16, BF16, "few", "contiguous")),  # equal ones in several tiles
+    (check_match, (64, 72, FP32, "random", "transposed")),
+    (check_match, (65, 72, BF16, "random", "sliced")),
+    (check_match, (130, 65, FP16, "random", "contiguous")),
+    (check_match, (37, 7, FP32, "nan", "contiguous")),
+    (check_match, (131, 33, BF16, "nan", "sliced")),
+    (check_match, (729, 16, BF16, "few", "contiguous")),
+    *(
+        (check_place, (n, order, values))
+        for order in get_args(Order)
+        for n, values in (
+            (2, "few"), (3, "few"), (5, "random"), (64, "few"), (65, "nan"), (144, "random"), (577, "few"),
+            (1024, "random"),
+        )
+    ),
+    (check_bound, (1025,)),
+    (check_bound, (2880,)),
+    *(
+        (check_lowest_into_one, each)
+        for each in (
+            (1, "few"), (2, "random"), (3, "few"), (31, "nan"), (32, "random"), (33, "few"), (145, "nan"),
+            (1024, "random"),
+        )
+    ),
+    (check_groups, (1, 1, 1, FP32, "contiguous")),
+    (check_groups, (2, 3, 2, BF16, "contiguous")),
+    (check_groups, (65, 129, 3, FP32, "sliced")),
+    (check_groups, (64, 16, 9, BF16, "transposed")),
+    (check_groups, (131, 40, 1, FP16, "sliced")),  # a flat image: all in one
+    (check_groups, (300, 257, 2, BF16, "contiguous")),
+    *((check_slots, each) for each in ((1, 1, 16), (3, 8, 32), (0, 5, 16), (255, 257, 16), (729, 729, 24))),
+    *((check_method, (method, 37, BF16 if method in ("folder", "illava") else FP32)) for method in get_args(Method)),
+    (check_refusals, ()),
+]  # fmt: skip
+"""Each with what follows the device in its call; sizes that are a multiple of nothing among them."""
+
+
+def name_of(check: Check, args: tuple[Any, ...]) -> str:
+    return " ".join([check.__name__.removeprefix("check_"), *(str(arg).removeprefix("torch.") for arg in args)])

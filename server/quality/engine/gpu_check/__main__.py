@@ -1,0 +1,29 @@
+"""`python -m foldserve.server.quality.engine.gpu_check JOB ASKED TOLD`: one job, from a JSON file to a JSON file."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from importlib import import_module
+from pathlib import Path
+from typing import get_type_hints
+
+from foldserve.server.quality.gpu_check.bench import ERROR_MARK
+
+
+def main(job: str, asked: str, told: str) -> None:
+    run = import_module(f"{__package__}.{job}").run
+    spec = get_type_hints(run)["spec"].model_validate_json(Path(asked).read_text())
+    partial = Path(told).with_suffix(".partial")
+    partial.write_text(run(spec).model_dump_json(indent=1))
+    partial.rename(told)
+
+
+if __name__ == "__main__":
+    try:
+        main(*sys.argv[1:])
+    except BaseException as error:
+        traceback.print_exc()
+        text = " ".join(str(error).split())
+        print(f"{ERROR_MARK}{type(error).__name__}: {text}", file=sys.stderr, flush=True)
+        sys.exit(1)

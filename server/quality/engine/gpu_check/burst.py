@@ -1,0 +1,79 @@
+"""Job `burst`: many images at once, of which so little is kept that a step has room for dozens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from vllm import LLM, SamplingParams
+
+from foldserve.server.engine.encoder_budget import profiled_images
+from foldserve.server.engine.processor import KWARG
+from foldserve.server.engine.worker import device
+from foldserve.server.quality.engine.gpu_check.engine import Watch, model_of, start
+from foldserve.server.quality.gpu_check.jobs import Burst, BurstSeen
+
+
+def run(spec: Burst) -> BurstSeen:
+    llm = start(spec.engine)
+    profiled = profiled_images(llm.llm_engine.vllm_config)
+    _ask(llm, profiled, 1, None)  # what is compiled or loaded at first use
+    with _memory() as plain:
+        _ask(llm, profiled, 2, None)
+    watch = Watch(llm)
+    with _memory() as burst, _encoded(llm) as encoded:
+        answered = _ask(llm, spec.images, 3, spec.reduction)
+    return BurstSeen(
+        profiled=profiled,
+        scheduled=watch.images,
+        encoded=max(encoded),
+        answered=answered,
+        plain_bytes=plain.get("bytes"),
+        burst_bytes=burst.get("bytes"),
+    )
+
+
+def _ask(llm: LLM, count: int, seed: int, reduction: dict[str, Any] | None) -> int:
+    """So many requests with an image of noise each; how many were answered."""
+    size = llm.llm_engine.vllm_config.model_config.hf_config.vision_config.image_size
+    random = np.random.default_rng(seed)
+    prompts = []
+    for pixels in random.integers(0, 256, (count, size, size, 3), dtype=np.uint8):
+        prompt: dict[str, Any] = {
+            "prompt": "<s>USER: <image>\nWhat is in the picture? ASSISTANT:",
+            "multi_modal_data": {"image": Image.fromarray(pixels)},
+        }
+        prompts.append(prompt if reduction is None else prompt | {"mm_processor_kwargs": {KWARG: reduction}})
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True), use_tqdm=False)
+    return sum(len(output.outputs[0].token_ids) == 1 for output in outputs)
+
+
+@contextmanager
+def _encoded(llm: LLM) -> Iterator[list[int]]:
+    """Images of each run of the vision tower."""
+    seen: list[int] = []
+    first = model_of(llm).vision_tower.vision_model.embeddings.patch_embedding  # every path goes through it, and once
+    hook = first.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def _memory() -> Iterator[dict[str, int]]:
+    """`bytes` that were allocated at most, above what was allocated before; on a CPU nothing."""
+    found: dict[str, int] = {}
+    if device() == "cpu":
+        yield found
+        return
+    torch.accelerator.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    yield found
+    torch.accelerator.synchronize()
+    found["bytes"] = torch.cuda.max_memory_allocated() - before

@@ -1,0 +1,51 @@
+"""Job `machine`: what the GPU is, and what it reaches."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+import vllm._custom_ops  # noqa: F401  loads vLLM's compiled operators
+
+from foldserve.server.quality.gpu_check.jobs import Machine, MachineSeen
+
+_SIDE = 8192
+_COPIED = 2 << 30
+
+
+def run(spec: Machine) -> MachineSeen:
+    major, minor = torch.cuda.get_device_capability()
+    a, b = (torch.randn(_SIDE, _SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source = torch.randint(0, 256, (_COPIED,), device="cuda", dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return MachineSeen(
+        device=torch.cuda.get_device_name(),
+        capability=f"{major}.{minor}",
+        torch=torch.__version__,
+        gemm_tflops=2 * _SIDE**3 / _seconds(lambda: a @ b) / 1e12,
+        copy_gb_per_s=2 * _COPIED / _seconds(lambda: target.copy_(source)) / 1e9,  # read and written
+        silu_error=_silu_error(),
+    )
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """Median of ten, after three to warm up."""
+    times = []
+    for _ in range(13):
+        torch.accelerator.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.accelerator.synchronize()
+        times.append(time.perf_counter() - start)
+    return median(times[3:])
+
+
+def _silu_error() -> float:
+    x = torch.randn(7, 2 * 11008, device="cuda", dtype=torch.bfloat16)
+    out = torch.empty(7, 11008, device="cuda", dtype=torch.bfloat16)
+    torch.ops._C.silu_and_mul(out, x)
+    gate, up = x.float().chunk(2, -1)
+    right = torch.nn.functional.silu(gate) * up
+    return float((out.float() - right).norm() / right.norm())

@@ -1,0 +1,118 @@
+"""Where stages run their jobs: a process each, with what is left of the stage's time."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from foldserve.server.quality.gpu_check.options import GpuCheckOptions
+
+JOBS = "foldserve.server.quality.engine.gpu_check"
+_T = TypeVar("_T", bound=BaseModel)
+
+_RUNNER = {"auto": {}, "v1": {"VLLM_USE_V2_MODEL_RUNNER": "0"}, "v2": {"VLLM_USE_V2_MODEL_RUNNER": "1"}}
+_ALWAYS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the job's own process, where it can be watched
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_FLOAT32_MATMUL_PRECISION": "highest",
+    "VLLM_LOGGING_LEVEL": "INFO",
+    "HF_HUB_OFFLINE": "1",  # everything is in local folders
+}
+
+
+class Failed(Exception):
+    """The stage did not pass; the message says why, in one line."""
+
+
+class Bench(Protocol):
+    """What a stage may use."""
+
+    @property
+    def options(self) -> GpuCheckOptions: ...
+
+    @property
+    def folder(self) -> Path:
+        """For files of the stage."""
+
+    def run(self, name: str, job: str, spec: BaseModel, result: type[_T], **env: str) -> _T:
+        """What a job gives; raises Failed if it gives nothing.
+
+        Args:
+            name: of the job in messages and files.
+            job: a module of the package `JOBS`.
+            env: variables of its process.
+        """
+
+
+@dataclass(slots=True)
+class ProcessBench:
+    """Runs jobs in processes.
+
+    Attributes:
+        device_variables: with which vLLM computes as the server does.
+        deadline: of the stage, on the monotonic clock.
+    """
+
+    options: GpuCheckOptions
+    folder: Path
+    device_variables: Mapping[str, str] = field(default_factory=dict)
+    deadline: float = 0.0
+    limit_s: float = 0.0
+
+    def give(self, seconds: float) -> None:
+        """From now on, for the next stage."""
+        self.limit_s, self.deadline = seconds, time.monotonic() + seconds
+
+    def run(self, name: str, job: str, spec: BaseModel, result: type[_T], **env: str) -> _T:
+        asked, told, log = (self.folder / f"{name}.{suffix}" for suffix in ("asked.json", "json", "log"))
+        asked.write_text(spec.model_dump_json())
+        told.unlink(missing_ok=True)
+        command = [sys.executable, "-m", JOBS, job, str(asked), str(told)]
+        environment = os.environ | self.device_variables | _ALWAYS | _RUNNER[self.options.model_runner] | env
+        with log.open("wb") as file:
+            process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+            status = self._wait(process)
+        if status is None:
+            raise Failed(f"{name} was not done within {self.limit_s:.0f} s: {log}")
+        if status != 0 or not told.is_file():
+            raise Failed(f"{name} {_ending(status)}: {_last_error(log)} ({log})")
+        try:
+            return result.model_validate_json(told.read_text())
+        except ValidationError as error:
+            raise Failed(f"{name} gave another answer than expected: {told} ({error.errors()[0]['msg']})") from error
+
+    def _wait(self, process: subprocess.Popen[bytes]) -> int | None:
+        """Its exit status; None if the time was over, in which case it and its children are killed."""
+        try:
+            return process.wait(max(self.deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            if process.returncode is None:  # also if this process is interrupted
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def _ending(status: int) -> str:
+    if status < 0:
+        return f"was ended by {signal.Signals(-status).name}"
+    return f"ended with status {status}"
+
+
+ERROR_MARK = "gpu-check job failed: "
+"""Before the error that a job ends with, in its log."""
+
+
+def _last_error(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    marked = [line.removeprefix(ERROR_MARK) for line in lines if line.startswith(ERROR_MARK)]
+    return (marked or lines or ["it said nothing"])[-1].strip()[:300]

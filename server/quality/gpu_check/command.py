@@ -1,0 +1,72 @@
+"""`foldserve gpu-check` from its options to the files that it writes."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Mapping
+
+from foldserve.server.quality.gpu_check.bench import Failed, ProcessBench
+from foldserve.server.quality.gpu_check.options import STAGES, GpuCheckOptions
+from foldserve.server.quality.gpu_check.page import write_page
+from foldserve.server.quality.gpu_check.result import Result, Results
+from foldserve.server.quality.gpu_check.stages import ALL, CPU_LIMIT_S, Stage
+
+RESULTS_FILE = "gpu-check.json"
+_LEAST_S = 20.0
+"""An engine takes as long to start: with less time left, a stage could only fail."""
+
+
+def run(options: GpuCheckOptions, facts: Mapping[str, str], device_variables: Mapping[str, str]) -> Results:
+    """Runs the stages, prints a line for each, and writes the results.
+
+    Args:
+        facts: of the machine and of what is installed, name -> value.
+        device_variables: with which vLLM computes as the server does.
+    """
+    jobs = options.output / "jobs"
+    jobs.mkdir(parents=True, exist_ok=True)
+    bench = ProcessBench(options, jobs.absolute(), device_variables)
+    end = None if options.budget is None else time.monotonic() + options.budget
+    found: list[Result] = []
+    for name in STAGES:
+        if name in options.stages:
+            found.append(_run(ALL[name], bench, None if end is None else end - time.monotonic()))
+            print(found[-1].show(), flush=True)
+            results = Results(device=options.device, facts=dict(facts), stages=tuple(found))
+            text = results.model_dump_json(indent=1)
+            (options.output / RESULTS_FILE).write_text(f"{text}\n")  # now, in case this one is ended
+    write_page(results, options.output)
+    return results
+
+
+def _run(stage: Stage, bench: ProcessBench, left_s: float | None) -> Result:
+    """Args:
+    left_s: of the budget for all stages; None without one.
+    """
+    options = bench.options
+    skipped = ""
+    if options.device == "cpu" and stage.needs_gpu and not (stage.name == "load" and options.model):
+        skipped = stage.needs_gpu
+    elif left_s is not None and left_s < _LEAST_S:
+        skipped = f"--budget {options.budget:g} is used up"
+    if skipped:
+        return Result(stage=stage.name, status="SKIP", seconds=0, shows=stage.shows, line=skipped)
+    limit = stage.limit_s if options.device == "cuda" else CPU_LIMIT_S
+    bench.give(limit if left_s is None else min(limit, left_s))
+    started = time.monotonic()
+    try:
+        passed, error = stage.run(bench), ""
+    except Failed as failed:
+        passed, error = None, str(failed)
+    except Exception as fault:  # of the stage itself: the others go on
+        traceback.print_exc()
+        passed, error = None, f"{type(fault).__name__}: {fault}"
+    return Result(
+        stage=stage.name,
+        status="FAIL" if passed is None else "PASS",
+        seconds=time.monotonic() - started,
+        shows=stage.shows,
+        line=error if passed is None else passed.line,
+        details={} if passed is None else dict(passed.details),
+    )

@@ -1,0 +1,68 @@
+"""What stages share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from foldserve.server.quality.demo.checkpoint import CHECKPOINT
+from foldserve.server.quality.gpu_check.bench import Bench
+from foldserve.server.quality.gpu_check.comparison import Comparison
+from foldserve.server.quality.gpu_check.jobs import Answers, Ask, Engine
+
+STOCK = {"VLLM_PLUGINS": ""}
+"""Variables of a job in which vLLM is plain."""
+OURS = {"VLLM_PLUGINS": "foldserve"}
+
+TRUE_FP32 = {"TRITON_F32_DEFAULT": "ieee"}
+"""For jobs in fp32: Triton's products are TF32 by default, which moves this model's margins by up to 0.06."""
+
+
+@dataclass(frozen=True, slots=True)
+class Passed:
+    """What a stage found.
+
+    Attributes:
+        line: in a few words.
+        details: for the JSON file and the page.
+    """
+
+    line: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def engine(bench: Bench, withdraw_layer: int | None = None, **arguments: Any) -> Engine:
+    """The demo model, small enough for any GPU."""
+    options = bench.options
+    asked = {"attention_backend": options.attention_backend, "mm_encoder_attn_backend": options.mm_encoder_attn_backend}
+    defaults: dict[str, Any] = {
+        "dtype": "bfloat16",
+        "max_model_len": 1024,
+        "max_num_seqs": 32,
+        "block_size": 32,
+        "kv_cache_memory_bytes": 256 << 20,
+        "enforce_eager": True,
+    }
+    given = {name: value for name, value in asked.items() if value}
+    return Engine(model=CHECKPOINT, withdraw_layer=withdraw_layer, arguments=defaults | given | arguments)
+
+
+def fp32_arguments(bench: Bench) -> dict[str, Any]:
+    """With backends that take fp32."""
+    if bench.options.device == "cpu":
+        return {"dtype": "float32"}
+    return {"dtype": "float32", "attention_backend": "TRITON_ATTN", "mm_encoder_attn_backend": "TORCH_SDPA"}
+
+
+def ask_ours(bench: Bench, name: str, ask: Ask, **env: str) -> Answers:
+    return bench.run(name, "answer", ask, Answers, **OURS, **env)
+
+
+def details(comparison: Comparison) -> dict[str, Any]:
+    return {
+        "compared": comparison.compared,
+        "tokens": comparison.tokens,
+        "errors": comparison.errors,
+        "close": comparison.close,
+    }

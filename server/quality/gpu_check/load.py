@@ -1,0 +1,95 @@
+"""The stage that measures: plain vLLM beside foldserve at several ratios, with and without withdrawal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from foldserve.server.quality.gpu_check.bench import Bench, Failed
+from foldserve.server.quality.gpu_check.common import OURS, STOCK, Passed
+from foldserve.server.quality.gpu_check.jobs import Engine, Load, LoadRow, LoadRows
+from foldserve.server.quality.gpu_check.shape import write_shape
+
+RATIOS = (0.0, 0.5, 0.66, 0.9)
+WITHDRAWN_RATIOS = (0.0, 0.66)
+LEAST_OF_STOCK = 0.95
+"""Requests a second at ratio 0, of plain vLLM's: where nothing is reduced, nothing may be lost."""
+
+Row = dict[str, Any]
+
+
+def load(bench: Bench) -> Passed:
+    model = bench.options.model or write_shape(bench.folder / "llava-1.5-7b-shape")
+    layer = _layers(model) // 2
+    plain = Load(engine=load_engine(bench, model), image_px=_image_px(model), reductions=({},))
+    reduced = plain.model_copy(update={"reductions": tuple({"ratio": ratio} for ratio in RATIOS)})
+    withdrawing = plain.model_copy(
+        update={
+            "engine": plain.engine.model_copy(update={"withdraw_layer": layer}),
+            "reductions": tuple({"ratio": ratio, "withdraw": True} for ratio in WITHDRAWN_RATIOS),
+        }
+    )
+    rows: list[Row] = []
+    theirs = plain.model_copy(update={"engine": plain.engine.model_copy(update={"foldserve": False})})
+    for name, spec, ratios, env in (
+        ("plain vLLM", theirs, (0.0,), STOCK),
+        ("foldserve", reduced, RATIOS, OURS),
+        (f"withdrawn at K={layer}", withdrawing, WITHDRAWN_RATIOS, OURS),
+    ):
+        found = bench.run(f"load-{name.partition(' ')[0]}", "load", spec, LoadRows, **env)
+        rows += [_row(name, ratio, row, found) for ratio, row in zip(ratios, found.rows, strict=True)]
+    return Passed(judge(rows), {"model": str(model), "rows": rows})
+
+
+def judge(rows: list[Row]) -> str:
+    """Raises Failed if foldserve is slower than vLLM at ratio 0, or reduction brings nothing."""
+    stock, zero, *reduced = (row["requests_per_s"] for row in rows if "withdrawn" not in row["engine"])
+    if zero < LEAST_OF_STOCK * stock:
+        raise Failed(f"{zero:.1f} requests/s at ratio 0, {zero / stock:.0%} of plain vLLM's {stock:.1f}")
+    if reduced[-1] <= zero:
+        raise Failed(f"{reduced[-1]:.1f} requests/s at ratio {RATIOS[-1]:g}, {zero:.1f} at 0: reduction brings nothing")
+    gains = ", ".join(f"{rate / stock:.2f} at {ratio:g}" for ratio, rate in zip(RATIOS, (zero, *reduced), strict=True))
+    return f"requests/s of plain vLLM's {stock:.1f}: {gains}"
+
+
+def _row(engine: str, ratio: float, row: LoadRow, found: LoadRows) -> Row:
+    return {
+        "engine": engine,
+        "runner": found.runner,
+        "ratio": ratio,
+        **row.model_dump(),
+        "peak_bytes": found.peak_bytes,
+    }
+
+
+def load_engine(bench: Bench, model: Path) -> Engine:
+    """vLLM's own settings where a user leaves them open, without caches that would answer for the model."""
+    options = bench.options
+    arguments: dict[str, Any] = {
+        "load_format": "dummy",
+        "dtype": "bfloat16",
+        "max_model_len": 2048,
+        "max_num_seqs": 64,
+        "gpu_memory_utilization": options.gpu_memory_utilization,
+        "attention_backend": options.attention_backend,
+        "mm_encoder_attn_backend": options.mm_encoder_attn_backend,
+        "enable_prefix_caching": False,
+        "limit_mm_per_prompt": {"image": 1},
+    }
+    if options.device == "cpu":
+        arguments |= {"kv_cache_memory_bytes": 256 << 20, "enforce_eager": True}
+    return Engine(model=model, arguments={name: value for name, value in arguments.items() if value is not None})
+
+
+def _layers(model: Path) -> int:
+    return int(_config(model)["text_config"]["num_hidden_layers"])
+
+
+def _image_px(model: Path) -> int:
+    return int(_config(model)["vision_config"]["image_size"])
+
+
+def _config(model: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((model / "config.json").read_text())
+    return config

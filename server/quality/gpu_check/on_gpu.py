@@ -1,0 +1,106 @@
+"""Stages that only a GPU can run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from foldserve.server.quality.gpu_check.bench import Bench, Failed
+from foldserve.server.quality.gpu_check.common import TRUE_FP32, Passed, ask_ours, details, engine, fp32_arguments
+from foldserve.server.quality.gpu_check.comparison import compare, require, require_alike
+from foldserve.server.quality.gpu_check.correctness import FP32
+from foldserve.server.quality.gpu_check.jobs import (
+    Answers,
+    Ask,
+    Case,
+    Kernels,
+    KernelsSeen,
+    Machine,
+    MachineSeen,
+)
+from foldserve.server.quality.gpu_check.references import REFERENCES, References
+
+_MOST_SILU_ERROR = 1e-2
+_REQUESTS = 40
+_FOLLOWED, _MARGIN = 0.8, 0.3
+"""Of fp16 beside fp16; fp16 beside fp32 has 0.9 and 0.04, see docs/gpu-check.md."""
+
+
+def machine(bench: Bench) -> Passed:
+    seen = bench.run("machine", "machine", Machine(), MachineSeen)
+    if not seen.silu_error <= _MOST_SILU_ERROR:
+        raise Failed(f"vLLM's compiled silu_and_mul is off by {seen.silu_error:.2g}: its build is not for this GPU")
+    ceilings = f"bf16 products {seen.gemm_tflops:.0f} TFLOP/s, copies {seen.copy_gb_per_s:.0f} GB/s"
+    return Passed(f"{seen.device} ({seen.capability}): {ceilings}; compiled kernels work", seen.model_dump())
+
+
+def graphs(bench: Bench) -> Passed:
+    layer = References.load().withdraw_layer
+    found: dict[str, Any] = {}
+    for name, k in (("fp32", None), (f"fp32, K={layer}", layer)):
+        cases, eager, compiled = _eager_and_compiled(bench, name, k, fp32_arguments(bench), TRUE_FP32)
+        comparison = compare(cases, eager.rounds[0], compiled.rounds[0], FP32)
+        require(comparison, FP32, name)
+        found[name] = {"steps": compiled.steps, **details(comparison)}
+    name = f"fp16, K={layer}"
+    _, eager, compiled = _eager_and_compiled(bench, name, layer, {"dtype": "float16"}, {})
+    followed, margin = require_alike(eager.rounds[0], compiled.rounds[0], followed=_FOLLOWED, margin=_MARGIN, what=name)
+    found[name] = {"steps": compiled.steps, "followed": followed, "margin": margin}
+    replayed = sum(_replayed(each["steps"]) for each in found.values())
+    largest = max(max(each.get("errors", {"": 0.0}).values()) for each in found.values())
+    line = (
+        f"{_REQUESTS} requests in 3 engines, {replayed} steps replayed: margins within {largest:.1g} of eager in fp32"
+    )
+    return Passed(line, found)
+
+
+def _eager_and_compiled(
+    bench: Bench, name: str, layer: int | None, arguments: Mapping[str, Any], env: Mapping[str, str]
+) -> tuple[tuple[Case, ...], Answers, Answers]:
+    """The same requests without and with graphs; raises Failed if no step was a graph's."""
+    ask, file = _ask(bench, layer, dict(arguments)), "graphs-" + name.replace(", K=", "-k")
+    slow = {"engine": ask.engine.model_copy(update={"arguments": ask.engine.arguments | {"enforce_eager": True}})}
+    eager = ask_ours(bench, f"{file}-eager", ask.model_copy(update=slow), **env)
+    compiled = ask_ours(bench, file, ask, **env)
+    if not _replayed(compiled.steps) or _replayed(eager.steps):
+        raise Failed(f"{name}: steps by graph mode {compiled.steps}, without graphs {eager.steps}: no graph was tried")
+    return ask.cases, eager, compiled
+
+
+def _ask(bench: Bench, layer: int | None, arguments: dict[str, Any]) -> Ask:
+    """Batches that shrink one by one, so that decode steps have all sizes, in an engine with graphs."""
+    known = References.load()
+    takes = [case for case in known.cases if layer is not None or not _works_in_decoder(case)]
+    cases = tuple(
+        takes[i % len(takes)].model_copy(update={"name": f"{takes[i % len(takes)].name}, request {i}", "tokens": 4 + i})
+        for i in range(_REQUESTS)
+    )
+    room = {"enforce_eager": False, "max_num_seqs": _REQUESTS, "max_num_batched_tokens": 1024}
+    return Ask(engine=engine(bench, layer, **room, **arguments), cases=cases, references=REFERENCES)
+
+
+def _works_in_decoder(case: Case) -> bool:
+    words = ("withdraw", "fastv", "illava_decoder")
+    return any(word in str(reduction) for reduction in case.reductions for word in words)
+
+
+def _replayed(steps: Mapping[str, int]) -> int:
+    return sum(count for mode, count in steps.items() if "NONE" not in mode)
+
+
+def sync(bench: Bench) -> Passed:
+    """A wait for the GPU, or a kernel that is compiled in service, is an error in the job."""
+    ask = _ask(bench, References.load().withdraw_layer, {"jit_monitor_mode": "error"}).model_copy(update={"rounds": 2})
+    found = ask_ours(bench, "sync", ask, VLLM_GPU_SYNC_CHECK="error")
+    line = f"{_REQUESTS} requests twice on runner {found.runner}: no step waits for the GPU or compiles a kernel"
+    return Passed(line, {"runner": found.runner, "steps": found.steps})
+
+
+def kernels(bench: Bench) -> Passed:
+    seen = bench.run("kernels", "kernels", Kernels(), KernelsSeen, CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    if seen.failures:
+        name, error = next(iter(seen.failures.items()))
+        raise Failed(f"{len(seen.failures)} of {seen.checks} checks, such as {name}: {error}")
+    if not seen.catches_a_wrong_kernel:
+        raise Failed("a kernel that did not run was taken for right")
+    return Passed(f"{seen.checks} checks of Triton kernels against torch", {"checks": seen.checks})

@@ -1,0 +1,49 @@
+"""What the check found."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Status = Literal["PASS", "FAIL", "SKIP"]
+
+
+class Result(BaseModel):
+    """Of one stage.
+
+    Attributes:
+        shows: what it means that it passed.
+        line: what was found, or why it failed or was skipped.
+        details: of a stage that passed; they depend on it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    stage: str
+    status: Status
+    seconds: float
+    shows: str
+    line: str
+    details: dict[str, Any] = {}
+
+    def show(self) -> str:
+        return f"{self.status}  {self.stage:<9}  {self.seconds:5.0f} s  {self.line}"
+
+
+class Results(BaseModel):
+    """Of all of them, on one machine; `facts` are about it and what is installed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
+
+    device: Literal["cuda", "cpu"]
+    facts: dict[str, str]
+    stages: tuple[Result, ...]
+
+    @property
+    def failed(self) -> int:
+        return sum(result.status == "FAIL" for result in self.stages)
+
+    def verdict(self) -> str:
+        counts = {status: sum(result.status == status for result in self.stages) for status in ("PASS", "FAIL", "SKIP")}
+        return f"{counts['PASS']} passed, {counts['FAIL']} failed, {counts['SKIP']} skipped"

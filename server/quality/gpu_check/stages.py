@@ -1,0 +1,50 @@
+"""All stages, in the order in which they run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from foldserve.server.quality.gpu_check.bench import Bench
+from foldserve.server.quality.gpu_check.burst import burst
+from foldserve.server.quality.gpu_check.common import Passed
+from foldserve.server.quality.gpu_check.correctness import ratio_zero, reference, smoke
+from foldserve.server.quality.gpu_check.load import load
+from foldserve.server.quality.gpu_check.on_gpu import graphs, kernels, machine, sync
+from foldserve.server.quality.gpu_check.options import STAGES
+
+CPU_LIMIT_S = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One line of the result.
+
+    Attributes:
+        shows: what it means that it passed.
+        limit_s: on a GPU; on a CPU it is `CPU_LIMIT_S` for each.
+        run: raises Failed.
+        needs_gpu: why it can't run without one; "" if it can.
+    """
+
+    name: str
+    shows: str
+    limit_s: float
+    run: Callable[[Bench], Passed]
+    needs_gpu: str = ""
+
+
+_MEASURES = "it measures a GPU"
+_LIST = (
+    Stage("machine", "vLLM's build fits this GPU, and what it reaches", 90, machine, _MEASURES),
+    Stage("smoke", "every method serves, with the tokens that were planned", 120, smoke),
+    Stage("ratio-0", "where nothing is reduced, foldserve is vLLM", 180, ratio_zero),
+    Stage("reference", "methods compute what plain PyTorch does: in chunks, preempted, cached", 150, reference),
+    Stage("graphs", "engines with CUDA graphs answer as those without", 480, graphs, "a CPU has no CUDA graphs"),
+    Stage("sync", "no step waits for the GPU", 180, sync, "vLLM's detector of waits watches CUDA"),
+    Stage("kernels", "Triton kernels compute what torch does", 180, kernels, "Triton does not run on a CPU"),
+    Stage("burst", "the tower gets no more images at once than start-up measured", 120, burst),
+    Stage("load", "reduction gains speed, and ratio 0 loses none", 900, load, f"{_MEASURES}; --model DIR tries one"),
+)
+ALL: Mapping[str, Stage] = {stage.name: stage for stage in _LIST}
+assert tuple(ALL) == STAGES
