@@ -10,7 +10,8 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from types import MappingProxyType
+from typing import Any, Protocol, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -30,7 +31,11 @@ _ALWAYS = {
 
 
 class Failed(Exception):
-    """The stage did not pass; the message says why, in one line."""
+    """The stage did not pass; the message says why, in one line. `details`: what was found all the same."""
+
+    def __init__(self, message: str, details: Mapping[str, Any] = MappingProxyType({})) -> None:
+        super().__init__(message)
+        self.details = details
 
 
 class Bench(Protocol):

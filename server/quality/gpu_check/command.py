@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from foldserve.server.quality.gpu_check.bench import Failed, ProcessBench
 from foldserve.server.quality.gpu_check.options import STAGES, GpuCheckOptions
 from foldserve.server.quality.gpu_check.page import write_page
-from foldserve.server.quality.gpu_check.result import Result, Results
+from foldserve.server.quality.gpu_check.result import Result, Results, Status
 from foldserve.server.quality.gpu_check.stages import ALL, CPU_LIMIT_S, Stage
 
 RESULTS_FILE = "gpu-check.json"
@@ -54,19 +54,15 @@ def _run(stage: Stage, bench: ProcessBench, left_s: float | None) -> Result:
         return Result(stage=stage.name, status="SKIP", seconds=0, shows=stage.shows, line=skipped)
     limit = stage.limit_s if options.device == "cuda" else CPU_LIMIT_S
     bench.give(limit if left_s is None else min(limit, left_s))
+    status: Status
     started = time.monotonic()
     try:
-        passed, error = stage.run(bench), ""
+        passed = stage.run(bench)
+        status, line, details = "PASS", passed.line, passed.details
     except Failed as failed:
-        passed, error = None, str(failed)
+        status, line, details = "FAIL", str(failed), failed.details
     except Exception as fault:  # of the stage itself: the others go on
         traceback.print_exc()
-        passed, error = None, f"{type(fault).__name__}: {fault}"
-    return Result(
-        stage=stage.name,
-        status="FAIL" if passed is None else "PASS",
-        seconds=time.monotonic() - started,
-        shows=stage.shows,
-        line=error if passed is None else passed.line,
-        details={} if passed is None else dict(passed.details),
-    )
+        status, line, details = "FAIL", f"{type(fault).__name__}: {fault}", {}
+    seconds = time.monotonic() - started
+    return Result(stage=stage.name, status=status, seconds=seconds, shows=stage.shows, line=line, details=dict(details))

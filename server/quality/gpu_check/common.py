@@ -8,7 +8,6 @@ from typing import Any
 
 from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 from foldserve.server.quality.gpu_check.bench import Bench
-from foldserve.server.quality.gpu_check.comparison import Comparison
 from foldserve.server.quality.gpu_check.jobs import Answers, Ask, Engine
 
 STOCK = {"VLLM_PLUGINS": ""}
@@ -57,12 +56,3 @@ def fp32_arguments(bench: Bench) -> dict[str, Any]:
 
 def ask_ours(bench: Bench, name: str, ask: Ask, **env: str) -> Answers:
     return bench.run(name, "answer", ask, Answers, **OURS, **env)
-
-
-def details(comparison: Comparison) -> dict[str, Any]:
-    return {
-        "compared": comparison.compared,
-        "tokens": comparison.tokens,
-        "errors": comparison.errors,
-        "close": comparison.close,
-    }

@@ -7,7 +7,8 @@ wrong reduction is its margin, by how much it leads over the next token. docs/gp
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from foldserve.server.quality.gpu_check.bench import Failed
 from foldserve.server.quality.gpu_check.jobs import Answer, Case
@@ -50,6 +51,10 @@ class Comparison:
     def largest(self) -> float:
         return max(self.errors.values(), default=0.0)
 
+    @property
+    def details(self) -> dict[str, Any]:
+        return asdict(self)
+
 
 def compare(
     cases: Sequence[Case], expected: Sequence[Answer], found: Sequence[Answer], tolerance: Tolerance
@@ -68,11 +73,12 @@ def require(comparison: Comparison, tolerance: Tolerance, what: str = "") -> Non
     if comparison.wrong:
         name, wrong = next(iter(comparison.wrong.items()))
         count = f"{len(comparison.wrong)} of {len(comparison.errors)} cases are wrong"
-        raise Failed(f"{before}{count}, such as {name}: {wrong}")
+        raise Failed(f"{before}{count}, such as {name}: {wrong}", comparison.details)
     if comparison.compared < tolerance.compared * comparison.tokens:
         raise Failed(
             f"{before}only {comparison.compared} of {comparison.tokens} tokens could be compared: the others follow "
-            "tokens that were hardly likelier than another"
+            "tokens that were hardly likelier than another",
+            comparison.details,
         )
 
 

@@ -10,7 +10,6 @@ from foldserve.server.quality.gpu_check.common import (
     TRUE_FP32,
     Passed,
     ask_ours,
-    details,
     engine,
     fp32_arguments,
 )
@@ -35,7 +34,7 @@ def smoke(bench: Bench) -> Passed:
     comparison = compare(known.cases, expected, answers, _16_BIT)
     require(comparison, _16_BIT)
     line = f"{len(known.cases)} requests of all methods in bf16 on runner {found.runner}, tokens as planned"
-    return Passed(line, {"engine": found.facts, **details(comparison)})
+    return Passed(line, {"engine": found.facts, **comparison.details})
 
 
 def ratio_zero(bench: Bench) -> Passed:
@@ -110,4 +109,4 @@ def reference(bench: Bench) -> Passed:
         f"{len(known.cases)} requests twice, {found.preemptions} preemptions, {found.cached_tokens} cached tokens: "
         f"margins within {largest:.1g} of plain PyTorch's"
     )
-    return Passed(line, {"runner": found.runner, "preemptions": found.preemptions, **details(comparisons[0])})
+    return Passed(line, {"runner": found.runner, "preemptions": found.preemptions, **comparisons[0].details})

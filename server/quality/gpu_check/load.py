@@ -30,16 +30,20 @@ def load(bench: Bench) -> Passed:
             "reductions": tuple({"ratio": ratio, "withdraw": True} for ratio in WITHDRAWN_RATIOS),
         }
     )
-    rows: list[Row] = []
     theirs = plain.model_copy(update={"engine": plain.engine.model_copy(update={"foldserve": False})})
-    for name, spec, ratios, env in (
-        ("plain vLLM", theirs, (0.0,), STOCK),
-        ("foldserve", reduced, RATIOS, OURS),
-        (f"withdrawn at K={layer}", withdrawing, WITHDRAWN_RATIOS, OURS),
-    ):
-        found = bench.run(f"load-{name.partition(' ')[0]}", "load", spec, LoadRows, **env)
-        rows += [_row(name, ratio, row, found) for ratio, row in zip(ratios, found.rows, strict=True)]
-    return Passed(judge(rows), {"model": str(model), "rows": rows})
+    rows: list[Row] = []
+    found = {"model": str(model), "rows": rows}
+    try:
+        for name, spec, ratios, env in (
+            ("plain vLLM", theirs, (0.0,), STOCK),
+            ("foldserve", reduced, RATIOS, OURS),
+            (f"withdrawn at K={layer}", withdrawing, WITHDRAWN_RATIOS, OURS),
+        ):
+            measured = bench.run(f"load-{name.partition(' ')[0]}", "load", spec, LoadRows, **env)
+            rows += [_row(name, ratio, row, measured) for ratio, row in zip(ratios, measured.rows, strict=True)]
+        return Passed(judge(rows), found)
+    except Failed as failed:  # what was measured is worth seeing
+        raise Failed(str(failed), found) from failed
 
 
 def judge(rows: list[Row]) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from foldserve.server.quality.gpu_check.bench import Bench, Failed
-from foldserve.server.quality.gpu_check.common import TRUE_FP32, Passed, ask_ours, details, engine, fp32_arguments
+from foldserve.server.quality.gpu_check.common import TRUE_FP32, Passed, ask_ours, engine, fp32_arguments
 from foldserve.server.quality.gpu_check.comparison import compare, require, require_alike
 from foldserve.server.quality.gpu_check.correctness import FP32
 from foldserve.server.quality.gpu_check.jobs import (
@@ -41,7 +41,7 @@ def graphs(bench: Bench) -> Passed:
         cases, eager, compiled = _eager_and_compiled(bench, name, k, fp32_arguments(bench), TRUE_FP32)
         comparison = compare(cases, eager.rounds[0], compiled.rounds[0], FP32)
         require(comparison, FP32, name)
-        found[name] = {"steps": compiled.steps, **details(comparison)}
+        found[name] = {"steps": compiled.steps, **comparison.details}
     name = f"fp16, K={layer}"
     _, eager, compiled = _eager_and_compiled(bench, name, layer, {"dtype": "float16"}, {})
     followed, margin = require_alike(eager.rounds[0], compiled.rounds[0], followed=_FOLLOWED, margin=_MARGIN, what=name)

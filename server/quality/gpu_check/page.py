@@ -33,7 +33,9 @@ def markdown(results: Results, plots: Mapping[str, str]) -> str:
     parts = [f"# GPU check: {results.verdict()}"]
     if results.device == "cpu":
         parts.append("On a CPU: this tried the check itself, and says nothing about a GPU.")
-    parts += [table.markdown() for table in (_facts(results), _stages(results))]
+    parts += [_stages(results).markdown(), f"## {_facts(results).title}", _facts(results).markdown()]
+    if plots:
+        parts.append("## Plots")
     for stem, title in plots.items():
         parts.append(f"![{title}]({stem}.svg)")
     for table in filter(None, (_load(results), _steps(results))):
@@ -83,8 +85,8 @@ def _steps(results: Results) -> Table | None:
 def _plots(results: Results) -> Iterator[tuple[str, tuple[str, str]]]:
     """(file stem, (title, SVG))"""
     for stage, title in (
-        ("reference", "fp32: margins of tokens, largest difference from plain PyTorch"),
-        ("smoke", "bf16: margins of two tokens, largest difference from plain PyTorch in fp32"),
+        ("reference", "Margins in fp32 against plain PyTorch"),
+        ("smoke", "Margins in bf16 against plain PyTorch in fp32"),
     ):
         if errors := _details(results, stage).get("errors"):
             yield f"errors-{stage}", (title, _errors(errors, title))
@@ -97,7 +99,7 @@ def _errors(errors: Mapping[str, float], title: str) -> str:
         names = list(errors)[::-1]
         axes.barh(names, [errors[name] for name in names], height=0.6)
         axes.set_title(title)
-        axes.set_xlabel("nats")
+        axes.set_xlabel("largest difference, nats")
 
     return _svg(paint, (8, 0.22 * len(errors) + 1))
 
@@ -105,8 +107,13 @@ def _errors(errors: Mapping[str, float], title: str) -> str:
 def _rates(rows: Sequence[Mapping[str, Any]]) -> str:
     def paint(axes: Axes) -> None:
         for engine in dict.fromkeys(row["engine"] for row in rows):
-            own = [row for row in rows if row["engine"] == engine]
-            axes.plot([r["ratio"] for r in own], [r["requests_per_s"] for r in own], marker="o", label=engine)
+            ratios, rates = zip(
+                *((r["ratio"], r["requests_per_s"]) for r in rows if r["engine"] == engine), strict=True
+            )
+            if len(ratios) == 1:  # plain vLLM
+                axes.axhline(rates[0], color="gray", linestyle="--", label=engine)
+            else:
+                axes.plot(ratios, rates, marker="o", label=engine)
         axes.set_title("Throughput")
         axes.set_xlabel("reduction ratio")
         axes.set_ylabel("requests/s")

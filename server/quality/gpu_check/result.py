@@ -15,7 +15,7 @@ class Result(BaseModel):
     Attributes:
         shows: what it means that it passed.
         line: what was found, or why it failed or was skipped.
-        details: of a stage that passed; they depend on it.
+        details: depend on the stage.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")

@@ -199,6 +199,24 @@ def test_without_a_gpu_it_says_what_is_missing(tmp_path: Path, capfd: pytest.Cap
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("driver", "message"),
+    [(None, "there is no NVIDIA driver"), ("580.65.06", "driver 580.65.06 shows no GPU")],
+    ids=["no driver", "no GPU"],
+)
+def test_a_cuda_build_without_a_gpu(
+    driver: str | None, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from foldserve.server.api.doctor.machine import Machine
+
+    found = Machine("none", "13.0", driver, (), False, 8, (), 1, 1, None)
+    monkeypatch.setattr(Machine, "read", lambda: found)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["gpu-check"])
+    assert ended.value.code == 3
+    assert message in capsys.readouterr().err
+
+
 def test_prompts_have_a_mark_for_each_image() -> None:
     from foldserve.server.quality.gpu_check.references import References
 

@@ -266,8 +266,20 @@ def test_load(tmp_path: Path) -> None:
     assert ours.image_px == 336 and withdrawn.engine.withdraw_layer == 16
     with pytest.raises(Failed, match=r"9\.0 requests/s at ratio 0, 90% of plain vLLM's 10\.0"):
         load(bench(tmp_path, loaded(10, 9, 14, 18, 25)))
-    with pytest.raises(Failed, match="reduction brings nothing"):
+    with pytest.raises(Failed, match="reduction brings nothing") as failed:
         load(bench(tmp_path, loaded(10, 10, 10, 10, 10)))
+    assert len(failed.value.details["rows"]) == 7
+
+
+def test_a_load_that_breaks_off_keeps_what_was_measured(tmp_path: Path) -> None:
+    def answer(name: str, job: str, spec: Any) -> BaseModel:
+        if name == "load-withdrawn":
+            raise Failed("no memory")
+        return loaded(10, 10, 14, 18, 25)(name, job, spec)
+
+    with pytest.raises(Failed, match="no memory") as failed:
+        load(bench(tmp_path, answer))
+    assert len(failed.value.details["rows"]) == 5
 
 
 def test_the_shape_is_that_of_llava_1_5_7b(tmp_path: Path) -> None:

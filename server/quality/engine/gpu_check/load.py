@@ -33,7 +33,6 @@ class _Measured:
     def __init__(self, llm: LLM, spec: Load, reduction: dict[str, Any]) -> None:
         self._llm, self._spec, self._reduction = llm, spec, reduction
         self._random = np.random.default_rng(0)
-        self._tokenizer = llm.get_tokenizer()
         self._singles = 0
 
     def row(self) -> LoadRow:
@@ -78,8 +77,9 @@ class _Measured:
 
     def _prompt(self) -> dict[str, Any]:
         px = self._spec.image_px
-        words = self._random.integers(10, 400, self._spec.words).tolist()  # tokens that every tokenizer has
         image = self._llm.llm_engine.vllm_config.model_config.hf_config.image_token_index
+        numbers = self._random.integers(10, 400, self._spec.words).tolist()  # of tokens that every tokenizer has
+        words = [number + (number == image) for number in numbers]
         prompt: dict[str, Any] = {
             "prompt_token_ids": [image, *words],
             "multi_modal_data": {"image": Image.fromarray(self._random.integers(0, 256, (px, px, 3), dtype=np.uint8))},
