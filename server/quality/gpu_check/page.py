@@ -53,7 +53,8 @@ def _stages(results: Results) -> Table:
 
 
 def _load(results: Results) -> Table | None:
-    rows = _details(results, "load").get("rows")
+    found = _details(results, "load")
+    rows = found.get("rows")
     if not rows:
         return None
     cells = [
@@ -70,8 +71,8 @@ def _load(results: Results) -> Table | None:
         for row in rows
     ]
     note = (
-        "64 requests of 64 tokens at once, then single ones; medians. All in one process: no HTTP. Weights are "
-        "dummies, so answers mean nothing; every image is another one."
+        f"{found['requests']} requests of {found['tokens']} tokens at once, then single ones; medians. All in one "
+        "process: no HTTP. Weights are dummies, so answers mean nothing; every image is another one."
     )
     return Table("Load", _LOAD_HEADINGS, cells, note=note)
 

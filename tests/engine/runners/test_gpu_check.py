@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.engine.cuda.processes import V2, run
+
 
 def test_all_that_a_cpu_can_run(tiny_llava: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "foldserve.server.cli", "gpu-check", "--device", "cpu", "--output", str(tmp_path)]
@@ -19,3 +21,7 @@ def test_all_that_a_cpu_can_run(tiny_llava: Path, tmp_path: Path) -> None:
     (load,) = (stage for stage in stages if stage["stage"] == "load")
     assert load["status"] == "PASS" or "requests/s" in load["line"], done.stdout
     assert "GPU check:" in (tmp_path / "gpu-check.md").read_text()
+
+
+def test_jobs_on_model_runner_v2() -> None:
+    run(Path(__file__).parent / "gpu_check_on_v2.py", **V2)

@@ -121,8 +121,15 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Found:
     def breaks(bench: object) -> Passed:
         raise ZeroDivisionError("of the stage itself")
 
+    def loads(bench: object) -> Passed:
+        row = {"ratio": 0, "requests_per_s": 9, "ttft_ms": 1, "itl_ms": 1, "prompt_tokens": 9, "sequences": 7}
+        rows = [
+            row | {"engine": engine, "runner": "v2", "peak_bytes": 2**31} for engine in ("plain vLLM", "ours", "ours")
+        ]
+        return Passed("all well", {"requests": 64, "tokens": 32, "rows": rows})
+
     def found(**options: object) -> Results:
-        each = dict.fromkeys(STAGES, passes) | {"ratio-0": fails, "reference": compares, "burst": breaks}
+        each = dict.fromkeys(STAGES, passes) | {"ratio-0": fails, "reference": compares, "burst": breaks, "load": loads}
         stages = {name: replace(stage, run=each[name]) for name, stage in ALL.items()}
         monkeypatch.setattr(command, "ALL", stages)
         made = GpuCheckOptions(output=tmp_path / "out", **options)  # type: ignore[arg-type]
@@ -142,15 +149,17 @@ def test_one_line_a_stage_and_all_go_on(found: Found, capsys: pytest.CaptureFixt
 
 
 def test_files(found: Found, tmp_path: Path) -> None:
-    results = found(stages=("reference", "ratio-0"))
+    results = found(stages=("reference", "ratio-0", "load"))
     told = json.loads((tmp_path / "out" / "gpu-check.json").read_text())
     assert Results.model_validate(told) == results
-    assert [stage["stage"] for stage in told["stages"]] == ["ratio-0", "reference"]
+    assert [stage["stage"] for stage in told["stages"]] == ["ratio-0", "reference", "load"]
     page = (tmp_path / "out" / "gpu-check.md").read_text()
-    assert page.startswith("# GPU check: 1 passed, 1 failed, 0 skipped\n")
+    assert page.startswith("# GPU check: 2 passed, 1 failed, 0 skipped\n")
     assert "| GPU 0 | one \\| two |" in page and "| ratio-0 | FAIL | 0 |" in page
-    (plot,) = (tmp_path / "out").glob("*.svg")
-    assert f"]({plot.name})" in page and "another" in plot.read_text()
+    assert "| plain vLLM, v2 | 0 | 9 | 9.00 | 1.0 | 1.00 | 7 | 2.0 |" in page and "64 requests of 32 tokens" in page
+    plots = {plot.name: plot.read_text() for plot in (tmp_path / "out").glob("*.svg")}
+    assert set(plots) == {"errors-reference.svg", "load.svg"} and all(f"]({name})" in page for name in plots)
+    assert "another" in plots["errors-reference.svg"] and "plain vLLM" in plots["load.svg"]
 
 
 def test_a_budget_that_is_used_up(found: Found) -> None:
