@@ -122,7 +122,14 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Found:
         raise ZeroDivisionError("of the stage itself")
 
     def loads(bench: object) -> Passed:
-        row = {"ratio": 0, "requests_per_s": 9, "ttft_ms": 1, "itl_ms": 1, "prompt_tokens": 9, "sequences": 7}
+        row: dict[str, object] = {
+            "ratio": 0,
+            "requests_per_s": 9,
+            "ttft_ms": 1,
+            "itl_ms": 1,
+            "prompt_tokens": 9,
+            "sequences": 7,
+        }
         rows = [
             row | {"engine": engine, "runner": "v2", "peak_bytes": 2**31} for engine in ("plain vLLM", "ours", "ours")
         ]
