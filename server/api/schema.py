@@ -59,6 +59,7 @@ class Progress:
         owner: name of the key that asks.
         form: of the answer, once it is known that it can be made.
         image_salt: divides the caches of images, see `cache_salts`.
+        failure: why its outputs ended, as clients are to be told.
     """
 
     details: list[str] = field(default_factory=list)
@@ -69,6 +70,7 @@ class Progress:
     owner: str | None = None
     form: StructuredOutputsParams | None = None
     image_salt: str | None = None
+    failure: Exception | None = None
 
 
 class FoldChatRequest(ChatCompletionRequest):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from http import HTTPStatus
 from typing import Any
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
@@ -102,17 +101,6 @@ class FoldServingChat(OpenAIServingChat):
         metrics.observe_accepted(progress.vision, self.kv_cost)
         return rendered
 
-    def create_streaming_error_response(
-        self,
-        message: str | Exception,
-        err_type: str = "BadRequestError",
-        status_code: HTTPStatus = HTTPStatus.BAD_REQUEST,
-        param: str | None = None,
-    ) -> str:
-        if isinstance(message, Exception):
-            return render_event(message)
-        return render_event(self.create_error_response(message, err_type, status_code, param))
-
     async def chat_completion_full_generator(
         self,
         request: FoldChatRequest,
@@ -135,9 +123,12 @@ class FoldServingChat(OpenAIServingChat):
         outputs = _explained(request, result_generator, self.lifecycle)
         held, first = "", True
         async for event in super().chat_completion_stream_generator(request, outputs, *args, **kwargs):
+            is_error = event.startswith('data: {"error"')
+            if is_error:
+                event = f"data: {render_event(progress.failure or _error_in(event))}\n\n"
             if first:
                 first, held = False, event
-                if not event.startswith('data: {"error"'):
+                if not is_error:
                     metrics.observe_first_token(progress.vision, time.perf_counter() - progress.arrived)
             elif not progress.answered:
                 yield held + event
@@ -174,14 +165,23 @@ async def _explained(
             on_its_way = None
             progress.answered = output.finished
             yield output
-    except FoldserveError:
-        raise
     except Exception as error:
-        if (shown := lifecycle.explain(error)) is not error:
-            raise shown from None
-        if not isinstance(error, VLLMClientError | ValueError | TypeError):
+        progress.failure = shown = _shown(request, error, lifecycle)
+        if shown is error:
             raise
-        raise forms.explain(request, error) from None
+        raise shown from None
+
+
+def _shown(request: FoldChatRequest, error: Exception, lifecycle: Lifecycle) -> Exception:
+    """The error that a client is told of; the server's own faults are left as they are."""
+    if (shown := lifecycle.explain(error)) is not error or isinstance(error, FoldserveError):
+        return shown
+    return forms.explain(request, error) if isinstance(error, VLLMClientError | ValueError | TypeError) else error
+
+
+def _error_in(event: str) -> ErrorResponse:
+    """vLLM's error in an event of its own."""
+    return ErrorResponse.model_validate_json(event.removeprefix("data: "))
 
 
 async def _timing_first_token(

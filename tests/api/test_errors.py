@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from jinja2 import TemplateError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
 from vllm.entrypoints.serve import create_error_response
 from vllm.exceptions import (
     GenerationError,
@@ -23,6 +24,7 @@ from vllm.exceptions import (
     VLLMUnprocessableEntityError,
     VLLMValidationError,
 )
+from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from foldserve.server.api import errors
@@ -91,16 +93,62 @@ def test_nor_in_a_response_that_vllm_made(error: Exception, status: int, code: s
     check(json.loads(bytes(render_vllm(create_error_response(error)).body)), code, param)
 
 
-def test_events_that_vllm_makes() -> None:
-    """Its own two ways to end a stream with an error, as its chat handler takes them."""
-    chat = object.__new__(FoldServingChat)  # neither way looks at the handler
-    check(
-        json.loads(chat._convert_generation_error_to_streaming_response(GenerationError(SECRET))),
-        "internal_error",
-        None,
-    )
-    check(json.loads(chat.create_streaming_error_response(ValueError(SECRET))), "invalid_value", None)
-    check(json.loads(chat.create_streaming_error_response(SECRET, param="stop")), "invalid_value", "stop")
+def output(text: str, finish_reason: str | None = None) -> RequestOutput:
+    choice = CompletionOutput(0, text, [7], None, None, finish_reason=finish_reason)
+    return RequestOutput("r", None, [1, 2], None, [choice], finish_reason is not None)
+
+
+def streamed(outputs: list[RequestOutput | Exception], **attributes: Any) -> list[str]:
+    """The events of vLLM's stream for these outputs, without an engine."""
+    chat: Any = object.__new__(FoldServingChat)
+    chat.enable_auto_tools = chat.enable_force_include_usage = chat.enable_log_deltas = chat.enable_log_outputs = False
+    chat.parser_cls = chat.request_logger = chat.system_fingerprint = None
+    chat.lifecycle, chat.response_role = told(lambda error: error), "assistant"
+    for name, value in attributes.items():
+        setattr(chat, name, value)
+    request = FoldChatRequest.model_validate({"messages": [{"role": "user", "content": "x"}], "stream": True})
+
+    async def results() -> AsyncIterator[RequestOutput]:
+        for result in outputs:
+            if isinstance(result, Exception):
+                raise result
+            yield result
+
+    async def read() -> list[str]:
+        metadata = RequestResponseMetadata(request_id="id")
+        events = chat.chat_completion_stream_generator(request, results(), "id", "model", [], None, metadata)
+        sent = [text async for text in events]
+        return "".join(sent).split("\n\n")
+
+    return asyncio.run(read())
+
+
+@pytest.mark.parametrize("begun", [[], [output("a"), output("b")]], ids=["at once", "midway"])
+@pytest.mark.parametrize(("error", "status", "code", "param"), THEIRS[:-2], ids=lambda v: type(v).__name__)
+def test_nor_in_a_stream_of_vllms(
+    begun: list[RequestOutput], error: Exception, status: int, code: str, param: str | None
+) -> None:
+    *texts, event, done, end = streamed([*begun, error])
+    check(json.loads(event.removeprefix("data: ")), code, param)
+    assert (done, end) == ("data: [DONE]", "")
+    assert len(texts) == (3 if begun else 0)  # the role, and two texts
+
+
+@pytest.mark.parametrize(
+    ("outputs", "attributes", "code"),
+    [
+        ([output("a"), output("", "error")], {}, "internal_error"),  # the engine gave no reason
+        ([output("a"), output("", "stop")], {"parser_cls": object}, "invalid_value"),  # a parser without a tokenizer
+        ([output("a"), output("", "stop")], {"response_role": object()}, "invalid_value"),
+    ],
+    ids=["outcome", "parser", "output"],
+)
+def test_nor_of_an_error_in_vllms_own_stream(
+    outputs: list[RequestOutput | Exception], attributes: dict[str, Any], code: str
+) -> None:
+    *_, event, done, _ = streamed(outputs, **attributes)
+    check(json.loads(event.removeprefix("data: ")), code, None)
+    assert done == "data: [DONE]"
 
 
 @pytest.mark.parametrize(
