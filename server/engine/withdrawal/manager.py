@@ -102,6 +102,7 @@ class DeepKVCacheManager(SingleTypeKVCacheManager):
     ) -> None:
         token_map = self.token_map(request.request_id)
         blocks = self.req_to_blocks[request.request_id]
+        num_tokens = min(num_tokens, len(request.block_hashes) * self.block_pool.hash_block_size)
         if token_map.shareable is not None:
             num_tokens = min(num_tokens, token_map.shareable)
         self._prefixes.advance(request, token_map, blocks, num_tokens)
