@@ -22,6 +22,8 @@ from foldserve.server.api.doctor.table import table
 from foldserve.server.api.doctor.versions import Versions
 from foldserve.server.api.sizes import size
 from foldserve.server.commands import doctor
+from foldserve.server.engine.facts import kv
+from foldserve.server.engine.facts.attention import attention_backend
 from foldserve.server.engine.facts.choices import EngineFacts
 from foldserve.server.engine.facts.kv import KvFacts, KvGroup
 from foldserve.server.engine.facts.model import ModelFacts
@@ -198,6 +200,24 @@ def test_a_port_in_use_hides_no_facts() -> None:
         f"can't listen on 127.0.0.1:{port}: Address already in use"
     ]
     assert report.kv is not None and not report.starts
+
+
+def test_blocks_are_of_a_size_that_the_attention_backend_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on GPUs, where vLLM asks the backend once the model is built."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.platforms.interface import Platform
+
+    config = EngineArgs(str(CHECKPOINT), dtype="float32", enforce_eager=True).create_engine_config()
+    backend = attention_backend(config)
+    assert backend is not None
+    large = type("Large", (backend,), {"get_supported_kernel_block_sizes": staticmethod(lambda: [48])})
+    monkeypatch.setattr(kv, "attention_backend", lambda config: large)
+    monkeypatch.setattr(kv, "current_platform", Platform)
+    before = config.cache_config.block_size
+    facts = kv.kv_facts(config)
+    assert facts is not None and facts.block_tokens == 48
+    assert config.cache_config.block_size == before != 48
+    assert not config.compilation_config.static_forward_context
 
 
 def test_another_vllm_is_said_before_anything_of_it_is_imported(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.utils.torch_utils import get_kv_cache_torch_dtype
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.attention.selector import get_attn_backend
@@ -25,6 +26,19 @@ def attention_backend(config: VllmConfig) -> type[AttentionBackend] | None:
             config.cache_config.cache_dtype,
             num_heads=model.get_num_attention_heads(config.parallel_config),
         )
+
+
+class PlainAttention(AttentionLayerBase):
+    """Stands for the decoder's layers where vLLM asks built ones."""
+
+    def __init__(self, backend: type[AttentionBackend]) -> None:
+        self._backend = backend
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return self._backend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> FullAttentionSpec:
+        return attention_spec(vllm_config)
 
 
 def attention_spec(config: VllmConfig) -> FullAttentionSpec:

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vllm.config import VllmConfig
+from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
 from vllm.v1.core.kv_cache_utils import check_enough_kv_cache_memory, get_kv_cache_groups
 from vllm.v1.kv_cache_interface import KVCacheSpec, replace_as
 
-from foldserve.server.engine.facts.attention import attention_backend, attention_spec
+from foldserve.server.engine.facts.attention import PlainAttention, attention_backend, attention_spec
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.kv_cost import kv_cost
 from foldserve.server.engine.withdrawal.config import withdraw_layer
@@ -68,6 +69,7 @@ def kv_facts(config: VllmConfig) -> KvFacts | None:
         return None
     layer, image = withdraw_layer(config), family.largest.tokens
     cost, tokens, pool = kv_cost(config, layer), image + TEXT_TOKENS, config.cache_config.kv_cache_memory_bytes
+    config = _in_blocks(config)
     specs = _specs(config, layer)
     config = _laid_out(config, specs)
     groups = get_kv_cache_groups(config, dict(specs))
@@ -95,6 +97,16 @@ def kv_facts(config: VllmConfig) -> KvFacts | None:
         sequences=fits(0),
         withdrawn_sequences=None if layer is None else fits(image),
     )
+
+
+def _in_blocks(config: VllmConfig) -> VllmConfig:
+    """A copy with the block size that the engine will choose for its attention backend."""
+    config, backend = copy(config), attention_backend(config)
+    assert backend is not None  # our decoders have plain attention
+    config.cache_config, config.compilation_config = copy(config.cache_config), copy(config.compilation_config)
+    config.compilation_config.static_forward_context = {"decoder": PlainAttention(backend)}
+    current_platform.update_block_size_for_backend(config)
+    return config
 
 
 def _specs(config: VllmConfig, withdraw_layer: int | None) -> dict[str, KVCacheSpec]:
