@@ -191,5 +191,14 @@ def test_another_vllm_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
         plugin.register()
 
 
+def test_one_other_vllm_can_be_allowed_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(plugin.ALLOW_VLLM, "0.99.0")
+    plugin.require_vllm("0.99.0+cpu")
+    plugin.require_vllm(plugin.vllm_version())
+    for other in ("0.99.1", "0.98.0+cpu"):
+        with pytest.raises(RuntimeError, match=f"found {re.escape(other)}"):
+            plugin.require_vllm(other)
+
+
 if __name__ == "__main__":
     print("\n".join(lines()))

@@ -15,6 +15,7 @@ from foldserve.server.api.sizes import size
 from foldserve.server.engine.encoder_budget import profiled_images
 from foldserve.server.engine.facts.choices import model_runner
 from foldserve.server.engine.facts.kv import TEXT_TOKENS
+from foldserve.server.engine.plugin import ALLOW_VLLM, is_release_vllm, vllm_version
 from foldserve.server.limits import Limits
 
 if TYPE_CHECKING:
@@ -28,9 +29,10 @@ def report(chat: FoldServingChat, limits: Limits, access: Access) -> None:
     config = chat.engine_client.vllm_config
     if config.parallel_config._api_process_rank > 0:
         return
-    _log.info(
-        "version %s on vLLM %s", version("foldserve"), version("vllm"), extra={"facts": facts(chat, limits, access)}
-    )
+    vllm = version("vllm")
+    if not is_release_vllm(vllm):
+        vllm += f", allowed by {ALLOW_VLLM}; this release is for {vllm_version()}"
+    _log.info("version %s on vLLM %s", version("foldserve"), vllm, extra={"facts": facts(chat, limits, access)})
 
 
 def facts(chat: FoldServingChat, limits: Limits, access: Access) -> dict[str, str]:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import atexit
 import gc
+import os
 from importlib.metadata import requires, version
 
 from foldserve.server import guardian
+
+ALLOW_VLLM = "FOLDSERVE_ALLOW_VLLM"
+"""Environment variable: one other version of vLLM to run on, exactly, before a release is made for it."""
 
 
 def register() -> None:
     """Applies the patches and registers the models. Idempotent.
 
     Raises:
-        RuntimeError: another vLLM version than the one this release is written for.
+        RuntimeError: another vLLM version than the one this release is written for, unless `ALLOW_VLLM` names it.
     """
     guardian.die_with_parent()
     if not gc.isenabled():  # as a process of a server imports
@@ -50,10 +54,15 @@ def vllm_version() -> str:
     return pin.partition(";")[0].removeprefix("vllm==")
 
 
+def is_release_vllm(found: str) -> bool:
+    """Whether it is `vllm_version()`; builds such as `+cpu` don't matter."""
+    return found.partition("+")[0] == vllm_version()
+
+
 def require_vllm(found: str) -> None:
-    """Raises RuntimeError for another vLLM version than `vllm_version()`; builds such as `+cpu` don't matter."""
+    """Raises RuntimeError for another vLLM than `vllm_version()` or the one that `ALLOW_VLLM` names."""
     needed = vllm_version()
-    if found.partition("+")[0] != needed:
+    if not is_release_vllm(found) and found.partition("+")[0] != os.environ.get(ALLOW_VLLM):
         raise RuntimeError(f"foldserve needs vLLM {needed}, found {found}: pip install vllm=={needed}")
 
 

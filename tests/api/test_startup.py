@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,8 +11,10 @@ from vllm.engine.arg_utils import EngineArgs
 
 from foldserve.server.access import Access
 from foldserve.server.api import startup
+from foldserve.server.api.logs.config import STARTUP
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.kv_cost import kv_cost
+from foldserve.server.engine.plugin import ALLOW_VLLM, vllm_version
 from foldserve.server.limits import Limits
 from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 from foldserve.server.settings import Settings
@@ -52,3 +55,17 @@ def test_a_model_that_is_not_reduced(config: Any) -> None:
     shown = facts(config, is_reduced=False)
     assert shown["engine"] == "model runner v1, graphs NONE"
     assert "KV cache" not in shown
+
+
+def test_the_log_says_that_the_vllm_is_another(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    chat: Any = SimpleNamespace(
+        engine_client=SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(_api_process_rank=0)))
+    )
+    monkeypatch.setattr(startup, "facts", lambda *_: {})
+    for found, said in ((vllm_version(), ""), ("0.99.0+cpu", f", allowed by {ALLOW_VLLM}; this release is for ")):
+        monkeypatch.setattr(startup, "version", {"vllm": found, "foldserve": "1"}.__getitem__)
+        with caplog.at_level(logging.INFO, logger=STARTUP):
+            startup.report(chat, Limits(), Access())
+        assert caplog.messages.pop().removeprefix(f"version 1 on vLLM {found}") == said + vllm_version() * bool(said)

@@ -27,6 +27,7 @@ from foldserve.server.engine.facts.attention import attention_backend
 from foldserve.server.engine.facts.choices import EngineFacts
 from foldserve.server.engine.facts.kv import KvFacts, KvGroup
 from foldserve.server.engine.facts.model import ModelFacts
+from foldserve.server.engine.plugin import require_vllm
 from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 from foldserve.server.settings import Environment, Settings
 
@@ -122,7 +123,7 @@ def written() -> dict[str, Any]:
 
 def test_the_demo_model_over_the_command_line(written: dict[str, Any]) -> None:
     assert (written["starts"], written["problems"]) == (True, [])
-    assert written["versions"]["vllm"].partition("+")[0] == written["versions"]["needed_vllm"]
+    require_vllm(written["versions"]["vllm"])
     assert (written["machine"]["platform"], written["machine"]["gpus"]) == ("cpu", [])
     assert written["machine"]["cpu_count"] == len(os.sched_getaffinity(0))
     model, engine = written["model"], written["engine"]
@@ -229,6 +230,16 @@ def test_another_vllm_is_said_before_anything_of_it_is_imported(
     assert "  problem  foldserve needs vLLM 0.32.0, found 0.31.0: pip install vllm==0.32.0\n" in out
     assert "  vLLM              0.31.0\n" in out
     assert replace(VERSIONS, vllm=None).problem is not None
+
+
+def test_a_later_vllm_that_is_asked_for_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    later = replace(VERSIONS, vllm="0.99.0+cpu")
+    assert later.problem is not None
+    monkeypatch.setenv("FOLDSERVE_ALLOW_VLLM", "0.99.0")
+    assert later.problem is None
+    line = "vLLM              0.99.0+cpu, allowed by FOLDSERVE_ALLOW_VLLM; this release is for 0.32.0"
+    assert f"\n  {line}\n" in table(replace(REPORT, versions=later))
+    assert "\n  vLLM              0.32.0, the one that this release is for\n" in table(REPORT)
 
 
 def test_a_table_with_gpus() -> None:

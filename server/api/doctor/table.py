@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from foldserve.server.api.doctor.report import Report
 from foldserve.server.api.sizes import size
+from foldserve.server.engine.plugin import ALLOW_VLLM, is_release_vllm
 
 if TYPE_CHECKING:  # they import vLLM, which may be missing
     from foldserve.server.api.doctor.machine import Machine
@@ -161,15 +162,22 @@ def version_rows(versions: Versions, machine: Machine | None) -> Rows:
     if machine is not None:
         cuda = f" for {f'CUDA {machine.cuda_build}' if machine.cuda_build else 'CPU'}"
         triton = "" if machine.triton_runs or versions.triton is None else " (does not run here)"
-    fits = "" if versions.problem else ", the one that this release is for"
     return [
         ("foldserve", versions.foldserve),
-        ("vLLM", f"{versions.vllm or 'not installed'}{fits}"),
+        ("vLLM", _vllm(versions)),
         ("torch", f"{versions.torch or 'not installed'}{cuda}"),
         ("transformers", versions.transformers or "not installed"),
         ("Triton", f"{versions.triton or 'not installed'}{triton}"),
         ("Python", versions.python),
     ]
+
+
+def _vllm(versions: Versions) -> str:
+    if versions.vllm is None or versions.problem:
+        return versions.vllm or "not installed"
+    if is_release_vllm(versions.vllm):
+        return f"{versions.vllm}, the one that this release is for"
+    return f"{versions.vllm}, allowed by {ALLOW_VLLM}; this release is for {versions.needed_vllm}"
 
 
 def _count(n: int, what: str) -> str:
