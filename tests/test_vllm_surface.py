@@ -38,6 +38,7 @@ REPLACED = {
 
 SET = {
     "vllm.renderers.base:BaseRenderer": ("_mm_processor_cache",),
+    "vllm.renderers.online_renderer:OnlineRenderer": ("trust_request_mm_kwargs",),
     "vllm.v1.request:Request": ("block_hashes", "skip_reading_prefix_cache"),
     "vllm.v1.core.sched.scheduler:Scheduler": ("encoder_cache_manager",),
     "vllm.v1.structured_output.request:StructuredOutputRequest": ("grammar",),

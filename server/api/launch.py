@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 
 from vllm.config import StructuredOutputsConfig
 from vllm.entrypoints.cli.serve import ServeSubcommand
-from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
 from vllm.logger import configure_logging_from_args
 from vllm.platforms import current_platform
 from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -87,7 +86,7 @@ def prepare_process(environment: Environment) -> None:
     if current_platform.is_cpu():
         os.environ.update(cpu_variables())
     os.environ.update(http_variables())
-    cli_env_setup()
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")  # as vLLM's own command does
 
 
 def _check_plugins() -> None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from argparse import Namespace
+from copy import copy
 
 from fastapi import FastAPI
 from starlette.datastructures import State
 from vllm.engine.protocol import EngineClient
-from vllm.entrypoints.launchers.cli_args import resolve_default_chat_template_kwargs
-from vllm.renderers.chat_utils import load_chat_template
 from vllm.renderers.online_renderer import OnlineRenderer
 from vllm.tasks import SupportedTask
 
@@ -55,6 +54,7 @@ class FoldserveEndpoint:
         settings = Settings.from_config(args.additional_config)
         limits = settings.limits
         _init_access(engine_client, state, args, settings.access)
+        renderer = _renderer(state.online_renderer)
         state.foldserve_turn = asyncio.Lock()
         state.foldserve_counts_drops = asyncio.create_task(metrics.count_dropped_lines())
         state.foldserve_unread = UnreadBodies(limits.max_unread_bytes)
@@ -73,11 +73,11 @@ class FoldserveEndpoint:
             media=media_guard(engine_client.model_config, limits, engine_client.renderer._mm_executor),
             sent_images=note_sent_images(engine_client.renderer),
             lifecycle=state.foldserve_lifecycle,
-            online_renderer=_renderer(engine_client, state, args),
-            request_logger=state.openai_serving_chat.request_logger,
-            chat_template=load_chat_template(args.chat_template),
-            chat_template_content_format=args.chat_template_content_format,
-            default_chat_template_kwargs=resolve_default_chat_template_kwargs(args),
+            online_renderer=renderer,
+            request_logger=renderer.request_logger,
+            chat_template=renderer.chat_template,
+            chat_template_content_format=renderer.chat_template_content_format,
+            default_chat_template_kwargs=renderer.default_chat_template_kwargs,
             trust_request_chat_template=args.trust_request_chat_template,
             return_tokens_as_token_ids=args.return_tokens_as_token_ids,
             enable_auto_tools=args.enable_auto_tool_choice,
@@ -109,21 +109,8 @@ def _init_access(engine_client: EngineClient, state: State, args: Namespace, acc
     state.foldserve_lifecycle = Lifecycle(engine_client, access, shared)
 
 
-def _renderer(engine_client: EngineClient, state: State, args: Namespace) -> OnlineRenderer:
-    """A renderer of our own: it alone may pass processor kwargs, every other route keeps refusing them."""
-    return OnlineRenderer(
-        model_config=engine_client.model_config,
-        renderer=engine_client.renderer,
-        request_logger=state.openai_serving_chat.request_logger,
-        chat_template=load_chat_template(args.chat_template),
-        chat_template_content_format=args.chat_template_content_format,
-        trust_request_chat_template=args.trust_request_chat_template,
-        trust_request_mm_kwargs=True,
-        enable_auto_tools=args.enable_auto_tool_choice,
-        exclude_tools_when_tool_choice_none=args.exclude_tools_when_tool_choice_none,
-        tool_parser=args.tool_call_parser,
-        tool_strict_level=args.tool_strict_level,
-        reasoning_parser=args.structured_outputs_config.reasoning_parser,
-        default_chat_template_kwargs=resolve_default_chat_template_kwargs(args),
-        log_error_stack=args.log_error_stack,
-    )
+def _renderer(theirs: OnlineRenderer) -> OnlineRenderer:
+    """A copy of vLLM's, which alone may pass processor kwargs: every other route keeps refusing them."""
+    ours = copy(theirs)
+    ours.trust_request_mm_kwargs = True
+    return ours

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from vllm.config.load import LoadConfig
-from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
+from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.entrypoints.launchers.launcher import validate_api_server_args
 from vllm.exceptions import VLLMError
 from vllm.model_executor.model_loader import get_model_loader
@@ -37,7 +37,7 @@ def check(args: Namespace) -> None:
     """
     model = args.model_tag or args.model
     try:
-        validate_parsed_serve_args(args)
+        ServeSubcommand().validate(args)
         if not args.tool_parser_plugin and not args.reasoning_parser_plugin:  # these may bring more parsers
             validate_api_server_args(args)
             _check_reasoning_parser(args.reasoning_parser)

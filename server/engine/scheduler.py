@@ -116,7 +116,7 @@ class FoldScheduler(Scheduler):
             if not isinstance(grammar, PacedGrammar) or not grammar.is_slow:
                 continue
             if grammar.has_failed:
-                self.grammar_compile_error_reqs.add(request.request_id)
+                self.encoder_cache_mismatch_reqs.add(request.request_id)  # those that vLLM ends with an error
                 held.append(request)
             elif grammar.is_busy or request.num_output_placeholders:  # no step ahead: its mask would be waited for
                 held.append(request)

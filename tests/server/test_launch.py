@@ -97,11 +97,12 @@ def test_a_kv_cache_sized_in_another_way_stays(
 
 
 def test_on_a_gpu_every_other_choice_is_vllms(parsed: Callable[..., Namespace]) -> None:
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import ServeSubcommand
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     ours = vars(parsed("m", cpu=False, compiler=False))
-    plain = vars(make_arg_parser(FlexibleArgumentParser()).parse_args(["m"]))
+    parser = ServeSubcommand().subparser_init(FlexibleArgumentParser().add_subparsers())
+    plain = vars(parser.parse_args(["m"]))
     needed = {
         "additional_config",
         "disable_uvicorn_access_log",  # ours has request ids

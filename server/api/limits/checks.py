@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import EngineInput
-from vllm.renderers.chat_utils import MODALITY_PLACEHOLDERS_MAP, PROMPT_EMBEDS_PLACEHOLDER_TOKEN
+from vllm.renderers.chat_utils import PROMPT_EMBEDS_PLACEHOLDER_TOKEN
 
 from foldserve.server.api.errors import InvalidRequest, LimitExceeded
 from foldserve.server.api.limits.body import check_body
 from foldserve.server.api.limits.fields import check_fields
 from foldserve.server.api.limits.special_tokens import SpecialTokens
 from foldserve.server.api.limits.strict_json import parse
+from foldserve.server.engine.moved import MODALITY_PLACEHOLDERS_MAP
 from foldserve.server.limits import Limits
 
 if TYPE_CHECKING:

@@ -10,12 +10,12 @@ from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.utils.math_utils import cdiv
 from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
-from vllm.v1.core.kv_cache_utils import check_enough_kv_cache_memory, get_kv_cache_groups
 from vllm.v1.kv_cache_interface import KVCacheSpec, replace_as
 
 from foldserve.server.engine.facts.attention import PlainAttention, attention_backend, attention_spec
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.kv_cost import kv_cost
+from foldserve.server.engine.moved import check_enough_kv_cache_memory, get_kv_cache_groups
 from foldserve.server.engine.withdrawal.config import withdraw_layer
 from foldserve.server.engine.withdrawal.layout import bucket_of
 from foldserve.server.engine.withdrawal.spec import DeepAttentionSpec, ShallowAttentionSpec

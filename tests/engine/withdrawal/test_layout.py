@@ -12,8 +12,7 @@ TEXT, VISION, BLOCK = 80, 576, 16
 
 def pages(layers: int, withdraw_layer: int) -> tuple[int, int, int]:
     """Pages (one layer, one block) that a request costs in vLLM's groups, without padding, and without withdrawal."""
-    from vllm.v1.core.kv_cache_utils import _get_kv_cache_groups_uniform_page_size as make_groups
-
+    from foldserve.server.engine.moved import get_kv_cache_groups
     from foldserve.server.engine.withdrawal.layout import bucket_of
     from foldserve.server.engine.withdrawal.spec import DeepAttentionSpec, ShallowAttentionSpec
 
@@ -22,6 +21,7 @@ def pages(layers: int, withdraw_layer: int) -> tuple[int, int, int]:
         shape = {"block_size": BLOCK, "num_kv_heads": 32, "head_size": 128, "dtype": torch.float16}
         return cls(**shape, bucket=bucket_of(i, layers, withdraw_layer))
 
+    make_groups = get_kv_cache_groups.__globals__["_get_kv_cache_groups_uniform_page_size"]
     groups = make_groups({f"layers.{i}": spec(i) for i in range(layers)})
     width = max(len(group.layer_names) for group in groups)
     full, text = math.ceil((TEXT + VISION) / BLOCK), math.ceil(TEXT / BLOCK)

@@ -1,0 +1,12 @@
+"""vLLM's names that the next version has elsewhere: they are imported from here. At a bump the second half goes."""
+
+from __future__ import annotations
+
+try:  # from 0.33 on
+    from vllm.renderers.chat_utils.content_parser import MODALITY_PLACEHOLDERS_MAP
+    from vllm.v1.core.kv_cache_planning import check_enough_kv_cache_memory, get_kv_cache_groups
+except ModuleNotFoundError:
+    from vllm.renderers.chat_utils import MODALITY_PLACEHOLDERS_MAP
+    from vllm.v1.core.kv_cache_utils import check_enough_kv_cache_memory, get_kv_cache_groups
+
+__all__ = ["MODALITY_PLACEHOLDERS_MAP", "check_enough_kv_cache_memory", "get_kv_cache_groups"]
