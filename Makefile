@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 	$$p tools/setup.py --check-python >/dev/null 2>&1 && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve gpu-check test test-runners test-clients test-deploy soak check clean
+.PHONY: help setup serve gpu-check test test-runners test-next test-clients test-deploy soak check clean
 
 help: ## show this
 	@echo "make COMMAND, where COMMAND is"
@@ -35,6 +35,10 @@ test: setup ## run all tests, without a GPU (TESTS="paths or pytest options" for
 test-runners: setup ## model runner V2 with interpreted kernels, vLLM's compile mode, gpu-check, on a CPU (8 minutes)
 	@$(BIN)/python -m pytest -n 2 tests/engine/runners $(TESTS)
 
+test-next: setup ## engine, API and server on the Python of the next vLLM (downloads it; 25 minutes; TESTS as for test)
+	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m tools.next_vllm $(BIN)/python -m pytest -n 3 --dist loadfile \
+		--no-loadscope-reorder $(or $(TESTS),tests/engine tests/api tests/server)
+
 test-clients: setup ## docs/clients.md with the real clients (installs them; needs a JDK)
 	@tests/clients/tools.sh $(BIN)/python $(VENV)-clients
 	@$(BIN)/python -m pytest tests/clients $(TESTS)
@@ -55,5 +59,5 @@ check: setup ## lint, formatting, types
 	@$(BIN)/mypy src/foldserve tests tools
 
 clean: ## remove what was built, .venv included
-	@rm -rf $(VENV) $(VENV)-clients build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(VENV)-clients .next-vllm build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,6 +17,7 @@ from dockerfile_parse import DockerfileParser
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from tests.deploy.files import (
     COMPOSE,
@@ -31,8 +32,10 @@ from tests.deploy.files import (
     rules,
     run,
 )
+from tools.next_vllm import NEXT
 
 CI = ROOT / ".ci" / "run"
+MAKEFILE = ROOT / "Makefile"
 WORKFLOW = ROOT / ".github" / "workflows" / "ci.yaml"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -154,10 +157,23 @@ def test_prometheus_has_the_key_for_metrics() -> None:
 def test_ci_runs_the_tests_that_make_test_leaves_out() -> None:
     jobs = yaml.safe_load(WORKFLOW.read_text())["jobs"]
     commands = {step.get("run") for job in jobs.values() for step in job["steps"]}
-    assert {".ci/run", "make test-deploy"} <= commands
+    assert {".ci/run", "make test-runners", "make test-deploy", "make test-next"} <= commands
     assert "make test-clients" in CI.read_text().splitlines()
     (loaded,) = re.findall(r"kind load docker-image (\S+)", WORKFLOW.read_text())
     assert loaded == container("cpu-demo", "foldserve")["image"]
+
+
+def test_the_next_vllm_is_named_in_one_place_and_may_fail() -> None:
+    """So that the Makefile and CI can't test another one than `tools/next_vllm.py` builds."""
+    jobs = yaml.safe_load(WORKFLOW.read_text())["jobs"]
+    steps = {name: [step.get("run") for step in job["steps"]] for name, job in jobs.items()}
+    assert [name for name, commands in steps.items() if "make test-next" in commands] == ["test-next"]
+    assert [name for name, job in jobs.items() if job.get("continue-on-error")] == ["test-next"]
+    recipe = re.search(r"^test-next:.*\n((?:\t.*\n)+)", MAKEFILE.read_text(), re.MULTILINE)
+    assert recipe is not None and "-m tools.next_vllm " in recipe[1]
+    pinned = PROJECT["optional-dependencies"]["gpu"][0].removeprefix("vllm==")
+    assert Version(NEXT) >= Version(pinned)
+    assert pinned == NEXT or [file for file in (MAKEFILE, WORKFLOW, CI) if NEXT in file.read_text()] == []
 
 
 def test_the_prometheus_rule_of_kubernetes_is_the_same_file() -> None:
