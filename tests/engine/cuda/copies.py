@@ -33,6 +33,7 @@ def host_goes_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with monkeypatch.context() as patch:
         patch.setattr("torch.cuda.is_available", lambda: True)
         patch.setattr("vllm.utils.torch_utils.is_pin_memory_available", lambda: True)
+        patch.setattr("vllm.utils.torch_utils.PIN_MEMORY", True)  # what a later vLLM looks at
         with _Calls(pinned), _Operators(pinned):
             yield
 
