@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import isqrt
+from math import isqrt, log
 
 import torch
 from torch import Tensor
@@ -14,21 +14,44 @@ from foldserve.reducers.refusal import InvalidReduction
 
 
 def grid_for(wanted: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """(rows, columns) of the largest grid with at most `wanted` tokens, rows <= columns <= 1.5 rows, within `grid`.
+    """(rows, columns) of a grid with at most `wanted` tokens, within `grid`.
 
-    Most numbers have no square near by; of equally large grids the one nearest to a square is taken.
+    Few numbers are products of two sides in a given proportion. A square becomes the largest grid that is as high as
+    wide, or up to half wider, of equally large ones the one nearest to a square. Another grid loses as few tokens and
+    is stretched as little as possible: the share of tokens lost and the logarithm of the stretch are weighed equally.
 
     Raises:
         ValueError: not even one token is wanted.
     """
     if wanted < 1:
         raise ValueError(f"no image has {wanted} tokens: at least 1 is possible")
+    if grid[0] == grid[1]:
+        shapes = [
+            (rows, columns)
+            for rows in range(1, min(grid[0], isqrt(wanted)) + 1)
+            if (columns := min(wanted // rows, 3 * rows // 2, grid[1])) >= rows
+        ]
+        return max(shapes, key=lambda shape: (shape[0] * shape[1], shape[0]))
+    while (shape := _in_proportion(wanted, grid))[0] * shape[1] != wanted:
+        wanted = shape[0] * shape[1]  # a plan is made anew from its count alone, so that has to give the same grid
+    return shape
+
+
+def _in_proportion(wanted: int, grid: tuple[int, int]) -> tuple[int, int]:
+    proportion = grid[1] / grid[0]
+
+    def cost(shape: tuple[int, int]) -> float:
+        rows, columns = shape
+        return (wanted - rows * columns) / wanted + abs(log(columns / rows / proportion))
+
+    highest = min(grid[0], wanted)
     shapes = [
         (rows, columns)
-        for rows in range(1, min(grid[0], isqrt(wanted)) + 1)
-        if (columns := min(wanted // rows, 3 * rows // 2, grid[1])) >= rows
+        for rows in range(1, highest + 1)
+        for most in [min(wanted // rows, grid[1])]
+        for columns in {most, max(1, min(most, round(proportion * rows)))}
     ]
-    return max(shapes, key=lambda shape: (shape[0] * shape[1], shape[0]))
+    return min(shapes, key=lambda shape: (cost(shape), shape))
 
 
 def resize(pixels: Tensor, rows: int, columns: int, *, patch: int) -> Tensor:
@@ -63,6 +86,7 @@ class Downsample(BeforeTower):
     """The tower runs on the smaller image: its cost falls too, quadratically in its attention."""
 
     name = "downsample"
+    keeps_grid = True
     summary = "Makes the image smaller before the vision tower; the count is the largest grid that fits the ratio."
 
     def check(self, geometry: VisionGeometry) -> None:

@@ -113,8 +113,8 @@ class Folder(AfterTower):
     def schedule(self, geometry: VisionGeometry, removed: int) -> tuple[Step, ...]:
         return tuple(Step(k) for k in fold_schedule(geometry.tokens, removed))
 
-    def reduce(self, x: Tensor, plan: Plan) -> Reduced:
-        return folder(x, plan.folds, scale=self.scale)
+    def reduce(self, x: Tensor, plan: Plan, width: int | None = None) -> Reduced:
+        return folder(x, plan.folds, metric=x[..., :width], scale=self.scale)
 
 
 class FolderCls(InTower):

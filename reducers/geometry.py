@@ -26,6 +26,8 @@ class VisionGeometry:
         layers: encoder layers that run, up to the one whose output is used.
         class_token: the tower has a class token, its token 0, which is dropped at its end.
         stages: where methods may work on this model.
+        varies: with the image's size, so that a request can't know its counts: where an amount is beyond what a small
+            grid has or a method can give, the next lower number of tokens stays, instead of a refusal.
         any_resolution: the model lays the tokens of its tiles out as squares, so that a square number has to stay.
         projector: name of the method that is trained into the checkpoint's projector, or None.
     """
@@ -35,5 +37,6 @@ class VisionGeometry:
     layers: int = 0
     class_token: bool = False
     stages: frozenset[Stage] = frozenset(Stage) - {Stage.PROJECTOR}
+    varies: bool = False
     any_resolution: bool = False
     projector: str | None = None

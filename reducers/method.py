@@ -52,6 +52,7 @@ class Method(ABC):
         stage: where it removes tokens.
         options: fields of `reduction` that it takes beside those that every method takes.
         seeded: its plans carry a seed that comes from the image.
+        keeps_grid: the tokens that stay are a smaller grid.
         decoder_half: name of the Decoder method that `decoder: true` adds, if it has one.
     """
 
@@ -61,6 +62,7 @@ class Method(ABC):
     stage: ClassVar[Stage]
     options: ClassVar[tuple[Option[Any], ...]] = ()
     seeded: ClassVar[bool] = False
+    keeps_grid: ClassVar[bool] = False
     decoder_half: ClassVar[str | None] = None
 
     def __init__(self, *values: Value) -> None:
@@ -84,7 +86,7 @@ class Method(ABC):
         return removed
 
     def grid(self, geometry: VisionGeometry, removed: int) -> tuple[int, int] | None:
-        """(rows, columns) of the tokens that stay, of methods that keep a grid."""
+        """(rows, columns) of the tokens that stay, of methods with `keeps_grid`."""
         return None
 
     def schedule(self, geometry: VisionGeometry, removed: int) -> tuple[Step, ...]:
@@ -153,8 +155,12 @@ class AfterTower(Method):
     stage = Stage.AFTER_TOWER
 
     @abstractmethod
-    def reduce(self, x: Tensor, plan: Plan) -> Reduced:
-        """(B, n, d) without a class token -> plan.kept tokens."""
+    def reduce(self, x: Tensor, plan: Plan, width: int | None = None) -> Reduced:
+        """(B, n, d) without a class token -> plan.kept tokens.
+
+        Args:
+            width: columns of x that decide; those behind go the way of their token. None: all decide.
+        """
 
 
 class Projector(Method):

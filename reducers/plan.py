@@ -37,6 +37,7 @@ class Plan:
         steps: of the method; they remove `removed` tokens.
         options: a value for each of the method's options.
         grid: (rows, columns) of the kept tokens, of methods that keep a grid.
+        whole_grid: of those methods, (rows, columns) without reduction.
         seed: of methods that draw at random.
     """
 
@@ -46,6 +47,7 @@ class Plan:
     steps: tuple[Step, ...] = ()
     options: tuple[Value, ...] = ()
     grid: tuple[int, int] | None = None
+    whole_grid: tuple[int, int] | None = None
     seed: int = 0
 
     @property
@@ -114,7 +116,7 @@ def make_plan(reduction: Reduction, geometry: VisionGeometry) -> Plan:
         InvalidReduction: the grid has too few tokens for it, or the model is not one that the method works with.
     """
     method = configured(reduction.method, reduction.option_values)
-    removed = _tokens_to_remove(reduction, geometry.tokens)
+    removed = _tokens_to_remove(reduction, geometry)
     if removed or reduction.method != Reduction().method:
         method.check(geometry)
     if removed:
@@ -127,12 +129,16 @@ def _plan(method: Method, geometry: VisionGeometry, removed: int) -> Plan:
     if removed == 0:
         return Plan("none", geometry.tokens)
     steps, grid = method.schedule(geometry, removed), method.grid(geometry, removed)
-    return Plan(method.name, geometry.tokens, removed, steps, method.values, grid)
+    whole_grid = geometry.grid if method.keeps_grid else None
+    return Plan(method.name, geometry.tokens, removed, steps, method.values, grid, whole_grid)
 
 
-def _tokens_to_remove(reduction: Reduction, encoded: int) -> int:
-    """int(encoded * ratio), truncated as in the authors' code, or encoded - keep_tokens."""
+def _tokens_to_remove(reduction: Reduction, geometry: VisionGeometry) -> int:
+    """int(encoded * ratio), truncated as in the authors' code, or what is beyond keep_tokens."""
+    encoded = geometry.tokens
     if reduction.keep_tokens is not None:
+        if reduction.keep_tokens > encoded and geometry.varies:
+            return 0
         if reduction.keep_tokens > encoded:
             raise InvalidReduction(
                 f"keep_tokens {reduction.keep_tokens} is more than this image has: give {encoded} or less",
@@ -159,7 +165,7 @@ def _fit(reduction: Reduction, geometry: VisionGeometry, removed: int) -> int:
         by_count = refusal.param == "ratio" and reduction.keep_tokens is not None
         raise InvalidReduction(str(refusal), "keep_tokens" if by_count else refusal.param) from None
     kept = geometry.tokens - fitting
-    if reduction.keep_tokens not in (None, kept):
+    if reduction.keep_tokens not in (None, kept) and not geometry.varies:
         raise InvalidReduction(
             f"method {name!r} can't keep {reduction.keep_tokens} tokens, the next lower number is {kept}", "keep_tokens"
         )

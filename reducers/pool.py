@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from math import ceil, isqrt
+from math import ceil
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from foldserve.reducers.fold import Reduced, at_least_fp32
 from foldserve.reducers.geometry import VisionGeometry
@@ -40,7 +41,9 @@ def windows(x: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Tensor
 
 
 def pool(x: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Reduced:
-    """Mean of each window; see `windows`."""
+    """Mean of each window; see `windows`. Where they don't divide the grid, the last ones of it are smaller."""
+    if grid[0] % window[0] or grid[1] % window[1]:
+        return _pool_with_a_rest(x, grid, window)
     batch, n = x.shape[:2]
     members = windows(torch.arange(n, device=x.device).expand(batch, n), grid, window)  # (B, windows, k)
     tokens = windows(at_least_fp32(x), grid, window).mean(dim=2).to(x.dtype)
@@ -48,11 +51,30 @@ def pool(x: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Reduced:
     return Reduced(tokens, torch.full_like(members[..., 0], members.shape[2]), members[..., 0], group)
 
 
+def _pool_with_a_rest(x: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Reduced:
+    (rows, columns), (height, width) = grid, window
+    image = at_least_fp32(x).mT.reshape(len(x), -1, *grid)  # (B, d, rows, columns)
+    means = F.avg_pool2d(image, window, ceil_mode=True)  # divides by the tokens that there are
+    row, column = torch.arange(rows, device=x.device), torch.arange(columns, device=x.device)
+    first_row, first_column = row[::height].unsqueeze(1), column[::width]
+    source = first_row * columns + first_column
+    sizes = (rows - first_row).clamp(max=height) * (columns - first_column).clamp(max=width)
+    group = (row // height).unsqueeze(1) * len(first_column) + column // width
+    return Reduced(
+        means.flatten(2).mT.to(x.dtype), *(each.flatten().expand(len(x), -1) for each in (sizes, source, group))
+    )
+
+
 class Pool(AfterTower):
-    """One mean per window; the counts that whole windows give are the only ones."""
+    """One mean per window.
+
+    The counts that whole windows give are the only ones. Where an image's size decides its grid, the smallest window
+    is taken that leaves no more tokens than asked for, and the last ones of a row or column may be smaller.
+    """
 
     name = "pool"
     summary = "Averages k x k windows of vision tokens, or k neighbours in a row; the control of every merging method."
+    keeps_grid = True
     options = (Choice("window", "square", "k x k windows of the grid, or k in a row of it", ("square", "row")),)
     window: str
 
@@ -64,6 +86,8 @@ class Pool(AfterTower):
     def removable(self, geometry: VisionGeometry, removed: int) -> int:
         kept = geometry.tokens - removed
         grids = self._grids(geometry)
+        if geometry.varies:
+            return geometry.tokens - max((count for count in grids if count <= kept), default=0)
         if kept not in grids:
             possible = " or ".join(f"{_least_ratio(geometry.tokens, count)} ({count} tokens)" for count in grids)
             raise InvalidReduction(
@@ -74,22 +98,26 @@ class Pool(AfterTower):
     def grid(self, geometry: VisionGeometry, removed: int) -> tuple[int, int]:
         return self._grids(geometry)[geometry.tokens - removed]
 
-    def reduce(self, x: Tensor, plan: Plan) -> Reduced:
-        assert plan.grid is not None  # see grid
-        rows, columns = plan.grid
-        size = plan.encoded // plan.kept
-        height = isqrt(size) if self.window == "square" else 1
-        width = size // height
-        return pool(x, (rows * height, columns * width), (height, width))
+    def reduce(self, x: Tensor, plan: Plan, width: int | None = None) -> Reduced:
+        assert plan.whole_grid is not None  # see check
+        windows = self._windows(plan.whole_grid)
+        return pool(x, plan.whole_grid, next(window for window, grid in windows if grid == plan.grid))
 
     def _grids(self, geometry: VisionGeometry) -> dict[int, tuple[int, int]]:
-        """Tokens left, at least two -> (rows, columns) of them, for every window that divides the grid."""
+        """Tokens left, at least two -> (rows, columns) of them, for every window that may be taken."""
         assert geometry.grid is not None  # see check
         rows, columns = geometry.grid
-        sizes = [(k if self.window == "square" else 1, k) for k in range(2, columns + 1)]
-        whole = [(height, width) for height, width in sizes if not (rows % height or columns % width)]
-        grids = [(rows // height, columns // width) for height, width in whole]
-        return {height * width: (height, width) for height, width in grids if height * width >= 2}
+        return {
+            grid[0] * grid[1]: grid
+            for (height, width), grid in self._windows(geometry.grid)
+            if grid[0] * grid[1] >= 2 and (geometry.varies or not (rows % height or columns % width))
+        }
+
+    def _windows(self, whole: tuple[int, int]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """Windows, and the grids that they leave of a whole one, the smallest first."""
+        rows, columns = whole
+        sizes = [(k if self.window == "square" else 1, k) for k in range(2, max(whole) + 1)]
+        return [((height, width), (ceil(rows / height), ceil(columns / width))) for height, width in sizes]
 
 
 def _least_ratio(tokens: int, kept: int) -> float:

@@ -51,5 +51,5 @@ class Random(AfterTower):
     summary = "Keeps vision tokens drawn at random, the same ones for the same image; the control of every method."
     seeded = True
 
-    def reduce(self, x: Tensor, plan: Plan) -> Reduced:
+    def reduce(self, x: Tensor, plan: Plan, width: int | None = None) -> Reduced:
         return keep(x, draw(plan.encoded, plan.kept, plan.seed))

@@ -59,8 +59,11 @@ class Settings:
     calibration: Mapping[str, float | int] | None = None
     limits: Limits = field(default_factory=Limits)
     access: Access = field(default_factory=Access)
-    positions: Positions = option(
-        "renumber", None, "rotary positions of the vision tokens that stay, for requests that do not say"
+    positions: Positions | None = option(
+        None,
+        None,
+        "rotary positions of the vision tokens that stay, for requests that do not say (default: that of the model's "
+        "family)",
     )
     masks_padding_rows: bool = True
 

@@ -28,7 +28,10 @@ def describe(chat: FoldServingChat) -> dict[str, object]:
         "limits": {"image": {"max_tokens": largest.tokens}} if largest else {},
         "default_reduction": settings.default_reduction.to_json(),
         "low_detail_ratio": settings.low_detail_ratio,
-        "positions": {"default": settings.positions, "can_keep": planner.positions is not None},
+        "positions": {
+            "default": planner.default_positions,
+            "can_keep": planner.positions is not None,
+        },
         "withdraw_layer": settings.withdraw_layer,
         "calibration": settings.calibration,
         "quality": served_card(chat.engine_client.vllm_config.model_config.model),

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from foldserve.reducers import configured
 from foldserve.reducers.item import ItemPlan, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
+from foldserve.reducers.reduction import Positions
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.engine.family import Family
@@ -34,6 +35,13 @@ class Planner:
     settings: Settings
     room: Room
     positions: int | None = None
+
+    @property
+    def default_positions(self) -> Positions:
+        """Where a request with the server's default method does not say."""
+        if self.settings.positions is None and self.family is not None:
+            return self.family.default_positions(self.settings.default_reduction)
+        return self.settings.positions or "renumber"
 
     def check(self, request: FoldChatRequest) -> list[Reduction]:
         """One reduction per image, in prompt order; nothing has been fetched yet.
@@ -63,21 +71,24 @@ class Planner:
         Raises:
             InvalidRequest: the prompt, or the answer asked for, goes beyond.
         """
-        gaps = sum(plan.removed for plan in plans if plan.keeps_positions)
-        if not gaps or self.positions is None:
+        if self.family is None or self.positions is None:
+            return
+        beyond = sum(map(self.family.positions_beyond_tokens, plans))
+        if beyond <= 0:
             return
         asked = request.max_completion_tokens or request.__dict__.get("max_tokens")  # deprecated: a read of it warns
         try:
-            refuse_positions(prompt_tokens, gaps, asked or 1, self.positions)
+            refuse_positions(prompt_tokens, beyond, asked or 1, self.positions)
         except InvalidReduction as error:
             raise InvalidRequest(str(error), "reduction.positions") from error
         if asked is None:
-            request.max_completion_tokens = self.positions - prompt_tokens - gaps
+            request.max_completion_tokens = self.positions - prompt_tokens - beyond
 
     def _with_positions(self, reduction: Reduction) -> Reduction:
-        """The server's default where the request leaves positions open, as far as anything is removed."""
+        """The server's default where the request leaves positions open, or the family's, if anything is removed."""
         if reduction.positions is None and (reduction.ratio or reduction.keep_tokens):
             reduction = replace(reduction, positions=self.settings.positions)
+            reduction = reduction if self.family is None else self.family.with_positions(reduction)
         if reduction.positions == "keep" and self.positions is None:
             raise InvalidRequest(CANNOT_KEEP, "reduction.positions")
         return reduction

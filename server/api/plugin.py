@@ -63,7 +63,7 @@ class FoldserveEndpoint:
             state.openai_serving_models,
             args.response_role,
             planner=Planner(
-                family_of(engine_client.model_config.hf_config),
+                family_of(engine_client.model_config),
                 settings,
                 step_room(engine_client.vllm_config),
                 positions.limit(engine_client.vllm_config),

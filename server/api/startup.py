@@ -101,7 +101,7 @@ def _reduction(chat: FoldServingChat) -> str:
     tokens = f"{'up to ' if family.sizes_matter else ''}{family.largest.tokens}"
     return (
         f"{tokens} tokens an image; default {json.dumps(default) if default else 'none'}, "
-        f'"detail": "low" {settings.low_detail_ratio:g}, positions {settings.positions}'
+        f'"detail": "low" {settings.low_detail_ratio:g}, positions {chat.planner.default_positions}'
     )
 
 

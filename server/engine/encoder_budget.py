@@ -1,4 +1,4 @@
-"""How many images the vision tower takes at once: what start-up measured, for the model and for the scheduler."""
+"""How much the vision tower takes at once: what start-up measured, for the model and for the scheduler."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Hashable, Sequence
 from vllm.config import VllmConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.encoder_budget import MultiModalBudget
+
+from foldserve.server.engine.family import Family
 
 
 def profiled_images(vllm_config: VllmConfig) -> int:
@@ -18,10 +20,26 @@ def profiled_images(vllm_config: VllmConfig) -> int:
     return max(1, budget.mm_max_items_per_batch.get("image", 1))
 
 
-def batches(plans: Sequence[Hashable], most: int) -> list[list[int]]:
-    """Places of the images, in batches of at most `most`; where they don't fit into one, equal plans side by side."""
+def profiled_tokens(vllm_config: VllmConfig, family: Family) -> int:
+    """What `profiled_images` encode, in tokens before reduction."""
+    return profiled_images(vllm_config) * family.largest.tokens
+
+
+def batches(plans: Sequence[Hashable], sizes: Sequence[int], most: int) -> list[list[int]]:
+    """Places of the images, in batches whose sizes add up to at most `most`, or of one image that is larger.
+
+    Where they don't fit into one batch, equal plans lie side by side.
+    """
     places = list(range(len(plans)))
-    if len(plans) > most:
+    if sum(sizes) > most:
         first: dict[Hashable, int] = {}
         places.sort(key=lambda i: first.setdefault(plans[i], i))
-    return [places[i : i + most] for i in range(0, len(places), most)]
+    together: list[list[int]] = []
+    left = 0
+    for i in places:
+        if sizes[i] > left:
+            together.append([])
+            left = most
+        together[-1].append(i)
+        left -= sizes[i]
+    return together

@@ -4,37 +4,49 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig
+from vllm.config import ModelConfig
 
 from foldserve.reducers.item import ItemPlan, Layout
 from foldserve.reducers.plan import Plan
-from foldserve.server.engine.vision import Survivors, reduce_features, untouched
+from foldserve.reducers.reduction import Positions, Reduction
+from foldserve.server.engine.positions import PositionMap, SequencePositions
+from foldserve.server.engine.vision import Survivors, reduce_features, rows, untouched
+
+PLAN_FIELD = "vision_plan"
+"""Multimodal field that carries `ItemPlan.to_ints()` of each image to the model, on the CPU."""
 
 
 class Family(ABC):
     """One object per checkpoint.
 
     Attributes:
-        largest: layout of the image that has the most tokens.
         shape_ints: length of `Layout.shape`; 0 where every image has the layout `largest`, whatever its size.
+        sends_bytes: images travel to the engine as bytes, see `pixels`; False where vLLM has its own way for that.
     """
 
-    largest: Layout
     shape_ints: int = 0
+    sends_bytes: bool = True
 
     @classmethod
     @abstractmethod
-    def of(cls, hf_config: PretrainedConfig) -> Family | None:
+    def of(cls, model_config: ModelConfig) -> Family | None:
         """The family as this checkpoint's config describes it; None where it is a variant that can't be reduced.
 
         Raises:
             ValueError: the config is wrong.
         """
+
+    @cached_property
+    def largest(self) -> Layout:
+        """Of the image that has the most tokens. A family whose images are all alike sets it."""
+        raise NotImplementedError
 
     @abstractmethod
     def encode(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> Sequence[Survivors]:
@@ -46,15 +58,24 @@ class Family(ABC):
             plans: of which some remove tokens before the decoder.
         """
 
-    def shape(self, images: Any, index: int, info: Any) -> tuple[int, ...]:
+    def shape(self, images: Any, index: int, info: Any, kwargs: Mapping[str, object]) -> tuple[int, ...]:
         """What of an image's size decides its layout, `shape_ints` integers.
 
         Args:
             images: vLLM's `ImageProcessorItems` of a request.
             index: of the image.
             info: vLLM's processing info of the model.
+            kwargs: the request's for the HF processor.
         """
         return ()
+
+    def pixels(self, processed: Mapping[str, Any]) -> Sequence[Tensor]:
+        """Of each image, in what an HF processor gives."""
+        return list(processed["pixel_values"])
+
+    def select(self, inputs: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
+        """What `embed_multimodal` takes, of some of its images."""
+        return {name: rows(value, places) for name, value in inputs.items()}
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
         """Of an unreduced image of this shape."""
@@ -65,9 +86,32 @@ class Family(ABC):
         """Whether an image's size decides how many tokens it has."""
         return self.shape_ints > 0
 
+    def default_positions(self, reduction: Reduction) -> Positions:
+        """Where nobody says whether tokens that stay keep their positions."""
+        return "renumber"
+
+    def with_positions(self, reduction: Reduction) -> Reduction:
+        """The default where it is left open, as far as anything is removed."""
+        if reduction.positions is not None or not (reduction.ratio or reduction.keep_tokens):
+            return reduction
+        return replace(reduction, positions=self.default_positions(reduction))
+
+    def position_map(self, features: Sequence[Any]) -> PositionMap | None:
+        """Of a request with these multimodal features; None if all its tokens are where vLLM's runner puts them."""
+        return SequencePositions.of(features)
+
+    def positions_beyond_tokens(self, plan: ItemPlan) -> int:
+        """How many rotary positions an image takes beyond one for each of its tokens."""
+        return plan.removed if plan.keeps_positions else 0
+
     def read_plan(self, ints: Sequence[int]) -> ItemPlan:
         """Inverse of `ItemPlan.to_ints`."""
         return ItemPlan.from_ints(ints[self.shape_ints :], self.layout(tuple(ints[: self.shape_ints])))
+
+    def plan_of(self, feature: Any) -> ItemPlan | None:
+        """Of a multimodal feature of a request; None where no plan came with it, or it has not come to this process."""
+        field = feature.data.get(PLAN_FIELD) if feature.data is not None else None
+        return None if field is None else self.read_plan(field.data.tolist())
 
 
 class AfterTowerFamily(Family):
@@ -76,6 +120,10 @@ class AfterTowerFamily(Family):
     @abstractmethod
     def grids(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> list[list[Tensor]]:
         """Features of each image's parts before reduction, each (part.count, tokens, C)."""
+
+    def deciding_columns(self, model: Any) -> int | None:
+        """Of the features: those that methods look at; the others go the way of their token. None: all."""
+        return None
 
     def project(self, model: Any, features: Tensor) -> Tensor:
         """What is left of all grids, (n, C), to the decoder's width, token by token."""
@@ -101,7 +149,7 @@ class AfterTowerFamily(Family):
             for features, grid_plan in zip(parts, plan.grids, strict=True):
                 whole += untouched(features)
                 grid_plans += [grid_plan] * len(features)
-        left = reduce_features(whole, grid_plans)
+        left = reduce_features(whole, grid_plans, self.deciding_columns(model))
         lengths = [len(grid.features) for grid in left]
         embeds = self.project(model, torch.cat([grid.features for grid in left])).split_with_sizes(lengths)
         grids = iter([grid._replace(features=own) for grid, own in zip(left, embeds, strict=True)])

@@ -16,13 +16,12 @@ from foldserve.kernels.warm_up import Widths, warm_up
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import positions, withdrawal
-from foldserve.server.engine.encoder_budget import batches, profiled_images
+from foldserve.server.engine.encoder_budget import batches, profiled_tokens
 from foldserve.server.engine.families.registry import family_of
-from foldserve.server.engine.family import Family
+from foldserve.server.engine.family import PLAN_FIELD, Family
 from foldserve.server.engine.pixels import Normalize
-from foldserve.server.engine.processor import DUMMY_FIELD, PLAN_FIELD
+from foldserve.server.engine.processor import DUMMY_FIELD
 from foldserve.server.engine.refused_options import check_options
-from foldserve.server.engine.vision import rows
 from foldserve.server.settings import Environment, Settings
 
 
@@ -32,8 +31,8 @@ class FoldModel(SupportsMultiModal):
     - images may come as bytes;
     - `embed_multimodal` reduces each image by the plan that the processor sent with it, and refuses what the rest of
       the engine would not do: keep positions, or remove tokens in the decoder;
-    - the tower and the projector run on as many images at a time as the profile run did, which tries the server's
-      default reduction too;
+    - the tower and the projector run on no more than the profile run did, which tries the server's default reduction
+      too;
     - with a withdrawal layer configured, the decoder is the withdrawing twin of the checkpoint's own;
     - on a GPU, where the environment asks for it, this process reduces with Triton kernels, compiled before it serves.
     """
@@ -44,7 +43,7 @@ class FoldModel(SupportsMultiModal):
         _choose_kernels(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._vllm_config = vllm_config
-        self._family = family_of(self.config)
+        self.family = family_of(vllm_config.model_config)
         self.can_keep_positions = positions.limit(vllm_config) is not None
         self._withdraws = withdrawal.withdraw_layer(vllm_config) is not None
 
@@ -59,12 +58,12 @@ class FoldModel(SupportsMultiModal):
         return FoldModelState
 
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
-        """One (plan.kept, hidden) tensor per image, from as many images at a time as start-up has measured.
+        """One (plan.kept, hidden) tensor per image, from no more at a time than start-up has measured.
 
         vLLM's own path, bit for bit, when nothing is reduced.
         """
         rows_of_plans, is_dummy = kwargs.pop(PLAN_FIELD, None), kwargs.pop(DUMMY_FIELD, None) is not None
-        family = self._family
+        family = self.family
         if not isinstance(rows_of_plans, torch.Tensor) or family is None:
             return super().embed_multimodal(**kwargs)
         plans = [family.read_plan(row) for row in rows_of_plans.tolist()]  # on the CPU
@@ -76,19 +75,25 @@ class FoldModel(SupportsMultiModal):
             defaults = [self._default_plan(plan.layout) for plan in plans]
             if defaults != plans:
                 self._embed(family, kwargs, defaults)
-        if len(plans) <= self._images_at_once:
+        together = batches(plans, [plan.encoded for plan in plans], self._tokens_at_once)
+        if len(together) == 1:
             return self._embed(family, kwargs, plans)
         embeds: dict[int, torch.Tensor] = {}
-        for places in batches(plans, self._images_at_once):
-            inputs = {name: rows(value, places) for name, value in kwargs.items()}
+        for places in together:
+            inputs = family.select(kwargs, places)
             embeds |= zip(places, self._embed(family, inputs, [plans[i] for i in places]), strict=True)
         return [embeds[i] for i in range(len(plans))]
 
+    def unreduced(self, **inputs: Any) -> MultiModalEmbeddings:
+        """What vLLM's own model gives."""
+        return super().embed_multimodal(**inputs)
+
     def _embed(self, family: Family, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> MultiModalEmbeddings:
         """Embeddings of images that share a batch."""
-        inputs = {**inputs, "pixel_values": self.normalized(inputs["pixel_values"])}
+        if family.sends_bytes:
+            inputs = {**inputs, "pixel_values": self.normalized(inputs["pixel_values"])}
         if all(plan.is_identity for plan in plans):
-            return super().embed_multimodal(**inputs)
+            return self.unreduced(**inputs)
         images = family.encode(self, inputs, plans)
         return [
             positions.attach(image.features, image.source) if plan.keeps_positions else image.features
@@ -102,8 +107,9 @@ class FoldModel(SupportsMultiModal):
         return self._normalize(pixel_values) if pixel_values.dtype == torch.uint8 else pixel_values
 
     @cached_property  # processing an image is not for the time when the weights are laid out
-    def _images_at_once(self) -> int:
-        return profiled_images(self._vllm_config)
+    def _tokens_at_once(self) -> int:
+        assert self.family is not None
+        return profiled_tokens(self._vllm_config, self.family)
 
     def _default_plan(self, layout: Layout) -> ItemPlan:
         """Of the server's default reduction; of none where that can't be done: requests are told."""

@@ -8,11 +8,13 @@ What the host has to know, the full length of an image, is part of the image's i
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from vllm.config import ModelConfig, VllmConfig
 from vllm.utils.torch_utils import async_tensor_h2d
 
@@ -57,15 +59,41 @@ def trained(model_config: ModelConfig) -> int:
     return max(model_config.hf_text_config.max_position_embeddings, model_config.max_model_len)
 
 
-def refuse_positions(prompt_tokens: int, gaps: int, asked: int, limit: int) -> None:
-    """Raises InvalidReduction where a prompt with `gaps` and `asked` more tokens go beyond `limit` positions."""
-    taken = prompt_tokens + gaps
-    if gaps and taken + asked > limit:
+def refuse_positions(prompt_tokens: int, beyond: int, asked: int, limit: int) -> None:
+    """Raises InvalidReduction where a prompt and `asked` more tokens go beyond `limit` positions.
+
+    Args:
+        beyond: positions that the prompt takes beyond one for each token. Where there are none, the length of the
+            context is what bounds a prompt, and vLLM refuses.
+    """
+    taken = prompt_tokens + beyond
+    if beyond > 0 and taken + asked > limit:
         raise InvalidReduction(
             f"with positions 'keep' the prompt takes {taken} of the model's {limit} positions, and {asked} more are "
             "asked for: shorten it, ask for fewer (max_tokens), or send positions 'renumber'",
             "positions",
         )
+
+
+class PositionMap(ABC):
+    """Where tokens of one request stand instead of where vLLM's runner puts them. Immutable.
+
+    Attributes:
+        beyond: positions that the prompt takes beyond one for each of its tokens; may be negative.
+    """
+
+    beyond: int
+
+    @abstractmethod
+    def shifts(self, start: int, end: int) -> NDArray[np.int64]:
+        """(end - start,) what tokens start..end - 1 of the request are moved by, generated ones included.
+
+        Tokens of an image that keeps its positions come to where its first token stands.
+        """
+
+    @abstractmethod
+    def places(self, feature: Any, source: torch.Tensor) -> torch.Tensor:
+        """How far from there its tokens stand: (n,) of `detach` -> (n,), or (dimensions, n) of several."""
 
 
 class Image(NamedTuple):
@@ -76,17 +104,15 @@ class Image(NamedTuple):
     removed: int
 
 
-class PositionMap:
-    """Rotary positions of one request's tokens. Immutable; token indices count generated tokens too."""
-
-    __slots__ = ("images", "shift")
+class SequencePositions(PositionMap):
+    """One number for a token: vLLM counts through, and images that keep their positions leave gaps."""
 
     def __init__(self, images: Sequence[Image]) -> None:
         self.images = tuple(images)
-        self.shift = sum(image.removed for image in images)  # of every token after the last image
+        self.beyond = sum(image.removed for image in images)  # what moves every token after the last image
 
     @classmethod
-    def of(cls, features: Sequence[Any]) -> PositionMap | None:
+    def of(cls, features: Sequence[Any]) -> SequencePositions | None:
         """The map of a request from its multimodal features; None if its tokens are numbered as they come."""
         images = []
         for feature in features:
@@ -96,14 +122,18 @@ class PositionMap:
                 images.append(Image(place.offset, place.offset + place.length, length - place.length))
         return cls(images) if images else None
 
-    def shifts(self, start: int, end: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-        """What text tokens start..end - 1 are moved by; tokens of an image by what moves the image's first one."""
+    def shifts(self, start: int, end: int) -> NDArray[np.int64]:
         if start >= self.images[-1].end:  # as every decode step
-            return np.full(end - start, self.shift)
+            return np.full(end - start, self.beyond)
         shifts = np.zeros(end - start, dtype=np.int64)
         for image in self.images:
-            shifts[max(image.end - start, 0) :] += image.removed
+            inside = slice(max(image.start - start, 0), max(image.end - start, 0))
+            shifts[inside] -= np.arange(start, end)[inside] - image.start
+            shifts[inside.stop :] += image.removed
         return shifts
+
+    def places(self, feature: Any, source: torch.Tensor) -> torch.Tensor:
+        return source
 
 
 class Chunk(NamedTuple):
@@ -111,7 +141,7 @@ class Chunk(NamedTuple):
 
     Attributes:
         features: the request's images.
-        map: of the request; None where its tokens are numbered as they come.
+        map: of the request; None where its tokens are where vLLM's runner puts them.
     """
 
     features: Sequence[Any]
@@ -121,29 +151,30 @@ class Chunk(NamedTuple):
 
 
 class Moves(NamedTuple):
-    """Where the tokens of a step stand instead of at their number in the prompt.
+    """Where the tokens of a step stand instead of where vLLM's runner put them.
 
     Attributes:
         shifts: (tokens,) what each is moved by.
-        images: (first row in the step, position of the image's first token, (n,) tokens of the image) of those that
-            keep their positions.
+        images: (first row in the step, (n,) or (dimensions, n) what its tokens are moved by beyond that) of images
+            that keep their positions.
     """
 
-    shifts: np.ndarray[Any, np.dtype[np.int64]]
-    images: Sequence[tuple[int, int, torch.Tensor]]
+    shifts: NDArray[np.int64]
+    images: Sequence[tuple[int, torch.Tensor]]
 
     def apply(self, positions: torch.Tensor) -> None:
-        """Moves (at least tokens,) positions in place."""
-        positions[: len(self.shifts)] += async_tensor_h2d(self.shifts, positions.device)
-        for first_row, base, source in self.images:
-            positions[first_row : first_row + len(source)] = source + base
+        """Moves (at least tokens,) or (dimensions, at least tokens) positions in place."""
+        if self.shifts.any():
+            positions[..., : len(self.shifts)] += async_tensor_h2d(self.shifts, positions.device)
+        for first_row, places in self.images:
+            positions[..., first_row : first_row + places.shape[-1]] += places
 
 
 def moves(step: Iterable[Chunk], embeds: Iterable[torch.Tensor]) -> tuple[Moves, list[torch.Tensor]]:
     """What moves in a step, and its images' embeddings, which come in the order of the chunks, without columns."""
-    shifts: list[np.ndarray[Any, np.dtype[np.int64]]] = []
+    shifts: list[NDArray[np.int64]] = []
     plain: list[torch.Tensor] = []
-    images: list[tuple[int, int, torch.Tensor]] = []
+    images: list[tuple[int, torch.Tensor]] = []
     remaining = iter(embeds)
     row = 0
     for chunk in step:
@@ -158,19 +189,18 @@ def moves(step: Iterable[Chunk], embeds: Iterable[torch.Tensor]) -> tuple[Moves,
             if ItemIdentity.parse(feature.identifier).full_length is not None:
                 assert chunk.map is not None
                 item, source = detach(item)
-                base = place.offset + int(chunk.map.shifts(place.offset, place.offset + 1)[0])
-                images.append((row + first - chunk.start, base, source))
+                images.append((row + first - chunk.start, chunk.map.places(feature, source)))
             plain.append(item)
         row += length
     return Moves(np.concatenate(shifts), images), plain
 
 
-def checked_map(features: Sequence[Any], prompt_tokens: int, asked: int, limit: int) -> PositionMap | None:
-    """The map of a request: the last place where a position beyond the model's can be refused, see `refuse_positions`.
+def checked_map(family: Any, features: Sequence[Any], prompt_tokens: int, asked: int, limit: int) -> PositionMap | None:
+    """The map of a request of a `Family`: the last place where a position beyond the model's can be refused.
 
     The next one is the rotary kernel. The server refuses before, and so does the processor as far as it can tell.
     """
-    found = PositionMap.of(features)
+    found: PositionMap | None = family.position_map(features)
     if found is not None:
-        refuse_positions(prompt_tokens, found.shift, asked, limit)
+        refuse_positions(prompt_tokens, found.beyond, asked, limit)
     return found

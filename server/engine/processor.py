@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from itertools import chain
@@ -22,15 +22,12 @@ from foldserve.reducers.item import ItemPlan, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import positions
 from foldserve.server.engine.families.registry import family_of
-from foldserve.server.engine.family import Family
+from foldserve.server.engine.family import PLAN_FIELD, Family
 from foldserve.server.engine.identity import ItemIdentity
 from foldserve.server.engine.pixels import Normalize, leaving_bytes
 
 KWARG = "foldserve"
 """Key in `mm_processor_kwargs`: one reduction (JSON form) for every image, or a list with one per image."""
-
-PLAN_FIELD = "vision_plan"
-"""Multimodal field that carries `ItemPlan.to_ints()` of each image to the model, on the CPU."""
 
 DUMMY_FIELD = "vision_dummy"
 """Multimodal field, and key in the kwargs of the processor, of the images that vLLM makes for its profile run."""
@@ -65,21 +62,26 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         """
         plans = self.plans(inputs.mm_data_items, inputs.hf_processor_mm_kwargs)
         processed = super().apply(inputs, timing_ctx)
-        gaps = sum(plan.removed for plan in plans if plan.keeps_positions)
-        limit = positions.trained(self.info.ctx.model_config)
-        positions.refuse_positions(len(processed["prompt_token_ids"]), gaps, 1, limit)
+        if plans:
+            beyond = sum(map(self._planned_family.positions_beyond_tokens, plans))
+            limit = positions.trained(self.info.ctx.model_config)
+            positions.refuse_positions(len(processed["prompt_token_ids"]), beyond, 1, limit)
         return cast(MultiModalInput, {**processed, PLANS: plans})
 
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: _Kwargs) -> BatchFeature:
         plans = self.plans(mm_items, hf_kwargs)
-        processed = super()._apply_hf_processor_main(mm_items, without_ours(hf_kwargs))
+        processed = self._processed(mm_items, plans, without_ours(hf_kwargs))
         if plans:
-            images = zip(plans, processed["pixel_values"], strict=True)
+            images = zip(plans, self._planned_family.pixels(processed), strict=True)
             seeded = [plan.with_seed(self._seed(pixels)) if plan.is_seeded else plan for plan, pixels in images]
             processed[PLAN_FIELD] = torch.tensor([plan.to_ints() for plan in seeded])  # (images, ints)
             if DUMMY_FIELD in hf_kwargs:
                 processed[DUMMY_FIELD] = torch.ones(len(plans), 1, dtype=torch.bool)
         return processed
+
+    def _processed(self, mm_items: MultiModalDataItems, plans: Sequence[ItemPlan], hf_kwargs: _Kwargs) -> BatchFeature:
+        """What vLLM makes of the items, whose images are to be reduced by these plans."""
+        return super()._apply_hf_processor_main(mm_items, hf_kwargs)
 
     def _call_hf_processor(self, hf_data: _Kwargs, hf_kwargs: _Kwargs) -> BatchFeature:
         if hf_kwargs or hf_data.keys() != {"images"} or self._image_processor is None:
@@ -100,7 +102,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
             ItemIdentity(h)  # a client's own could ask for what no plan says
         if plans:
             hashes["image"] = [self._identity(h, plan) for h, plan in zip(hashes["image"], plans, strict=True)]
-        if DUMMY_FIELD in inputs.hf_processor_mm_kwargs:  # a white image of a client's is another one
+        if DUMMY_FIELD in inputs.hf_processor_mm_kwargs and plans:  # a white image of a client's is another one
             hashes["image"] = [f"{DUMMY_FIELD}-{h}" for h in hashes["image"]]
         return hashes
 
@@ -127,16 +129,18 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         count, family = mm_items.get_count("image", strict=False), self._family
         reductions = parse_reductions(kwargs.get(KWARG), count)
         if count and family is not None and not isinstance(images := mm_items["image"], ImageEmbeddingItems):
-            layouts = [family.layout(family.shape(images, i, self.info)) for i in range(count)]
-            return [plan_item(reduction, layout) for reduction, layout in zip(reductions, layouts, strict=True)]
+            stock = without_ours(kwargs)
+            layouts = [family.layout(family.shape(images, i, self.info, stock)) for i in range(count)]
+            each = zip(map(family.with_positions, reductions), layouts, strict=True)
+            return [plan_item(reduction, layout) for reduction, layout in each]
         if any(r != Reduction() for r in reductions):
             raise InvalidReduction("only images can be reduced, by a CLIP or SigLIP tower, not embeddings", param="")
         return []
 
     def _seed(self, pixels: torch.Tensor) -> int:
-        """A number that only an image's own pixels decide, as the tower sees them; of several tiles, the first."""
+        """A number that only an image's own pixels decide, as they come to the tower; of several tiles, the first."""
         pixels = pixels[0] if pixels.ndim == 4 else pixels
-        if pixels.dtype == torch.uint8:
+        if pixels.dtype == torch.uint8 and self._planned_family.sends_bytes:
             image_processor, dtype = self.info.get_hf_processor().image_processor, self.info.ctx.model_config.dtype
             pixels = Normalize(image_processor, dtype)(pixels)
         return crc32(pixels.float().contiguous().numpy().data)
@@ -144,14 +148,20 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
     @cached_property
     def _image_processor(self) -> Any:
         """The image part of the HF processor; None where the operator gave options, which may be for other parts."""
-        if self.info.ctx.get_merged_mm_kwargs({}):
+        family = self._family
+        if family is None or not family.sends_bytes or self.info.ctx.get_merged_mm_kwargs({}):
             return None
         image_processor = self.info.get_hf_processor().image_processor
         return leaving_bytes(image_processor) or image_processor
 
     @cached_property  # a config is slow to read, and plans are made several times per request
     def _family(self) -> Family | None:
-        return family_of(self.info.get_hf_config())
+        return family_of(self.info.ctx.model_config)
+
+    @property
+    def _planned_family(self) -> Family:
+        assert self._family is not None  # a model that is not reduced has no plans
+        return self._family
 
 
 def parse_reductions(value: object, count: int) -> list[Reduction]:

@@ -32,7 +32,7 @@ class PositionsRunner:
         maps = {name: self._position_maps.of(self.requests, name) for name in self.input_batch.req_ids}
         if any(maps.values()):
             moved, embeds = moves((self._chunk(scheduler_output, *one) for one in maps.items()), embeds)
-            moved.apply(self.positions)
+            moved.apply(self.mrope_positions.gpu if self.uses_mrope else self.positions)
         return embeds, is_embed
 
     def _chunk(self: Any, scheduler_output: Any, request_id: str, positions: PositionMap | None) -> Chunk:
@@ -42,4 +42,5 @@ class PositionsRunner:
 
     def _position_map(self: Any, state: Any) -> PositionMap | None:
         asked = state.sampling_params.max_tokens
-        return checked_map(state.mm_features, state.num_prompt_tokens, asked, trained(self.model_config))
+        family, limit = self.get_model().family, trained(self.model_config)
+        return checked_map(family, state.mm_features, state.num_prompt_tokens, asked, limit)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -18,7 +19,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
-from foldserve.server.engine.encoder_budget import profiled_images
+from foldserve.server.engine.encoder_budget import profiled_tokens
 from foldserve.server.engine.fair_queue import FairQueue, key_of
 from foldserve.server.engine.fair_steps import FairSteps
 from foldserve.server.engine.families.registry import family_of
@@ -30,20 +31,29 @@ EncoderInputs = tuple[list[int], int, int, list[int], list[int]]
 
 
 class CountingCacheManager(EncoderCacheManager):
-    """Modification: admits at most `images_left` images, counting down. Space is still counted in kept tokens."""
+    """Modification: admits images of at most `encoded_left` tokens, counting down. Space is still of kept tokens.
 
-    images_left = 0
+    Args:
+        encoded: tokens of an image before reduction: (request, number of the image) -> int.
+    """
 
-    def can_allocate(self, *args: Any, **kwargs: Any) -> bool:
-        fits = self.images_left > 0 and super().can_allocate(*args, **kwargs)
-        self.images_left -= fits
+    def __init__(self, cache_size: int, encoded: Callable[[Request, int], int]) -> None:
+        super().__init__(cache_size)
+        self.encoded_left = 0
+        self._encoded = encoded
+
+    def can_allocate(self, request: Request, input_id: int, *args: Any, **kwargs: Any) -> bool:
+        encoded = self._encoded(request, input_id)
+        fits = encoded <= self.encoded_left and super().can_allocate(request, input_id, *args, **kwargs)
+        if fits:
+            self.encoded_left -= encoded
         return fits
 
 
 class FoldScheduler(Scheduler):
     """Modifications:
 
-    - a step encodes no more images than the profile run did. vLLM's budget counts the tokens that an image gives the
+    - a step encodes no more than the profile run did. vLLM's budget counts the tokens that an image gives the
       decoder. Reduced images give few, so that all requests of a step would wait while the tower encodes ten times as
       many of them;
     - a request whose grammar is dear to follow sits out the steps until it has been followed, see `grammars`, and ends
@@ -54,15 +64,14 @@ class FoldScheduler(Scheduler):
 
     running: list[Request]
     encoder_cache_manager: EncoderCacheManager
-    _encoded = 0  # tokens of an image before reduction; 0 for models that are not reduced
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        family = family_of(self.vllm_config.model_config.hf_config)
+        self._family = family_of(self.vllm_config.model_config)
         manager = self.encoder_cache_manager
-        if family is not None and type(manager) is EncoderCacheManager:
-            self._encoded, self._most_images = family.largest.tokens, profiled_images(self.vllm_config)
-            self.encoder_cache_manager = CountingCacheManager(manager.cache_size)
+        if self._family is not None and type(manager) is EncoderCacheManager:
+            self._most_encoded = profiled_tokens(self.vllm_config, self._family)
+            self.encoder_cache_manager = CountingCacheManager(manager.cache_size, self._encoded)
         self._grammars = GrammarPool()
         self._steps = FairSteps()
         if self.policy is SchedulingPolicy.FCFS:
@@ -144,16 +153,23 @@ class FoldScheduler(Scheduler):
         fewer images then.
         """
         if isinstance(self.encoder_cache_manager, CountingCacheManager):
-            self.encoder_cache_manager.images_left = self._images_left(request, encoder_compute_budget)
+            self.encoder_cache_manager.encoded_left = self._encoded_left(request, encoder_compute_budget)
         inputs, tokens, _, external, duplicates = super()._try_schedule_encoder_inputs(
             request, num_computed_tokens, num_new_tokens, encoder_compute_budget, **kwargs
         )
-        taken = sum(max(self._encoded, request.get_num_encoder_embeds(i)) for i in inputs)
+        taken = sum(max(self._encoded(request, i), request.get_num_encoder_embeds(i)) for i in inputs)
         return inputs, tokens, encoder_compute_budget - taken, external, duplicates
 
-    def _images_left(self, request: Request, encoder_compute_budget: int) -> int:
-        """Images that the step still has room for."""
-        return self._most_images - (self.max_num_encoder_input_tokens - encoder_compute_budget) // self._encoded
+    def _encoded_left(self, request: Request, encoder_compute_budget: int) -> int:
+        """Tokens before reduction that the step still has room for."""
+        return self._most_encoded - (self.max_num_encoder_input_tokens - encoder_compute_budget)
+
+    def _encoded(self, request: Request, input_id: int) -> int:
+        """Tokens of an image before reduction; 0 for models that are not reduced."""
+        if self._family is None:
+            return 0
+        plan = self._family.plan_of(request.mm_features[input_id]) if self._family.sizes_matter else None
+        return self._family.largest.tokens if plan is None else plan.encoded
 
 
 class FoldAsyncScheduler(FoldScheduler, AsyncScheduler):

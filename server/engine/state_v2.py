@@ -51,22 +51,23 @@ class FoldModelState(DefaultModelState, GatheringState):
     """Modifications:
 
     - a model that can keep positions gets positions of its own, in a buffer that CUDA graphs may read; those of the
-      batch stay, which slot mapping and the sampler's random numbers are made from;
+      batch stay, which slot mapping and the sampler's random numbers are made from. With M-RoPE vLLM has such a buffer;
     - rows of the vocabulary that no token has are never sampled, where the configuration says so.
     """
 
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
+        self._keeps_positions: bool = getattr(model, "can_keep_positions", False)
         self._positions: torch.Tensor | None = None
-        if getattr(model, "can_keep_positions", False):
+        if self._keeps_positions and self.rope_state is None:
             self._positions = torch.zeros(self.max_num_tokens, dtype=torch.int64, device=device)
 
     def add_request(self, req_index: int, new_req_data: NewRequestData) -> None:
         super().add_request(req_index, new_req_data)
-        if self._positions is None or new_req_data.sampling_params is None:
+        if not self._keeps_positions or new_req_data.sampling_params is None:
             return
-        asked = new_req_data.sampling_params.max_tokens or 0
-        found = checked_map(new_req_data.mm_features, new_req_data.prompt_len, asked, trained(self.model_config))
+        asked, limit = new_req_data.sampling_params.max_tokens or 0, trained(self.model_config)
+        found = checked_map(self.model.family, new_req_data.mm_features, new_req_data.prompt_len, asked, limit)
         if found is not None:
             self._position_maps[new_req_data.req_id] = found
 
@@ -76,14 +77,13 @@ class FoldModelState(DefaultModelState, GatheringState):
 
     def prepare_inputs(self, input_batch: InputBatch, req_states: RequestState) -> dict[str, torch.Tensor | None]:
         inputs = super().prepare_inputs(input_batch, req_states)
-        if self._positions is None:
-            return inputs
-        positions = self._positions[: input_batch.num_tokens_after_padding]
-        positions.copy_(input_batch.positions)
+        if self._positions is not None:
+            positions = self._positions[: input_batch.num_tokens_after_padding]
+            inputs["positions"] = positions.copy_(input_batch.positions)
         if self._moves is not None:
-            self._moves.apply(positions)
+            self._moves.apply(inputs["positions"])
             self._moves = None
-        return {**inputs, "positions": positions}
+        return inputs
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:
         inputs: dict[str, Any] = super().prepare_dummy_inputs(num_reqs, num_tokens)

@@ -61,14 +61,14 @@ def encode_images(
     return reduce_features(_each(plans, _tower_grid, encode), plans)
 
 
-def reduce_features(images: Sequence[Survivors], plans: Sequence[Plan]) -> list[Survivors]:
-    """The methods that work after the tower."""
+def reduce_features(images: Sequence[Survivors], plans: Sequence[Plan], width: int | None = None) -> list[Survivors]:
+    """The methods that work after the tower; see `AfterTower.reduce` for `width`."""
 
     def reduce(plan: Plan, members: list[int]) -> Sequence[Survivors]:
         method = plan.reducer
         group = [images[i] for i in members]
         if isinstance(method, AfterTower):
-            reduced = method.reduce(torch.stack([image.features for image in group]), plan)
+            reduced = method.reduce(torch.stack([image.features for image in group]), plan, width)
             return _survivors(reduced.tokens, reduced.source)
         return group
 

@@ -31,7 +31,7 @@ def facts(config: Any, *, is_reduced: bool = True, withdraw_layer: int | None = 
         models=SimpleNamespace(base_model_paths=[SimpleNamespace(name="demo")]),
         planner=SimpleNamespace(
             settings=Settings(withdraw_layer=withdraw_layer),
-            family=family_of(config.model_config.hf_config) if is_reduced else None,
+            family=family_of(config.model_config) if is_reduced else None,
         ),
         kv_cost=kv_cost(config, withdraw_layer),
     )

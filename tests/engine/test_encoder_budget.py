@@ -203,15 +203,21 @@ def test_methods_are_all_tried() -> None:
     assert tried == {name for name, method in METHODS.items() if method.stage.value not in ("decoder", "projector")}
 
 
-@given(st.lists(st.sampled_from("abcd"), max_size=30), st.integers(1, 9))
-def test_batches(plans: list[str], most: int) -> None:
-    found = batches(plans, most)
-    assert sorted(i for batch in found for i in batch) == list(range(len(plans)))
-    assert all(0 < len(batch) <= most for batch in found)
-    if len(plans) <= most:
-        assert found == [list(range(len(plans)))] * bool(plans)
-    order = [plans[i] for batch in found for i in batch]
-    runs = sum(a != b for a, b in pairwise(order)) + bool(order)
-    if len(plans) > most:
-        assert runs == len(set(plans))  # equal plans lie side by side
-        assert len(found) == -(-len(plans) // most)
+@given(st.lists(st.sampled_from("abcd"), max_size=30), st.integers(1, 9), st.data())
+def test_batches(plans: list[str], most: int, data: st.DataObject) -> None:
+    """Of images of one size, and of any."""
+    equal = [1] * len(plans)
+    for sizes in (equal, data.draw(st.lists(st.integers(1, 12), min_size=len(plans), max_size=len(plans)))):
+        found = batches(plans, sizes, most)
+        assert sorted(i for batch in found for i in batch) == list(range(len(plans)))
+        totals = [sum(sizes[i] for i in batch) for batch in found]
+        assert all(0 < total <= most or len(batch) == 1 for batch, total in zip(found, totals, strict=True))
+        assert all(a + sizes[batch[0]] > most for a, batch in zip(totals, found[1:], strict=False))  # none too many
+        order = [plans[i] for batch in found for i in batch]
+        runs = sum(a != b for a, b in pairwise(order)) + bool(order)
+        if sum(sizes) <= most:
+            assert found == [list(range(len(plans)))] * bool(plans)
+        else:
+            assert runs == len(set(plans))  # equal plans lie side by side
+        if sizes == equal:
+            assert len(found) == -(-len(plans) // most)

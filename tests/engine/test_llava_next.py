@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import CLIPVisionConfig, LlavaNextConfig
 from foldserve.reducers.item import plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import withdrawal
-from foldserve.server.engine.families.registry import family_of
+from foldserve.server.engine.families.llava_next import LlavaNextFamily
 from tests import next_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
 from tests.engine.next_reference import KeepingNextReference, NextReference
@@ -69,10 +70,16 @@ def info() -> Any:
     return LlavaNextProcessingInfo(Context())
 
 
+def published_family(info: Any) -> LlavaNextFamily:
+    model_config: Any = SimpleNamespace(hf_config=info.get_hf_config())
+    family = LlavaNextFamily.of(model_config)
+    assert family is not None
+    return family
+
+
 @given(sides, sides)
 def test_an_image_has_as_many_tokens_as_vllm_says(info: Any, width: int, height: int) -> None:
-    family = family_of(info.get_hf_config())
-    assert family is not None
+    family = published_family(info)
     layout = family.layout((height, width))
     assert layout.tokens == info.get_num_image_tokens(image_width=width, image_height=height) <= family.largest.tokens
     assert family.read_plan(plan_item(Reduction(), layout).to_ints()) == plan_item(Reduction(), layout)
@@ -80,8 +87,8 @@ def test_an_image_has_as_many_tokens_as_vllm_says(info: Any, width: int, height:
 
 def test_the_largest_image(info: Any) -> None:
     size = info.get_image_size_with_most_features()
-    family = family_of(info.get_hf_config())
-    assert family is not None and family.sizes_matter
+    family = published_family(info)
+    assert family.sizes_matter
     assert family.largest == family.layout((size.height, size.width))
     assert family.largest.tokens == 576 + 48 * 48 + 48
 

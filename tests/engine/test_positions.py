@@ -19,7 +19,7 @@ from foldserve.reducers.item import Layout, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction, VisionGeometry, make_plan
 from foldserve.server.engine import positions
 from foldserve.server.engine.identity import ItemIdentity
-from foldserve.server.engine.positions import PositionMap, attach, detach
+from foldserve.server.engine.positions import SequencePositions, attach, detach
 from foldserve.server.engine.runner_v1 import PositionsRunner
 from foldserve.server.engine.state_v2 import FoldModelState
 from foldserve.server.engine.vision import Survivors, reduce_features
@@ -145,7 +145,7 @@ class Plain:
             total_num_scheduled_tokens=len(self.positions) - 2,
         )
         self.device = device
-        self.model = SimpleNamespace(can_keep_positions=True)
+        self.model = SimpleNamespace(can_keep_positions=True, family=ONE_NUMBER)
         self.model_config = CONFIG
 
     def get_model(self) -> Any:
@@ -160,6 +160,7 @@ class Plain:
         return embeds, self.positions
 
 
+ONE_NUMBER = SimpleNamespace(position_map=SequencePositions.of)  # a family's, as far as it matters here
 CONFIG = SimpleNamespace(hf_text_config=SimpleNamespace(max_position_embeddings=100), max_model_len=50)
 
 
@@ -187,7 +188,8 @@ class State(FoldModelState):
     """Ours, of model runner V2, without an engine around it."""
 
     def __init__(self, batch: list[Request], device: str) -> None:
-        self._position_maps, self._moves = {}, None
+        self._position_maps, self._moves, self._keeps_positions = {}, None, True
+        self.model: Any = SimpleNamespace(family=ONE_NUMBER)
         self._positions = torch.full((100,), 7, device=device)
         self.rope_state = self.prompt_embeds_state = self.mm_pruner = None
         self.model_config = CONFIG
@@ -276,7 +278,7 @@ def test_a_model_whose_identities_are_not_ours_is_left_alone() -> None:
     embeds, positions = runner.run()
     assert positions.tolist() == [0, 7, 7]
     assert [item.shape for item in embeds] == [(1, WIDTH + 2)]
-    assert PositionMap.of([]) is None
+    assert SequencePositions.of([]) is None
 
 
 @RUNNERS
@@ -296,4 +298,5 @@ def test_a_request_that_goes_beyond_the_models_positions_is_refused(
 
 def test_gaps_alone_are_refused() -> None:
     """Requests without any are vLLM's own business."""
-    positions.refuse_positions(prompt_tokens=200, gaps=0, asked=9, limit=100)
+    positions.refuse_positions(prompt_tokens=200, beyond=0, asked=9, limit=100)
+    positions.refuse_positions(prompt_tokens=200, beyond=-5, asked=9, limit=100)

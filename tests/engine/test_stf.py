@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -130,7 +131,9 @@ def run_two_ranks(folder: Path) -> None:
 
 def geometry(**fields: Any) -> VisionGeometry:
     """Of a checkpoint with CLIP-L at 336 pixels and these fields in its config.json."""
-    found = family_of(LlavaConfig(architectures=[ARCHITECTURE], **({"stf": StfConfig().to_json()} | fields)))
+    config = LlavaConfig(architectures=[ARCHITECTURE], **({"stf": StfConfig().to_json()} | fields))
+    model_config: Any = SimpleNamespace(hf_config=config)
+    found = family_of(model_config)
     assert found is not None
     (part,) = found.largest.parts
     return part.geometry

@@ -96,7 +96,7 @@ def _look_at_engine(args: Namespace, machine: Machine, runner_option: str, found
     args.model = args.model_tag or args.model
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
     found.problems += memory_problems(config, machine)
-    family = family_of(config.model_config.hf_config)
+    family = family_of(config.model_config)
     methods = served_methods(None if family is None else family.largest)
     found.fields["methods"] = tuple(method.name for method in methods if method.stage is not Stage.DECODER)
     found.fields["decoder_methods"] = tuple(method.name for method in methods if method.stage is Stage.DECODER)

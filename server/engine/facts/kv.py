@@ -64,7 +64,7 @@ def kv_facts(config: VllmConfig) -> KvFacts | None:
     Raises:
         ValueError: the pool that the options ask for holds no sequence of the longest kind.
     """
-    family = family_of(config.model_config.hf_config)
+    family = family_of(config.model_config)
     if family is None:
         return None
     layer, image = withdraw_layer(config), family.largest.tokens

@@ -40,7 +40,7 @@ class ModelFacts:
 def model_facts(config: VllmConfig) -> ModelFacts:
     """Processes a dummy image of a model that is reduced."""
     model = config.model_config
-    family, decoder = family_of(model.hf_config), decoder_class(config)
+    family, decoder = family_of(model), decoder_class(config)
     return ModelFacts(
         name=model.model,
         architecture=model.architecture,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, PretrainedConfig, SiglipVisionConfig
+from vllm.config import ModelConfig
 from vllm.model_executor.models.llava import (
     LlavaDummyInputsBuilder,
     LlavaForConditionalGeneration,
@@ -46,7 +47,8 @@ class LlavaFamily(Family):
         self._select_strategy = select_strategy
 
     @classmethod
-    def of(cls, hf_config: PretrainedConfig) -> LlavaFamily | None:
+    def of(cls, model_config: ModelConfig) -> LlavaFamily | None:
+        hf_config = model_config.hf_config
         geometry = _geometry_of(hf_config)
         return None if geometry is None else cls(geometry, hf_config.vision_feature_select_strategy)
 

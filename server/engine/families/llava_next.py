@@ -6,13 +6,14 @@ Both are grids that are reduced by themselves, after the tower; the newlines sta
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, PretrainedConfig, SiglipVisionConfig
+from transformers import CLIPVisionConfig, SiglipVisionConfig
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
+from vllm.config import ModelConfig
 from vllm.model_executor.models.llava import LlavaDummyInputsBuilder
 from vllm.model_executor.models.llava_next import (
     LlavaNextForConditionalGeneration,
@@ -54,10 +55,10 @@ class LlavaNextFamily(AfterTowerFamily):
 
     def __init__(self, pinpoints: Sequence[Sequence[int]], tile: int, side: int) -> None:
         self._pinpoints, self._tile, self._side = pinpoints, tile, side
-        self.largest = max((self.layout((height, width)) for height, width in pinpoints), key=lambda it: it.tokens)
 
     @classmethod
-    def of(cls, hf_config: PretrainedConfig) -> LlavaNextFamily | None:
+    def of(cls, model_config: ModelConfig) -> LlavaNextFamily | None:
+        hf_config = model_config.hf_config
         if not isinstance(hf_config.vision_config, CLIPVisionConfig | SiglipVisionConfig):
             return None
         encoder = get_vision_encoder_info(hf_config)
@@ -67,7 +68,11 @@ class LlavaNextFamily(AfterTowerFamily):
             return None
         return cls(hf_config.image_grid_pinpoints, tile, side)
 
-    def shape(self, images: Any, index: int, info: Any) -> tuple[int, ...]:
+    @cached_property
+    def largest(self) -> Layout:
+        return max((self.layout((height, width)) for height, width in self._pinpoints), key=lambda it: it.tokens)
+
+    def shape(self, images: Any, index: int, info: Any, kwargs: Mapping[str, object]) -> tuple[int, ...]:
         size = images.get_image_size(index)
         return size.height, size.width
 

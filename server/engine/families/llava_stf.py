@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import CLIPVisionConfig, PretrainedConfig
-from vllm.config import VllmConfig
+from vllm.config import ModelConfig, VllmConfig
 from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
 from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.models.llava import LlavaDummyInputsBuilder, LlavaProcessingInfo
@@ -38,8 +38,8 @@ class StfFamily(AfterTowerFamily):
         self.largest = Layout.single(geometry)
 
     @classmethod
-    def of(cls, hf_config: PretrainedConfig) -> StfFamily:
-        return cls(stf_geometry(hf_config))
+    def of(cls, model_config: ModelConfig) -> StfFamily:
+        return cls(stf_geometry(model_config.hf_config))
 
     def grids(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> list[list[torch.Tensor]]:
         features = model._image_pixels_to_features(model.vision_tower, checked_pixels(model, inputs))

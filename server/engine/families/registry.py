@@ -8,7 +8,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from transformers import PretrainedConfig
+from vllm.config import ModelConfig
 
 if TYPE_CHECKING:
     from foldserve.server.engine.family import Family
@@ -16,48 +16,57 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a family lives.
+    """Where a family lives: files of this package and the classes in them, as "file.Class".
 
     Attributes:
-        module: its file in this package.
-        family: the `Family` in it.
-        model: the model class in it, which replaces vLLM's own of the architecture.
+        family: the `Family`.
+        model: the model class, which replaces vLLM's own of the architecture.
     """
 
-    module: str
     family: str
     model: str
 
     @property
-    def path(self) -> str:
-        return f"{__package__}.{self.module}"
-
-    @property
     def model_path(self) -> str:
         """As vLLM's registry takes it."""
-        return f"{self.path}:{self.model}"
+        return f"{__package__}.{self.model.replace('.', ':')}"
+
+    def load_family(self) -> type[Family]:
+        file, _, name = self.family.partition(".")
+        family: type[Family] = getattr(import_module(f"{__package__}.{file}"), name)
+        return family
 
 
 ENTRIES: Mapping[str, Entry] = MappingProxyType(
     {
-        "LlavaForConditionalGeneration": Entry("llava", "LlavaFamily", "FoldLlavaForConditionalGeneration"),
+        "LlavaForConditionalGeneration": Entry("llava.LlavaFamily", "llava.FoldLlavaForConditionalGeneration"),
         "LlavaNextForConditionalGeneration": Entry(
-            "llava_next", "LlavaNextFamily", "FoldLlavaNextForConditionalGeneration"
+            "llava_next.LlavaNextFamily", "llava_next.FoldLlavaNextForConditionalGeneration"
         ),
-        "LlavaStfForConditionalGeneration": Entry("llava_stf", "StfFamily", "FoldLlavaStfForConditionalGeneration"),
+        "LlavaStfForConditionalGeneration": Entry(
+            "llava_stf.StfFamily", "llava_stf.FoldLlavaStfForConditionalGeneration"
+        ),
+        "Qwen2VLForConditionalGeneration": Entry(
+            "qwen_vl.QwenVLFamily", "qwen2_vl.FoldQwen2VLForConditionalGeneration"
+        ),
+        "Qwen2_5_VLForConditionalGeneration": Entry(
+            "qwen_vl.QwenVLFamily", "qwen2_5_vl.FoldQwen2_5_VLForConditionalGeneration"
+        ),
+        "Qwen3VLForConditionalGeneration": Entry(
+            "qwen_vl.QwenVLFamily", "qwen3_vl.FoldQwen3VLForConditionalGeneration"
+        ),
     }
 )
 """By architecture, as config.json names it."""
 
 
-def family_of(hf_config: PretrainedConfig) -> Family | None:
+def family_of(model_config: ModelConfig) -> Family | None:
     """The family of a checkpoint; None for a model that foldserve does not reduce.
 
     Raises:
         ValueError: a checkpoint of the family whose config is wrong.
     """
-    for architecture in hf_config.architectures or ():
+    for architecture in model_config.hf_config.architectures or ():
         if (entry := ENTRIES.get(architecture)) is not None:
-            family: Family | None = getattr(import_module(entry.path), entry.family).of(hf_config)
-            return family
+            return entry.load_family().of(model_config)
     return None

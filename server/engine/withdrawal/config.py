@@ -136,7 +136,7 @@ def _conflicts(config: VllmConfig) -> Iterator[tuple[str, str]]:
     text = model.hf_config.get_text_config()
     blocks = "KV blocks of the deep layers are not addressed by token position"
     positions = "the deep layers see other rows than the batch has"
-    if family_of(model.hf_config) is None:
+    if family_of(model) is None:
         yield f"a model of {model.architecture}", "foldserve reduces images of LLaVA-1.5 and LLaVA-STF models"
     if parallel.pipeline_parallel_size > 1:
         yield "--pipeline-parallel-size", "the decoder is split at the withdrawal layer instead"

@@ -78,11 +78,11 @@ class WithdrawingScheduler(FoldScheduler):
             return [], 0, encoder_compute_budget, [], []
         return inputs
 
-    def _images_left(self, request: Request, encoder_compute_budget: int) -> int:
-        """All images of a whole prompt, if the step has none yet: else it might wait forever."""
-        left = super()._images_left(request, encoder_compute_budget)
-        if self._hashes[request.request_id].token_map.whole and left == self._most_images:
-            return max(left, len(request.mm_features))
+    def _encoded_left(self, request: Request, encoder_compute_budget: int) -> int:
+        """Enough for all images of a whole prompt, if the step has none yet: else it might wait forever."""
+        left = super()._encoded_left(request, encoder_compute_budget)
+        if self._hashes[request.request_id].token_map.whole and left == self._most_encoded:
+            return max(left, sum(self._encoded(request, i) for i in range(len(request.mm_features))))
         return left
 
 

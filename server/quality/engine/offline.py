@@ -71,12 +71,12 @@ class OfflineModel:
             if getattr(self._args, name) not in (parser.get_default(name), value):
                 parser.error(f"foldserve {command} sets --{name.replace('_', '-')} itself: leave that option out")
             setattr(self._args, name, value)
-        hf_config = self._args.create_model_config().hf_config
-        family = family_of(hf_config)
+        model_config = self._args.create_model_config()
+        family = family_of(model_config)
         if family is None:
             raise ValueError(f"foldserve reduces the vision tokens of LLaVA-1.5-like models; {model} is another one")
         self.model, self.revision, self.family = model, self._args.revision, family
-        self.layers: int = hf_config.get_text_config().num_hidden_layers
+        self.layers: int = model_config.hf_config.get_text_config().num_hidden_layers
 
     def layouts(self, images: Iterable[Image]) -> list[Layout]:
         """Of each image at ratio 0."""
@@ -84,7 +84,7 @@ class OfflineModel:
         if not family.sizes_matter:
             return [family.largest for _ in images]
         info = MULTIMODAL_REGISTRY.create_processor(self._args.create_model_config()).info
-        return [family.layout(family.shape(ImageProcessorItems([image]), 0, info)) for image in images]
+        return [family.layout(family.shape(ImageProcessorItems([image]), 0, info, {})) for image in images]
 
 
 def render(llm: LLM, messages: Messages, **options: Any) -> Any:

@@ -15,7 +15,6 @@ from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
 from foldserve.reducers.folder import folder
 from foldserve.reducers.schedule import fold_schedule
-from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.tower import Tower, attend, run_layer, run_mlp
 from foldserve.server.quality.engine.kl_probe import DenseAttention, KLProbe, Prompt, chat_prompt, dense, embed
 
@@ -65,9 +64,7 @@ def _pixels(model: Any, prompt: Prompt) -> Tensor:
 
 def _walk(model: Any) -> tuple[Tower, int]:
     """The tower, and how many tokens stand before its patches."""
-    family = family_of(model.config)
-    assert family is not None  # as KLProbe checked
-    (part,) = family.largest.parts
+    (part,) = model.family.largest.parts
     return Tower(model.vision_tower, model.config.vision_feature_select_strategy), int(part.geometry.class_token)
 
 

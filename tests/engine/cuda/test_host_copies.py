@@ -20,7 +20,7 @@ from foldserve.reducers.method import AfterTower, BeforeTower, InTower, Projecto
 from foldserve.reducers.plan import Plan, Reduction, VisionGeometry, make_plan
 from foldserve.reducers.stf import StfConfig, StfProjector, fusion_input
 from foldserve.reducers.withdraw import take_rows
-from foldserve.server.engine.positions import Chunk, PositionMap, attach, moves
+from foldserve.server.engine.positions import Chunk, SequencePositions, attach, moves
 from foldserve.server.engine.vision import Survivors, reduce_features
 from foldserve.server.engine.withdrawal.batch import BatchMaps
 from foldserve.server.engine.withdrawal.choose import choose, last_token_scores
@@ -113,7 +113,7 @@ def run(plan: Plan) -> int:
 
 def test_positions_of_a_step(on_device: OnDevice) -> None:
     images = [Image(1, 3, 9, [2, 4, 8]), Image(6, 2, 2, None)]
-    chunks = [Chunk(images, PositionMap.of(images), 2, 10), Chunk([], None, 0, 4)]
+    chunks = [Chunk(images, SequencePositions.of(images), 2, 10), Chunk([], None, 0, 4)]
     with on_device():
         kept = attach(meta(3, WIDTH), torch.arange(3, device=META))
         moved, plain = moves(chunks, [kept[1:], meta(2, WIDTH)])

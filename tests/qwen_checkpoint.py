@@ -1,0 +1,145 @@
+"""Small Qwen-VL checkpoints with random weights, published names and structure, and a tokenizer of bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    PreTrainedModel,
+    ProcessorMixin,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+)
+from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
+"""What stands for an image in a prompt."""
+
+_MARKS = ("im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
+_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for c in m.content %}{% if c.type in ('image', 'image_url') or 'image' in c %}"
+    + IMAGE
+    + "{% elif 'text' in c %}"
+    "{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def write(path: Path, model_type: str) -> Path:
+    """Makes one of `MODELS`: 8 decoder layers, a tower of 3 or 4; an image has at most 256 tokens."""
+    torch.manual_seed(0)
+    model, processor = MODELS[model_type](_tokenizer())
+    _draw_weights(model)
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return path
+
+
+def _qwen2(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
+    vision = {"depth": 3, "embed_dim": 64, "hidden_size": 128, "num_heads": 4, "mlp_ratio": 2, "patch_size": 14}
+    rope = _ROPE | {"mrope_section": [4, 6, 6]}
+    text = _text(tokenizer, rope_parameters=rope)
+    config = Qwen2VLConfig(text_config=text, vision_config=vision, **_ids(tokenizer))
+    return Qwen2VLForConditionalGeneration(config), Qwen2VLProcessor(*_parts(tokenizer), chat_template=_TEMPLATE)
+
+
+def _qwen2_5(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Windows of 2 x 2 tokens in the tower's layers 0 and 2."""
+    vision = {
+        "depth": 4,
+        "hidden_size": 64,
+        "out_hidden_size": 128,
+        "intermediate_size": 96,
+        "num_heads": 4,
+        "patch_size": 14,
+        "window_size": 56,
+        "fullatt_block_indexes": [1, 3],
+        "tokens_per_second": 2,
+    }
+    text = _text(tokenizer, rope_parameters=_ROPE | {"mrope_section": [4, 6, 6]})
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_ids(tokenizer))
+    return Qwen2_5_VLForConditionalGeneration(config), Qwen2_5_VLProcessor(*_parts(tokenizer), chat_template=_TEMPLATE)
+
+
+def _qwen3(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Deepstack levels of the tower's layers 0, 1 and 2."""
+    vision = {
+        "depth": 4,
+        "hidden_size": 64,
+        "out_hidden_size": 128,
+        "intermediate_size": 96,
+        "num_heads": 4,
+        "patch_size": 16,
+        "num_position_embeddings": 64,
+        "deepstack_visual_indexes": [0, 1, 2],
+    }
+    rope = _ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    config = Qwen3VLConfig(
+        text_config=_text(tokenizer, rope_parameters=rope, head_dim=32), vision_config=vision, **_ids(tokenizer)
+    )
+    size = {"shortest_edge": 64 * 64, "longest_edge": 32 * 32 * 256}
+    images = Qwen2VLImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3, size=size, patch_size=16)
+    videos = Qwen3VLVideoProcessor(size=size, patch_size=16)
+    return Qwen3VLForConditionalGeneration(config), Qwen3VLProcessor(images, tokenizer, videos, chat_template=_TEMPLATE)
+
+
+MODELS: Mapping[str, Callable[[Qwen2Tokenizer], tuple[PreTrainedModel, ProcessorMixin]]] = {
+    "qwen2_vl": _qwen2,
+    "qwen2_5_vl": _qwen2_5,
+    "qwen3_vl": _qwen3,
+}
+
+
+def _tokenizer() -> Qwen2Tokenizer:
+    vocabulary = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
+    marks = [f"<|{name}|>" for name in _MARKS]
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], additional_special_tokens=marks)
+    tokenizer.chat_template = _TEMPLATE
+    return tokenizer
+
+
+def _ids(tokenizer: Qwen2Tokenizer) -> dict[str, int]:
+    names = {"image_token_id": "image_pad", "video_token_id": "video_pad"}
+    names |= {"vision_start_token_id": "vision_start", "vision_end_token_id": "vision_end"}
+    return {field: tokenizer.convert_tokens_to_ids(f"<|{mark}|>") for field, mark in names.items()}
+
+
+def _text(tokenizer: Qwen2Tokenizer, **more: object) -> dict[str, Any]:
+    sizes = {"vocab_size": 288, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192}
+    ids = {"eos_token_id": "<|im_end|>", "pad_token_id": "<|endoftext|>"}
+    found = {field: tokenizer.convert_tokens_to_ids(token) for field, token in ids.items()}
+    return {**sizes, **heads, "bos_token_id": None, **found, **more}
+
+
+def _parts(tokenizer: Qwen2Tokenizer) -> tuple[Qwen2VLImageProcessor, Qwen2Tokenizer, Qwen2VLVideoProcessor]:
+    size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 256}
+    return Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(size=size)
+
+
+def _draw_weights(model: PreTrainedModel) -> None:
+    """Larger than an initializer's, so that answers depend on images, positions and deepstack levels."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.ndim >= 2:
+                scale = 1.0 if "embed" in name else 1.5 / weight[0].numel() ** 0.5
+                weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
+            elif name.endswith("bias"):
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
