@@ -21,11 +21,13 @@ class Widths:
     Attributes:
         tower: of the vision tower.
         head: of one of its heads.
+        deciding: of those columns by which FOLDER compares what the tower gives; None: all.
         decoder: of the decoder, where it withdraws tokens; else None.
     """
 
     tower: int
     head: int
+    deciding: int | None = None
     decoder: int | None = None
 
 
@@ -39,7 +41,7 @@ def warm_up(widths: Widths, dtype: torch.dtype, device: torch.device) -> None:
     keys = torch.zeros(1, _TOKENS, widths.head, dtype=torch.float32, device=device)
     score, sizes = keys[..., 0].contiguous(), torch.ones(1, _TOKENS, dtype=torch.int64, device=device)
     two_folds = (4, 2)
-    folder(x, two_folds)
+    folder(x, two_folds, metric=x[..., : widths.deciding])
     folder_cls(x, keys, score, two_folds)
     for class_token in (False, True):
         tome(x, keys, sizes, 2, class_token=class_token)

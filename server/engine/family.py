@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from vllm.config import ModelConfig
 
+from foldserve.kernels.warm_up import Widths
 from foldserve.reducers.item import ItemPlan, Layout
 from foldserve.reducers.plan import Plan
 from foldserve.reducers.reduction import Positions, Reduction
@@ -47,6 +48,11 @@ class Family(ABC):
     def largest(self) -> Layout:
         """Of the image that has the most tokens. A family whose images are all alike sets it."""
         raise NotImplementedError
+
+    def widths(self, model_config: ModelConfig) -> Widths:
+        """Of what is reduced, for kernels that are compiled before a server serves."""
+        vision = model_config.hf_config.vision_config
+        return Widths(vision.hidden_size, vision.hidden_size // vision.num_attention_heads)
 
     @abstractmethod
     def encode(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> Sequence[Survivors]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -33,15 +34,15 @@ class FoldModel(SupportsMultiModal):
       the engine would not do: keep positions, or remove tokens in the decoder;
     - the tower and the projector run on no more than the profile run did, which tries the server's default reduction
       too;
-    - with a withdrawal layer configured, the decoder is the withdrawing twin of the checkpoint's own;
+    - with a withdrawal layer configured, the decoder is the withdrawing one, made of the checkpoint's own;
     - on a GPU, where the environment asks for it, this process reduces with Triton kernels, compiled before it serves.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_options(vllm_config)
-        withdrawal.select_decoder(vllm_config)
         _choose_kernels(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
+        withdrawal.withdraw(self, vllm_config, prefix)
         self._vllm_config = vllm_config
         self.family = family_of(vllm_config.model_config)
         self.can_keep_positions = positions.limit(vllm_config) is not None
@@ -129,8 +130,8 @@ class FoldModel(SupportsMultiModal):
 
 def _choose_kernels(config: VllmConfig) -> None:
     device, model = torch.device(config.device_config.device_type), config.model_config
-    if ops.choose(device, triton=Environment.read().wants_triton) and family_of(model.hf_config) is not None:
-        vision, text = model.hf_config.vision_config, model.hf_config.get_text_config()
+    family = family_of(model)
+    if ops.choose(device, triton=Environment.read().wants_triton) and family is not None:
+        text = model.hf_config.get_text_config()
         decoder = None if withdrawal.withdraw_layer(config) is None else text.hidden_size
-        head = vision.hidden_size // vision.num_attention_heads
-        warm_up(Widths(vision.hidden_size, head, decoder), model.dtype, device)
+        warm_up(replace(family.widths(model), decoder=decoder), model.dtype, device)

@@ -1,11 +1,11 @@
-"""Qwen-VL with reduced images in plain transformers: fp32, no KV cache, and no code of foldserve's.
+"""Qwen-VL with reduced images in plain transformers: fp32, no KV cache.
 
 FOLDER is written as loops over tokens, positions as loops over a prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from tests.engine.withdrawal.reference import Merge, chosen
 
 Answer = tuple[list[int], list[float]]
 Place = tuple[int, int, int]
@@ -38,7 +40,10 @@ class Left:
 
 
 class QwenReference:
-    def __init__(self, path: Path) -> None:
+    """Takes a checkpoint, and the layer K from which on tokens may be gone."""
+
+    def __init__(self, path: Path, layer: int) -> None:
+        self.layer = layer
         self.model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
         self.processor = AutoProcessor.from_pretrained(path)
         self.config = self.model.config
@@ -51,6 +56,7 @@ class QwenReference:
         """Greedy tokens, and the log-probability of each."""
         waiting = [self.left(image, asked) for image, asked in zip(images, reductions, strict=True)]
         levels = [torch.cat(level) for level in zip(*(left.levels for left in waiting), strict=True)]
+        rows: list[range] = []
         ids: list[int] = []
         places: list[Place] = []
         is_vision: list[bool] = []
@@ -63,14 +69,24 @@ class QwenReference:
                 following += 1
                 continue
             image = waiting.pop(0)
+            rows.append(range(len(ids), len(ids) + len(image.places)))
             ids += [token] * len(image.places)
             places += [(t + following, y + following, x + following) for t, y, x in image.places]
             is_vision += [True] * len(image.places)
             following += image.taken
-        return self._greedy(ids, places, is_vision, levels, following, tokens)
+        embeds = self.model.model.language_model.embed_tokens(torch.tensor(ids))
+        mask = torch.tensor(is_vision)
+        if levels:
+            embeds[mask] = levels[0]
+        added = [torch.zeros_like(embeds) for _ in levels[1:]]
+        for level, whole in zip(levels[1:], added, strict=True):
+            whole[mask] = level
+        gone, merges = self._gone(embeds, added, places, rows, reductions)
+        return self._greedy(embeds, added, places, gone, merges, following, tokens)
 
     def left(self, image: Image.Image, asked: Mapping[str, Any]) -> Left:
         method, positions = asked.get("method", "folder"), asked.get("positions")
+        in_decoder = method in ("fastv", "illava_decoder")  # alone, so that the ratio is theirs
         rows, columns = self._grid(image)
         if method == "downsample":
             (less, fewer), whole = asked["expected_grid"], (rows, columns)
@@ -85,12 +101,13 @@ class QwenReference:
             return Left(levels, _raster(less, fewer), max(less, fewer))
         levels, seed = self._encode(image)
         n = rows * columns
-        removed = int(n * asked.get("ratio", 0.0)) if "keep_tokens" not in asked else max(0, n - asked["keep_tokens"])
+        removed = 0 if in_decoder else int(n * asked.get("ratio", 0.0))
+        removed = max(0, n - asked["keep_tokens"]) if "keep_tokens" in asked else removed
         if not removed:
             return Left(levels, _raster(rows, columns), max(rows, columns))
         if method == "pool":
             return self._pooled(levels, (rows, columns), n - removed, positions)
-        if method == "folder":
+        if method.partition("+")[0] == "folder":
             groups = folder_groups(levels[0].numpy(), removed)
         else:
             assert method == "random"
@@ -128,33 +145,89 @@ class QwenReference:
         seed = crc32(raw["pixel_values"].float().contiguous().numpy().data)
         return [found.pooler_output, *(getattr(found, "deepstack_features", None) or [])], seed
 
+    def _gone(
+        self,
+        embeds: Tensor,
+        added: list[Tensor],
+        places: list[Place],
+        images: Sequence[range],
+        reductions: Sequence[Mapping[str, Any]],
+    ) -> tuple[set[int], list[Merge]]:
+        """Rows that leave before layer K, and what others become there."""
+        gone: set[int] = set()
+        merges: list[Merge] = []
+        for rows, asked in zip(images, reductions, strict=True):
+            decoder = asked.get("method", "folder").rpartition("+")[2]
+            if asked.get("withdraw"):
+                gone |= set(rows)
+            elif decoder in ("fastv", "illava_decoder"):
+                share = asked.get("decoder_ratio", asked["ratio"])
+                removed = len(rows) - round(len(rows) * (1 - share)) if decoder == "fastv" else int(len(rows) * share)
+                scores = self._last_row(embeds, added, places)[rows.start : rows.stop].tolist()
+                leaving, merged = chosen(decoder, list(rows), scores, removed)
+                gone |= set(leaving)
+                merges += merged
+        return gone, merges
+
+    def _last_row(self, embeds: Tensor, added: list[Tensor], places: list[Place]) -> Tensor:
+        """(tokens,): softmaxed attention of the last token in layer K - 1, mean over the heads."""
+        decoder = self.model.model.language_model
+        hidden, rope = self._through(embeds, added, places, self.layer - 1)
+        block, usual = decoder.layers[self.layer - 1], decoder.config._attn_implementation
+        decoder.config._attn_implementation = "eager"  # which returns its weights
+        _, weights = block.self_attn(block.input_layernorm(hidden), position_embeddings=rope, attention_mask=None)
+        decoder.config._attn_implementation = usual
+        row: Tensor = weights[0, :, -1].mean(0)
+        return row
+
+    def _through(
+        self,
+        embeds: Tensor,
+        added: list[Tensor],
+        places: list[Place],
+        layers: int,
+        gone: Collection[int] = (),
+        merges: Sequence[Merge] = (),
+    ) -> tuple[Tensor, Any]:
+        """Hidden states after so many layers, and the rotary table of their rows."""
+        decoder = self.model.model.language_model
+        hidden = embeds[None]
+        rope = decoder.rotary_emb(hidden, torch.tensor(places).T[:, None])
+        for index, block in enumerate(decoder.layers[:layers]):
+            if index == self.layer:
+                rows = [merge.weights @ hidden[0, merge.rows] for merge in merges]
+                for merge, row in zip(merges, rows, strict=True):
+                    hidden[0, merge.at] = row
+                kept = [i for i in range(len(embeds)) if i not in gone]
+                hidden, rope = hidden[:, kept], tuple(table[..., kept, :] for table in rope)
+            causal = torch.full((hidden.shape[1],) * 2, -torch.inf).triu(1)[None, None]
+            output = block(hidden, attention_mask=causal, position_embeddings=rope, position_ids=None)
+            hidden = output[0] if isinstance(output, tuple) else output
+            if index < len(added):
+                hidden = hidden + added[index]
+        return hidden, rope
+
     def _greedy(
         self,
-        ids: list[int],
+        embeds: Tensor,
+        added: list[Tensor],
         places: list[Place],
-        is_vision: list[bool],
-        levels: list[Tensor],
+        gone: set[int],
+        merges: Sequence[Merge],
         following: int,
         tokens: int,
     ) -> Answer:
         decoder, head = self.model.model.language_model, self.model.lm_head
-        embeds, mask = decoder.embed_tokens(torch.tensor(ids)), torch.tensor(is_vision)
-        if levels:
-            embeds[mask] = levels[0]
         answer: list[int] = []
         logprobs: list[float] = []
         for _ in range(tokens):
-            more: dict[str, Any] = {}
-            if len(levels) > 1:
-                more = {"visual_pos_masks": mask[None], "deepstack_visual_embeds": levels[1:]}
-            position_ids = torch.tensor(places).T[:, None]
-            hidden = decoder(inputs_embeds=embeds[None], position_ids=position_ids, use_cache=False, **more)
-            found = head(hidden.last_hidden_state[0, -1]).log_softmax(-1)
+            hidden, _ = self._through(embeds, added, places, len(decoder.layers), gone, merges)
+            found = head(decoder.norm(hidden)[0, -1]).log_softmax(-1)
             token = int(found.argmax())
             answer.append(token)
             logprobs.append(float(found[token]))
             embeds = torch.cat([embeds, decoder.embed_tokens(torch.tensor([token]))])
-            mask = torch.cat([mask, torch.tensor([False])])
+            added = [torch.cat([level, torch.zeros(1, level.shape[1])]) for level in added]
             places = [*places, (following,) * 3]
             following += 1
         return answer, logprobs

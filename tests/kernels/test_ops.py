@@ -72,7 +72,6 @@ def test_the_model_chooses_for_its_device_and_compiles_before_it_is_built(monkey
         raise Built
 
     warmed: list[object] = []
-    monkeypatch.setattr("foldserve.server.engine.withdrawal.select_decoder", lambda config: None)
     monkeypatch.setattr("foldserve.server.engine.model.warm_up", lambda *model: warmed.append(model))
     monkeypatch.setattr(llava.LlavaForConditionalGeneration, "__init__", build)
     vision = CLIPVisionConfig(hidden_size=96, num_attention_heads=4)

@@ -9,7 +9,7 @@ from vllm.config import VllmConfig
 from foldserve.server.engine import positions
 from foldserve.server.engine.encoder_budget import profiled_images
 from foldserve.server.engine.families.registry import family_of
-from foldserve.server.engine.withdrawal.config import WITHDRAWING, decoder_class, withdraw_layer
+from foldserve.server.engine.withdrawal.config import DECODERS, decoder_class, withdraw_layer
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,5 +51,5 @@ def model_facts(config: VllmConfig) -> ModelFacts:
         images_per_call=None if family is None else profiled_images(config),
         keeps_positions=family is not None and positions.limit(config) is not None,
         withdraw_layer=withdraw_layer(config),
-        can_withdraw=family is not None and decoder in (*WITHDRAWING, *WITHDRAWING.values()),
+        can_withdraw=family is not None and decoder in DECODERS.values(),
     )

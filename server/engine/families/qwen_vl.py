@@ -22,6 +22,7 @@ from vllm.multimodal.inputs import MultiModalKwargsItems
 from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import PromptUpdate
 
+from foldserve.kernels.warm_up import Widths
 from foldserve.reducers import METHODS
 from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part
@@ -73,6 +74,11 @@ class QwenVLFamily(AfterTowerFamily):
     def select(self, inputs: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
         pixels = _each(inputs["pixel_values"], inputs[_GRIDS])
         return {"pixel_values": torch.cat([pixels[i] for i in places]), _GRIDS: inputs[_GRIDS][places]}
+
+    def widths(self, model_config: ModelConfig) -> Widths:
+        vision, hidden = model_config.hf_config.vision_config, model_config.get_inputs_embeds_size()
+        levels = len(getattr(vision, "deepstack_visual_indexes", ()))
+        return Widths(hidden * (1 + levels), hidden // vision.num_heads, deciding=hidden)
 
     def grids(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> list[list[Tensor]]:
         return [[image[None]] for image in model.unreduced(**inputs)]

@@ -8,10 +8,13 @@ for n tokens of which T(n) are kept. From plan to page: `core` (T) -> `spec`, `l
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from foldserve.server.engine.withdrawal.core import TokenMap
 from foldserve.server.engine.withdrawal.requests import Room, admit, prompt_items, refuse_request
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
 
 __all__ = [
     "Room",
@@ -24,26 +27,38 @@ __all__ = [
     "prompt_items",
     "refuse_request",
     "register",
-    "select_decoder",
     "step_room",
+    "withdraw",
     "withdraw_layer",
 ]
 
 
 def register() -> None:
-    """Registers KV specs and decoders with vLLM, in every process that has the plugin; again changes nothing."""
-    from vllm import ModelRegistry
-
-    from foldserve.server.engine.withdrawal.config import WITHDRAWING
+    """Registers KV specs with vLLM, in every process that has the plugin; again changes nothing."""
     from foldserve.server.engine.withdrawal.spec import register_specs
 
     register_specs()
-    for name in WITHDRAWING.values():
-        ModelRegistry.register_model(name, f"{__name__}.decoder:{name}")
+
+
+def withdraw(model: Any, vllm_config: VllmConfig, prefix: str) -> None:
+    """With a withdrawal layer configured, puts the withdrawing decoder in the place of a finished model's.
+
+    Raises:
+        ValueError: as `check_decoder`.
+    """
+    from foldserve.server.engine.withdrawal import config
+
+    config.check_decoder(vllm_config)
+    if config.withdraw_layer(vllm_config) is not None:
+        from foldserve.server.engine.withdrawal.decoder import WithdrawingDecoder
+
+        language_model = model.get_language_model()
+        path = f"{prefix}.language_model.model" if prefix else "language_model.model"
+        language_model.model = WithdrawingDecoder(language_model.model, vllm_config=vllm_config, prefix=path)
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("apply", "check", "check_decoder", "configure", "select_decoder", "step_room", "withdraw_layer"):
+    if name in ("apply", "check", "check_decoder", "configure", "step_room", "withdraw_layer"):
         from foldserve.server.engine.withdrawal import config
 
         return getattr(config, name)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from vllm import envs
 from vllm.config import VllmConfig
 
-from foldserve.server.engine.families.registry import family_of
+from foldserve.server.engine.families.registry import ENTRIES, family_of
 from foldserve.server.engine.withdrawal.requests import Room
 from foldserve.server.engine.worker import WORKERS
 from foldserve.server.settings import CONFIG_KEY, Settings
@@ -17,16 +17,16 @@ _PACKAGE = "foldserve.server.engine.withdrawal"
 _SCHEDULER = f"{_PACKAGE}.scheduler.WithdrawingScheduler"
 _ASYNC_SCHEDULER = f"{_PACKAGE}.scheduler.WithdrawingAsyncScheduler"
 
-_CAUSAL_LM = {
+DECODERS = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen2_vl_text": "Qwen2ForCausalLM",
+    "qwen2_5_vl_text": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_vl_text": "Qwen3ForCausalLM",
 }
-"""HF model type of a text config -> vLLM's class, for checkpoints that name no architecture."""
-
-WITHDRAWING = {name: f"Withdrawing{name}" for name in _CAUSAL_LM.values()}
-"""vLLM's decoder class -> ours in `decoder.py`, under which name it is registered."""
+"""HF model type of a text config -> vLLM's class of the decoder, for checkpoints that name no architecture."""
 
 
 def withdraw_layer(vllm_config: VllmConfig) -> int | None:
@@ -84,37 +84,39 @@ def apply(args: Any, layer: int, *, device: Literal["cpu", "cuda"]) -> None:
         setattr(args, name, value)
 
 
-def select_decoder(vllm_config: VllmConfig) -> None:
-    """With a withdrawal layer configured, makes the model's text config name the withdrawing decoder; else nothing.
+def check_decoder(vllm_config: VllmConfig) -> None:
+    """Refuses what withdrawal does not go with, and decoders that it does not know; nothing if it is not configured.
 
     Raises:
-        ValueError: as `check`, or the decoder is none of Llama, Mistral, Qwen2, Qwen3.
+        ValueError: as `check`, or the decoder is none of `DECODERS`, or adds features of images from layer K on.
     """
-    if withdraw_layer(vllm_config) is not None:
-        text = vllm_config.model_config.hf_config.get_text_config()
-        text.architectures = [check_decoder(vllm_config)]
-
-
-def check_decoder(vllm_config: VllmConfig) -> str:
-    """The withdrawing twin of the model's decoder; "" if withdrawal is not configured.
-
-    Raises:
-        ValueError: as `select_decoder`.
-    """
-    if withdraw_layer(vllm_config) is None:
-        return ""
+    layer = withdraw_layer(vllm_config)
+    if layer is None:
+        return
     check(vllm_config)
     name = decoder_class(vllm_config)
-    if name not in (*WITHDRAWING, *WITHDRAWING.values()):
-        raise ValueError(f"--withdraw-layer supports the decoders {sorted(WITHDRAWING)}; this model has {name}")
-    return WITHDRAWING.get(name, name)
+    if name not in DECODERS.values():
+        known = sorted(set(DECODERS.values()))
+        raise ValueError(f"--withdraw-layer supports the decoders {known}; this model has {name}")
+    levels = deepstack_levels(vllm_config)
+    if layer <= levels:
+        raise ValueError(
+            f"--withdraw-layer {layer}: this model's decoder adds features of images after its first {levels} layers, "
+            f"so tokens can leave from layer {levels + 1} on"
+        )
 
 
 def decoder_class(vllm_config: VllmConfig) -> str:
-    """vLLM's class of the model's decoder, or ours once `select_decoder` has named it."""
+    """vLLM's class of the model's decoder."""
     text = vllm_config.model_config.hf_config.get_text_config()
-    name: str = (text.architectures or [_CAUSAL_LM.get(text.model_type, text.model_type)])[0]
+    name: str = (text.architectures or [DECODERS.get(text.model_type, text.model_type)])[0]
     return name
+
+
+def deepstack_levels(vllm_config: VllmConfig) -> int:
+    """Layers of the decoder, the first ones, that add features of images to their output."""
+    vision = getattr(vllm_config.model_config.hf_config, "vision_config", None)
+    return len(getattr(vision, "deepstack_visual_indexes", ()))
 
 
 def check(vllm_config: VllmConfig) -> None:
@@ -137,7 +139,7 @@ def _conflicts(config: VllmConfig) -> Iterator[tuple[str, str]]:
     blocks = "KV blocks of the deep layers are not addressed by token position"
     positions = "the deep layers see other rows than the batch has"
     if family_of(model) is None:
-        yield f"a model of {model.architecture}", "foldserve reduces images of LLaVA-1.5 and LLaVA-STF models"
+        yield f"a model of {model.architecture}", f"foldserve reduces images of {', '.join(ENTRIES)}"
     if parallel.pipeline_parallel_size > 1:
         yield "--pipeline-parallel-size", "the decoder is split at the withdrawal layer instead"
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:
@@ -164,8 +166,6 @@ def _conflicts(config: VllmConfig) -> Iterator[tuple[str, str]]:
         yield "MLA or dual chunk attention", "the deep layers need plain attention"
     if _is_sliding(text):
         yield "sliding-window attention", "a window over kept tokens is another one than over all tokens"
-    if model.uses_mrope:
-        yield "M-RoPE", "positions of several dimensions are not compacted"
     if envs.VLLM_USE_BREAKABLE_CUDAGRAPH:
         reason = "a graph would freeze which rows enter the deep half"
         if envs.VLLM_BATCH_INVARIANT:

@@ -16,13 +16,9 @@ from vllm.compilation.backends import set_model_tag
 from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.forward_context import get_forward_context
-from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.model_executor.models.mistral import MistralForCausalLM
-from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
-from vllm.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
+from vllm.model_executor.models.utils import AutoWeightsLoader
+from vllm.sequence import IntermediateTensors
 
-from foldserve.reducers.withdraw import take_rows
 from foldserve.server.engine.withdrawal.attention import DeepAttention, ShallowAttention, adopt, score_in
 from foldserve.server.engine.withdrawal.choose import choose, merges
 from foldserve.server.engine.withdrawal.config import withdraw_layer
@@ -40,9 +36,12 @@ def _defer(module: nn.Module, passes: Callable[..., Any]) -> Any:
     return module
 
 
-@support_torch_compile(dynamic_arg_dims={"positions": 0, "hidden_states": 0})
+@support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden_states": 0, "deepstack": 0})
 class ShallowPart(nn.Module):
     """Layers < K on all rows, the last of them up to its attention (`AfterAttention` has made that so).
+
+    `positions` are (rows,), or (3, rows) with M-RoPE. `deepstack` has (rows, hidden) for each of the first layers of
+    some models, all of them before K - 1, which is added to the layer's output.
 
     Returns:
         What attention gives (rows, heads * head size) and the residual stream (rows, hidden).
@@ -52,11 +51,14 @@ class ShallowPart(nn.Module):
         super().__init__()
         self.layers = layers
 
-    def forward(self, positions: Tensor, hidden_states: Tensor) -> tuple[Tensor, Tensor]:
-        first, *others = self.layers
-        hidden_states, residual = first(positions, hidden_states, None)
-        for layer in others:
+    def forward(
+        self, positions: Tensor, hidden_states: Tensor, deepstack: IntermediateTensors | None = None
+    ) -> tuple[Tensor, Tensor]:
+        residual: Any = None  # the first layer takes none
+        for index, layer in enumerate(self.layers):
             hidden_states, residual = layer(positions, hidden_states, residual)
+            if deepstack is not None and index < len(deepstack):
+                hidden_states = hidden_states + deepstack[f"deepstack_input_embeds_{index}"]
         return hidden_states, residual
 
 
@@ -77,7 +79,7 @@ class AfterAttention(nn.Module):
         return self.mlp.later(hidden_states), residual
 
 
-@support_torch_compile(dynamic_arg_dims={"positions": 0, "hidden_states": 0, "residual": 0})
+@support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden_states": 0, "residual": 0})
 class DeepPart(nn.Module):
     """Layers >= K and the final norm, on the kept rows."""
 
@@ -141,6 +143,7 @@ class WithdrawingDecoder(nn.Module):
         positions: Tensor,
         intermediate_tensors: object = None,
         inputs_embeds: Tensor | None = None,
+        deepstack_input_embeds: IntermediateTensors | None = None,
     ) -> Tensor:
         """Final hidden states (rows, hidden), zero in the rows of withdrawn tokens."""
         assert intermediate_tensors is None  # pipeline parallelism is refused at start-up
@@ -149,7 +152,7 @@ class WithdrawingDecoder(nn.Module):
             inputs_embeds = self.embed_input_ids(input_ids)
             if replays_parts():
                 (inputs_embeds,) = self._between.hold(embeds=inputs_embeds)
-        attended, residual = self.shallow(positions, inputs_embeds)
+        attended, residual = self.shallow(positions, inputs_embeds, deepstack_input_embeds)
         step = self._enter_deep_part()
         if step is None or step.deep_rows is None:
             return self._on_all_rows(positions, attended, residual)
@@ -176,7 +179,7 @@ class WithdrawingDecoder(nn.Module):
             hidden, residual = self.after_attention(hidden, residual)
         if step.deep_prompts:
             choose(step.deep_prompts, step.deep_scores, rows, hidden, residual)
-        positions, hidden, residual = take_rows(rows, positions, hidden, residual)
+        positions, hidden, residual = positions[..., rows], hidden[rows], residual[rows]
         if not merging:
             hidden, residual = self.after_attention(hidden, residual)
         output[rows] = self.deep(positions, hidden, residual)
@@ -197,19 +200,3 @@ class WithdrawingDecoder(nn.Module):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         loaded: set[str] = AutoWeightsLoader(self).load_weights(weights, mapper=self.hf_to_vllm_mapper)
         return loaded
-
-
-def _withdrawing(base: type[nn.Module]) -> type[nn.Module]:
-    """The causal LM `base` with a `WithdrawingDecoder` in place of its decoder."""
-
-    def __init__(self: Any, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        base.__init__(self, vllm_config=vllm_config, prefix=prefix)
-        self.model = WithdrawingDecoder(self.model, vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
-
-    return type(f"Withdrawing{base.__name__}", (base,), {"__init__": __init__, "__module__": __name__})
-
-
-WithdrawingLlamaForCausalLM = _withdrawing(LlamaForCausalLM)
-WithdrawingMistralForCausalLM = _withdrawing(MistralForCausalLM)
-WithdrawingQwen2ForCausalLM = _withdrawing(Qwen2ForCausalLM)
-WithdrawingQwen3ForCausalLM = _withdrawing(Qwen3ForCausalLM)

@@ -55,7 +55,6 @@ CONFLICTS: dict[str, Callable[[Any], None]] = {
     "--runner pooling": put("model_config.runner_type", "pooling"),
     "dual chunk attention": put("model_config.hf_config.text_config.dual_chunk_attention_config", {"chunk_size": 1}),
     "sliding-window attention": put("model_config.hf_config.text_config.sliding_window", 4096),
-    "M-RoPE": put("model_config.hf_config.text_config.rope_parameters", {"mrope_section": [1, 1, 2]}),
 }
 
 
@@ -115,8 +114,7 @@ def test_without_k_everything_is_allowed(config: Any) -> None:
     config.additional_config = {}
     CONFLICTS["--pipeline-parallel-size"](config)
     withdrawal.check(config)
-    withdrawal.select_decoder(config)
-    assert config.model_config.hf_config.text_config.architectures == ["LlamaForCausalLM"]
+    withdrawal.check_decoder(config)
 
 
 def test_vllms_own_scheduler_and_worker_are_refused(config: Any) -> None:
@@ -134,17 +132,23 @@ def test_vllms_own_scheduler_and_worker_are_refused(config: Any) -> None:
         withdrawal.check(config)
 
 
-def test_select_decoder_knows_four_families_and_refuses_the_rest(config: Any) -> None:
+def test_decoders_that_withdrawal_knows(config: Any) -> None:
     text = config.model_config.hf_config.text_config
-    for _ in range(2):  # again changes nothing
-        withdrawal.select_decoder(config)
-        assert text.architectures == ["WithdrawingLlamaForCausalLM"]
-    text.architectures, text.model_type = None, "qwen3"
-    withdrawal.select_decoder(config)
-    assert text.architectures == ["WithdrawingQwen3ForCausalLM"]
+    withdrawal.check_decoder(config)
+    text.architectures, text.model_type = None, "qwen3_vl_text"
+    withdrawal.check_decoder(config)
     text.architectures = ["Gemma3ForCausalLM"]
     with pytest.raises(ValueError, match=r"'LlamaForCausalLM'.*; this model has Gemma3ForCausalLM"):
-        withdrawal.select_decoder(config)
+        withdrawal.check_decoder(config)
+
+
+def test_tokens_stay_as_long_as_features_of_images_are_added(config: Any) -> None:
+    config.model_config.hf_config.vision_config.deepstack_visual_indexes = [5, 11, 17]
+    with pytest.raises(ValueError, match="its first 3 layers, so tokens can leave from layer 4 on"):
+        config.additional_config = {"foldserve": {"withdraw_layer": 3}}
+        withdrawal.check_decoder(config)
+    config.additional_config = {"foldserve": {"withdraw_layer": 4}}
+    withdrawal.check_decoder(config)
 
 
 def test_arguments_for_a_gpu() -> None:
