@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from foldserve.reducers.downsample import grid_for
 from tests.engine.withdrawal.reference import Merge, chosen
 
 Answer = tuple[list[int], list[float]]
@@ -89,7 +90,8 @@ class QwenReference:
         in_decoder = method in ("fastv", "illava_decoder")  # alone, so that the ratio is theirs
         rows, columns = self._grid(image)
         if method == "downsample":
-            (less, fewer), whole = asked["expected_grid"], (rows, columns)
+            whole = (rows, columns)
+            less, fewer = grid_for(rows * columns - int(rows * columns * asked["ratio"]), whole)
             levels, _ = self._encode(image.resize((fewer * self.token, less * self.token), 3), do_resize=False)
             if positions == "keep":
                 centres = [

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import random
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from vllm import ModelRegistry
+import torch
+from vllm import EngineArgs, ModelRegistry
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.parse import ImageProcessorItems
+from vllm.multimodal.parse import ImageSize
 
-from foldserve.reducers.plan import InvalidReduction
+from foldserve.reducers.item import plan_item
+from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import withdrawal
 from foldserve.server.engine.families.registry import ENTRIES, family_of
+from foldserve.server.engine.mrope import GridPositions
 from tests import qwen_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
-from tests.engine.qwen_reference import QwenReference
+from tests.engine.qwen_reference import Answer, QwenReference
+from tests.engine.watch import forget, watch
 from tests.images import photo
 from tests.qwen_checkpoint import IMAGE, MODELS
 
@@ -80,6 +85,11 @@ BEFORE_THE_DECODER = [
     one_image(*SIZES[0], method="pool", ratio=0.7, positions="keep"),
     one_image(*SIZES[0], keep_tokens=10),
     one_image(*SIZES[1], keep_tokens=1000),  # more than it has: all stay
+    one_image(*SIZES[0], method="downsample", ratio=0.5),
+    one_image(*SIZES[1], method="downsample", ratio=0.9),  # fewer pixels than an image may have of its own
+    one_image(*SIZES[1], method="downsample", ratio=0.75, positions="keep"),
+    two_images({"method": "downsample", "ratio": 0.66}, {"ratio": 0.5}),
+    two_images({}, {"method": "downsample", "ratio": 0.5}),
     Case(ask("hello there")),
 ]
 IN_THE_DECODER = [
@@ -95,26 +105,34 @@ IN_THE_DECODER = [
 ]
 
 
-def assert_same(llm: Any, reference: QwenReference, cases: Sequence[Case]) -> None:
+@pytest.fixture(scope="module")
+def expect(reference: QwenReference) -> Callable[[Case], Answer]:
+    """What the reference says, once a case."""
+    known: dict[int, Answer] = {}
+
+    def generate(case: Case) -> Answer:
+        if id(case) not in known:
+            known[id(case)] = reference.generate(case.prompt, case.images, case.reductions, MAX_TOKENS)
+        return known[id(case)]
+
+    return generate
+
+
+def assert_same(llm: Any, expect: Callable[[Case], Answer], cases: Sequence[Case]) -> None:
     for case, (tokens, logprobs) in zip(cases, greedy(llm, cases), strict=True):
-        want, expected = reference.generate(case.prompt, case.images, case.reductions, MAX_TOKENS)
+        want, expected = expect(case)
         assert tokens == want, ([image.size for image in case.images], case.reductions)
         assert logprobs == pytest.approx(expected, abs=2e-5)
 
 
-def test_all_in_one_batch_and_again_from_the_cache(llm: Any, reference: QwenReference) -> None:
+def test_all_in_one_batch_and_again_from_the_cache(llm: Any, expect: Callable[[Case], Answer]) -> None:
     for _ in range(2):
-        assert_same(llm, reference, BEFORE_THE_DECODER + IN_THE_DECODER)
+        assert_same(llm, expect, BEFORE_THE_DECODER + IN_THE_DECODER)
 
 
-def downsampled(width: int, height: int, ratio: float, grid: tuple[int, int], **where: str) -> Case:
-    """`grid` is what the plan has to choose, of 7 x 10 tokens or of 12 x 6 (Qwen3's: 6 x 9, 10 x 5)."""
-    return one_image(width, height, method="downsample", ratio=ratio, expected_grid=grid, **where)
-
-
-def test_ratio_0_is_vllms_own_bit_for_bit(checkpoint: Path, reference: QwenReference) -> None:
+def test_ratio_0_is_vllms_own_bit_for_bit(checkpoint: Path, expect: Callable[[Case], Answer]) -> None:
     """And on the same engine reduced images in chunks, some of them preempted."""
-    (architecture,) = reference.config.architectures
+    (architecture,) = json.loads((checkpoint / "config.json").read_text())["architectures"]
     module = ENTRIES[architecture].model.partition(".")[0]
     stock_class = f"Stock{architecture}"
     ModelRegistry.register_model(stock_class, f"vllm.model_executor.models.{module}:{architecture}")
@@ -125,4 +143,99 @@ def test_ratio_0_is_vllms_own_bit_for_bit(checkpoint: Path, reference: QwenRefer
     ours = start_engine(checkpoint, **CUT)
     assert greedy(ours, [replace(case, reductions=()) for case in plain]) == expected
     assert greedy(ours, plain) == expected
-    assert_same(ours, reference, BEFORE_THE_DECODER)
+    with watch(ours) as seen:
+        assert_same(ours, expect, BEFORE_THE_DECODER)
+    assert seen.preempted
+
+
+@pytest.fixture(scope="module")
+def info(checkpoint: Path) -> Any:
+    """vLLM's processing info, and the family."""
+    model_config = EngineArgs(model=str(checkpoint)).create_model_config()
+    return MULTIMODAL_REGISTRY.get_processing_info(model_config), family_of(model_config)
+
+
+def test_an_image_has_as_many_tokens_as_hugging_face_says(info: Any) -> None:
+    """5,000 sizes, some with bounds of the request's own."""
+    vllm, family = info
+    process, rng = vllm.get_image_processor(), random.Random(0)
+    for _ in range(5000):
+        size = ImageSize(rng.randint(28, 3000), rng.randint(28, 3000))
+        kwargs = {"max_pixels": rng.randint(64**2, 512**2)} if rng.random() < 0.3 else {}
+        images = SimpleNamespace(get_image_size=lambda index, size=size: size)
+        layout = family.layout(family.shape(images, 0, vllm, kwargs))
+        patches = process.get_number_of_image_patches(size.height, size.width, kwargs)
+        assert layout.tokens == patches // 4, (size, kwargs)
+        assert family.read_plan(plan_item(Reduction(), layout).to_ints()) == plan_item(Reduction(), layout)
+
+
+def test_the_largest_image(info: Any) -> None:
+    vllm, family = info
+    assert family.sizes_matter and family.largest.tokens == vllm.get_max_image_tokens() == 256
+
+
+@pytest.mark.parametrize(
+    ("reduction", "param"),
+    [
+        ({"method": "folder_cls", "ratio": 0.5}, "method"),
+        ({"method": "tome", "ratio": 0.5}, "method"),
+        ({"ratio": 0.99}, "ratio"),
+        ({"method": "pool", "ratio": 0.99}, "ratio"),
+    ],
+    ids=str,
+)
+def test_refused(llm: Any, reduction: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidReduction) as caught:
+        llm.generate([one_image(*SIZES[0], **reduction).to_vllm()], use_tqdm=False)
+    assert caught.value.param == param
+
+
+def test_blocks_fall_by_the_plan(llm: Any) -> None:
+    case = one_image(*SIZES[0], ratio=0.5)
+    tokenizer = llm.get_tokenizer()
+    text = len(tokenizer(case.prompt)["input_ids"]) - 1
+    (whole,), (output,) = (
+        llm.generate([each.to_vllm()], use_tqdm=False) for each in (replace(case, reductions=()), case)
+    )
+    tokens = len(whole.prompt_token_ids) - text
+    assert len(output.prompt_token_ids) == text + tokens - tokens // 2
+
+
+class WrongRow(GridPositions):
+    def places(self, feature: Any, source: torch.Tensor) -> torch.Tensor:
+        return super().places(feature, source) + torch.tensor([[0], [1], [0]])
+
+
+class WrongGrid(GridPositions):
+    def places(self, feature: Any, source: torch.Tensor) -> torch.Tensor:
+        self._columns = {place: columns - 1 for place, columns in self._columns.items()}
+        return super().places(feature, source)
+
+
+@pytest.mark.parametrize("wrong", [WrongRow, WrongGrid])
+def test_the_reference_tells_wrong_positions(
+    llm: Any, expect: Callable[[Case], Answer], wrong: type[GridPositions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
+    monkeypatch.setattr(model.family, "position_map", lambda features: wrong.of(model.family, features))
+    forget(llm)
+    assert_different(llm, expect)
+
+
+@pytest.mark.parametrize("checkpoint", ["qwen3_vl"], indirect=True)
+def test_the_reference_tells_deepstack_levels_of_other_tokens(
+    llm: Any, expect: Callable[[Case], Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or their absence: FOLDER then looks at all columns, and merges other tokens."""
+    model = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner.model
+    monkeypatch.setattr(type(model.family), "deciding_columns", lambda family, model: None)
+    forget(llm)
+    assert_different(llm, expect)
+
+
+def assert_different(llm: Any, expect: Callable[[Case], Answer]) -> None:
+    case = BEFORE_THE_DECODER[3]
+    ((tokens, logprobs),) = greedy(llm, [case])
+    want, expected = expect(case)
+    assert tokens != want or logprobs != pytest.approx(expected, abs=1e-3)
+    forget(llm)
