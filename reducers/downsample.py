@@ -18,7 +18,7 @@ def grid_for(wanted: int, grid: tuple[int, int]) -> tuple[int, int]:
 
     Few numbers are products of two sides in a given proportion. A square becomes the largest grid that is as high as
     wide, or up to half wider, of equally large ones the one nearest to a square. Another grid loses as few tokens and
-    is stretched as little as possible: the share of tokens lost and the logarithm of the stretch are weighed equally.
+    is stretched as little as possible: the share of tokens lost is weighed against half the logarithm of the stretch.
 
     Raises:
         ValueError: not even one token is wanted.
@@ -42,7 +42,7 @@ def _in_proportion(wanted: int, grid: tuple[int, int]) -> tuple[int, int]:
 
     def cost(shape: tuple[int, int]) -> float:
         rows, columns = shape
-        return (wanted - rows * columns) / wanted + abs(log(columns / rows / proportion))
+        return (wanted - rows * columns) / wanted + abs(log(columns / rows / proportion)) / 2
 
     highest = min(grid[0], wanted)
     shapes = [

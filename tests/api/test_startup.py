@@ -12,9 +12,11 @@ from vllm.engine.arg_utils import EngineArgs
 from foldserve.server.access import Access
 from foldserve.server.api import startup
 from foldserve.server.api.logs.config import STARTUP
+from foldserve.server.api.planner import Planner
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.kv_cost import kv_cost
 from foldserve.server.engine.plugin import ALLOW_VLLM, vllm_version
+from foldserve.server.engine.withdrawal import Room
 from foldserve.server.limits import Limits
 from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 from foldserve.server.settings import Settings
@@ -29,9 +31,10 @@ def facts(config: Any, *, is_reduced: bool = True, withdraw_layer: int | None = 
     chat: Any = SimpleNamespace(
         engine_client=SimpleNamespace(vllm_config=config, model_config=config.model_config),
         models=SimpleNamespace(base_model_paths=[SimpleNamespace(name="demo")]),
-        planner=SimpleNamespace(
-            settings=Settings(withdraw_layer=withdraw_layer),
+        planner=Planner(
             family=family_of(config.model_config) if is_reduced else None,
+            settings=Settings(withdraw_layer=withdraw_layer),
+            room=Room(1000, "all"),
         ),
         kv_cost=kv_cost(config, withdraw_layer),
     )

@@ -147,6 +147,7 @@ class Plain:
         self.device = device
         self.model = SimpleNamespace(can_keep_positions=True, family=ONE_NUMBER)
         self.model_config = CONFIG
+        self.uses_mrope = False
 
     def get_model(self) -> Any:
         return self.model

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from foldserve.reducers.downsample import grid_for, interpolate_positions, resize
-from foldserve.reducers.pool import pool
+from foldserve.reducers.pool import pool, windows
 from foldserve.reducers.random import draw as draw_indices
 from foldserve.reducers.random import keep
 from tests.reducers.check import assert_fp32_inside, assert_nothing_read, assert_partition, draw, few
@@ -39,9 +39,26 @@ def test_pool_is_the_mean_of_each_window(batch: int, high: int, wide: int, rows:
     assert_nothing_read(lambda x: pool(x, grid, (high, wide)), x)
 
 
-def test_pool_takes_whole_windows_only() -> None:
+@few
+@given(st.integers(1, 3), sides, sides, st.integers(1, 12), st.integers(1, 12), st.integers(0, 2**31))
+def test_pool_with_smaller_last_windows(batch: int, high: int, wide: int, rows: int, columns: int, seed: int) -> None:
+    (x,) = draw(seed, (batch, rows * columns, 3), dtype=torch.float64)
+    reduced = pool(x, (rows, columns), (high, wide))
+    across, down = -(-columns // wide), -(-rows // high)
+    assert_partition(reduced, rows * columns, down * across)
+    for slot in range(down * across):
+        top, left = slot // across * high, slot % across * wide
+        window = x.view(batch, rows, columns, 3)[:, top : top + high, left : left + wide]
+        torch.testing.assert_close(reduced.tokens[:, slot], window.mean(dim=(1, 2)))
+        assert (reduced.source[:, slot] == top * columns + left).all()
+        assert (reduced.sizes[:, slot] == window.shape[1] * window.shape[2]).all()
+    assert_fp32_inside(lambda x: pool(x, (rows, columns), (high, wide)), x)
+    assert_nothing_read(lambda x: pool(x, (rows, columns), (high, wide)), x)
+
+
+def test_a_grid_may_have_no_whole_number_of_windows() -> None:
     with pytest.raises(ValueError, match="24 x 27 tokens has no whole number of 2 x 2"):
-        pool(torch.ones(1, 24 * 27, 1), (24, 27), (2, 2))
+        windows(torch.ones(1, 24 * 27, 1), (24, 27), (2, 2))
 
 
 @few
@@ -73,16 +90,29 @@ def test_random_draw_is_the_same_on_every_machine() -> None:
 
 
 @few
-@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 900))
-def test_grid_is_the_largest_that_fits(rows: int, columns: int, wanted: int) -> None:
-    found = grid_for(wanted, (rows, columns))
-    possible = [(r, c) for r in range(1, rows + 1) for c in range(r, columns + 1) if c <= 1.5 * r and r * c <= wanted]
+@given(st.integers(1, 30), st.integers(1, 900))
+def test_grid_of_a_square_is_the_largest_that_fits(side: int, wanted: int) -> None:
+    found = grid_for(wanted, (side, side))
+    possible = [(r, c) for r in range(1, side + 1) for c in range(r, side + 1) if c <= 1.5 * r and r * c <= wanted]
     assert found in possible
     largest = max(r * c for r, c in possible)
     assert found == max((r, c) for r, c in possible if r * c == largest)
 
 
+@given(st.integers(1, 60), st.integers(1, 60), st.floats(0.02, 1))
+def test_grid_of_any_image(rows: int, columns: int, share: float) -> None:
+    """Inside the image's own, most of the tokens that may stay, in about its proportion, and the same once more."""
+    wanted = max(1, int(rows * columns * share))
+    less, fewer = grid_for(wanted, (rows, columns))
+    assert 1 <= less <= rows and 1 <= fewer <= columns and less * fewer <= wanted
+    assert grid_for(less * fewer, (rows, columns)) == (less, fewer)
+    if min(rows, columns) >= 8 and wanted >= 30:
+        assert less * fewer >= 0.75 * wanted
+        assert 0.5 < fewer / less * rows / columns < 2
+
+
 def test_grids_by_hand() -> None:
+    assert [grid_for(n, (26, 46)) for n in (1196, 598, 299, 100, 10)] == [(26, 46), (18, 33), (13, 23), (7, 14), (2, 5)]
     wanted = (576, 575, 288, 196, 144, 57, 6, 5, 3, 2, 1)
     grids = [(24, 24), (23, 24), (16, 18), (14, 14), (12, 12), (7, 8), (2, 3), (2, 2), (1, 1), (1, 1), (1, 1)]
     assert [grid_for(n, (24, 24)) for n in wanted] == grids

@@ -24,7 +24,7 @@ def test_defaults_reduce_nothing() -> None:
         "calibration": None,
         "limits": Limits().to_config(),
         "access": Access().to_config(),
-        "positions": "renumber",
+        "positions": None,
         "masks_padding_rows": True,
     }
 
