@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from foldserve.reducers import configured
 from foldserve.reducers.item import ItemPlan, plan_item
@@ -49,7 +50,9 @@ class Planner:
         Raises:
             InvalidRequest, InvalidReduction: the server can't do what is asked, whatever the images are.
         """
-        reductions = [self._with_positions(reduction) for reduction in request.image_reductions(self.settings)]
+        default, low_ratio = self.settings.default_reduction, self.settings.low_detail_ratio
+        asked = request.image_reductions(default, _low_detail(self.family, default, low_ratio))
+        reductions = [self._with_positions(reduction) for reduction in asked]
         self._check_withdrawal(request, reductions)
         if self.family is None:
             if any(reduction != _NOTHING for reduction in reductions):
@@ -112,6 +115,11 @@ def as_asked(error: InvalidReduction, request: FoldChatRequest) -> InvalidReques
     if request.reduction_ratio is None or error.param == "positions":
         return error
     return InvalidRequest(str(error), "reduction_ratio")
+
+
+@lru_cache(maxsize=8)
+def _low_detail(family: Family | None, default: Reduction, ratio: float) -> Reduction:
+    return replace(default, ratio=ratio, keep_tokens=None) if family is None else family.low_detail(default, ratio)
 
 
 def _check_for(family: Family, reduction: Reduction) -> None:

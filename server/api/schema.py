@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar
 
@@ -19,7 +19,6 @@ from foldserve.server.api.limits import forms
 from foldserve.server.api.limits.body import is_image
 from foldserve.server.api.usage import VisionTokens
 from foldserve.server.engine.fair_queue import KEY
-from foldserve.server.settings import Settings
 
 _REDUCTION_SCHEMA: dict[str, Any] = {
     "type": "object",
@@ -40,9 +39,8 @@ def _parse_ratio(value: object) -> Reduction | None:
 
 
 @lru_cache(maxsize=8)
-def _by_detail(default: Reduction, low_ratio: float) -> Mapping[str, Reduction]:
+def _by_detail(default: Reduction, low: Reduction) -> Mapping[str, Reduction]:
     """What `image_url.detail` asks for."""
-    low = replace(default, ratio=low_ratio, keep_tokens=None)
     return {"auto": default, "low": low, "high": Reduction(), "original": Reduction()}
 
 
@@ -114,13 +112,18 @@ class FoldChatRequest(ChatCompletionRequest):
     def has_images(self) -> bool:
         return bool(self._progress.details)
 
-    def image_reductions(self, settings: Settings) -> list[Reduction]:
-        """One reduction per image, in prompt order: the explicit one, or else what the image's `detail` says."""
+    def image_reductions(self, default: Reduction, low: Reduction) -> list[Reduction]:
+        """One reduction per image, in prompt order: the explicit one, or else what the image's `detail` says.
+
+        Args:
+            default: where nothing is said.
+            low: with `detail: "low"`.
+        """
         explicit = self.reduction if self.reduction is not None else self.reduction_ratio
         details = self._progress.details
         if explicit is not None:
             return [explicit] * len(details)
-        by_detail = _by_detail(settings.default_reduction, settings.low_detail_ratio)
+        by_detail = _by_detail(default, low)
         return [by_detail[detail] for detail in details]
 
 

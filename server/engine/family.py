@@ -96,6 +96,10 @@ class Family(ABC):
         """Where nobody says whether tokens that stay keep their positions."""
         return "renumber"
 
+    def low_detail(self, default: Reduction, ratio: float) -> Reduction:
+        """What `detail: "low"` asks for: by default the server's reduction, at this ratio."""
+        return replace(default, ratio=ratio, keep_tokens=None)
+
     def with_positions(self, reduction: Reduction) -> Reduction:
         """The default where it is left open, as far as anything is removed."""
         if reduction.positions is not None or not (reduction.ratio or reduction.keep_tokens):

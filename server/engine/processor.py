@@ -18,7 +18,7 @@ from vllm.multimodal.inputs import MultiModalFieldConfig
 from vllm.multimodal.parse import ImageEmbeddingItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs, TimingContext
 
-from foldserve.reducers.item import ItemPlan, plan_item
+from foldserve.reducers.item import ItemPlan, Layout, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import positions
 from foldserve.server.engine.families.registry import family_of
@@ -131,8 +131,10 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         if count and family is not None and not isinstance(images := mm_items["image"], ImageEmbeddingItems):
             stock = without_ours(kwargs)
             layouts = [family.layout(family.shape(images, i, self.info, stock)) for i in range(count)]
-            each = zip(map(family.with_positions, reductions), layouts, strict=True)
-            return [plan_item(reduction, layout) for reduction, layout in each]
+            return [
+                _plan(family.with_positions(reduction), layout, f"image {i + 1} of {count}: " if count > 1 else "")
+                for i, (reduction, layout) in enumerate(zip(reductions, layouts, strict=True))
+            ]
         if any(r != Reduction() for r in reductions):
             raise InvalidReduction("only images can be reduced, by a CLIP or SigLIP tower, not embeddings", param="")
         return []
@@ -175,6 +177,14 @@ def parse_reductions(value: object, count: int) -> list[Reduction]:
     if len(value) != count:
         raise InvalidReduction(f"{len(value)} reductions came for {count} images: send one per image", param="")
     return [_parse(_text(item)) for item in value]
+
+
+def _plan(reduction: Reduction, layout: Layout, where: str) -> ItemPlan:
+    """`plan_item`, whose refusal begins with `where`."""
+    try:
+        return plan_item(reduction, layout)
+    except InvalidReduction as refusal:
+        raise InvalidReduction(f"{where}{refusal}", refusal.param) from None
 
 
 @lru_cache(maxsize=1024)  # parsed several times per request, and a deployment asks for few different ones

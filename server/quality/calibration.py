@@ -28,16 +28,16 @@ class Probe(Protocol):
         """(tokens, vocab) of the answer's first tokens, (len(candidates), tokens, vocab) withdrawn at each K."""
 
 
-def candidate_layers(layers: int, min_layer: int) -> range:
-    """The K that are looked at in a decoder of `layers` layers.
+def candidate_layers(layers: int, min_layer: int, first: int = 1) -> range:
+    """The K that are looked at in a decoder of `layers` layers, which allows none below `first`.
 
     Raises:
         ValueError: there is none.
     """
-    if not 1 <= min_layer < layers:
+    if not first <= min_layer < layers:
         raise ValueError(
             f"K runs from --min-layer to N-1, and with --min-layer {min_layer} there is none for the {layers} layers of"
-            f" this model: give --min-layer from 1 to {layers - 1}"
+            f" this model: give --min-layer from {first} to {layers - 1}"
         )
     return range(min_layer, layers)
 

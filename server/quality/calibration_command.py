@@ -32,7 +32,7 @@ def run(options: CalibrationOptions, cache_dir: Path, engine_options: Sequence[s
     from foldserve.server.quality.engine.kl_probe import KLProbe  # vLLM, which takes seconds
 
     probe = KLProbe(options.model, engine_options)
-    candidates = candidate_layers(probe.layers, options.min_layer)
+    candidates = candidate_layers(probe.layers, options.min_layer, probe.first_layer)
     print(f"Looking at K = {candidates[0]}..{candidates[-1]} of {probe.layers} layers on {len(samples)} samples.")
     calibration = calibrate(probe, samples, candidates, options.eta, options.answer_tokens)
 

@@ -13,6 +13,8 @@ import torch
 from foldserve.server import cli
 from foldserve.server.quality.calibration_file import Calibration
 from foldserve.server.quality.calibration_search import kl_divergence
+from tests import qwen_checkpoint
+from tests.engine.qwen_reference import QwenReference
 from tests.engine.withdrawal.harness import PHOTOS, Engine
 from tests.engine.withdrawal.test_families import convert
 
@@ -67,6 +69,23 @@ def test_kl_is_that_of_the_withdrawing_engine(engine: Engine, photo: int) -> Non
     kl, kl_served = kl_divergence(withdrawn, full), kl_divergence(served_withdrawn, served)
     assert kl[LAYER - 1] == pytest.approx(float(kl_served), abs=1e-4)
     assert min(abs(float(kl[k] - kl_served)) for k in (0, 2)) > 1e-2  # another K would not pass
+
+
+def test_kl_is_that_of_plain_pytorch_under_m_rope_and_with_deepstack(tmp_path: Path) -> None:
+    from foldserve.server.quality.engine.kl_probe import KLProbe, chat_prompt, probe
+
+    checkpoint = qwen_checkpoint.write(tmp_path / "qwen3_vl", "qwen3_vl")
+    probed = KLProbe(str(checkpoint), ["--dtype", "float32", "--max-model-len", "1024"])
+    assert probed.first_layer == 4  # its first three layers add features of images
+    probed.start()
+    full, withdrawn = probe(probed._llm, chat_prompt(probed._llm, PHOTOS[0], QUESTIONS[0]), range(4, 8))
+    prompt = f"<|im_start|>user\n{qwen_checkpoint.IMAGE}{QUESTIONS[0]}<|im_end|>\n<|im_start|>assistant\n"
+    away = [(layer, logits, True) for layer, logits in zip(range(4, 8), withdrawn[:, 0], strict=True)]
+    for layer, logits, withdraw in [(4, full[0], False), *away]:
+        asked = {"withdraw": withdraw}
+        (token,), (logprob,) = QwenReference(checkpoint, layer).generate(prompt, [PHOTOS[0]], [asked], 1)
+        assert int(logits.argmax()) == token
+        assert float(logits.log_softmax(-1)[token]) == pytest.approx(logprob, abs=1e-4)
 
 
 def test_every_token_of_an_answer_follows_those_before_it(engine: Engine) -> None:

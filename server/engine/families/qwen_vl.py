@@ -24,6 +24,7 @@ from vllm.multimodal.processing import PromptUpdate
 
 from foldserve.kernels.warm_up import Widths
 from foldserve.reducers import METHODS
+from foldserve.reducers.downsample import Downsample
 from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part
 from foldserve.reducers.method import BeforeTower
@@ -93,6 +94,10 @@ class QwenVLFamily(AfterTowerFamily):
             return image
         assert grid_plan.grid is not None
         return image._replace(source=method.source(grid_of(plan), grid_plan.grid, image.source.device))
+
+    def low_detail(self, default: Reduction, ratio: float) -> Reduction:
+        """A smaller image, which saves the tower's time too."""
+        return replace(default, method=Downsample.name, options=(), ratio=ratio, keep_tokens=None)
 
     def default_positions(self, reduction: Reduction) -> Positions:
         return "renumber" if METHODS[reduction.method].keeps_grid else "keep"

@@ -24,6 +24,7 @@ __all__ = [
     "check",
     "check_decoder",
     "configure",
+    "first_layer",
     "prompt_items",
     "refuse_request",
     "register",
@@ -58,7 +59,7 @@ def withdraw(model: Any, vllm_config: VllmConfig, prefix: str) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("apply", "check", "check_decoder", "configure", "step_room", "withdraw_layer"):
+    if name in ("apply", "check", "check_decoder", "configure", "first_layer", "step_room", "withdraw_layer"):
         from foldserve.server.engine.withdrawal import config
 
         return getattr(config, name)

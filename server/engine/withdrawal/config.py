@@ -98,11 +98,11 @@ def check_decoder(vllm_config: VllmConfig) -> None:
     if name not in DECODERS.values():
         known = sorted(set(DECODERS.values()))
         raise ValueError(f"--withdraw-layer supports the decoders {known}; this model has {name}")
-    levels = deepstack_levels(vllm_config)
-    if layer <= levels:
+    first = first_layer(vllm_config.model_config.hf_config)
+    if layer < first:
         raise ValueError(
-            f"--withdraw-layer {layer}: this model's decoder adds features of images after its first {levels} layers, "
-            f"so tokens can leave from layer {levels + 1} on"
+            f"--withdraw-layer {layer}: this model's decoder adds features of images after its first {first - 1} "
+            f"layers, so tokens can leave from layer {first} on"
         )
 
 
@@ -113,10 +113,9 @@ def decoder_class(vllm_config: VllmConfig) -> str:
     return name
 
 
-def deepstack_levels(vllm_config: VllmConfig) -> int:
-    """Layers of the decoder, the first ones, that add features of images to their output."""
-    vision = getattr(vllm_config.model_config.hf_config, "vision_config", None)
-    return len(getattr(vision, "deepstack_visual_indexes", ()))
+def first_layer(hf_config: Any) -> int:
+    """The least K: the decoder's layers before K - 1 may be some that add features of images to their output."""
+    return 1 + len(getattr(hf_config.vision_config, "deepstack_visual_indexes", ()))
 
 
 def check(vllm_config: VllmConfig) -> None:

@@ -7,7 +7,7 @@ reads. So the rows leave there already.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -34,6 +34,18 @@ def _defer(module: nn.Module, passes: Callable[..., Any]) -> Any:
     own: Any = type(module)
     module.__class__ = type(f"Deferred{own.__name__}", (own,), {"forward": passes, "later": own.forward})
     return module
+
+
+_Layer = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
+"""(positions, hidden, residual) -> (hidden, residual)"""
+
+
+def _adding(layer: _Layer, level: Tensor) -> _Layer:
+    def added(positions: Tensor, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        hidden, after = layer(positions, hidden, residual)
+        return hidden + level, after
+
+    return added
 
 
 @support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden_states": 0, "deepstack": 0})
@@ -122,16 +134,16 @@ class WithdrawingDecoder(nn.Module):
         self._deep_ops = [layer.self_attn.attn.layer_name for layer in self.layers[first:]]
         score_in(self.layers[first - 1].self_attn.attn, self._deep_ops[0])
 
-    @property
-    def whole_layers(self) -> list[Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]]:
-        """The layers as vLLM made them: (positions, hidden, residual) -> (hidden, residual)."""
+    def whole_layers(self, deepstack: Sequence[Tensor] = ()) -> list[_Layer]:
+        """The layers as vLLM made them; the first ones add what `deepstack` has for them, (rows, hidden) each."""
         cut = self.shallow.layers[-1]
 
         def rejoined(positions: Tensor, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
             whole: tuple[Tensor, Tensor] = self.after_attention(*cut(positions, hidden, residual))
             return whole
 
-        return [rejoined if layer is cut else layer for layer in self.layers]
+        layers = [rejoined if layer is cut else layer for layer in self.layers]
+        return [*map(_adding, layers, deepstack), *layers[len(deepstack) :]]
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         embeds: Tensor = self.embed_tokens(input_ids)

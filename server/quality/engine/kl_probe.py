@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from vllm import LLM, SamplingParams
 from vllm.model_executor.layers.attention import Attention
+from vllm.model_executor.models.interfaces import supports_mrope
+from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
 from foldserve.server.engine import withdrawal
@@ -54,6 +56,7 @@ class KLProbe(OfflineModel):
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # tensors and functions go to the model as they are
         defaults = {"max_model_len": -1, "max_num_seqs": 1, "kv_cache_memory_bytes": KV_CACHE_BYTES}
         super().__init__(model, argv, command, defaults=defaults, fixed=_engine_options())
+        self._args.additional_config = withdrawal.configure(self.first_layer, device=device())["additional_config"]
 
     def start(self) -> None:
         """Loads the weights.
@@ -80,7 +83,9 @@ class KLProbe(OfflineModel):
 
 def _engine_options() -> dict[str, Any]:
     """Any K makes vLLM check that the model can be served with withdrawal; the probe itself looks at every K."""
-    return withdrawal.configure(1, device=device(), async_scheduling=False) | {"enforce_eager": True}
+    options = withdrawal.configure(1, device=device(), async_scheduling=False)
+    options.pop("additional_config")  # K, which the model has a say in
+    return options | {"enforce_eager": True}
 
 
 def _greedy_answer(llm: Any, image: Image, question: str, tokens: int) -> list[int]:
@@ -121,7 +126,8 @@ def probe(llm: Any, prompt: Prompt, candidates: range, answer: Sequence[int] = (
 def _probe(model: Any, prompt: Prompt, candidates: range, answer: Sequence[int]) -> tuple[Tensor, Tensor]:
     decoder = model.get_language_model().model
     asked = len(prompt.token_ids)
-    embeds = embed(model, replace(prompt, token_ids=[*prompt.token_ids, *answer]))
+    whole = replace(prompt, token_ids=[*prompt.token_ids, *answer])
+    embeds = embed(model, whole)
     kept = torch.from_numpy(np.append(_kept_rows(prompt), np.arange(asked, len(embeds)))).to(embeds.device)
 
     def head(hidden: Tensor, residual: Tensor) -> Tensor:
@@ -129,7 +135,9 @@ def _probe(model: Any, prompt: Prompt, candidates: range, answer: Sequence[int])
         return logits
 
     with dense(decoder.layers):
-        full, withdrawn = last_logits(decoder.whole_layers, head, embeds, kept, candidates, 1 + len(answer))
+        layers = decoder.whole_layers(_take_deepstack(model, len(embeds)))
+        places = _positions(model, whole).to(embeds.device)
+        full, withdrawn = last_logits(layers, head, embeds, kept, candidates, 1 + len(answer), places)
     return full.float().cpu(), withdrawn.float().cpu()
 
 
@@ -145,6 +153,27 @@ def embed(model: Any, prompt: Prompt) -> Tensor:
     token_ids = torch.tensor(prompt.token_ids, device=device)
     embeds: Tensor = model.embed_input_ids(token_ids, multimodal_embeddings=images, is_multimodal=is_vision.to(device))
     return embeds
+
+
+def _take_deepstack(model: Any, rows: int) -> list[Tensor]:
+    """(rows, hidden) of each level that `embed` has left in the model."""
+    if not getattr(model, "use_deepstack", False):
+        return []
+    levels = [level.clone() for level in model._get_deepstack_input_embeds(rows).tensors.values()]
+    model._clear_deepstack_input_embeds(rows)
+    return levels
+
+
+def _positions(model: Any, prompt: Prompt) -> Tensor:
+    """(n,), or (3, n) with M-RoPE."""
+    if not supports_mrope(model):
+        return torch.arange(len(prompt.token_ids))
+    images = [
+        MultiModalFeatureSpec(item, "image", "", PlaceholderRange(offset=start, length=end - start))
+        for item, (start, end) in zip(prompt.images, prompt.ranges, strict=True)
+    ]
+    positions, _ = model.get_mrope_input_positions(prompt.token_ids, images)
+    return positions
 
 
 def _kept_rows(prompt: Prompt) -> np.ndarray[Any, np.dtype[np.int64]]:

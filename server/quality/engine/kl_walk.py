@@ -16,7 +16,13 @@ Head: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 
 def last_logits(
-    layers: Sequence[Layer], head: Head, embeds: Tensor, kept: Tensor, candidates: Collection[int], rows: int = 1
+    layers: Sequence[Layer],
+    head: Head,
+    embeds: Tensor,
+    kept: Tensor,
+    candidates: Collection[int],
+    rows: int = 1,
+    positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Logits at the last positions of a prompt, with all its tokens and with vision tokens withdrawn at each candidate.
 
@@ -29,6 +35,7 @@ def last_logits(
         kept: (m,) rows that stay at all layers, ascending; the last `rows` of the prompt are among them.
         candidates: values of K, each in 1..N-1.
         rows: how many positions, the last ones.
+        positions: (n,), or (3, n) with M-RoPE; None: 0 to n - 1.
 
     Returns:
         (rows, vocab) with all tokens, (number of candidates, rows, vocab) withdrawn, by ascending K.
@@ -37,14 +44,15 @@ def last_logits(
     def last(hidden: Tensor, residual: Tensor) -> Tensor:
         return head(hidden[-rows:], residual[-rows:])
 
-    positions = torch.arange(len(embeds), device=embeds.device)
+    if positions is None:
+        positions = torch.arange(len(embeds), device=embeds.device)
     hidden, residual = layers[0](positions, embeds, None)
     withdrawn = []
     for index, layer in enumerate(layers[1:], start=1):
         if index in candidates:
             branch = hidden[kept], residual[kept]
             for deep in layers[index:]:
-                branch = deep(positions[kept], *branch)
+                branch = deep(positions[..., kept], *branch)
             withdrawn.append(last(*branch))
         hidden, residual = layer(positions, hidden, residual)
     return last(hidden, residual), torch.stack(withdrawn)

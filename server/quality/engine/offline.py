@@ -45,6 +45,7 @@ class OfflineModel:
         model: name or directory.
         revision: on the Hugging Face hub, or None.
         layers: decoder layers.
+        first_layer: the least withdrawal layer K.
         family: that it belongs to.
     """
 
@@ -77,6 +78,7 @@ class OfflineModel:
             raise ValueError(f"foldserve reduces the vision tokens of LLaVA-1.5-like models; {model} is another one")
         self.model, self.revision, self.family = model, self._args.revision, family
         self.layers: int = model_config.hf_config.get_text_config().num_hidden_layers
+        self.first_layer = withdrawal.first_layer(model_config.hf_config)
 
     def layouts(self, images: Iterable[Image]) -> list[Layout]:
         """Of each image at ratio 0."""

@@ -135,6 +135,6 @@ def _attention(model: Any, prompt: Prompt) -> Tensor:
     positions = torch.arange(len(embeds), device=embeds.device)
     with dense(decoder.layers, _SeenAttention):
         hidden, residual = embeds, None
-        for layer in decoder.whole_layers:
+        for layer in decoder.whole_layers():
             hidden, residual = layer(positions, hidden, residual)
     return torch.stack([op.seen for op in ops]).cpu() / get_tensor_model_parallel_world_size()
