@@ -150,7 +150,9 @@ def serve_args(
         args.scheduler_cls = _SCHEDULER
     try:
         refuse_options(
-            encoder_graphs=args.compilation_config.cudagraph_mm_encoder, tower_adapters=args.enable_tower_connector_lora
+            encoder_graphs=args.compilation_config.cudagraph_mm_encoder,
+            tower_adapters=args.enable_tower_connector_lora,
+            video_pruning_rate=args.video_pruning_rate,
         )
     except ValueError as error:
         options.error(str(error))

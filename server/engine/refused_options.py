@@ -8,7 +8,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from foldserve.server.engine import withdrawal
 
 
-def refuse_options(*, encoder_graphs: bool, tower_adapters: bool) -> None:
+def refuse_options(*, encoder_graphs: bool, tower_adapters: bool, video_pruning_rate: float | None) -> None:
     """Raises ValueError if an option is on that would bypass reductions or miscount vision tokens."""
     if encoder_graphs:
         raise ValueError(
@@ -22,13 +22,20 @@ def refuse_options(*, encoder_graphs: bool, tower_adapters: bool) -> None:
             "decoder work"
         )
 
+    if video_pruning_rate:
+        raise ValueError(
+            "--video-pruning-rate does not go with foldserve: vLLM would remove tokens of every video that no plan "
+            "knows of. Leave the option out"
+        )
+
 
 def check_options(vllm_config: VllmConfig) -> None:
     """`refuse_options` for an engine's configuration."""
-    lora = vllm_config.lora_config
+    lora, multimodal = vllm_config.lora_config, vllm_config.model_config.multimodal_config
     refuse_options(
         encoder_graphs=vllm_config.compilation_config.cudagraph_mm_encoder,
         tower_adapters=lora is not None and lora.enable_tower_connector_lora,
+        video_pruning_rate=None if multimodal is None else multimodal.video_pruning_rate,
     )
 
 

@@ -239,3 +239,9 @@ def assert_different(llm: Any, expect: Callable[[Case], Answer]) -> None:
     want, expected = expect(case)
     assert tokens != want or logprobs != pytest.approx(expected, abs=1e-3)
     forget(llm)
+
+
+@pytest.mark.parametrize("checkpoint", ["qwen2_5_vl"], indirect=True)
+def test_vllms_own_pruning_of_videos_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ValueError, match="--video-pruning-rate does not go with foldserve"):
+        start_engine(checkpoint, video_pruning_rate=0.5)
