@@ -27,7 +27,8 @@ from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoP
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
-"""What stands for an image in a prompt."""
+VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
+"""What stands for an image or a video in a prompt."""
 
 _MARKS = ("im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad")
 _TEMPLATE = (

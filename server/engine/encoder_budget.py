@@ -8,21 +8,30 @@ from vllm.config import VllmConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.encoder_budget import MultiModalBudget
 
-from foldserve.server.engine.family import Family
-
 
 def profiled_images(vllm_config: VllmConfig) -> int:
-    """Images in the batch that vLLM's profile run measures, by the class that the profile run itself asks.
+    """Images of the largest size in a batch of as many tokens as vLLM's profile run measures."""
+    budget = _budget(vllm_config)
+    return max(1, _tokens(budget) // budget.mm_max_toks_per_item["image"])
+
+
+def profiled_tokens(vllm_config: VllmConfig) -> int:
+    """What that batch encodes, in tokens before reduction."""
+    return _tokens(_budget(vllm_config))
+
+
+def _budget(vllm_config: VllmConfig) -> MultiModalBudget:
+    """By the class that the profile run itself asks.
 
     It has to process a dummy image for that: ask once, and where a first image may take 0.1 s.
     """
-    budget = MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY, enable_cache=False)
-    return max(1, budget.mm_max_items_per_batch.get("image", 1))
+    return MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY, enable_cache=False)
 
 
-def profiled_tokens(vllm_config: VllmConfig, family: Family) -> int:
-    """What `profiled_images` encode, in tokens before reduction."""
-    return profiled_images(vllm_config) * family.largest.tokens
+def _tokens(budget: MultiModalBudget) -> int:
+    """Of what has most of them, image or video."""
+    modality = budget.get_modality_with_max_tokens()
+    return budget.mm_max_toks_per_item[modality] * max(1, budget.mm_max_items_per_batch[modality])
 
 
 def batches(plans: Sequence[Hashable], sizes: Sequence[int], most: int) -> list[list[int]]:

@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import islice
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,18 +21,22 @@ from foldserve.reducers.reduction import Positions, Reduction
 from foldserve.server.engine.positions import PositionMap, SequencePositions
 from foldserve.server.engine.vision import Survivors, reduce_features, rows, untouched
 
-PLAN_FIELD = "vision_plan"
-"""Multimodal field that carries `ItemPlan.to_ints()` of each image to the model, on the CPU."""
+Modality = Literal["image", "video"]
+
+PLAN_FIELDS: Mapping[Modality, str] = MappingProxyType({"image": "image_plan", "video": "video_plan"})
+"""Multimodal fields that carry `ItemPlan.to_ints()` of each image or video to the model, on the CPU."""
 
 
 class Family(ABC):
     """One object per checkpoint.
 
     Attributes:
+        modalities: what can be reduced.
         shape_ints: length of `Layout.shape`; 0 where every image has the layout `largest`, whatever its size.
         sends_bytes: images travel to the engine as bytes, see `pixels`; False where vLLM has its own way for that.
     """
 
+    modalities: tuple[Modality, ...] = ("image",)
     shape_ints: int = 0
     sends_bytes: bool = True
 
@@ -75,12 +80,20 @@ class Family(ABC):
         """
         return ()
 
-    def pixels(self, processed: Mapping[str, Any]) -> Sequence[Tensor]:
-        """Of each image, in what an HF processor gives."""
+    def video_shape(self, videos: Any, index: int, info: Any, kwargs: Mapping[str, object]) -> tuple[int, ...] | None:
+        """`shape` of a video; None where nobody knows before it is processed how many frames it will have."""
+        raise NotImplementedError  # of families that have videos among their modalities
+
+    def of_video(self, reduction: Reduction) -> Reduction:
+        """What is asked of a video; raises InvalidReduction where only images can be reduced so."""
+        return reduction
+
+    def pixels(self, processed: Mapping[str, Any], modality: Modality) -> Sequence[Tensor]:
+        """Of each image or video, in what an HF processor gives."""
         return list(processed["pixel_values"])
 
     def select(self, inputs: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
-        """What `embed_multimodal` takes, of some of its images."""
+        """What `embed_multimodal` takes, of some of its images or videos."""
         return {name: rows(value, places) for name, value in inputs.items()}
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
@@ -110,6 +123,10 @@ class Family(ABC):
         """Of a request with these multimodal features; None if all its tokens are where vLLM's runner puts them."""
         return SequencePositions.of(features)
 
+    def frame_step(self, feature: Any) -> float:
+        """Rotary positions from a video's frame to the next, of a multimodal feature; of M-RoPE models."""
+        return 1.0
+
     def positions_beyond_tokens(self, plan: ItemPlan) -> int:
         """How many rotary positions an image takes beyond one for each of its tokens."""
         return plan.removed if plan.keeps_positions else 0
@@ -120,7 +137,7 @@ class Family(ABC):
 
     def plan_of(self, feature: Any) -> ItemPlan | None:
         """Of a multimodal feature of a request; None where no plan came with it, or it has not come to this process."""
-        field = feature.data.get(PLAN_FIELD) if feature.data is not None else None
+        field = None if feature.data is None else feature.data.get(PLAN_FIELDS.get(feature.modality))
         return None if field is None else self.read_plan(field.data.tolist())
 
 

@@ -19,7 +19,7 @@ from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import positions, withdrawal
 from foldserve.server.engine.encoder_budget import batches, profiled_tokens
 from foldserve.server.engine.families.registry import family_of
-from foldserve.server.engine.family import PLAN_FIELD, Family
+from foldserve.server.engine.family import PLAN_FIELDS, Family
 from foldserve.server.engine.pixels import Normalize
 from foldserve.server.engine.processor import DUMMY_FIELD
 from foldserve.server.engine.refused_options import check_options
@@ -59,11 +59,13 @@ class FoldModel(SupportsMultiModal):
         return FoldModelState
 
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
-        """One (plan.kept, hidden) tensor per image, from no more at a time than start-up has measured.
+        """One (plan.kept, hidden) tensor per image or video, from no more at a time than start-up has measured.
 
         vLLM's own path, bit for bit, when nothing is reduced.
         """
-        rows_of_plans, is_dummy = kwargs.pop(PLAN_FIELD, None), kwargs.pop(DUMMY_FIELD, None) is not None
+        is_dummy = kwargs.pop(DUMMY_FIELD, None) is not None
+        fields = [kwargs.pop(name, None) for name in PLAN_FIELDS.values()]  # a batch has one modality
+        rows_of_plans = next((field for field in fields if field is not None), None)
         family = self.family
         if not isinstance(rows_of_plans, torch.Tensor) or family is None:
             return super().embed_multimodal(**kwargs)
@@ -109,8 +111,7 @@ class FoldModel(SupportsMultiModal):
 
     @cached_property  # processing an image is not for the time when the weights are laid out
     def _tokens_at_once(self) -> int:
-        assert self.family is not None
-        return profiled_tokens(self._vllm_config, self.family)
+        return profiled_tokens(self._vllm_config)
 
     def _default_plan(self, layout: Layout) -> ItemPlan:
         """Of the server's default reduction; of none where that can't be done: requests are told."""

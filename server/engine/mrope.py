@@ -1,14 +1,14 @@
-"""M-RoPE: rotary positions of three dimensions, time, row and column, of prompts with reduced images.
+"""M-RoPE: rotary positions of three dimensions, time, row and column, of prompts with reduced images and videos.
 
-The host knows where each image begins and where text goes on after it, but not which tokens of an image stay where they
-keep their positions: it puts those at the image's first position, and the runner adds row and column on the device.
+The host knows where each item begins and where text goes on after it, but not which of its tokens stay where they keep
+their positions: it puts those at the item's first position, and the runner adds the rest on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,39 +23,69 @@ if TYPE_CHECKING:
     from foldserve.server.engine.family import Family
 
 
-class GridPositions(PositionMap):
-    """Tokens that stay keep row and column; everything else is where `MropeModel` says."""
+class Grid(NamedTuple):
+    """Of an unreduced image, or of a video's frames.
 
-    def __init__(self, columns: Mapping[int, int], beyond: int) -> None:
-        """Takes the columns of each image that keeps its positions, by its place in the prompt."""
-        self._columns, self.beyond = columns, beyond
+    Attributes:
+        frames: of a video with text between its frames 1, since each stands for itself.
+        step: positions in time from one frame to the next.
+    """
+
+    frames: int
+    rows: int
+    columns: int
+    step: float = 1.0
+
+    def places(self, source: torch.Tensor) -> torch.Tensor:
+        """(n,) tokens in raster order, frame by frame -> (3, n) positions from the item's first."""
+        frame, place = source // (self.rows * self.columns), source % (self.rows * self.columns)
+        time = (frame.double() * self.step).long() if self.frames > 1 else torch.zeros_like(source)
+        return torch.stack([time, place // self.columns, place % self.columns])
+
+    def all_places(self) -> NDArray[np.int64]:
+        """(3, tokens) of all of them."""
+        places = np.indices((self.frames, self.rows, self.columns)).reshape(3, -1)
+        places[0] = (places[0] * self.step).astype(np.int64)
+        return places
+
+    @property
+    def taken(self) -> int:
+        """Positions from the first token to the text behind the last."""
+        return max(int((self.frames - 1) * self.step), self.rows - 1, self.columns - 1) + 1
+
+
+class GridPositions(PositionMap):
+    """Tokens that stay keep time, row and column; everything else is where `MropeModel` says."""
+
+    def __init__(self, grids: Mapping[int, Grid], beyond: int) -> None:
+        """Takes the grid of each item that keeps its positions, by its place in the prompt."""
+        self._grids, self.beyond = grids, beyond
 
     @classmethod
     def of(cls, family: Family, features: Sequence[Any]) -> GridPositions | None:
         """As `Family.position_map`."""
-        columns, beyond = {}, 0
+        grids, beyond = {}, 0
         for feature in features:
             plan = family.plan_of(feature)
             if plan is None:
                 continue
             beyond += family.positions_beyond_tokens(plan)
             if ItemIdentity.parse(feature.identifier).full_length is not None:
-                columns[feature.mm_position.offset] = grid_of(plan)[1]
-        return cls(columns, beyond) if columns else None
+                grids[feature.mm_position.offset] = grid_of(feature, plan, family)
+        return cls(grids, beyond) if grids else None
 
     def shifts(self, start: int, end: int) -> NDArray[np.int64]:
         return np.zeros(end - start, np.int64)
 
     def places(self, feature: Any, source: torch.Tensor) -> torch.Tensor:
-        columns = self._columns[feature.mm_position.offset]
-        return torch.stack([torch.zeros_like(source), source // columns, source % columns])
+        return self._grids[feature.mm_position.offset].places(source)
 
 
 class MropeModel(FoldModel):
-    """Mixin before a model class of vLLM with M-RoPE. Modification: positions of prompts with reduced images.
+    """Mixin before a model class of vLLM with M-RoPE. Modification: positions of prompts with reduced items.
 
-    - tokens that keep theirs begin where the image does (`GridPositions` adds the rest), and text goes on as after the
-      whole image;
+    - tokens that keep theirs begin where the item does (`GridPositions` adds the rest), and text goes on as after the
+      whole item;
     - of a method that keeps a grid, tokens have the positions of an image of that size;
     - others are numbered as text is: time, row and column alike.
     """
@@ -69,42 +99,50 @@ class MropeModel(FoldModel):
         parts: list[NDArray[np.int64]] = []
         done = following = 0  # tokens, and the position after them
         for feature, plan in sorted(zip(mm_features, plans, strict=True), key=lambda pair: pair[0].mm_position.offset):
-            place = feature.mm_position
-            text, end = place.offset - done, place.offset + place.length
-            if plan is None or plan.is_identity:
-                alone = replace(feature, mm_position=replace(place, offset=0))
-                found, delta = super().get_mrope_input_positions(input_tokens[place.offset : end], [alone])
-                own, taken = found.numpy(), place.length + delta
-            else:
-                own, taken = reduced_positions(plan), positions_taken(plan)
-            parts += [_text(text) + following, own + following + text]
-            done, following = end, following + text + taken
+            for start, places, taken in self._spans(input_tokens, feature, plan):
+                text = start - done
+                parts += [_text(text) + following, places + following + text]
+                done, following = start + places.shape[1], following + text + taken
         parts.append(_text(len(input_tokens) - done) + following)
         positions = torch.from_numpy(np.concatenate(parts, axis=1))
         return positions, following - done
 
+    def _spans(
+        self, input_tokens: list[int], feature: Any, plan: ItemPlan | None
+    ) -> Iterator[tuple[int, NDArray[np.int64], int]]:
+        """Where each run of an item's tokens begins, (3, n) positions from its first, and how many it takes."""
+        place = feature.mm_position
+        if plan is None or plan.is_identity:
+            tokens = input_tokens[place.offset : place.offset + place.length]
+            alone = replace(feature, mm_position=replace(place, offset=0))
+            found, delta = super().get_mrope_input_positions(tokens, [alone])
+            yield place.offset, found.numpy(), place.length + delta
+            return
+        assert self.family is not None
+        grid = grid_of(feature, plan, self.family)
+        for first, last in place.extract_embeds_range():
+            yield first, *reduced_positions(plan, grid, last + 1 - first)
 
-def grid_of(plan: ItemPlan) -> tuple[int, int]:
-    """(rows, columns) of the unreduced image."""
-    (part,) = plan.layout.parts
-    assert part.geometry.grid is not None  # images of these models are grids
-    return part.geometry.grid
+
+def grid_of(feature: Any, plan: ItemPlan, family: Family) -> Grid:
+    """Of a multimodal feature: one frame's, where its frames lie apart."""
+    rows, columns, frames = plan.layout.shape
+    apart = len(feature.mm_position.extract_embeds_range()) > 1
+    return Grid(1 if apart else frames, rows, columns, family.frame_step(feature))
 
 
-def positions_taken(plan: ItemPlan) -> int:
-    """Positions from an image's first token to the text behind it."""
-    (grid_plan,) = plan.grids
-    if plan.is_identity or plan.keeps_positions:
-        return max(grid_of(plan))
-    return max(grid_plan.grid) if grid_plan.grid is not None else plan.kept
+def reduced_positions(plan: ItemPlan, grid: Grid, tokens: int) -> tuple[NDArray[np.int64], int]:
+    """(3, tokens) positions of a reduced item, or of one of its frames, and how many it takes; see `MropeModel`.
 
-
-def reduced_positions(plan: ItemPlan) -> NDArray[np.int64]:
-    """(3, plan.kept) of a reduced image that begins at 0; only where it begins, if its tokens keep theirs."""
+    Of tokens that keep their positions only where the item begins.
+    """
     (grid_plan,) = plan.grids
     if plan.keeps_positions:
-        return np.zeros((3, plan.kept), np.int64)
-    return _text(plan.kept) if grid_plan.grid is None else np.indices((1, *grid_plan.grid)).reshape(3, -1)
+        return np.zeros((3, tokens), np.int64), grid.taken
+    if grid_plan.grid is None:
+        return _text(tokens), tokens
+    smaller = grid._replace(rows=grid_plan.grid[0], columns=grid_plan.grid[1])
+    return smaller.all_places(), smaller.taken
 
 
 def _text(tokens: int) -> NDArray[np.int64]:

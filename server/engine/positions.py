@@ -1,6 +1,6 @@
 """Vision tokens that stay keep the positions that they had in the image; text goes on from the full length.
 
-A token's position is then data: which tokens stay is known on the device alone. It travels as two columns beside the
+A token's position is then data: which tokens stay is known on the device alone. It travels as three columns beside the
 embedding, so that the encoder cache holds both, and goes into the positions that the model gets (`runner_v1`,
 `state_v2`); slot mapping has used the runner's own by then.
 What the host has to know, the full length of an image, is part of the image's identity, and with it of every cache's.
@@ -9,7 +9,7 @@ What the host has to know, the full length of an image, is part of the image's i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,22 +21,24 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from foldserve.reducers.refusal import InvalidReduction
 from foldserve.server.engine.identity import ItemIdentity
 
-_COLUMNS = 2  # a position in base 256: each digit is exact in bfloat16
+_COLUMNS = 3  # a number in base 256: each digit is exact in bfloat16
 _BASE = 256
 
 
 def attach(embeds: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """(n, hidden) and (n,) int64 below 65,536 -> (n, hidden + 2), in the order of positions."""
+    """(n, hidden) and (n,) int64 below 256^3 -> (n, hidden + 3), in the order of positions."""
     order = source.argsort()
     embeds, source = embeds[order], source[order]
-    digits = torch.stack([source // _BASE, source % _BASE], dim=-1)
+    digits = torch.stack([source // _BASE**place % _BASE for place in reversed(range(_COLUMNS))], dim=-1)
     return torch.cat([embeds, digits.to(embeds.dtype)], dim=-1)
 
 
 def detach(embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n, hidden + 2) of `attach` -> (n, hidden) and (n,)."""
-    high, low = embeds[:, -_COLUMNS:].long().unbind(-1)
-    return embeds[:, :-_COLUMNS], high * _BASE + low
+    """(n, hidden + 3) of `attach` -> (n, hidden) and (n,)."""
+    source = torch.zeros_like(embeds[:, 0], dtype=torch.int64)
+    for digit in embeds[:, -_COLUMNS:].long().unbind(-1):
+        source = source * _BASE + digit
+    return embeds[:, :-_COLUMNS], source
 
 
 CANNOT_KEEP = (
@@ -156,7 +158,7 @@ class Moves(NamedTuple):
     Attributes:
         shifts: (tokens,) what each is moved by.
         images: (first row in the step, (n,) or (dimensions, n) what its tokens are moved by beyond that) of images
-            that keep their positions.
+            that keep their positions; of each run of tokens, where text lies between.
     """
 
     shifts: NDArray[np.int64]
@@ -182,17 +184,30 @@ def moves(step: Iterable[Chunk], embeds: Iterable[torch.Tensor]) -> tuple[Moves,
         shifts.append(np.zeros(length, np.int64) if chunk.map is None else chunk.map.shifts(chunk.start, chunk.end))
         for feature in chunk.features:
             place = feature.mm_position
-            first, last = max(place.offset, chunk.start), min(place.offset + place.length, chunk.end)
-            if first >= last:
+            runs = list(_runs(place, chunk.start, chunk.end))
+            if not runs:
                 continue
             item = next(remaining)
             if ItemIdentity.parse(feature.identifier).full_length is not None:
                 assert chunk.map is not None
                 item, source = detach(item)
-                images.append((row + first - chunk.start, chunk.map.places(feature, source)))
+                places = chunk.map.places(feature, source)
+                done = 0
+                for run, end in runs:
+                    images.append((row + run - chunk.start, places[..., done : done + end - run]))
+                    done += end - run
             plain.append(item)
         row += length
     return Moves(np.concatenate(shifts), images), plain
+
+
+def _runs(place: Any, first: int, last: int) -> Iterator[tuple[int, int]]:
+    """Of tokens first..last - 1 those that hold embeddings of an item, as half-open ranges."""
+    if place.offset >= last or place.offset + place.length <= first:
+        return  # most steps
+    for start, final in place.extract_embeds_range():
+        if start < last and final >= first:
+            yield max(start, first), min(final + 1, last)
 
 
 def checked_map(family: Any, features: Sequence[Any], prompt_tokens: int, asked: int, limit: int) -> PositionMap | None:

@@ -15,19 +15,20 @@ from transformers import BatchFeature
 from vllm.inputs import MultiModalHashes, MultiModalInput
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig
-from vllm.multimodal.parse import ImageEmbeddingItems, MultiModalDataItems
+from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs, TimingContext
 
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import positions
 from foldserve.server.engine.families.registry import family_of
-from foldserve.server.engine.family import PLAN_FIELD, Family
+from foldserve.server.engine.family import PLAN_FIELDS, Family, Modality
 from foldserve.server.engine.identity import ItemIdentity
 from foldserve.server.engine.pixels import Normalize, leaving_bytes
 
 KWARG = "foldserve"
-"""Key in `mm_processor_kwargs`: one reduction (JSON form) for every image, or a list with one per image."""
+"""Key in `mm_processor_kwargs`: one reduction (JSON form) for every image and video, or a list with one per image, or
+either by modality: `{"image": ..., "video": ...}`."""
 
 DUMMY_FIELD = "vision_dummy"
 """Multimodal field, and key in the kwargs of the processor, of the images that vLLM makes for its profile run."""
@@ -35,7 +36,11 @@ DUMMY_FIELD = "vision_dummy"
 PLANS = "foldserve_plans"
 """Key in what the processor returns: the plan of each image, for whoever answers the request."""
 
-_OWN_FIELDS = (PLAN_FIELD, DUMMY_FIELD)
+_NOT_REDUCED: Mapping[Modality, str] = {
+    "image": "only images can be reduced, by a tower that is known, not embeddings",
+    "video": "this model's videos can't be reduced, or their frames are to be chosen while they are processed: choose "
+    "them before (metadata with do_sample_frames false), and send no fps or num_frames beside a reduction",
+}
 
 _Kwargs = Mapping[str, object]
 
@@ -60,27 +65,29 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         Raises:
             InvalidReduction: an image can't be reduced so, or kept positions go beyond those of the model.
         """
-        plans = self.plans(inputs.mm_data_items, inputs.hf_processor_mm_kwargs)
+        planned = self._all_plans(inputs.mm_data_items, inputs.hf_processor_mm_kwargs)
         processed = super().apply(inputs, timing_ctx)
-        if plans:
-            beyond = sum(map(self._planned_family.positions_beyond_tokens, plans))
+        if planned:
+            beyond = sum(map(self._planned_family.positions_beyond_tokens, chain.from_iterable(planned.values())))
             limit = positions.trained(self.info.ctx.model_config)
             positions.refuse_positions(len(processed["prompt_token_ids"]), beyond, 1, limit)
-        return cast(MultiModalInput, {**processed, PLANS: plans})
+        return cast(MultiModalInput, {**processed, PLANS: planned.get("image", [])})
 
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: _Kwargs) -> BatchFeature:
-        plans = self.plans(mm_items, hf_kwargs)
-        processed = self._processed(mm_items, plans, without_ours(hf_kwargs))
-        if plans:
-            images = zip(plans, self._planned_family.pixels(processed), strict=True)
-            seeded = [plan.with_seed(self._seed(pixels)) if plan.is_seeded else plan for plan, pixels in images]
-            processed[PLAN_FIELD] = torch.tensor([plan.to_ints() for plan in seeded])  # (images, ints)
-            if DUMMY_FIELD in hf_kwargs:
-                processed[DUMMY_FIELD] = torch.ones(len(plans), 1, dtype=torch.bool)
+        planned = self._all_plans(mm_items, hf_kwargs)
+        processed = self._processed(mm_items, planned, without_ours(hf_kwargs))
+        for modality, plans in planned.items():
+            items = zip(plans, self._planned_family.pixels(processed, modality), strict=True)
+            seeded = [plan.with_seed(self._seed(pixels)) if plan.is_seeded else plan for plan, pixels in items]
+            processed[PLAN_FIELDS[modality]] = torch.tensor([plan.to_ints() for plan in seeded])  # (items, ints)
+        if DUMMY_FIELD in hf_kwargs and "image" in planned:
+            processed[DUMMY_FIELD] = torch.ones(len(planned["image"]), 1, dtype=torch.bool)
         return processed
 
-    def _processed(self, mm_items: MultiModalDataItems, plans: Sequence[ItemPlan], hf_kwargs: _Kwargs) -> BatchFeature:
-        """What vLLM makes of the items, whose images are to be reduced by these plans."""
+    def _processed(
+        self, mm_items: MultiModalDataItems, planned: Mapping[Modality, Sequence[ItemPlan]], hf_kwargs: _Kwargs
+    ) -> BatchFeature:
+        """What vLLM makes of the items, which are to be reduced by these plans."""
         return super()._apply_hf_processor_main(mm_items, hf_kwargs)
 
     def _call_hf_processor(self, hf_data: _Kwargs, hf_kwargs: _Kwargs) -> BatchFeature:
@@ -92,17 +99,22 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: _Kwargs
     ) -> Mapping[str, MultiModalFieldConfig]:
         fields = dict(super()._get_mm_fields_config(hf_inputs, hf_processor_mm_kwargs))
-        return fields | dict.fromkeys(_OWN_FIELDS, MultiModalFieldConfig.batched("image", keep_on_cpu=True))
+        own = {
+            name: MultiModalFieldConfig.batched(modality, keep_on_cpu=True) for modality, name in PLAN_FIELDS.items()
+        }
+        return fields | own | {DUMMY_FIELD: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
-        plans = self.plans(inputs.mm_data_items, inputs.hf_processor_mm_kwargs)
+        planned = self._all_plans(inputs.mm_data_items, inputs.hf_processor_mm_kwargs)
         stock = replace(inputs, hf_processor_mm_kwargs=without_ours(inputs.hf_processor_mm_kwargs))
         hashes = dict(super()._get_mm_hashes(stock))
         for h in chain.from_iterable(hashes.values()):
             ItemIdentity(h)  # a client's own could ask for what no plan says
-        if plans:
-            hashes["image"] = [self._identity(h, plan) for h, plan in zip(hashes["image"], plans, strict=True)]
-        if DUMMY_FIELD in inputs.hf_processor_mm_kwargs and plans:  # a white image of a client's is another one
+        for modality, plans in planned.items():
+            hashes[modality] = [self._identity(h, plan) for h, plan in zip(hashes[modality], plans, strict=True)]
+        if (
+            DUMMY_FIELD in inputs.hf_processor_mm_kwargs and "image" in planned
+        ):  # a white image of a client's is another one
             hashes["image"] = [f"{DUMMY_FIELD}-{h}" for h in hashes["image"]]
         return hashes
 
@@ -110,10 +122,15 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, list[bool]]
     ) -> _Kwargs:
         kwargs = super()._get_cache_missing_processor_kwargs(inputs, mm_is_cached)
-        asked = kwargs.get(KWARG)
-        if not isinstance(asked, list):
+        if KWARG not in inputs.hf_processor_mm_kwargs:
             return kwargs
-        return {**kwargs, KWARG: [r for r, hit in zip(asked, mm_is_cached["image"], strict=True) if not hit]}
+        asked = _by_modality(inputs.hf_processor_mm_kwargs[KWARG])
+        missing = {
+            modality: [one for one, hit in zip(each, mm_is_cached[modality], strict=True) if not hit]
+            for modality, each in asked.items()
+            if isinstance(each, list) and modality in mm_is_cached
+        }
+        return {**kwargs, KWARG: {**asked, **missing}}
 
     def _identity(self, image_hash: str, plan: ItemPlan) -> str:
         if not plan.is_identity:
@@ -124,20 +141,43 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
             return str(ItemIdentity(image_hash, full_length))
         return str(ItemIdentity(image_hash, full_length, plan.decoder, plan.kept_deep))
 
-    def plans(self, mm_items: MultiModalDataItems, kwargs: _Kwargs) -> list[ItemPlan]:
-        """One plan per image; empty where there is nothing to plan (no pixel images)."""
-        count, family = mm_items.get_count("image", strict=False), self._family
-        reductions = parse_reductions(kwargs.get(KWARG), count)
-        if count and family is not None and not isinstance(images := mm_items["image"], ImageEmbeddingItems):
-            stock = without_ours(kwargs)
-            layouts = [family.layout(family.shape(images, i, self.info, stock)) for i in range(count)]
-            return [
-                _plan(family.with_positions(reduction), layout, f"image {i + 1} of {count}: " if count > 1 else "")
-                for i, (reduction, layout) in enumerate(zip(reductions, layouts, strict=True))
-            ]
-        if any(r != Reduction() for r in reductions):
-            raise InvalidReduction("only images can be reduced, by a CLIP or SigLIP tower, not embeddings", param="")
-        return []
+    def _all_plans(self, mm_items: MultiModalDataItems, kwargs: _Kwargs) -> dict[Modality, list[ItemPlan]]:
+        """Of each modality that has any."""
+        each = {modality: self.plans(mm_items, kwargs, modality) for modality in PLAN_FIELDS}
+        return {modality: plans for modality, plans in each.items() if plans}
+
+    def plans(self, mm_items: MultiModalDataItems, kwargs: _Kwargs, modality: Modality = "image") -> list[ItemPlan]:
+        """One plan per image or video; empty where there is nothing to plan, as of embeddings."""
+        count = mm_items.get_count(modality, strict=False)
+        if not count and modality != "image":
+            return []  # one reduction for all is for images then
+        reductions = parse_reductions(_by_modality(kwargs.get(KWARG)).get(modality), count, modality)
+        layouts = self._layouts(mm_items[modality], modality, without_ours(kwargs)) if count else []
+        if not layouts:
+            if any(reduction != Reduction() for reduction in reductions):
+                raise InvalidReduction(_NOT_REDUCED[modality], param="")
+            return []
+        family = self._planned_family
+        if modality == "video":
+            reductions = [family.of_video(reduction) for reduction in reductions]
+        return [
+            _plan(family.with_positions(one), layout, f"{modality} {i + 1} of {count}: " if count > 1 else "")
+            for i, (one, layout) in enumerate(zip(reductions, layouts, strict=True))
+        ]
+
+    def _layouts(self, items: Any, modality: Modality, stock: _Kwargs) -> list[Layout]:
+        """Without reduction; empty where they are not known."""
+        family = self._family
+        if (
+            family is None
+            or modality not in family.modalities
+            or isinstance(items, EmbeddingItems | DictEmbeddingItems)
+        ):
+            return []
+        if modality == "image":
+            return [family.layout(family.shape(items, i, self.info, stock)) for i in range(len(items))]
+        shapes = [family.video_shape(items, i, self.info, stock) for i in range(len(items))]
+        return [] if None in shapes else [family.layout(shape) for shape in shapes if shape is not None]
 
     def _seed(self, pixels: torch.Tensor) -> int:
         """A number that only an image's own pixels decide, as they come to the tower; of several tiles, the first."""
@@ -166,16 +206,23 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         return self._family
 
 
-def parse_reductions(value: object, count: int) -> list[Reduction]:
-    """`mm_processor_kwargs["foldserve"]` -> one `Reduction` per image.
+def _by_modality(asked: object) -> Mapping[Modality, object]:
+    """`mm_processor_kwargs["foldserve"]`: what is not by modality is for all, a list for images."""
+    if isinstance(asked, Mapping) and asked and asked.keys() <= PLAN_FIELDS.keys():
+        return asked
+    return {"image": asked} if isinstance(asked, list) else dict.fromkeys(PLAN_FIELDS, asked)
+
+
+def parse_reductions(value: object, count: int, modality: Modality = "image") -> list[Reduction]:
+    """What is asked for a modality -> one `Reduction` per image or video.
 
     Raises:
-        InvalidReduction: a malformed reduction, or a list of another length than the number of images.
+        InvalidReduction: a malformed reduction, or a list of another length than the number of items.
     """
     if not isinstance(value, list):
         return [_parse(_text(value if value is not None else {}))] * count
     if len(value) != count:
-        raise InvalidReduction(f"{len(value)} reductions came for {count} images: send one per image", param="")
+        raise InvalidReduction(f"{len(value)} reductions came for {count} {modality}s: send one for each", param="")
     return [_parse(_text(item)) for item in value]
 
 

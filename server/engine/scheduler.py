@@ -70,7 +70,7 @@ class FoldScheduler(Scheduler):
         self._family = family_of(self.vllm_config.model_config)
         manager = self.encoder_cache_manager
         if self._family is not None and type(manager) is EncoderCacheManager:
-            self._most_encoded = profiled_tokens(self.vllm_config, self._family)
+            self._most_encoded = profiled_tokens(self.vllm_config)
             self.encoder_cache_manager = CountingCacheManager(manager.cache_size, self._encoded)
         self._grammars = GrammarPool()
         self._steps = FairSteps()

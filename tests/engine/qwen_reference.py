@@ -23,6 +23,8 @@ from tests.engine.withdrawal.reference import Merge, chosen
 
 Answer = tuple[list[int], list[float]]
 Place = tuple[int, int, int]
+Film = tuple[NDArray[np.uint8], dict[str, Any]]
+"""(pictures, height, width, 3), and vLLM's metadata."""
 
 
 @dataclass
@@ -52,29 +54,48 @@ class QwenReference:
 
     @torch.inference_mode()
     def generate(
-        self, prompt: str, images: Sequence[Image.Image], reductions: Sequence[Mapping[str, Any]], tokens: int
+        self,
+        prompt: str,
+        images: Sequence[Image.Image],
+        reductions: Sequence[Mapping[str, Any]],
+        tokens: int,
+        films: Sequence[tuple[Film, Mapping[str, Any]]] = (),
     ) -> Answer:
-        """Greedy tokens, and the log-probability of each."""
-        waiting = [self.left(image, asked) for image, asked in zip(images, reductions, strict=True)]
-        levels = [torch.cat(level) for level in zip(*(left.levels for left in waiting), strict=True)]
-        rows: list[range] = []
+        """Greedy tokens, and the log-probability of each; `films` with what is asked of each."""
+        pictures = iter([(image, asked) for image, asked in zip(images, reductions, strict=True)])
+        videos = iter(films)
+        all_asked: list[Mapping[str, Any]] = []
+        levels: list[Tensor] = []
+        rows: list[list[int]] = []
         ids: list[int] = []
         places: list[Place] = []
         is_vision: list[bool] = []
         following = 0
         for token in self.processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]:
-            if token != self.config.image_token_id:
-                ids.append(token)
-                places.append((following,) * 3)
-                is_vision.append(False)
-                following += 1
-                continue
-            image = waiting.pop(0)
-            rows.append(range(len(ids), len(ids) + len(image.places)))
-            ids += [token] * len(image.places)
-            places += [(t + following, y + following, x + following) for t, y, x in image.places]
-            is_vision += [True] * len(image.places)
-            following += image.taken
+            pieces: list[list[int] | Left] = [[token]]
+            if token == self.config.image_token_id:
+                image, asked = next(pictures)
+                pieces = [self.left(image, asked)]
+            elif token == self.config.video_token_id:
+                film, asked = next(videos)
+                pieces = self.film(film, asked)
+            if pieces != [[token]]:
+                all_asked.append(asked)
+                rows.append([])
+            for piece in pieces:
+                if isinstance(piece, list):
+                    ids += piece
+                    places += [(following + i,) * 3 for i in range(len(piece))]
+                    is_vision += [False] * len(piece)
+                    following += len(piece)
+                    continue
+                rows[-1] += range(len(ids), len(ids) + len(piece.places))
+                ids += [token] * len(piece.places)
+                places += [(t + following, y + following, x + following) for t, y, x in piece.places]
+                is_vision += [True] * len(piece.places)
+                following += piece.taken
+                before = levels or [level[:0] for level in piece.levels]
+                levels = [torch.cat(both) for both in zip(before, piece.levels, strict=True)]
         embeds = self.model.model.language_model.embed_tokens(torch.tensor(ids))
         mask = torch.tensor(is_vision)
         if levels:
@@ -82,18 +103,54 @@ class QwenReference:
         added = [torch.zeros_like(embeds) for _ in levels[1:]]
         for level, whole in zip(levels[1:], added, strict=True):
             whole[mask] = level
-        gone, merges = self._gone(embeds, added, places, rows, reductions)
+        gone, merges = self._gone(embeds, added, places, rows, all_asked)
         return self._greedy(embeds, added, places, gone, merges, following, tokens)
 
+    def film(self, film: Film, asked: Mapping[str, Any]) -> list[list[int] | Left]:
+        """The frames of a video as they are left, or one after the other, and text between them."""
+        pictures, metadata = film
+        process, tokenizer = self.processor.video_processor, self.processor.tokenizer
+        known = {name: value for name, value in metadata.items() if name != "do_sample_frames"}
+        inputs = process(videos=[pictures], video_metadata=[known], do_sample_frames=False, return_tensors="pt")
+        pixels, (grid,) = inputs["pixel_values_videos"], inputs["video_grid_thw"].tolist()
+        found = self.model.model.visual(pixels, grid_thw=inputs["video_grid_thw"], return_dict=True)
+        levels = [found.pooler_output, *(getattr(found, "deepstack_features", None) or [])]
+        merge, vision = self.config.vision_config.spatial_merge_size, self.config.vision_config
+        rows, columns = grid[1] // merge, grid[2] // merge
+        n, together = rows * columns, vision.temporal_patch_size
+        frames = [
+            self._reduced([level[f * n : (f + 1) * n] for level in levels], (rows, columns), asked, 0)
+            for f in range(grid[0])
+        ]
+        if self.config.model_type == "qwen3_vl":
+            pieces: list[list[int] | Left] = []
+            for f, frame in enumerate(frames):
+                seconds = [
+                    metadata["frames_indices"][i] / metadata["fps"] for i in (f * together, (f + 1) * together - 1)
+                ]
+                stamp = f"<{sum(seconds) / 2:.1f} seconds>"
+                pieces += [
+                    tokenizer(stamp, add_special_tokens=False)["input_ids"],
+                    [self.config.vision_start_token_id],
+                    frame,
+                    [self.config.vision_end_token_id],
+                ]
+            return pieces
+        step = together / metadata["fps"] * getattr(vision, "tokens_per_second", 1.0)
+        step = step if self.config.model_type == "qwen2_5_vl" else 1.0
+        whole = [torch.cat(level) for level in zip(*(frame.levels for frame in frames), strict=True)]
+        kept = len(frames[0].places)
+        if asked.get("positions") == "renumber" and kept < n:
+            return [Left(whole, [(i, i, i) for i in range(kept * len(frames))], kept * len(frames))]
+        places = [(int(f * step), y, x) for f, frame in enumerate(frames) for _, y, x in frame.places]
+        return [Left(whole, places, max(int((len(frames) - 1) * step) + 1, frames[0].taken))]
+
     def left(self, image: Image.Image, asked: Mapping[str, Any]) -> Left:
-        method, positions = asked.get("method", "folder"), asked.get("positions")
-        in_decoder = method in ("fastv", "illava_decoder")  # alone, so that the ratio is theirs
-        rows, columns = self._grid(image)
-        if method == "downsample":
-            whole = (rows, columns)
-            less, fewer = grid_for(rows * columns - int(rows * columns * asked["ratio"]), whole)
+        whole = self._grid(image)
+        if asked.get("method") == "downsample":
+            less, fewer = grid_for(whole[0] * whole[1] - int(whole[0] * whole[1] * asked["ratio"]), whole)
             levels, _ = self._encode(image.resize((fewer * self.token, less * self.token), 3), do_resize=False)
-            if positions == "keep":
+            if asked.get("positions") == "keep":
                 centres = [
                     (0, (2 * y + 1) * whole[0] // (2 * less), (2 * x + 1) * whole[1] // (2 * fewer))
                     for y in range(less)
@@ -102,13 +159,19 @@ class QwenReference:
                 return Left(levels, centres, max(whole))
             return Left(levels, _raster(less, fewer), max(less, fewer))
         levels, seed = self._encode(image)
-        n = rows * columns
+        return self._reduced(levels, whole, asked, seed)
+
+    def _reduced(self, levels: list[Tensor], grid: tuple[int, int], asked: Mapping[str, Any], seed: int) -> Left:
+        """Of an image, or of a frame of a video, after the tower."""
+        method, positions = asked.get("method", "folder"), asked.get("positions")
+        (rows, columns), n = grid, grid[0] * grid[1]
+        in_decoder = method in ("fastv", "illava_decoder")  # alone, so that the ratio is theirs
         removed = 0 if in_decoder else int(n * asked.get("ratio", 0.0))
         removed = max(0, n - asked["keep_tokens"]) if "keep_tokens" in asked else removed
         if not removed:
             return Left(levels, _raster(rows, columns), max(rows, columns))
         if method == "pool":
-            return self._pooled(levels, (rows, columns), n - removed, positions)
+            return self._pooled(levels, grid, n - removed, positions)
         if method.partition("+")[0] == "folder":
             groups = folder_groups(levels[0].numpy(), removed)
         else:
@@ -152,21 +215,21 @@ class QwenReference:
         embeds: Tensor,
         added: list[Tensor],
         places: list[Place],
-        images: Sequence[range],
+        items: Sequence[list[int]],
         reductions: Sequence[Mapping[str, Any]],
     ) -> tuple[set[int], list[Merge]]:
         """Rows that leave before layer K, and what others become there."""
         gone: set[int] = set()
         merges: list[Merge] = []
-        for rows, asked in zip(images, reductions, strict=True):
+        for rows, asked in zip(items, reductions, strict=True):
             decoder = asked.get("method", "folder").rpartition("+")[2]
             if asked.get("withdraw"):
                 gone |= set(rows)
             elif decoder in ("fastv", "illava_decoder"):
                 share = asked.get("decoder_ratio", asked["ratio"])
                 removed = len(rows) - round(len(rows) * (1 - share)) if decoder == "fastv" else int(len(rows) * share)
-                scores = self._last_row(embeds, added, places)[rows.start : rows.stop].tolist()
-                leaving, merged = chosen(decoder, list(rows), scores, removed)
+                scores = self._last_row(embeds, added, places)[rows].tolist()
+                leaving, merged = chosen(decoder, rows, scores, removed)
                 gone |= set(leaving)
                 merges += merged
         return gone, merges

@@ -269,7 +269,7 @@ def test_the_encoder_reads_no_survivor_back(method: str) -> None:
     )
     whole = Survivors(torch.zeros(144, WIDTH, device="meta"), torch.arange(144, device="meta"))
     (left,) = reduce_features([whole], [plan])
-    assert attach(left.features, left.source).shape == (36, WIDTH + 2)
+    assert attach(left.features, left.source).shape == (36, WIDTH + 3)
 
 
 def test_a_model_whose_identities_are_not_ours_is_left_alone() -> None:
@@ -278,7 +278,7 @@ def test_a_model_whose_identities_are_not_ours_is_left_alone() -> None:
     runner.model.can_keep_positions = False
     embeds, positions = runner.run()
     assert positions.tolist() == [0, 7, 7]
-    assert [item.shape for item in embeds] == [(1, WIDTH + 2)]
+    assert [item.shape for item in embeds] == [(1, WIDTH + 3)]
     assert SequencePositions.of([]) is None
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from vllm import EngineArgs, ModelRegistry
@@ -23,10 +24,10 @@ from foldserve.server.engine.families.registry import ENTRIES, family_of
 from foldserve.server.engine.mrope import GridPositions
 from tests import qwen_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
-from tests.engine.qwen_reference import Answer, QwenReference
+from tests.engine.qwen_reference import Answer, Film, QwenReference
 from tests.engine.watch import forget, watch
 from tests.images import photo
-from tests.qwen_checkpoint import IMAGE, MODELS
+from tests.qwen_checkpoint import IMAGE, MODELS, VIDEO
 
 SIZES = ((280, 196), (168, 336), (256, 256))
 """(width, height)"""
@@ -201,6 +202,71 @@ def test_blocks_fall_by_the_plan(llm: Any) -> None:
     assert len(output.prompt_token_ids) == text + tokens - tokens // 2
 
 
+@dataclass(frozen=True)
+class FilmCase(Case):
+    """A case with one video, and what is asked of it."""
+
+    film: Film = field(default_factory=lambda: film(0))
+    asked: dict[str, Any] = field(default_factory=dict)
+
+    def to_vllm(self) -> dict[str, Any]:
+        data = {"video": [self.film]} | ({"image": list(self.images)} if self.images else {})
+        asked = {"video": [self.asked]} | ({"image": list(self.reductions)} if self.images else {})
+        return {"prompt": self.prompt, "multi_modal_data": data, "mm_processor_kwargs": {"foldserve": asked}}
+
+
+def film(seed: int, pictures: int = 6) -> Film:
+    frames = np.stack([np.asarray(photo(seed + i, 140, 112)) for i in range(pictures)])
+    known = {"fps": 2.0, "duration": pictures / 2, "total_num_frames": pictures, "video_backend": "opencv"}
+    return frames, {**known, "frames_indices": list(range(pictures)), "do_sample_frames": False}
+
+
+def one_film(seed: int, **asked: object) -> FilmCase:
+    return FilmCase(ask("see ", VIDEO, "what happens?"), film=film(seed), asked=asked)
+
+
+FILMS = [
+    one_film(1),
+    one_film(2, ratio=0.5),
+    one_film(3, ratio=0.5, positions="renumber"),
+    one_film(4, method="pool", ratio=0.6),
+    one_film(5, method="pool", ratio=0.6, positions="keep"),
+    one_film(6, withdraw=True),
+    one_film(7, ratio=0.5, withdraw=True),
+    FilmCase(
+        ask(VIDEO, "and", IMAGE, "?"), [photo(1, *SIZES[0])], [{"ratio": 0.5}], film=film(8), asked={"ratio": 0.75}
+    ),
+    FilmCase(ask(IMAGE, "and", VIDEO, "?"), [photo(1, *SIZES[0])], [{"ratio": 0.5}], film=film(9)),
+]
+
+
+def test_videos_frame_by_frame(llm: Any, reference: QwenReference) -> None:
+    """Twice: the second time from the caches. A plan holds for each frame; text between frames stays."""
+    for _ in range(2):
+        for case, (tokens, logprobs) in zip(FILMS, greedy(llm, FILMS), strict=True):
+            asked = [(case.film, case.asked)]
+            want, expected = reference.generate(case.prompt, case.images, case.reductions, MAX_TOKENS, asked)
+            assert tokens == want, case.asked
+            assert logprobs == pytest.approx(expected, abs=2e-5)
+
+
+def test_videos_that_are_refused(llm: Any, reference: QwenReference) -> None:
+    refusals: list[tuple[FilmCase, str]] = [
+        (one_film(1, method="downsample", ratio=0.5), "makes images smaller, not videos"),
+        (one_film(1, ratio=0.999), "have to stay"),
+    ]
+    if reference.config.model_type == "qwen3_vl":
+        pictures, metadata = film(1)
+        sampled = replace(one_film(1, ratio=0.5), film=(pictures, {**metadata, "do_sample_frames": True}))
+        refusals += [
+            (one_film(1, method="fastv", ratio=0.5), "text between a video's frames"),
+            (sampled, "frames are to be"),
+        ]
+    for case, message in refusals:
+        with pytest.raises(InvalidReduction, match=message):
+            llm.generate([case.to_vllm()], use_tqdm=False)
+
+
 class WrongRow(GridPositions):
     def places(self, feature: Any, source: torch.Tensor) -> torch.Tensor:
         return super().places(feature, source) + torch.tensor([[0], [1], [0]])
@@ -208,8 +274,8 @@ class WrongRow(GridPositions):
 
 class WrongGrid(GridPositions):
     def places(self, feature: Any, source: torch.Tensor) -> torch.Tensor:
-        self._columns = {place: columns - 1 for place, columns in self._columns.items()}
-        return super().places(feature, source)
+        grid = self._grids[feature.mm_position.offset]
+        return grid._replace(columns=grid.columns - 1).places(source)
 
 
 @pytest.mark.parametrize("wrong", [WrongRow, WrongGrid])

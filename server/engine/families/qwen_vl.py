@@ -1,4 +1,4 @@
-"""What Qwen's vision-language models share: images of any size, one grid each, and M-RoPE.
+"""What Qwen's vision-language models share: images and videos of any size, a grid for each frame, and M-RoPE.
 
 The vision tower gives a token for 2 x 2 patches, in raster order. Qwen3-VL's adds *deepstack levels*, features of some
 of its layers that the decoder's first layers take up: they are further columns of the tokens, and go their way.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -19,33 +20,36 @@ from transformers.image_transforms import to_pil_image
 from vllm.config import ModelConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalKwargsItems
-from vllm.multimodal.parse import ImageProcessorItems, MultiModalDataItems
-from vllm.multimodal.processing import PromptUpdate
+from vllm.multimodal.parse import ImageProcessorItems, ImageSize, MultiModalDataItems, VideoProcessorItems
+from vllm.multimodal.processing import PromptUpdate, PromptUpdateDetails
 
 from foldserve.kernels.warm_up import Widths
 from foldserve.reducers import METHODS
 from foldserve.reducers.downsample import Downsample
 from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part
-from foldserve.reducers.method import BeforeTower
-from foldserve.reducers.reduction import Positions, Reduction
-from foldserve.server.engine.family import AfterTowerFamily
-from foldserve.server.engine.mrope import GridPositions, grid_of, positions_taken
+from foldserve.reducers.method import BeforeTower, ScoringDecoder
+from foldserve.reducers.reduction import InvalidReduction, Positions, Reduction
+from foldserve.server.engine.family import AfterTowerFamily, Modality
+from foldserve.server.engine.mrope import Grid, GridPositions, reduced_positions
 from foldserve.server.engine.processor import FoldProcessor, without_ours
-from foldserve.server.engine.vision import Survivors
+from foldserve.server.engine.vision import Survivors, rows
 
+_SAMPLING = frozenset({"fps", "num_frames", "do_sample_frames"})  # choose a video's frames
 _STAGES = frozenset({Stage.BEFORE_TOWER, Stage.AFTER_TOWER, Stage.DECODER})
-_GRIDS = "image_grid_thw"
+_PIXELS: Mapping[Modality, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
+_GRIDS: Mapping[Modality, str] = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
 
 class QwenVLFamily(AfterTowerFamily):
-    """`Layout.shape` is (rows, columns) of the image's tokens.
+    """`Layout.shape` is (rows, columns, frames) of tokens; a video's frames, each of two pictures, share one plan.
 
     Tokens that stay keep their positions unless something else is asked for, since rows and columns are then numbers
     that the model has seen in training; a method that keeps a grid gives those of a smaller image.
     """
 
-    shape_ints = 2
+    modalities = ("image", "video")
+    shape_ints = 3
     sends_bytes = False  # vLLM does so for these models (`mm_device_do_normalize`)
 
     def __init__(self, model_config: ModelConfig) -> None:
@@ -59,22 +63,47 @@ class QwenVLFamily(AfterTowerFamily):
     def largest(self) -> Layout:
         info = MULTIMODAL_REGISTRY.get_processing_info(self._model_config)
         size = info.get_image_size_with_most_features()
-        return self.layout(_grid(info, size.width, size.height, {}))
+        return self.layout((*_grid(info, info.get_image_processor(), size, {}), 1))
 
     def shape(self, images: Any, index: int, info: Any, kwargs: Mapping[str, object]) -> tuple[int, ...]:
-        size = images.get_image_size(index)
-        return _grid(info, size.width, size.height, kwargs)
+        return *_grid(info, info.get_image_processor(), images.get_image_size(index), kwargs), 1
+
+    def video_shape(self, videos: Any, index: int, info: Any, kwargs: Mapping[str, object]) -> tuple[int, ...] | None:
+        video = videos.get(index)
+        processor = info.get_hf_processor().video_processor
+        pictures, metadata = video if isinstance(video, tuple) else (video, {})
+        # vLLM asks the metadata for Qwen3-VL, and leaves the others to the HF processor
+        chosen_later = metadata.get("do_sample_frames", False) if self._apart else processor.do_sample_frames
+        asked = info._merge_and_resolve_mm_processor_kwargs(kwargs).get("videos_kwargs", {})
+        if chosen_later or asked.keys() & _SAMPLING:
+            return None
+        size = VideoProcessorItems([pictures]).get_frame_size(0)  # vLLM's own takes the pair for the pictures
+        grid = _grid(info, processor, size, kwargs, len(pictures))
+        return *grid, -(-len(pictures) // info.get_hf_config().vision_config.temporal_patch_size)
+
+    def of_video(self, reduction: Reduction) -> Reduction:
+        if isinstance(METHODS[reduction.method], BeforeTower):
+            raise InvalidReduction(f"method {reduction.method!r} makes images smaller, not videos", "method")
+        if self._apart and isinstance(METHODS.get(reduction.decoder or ""), ScoringDecoder):
+            raise InvalidReduction(
+                f"method {reduction.decoder!r} chooses among tokens that lie in one piece, and this model puts text "
+                "between a video's frames: withdraw them all, or reduce before the decoder",
+                "method",
+            )
+        return reduction
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        rows, columns = shape
-        return Layout((Part(_geometry(rows, columns)),), (rows, columns))
+        rows, columns, frames = shape
+        return Layout((Part(_geometry(rows, columns), frames),), (rows, columns, frames))
 
-    def pixels(self, processed: Mapping[str, Any]) -> Sequence[Tensor]:
-        return _each(processed["pixel_values"], processed[_GRIDS])
+    def pixels(self, processed: Mapping[str, Any], modality: Modality) -> Sequence[Tensor]:
+        return _each(processed[_PIXELS[modality]], processed[_GRIDS[modality]])
 
     def select(self, inputs: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
-        pixels = _each(inputs["pixel_values"], inputs[_GRIDS])
-        return {"pixel_values": torch.cat([pixels[i] for i in places]), _GRIDS: inputs[_GRIDS][places]}
+        modality: Modality = "image" if _GRIDS["image"] in inputs else "video"
+        pixels = self.pixels(inputs, modality)
+        others = {name: rows(value, places) for name, value in inputs.items() if name != _PIXELS[modality]}
+        return {_PIXELS[modality]: torch.cat([pixels[i] for i in places]), **others}
 
     def widths(self, model_config: ModelConfig) -> Widths:
         vision, hidden = model_config.hf_config.vision_config, model_config.get_inputs_embeds_size()
@@ -82,18 +111,23 @@ class QwenVLFamily(AfterTowerFamily):
         return Widths(hidden * (1 + levels), hidden // vision.num_heads, deciding=hidden)
 
     def grids(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> list[list[Tensor]]:
-        return [[image[None]] for image in model.unreduced(**inputs)]
+        each = zip(model.unreduced(**inputs), plans, strict=True)
+        return [[item.view(plan.layout.parts[0].count, -1, item.shape[-1])] for item, plan in each]
 
     def deciding_columns(self, model: Any) -> int:
         return self._model_config.get_inputs_embeds_size()
 
     def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
-        (image,), (grid_plan,) = grids, plan.grids
+        (grid_plan,) = plan.grids
         method = grid_plan.reducer
-        if not isinstance(method, BeforeTower):
-            return image
-        assert grid_plan.grid is not None
-        return image._replace(source=method.source(grid_of(plan), grid_plan.grid, image.source.device))
+        if isinstance(method, BeforeTower):
+            assert grid_plan.grid is not None and grid_plan.whole_grid is not None
+            (image,) = grids
+            return image._replace(source=method.source(grid_plan.whole_grid, grid_plan.grid, image.source.device))
+        return Survivors(
+            torch.cat([frame.features for frame in grids]),
+            torch.cat([frame.source + i * grid_plan.encoded for i, frame in enumerate(grids)]),
+        )
 
     def low_detail(self, default: Reduction, ratio: float) -> Reduction:
         """A smaller image, which saves the tower's time too."""
@@ -105,12 +139,27 @@ class QwenVLFamily(AfterTowerFamily):
     def position_map(self, features: Sequence[Any]) -> GridPositions | None:
         return GridPositions.of(self, features)
 
+    def frame_step(self, feature: Any) -> float:
+        seconds = feature.data.get("second_per_grid_ts")
+        if seconds is None:
+            return 1.0
+        return float(seconds.data) * getattr(self._model_config.hf_config.vision_config, "tokens_per_second", 1.0)
+
     def positions_beyond_tokens(self, plan: ItemPlan) -> int:
-        return positions_taken(plan) - plan.kept
+        """Of a video whose pace is not known here: as of two frames a second."""
+        rows, columns, frames = plan.layout.shape
+        grid = Grid(1 if self._apart else frames, rows, columns)
+        runs = frames if self._apart else 1
+        return runs * reduced_positions(plan, grid, plan.kept // runs)[1] - plan.kept if not plan.is_identity else 0
+
+    @property
+    def _apart(self) -> bool:
+        """There is text between a video's frames."""
+        return self._model_config.hf_config.model_type.startswith("qwen3")
 
 
 class QwenImages(FoldProcessor):
-    """Modifications beside `FoldProcessor`'s: fewer placeholders for a reduced image, and smaller images."""
+    """Modifications beside `FoldProcessor`'s: fewer placeholders for what is reduced, and smaller images."""
 
     def _get_prompt_updates(
         self,
@@ -118,31 +167,42 @@ class QwenImages(FoldProcessor):
         hf_processor_mm_kwargs: Mapping[str, object],
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
-        plans = self.plans(mm_items, hf_processor_mm_kwargs)
+        planned: dict[str, list[ItemPlan]] = dict(self._all_plans(mm_items, hf_processor_mm_kwargs).items())
         updates = super()._get_prompt_updates(mm_items, without_ours(hf_processor_mm_kwargs), out_mm_kwargs)
-        return [_shortened(update, plans) if update.modality == "image" and plans else update for update in updates]
+        config = self.info.get_hf_config()
+        tokens = {"image": config.image_token_id, "video": config.video_token_id}
+        return [
+            _shortened(update, tokens[update.modality], planned[update.modality])
+            if update.modality in planned
+            else update
+            for update in updates
+        ]
 
     def _processed(
-        self, mm_items: MultiModalDataItems, plans: Sequence[ItemPlan], hf_kwargs: Mapping[str, object]
+        self,
+        mm_items: MultiModalDataItems,
+        planned: Mapping[Modality, Sequence[ItemPlan]],
+        hf_kwargs: Mapping[str, object],
     ) -> BatchFeature:
         """Images that are made smaller are processed apart, so that the least size of others is not theirs."""
+        plans = planned.get("image", [])
         smaller = [i for i, plan in enumerate(plans) if isinstance(plan.grids[0].reducer, BeforeTower)]
         if smaller:
             others = [i for i in range(len(plans)) if i not in smaller]
-            processed = super()._processed(_with_images(mm_items, others), [plans[i] for i in others], hf_kwargs)
+            processed = super()._processed(_with_images(mm_items, others), planned, hf_kwargs)
             small = ImageProcessorItems([self._resized(mm_items["image"].get(i), plans[i]) for i in smaller])
             as_they_are = {**hf_kwargs, "do_resize": False}
-            found = super()._processed(MultiModalDataItems({"image": small}), [], as_they_are)
+            found = super()._processed(MultiModalDataItems({"image": small}), planned, as_they_are)
             images = dict(zip(smaller, _images(found), strict=True)) | dict(
                 zip(others, _images(processed) if others else [], strict=True)
             )
             each = [images[i] for i in range(len(plans))]
             processed["pixel_values"] = torch.cat([pixels for pixels, _ in each])
-            processed[_GRIDS] = torch.stack([grid for _, grid in each])
+            processed[_GRIDS["image"]] = torch.stack([grid for _, grid in each])
         else:
-            processed = super()._processed(mm_items, plans, hf_kwargs)
-        if plans:
-            self._check_grids(processed[_GRIDS], plans)
+            processed = super()._processed(mm_items, planned, hf_kwargs)
+        for modality, made in planned.items():
+            self._check_grids(processed[_GRIDS[modality]], made)
         return processed
 
     def _resized(self, image: Any, plan: ItemPlan) -> Image.Image:
@@ -156,20 +216,27 @@ class QwenImages(FoldProcessor):
     def _check_grids(self, grids: Tensor, plans: Sequence[ItemPlan]) -> None:
         """Sizes were known before the HF processor ran: what it made of them has to agree."""
         merge = self.info.get_hf_config().vision_config.spatial_merge_size
-        for (_, height, width), plan in zip(grids.tolist(), plans, strict=True):
+        for (frames, height, width), plan in zip(grids.tolist(), plans, strict=True):
             is_smaller = isinstance(plan.grids[0].reducer, BeforeTower)
-            expected = plan.grids[0].grid if is_smaller else grid_of(plan)
-            if (height // merge, width // merge) != expected:
+            expected = (*plan.grids[0].grid, 1) if is_smaller and plan.grids[0].grid else plan.layout.shape
+            if (height // merge, width // merge, frames) != expected:
                 raise RuntimeError(f"an image of {expected} tokens by its size came out as {height} x {width} patches")
 
 
-def _shortened(update: PromptUpdate, plans: Sequence[ItemPlan]) -> PromptUpdate:
-    """vLLM's own, with as many of its tokens as stay."""
+def _shortened(update: PromptUpdate, token: int, plans: Sequence[ItemPlan]) -> PromptUpdate:
+    """vLLM's own, with as many of each run of `token` as stay; text between a video's frames is left alone."""
     stock: Any = update.content
 
-    def shorter(index: int) -> list[int]:
-        tokens: list[int] = stock(index)
-        return tokens if plans[index].is_identity else tokens[:1] * plans[index].kept
+    def shorter(index: int) -> Any:
+        content, plan = stock(index), plans[index]
+        if plan.is_identity or isinstance(plan.grids[0].reducer, BeforeTower):  # vLLM has seen the smaller image
+            return content
+        has_text = isinstance(content, PromptUpdateDetails)
+        kept: list[int] = []
+        for found, run in groupby(content.full if has_text else content):
+            length = len(list(run))
+            kept += [found] * (length * plan.kept // plan.encoded if found == token else length)
+        return PromptUpdateDetails.select_token_id(kept, token) if has_text else kept
 
     return replace(update, replacement=shorter)
 
@@ -183,24 +250,31 @@ def _with_images(mm_items: MultiModalDataItems, places: Sequence[int]) -> MultiM
 
 def _images(processed: BatchFeature) -> list[tuple[Tensor, Tensor]]:
     """(pixels, grid) of each image."""
-    grids = processed[_GRIDS]
+    grids = processed[_GRIDS["image"]]
     return list(zip(_each(processed["pixel_values"], grids), grids, strict=True))
 
 
 def _each(pixels: Tensor, grids: Tensor) -> Sequence[Tensor]:
-    """(patches of all images, values) -> those of each image, whose grid is (1, rows, columns) of patches."""
+    """(patches of all items, values) -> those of each, whose grid is (frames, rows, columns) of patches."""
     images: Sequence[Tensor] = pixels.split_with_sizes(grids.prod(-1).tolist())
     return images
 
 
-def _grid(info: Any, width: int, height: int, kwargs: Mapping[str, object]) -> tuple[int, int]:
-    """(rows, columns) of the tokens of an image of this size in pixels, by vLLM's own formula."""
+def _grid(
+    info: Any, processor: Any, size: ImageSize, kwargs: Mapping[str, object], pictures: int | None = None
+) -> tuple[int, int]:
+    """(rows, columns) of the tokens of an image, or of a video of so many pictures of this size, by vLLM's formula."""
     vision = info.get_hf_config().vision_config
-    size, _ = info._get_vision_info(
-        image_width=width, image_height=height, image_processor=info.get_image_processor(), mm_kwargs=kwargs
+    resized, _ = info._get_vision_info(
+        image_width=size.width,
+        image_height=size.height,
+        num_frames=pictures or 1,
+        image_processor=processor,
+        mm_kwargs=kwargs,
+        modality="video" if pictures else "image",
     )
     token = vision.patch_size * vision.spatial_merge_size
-    return size.height // token, size.width // token
+    return resized.height // token, resized.width // token
 
 
 @lru_cache(maxsize=4096)
