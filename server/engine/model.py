@@ -13,7 +13,7 @@ from vllm.model_executor.models.interfaces import MultiModalEmbeddings, Supports
 from vllm.transformers_utils.processor import cached_image_processor_from_config
 
 from foldserve.kernels import ops
-from foldserve.kernels.warm_up import Widths, warm_up
+from foldserve.kernels.warm_up import warm_up
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import positions, withdrawal
