@@ -121,7 +121,8 @@ class MropeModel(FoldModel):
         assert self.family is not None
         grid = grid_of(feature, plan, self.family)
         for first, last in place.extract_embeds_range():
-            yield first, *reduced_positions(plan, grid, last + 1 - first)
+            tokens = last + 1 - first
+            yield first, _reduced_positions(plan, grid, tokens), positions_taken(plan, grid, tokens)
 
 
 def grid_of(feature: Any, plan: ItemPlan, family: Family) -> Grid:
@@ -131,18 +132,26 @@ def grid_of(feature: Any, plan: ItemPlan, family: Family) -> Grid:
     return Grid(1 if apart else frames, rows, columns, family.frame_step(feature))
 
 
-def reduced_positions(plan: ItemPlan, grid: Grid, tokens: int) -> tuple[NDArray[np.int64], int]:
-    """(3, tokens) positions of a reduced item, or of one of its frames, and how many it takes; see `MropeModel`.
+def positions_taken(plan: ItemPlan, grid: Grid, tokens: int) -> int:
+    """Positions of an item, or of one of its frames, of which so many tokens are left; see `MropeModel`."""
+    left = _left(plan, grid)
+    return tokens if left is None else left.taken
 
-    Of tokens that keep their positions only where the item begins.
-    """
-    (grid_plan,) = plan.grids
+
+def _reduced_positions(plan: ItemPlan, grid: Grid, tokens: int) -> NDArray[np.int64]:
+    """(3, tokens) of the same; of tokens that keep theirs only where the item begins."""
     if plan.keeps_positions:
-        return np.zeros((3, tokens), np.int64), grid.taken
-    if grid_plan.grid is None:
-        return _text(tokens), tokens
-    smaller = grid._replace(rows=grid_plan.grid[0], columns=grid_plan.grid[1])
-    return smaller.all_places(), smaller.taken
+        return np.zeros((3, tokens), np.int64)
+    left = _left(plan, grid)
+    return _text(tokens) if left is None else left.all_places()
+
+
+def _left(plan: ItemPlan, grid: Grid) -> Grid | None:
+    """Where tokens that are left may stand; None where they are numbered as text is."""
+    (grid_plan,) = plan.grids
+    if plan.is_identity or plan.keeps_positions:
+        return grid
+    return None if grid_plan.grid is None else grid._replace(rows=grid_plan.grid[0], columns=grid_plan.grid[1])
 
 
 def _text(tokens: int) -> NDArray[np.int64]:

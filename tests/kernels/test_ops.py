@@ -90,12 +90,12 @@ def test_the_model_chooses_for_its_device_and_compiles_before_it_is_built(monkey
                         device_config=SimpleNamespace(device_type=device),
                         compilation_config=SimpleNamespace(cudagraph_mm_encoder=False),
                         lora_config=None,
-                        model_config=SimpleNamespace(hf_config=config, dtype=torch.bfloat16),
+                        model_config=SimpleNamespace(hf_config=config, dtype=torch.bfloat16, multimodal_config=None),
                         additional_config={"foldserve": {"withdraw_layer": layer}},
                     )
                 )
             assert in_use() == expected
-            compiled = [(Widths(96, 24, decoder), torch.bfloat16, torch.device("cuda"))]
+            compiled = [(Widths(96, 24, decoder=decoder), torch.bfloat16, torch.device("cuda"))]
             assert warmed == (compiled if expected is TWINS else [])
             warmed.clear()
 

@@ -31,7 +31,7 @@ from foldserve.reducers.item import ItemPlan, Layout, Part
 from foldserve.reducers.method import BeforeTower, ScoringDecoder
 from foldserve.reducers.reduction import InvalidReduction, Positions, Reduction
 from foldserve.server.engine.family import AfterTowerFamily, Modality
-from foldserve.server.engine.mrope import Grid, GridPositions, reduced_positions
+from foldserve.server.engine.mrope import Grid, GridPositions, positions_taken
 from foldserve.server.engine.processor import FoldProcessor, without_ours
 from foldserve.server.engine.vision import Survivors, rows
 
@@ -148,9 +148,8 @@ class QwenVLFamily(AfterTowerFamily):
     def positions_beyond_tokens(self, plan: ItemPlan) -> int:
         """Of a video whose pace is not known here: as of two frames a second."""
         rows, columns, frames = plan.layout.shape
-        grid = Grid(1 if self._apart else frames, rows, columns)
         runs = frames if self._apart else 1
-        return runs * reduced_positions(plan, grid, plan.kept // runs)[1] - plan.kept if not plan.is_identity else 0
+        return runs * positions_taken(plan, Grid(frames // runs, rows, columns), plan.kept // runs) - plan.kept
 
     @property
     def _apart(self) -> bool:
