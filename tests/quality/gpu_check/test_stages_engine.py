@@ -30,7 +30,7 @@ def test_a_burst_stays_within_the_bound(tmp_path: Path) -> None:
 
 
 def test_a_burst_without_the_bound_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foldserve.server.engine.model.profiled_images", lambda config: 1000)
+    monkeypatch.setattr("foldserve.server.engine.model.profiled_tokens", lambda config: 10**6)
     with pytest.raises(Failed, match="the tower had"):
         burst(InProcess(tmp_path))
 
