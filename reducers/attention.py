@@ -87,3 +87,22 @@ class LayerAttention:
         if self.key_bias is not None:
             logits = logits + self.key_bias[:, None, None]
         return logits.softmax(dim=-1)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PatchAttention(LayerAttention):
+    """Of a tower in which a token is several patches: queries and keys are the patches', what is given the tokens'.
+
+    Attributes:
+        patches: of a token, which lie side by side.
+    """
+
+    patches: int = 1
+
+    def keys(self) -> Tensor:
+        keys = LayerAttention.keys(self)
+        return keys.reshape(len(keys), -1, self.patches, keys.shape[-1]).mean(dim=2)
+
+    def attention_received(self) -> Tensor:
+        received = LayerAttention.attention_received(self)
+        return received.reshape(len(received), -1, self.patches).mean(dim=2)

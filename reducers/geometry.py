@@ -30,6 +30,7 @@ class VisionGeometry:
             grid has or a method can give, the next lower number of tokens stays, instead of a refusal.
         any_resolution: the model lays the tokens of its tiles out as squares, so that a square number has to stay.
         projector: name of the method that is trained into the checkpoint's projector, or None.
+        windowed_layers: encoder layers that attend within windows, where an image's tokens can't be compared.
     """
 
     tokens: int
@@ -40,3 +41,9 @@ class VisionGeometry:
     varies: bool = False
     any_resolution: bool = False
     projector: str | None = None
+    windowed_layers: tuple[int, ...] = ()
+
+    @property
+    def reducing_layers(self) -> tuple[int, ...]:
+        """Encoder layers in which tokens may go."""
+        return tuple(layer for layer in range(self.layers) if layer not in self.windowed_layers)

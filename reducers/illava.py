@@ -103,26 +103,47 @@ def _count(m: int, like: Tensor) -> Tensor:
 _PAPER = "iLLaVA: An Image is Worth Fewer Than 1/3 Input Tokens in Large Multimodal Models"
 
 
+_PUBLISHED_LAYERS = (5, 6, 7, 8)
+
+
 class Illava(InTower):
-    """The same number of tokens goes in each of some layers; with a class token, that one stays as it is."""
+    """The same number of tokens goes in each of some layers; with a class token, that one stays as it is.
+
+    By default those are the authors', which are CLIP's; of a tower with windows the first two that see the whole image.
+    """
 
     name = "illava"
     summary = "Merges the vision tokens that are attended to least into one, in some layers of the tower."
     paper = _PAPER
-    options = (Layers("layers", (5, 6, 7, 8), "tower layers in which tokens go"),)
-    layers: tuple[int, ...]
+    options = (
+        Layers("layers", None, "tower layers in which tokens go, by default [5, 6, 7, 8]; of Qwen2.5-VL [7, 15]"),
+    )
+    layers: tuple[int, ...] | None
     decoder_half = "illava_decoder"
+
+    def settled(self, geometry: VisionGeometry) -> tuple[tuple[int, ...]]:
+        if self.layers is not None:
+            return (self.layers,)
+        return (geometry.reducing_layers[:2] if geometry.windowed_layers else _PUBLISHED_LAYERS,)
 
     def check(self, geometry: VisionGeometry) -> None:
         super().check(geometry)
-        if self.layers[-1] >= geometry.layers:
+        (layers,) = self.settled(geometry)
+        if layers[-1] >= geometry.layers:
             raise InvalidReduction(
-                f"layers {self.layers} are not all in this model's vision tower: it runs 0 to {geometry.layers - 1}",
+                f"layers {layers} are not all in this model's vision tower: it runs 0 to {geometry.layers - 1}",
+                "layers",
+            )
+        if windowed := [layer for layer in layers if layer in geometry.windowed_layers]:
+            raise InvalidReduction(
+                f"layers {windowed} of this model's vision tower attend within windows, where not all tokens can be "
+                f"compared: choose from {list(geometry.reducing_layers)}",
                 "layers",
             )
 
     def schedule(self, geometry: VisionGeometry, removed: int) -> tuple[Step, ...]:
-        each = zip(even_schedule(removed, len(self.layers)), self.layers, strict=True)
+        (layers,) = self.settled(geometry)
+        each = zip(even_schedule(removed, len(layers)), layers, strict=True)
         return tuple(Step(r, layer) for r, layer in each if r)
 
     def reduce(

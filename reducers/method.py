@@ -71,6 +71,10 @@ class Method(ABC):
         for option, value in zip(self.options, self.values, strict=True):
             setattr(self, option.name, value)
 
+    def settled(self, geometry: VisionGeometry) -> tuple[Value, ...]:
+        """The options' values on this model, which decides those that are None."""
+        return self.values
+
     def check(self, geometry: VisionGeometry) -> None:
         """Raises InvalidReduction if the model is not one that the method works with."""
         if self.stage not in geometry.stages:

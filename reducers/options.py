@@ -12,7 +12,7 @@ from foldserve.reducers.refusal import InvalidReduction
 
 _T = TypeVar("_T")
 
-Value = str | bool | tuple[int, ...]
+Value = str | bool | tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Layers(Option[tuple[int, ...]]):
             or any(isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < 63 for layer in value)
             or len(set(value)) < len(value)
         ):
-            raise self.refusal(f"a list of different layer numbers from 0 on, such as {list(self.default)}", value)
+            raise self.refusal("a list of different layer numbers from 0 on, such as [5, 6, 7, 8]", value)
         return tuple(sorted(value))
 
     def to_int(self, value: tuple[int, ...]) -> int:

@@ -115,12 +115,13 @@ def make_plan(reduction: Reduction, geometry: VisionGeometry) -> Plan:
     Raises:
         InvalidReduction: the grid has too few tokens for it, or the model is not one that the method works with.
     """
-    method = configured(reduction.method, reduction.option_values)
+    asked = configured(reduction.method, reduction.option_values)
+    method = configured(asked.name, asked.settled(geometry))
     removed = _tokens_to_remove(reduction, geometry)
     if removed or reduction.method != Reduction().method:
         method.check(geometry)
     if removed:
-        removed = _fit(reduction, geometry, removed)
+        removed = _fit(reduction, method, geometry, removed)
     return _plan(method, geometry, removed)
 
 
@@ -156,11 +157,11 @@ def _tokens_to_remove(reduction: Reduction, geometry: VisionGeometry) -> int:
     return removed
 
 
-def _fit(reduction: Reduction, geometry: VisionGeometry, removed: int) -> int:
+def _fit(reduction: Reduction, method: Method, geometry: VisionGeometry, removed: int) -> int:
     """What the method really removes; an exact count or a square that it can't give is refused."""
-    name = reduction.method
+    name = method.name
     try:
-        fitting = configured(name, reduction.option_values).removable(geometry, removed)
+        fitting = method.removable(geometry, removed)
     except InvalidReduction as refusal:
         by_count = refusal.param == "ratio" and reduction.keep_tokens is not None
         raise InvalidReduction(str(refusal), "keep_tokens" if by_count else refusal.param) from None

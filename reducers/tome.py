@@ -53,7 +53,7 @@ def turbo(x: Tensor, keys: Tensor, cls_attention: Tensor, sizes: Tensor, r: int,
 
 
 class ToMe(InTower):
-    """As many tokens in every layer that runs, with proportional attention in the layers after."""
+    """As many tokens in every layer that sees the whole image, with proportional attention in the layers after."""
 
     name = "tome"
     summary = "Merges vision tokens with similar keys, some in every layer of the tower."
@@ -65,14 +65,16 @@ class ToMe(InTower):
             most = next(r for r in range(removed, -1, -1) if _fits(geometry, r))
             raise InvalidReduction(
                 f"method {self.name!r} can't remove {removed} of {geometry.tokens} tokens: at most half of them can go "
-                f"in a layer, {most} in the {geometry.layers} layers together: give a ratio of at most "
+                f"in a layer, {most} in the {len(geometry.reducing_layers)} layers together: give a ratio of at most "
                 f"{most / geometry.tokens:.4f}, or {geometry.tokens - most} keep_tokens",
                 "ratio",
             )
         return removed
 
     def schedule(self, geometry: VisionGeometry, removed: int) -> tuple[Step, ...]:
-        return tuple(Step(r, layer) for layer, r in enumerate(even_schedule(removed, geometry.layers)) if r)
+        layers = geometry.reducing_layers
+        each = zip(even_schedule(removed, len(layers)), layers, strict=True)
+        return tuple(Step(r, layer) for r, layer in each if r)
 
     def reduce(
         self, x: Tensor, sizes: Tensor, attention: LayerAttention, removed: tuple[int, ...], plan: Plan
@@ -97,7 +99,7 @@ class Turbo(ToMe):
 def _fits(geometry: VisionGeometry, removed: int) -> bool:
     """No layer has to merge more than half of the patches that are left."""
     left = geometry.tokens
-    for r in even_schedule(removed, geometry.layers):
+    for r in even_schedule(removed, len(geometry.reducing_layers)):
         if r > left // 2:
             return False
         left -= r

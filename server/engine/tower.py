@@ -119,7 +119,7 @@ def attend(layer: _Layer, hidden: torch.Tensor, key_bias: torch.Tensor | None) -
     has_class_token = isinstance(layer, CLIPEncoderLayer)
     seen = LayerAttention(queries, keys, attention.scale, key_bias, class_token=has_class_token)
     if attention.tp_size > 1:
-        seen = replace(seen, ranks=attention.tp_size, mean_over_ranks=_mean_over_ranks)
+        seen = replace(seen, ranks=attention.tp_size, mean_over_ranks=mean_over_ranks)
     return hidden + projected, seen
 
 
@@ -128,6 +128,6 @@ def run_mlp(layer: _Layer, hidden: torch.Tensor) -> torch.Tensor:
     return hidden + layer.mlp(layer.layer_norm2(hidden))
 
 
-def _mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
+def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
     """Mean of what tensor parallelism gave each rank (equally many heads); equal on all ranks."""
     return tensor_model_parallel_all_reduce(x) / get_tensor_model_parallel_world_size()

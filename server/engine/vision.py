@@ -17,6 +17,7 @@ from foldserve.reducers.plan import Plan
 from foldserve.server.engine.tower import Tower, attend, run_layer, run_mlp
 
 _K = TypeVar("_K", bound=Hashable)
+_P = TypeVar("_P")
 
 
 class Survivors(NamedTuple):
@@ -58,7 +59,7 @@ def encode_images(
             return _run_reducing(walk, walk.embed(pixels), group)
         return untouched(walk.run(pixels))
 
-    return reduce_features(_each(plans, _tower_grid, encode), plans)
+    return reduce_features(in_groups(plans, _tower_grid, encode), plans)
 
 
 def reduce_features(images: Sequence[Survivors], plans: Sequence[Plan], width: int | None = None) -> list[Survivors]:
@@ -72,7 +73,7 @@ def reduce_features(images: Sequence[Survivors], plans: Sequence[Plan], width: i
             return _survivors(reduced.tokens, reduced.source)
         return group
 
-    return _each(plans, lambda plan: plan, reduce)
+    return in_groups(plans, lambda plan: plan, reduce)
 
 
 def rows(x: Any, members: Sequence[int]) -> Any:
@@ -183,8 +184,8 @@ def _tower_grid(plan: Plan) -> tuple[int, int] | None:
     return plan.grid if isinstance(plan.reducer, BeforeTower) else None
 
 
-def _each(
-    plans: Sequence[Plan], key: Callable[[Plan], _K], run: Callable[[_K, list[int]], Sequence[Survivors]]
+def in_groups(
+    plans: Sequence[_P], key: Callable[[_P], _K], run: Callable[[_K, list[int]], Sequence[Survivors]]
 ) -> list[Survivors]:
     """Runs the images of each key together: `run(key, their places)`; results in the order of the images."""
     out: dict[int, Survivors] = {}

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from foldserve.reducers.downsample import grid_for
+from tests.engine import qwen_tower_reference
 from tests.engine.withdrawal.reference import Merge, chosen
 
 Answer = tuple[list[int], list[float]]
@@ -119,8 +120,8 @@ class QwenReference:
         rows, columns = grid[1] // merge, grid[2] // merge
         n, together = rows * columns, vision.temporal_patch_size
         frames = [
-            self._reduced([level[f * n : (f + 1) * n] for level in levels], (rows, columns), asked, 0)
-            for f in range(grid[0])
+            self._reduced([level[f * n : (f + 1) * n] for level in levels], (rows, columns), asked, 0, frame_pixels)
+            for f, frame_pixels in enumerate(pixels.split(n * merge**2))
         ]
         if self.config.model_type == "qwen3_vl":
             pieces: list[list[int] | Left] = []
@@ -149,7 +150,7 @@ class QwenReference:
         whole = self._grid(image)
         if asked.get("method") == "downsample":
             less, fewer = grid_for(whole[0] * whole[1] - int(whole[0] * whole[1] * asked["ratio"]), whole)
-            levels, _ = self._encode(image.resize((fewer * self.token, less * self.token), 3), do_resize=False)
+            levels, _, _ = self._encode(image.resize((fewer * self.token, less * self.token), 3), do_resize=False)
             if asked.get("positions") == "keep":
                 centres = [
                     (0, (2 * y + 1) * whole[0] // (2 * less), (2 * x + 1) * whole[1] // (2 * fewer))
@@ -158,11 +159,13 @@ class QwenReference:
                 ]
                 return Left(levels, centres, max(whole))
             return Left(levels, _raster(less, fewer), max(less, fewer))
-        levels, seed = self._encode(image)
-        return self._reduced(levels, whole, asked, seed)
+        levels, seed, pixels = self._encode(image)
+        return self._reduced(levels, whole, asked, seed, pixels)
 
-    def _reduced(self, levels: list[Tensor], grid: tuple[int, int], asked: Mapping[str, Any], seed: int) -> Left:
-        """Of an image, or of a frame of a video, after the tower."""
+    def _reduced(
+        self, levels: list[Tensor], grid: tuple[int, int], asked: Mapping[str, Any], seed: int, pixels: Tensor
+    ) -> Left:
+        """Of an image, or of a frame of a video; methods in the tower begin from its pixels once more."""
         method, positions = asked.get("method", "folder"), asked.get("positions")
         (rows, columns), n = grid, grid[0] * grid[1]
         in_decoder = method in ("fastv", "illava_decoder")  # alone, so that the ratio is theirs
@@ -170,6 +173,12 @@ class QwenReference:
         removed = max(0, n - asked["keep_tokens"]) if "keep_tokens" in asked else removed
         if not removed:
             return Left(levels, _raster(rows, columns), max(rows, columns))
+        if method in ("illava", "tome"):
+            kept = qwen_tower_reference.encode(self.model.model.visual, pixels, (rows, columns), removed, asked)
+            levels = [torch.stack(level) for level in zip(*(token.levels for token in kept), strict=True)]
+            if positions == "renumber":
+                return Left(levels, [(i, i, i) for i in range(len(kept))], len(kept))
+            return Left(levels, [(0, *token.at) for token in kept], max(rows, columns))
         if method == "pool":
             return self._pooled(levels, grid, n - removed, positions)
         if method.partition("+")[0] == "folder":
@@ -201,14 +210,15 @@ class QwenReference:
         merge = self.config.vision_config.spatial_merge_size
         return int(height) // merge, int(width) // merge
 
-    def _encode(self, image: Image.Image, **options: Any) -> tuple[list[Tensor], int]:
-        """Tokens and deepstack levels, and the seed of a random choice: of the image's bytes."""
+    def _encode(self, image: Image.Image, **options: Any) -> tuple[list[Tensor], int, Tensor]:
+        """Tokens and deepstack levels, the seed of a random choice (of the image's bytes), and what the tower takes."""
         process = self.processor.image_processor
         inputs = process(images=[image], return_tensors="pt", **options)
         found = self.model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"], return_dict=True)
         raw = process(images=[image], return_tensors="pt", do_rescale=False, do_normalize=False, **options)
         seed = crc32(raw["pixel_values"].float().contiguous().numpy().data)
-        return [found.pooler_output, *(getattr(found, "deepstack_features", None) or [])], seed
+        levels = [found.pooler_output, *(getattr(found, "deepstack_features", None) or [])]
+        return levels, seed, inputs["pixel_values"]
 
     def _gone(
         self,
@@ -223,11 +233,12 @@ class QwenReference:
         merges: list[Merge] = []
         for rows, asked in zip(items, reductions, strict=True):
             decoder = asked.get("method", "folder").rpartition("+")[2]
+            decoder = f"{decoder}_decoder" if asked.get("decoder") else decoder
             if asked.get("withdraw"):
                 gone |= set(rows)
             elif decoder in ("fastv", "illava_decoder"):
                 share = asked.get("decoder_ratio", asked["ratio"])
-                removed = len(rows) - round(len(rows) * (1 - share)) if decoder == "fastv" else int(len(rows) * share)
+                removed = len(rows) - round(len(rows) * (1 - share)) if decoder == "fastv" else round(len(rows) * share)
                 scores = self._last_row(embeds, added, places)[rows].tolist()
                 leaving, merged = chosen(decoder, rows, scores, removed)
                 gone |= set(leaving)

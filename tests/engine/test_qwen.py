@@ -106,6 +106,32 @@ IN_THE_DECODER = [
 ]
 
 
+LAYERS = {"qwen2_vl": [0, 1], "qwen2_5_vl": [1, 3], "qwen3_vl": [1, 2]}
+"""In which iLLaVA may work: Qwen2.5-VL's that see no windows; Qwen3-VL's taps are before, between and behind them."""
+
+
+@pytest.fixture(scope="module")
+def in_the_tower(checkpoint: Path) -> list[Case]:
+    layers = LAYERS[checkpoint.name]
+    one = {"method": "illava", "layers": layers[:1]}
+    two = {"method": "illava"} | ({} if checkpoint.name == "qwen2_5_vl" else {"layers": layers})
+    alike = [photo(3, *SIZES[0]), photo(4, *SIZES[0]), photo(5, *SIZES[1])]
+    half: dict[str, object] = two | {"ratio": 0.5}
+    return [
+        one_image(*SIZES[0], **one, ratio=0.5),
+        one_image(*SIZES[1], **two, ratio=0.75),
+        one_image(*SIZES[2], **two, ratio=0.5, positions="renumber"),
+        one_image(*SIZES[1], **two, keep_tokens=9),
+        one_image(*SIZES[0], method="tome", ratio=0.6),
+        one_image(*SIZES[1], method="tome", ratio=0.4, positions="renumber"),
+        two_images({**one, "ratio": 0.5}, {**two, "ratio": 0.3, **RENUMBER}),
+        two_images({**two, "ratio": 0.5}, {}),
+        two_images({"ratio": 0.5}, {**one, "ratio": 0.9}),
+        Case(ask(IMAGE, IMAGE, IMAGE, "?"), alike, [half, half, half]),
+        one_image(*SIZES[0], **two, ratio=0.5, decoder=True, decoder_ratio=0.4),
+    ]
+
+
 @pytest.fixture(scope="module")
 def expect(reference: QwenReference) -> Callable[[Case], Answer]:
     """What the reference says, once a case."""
@@ -129,6 +155,10 @@ def assert_same(llm: Any, expect: Callable[[Case], Answer], cases: Sequence[Case
 def test_all_in_one_batch_and_again_from_the_cache(llm: Any, expect: Callable[[Case], Answer]) -> None:
     for _ in range(2):
         assert_same(llm, expect, BEFORE_THE_DECODER + IN_THE_DECODER)
+
+
+def test_in_the_tower_beside_others(llm: Any, expect: Callable[[Case], Answer], in_the_tower: list[Case]) -> None:
+    assert_same(llm, expect, in_the_tower + BEFORE_THE_DECODER[:5])
 
 
 def test_ratio_0_is_vllms_own_bit_for_bit(checkpoint: Path, expect: Callable[[Case], Answer]) -> None:

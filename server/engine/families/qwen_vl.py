@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
-from itertools import groupby
+from itertools import groupby, islice
 from typing import Any
 
 import torch
@@ -22,21 +22,23 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.inputs import MultiModalKwargsItems
 from vllm.multimodal.parse import ImageProcessorItems, ImageSize, MultiModalDataItems, VideoProcessorItems
 from vllm.multimodal.processing import PromptUpdate, PromptUpdateDetails
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from foldserve.kernels.warm_up import Widths
 from foldserve.reducers import METHODS
 from foldserve.reducers.downsample import Downsample
 from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part
-from foldserve.reducers.method import BeforeTower, ScoringDecoder
+from foldserve.reducers.method import BeforeTower, InTower, ScoringDecoder
+from foldserve.reducers.plan import Plan
 from foldserve.reducers.reduction import InvalidReduction, Positions, Reduction
 from foldserve.server.engine.family import AfterTowerFamily, Modality
 from foldserve.server.engine.mrope import Grid, GridPositions, positions_taken
 from foldserve.server.engine.processor import FoldProcessor, without_ours
-from foldserve.server.engine.vision import Survivors, rows
+from foldserve.server.engine.qwen_tower import encode_reducing
+from foldserve.server.engine.vision import Survivors, in_groups, rows
 
 _SAMPLING = frozenset({"fps", "num_frames", "do_sample_frames"})  # choose a video's frames
-_STAGES = frozenset({Stage.BEFORE_TOWER, Stage.AFTER_TOWER, Stage.DECODER})
 _PIXELS: Mapping[Modality, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
 _GRIDS: Mapping[Modality, str] = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
@@ -54,6 +56,7 @@ class QwenVLFamily(AfterTowerFamily):
 
     def __init__(self, model_config: ModelConfig) -> None:
         self._model_config = model_config
+        self._any_size = _any_size(model_config)
 
     @classmethod
     def of(cls, model_config: ModelConfig) -> QwenVLFamily:
@@ -93,8 +96,7 @@ class QwenVLFamily(AfterTowerFamily):
         return reduction
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        rows, columns, frames = shape
-        return Layout((Part(_geometry(rows, columns), frames),), (rows, columns, frames))
+        return _layout(self._any_size, *shape)
 
     def pixels(self, processed: Mapping[str, Any], modality: Modality) -> Sequence[Tensor]:
         return _each(processed[_PIXELS[modality]], processed[_GRIDS[modality]])
@@ -109,6 +111,22 @@ class QwenVLFamily(AfterTowerFamily):
         vision, hidden = model_config.hf_config.vision_config, model_config.get_inputs_embeds_size()
         levels = len(getattr(vision, "deepstack_visual_indexes", ()))
         return Widths(hidden * (1 + levels), hidden // vision.num_heads, deciding=hidden)
+
+    def encode(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> Sequence[Survivors]:
+        """What loses tokens in the tower goes through it by itself, images or frames of one size and plan together."""
+        after_tower = super().encode
+
+        def encode(group: tuple[tuple[int, int], Plan] | None, members: list[int]) -> Sequence[Survivors]:
+            own = inputs if len(members) == len(plans) else self.select(inputs, members)
+            if group is None:
+                return after_tower(model, own, [plans[i] for i in members])
+            modality: Modality = "image" if _GRIDS["image"] in own else "video"
+            _, height, width = own[_GRIDS[modality]][0].tolist()  # a video's frames are images to the tower
+            frames = iter(encode_reducing(model.visual, own[_PIXELS[modality]], (1, height, width), group[1]))
+            left = [(plans[i], list(islice(frames, plans[i].layout.parts[0].count))) for i in members]
+            return [self.pack(model, own_frames, plan) for plan, own_frames in left]
+
+        return in_groups(plans, _in_tower, encode)
 
     def grids(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> list[list[Tensor]]:
         each = zip(model.unreduced(**inputs), plans, strict=True)
@@ -276,6 +294,26 @@ def _grid(
     return resized.height // token, resized.width // token
 
 
+def _in_tower(plan: ItemPlan) -> tuple[tuple[int, int], Plan] | None:
+    """What images that go through the tower together have in common; None of plans that do not act in it."""
+    (grid_plan,) = plan.grids
+    (part,) = plan.layout.parts
+    assert part.geometry.grid is not None
+    return (part.geometry.grid, grid_plan) if isinstance(grid_plan.reducer, InTower) else None
+
+
+def _any_size(model_config: ModelConfig) -> VisionGeometry:
+    """The tower's, of no image."""
+    vision, options = model_config.hf_config.vision_config, model_config.multimodal_config
+    stages = {Stage.BEFORE_TOWER, Stage.IN_TOWER, Stage.AFTER_TOWER, Stage.DECODER}
+    if options is not None and options.mm_encoder_attn_backend == AttentionBackendEnum.FLASHINFER:
+        stages.remove(Stage.IN_TOWER)  # it takes sequences in a form of its own, which the host has to compute
+    whole = getattr(vision, "fullatt_block_indexes", range(vision.depth))  # of Qwen2.5-VL
+    windowed = tuple(layer for layer in range(vision.depth) if layer not in whole)
+    return VisionGeometry(0, layers=vision.depth, windowed_layers=windowed, stages=frozenset(stages), varies=True)
+
+
 @lru_cache(maxsize=4096)
-def _geometry(rows: int, columns: int) -> VisionGeometry:
-    return VisionGeometry(rows * columns, (rows, columns), stages=_STAGES, varies=True)
+def _layout(any_size: VisionGeometry, rows: int, columns: int, frames: int) -> Layout:
+    geometry = replace(any_size, tokens=rows * columns, grid=(rows, columns))
+    return Layout((Part(geometry, frames),), (rows, columns, frames))

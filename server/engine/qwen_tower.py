@@ -1,0 +1,226 @@
+"""A walk through vLLM's Qwen-VL vision towers that can remove tokens between a layer's attention and its MLP.
+
+A token is the 2 x 2 patches of which the merger makes one: they stay, go and merge together, each with its like. The
+deepstack levels tapped so far (Qwen3-VL) are further columns of their token, and go its way. Windows (Qwen2.5-VL) hold
+what is left of their tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from vllm.model_executor.models.qwen2_vl import Qwen2VisionAttention
+from vllm.model_executor.models.utils import cast_overflow_tensors
+
+from foldserve.reducers.attention import PatchAttention
+from foldserve.reducers.method import InTower
+from foldserve.reducers.plan import Plan
+from foldserve.server.engine.tower import mean_over_ranks
+from foldserve.server.engine.vision import Survivors
+
+
+def encode_reducing(visual: Any, pixels: Tensor, grid: Sequence[int], plan: Plan) -> list[Survivors]:
+    """Images of one grid through the tower, with a plan that acts in it.
+
+    Args:
+        visual: vLLM's vision transformer of Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
+        pixels: (patches of all images, values).
+        grid: (1, rows, columns) of each image's patches.
+
+    Returns:
+        What is left of each image in raster order; deepstack levels are the last columns of the features.
+    """
+    walk = _Walk(visual, pixels, grid, plan)
+    for index, layer in enumerate(visual.blocks):
+        walk.through(layer, index)
+    return walk.finish()
+
+
+class _Windows(NamedTuple):
+    """Qwen2.5-VL's windows of one image.
+
+    Attributes:
+        window: (n,) int64, of each token as they enter, window by window.
+        number: of windows.
+        most: tokens that one of them may hold.
+    """
+
+    window: Tensor
+    number: int
+    most: int
+
+    @classmethod
+    def of(cls, visual: Any, ends: Tensor, tokens: int) -> _Windows:
+        """Takes where windows end, in patches, 0 first."""
+        number = len(ends) - 1
+        lengths = ends.diff() // visual.spatial_merge_unit
+        each = torch.arange(number, device=ends.device)
+        window = torch.repeat_interleave(each, lengths, output_size=tokens)  # a known size: no wait for the device
+        side = visual.window_size // visual.spatial_merge_size // visual.patch_size
+        return cls(window, number, side**2)
+
+
+class _Walk:
+    """Images with one grid and one plan on their way through the layers.
+
+    Tokens are (B, n, patches * C), which the layers see as (B * n * patches, 1, C). `_source` (B, n) counts an image's
+    tokens as they enter, which with windows is not the raster order.
+    """
+
+    def __init__(self, visual: Any, pixels: Tensor, grid: Sequence[int], plan: Plan) -> None:
+        assert isinstance(plan.reducer, InTower)
+        self._visual, self._plan, self._method = visual, plan, plan.reducer
+        self._patches, self._taps = visual.spatial_merge_size**2, getattr(visual, "deepstack_visual_indexes", ())
+        tables = visual.prepare_encoder_metadata([list(grid)])  # of one image: all are alike
+        n, device = plan.encoded, visual.device
+        hidden = visual.patch_embed(visual.input_norm(pixels.to(device), visual.dtype))
+        hidden = hidden.view(-1, n * self._patches, hidden.shape[-1])
+        if "pos_embeds" in tables:
+            hidden = hidden + tables["pos_embeds"]
+        self._tokens = hidden.reshape(len(hidden), n, -1)
+        self._raster, self._windows = torch.arange(n, device=device), None
+        if "window_index" in tables:
+            self._raster = tables["window_index"]
+            self._tokens = self._tokens[:, self._raster]
+            self._windows = _Windows.of(visual, tables["cu_window_seqlens"], n)
+        rotary = (tables["rotary_pos_emb_cos"], tables["rotary_pos_emb_sin"])
+        self._rotary = [table.view(n, self._patches, -1) for table in rotary]
+        self._levels: list[Tensor] = []
+        self._source = torch.arange(n, device=device).expand(len(hidden), -1)
+        self._sizes = torch.ones_like(self._source)
+        self._is_reduced = False
+        self._lay_out()
+
+    def through(self, layer: Any, index: int) -> None:
+        """Runs a layer with the plan's steps in it."""
+        steps = self._plan.removed_in(index)
+        key_bias = None
+        if self._is_reduced and self._method.proportional_attention:
+            key_bias = self._sizes.log().repeat_interleave(self._patches, dim=1)
+        if steps or key_bias is not None:
+            hidden, attention = self._attend(layer, index, key_bias)
+            self._take_back(hidden)
+            if steps:
+                self._reduce(attention, steps)
+            hidden = self._flat()
+            self._take_back(hidden + layer.mlp(layer.norm2(hidden)))
+        else:
+            cos, sin = self._tables
+            sequences = self._sequences(index)
+            if not isinstance(layer.attn, Qwen2VisionAttention):
+                sequences["sequence_lengths"] = None  # of FlashInfer
+            self._take_back(layer(self._flat(), rotary_pos_emb_cos=cos, rotary_pos_emb_sin=sin, **sequences))
+        if index in self._taps:
+            tap = self._visual.deepstack_merger_list[self._taps.index(index)]
+            self._levels.append(tap(self._flat()).view(*self._source.shape, -1))
+
+    def finish(self) -> list[Survivors]:
+        hidden = self._flat()
+        if self._windows is not None and hidden.dtype == torch.float16:
+            hidden = cast_overflow_tensors(hidden)  # as vLLM does
+        merged = self._visual.merger(hidden).view(*self._source.shape, -1)
+        features, source = torch.cat([merged, *self._levels], dim=-1), self._raster[self._source]
+        order = source.argsort(dim=1)
+        each = zip(features, source, order, strict=True)
+        return [Survivors(own[places], tokens[places]) for own, tokens, places in each]
+
+    def _flat(self) -> Tensor:
+        return self._tokens.view(-1, 1, self._tokens.shape[-1] // self._patches)
+
+    def _take_back(self, hidden: Tensor) -> None:
+        self._tokens = hidden.view(*self._source.shape, -1)
+
+    def _lay_out(self) -> None:
+        """Rotary tables and sequence lengths of the tokens that are left.
+
+        How many of them a window holds is known on the device alone, and stays there: kernels take an upper bound, and
+        sequences of length 0. vLLM's attention of a CPU cuts the windows by their lengths, which it reads.
+        """
+        images, tokens = self._source.shape
+        self._tables = [table[self._source].flatten(0, 2) for table in self._rotary]
+        length, device = tokens * self._patches, self._source.device
+        self._whole = torch.arange(0, images * length + 1, length, dtype=torch.int32, device=device), length
+        if self._windows is not None:
+            window, number, most = self._windows
+            held = torch.zeros(images, number, dtype=torch.int64, device=device)
+            held.scatter_add_(1, window[self._source], torch.ones_like(self._source))
+            ends = F.pad(held.flatten().cumsum(0), (1, 0))
+            self._cut = (ends * self._patches).int(), most * self._patches
+
+    def _sequences(self, index: int) -> dict[str, Tensor | None]:
+        ends, longest = self._cut if self._is_cut(index) else self._whole
+        return {"cu_seqlens": ends, "max_seqlen": torch.tensor(longest, dtype=torch.int32)}
+
+    def _is_cut(self, index: int) -> bool:
+        return self._windows is not None and index not in self._visual.fullatt_block_indexes
+
+    def _attend(self, layer: Any, index: int, key_bias: Tensor | None) -> tuple[Tensor, PatchAttention]:
+        """First half of a layer: hidden states after the attention's residual, and the attention."""
+        hidden, attention = self._flat(), layer.attn
+        qkv, _ = attention.qkv(layer.norm1(hidden))
+        heads = (attention.num_attention_heads_per_partition, attention.hidden_size_per_attention_head)
+        if isinstance(attention, Qwen2VisionAttention):
+            query, key, value = (part.transpose(0, 1) for part in attention.split_qkv(qkv))
+        else:
+            query, key, value = qkv.transpose(0, 1).unflatten(-1, (3, *heads)).unbind(dim=2)
+        rotated = attention.apply_rotary_emb(torch.cat([query, key]), *self._tables)
+        query, key = rotated.chunk(2)  # (1, B * n * patches, heads here, head_dim)
+        if key_bias is None:
+            attended = attention.attn(query=query, key=key, value=value, **self._sequences(index))
+        else:
+            attended = self._attend_with_bias(index, torch.cat([query, key, value]), key_bias, heads[1] ** -0.5)
+        projected, _ = attention.proj(attended.view(len(hidden), 1, -1))
+        query, key = (part.view(len(self._source), -1, *heads) for part in (query, key))
+        seen = PatchAttention(query, key, heads[1] ** -0.5, key_bias, patches=self._patches)
+        if attention.tp_size > 1:
+            seen = replace(seen, ranks=attention.tp_size, mean_over_ranks=mean_over_ranks)
+        return hidden + projected, seen
+
+    def _attend_with_bias(self, index: int, qkv: Tensor, key_bias: Tensor, scale: float) -> Tensor:
+        """(3, patches of all images, heads, head_dim) -> (patches of all images, heads, head_dim).
+
+        vLLM's encoder attention takes no bias. Windows are filled up to the most that they may hold, so that no
+        shape depends on what is left in them.
+        """
+        bias, place = key_bias, None
+        shape = qkv.shape[2:]
+        if self._windows is not None and self._is_cut(index):
+            place, rows, most = self._places(self._windows)
+            bias = key_bias.new_full((rows * most,), torch.finfo(torch.float32).min).index_copy(
+                0, place, key_bias.flatten()
+            )
+            qkv = qkv.new_zeros(3, rows * most, *shape).index_copy(1, place, qkv)
+            bias = bias.view(rows, most)
+        query, key, value = qkv.view(3, *bias.shape, *shape).transpose(2, 3)
+        mask = bias[:, None, None].to(query.dtype)
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        attended = attended.transpose(1, 2).flatten(0, 1)
+        return attended if place is None else attended[place]
+
+    def _places(self, windows: _Windows) -> tuple[Tensor, int, int]:
+        """Where each patch lies once windows are filled up, their number, and patches in each."""
+        images, tokens = self._source.shape
+        ends, most = self._cut
+        image = torch.arange(images, device=ends.device).unsqueeze(1)
+        window = (windows.window[self._source] + image * windows.number).flatten().repeat_interleave(self._patches)
+        patch = torch.arange(images * tokens * self._patches, device=ends.device)
+        return window * most + patch - ends[window], images * windows.number, most
+
+    def _reduce(self, attention: PatchAttention, steps: tuple[int, ...]) -> None:
+        columns = torch.cat([self._tokens, *self._levels], dim=-1)
+        widths = [part.shape[-1] for part in (self._tokens, *self._levels)]
+        columns, sizes, place, _ = self._method.reduce(columns, self._sizes, attention, steps, self._plan)
+        source = self._source.gather(1, place)
+        if self._windows is not None:  # which lie one after the other, whatever order the method has left
+            order = source.argsort(dim=1)
+            columns = columns.gather(1, order.unsqueeze(-1).expand_as(columns))
+            sizes, source = sizes.gather(1, order), source.gather(1, order)
+        tokens, *self._levels = columns.split_with_sizes(widths, dim=-1)
+        self._tokens, self._sizes, self._source = tokens.contiguous(), sizes, source
+        self._is_reduced = True
+        self._lay_out()
