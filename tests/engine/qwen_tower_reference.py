@@ -35,7 +35,7 @@ def encode(visual: Any, pixels: Tensor, grid: tuple[int, int], removed: int, ask
     layers = asked.get("layers") or full or list(range(len(visual.blocks)))
     steps = {layer: removed // len(layers) + (i < removed % len(layers)) for i, layer in enumerate(layers)}
     side = visual.config.window_size // visual.config.patch_size // 2 if full else 0
-    tokens = [Token(divmod(i, width), x, []) for i, x in enumerate(_embedded(visual, pixels, grid).split(4))]
+    tokens = [Token(divmod(i, width), x, []) for i, x in enumerate(_by_token(_embedded(visual, pixels, grid)))]
     is_reduced = False
     for index, block in enumerate(visual.blocks):
         if full:  # tokens lie window by window
@@ -48,7 +48,7 @@ def encode(visual: Any, pixels: Tensor, grid: tuple[int, int], removed: int, ask
             mask += torch.tensor([[0.0 if a == b else -torch.inf for b in windows] for a in windows])
         x = torch.cat([token.patches for token in tokens])
         attended, probabilities, keys = _attend(visual, block, x, tokens, mask)
-        for token, patches in zip(tokens, (x + attended).split(4), strict=True):
+        for token, patches in zip(tokens, _by_token(x + attended), strict=True):
             token.patches = patches
         if steps.get(index):
             is_reduced = True
@@ -59,13 +59,17 @@ def encode(visual: Any, pixels: Tensor, grid: tuple[int, int], removed: int, ask
         x = x + block.mlp(block.norm2(x))
         taps = list(getattr(visual, "deepstack_visual_indexes", ()))
         level = visual.deepstack_merger_list[taps.index(index)](x) if index in taps else None
-        for i, (token, patches) in enumerate(zip(tokens, x.split(4), strict=True)):
+        for i, (token, patches) in enumerate(zip(tokens, _by_token(x), strict=True)):
             token.patches = patches
             token.levels += [] if level is None else [level[i]]
     tokens.sort(key=lambda token: token.at)
     for token in tokens:
         token.levels.insert(0, visual.merger(token.patches)[0])
     return tokens
+
+
+def _by_token(x: Tensor) -> Tensor:
+    return x.view(-1, 4, x.shape[-1])
 
 
 def _embedded(visual: Any, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -89,7 +93,7 @@ def _attend(visual: Any, block: Any, x: Tensor, tokens: Sequence[Token], mask: T
     attention = block.attn
     query, key, value = attention.qkv(block.norm1(x)).view(len(x), 3, attention.num_heads, -1).permute(1, 2, 0, 3)
     quarter = query.shape[-1] // 4
-    frequencies = 10000.0 ** -(torch.arange(quarter) / quarter)
+    frequencies = 1 / 10000.0 ** (torch.arange(quarter) / quarter)
     places = [(2 * token.at[0] + i, 2 * token.at[1] + j) for token in tokens for i in range(2) for j in range(2)]
     angles = (torch.tensor(places).unsqueeze(-1) * frequencies).flatten(1).repeat(1, 2)
 

@@ -16,10 +16,11 @@ import torch
 from vllm import EngineArgs, ModelRegistry
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageSize
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from foldserve.reducers.item import plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
-from foldserve.server.engine import withdrawal
+from foldserve.server.engine import qwen_tower, withdrawal
 from foldserve.server.engine.families.registry import ENTRIES, family_of
 from foldserve.server.engine.mrope import GridPositions
 from tests import qwen_checkpoint
@@ -113,13 +114,12 @@ LAYERS = {"qwen2_vl": [0, 1], "qwen2_5_vl": [1, 3], "qwen3_vl": [1, 2]}
 @pytest.fixture(scope="module")
 def in_the_tower(checkpoint: Path) -> list[Case]:
     layers = LAYERS[checkpoint.name]
-    one = {"method": "illava", "layers": layers[:1]}
-    two = {"method": "illava"} | ({} if checkpoint.name == "qwen2_5_vl" else {"layers": layers})
+    one: dict[str, Any] = {"method": "illava", "layers": layers[:1]}
+    two: dict[str, Any] = {"method": "illava"} | ({} if checkpoint.name == "qwen2_5_vl" else {"layers": layers})
     alike = [photo(3, *SIZES[0]), photo(4, *SIZES[0]), photo(5, *SIZES[1])]
-    half: dict[str, object] = two | {"ratio": 0.5}
     return [
         one_image(*SIZES[0], **one, ratio=0.5),
-        one_image(*SIZES[1], **two, ratio=0.75),
+        one_image(*SIZES[1], **two, ratio=0.7),
         one_image(*SIZES[2], **two, ratio=0.5, positions="renumber"),
         one_image(*SIZES[1], **two, keep_tokens=9),
         one_image(*SIZES[0], method="tome", ratio=0.6),
@@ -127,7 +127,7 @@ def in_the_tower(checkpoint: Path) -> list[Case]:
         two_images({**one, "ratio": 0.5}, {**two, "ratio": 0.3, **RENUMBER}),
         two_images({**two, "ratio": 0.5}, {}),
         two_images({"ratio": 0.5}, {**one, "ratio": 0.9}),
-        Case(ask(IMAGE, IMAGE, IMAGE, "?"), alike, [half, half, half]),
+        Case(ask(IMAGE, IMAGE, IMAGE, "?"), alike, [two | {"ratio": 0.5}] * 3),
         one_image(*SIZES[0], **two, ratio=0.5, decoder=True, decoder_ratio=0.4),
     ]
 
@@ -209,7 +209,7 @@ def test_the_largest_image(info: Any) -> None:
     ("reduction", "param"),
     [
         ({"method": "folder_cls", "ratio": 0.5}, "method"),
-        ({"method": "tome", "ratio": 0.5}, "method"),
+        ({"method": "turbo", "ratio": 0.5}, "method"),
         ({"ratio": 0.99}, "ratio"),
         ({"method": "pool", "ratio": 0.99}, "ratio"),
     ],
@@ -219,6 +219,20 @@ def test_refused(llm: Any, reduction: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidReduction) as caught:
         llm.generate([one_image(*SIZES[0], **reduction).to_vllm()], use_tqdm=False)
     assert caught.value.param == param
+
+
+def test_layers_in_which_tokens_may_go(info: Any, checkpoint: Path) -> None:
+    _, family = info
+    expected = {"qwen2_vl": (0, 1, 2), "qwen2_5_vl": (1, 3), "qwen3_vl": (0, 1, 2, 3)}
+    assert family.largest.parts[0].geometry.reducing_layers == expected[checkpoint.name]
+
+
+def test_a_backend_with_lengths_of_its_own_is_refused_in_the_tower(checkpoint: Path) -> None:
+    args = EngineArgs(model=str(checkpoint), mm_encoder_attn_backend=AttentionBackendEnum.FLASHINFER)
+    family = family_of(args.create_model_config())
+    assert family is not None
+    with pytest.raises(InvalidReduction, match="works in tower, where this model can't be reduced"):
+        plan_item(Reduction("tome", ratio=0.5), family.largest)
 
 
 def test_blocks_fall_by_the_plan(llm: Any) -> None:
@@ -329,8 +343,61 @@ def test_the_reference_tells_deepstack_levels_of_other_tokens(
     assert_different(llm, expect)
 
 
-def assert_different(llm: Any, expect: Callable[[Case], Answer]) -> None:
-    case = BEFORE_THE_DECODER[3]
+class StaleTables(qwen_tower._Walk):
+    """Rotary tables of the tokens that were in the places of those that are left."""
+
+    def _lay_out(self) -> None:
+        source, self._source = self._source, torch.arange(self._source.shape[1]).expand_as(self._source)
+        super()._lay_out()
+        tables, self._source = self._tables, source
+        super()._lay_out()
+        self._tables = tables
+
+
+class StaleWindows(qwen_tower._Walk):
+    """Windows as long as they were, up to the end."""
+
+    _before: torch.Tensor
+
+    def _lay_out(self) -> None:
+        super()._lay_out()
+        if self._windows is not None:
+            ends, most = self._cut
+            every = ends if not self._is_reduced else self._before
+            self._before, self._cut = every, (every.clamp(max=int(ends[-1])), most)
+
+
+class LevelsLeftBehind(qwen_tower._Walk):
+    """Deepstack levels of the tokens that stay, without those that go."""
+
+    def _reduce(self, attention: Any, steps: tuple[int, ...]) -> None:
+        levels, self._levels, source = self._levels, [], self._source
+        super()._reduce(attention, steps)
+        places = [torch.searchsorted(old, new) for old, new in zip(source.contiguous(), self._source, strict=True)]
+        self._levels = [torch.stack([own[place] for own, place in zip(level, places, strict=True)]) for level in levels]
+
+
+WRONG_WALKS: dict[str, list[type[qwen_tower._Walk]]] = {
+    "qwen2_vl": [StaleTables],
+    "qwen2_5_vl": [StaleTables, StaleWindows],
+    "qwen3_vl": [StaleTables, LevelsLeftBehind],
+}
+
+
+def test_the_reference_tells_a_wrong_walk(
+    llm: Any,
+    checkpoint: Path,
+    expect: Callable[[Case], Answer],
+    in_the_tower: list[Case],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for wrong in WRONG_WALKS[checkpoint.name]:
+        monkeypatch.setattr(qwen_tower, "_Walk", wrong)
+        forget(llm)
+        assert_different(llm, expect, in_the_tower[0])
+
+
+def assert_different(llm: Any, expect: Callable[[Case], Answer], case: Case = BEFORE_THE_DECODER[3]) -> None:
     ((tokens, logprobs),) = greedy(llm, [case])
     want, expected = expect(case)
     assert tokens != want or logprobs != pytest.approx(expected, abs=1e-3)

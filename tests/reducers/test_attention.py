@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from foldserve.reducers.attention import LayerAttention
+from foldserve.reducers.attention import LayerAttention, PatchAttention
 from tests.reducers.check import draw, few
 
 
@@ -44,6 +44,14 @@ def test_same_as_row_by_row(shape: tuple[int, int, int, int], bias: bool, seed: 
     torch.testing.assert_close(layer.class_attention(), whole[:, :, 0].mean(dim=1))
     torch.testing.assert_close(layer.keys(), key.mean(dim=2))
     assert layer.attention_received().sum(dim=1).allclose(torch.ones((), dtype=torch.float64))
+
+
+def test_a_token_of_several_patches_has_their_mean() -> None:
+    query, key = draw(0, (2, 12, 3, 4), (2, 12, 3, 4), dtype=torch.float64)
+    tokens, patches = PatchAttention(query, key, 0.3, patches=4), LayerAttention(query, key, 0.3)
+    for own, each in ((tokens.keys(), patches.keys()), (tokens.attention_received(), patches.attention_received())):
+        assert own.shape[1] == 3
+        torch.testing.assert_close(own[:, 1], each[:, 4:8].mean(dim=1))
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])

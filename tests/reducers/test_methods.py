@@ -18,6 +18,9 @@ from tests.reducers.check import draw
 
 CLIP = VisionGeometry(576, (24, 24), 23, class_token=True)
 SIGLIP = VisionGeometry(729, (27, 27), 26)
+QWEN2_5 = VisionGeometry(
+    256, (16, 16), 32, windowed_layers=tuple(layer for layer in range(32) if layer % 8 < 7), varies=True
+)
 NO_GRID = VisionGeometry(577, None, 23, class_token=True)
 STF = VisionGeometry(144, projector="stf", stages=frozenset())
 FREE = [name for name, method in METHODS.items() if not isinstance(method, Decoder | Projector)]
@@ -96,6 +99,14 @@ def assert_distinct(source: torch.Tensor) -> None:
 REFUSED: list[tuple[VisionGeometry, dict[str, Any], str, str]] = [
     (CLIP, {"method": "illava", "ratio": 0.5, "layers": [5, 23]}, "layers", "0 to 22"),
     (VisionGeometry(144, (12, 12), 3), {"method": "illava", "ratio": 0.5}, "layers", "0 to 2"),
+    (QWEN2_5, {"method": "illava", "ratio": 0.5, "layers": [7, 8]}, "layers", r"layers \[8\] .* \[7, 15, 23, 31\]"),
+    (QWEN2_5, {"method": "illava", "ratio": 0.5, "layers": [5, 6, 7, 8]}, "layers", r"layers \[5, 6, 8\]"),
+    (
+        QWEN2_5,
+        {"method": "tome", "ratio": 0.99},
+        "ratio",
+        "205 in the 4 layers",
+    ),
     (CLIP, {"method": "illava", "ratio": 0.5, "layers": [-1]}, "layers", "from 0 on"),
     (CLIP, {"method": "illava", "ratio": 0.5, "layers": []}, "layers", "from 0 on"),
     (CLIP, {"method": "illava", "ratio": 0.999}, "ratio", "2 have to stay"),
@@ -141,6 +152,18 @@ def test_illavas_own_setting_on_siglip() -> None:
     """92 tokens in each of four layers leave 19 x 19 of 27 x 27."""
     plan = make_plan(Reduction("illava", keep_tokens=361), SIGLIP)
     assert plan.steps == ((92, 5), (92, 6), (92, 7), (92, 8))
+
+
+def test_layers_that_attend_within_windows_keep_their_tokens() -> None:
+    assert make_plan(Reduction("illava", ratio=0.5), QWEN2_5).steps == ((64, 7), (64, 15))
+    assert make_plan(Reduction("tome", ratio=0.5), QWEN2_5).steps == ((32, 7), (32, 15), (32, 23), (32, 31))
+
+
+def test_the_default_layers_are_the_same_plan_as_these_by_name() -> None:
+    asked = {"method": "illava", "ratio": 0.5}
+    left_out, named = (Reduction.parse(asked | layers) for layers in ({}, {"layers": [5, 6, 7, 8]}))
+    assert left_out != named
+    assert make_plan(left_out, CLIP) == make_plan(named, CLIP)
 
 
 def test_what_does_not_come_out_even_goes_early() -> None:

@@ -27,6 +27,8 @@ def reductions(draw: st.DrawFn) -> dict[str, Any]:
     method = draw(st.sampled_from(sorted(name for name, m in METHODS.items() if not isinstance(m, Decoder))))
     optional: dict[str, st.SearchStrategy[Any]] = {"withdraw": st.booleans()}
     optional |= {option.name: st.just(option.default) for option in METHODS[method].options}
+    if method == "illava":
+        optional["layers"] = st.sampled_from([[5, 6, 7, 8], [0, 62]])  # by default the model's
     if method == "folder":
         optional["scale"] = st.sampled_from(["none", "official"])
     return {"method": method} | draw(amounts) | draw(st.fixed_dictionaries({}, optional=optional))

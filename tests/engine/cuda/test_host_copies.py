@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from foldserve.reducers.plan import Plan, Reduction, VisionGeometry, make_plan
 from foldserve.reducers.stf import StfConfig, StfProjector, fusion_input
 from foldserve.reducers.withdraw import take_rows
 from foldserve.server.engine.positions import Chunk, SequencePositions, attach, moves
+from foldserve.server.engine.qwen_tower import encode_reducing
 from foldserve.server.engine.vision import Survivors, reduce_features
 from foldserve.server.engine.withdrawal.batch import BatchMaps
 from foldserve.server.engine.withdrawal.choose import choose, last_token_scores
@@ -109,6 +111,66 @@ def run(plan: Plan) -> int:
             attention = LayerAttention(meta(2, count, 2, 4), meta(2, count, 2, 4), 0.5, sizes.log(), class_token=True)
             x, sizes, *_ = method.reduce(x, sizes, attention, removed, plan)
     return x.shape[1] - 1
+
+
+class QwenVision:
+    """What `encode_reducing` knows of Qwen2.5-VL's tower: four layers, two of which see windows of 2 x 2 tokens."""
+
+    spatial_merge_size, spatial_merge_unit, window_size, patch_size = 2, 4, 56, 14
+    device, dtype, fullatt_block_indexes = META, torch.float32, (1, 3)
+
+    def __init__(self) -> None:
+        self.lengths: list[Tensor] = []
+        attention = SimpleNamespace(
+            num_attention_heads_per_partition=2,
+            hidden_size_per_attention_head=4,
+            tp_size=1,
+            qkv=lambda x: (torch.cat([x] * 3, dim=-1), None),
+            apply_rotary_emb=lambda x, cos, sin: x,
+            attn=self._attend,
+            proj=lambda x: (x, None),
+        )
+        layer = SimpleNamespace(attn=attention, norm1=abs, norm2=abs, mlp=abs)
+        self.blocks = [_Called(layer, self._attend) for _ in range(4)]
+
+    def _attend(self, query: Tensor, cu_seqlens: Tensor, max_seqlen: Tensor, **others: object) -> Tensor:
+        assert cu_seqlens.is_meta and not max_seqlen.is_meta
+        self.lengths.append(cu_seqlens)
+        return query
+
+    def input_norm(self, pixels: Tensor, dtype: torch.dtype) -> Tensor:
+        return pixels
+
+    patch_embed = staticmethod(abs)
+
+    def prepare_encoder_metadata(self, grids: list[list[int]]) -> dict[str, Tensor]:
+        ((_, rows, columns),) = grids
+        tables = {name: meta(rows * columns, 2) for name in ("rotary_pos_emb_cos", "rotary_pos_emb_sin")}
+        ends = torch.empty(7, dtype=torch.int32, device=META)
+        return {**tables, "window_index": torch.arange(rows * columns // 4, device=META), "cu_window_seqlens": ends}
+
+    def merger(self, hidden: Tensor) -> Tensor:
+        return hidden.view(-1, 4 * 8)
+
+
+class _Called(SimpleNamespace):
+    def __init__(self, layer: SimpleNamespace, run: Callable[..., Tensor]) -> None:
+        super().__init__(**vars(layer))
+        self._run = run
+
+    def __call__(self, hidden: Tensor, **others: Any) -> Tensor:
+        return self._run(hidden, **others)
+
+
+@pytest.mark.parametrize("name", ["illava", "tome"])
+def test_a_tower_with_windows(on_device: OnDevice, name: str) -> None:
+    """How many tokens a window holds is not known on the host, and not asked for."""
+    visual, geometry = QwenVision(), VisionGeometry(24, (4, 6), 4, windowed_layers=(0, 2))
+    plan = make_plan(Reduction(name, ratio=0.5), geometry)
+    with on_device():
+        left = encode_reducing(visual, meta(2 * 96, 8), [1, 8, 12], plan)
+    assert [image.features.shape for image in left] == [(12, 4 * 8)] * 2
+    assert [len(ends) for ends in visual.lengths] == ([13, 3, 13, 3] if name == "illava" else [13, 3])
 
 
 def test_positions_of_a_step(on_device: OnDevice) -> None:
