@@ -174,7 +174,7 @@ class _Walk:
             attended = attention.attn(query=query, key=key, value=value, **self._sequences(index))
         else:
             attended = self._attend_with_bias(index, torch.cat([query, key, value]), key_bias, heads[1] ** -0.5)
-        projected, _ = attention.proj(attended.view(len(hidden), 1, -1))
+        projected, _ = attention.proj(attended.reshape(len(hidden), 1, -1))
         query, key = (part.view(len(self._source), -1, *heads) for part in (query, key))
         seen = PatchAttention(query, key, heads[1] ** -0.5, key_bias, patches=self._patches)
         if attention.tp_size > 1:
@@ -187,16 +187,13 @@ class _Walk:
         vLLM's encoder attention takes no bias. Windows are filled up to the most that they may hold, so that no
         shape depends on what is left in them.
         """
-        bias, place = key_bias, None
-        shape = qkv.shape[2:]
+        bias, place, heads = key_bias, None, qkv.shape[2:]
         if self._windows is not None and self._is_cut(index):
             place, rows, most = self._places(self._windows)
-            bias = key_bias.new_full((rows * most,), torch.finfo(torch.float32).min).index_copy(
-                0, place, key_bias.flatten()
-            )
-            qkv = qkv.new_zeros(3, rows * most, *shape).index_copy(1, place, qkv)
-            bias = bias.view(rows, most)
-        query, key, value = qkv.view(3, *bias.shape, *shape).transpose(2, 3)
+            nothing = key_bias.new_full((rows * most,), torch.finfo(torch.float32).min)
+            bias = nothing.index_copy(0, place, key_bias.flatten()).view(rows, most)
+            qkv = qkv.new_zeros(3, rows * most, *heads).index_copy(1, place, qkv)
+        query, key, value = qkv.view(3, *bias.shape, *heads).transpose(2, 3)
         mask = bias[:, None, None].to(query.dtype)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
         attended = attended.transpose(1, 2).flatten(0, 1)
