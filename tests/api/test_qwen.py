@@ -70,6 +70,15 @@ def test_withdrawn_tokens_are_counted(client: OpenAI) -> None:
     assert vision["withdrawn"] == vision["kept"] == ENCODED[WIDE] // 2
 
 
+def test_illava_in_the_tower_and_in_the_decoder(client: OpenAI) -> None:
+    asked = {"method": "illava", "layers": [1, 2], "ratio": 0.5, "decoder": True}
+    vision = ask(client, image(WIDE), reduction=asked)["vision_tokens"]
+    assert (vision["kept"], vision["withdrawn"]) == (60, 18)
+    with pytest.raises(BadRequestError, match="it runs 0 to 3") as caught:
+        ask(client, image(WIDE), reduction=asked | {"layers": [3, 4]})
+    assert caught.value.param == "reduction.layers"
+
+
 def test_a_number_that_a_small_image_does_not_have_leaves_it_whole(client: OpenAI) -> None:
     vision = ask(client, image(SMALL), image(WIDE), reduction={"keep_tokens": 50})["vision_tokens"]
     assert [found["kept"] for found in vision["images"]] == [ENCODED[SMALL], 50]
@@ -101,4 +110,5 @@ def test_the_catalog(server: Live) -> None:
     assert catalog["limits"] == {"image": {"max_tokens": 256}}
     assert catalog["positions"] == {"default": "keep", "can_keep": True}
     offered = {method["id"] for method in catalog["data"]}
-    assert offered == {"folder", "random", "pool", "downsample", "withdraw", "fastv", "illava_decoder"}
+    in_the_decoder = {"withdraw", "fastv", "illava_decoder"}
+    assert offered == {"downsample", "illava", "tome", "folder", "random", "pool"} | in_the_decoder
