@@ -276,6 +276,7 @@ FILMS = [
     one_film(4, method="pool", ratio=0.6),
     one_film(5, method="pool", ratio=0.6, positions="keep"),
     one_film(6, withdraw=True),
+    one_film(10, method="tome", ratio=0.3),
     one_film(7, ratio=0.5, withdraw=True),
     FilmCase(
         ask(VIDEO, "and", IMAGE, "?"), [photo(1, *SIZES[0])], [{"ratio": 0.5}], film=film(8), asked={"ratio": 0.75}

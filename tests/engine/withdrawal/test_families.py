@@ -50,7 +50,9 @@ def test_decoder_families(eight_layers: Path, tmp_path: Path, family: str) -> No
     path = convert(eight_layers, tmp_path / family, family)
     engine = Engine(path, LAYERS // 2, max_num_batched_tokens=150)
     Expected(path).generate(engine, LAYERS // 2, CASES, TOKENS)
-    names = engine.llm.apply_model(lambda m: [type(part).__name__ for part in (m.language_model, m.language_model.model)])
+    names = engine.llm.apply_model(
+        lambda m: [type(part).__name__ for part in (m.language_model, m.language_model.model)]
+    )
     assert names == [[f"{family.capitalize()}ForCausalLM", "WithdrawingDecoder"]]
     engine.assert_all_blocks_free()
 

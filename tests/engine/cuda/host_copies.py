@@ -1,6 +1,7 @@
 """Nothing that runs on the device in a step copies from memory that isn't pinned: the host would wait for the GPU.
 
 Values that are read back need no look here: on the meta device, on which all of this runs, there are none.
+`test_cuda.py` runs this in a process that has had no engine.
 """
 
 from __future__ import annotations
