@@ -105,7 +105,7 @@ def started(model: Path, folder: Path, temporary: str, *options: str, case: Case
     try:
         if loads:
             live.wait(lambda: any("EngineCore" in title(process) for process in live.tree()))
-            time.sleep(2)
+            time.sleep(0.3)  # into the load, which is over 1.4 s later on a fast machine
         yield live
     finally:
         end(live.process, patience_s=0)

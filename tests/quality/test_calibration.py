@@ -61,6 +61,8 @@ def test_candidates_run_to_the_last_layer_and_an_empty_range_is_refused() -> Non
     for layers, first in ((4, 5), (5, 5), (8, 0)):
         with pytest.raises(ValueError, match=f"give --min-layer from 1 to {layers - 1}"):
             candidate_layers(layers, first)
+    with pytest.raises(ValueError, match="give --min-layer from 4 to 7"):
+        candidate_layers(8, 3, first=4)  # of a decoder whose first three layers add features of images
 
 
 @pytest.fixture
@@ -186,6 +188,7 @@ class FakeProbe:
 
     MOVES: ClassVar[dict[int, float]] = {1: 0.04, 2: 0.004, 3: 0.002}
     layers = 4
+    first_layer = 1
 
     def __init__(self, model: str, argv: list[str]) -> None:
         self.model, self.revision, self.argv = model, None, argv

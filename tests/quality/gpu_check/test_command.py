@@ -69,8 +69,8 @@ print(child.pid, flush=True)
 time.sleep(600)
 """
     bench = made_up(tmp_path, monkeypatch, code)
-    bench.give(2)
-    with pytest.raises(Failed, match="kernels was not done within 2 s"):
+    bench.give(6)  # Python has to start meanwhile, on a machine that may be busy
+    with pytest.raises(Failed, match="kernels was not done within 6 s"):
         run(bench)
     child = int((tmp_path / "kernels.log").read_text())
     deadline = time.monotonic() + 10
