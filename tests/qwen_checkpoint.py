@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     PreTrainedModel,
@@ -21,6 +22,8 @@ from transformers import (
     Qwen2VLProcessor,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
     Qwen3VLProcessor,
 )
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
@@ -40,6 +43,16 @@ _TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_QWEN3_VISION = {
+    "depth": 4,
+    "hidden_size": 64,
+    "out_hidden_size": 128,
+    "intermediate_size": 96,
+    "num_heads": 4,
+    "patch_size": 16,
+    "num_position_embeddings": 64,
+    "deepstack_visual_indexes": [0, 1, 2],
+}
 
 
 def write(path: Path, model_type: str) -> Path:
@@ -49,7 +62,17 @@ def write(path: Path, model_type: str) -> Path:
     _draw_weights(model)
     model.save_pretrained(path)
     processor.save_pretrained(path)
+    if model_type == "qwen3_vl_moe":
+        _transpose_experts(path / "model.safetensors")
     return path
+
+
+def _transpose_experts(file: Path) -> None:
+    """As published; transformers saves them as it holds them, and reads both."""
+    weights = load_file(file)
+    for name in [name for name in weights if ".experts." in name]:
+        weights[name] = weights[name].mT.contiguous()
+    save_file(weights, file, metadata={"format": "pt"})
 
 
 def _qwen2(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -80,30 +103,36 @@ def _qwen2_5(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin
 
 def _qwen3(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Deepstack levels of the tower's layers 0, 1 and 2."""
-    vision = {
-        "depth": 4,
-        "hidden_size": 64,
-        "out_hidden_size": 128,
-        "intermediate_size": 96,
-        "num_heads": 4,
-        "patch_size": 16,
-        "num_position_embeddings": 64,
-        "deepstack_visual_indexes": [0, 1, 2],
-    }
-    rope = _ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
-    config = Qwen3VLConfig(
-        text_config=_text(tokenizer, rope_parameters=rope, head_dim=32), vision_config=vision, **_ids(tokenizer)
+    config = Qwen3VLConfig(text_config=_qwen3_text(tokenizer), vision_config=_QWEN3_VISION, **_ids(tokenizer))
+    return Qwen3VLForConditionalGeneration(config), _qwen3_processor(tokenizer)
+
+
+def _qwen3_moe(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The same with four experts, of which two are taken."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True}
+    config = Qwen3VLMoeConfig(
+        text_config=_qwen3_text(tokenizer, **experts), vision_config=_QWEN3_VISION, **_ids(tokenizer)
     )
+    return Qwen3VLMoeForConditionalGeneration(config), _qwen3_processor(tokenizer)
+
+
+def _qwen3_text(tokenizer: Qwen2Tokenizer, **more: object) -> dict[str, Any]:
+    rope = _ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
+    return _text(tokenizer, rope_parameters=rope, head_dim=32, **more)
+
+
+def _qwen3_processor(tokenizer: Qwen2Tokenizer) -> ProcessorMixin:
     size = {"shortest_edge": 64 * 64, "longest_edge": 32 * 32 * 256}
     images = Qwen2VLImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3, size=size, patch_size=16)
     videos = Qwen3VLVideoProcessor(size=size, patch_size=16)
-    return Qwen3VLForConditionalGeneration(config), Qwen3VLProcessor(images, tokenizer, videos, chat_template=_TEMPLATE)
+    return Qwen3VLProcessor(images, tokenizer, videos, chat_template=_TEMPLATE)
 
 
 MODELS: Mapping[str, Callable[[Qwen2Tokenizer], tuple[PreTrainedModel, ProcessorMixin]]] = {
     "qwen2_vl": _qwen2,
     "qwen2_5_vl": _qwen2_5,
     "qwen3_vl": _qwen3,
+    "qwen3_vl_moe": _qwen3_moe,
 }
 
 

@@ -123,7 +123,7 @@ class QwenReference:
             self._reduced([level[f * n : (f + 1) * n] for level in levels], (rows, columns), asked, 0, frame_pixels)
             for f, frame_pixels in enumerate(pixels.split(n * merge**2))
         ]
-        if self.config.model_type == "qwen3_vl":
+        if self.config.model_type.startswith("qwen3"):
             pieces: list[list[int] | Left] = []
             for f, frame in enumerate(frames):
                 seconds = [

@@ -28,7 +28,7 @@ from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
 from tests.engine.qwen_reference import Answer, Film, QwenReference
 from tests.engine.watch import forget, watch
 from tests.images import photo
-from tests.qwen_checkpoint import IMAGE, MODELS, VIDEO
+from tests.qwen_checkpoint import IMAGE, VIDEO
 
 SIZES = ((280, 196), (168, 336), (256, 256))
 """(width, height)"""
@@ -45,7 +45,7 @@ CUT: dict[str, Any] = {
 """Chunks cut every image, and the pool has room for a few of the prompts."""
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return qwen_checkpoint.write(tmp_path_factory.mktemp("checkpoints") / request.param, request.param)
 
@@ -300,7 +300,7 @@ def test_videos_that_are_refused(llm: Any, reference: QwenReference) -> None:
         (one_film(1, method="downsample", ratio=0.5), "makes images smaller, not videos"),
         (one_film(1, ratio=0.999), "have to stay"),
     ]
-    if reference.config.model_type == "qwen3_vl":
+    if reference.config.model_type.startswith("qwen3"):
         pictures, metadata = film(1)
         sampled = replace(one_film(1, ratio=0.5), film=(pictures, {**metadata, "do_sample_frames": True}))
         refusals += [
@@ -403,6 +403,12 @@ def assert_different(llm: Any, expect: Callable[[Case], Answer], case: Case = BE
     want, expected = expect(case)
     assert tokens != want or logprobs != pytest.approx(expected, abs=1e-3)
     forget(llm)
+
+
+@pytest.mark.parametrize("checkpoint", ["qwen3_vl_moe"], indirect=True)
+def test_a_mixture_of_experts(llm: Any, expect: Callable[[Case], Answer]) -> None:
+    """Its decoder alone is another one than Qwen3-VL's."""
+    assert_same(llm, expect, BEFORE_THE_DECODER[:5] + IN_THE_DECODER)
 
 
 @pytest.mark.parametrize("checkpoint", ["qwen2_5_vl"], indirect=True)

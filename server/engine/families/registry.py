@@ -55,6 +55,9 @@ ENTRIES: Mapping[str, Entry] = MappingProxyType(
         "Qwen3VLForConditionalGeneration": Entry(
             "qwen_vl.QwenVLFamily", "qwen3_vl.FoldQwen3VLForConditionalGeneration"
         ),
+        "Qwen3VLMoeForConditionalGeneration": Entry(
+            "qwen_vl.QwenVLFamily", "qwen3_vl_moe.FoldQwen3VLMoeForConditionalGeneration"
+        ),
     }
 )
 """By architecture, as config.json names it."""

@@ -25,6 +25,7 @@ DECODERS = {
     "qwen2_5_vl_text": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_vl_text": "Qwen3ForCausalLM",
+    "qwen3_vl_moe_text": "Qwen3MoeForCausalLM",
 }
 """HF model type of a text config -> vLLM's class of the decoder, for checkpoints that name no architecture."""
 
