@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +26,38 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
+class QwenTower:
+    """The vision tower of a Qwen-VL model, which makes a token of some patches.
+
+    Attributes:
+        hidden, mlp, layers: of its layers.
+        matrices: of a layer's MLP: two, or three with a gate.
+        patches: that become a token.
+        windowed: layers in which a patch attends to those of its window.
+        window: patches of one.
+        mergers: at its end, and for each deepstack level.
+        out: width of the decoder.
+    """
+
+    hidden: int
+    mlp: int
+    layers: int
+    matrices: int
+    patches: int
+    windowed: int
+    window: int
+    mergers: int
+    out: int
+
+    def flops(self, tokens: float) -> float:
+        """Of an image of so many tokens, before reduction."""
+        n, d, wide = tokens * self.patches, self.hidden, self.hidden * self.patches
+        linear = self.layers * n * (8 * d * d + 2 * self.matrices * d * self.mlp)
+        attention = 4 * n * d * ((self.layers - self.windowed) * n + self.windowed * min(self.window, n))
+        return linear + attention + self.mergers * tokens * 2 * (wide * wide + wide * self.out)
+
+
+@dataclass(frozen=True, slots=True)
 class ModelShape:
     """A LLaVA-like model: a ViT, an MLP projector and a Llama-like decoder.
 
@@ -34,6 +66,8 @@ class ModelShape:
         vision_hidden, vision_mlp, vision_layers: of the tower, up to the layer whose features are taken.
         withdraw_layer: K, or None.
         tile: tokens that attend to each other in the tower; None: all of an image.
+        queries: width of the decoder's queries; None: `hidden`.
+        qwen: instead of the ViT and the projector, whose attributes say nothing then.
     """
 
     hidden: int
@@ -45,14 +79,20 @@ class ModelShape:
     vision_layers: int
     withdraw_layer: int | None = None
     tile: int | None = None
+    queries: int | None = None
+    qwen: QwenTower | None = None
 
     def flops(self, request: Request) -> float:
         """Encoder, projector, prefill and decode steps of one request, without the output head."""
+        shallow = request.text + request.kept
+        return self._vision(request) + self._decoder(shallow, shallow - request.withdrawn, request.output)
+
+    def _vision(self, request: Request) -> float:
+        if self.qwen is not None:
+            return self.qwen.flops(request.encoded)
         n, dv = request.encoded, self.vision_hidden
         tower = self.vision_layers * (n * (8 * dv * dv + 4 * dv * self.vision_mlp) + 4 * n * (self.tile or n) * dv)
-        projector = request.kept * 2 * (dv * self.hidden + self.hidden * self.hidden)
-        shallow = request.text + request.kept
-        return tower + projector + self._decoder(shallow, shallow - request.withdrawn, request.output)
+        return tower + request.kept * 2 * (dv * self.hidden + self.hidden * self.hidden)
 
     def kv_elements(self, request: Request) -> float:
         """Keys and values that a request holds halfway through its answer, in numbers."""
@@ -68,15 +108,15 @@ class ModelShape:
     def _decoder(self, shallow: float, deep: float, output: float) -> float:
         """Tokens that leave at K need of layer K-1 its attention only; where iLLaVA merges them, they go through it."""
         first, last = self._split()
-        unread = (shallow - deep) * self.hidden * (2 * self.hidden + 6 * self.mlp)
+        unread = (shallow - deep) * self.hidden * (2 * (self.queries or self.hidden) + 6 * self.mlp)
         return first * self._layer(shallow, output) - unread + last * self._layer(deep, output)
 
     def _layer(self, prompt: float, output: float) -> float:
         """One decoder layer over a prompt and the tokens after it: each but the last of the answer is a step."""
         steps = max(output - 1, 0)
-        s, d = prompt + steps, self.hidden
-        linear = s * (4 * d * d + 4 * d * self.kv + 6 * d * self.mlp)
-        return linear + 2 * s * s * d  # causal: half of 4 s^2 d
+        s, d, q = prompt + steps, self.hidden, self.queries or self.hidden
+        linear = s * (4 * d * q + 4 * d * self.kv + 6 * d * self.mlp)
+        return linear + 2 * s * s * q  # causal: half of 4 s^2 q
 
 
 def read_shape(checkpoint: Path | str, withdraw_layer: int | None) -> ModelShape | None:
@@ -90,16 +130,41 @@ def read_shape(checkpoint: Path | str, withdraw_layer: int | None) -> ModelShape
         heads = text.num_attention_heads
         head = getattr(text, "head_dim", None) or text.hidden_size // heads
         layer = getattr(config, "vision_feature_layer", -1)
-        return ModelShape(
+        decoder = ModelShape(
             hidden=text.hidden_size,
             mlp=text.intermediate_size,
             layers=text.num_hidden_layers,
             kv=head * (getattr(text, "num_key_value_heads", None) or heads),
+            queries=None if head * heads == text.hidden_size else head * heads,
+            vision_hidden=0,
+            vision_mlp=0,
+            vision_layers=0,
+            withdraw_layer=withdraw_layer,
+        )
+        if hasattr(vision, "spatial_merge_size"):
+            return replace(decoder, qwen=_qwen_tower(vision, text.hidden_size))
+        return replace(
+            decoder,
             vision_hidden=vision.hidden_size,
             vision_mlp=vision.intermediate_size,
             vision_layers=vision.num_hidden_layers + 1 + layer if layer < 0 else layer,
-            withdraw_layer=withdraw_layer,
             tile=(vision.image_size // vision.patch_size) ** 2,
         )
     except (OSError, AttributeError, TypeError, ValueError):
         return None
+
+
+def _qwen_tower(vision: PretrainedConfig, out: int) -> QwenTower:
+    whole = getattr(vision, "fullatt_block_indexes", None)  # Qwen2.5-VL's, whose MLP has a gate
+    hidden = getattr(vision, "embed_dim", vision.hidden_size)  # Qwen2-VL's hidden_size is the decoder's
+    return QwenTower(
+        hidden=hidden,
+        mlp=vision.intermediate_size if hasattr(vision, "intermediate_size") else hidden * vision.mlp_ratio,
+        layers=vision.depth,
+        matrices=2 if whole is None else 3,
+        patches=vision.spatial_merge_size**2,
+        windowed=0 if whole is None else vision.depth - len(whole),
+        window=0 if whole is None else (vision.window_size // vision.patch_size) ** 2,
+        mergers=1 + len(getattr(vision, "deepstack_visual_indexes", ())),
+        out=out,
+    )

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForImageTextToText
 
 from foldserve.loadtest.grid import CONTROL, RATIO_0, Load, Point, Variant
 from foldserve.loadtest.metrics import read
@@ -17,6 +20,7 @@ from foldserve.loadtest.report.journal import RESULTS_FILE, run_identity
 from foldserve.loadtest.statistics import draw, gaps, mean, quantile, rate, runs
 from foldserve.loadtest.summary import summarise
 from foldserve.loadtest.throughput import Report, write
+from tests import qwen_checkpoint
 
 LOAD = Load(concurrency=2)
 FOLDED = Variant("foldserve", "folder", 0.5)
@@ -152,6 +156,27 @@ def test_a_shape_is_read_from_a_checkpoint(tiny_llava: Path, tmp_path: Path) -> 
     assert read_shape(tmp_path, 16) == SEVEN_B
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert read_shape(tmp_path, None) is None
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def test_flops_of_qwen_are_those_that_torch_counts(model_type: str, tmp_path: Path) -> None:
+    """Of the tower but for its patch embedding, and of the decoder; an image of 8 x 12 tokens."""
+    path = qwen_checkpoint.write(tmp_path / model_type, model_type)
+    model = AutoModelForImageTextToText.from_pretrained(path, attn_implementation="eager").eval().model
+    shape = read_shape(path, None)
+    assert shape is not None and shape.qwen is not None
+    rows, columns, vision = 16, 24, model.config.vision_config
+    values = 3 * 2 * vision.patch_size**2
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        model.visual(torch.zeros(rows * columns, values), grid_thw=torch.tensor([[1, rows, columns]]))
+    embedding = 2 * rows * columns * values * shape.qwen.hidden
+    assert counter.get_total_flops() - embedding == pytest.approx(shape.qwen.flops(rows * columns / 4), rel=1e-3)
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        hidden = torch.zeros(1, 50, shape.hidden)
+        model.language_model(inputs_embeds=hidden, use_cache=False)
+    whole_square = shape.layers * 2 * 50 * 50 * (shape.queries or shape.hidden)  # torch counts all of it, causal or not
+    predicted = shape.flops(Request(0, 0, 0, 50, 1)) + whole_square
+    assert counter.get_total_flops() == pytest.approx(predicted, rel=1e-3)
 
 
 def test_metrics_are_summed_over_labels() -> None:
