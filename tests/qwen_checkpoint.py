@@ -67,6 +67,21 @@ def write(path: Path, model_type: str) -> Path:
     return path
 
 
+def write_bench(path: Path) -> Path:
+    """Makes the Qwen3-VL of docs/benchmarks: 16 decoder layers of width 1024 in bf16, a tower of three small ones."""
+    tokenizer = _tokenizer()
+    rope = _ROPE | {"mrope_section": [12, 10, 10], "mrope_interleaved": True}
+    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "head_dim": 64}
+    heads = {"num_attention_heads": 16, "num_key_value_heads": 16}
+    vision = _QWEN3_VISION | {"depth": 3, "out_hidden_size": 1024}
+    text = _text(tokenizer, rope_parameters=rope, **sizes, **heads)
+    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **_ids(tokenizer)))
+    _draw_weights(model)
+    model.bfloat16().save_pretrained(path)
+    _qwen3_processor(tokenizer, tokens=1024).save_pretrained(path)
+    return path
+
+
 def _transpose_experts(file: Path) -> None:
     """As published; transformers saves them as it holds them, and reads both."""
     weights = load_file(file)
@@ -121,8 +136,9 @@ def _qwen3_text(tokenizer: Qwen2Tokenizer, **more: object) -> dict[str, Any]:
     return _text(tokenizer, rope_parameters=rope, head_dim=32, **more)
 
 
-def _qwen3_processor(tokenizer: Qwen2Tokenizer) -> ProcessorMixin:
-    size = {"shortest_edge": 64 * 64, "longest_edge": 32 * 32 * 256}
+def _qwen3_processor(tokenizer: Qwen2Tokenizer, tokens: int = 256) -> ProcessorMixin:
+    """Of images with at most so many tokens."""
+    size = {"shortest_edge": 64 * 64, "longest_edge": 32 * 32 * tokens}
     images = Qwen2VLImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3, size=size, patch_size=16)
     videos = Qwen3VLVideoProcessor(size=size, patch_size=16)
     return Qwen3VLProcessor(images, tokenizer, videos, chat_template=_TEMPLATE)

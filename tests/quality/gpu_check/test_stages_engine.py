@@ -13,6 +13,7 @@ from foldserve.server.quality.gpu_check.jobs import Load
 from foldserve.server.quality.gpu_check.load import load_engine
 from foldserve.server.quality.gpu_check.options import GpuCheckOptions
 from foldserve.server.quality.gpu_check.references import References
+from tests import qwen_checkpoint
 from tests.quality.gpu_check.bench import InProcess
 
 
@@ -35,23 +36,27 @@ def test_a_burst_without_the_bound_fails(tmp_path: Path, monkeypatch: pytest.Mon
         burst(InProcess(tmp_path))
 
 
-def test_load_measures(tiny_llava: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_load_measures(tiny_llava: Path, tmp_path: Path, family: str) -> None:
     """Withdrawn sequences take fewer blocks; a smaller prompt too."""
     from foldserve.server.quality.engine.gpu_check.load import run
 
-    engine = load_engine(InProcess(tmp_path, GpuCheckOptions(device="cpu", model=tiny_llava)), tiny_llava)
+    model = tiny_llava if family == "llava" else qwen_checkpoint.write(tmp_path / family, family)
+    engine = load_engine(InProcess(tmp_path, GpuCheckOptions(device="cpu", model=model)), model)
     asked = ({"ratio": 0}, {"ratio": 0.9}, {"ratio": 0, "withdraw": True})
     spec = Load(
         engine=engine.model_copy(update={"withdraw_layer": 2}),
         reductions=asked,
-        image_px=168,
+        image_px=168 if family == "llava" else 448,
         requests=4,
         tokens=3,
         rounds=1,
         singles=1,
     )
     full, reduced, withdrawn = run(spec).rows
-    assert (full.prompt_tokens, reduced.prompt_tokens, withdrawn.prompt_tokens) == (174, 45, 174)
+    tokens = 144 if family == "llava" else 256  # and 30 of text
+    kept = tokens - int(tokens * 0.9)
+    assert [row.prompt_tokens for row in (full, reduced, withdrawn)] == [30 + tokens, 30 + kept, 30 + tokens]
     assert full.sequences < withdrawn.sequences < reduced.sequences
     for row in (full, reduced, withdrawn):
         assert min(row.requests_per_s, row.ttft_ms, row.itl_ms) > 0

@@ -77,8 +77,9 @@ class _Measured:
 
     def _prompt(self) -> dict[str, Any]:
         px = self._spec.image_px
-        image = self._llm.llm_engine.vllm_config.model_config.hf_config.image_token_index
-        numbers = self._random.integers(10, 400, self._spec.words).tolist()  # of tokens that every tokenizer has
+        config = self._llm.llm_engine.vllm_config.model_config.hf_config
+        image = config.image_token_id if hasattr(config, "image_token_id") else config.image_token_index
+        numbers = self._random.integers(10, 250, self._spec.words).tolist()  # of tokens that every tokenizer has
         words = [number + (number == image) for number in numbers]
         prompt: dict[str, Any] = {
             "prompt_token_ids": [image, *words],
