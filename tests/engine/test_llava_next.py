@@ -13,11 +13,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import CLIPVisionConfig, LlavaNextConfig
+from vllm import EngineArgs
+from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from foldserve.reducers.item import plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import withdrawal
 from foldserve.server.engine.families.llava_next import LlavaNextFamily
+from foldserve.server.engine.families.registry import family_of
 from tests import next_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
 from tests.engine.next_reference import KeepingNextReference, NextReference
@@ -190,6 +193,16 @@ def test_refused(llm: Any, reduction: dict[str, Any], param: str) -> None:
     with pytest.raises(InvalidReduction) as caught:
         llm.generate([one_image(300, 200, **reduction).to_vllm()], use_tqdm=False)
     assert caught.value.param == param
+
+
+def test_a_variant_that_is_not_reduced_gets_pixels_as_vllm_sends_them(checkpoint: Path) -> None:
+    """Nobody would make floats of bytes there."""
+    config = EngineArgs(str(checkpoint), hf_overrides={"vision_feature_select_strategy": "full"}).create_model_config()
+    assert family_of(config) is None
+    processor = MULTIMODAL_REGISTRY.create_processor(config)
+    items = processor.info.parse_mm_data({"image": photo(1, 300, 200)})
+    sent = processor(processor.info.get_tokenizer().encode("<image>"), items)["mm_kwargs"]["image"][0]
+    assert sent is not None and sent["pixel_values"].data.is_floating_point()
 
 
 def test_newlines_stay_at_the_ends_of_rows() -> None:

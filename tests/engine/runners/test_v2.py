@@ -19,6 +19,7 @@ SUITES = {
         "withdrawal/piecewise_v2.py",
     ],
     "asynchronous loop": ["cuda/async_loop.py"],
+    "Qwen-VL": ["test_qwen.py"],
 }
 
 
