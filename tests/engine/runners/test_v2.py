@@ -1,4 +1,4 @@
-"""More of model runner V2 than `tests/engine/test_v2.py`: whole files, with its Triton kernels interpreted.
+"""More of model runner V2 than `tests/engine/test_v2.py`, with its Triton kernels interpreted, which is slow.
 
 `top_k` is left out: Triton's interpreter does not take vLLM's kernel for it.
 """
@@ -19,7 +19,11 @@ SUITES = {
         "withdrawal/piecewise_v2.py",
     ],
     "asynchronous loop": ["cuda/async_loop.py"],
-    "Qwen-VL": ["test_qwen.py"],
+    "Qwen-VL": [
+        "test_qwen.py::test_all_in_one_batch_and_again_from_the_cache",
+        "test_qwen.py::test_in_the_tower_beside_others",
+        "test_qwen.py::test_videos_frame_by_frame",
+    ],
 }
 
 
