@@ -112,9 +112,8 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
             ItemIdentity(h)  # a client's own could ask for what no plan says
         for modality, plans in planned.items():
             hashes[modality] = [self._identity(h, plan) for h, plan in zip(hashes[modality], plans, strict=True)]
-        if (
-            DUMMY_FIELD in inputs.hf_processor_mm_kwargs and "image" in planned
-        ):  # a white image of a client's is another one
+        is_dummy = DUMMY_FIELD in inputs.hf_processor_mm_kwargs
+        if is_dummy and "image" in planned:  # a white image of a client's is another one
             hashes["image"] = [f"{DUMMY_FIELD}-{h}" for h in hashes["image"]]
         return hashes
 

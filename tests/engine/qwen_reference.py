@@ -125,9 +125,10 @@ class QwenReference:
         ]
         if self.config.model_type.startswith("qwen3"):
             pieces: list[list[int] | Left] = []
+            indices = metadata["frames_indices"]  # the last picture stands in where a frame lacks one
             for f, frame in enumerate(frames):
                 seconds = [
-                    metadata["frames_indices"][i] / metadata["fps"] for i in (f * together, (f + 1) * together - 1)
+                    indices[min(i, len(indices) - 1)] / metadata["fps"] for i in (f * together, (f + 1) * together - 1)
                 ]
                 stamp = f"<{sum(seconds) / 2:.1f} seconds>"
                 pieces += [

@@ -278,6 +278,9 @@ FILMS = [
     one_film(5, method="pool", ratio=0.6, positions="keep"),
     one_film(6, withdraw=True),
     one_film(10, method="tome", ratio=0.3),
+    replace(one_film(11), film=film(11, pictures=5)),  # a frame is two pictures
+    replace(one_film(13, ratio=0.5), film=film(13, pictures=5)),
+    replace(one_film(12, ratio=0.5), film=film(12, pictures=2)),  # one frame: no text between any
     one_film(7, ratio=0.5, withdraw=True),
     FilmCase(
         ask(VIDEO, "and", IMAGE, "?"), [photo(1, *SIZES[0])], [{"ratio": 0.5}], film=film(8), asked={"ratio": 0.75}

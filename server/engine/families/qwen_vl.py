@@ -184,16 +184,14 @@ class QwenImages(FoldProcessor):
         hf_processor_mm_kwargs: Mapping[str, object],
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
-        planned: dict[str, list[ItemPlan]] = dict(self._all_plans(mm_items, hf_processor_mm_kwargs).items())
-        updates = super()._get_prompt_updates(mm_items, without_ours(hf_processor_mm_kwargs), out_mm_kwargs)
         config = self.info.get_hf_config()
         tokens = {"image": config.image_token_id, "video": config.video_token_id}
-        return [
-            _shortened(update, tokens[update.modality], planned[update.modality])
-            if update.modality in planned
-            else update
-            for update in updates
-        ]
+        reduced: dict[str, tuple[int, list[ItemPlan]]] = {
+            modality: (tokens[modality], plans)
+            for modality, plans in self._all_plans(mm_items, hf_processor_mm_kwargs).items()
+        }
+        updates = super()._get_prompt_updates(mm_items, without_ours(hf_processor_mm_kwargs), out_mm_kwargs)
+        return [_shortened(one, *reduced[one.modality]) if one.modality in reduced else one for one in updates]
 
     def _processed(
         self,
@@ -210,9 +208,9 @@ class QwenImages(FoldProcessor):
             small = ImageProcessorItems([self._resized(mm_items["image"].get(i), plans[i]) for i in smaller])
             as_they_are = {**hf_kwargs, "do_resize": False}
             found = super()._processed(MultiModalDataItems({"image": small}), planned, as_they_are)
-            images = dict(zip(smaller, _images(found), strict=True)) | dict(
-                zip(others, _images(processed) if others else [], strict=True)
-            )
+            images = dict(zip(smaller, _images(found), strict=True))
+            if others:
+                images |= zip(others, _images(processed), strict=True)
             each = [images[i] for i in range(len(plans))]
             processed["pixel_values"] = torch.cat([pixels for pixels, _ in each])
             processed[_GRIDS["image"]] = torch.stack([grid for _, grid in each])
