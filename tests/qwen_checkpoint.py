@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,17 @@ _TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_QWEN2_5_VISION = {
+    "depth": 4,
+    "hidden_size": 64,
+    "out_hidden_size": 128,
+    "intermediate_size": 96,
+    "num_heads": 4,
+    "patch_size": 14,
+    "window_size": 56,
+    "fullatt_block_indexes": [1, 3],
+    "tokens_per_second": 2,
+}
 _QWEN3_VISION = {
     "depth": 4,
     "hidden_size": 64,
@@ -67,18 +78,30 @@ def write(path: Path, model_type: str) -> Path:
     return path
 
 
-def write_bench(path: Path) -> Path:
-    """Makes the Qwen3-VL of docs/benchmarks: 16 decoder layers of width 1024 in bf16, a tower of three small ones."""
+def write_bench(path: Path, model_type: str) -> Path:
+    """Makes a "qwen2_5_vl" or "qwen3_vl" for benchmarks, bf16: 16 decoder layers of width 1024, a tower of 8 of 320."""
     tokenizer = _tokenizer()
-    rope = _ROPE | {"mrope_section": [12, 10, 10], "mrope_interleaved": True}
-    sizes = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16, "head_dim": 64}
-    heads = {"num_attention_heads": 16, "num_key_value_heads": 16}
-    vision = _QWEN3_VISION | {"depth": 3, "out_hidden_size": 1024}
-    text = _text(tokenizer, rope_parameters=rope, **sizes, **heads)
-    model = Qwen3VLForConditionalGeneration(Qwen3VLConfig(text_config=text, vision_config=vision, **_ids(tokenizer)))
+    decoder: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 16}
+    decoder |= {"num_attention_heads": 16, "num_key_value_heads": 16}
+    tower = {"depth": 8, "hidden_size": 320, "intermediate_size": 1280, "num_heads": 4, "out_hidden_size": 1024}
+    model: PreTrainedModel
+    if model_type == "qwen3_vl":
+        text = _qwen3_text(tokenizer, **decoder, head_dim=64, mrope_section=[12, 10, 10])
+        vision = _QWEN3_VISION | tower | {"deepstack_visual_indexes": [1, 3, 5]}
+        model = Qwen3VLForConditionalGeneration(
+            Qwen3VLConfig(text_config=text, vision_config=vision, **_ids(tokenizer))
+        )
+        processor = _qwen3_processor(tokenizer, tokens=1024)
+    else:
+        text = _text(tokenizer, rope_parameters=_ROPE | {"mrope_section": [8, 12, 12]}, **decoder)
+        vision = _QWEN2_5_VISION | tower | {"window_size": 112, "fullatt_block_indexes": [3, 7]}
+        model = Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_ids(tokenizer))
+        )
+        processor = Qwen2_5_VLProcessor(*_parts(tokenizer, tokens=1024), chat_template=_TEMPLATE)
     _draw_weights(model)
     model.bfloat16().save_pretrained(path)
-    _qwen3_processor(tokenizer, tokens=1024).save_pretrained(path)
+    processor.save_pretrained(path)
     return path
 
 
@@ -100,19 +123,8 @@ def _qwen2(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
 
 def _qwen2_5(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Windows of 2 x 2 tokens in the tower's layers 0 and 2."""
-    vision = {
-        "depth": 4,
-        "hidden_size": 64,
-        "out_hidden_size": 128,
-        "intermediate_size": 96,
-        "num_heads": 4,
-        "patch_size": 14,
-        "window_size": 56,
-        "fullatt_block_indexes": [1, 3],
-        "tokens_per_second": 2,
-    }
     text = _text(tokenizer, rope_parameters=_ROPE | {"mrope_section": [4, 6, 6]})
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_ids(tokenizer))
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=_QWEN2_5_VISION, **_ids(tokenizer))
     return Qwen2_5_VLForConditionalGeneration(config), Qwen2_5_VLProcessor(*_parts(tokenizer), chat_template=_TEMPLATE)
 
 
@@ -124,16 +136,23 @@ def _qwen3(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
 
 def _qwen3_moe(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
     """The same with four experts, of which two are taken."""
-    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "norm_topk_prob": True}
+    experts: dict[str, Any] = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 96,
+        "norm_topk_prob": True,
+    }
     config = Qwen3VLMoeConfig(
         text_config=_qwen3_text(tokenizer, **experts), vision_config=_QWEN3_VISION, **_ids(tokenizer)
     )
     return Qwen3VLMoeForConditionalGeneration(config), _qwen3_processor(tokenizer)
 
 
-def _qwen3_text(tokenizer: Qwen2Tokenizer, **more: object) -> dict[str, Any]:
-    rope = _ROPE | {"mrope_section": [6, 5, 5], "mrope_interleaved": True}
-    return _text(tokenizer, rope_parameters=rope, head_dim=32, **more)
+def _qwen3_text(
+    tokenizer: Qwen2Tokenizer, *, head_dim: int = 32, mrope_section: Sequence[int] = (6, 5, 5), **more: object
+) -> dict[str, Any]:
+    rope = _ROPE | {"mrope_section": list(mrope_section), "mrope_interleaved": True}
+    return _text(tokenizer, rope_parameters=rope, head_dim=head_dim, **more)
 
 
 def _qwen3_processor(tokenizer: Qwen2Tokenizer, tokens: int = 256) -> ProcessorMixin:
@@ -174,8 +193,10 @@ def _text(tokenizer: Qwen2Tokenizer, **more: object) -> dict[str, Any]:
     return {**sizes, **heads, "bos_token_id": None, **found, **more}
 
 
-def _parts(tokenizer: Qwen2Tokenizer) -> tuple[Qwen2VLImageProcessor, Qwen2Tokenizer, Qwen2VLVideoProcessor]:
-    size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 256}
+def _parts(
+    tokenizer: Qwen2Tokenizer, tokens: int = 256
+) -> tuple[Qwen2VLImageProcessor, Qwen2Tokenizer, Qwen2VLVideoProcessor]:
+    size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * tokens}
     return Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(size=size)
 
 

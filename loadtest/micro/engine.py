@@ -38,10 +38,11 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """One scheduling step: the model's forward alone (the decoder), and everything from scheduling to the output."""
+    """One scheduling step: the model's forward alone (the decoder), the whole of it, and vLLM's outputs."""
 
     forward: Clock
     step: Clock
+    outputs: Sequence[Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +76,8 @@ class ProbedEngine:
         self._managers = core.scheduler.kv_cache_manager.coordinator.single_type_managers
         runner = core.model_executor.driver_worker.worker.model_runner
         pool_bytes = runner.kv_cache_config.kv_cache_tensors[0].size  # all groups lie in one allocation
-        self.block_bytes = pool_bytes // self._pool.num_gpu_blocks
-        self.usable_blocks = self._pool.num_gpu_blocks - 1  # one is vLLM's null block
+        self.block_bytes: int = pool_bytes // self._pool.num_gpu_blocks
+        self.usable_blocks: int = self._pool.num_gpu_blocks - 1  # one is vLLM's null block
         self.groups = len(self._managers)
         self._forward = Clock()
         runner.model.forward = self._clocked(runner.model.forward)
@@ -86,8 +87,14 @@ class ProbedEngine:
     def tokenizer(self) -> Any:
         return self._llm.get_tokenizer()
 
-    def add(self, request: Request) -> None:
-        """Hands a request over and processes its image; it runs from the next `step` on."""
+    @property
+    def used_blocks(self) -> int:
+        """KV blocks of all groups that requests hold."""
+        free: int = self._pool.get_num_free_blocks()
+        return self.usable_blocks - free
+
+    def add(self, request: Request) -> str:
+        """Hands a request over and processes its image; it runs from the next `step` on. Its name in outputs."""
         from vllm import SamplingParams
 
         prompt: dict[str, Any] = {
@@ -98,14 +105,16 @@ class ProbedEngine:
             prompt["mm_processor_kwargs"] = {"foldserve": request.reduction.to_json()}
         params = SamplingParams(temperature=0, max_tokens=request.tokens, ignore_eos=True)
         self._added += 1
-        self._llm.llm_engine.add_request(str(self._added), prompt, params)
+        name = str(self._added)
+        self._llm.llm_engine.add_request(name, prompt, params)
+        return name
 
     def step(self) -> StepCost:
         """One scheduling step."""
         self._forward, whole = Clock(), Clock()
         with whole.running():
-            self._llm.llm_engine.step()
-        return StepCost(self._forward, whole)
+            outputs = self._llm.llm_engine.step()
+        return StepCost(self._forward, whole, outputs)
 
     def prefill(self, request: Request) -> StepCost:
         """A whole prompt in one step, and its one output token."""

@@ -1,0 +1,1 @@
+"""OpenVINO GenAI, the other engine with a ratio per request, beside ours on one CPU."""
