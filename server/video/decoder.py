@@ -1,0 +1,147 @@
+"""Asks for the frames of a video file, from the server's side."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import ExitStack
+from dataclasses import asdict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from foldserve.server.video.frames import Bounds, Chosen, DamagedVideo, Rule, VideoTooLarge
+
+_ANSWER_BYTES = 1 << 20
+
+
+class DecoderUnavailable(RuntimeError):
+    """The process that decodes can't be had: the server's fault, not the file's."""
+
+
+class Frames:
+    """Pixels of a video, in memory that can be given back while somebody still holds them.
+
+    Args:
+        shape: (count, height, width, 3).
+        file: whose content they are; -1 for new ones, black.
+    """
+
+    def __init__(self, shape: tuple[int, int, int, int], file: int = -1) -> None:
+        self._memory = mmap.mmap(file, int(np.prod(shape)))
+        self.pixels: NDArray[np.uint8] = np.ndarray(shape, np.uint8, self._memory)
+
+    def release(self) -> None:
+        """Gives the memory back to the system; the pixels are black then."""
+        self._memory.madvise(mmap.MADV_REMOVE)
+
+
+class VideoDecoder:
+    """Decodes each file in a process of its own; the one that they are forked from starts with the first."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+        self._requests: socket.socket | None = None
+
+    def measure(self, content: bytes, bounds: Bounds, rule: Rule) -> Chosen:
+        """What `decode` would give; reads the container, decodes nothing.
+
+        Raises:
+            as `decode`.
+        """
+        with ExitStack() as open_files:
+            return self._ask(content, bounds, rule, _memory_file("frames", open_files), decode=False)
+
+    def decode(self, content: bytes, bounds: Bounds, rule: Rule) -> tuple[Chosen, Frames]:
+        """Blocks until the frames are there, at most about twice `bounds.work_s`.
+
+        Raises:
+            DamagedVideo, VideoTooLarge: as `file.read`, and for a file that its process ended on.
+            DecoderUnavailable: no process could be had.
+        """
+        with ExitStack() as open_files:
+            file = _memory_file("frames", open_files)
+            chosen = self._ask(content, bounds, rule, file, decode=True)
+            return chosen, Frames((chosen.count, chosen.height, chosen.width, 3), file)
+
+    def close(self) -> None:
+        """Ends the process; files that are being decoded are decoded to the end."""
+        with self._lock:
+            self._end()
+
+    def _end(self) -> None:
+        if self._requests is not None:
+            self._requests.close()
+        if self._process is not None:
+            self._process.wait()
+        self._process = self._requests = None
+
+    def _ask(self, content: bytes, bounds: Bounds, rule: Rule, frames: int, *, decode: bool) -> Chosen:
+        with ExitStack() as open_files:
+            source = _memory_file("source", open_files)
+            answer, theirs = (open_files.enter_context(os.fdopen(fd, "rb", 0)) for fd in os.pipe())
+            _write_all(source, content)
+            os.lseek(source, 0, os.SEEK_SET)
+            asked = {"bounds": asdict(bounds), "rule": asdict(rule), "decode": decode}
+            self._send(json.dumps(asked).encode(), [source, frames, theirs.fileno()])
+            theirs.close()
+            said = _read_all(answer.fileno())
+        if not said:  # a limit has ended it
+            raise VideoTooLarge("the video takes too much time or memory to decode: make it shorter or smaller")
+        return _result(json.loads(said))
+
+    def _send(self, message: bytes, files: list[int]) -> None:
+        with self._lock:
+            for _ in range(2):  # one that somebody killed is replaced
+                if self._requests is None:
+                    self._start()
+                assert self._requests is not None
+                try:
+                    socket.send_fds(self._requests, [message], files)
+                    return
+                except OSError:
+                    self._end()
+        raise DecoderUnavailable("the process that decodes videos does not stay up")
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            command = [sys.executable, "-m", "foldserve.server.video.nursery", str(theirs.fileno())]
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        self._requests = ours
+
+
+def _memory_file(name: str, open_files: ExitStack) -> int:
+    fd = os.memfd_create(f"foldserve-video-{name}")
+    open_files.callback(os.close, fd)
+    return fd
+
+
+def _write_all(fd: int, content: bytes) -> None:
+    view = memoryview(content)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _read_all(fd: int) -> bytes:
+    said = b""
+    while len(said) < _ANSWER_BYTES and (more := os.read(fd, _ANSWER_BYTES)):
+        said += more
+    return said
+
+
+def _result(said: dict[str, object]) -> Chosen:
+    if isinstance(message := said.get("damaged"), str):
+        raise DamagedVideo(message)
+    if isinstance(message := said.get("too_large"), str):
+        raise VideoTooLarge(message)
+    if not isinstance(values := said.get("frames"), list):
+        raise DamagedVideo("the video file can't be decoded")
+    count, height, width, times, total, seconds = values
+    return Chosen(count, height, width, tuple(times), total, seconds)

@@ -1,0 +1,109 @@
+"""What is asked of a video file, and what comes of it."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_SAME_S = 1e-4  # times that are meant to be equal differ by rounding
+_SAMPLED_AT = 1.0  # frames a second that a list of pictures stands for, as in vLLM
+
+
+class VideoError(ValueError):
+    """A video that can't be had; the message is for whoever sent it."""
+
+
+class DamagedVideo(VideoError):
+    """No video, of a kind that is not taken, or damaged."""
+
+
+class VideoTooLarge(VideoError):
+    """More than the bounds allow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a file may cost.
+
+    Attributes:
+        seconds: length of the video.
+        frame_pixels: width x height of a frame.
+        pixels: of all frames that are taken.
+        file_frames: frames in the file.
+        work_s: processor time, and as much again of waiting for a processor.
+        memory_bytes: beside the file.
+    """
+
+    seconds: float
+    frame_pixels: int
+    pixels: int
+    file_frames: int
+    work_s: float
+    memory_bytes: int = 1 << 29
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """Which frames are taken: evenly spaced in time, the first and the last among them.
+
+    Attributes:
+        frames: the most.
+        fps: at most so many a second; None for as many as `frames` allows.
+    """
+
+    frames: int
+    fps: float | None = None
+
+    def choose(self, times: Sequence[float]) -> list[int]:
+        """Indices of the frames to take, ascending and distinct.
+
+        Args:
+            times: in seconds, at which a file's frames begin to be shown, ascending.
+        """
+        first, length = times[0], times[-1] - times[0]
+        count = min(self.frames, len(times))
+        if self.fps is not None:
+            count = min(count, int(length * self.fps + 0.5) + 1)
+        if count == 1:
+            return [0]
+        spaced = (first + length * i / (count - 1) for i in range(count))
+        return sorted({bisect_right(times, time + _SAME_S) - 1 for time in spaced})
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen:
+    """The frames that were taken.
+
+    Attributes:
+        count: of them.
+        height: of each, in pixels, upright.
+        width: likewise.
+        times: in seconds since the first frame, at which each is shown.
+        file_frames: frames in the file.
+        seconds: length of the video.
+    """
+
+    count: int
+    height: int
+    width: int
+    times: tuple[float, ...]
+    file_frames: int
+    seconds: float
+
+    @classmethod
+    def of_pictures(cls, count: int, height: int, width: int) -> Chosen:
+        """Of a list of pictures without times."""
+        return cls(count, height, width, tuple(i / _SAMPLED_AT for i in range(count)), count, count / _SAMPLED_AT)
+
+    def metadata(self) -> dict[str, object]:
+        """As vLLM's loaders give it; a frame's index is its time at the file's mean rate, which may vary."""
+        fps = self.file_frames / self.seconds if self.seconds else _SAMPLED_AT
+        return {
+            "total_num_frames": self.file_frames,
+            "fps": fps,
+            "duration": self.seconds,
+            "video_backend": "foldserve",
+            "frames_indices": [min(round(time * fps), self.file_frames - 1) for time in self.times],
+            "do_sample_frames": False,
+        }

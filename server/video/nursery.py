@@ -1,0 +1,94 @@
+"""The process that forks one for each video file: `python -m foldserve.server.video.nursery FD`.
+
+A decoder is a million lines of C that reads what a stranger sent. The one for a file is forked from a process that has
+the libraries loaded and nothing else, so that it starts in milliseconds. It has limits on memory, processor time and
+what it may write, and can open nothing. It ends with the file, and nothing is left behind.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import pkgutil
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+import av
+
+from foldserve.server.video import file as video_file
+from foldserve.server.video.frames import Bounds, DamagedVideo, Rule, VideoTooLarge
+
+MESSAGE_BYTES = 4096
+_PAGE = resource.getpagesize()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Serves requests from the socket until its other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server's terminal means the server
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended ones leave nothing
+    for module in pkgutil.walk_packages(av.__path__, "av."):  # some are imported on use, when no file can be opened
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
+    with socket.socket(fileno=int(argv[0])) as requests:
+        gc.freeze()
+        while True:
+            message, files, _, _ = socket.recv_fds(requests, MESSAGE_BYTES, 3)
+            if not message:
+                return
+            if os.fork() == 0:
+                requests.close()
+                _work(message, *files)
+            for each in files:
+                os.close(each)
+
+
+def _work(message: bytes, content: int, room: int, answer: int) -> NoReturn:
+    """Decodes one file and ends; what it says is JSON, `{"frames": ...}` or `{"damaged" or "too_large": message}`."""
+    asked = json.loads(message)
+    bounds, rule = Bounds(**asked["bounds"]), Rule(**asked["rule"])
+    size = os.fstat(content).st_size
+    _confine(bounds, size)
+
+    def put(pixels: video_file.Pixels) -> None:
+        view = pixels.data.cast("B")
+        while view:
+            view = view[os.write(room, view) :]
+
+    try:
+        with os.fdopen(content, "rb", buffering=0) as file:
+            chosen = video_file.read(file, bounds, rule, put if asked["decode"] else None)  # type: ignore[arg-type]  # raw is enough for it
+        said: dict[str, object] = {"frames": [getattr(chosen, name) for name in chosen.__slots__]}
+    except DamagedVideo as error:
+        said = {"damaged": str(error)}
+    except VideoTooLarge as error:
+        said = {"too_large": str(error)}
+    except BaseException as error:
+        said = {"failed": type(error).__name__}
+    os.write(answer, json.dumps(said).encode())
+    os._exit(0)
+
+
+def _confine(bounds: Bounds, size: int) -> None:
+    """From here on: no new file or socket, so much memory and time, and a file no larger than the frames may be."""
+    with open("/proc/self/statm") as statm:
+        used = int(statm.read().split()[0]) * _PAGE
+    seconds = max(1, round(bounds.work_s))
+    for limit, most in (
+        (resource.RLIMIT_CORE, 0),
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_FSIZE, 3 * bounds.pixels),
+        (resource.RLIMIT_AS, used + size + bounds.memory_bytes),
+        (resource.RLIMIT_NOFILE, 0),
+    ):
+        resource.setrlimit(limit, (most, most))
+    signal.setitimer(signal.ITIMER_REAL, 2 * seconds)  # waiting for a processor counts; ends the process
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
