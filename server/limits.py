@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from foldserve.server.options import flag, option
+from foldserve.server.video.frames import Bounds, Rule
 
 MOST_PIXELS = 178_956_970
 """Pillow itself refuses images with more."""
@@ -41,8 +42,10 @@ class Limits:
     max_tools: int = _bound(128, "`tools`", least=0)
     max_schema_kb: float = _bound(64, "JSON of `response_format`, `structured_outputs` and `tools`, each", least=0)
     max_images_per_request: int = _bound(16, "images of a request", least=0)
+    max_videos_per_request: int = _bound(4, "videos of a request", least=0)
     max_image_mb: float = _bound(20, "size of an image file", least=0)
-    max_media_mb: float = _bound(50, "size of all image files of a request", least=0)
+    max_video_mb: float = _bound(50, "size of a video file", least=0)
+    max_media_mb: float = _bound(50, "size of all image and video files of a request", least=0)
     max_image_megapixels: float = _bound(40, "width x height of an image", least=0, most=MOST_PIXELS // 10**6)
     oversized: str = option(
         "refuse",
@@ -51,18 +54,25 @@ class Limits:
         "them where it can be decoded within --max-media-megapixels",
         choices=("refuse", "scale"),
     )
-    max_media_megapixels: float = _bound(80, "the same, summed over a request's images", least=0)
+    max_media_megapixels: float = _bound(
+        80, "the same, summed over a request's images and the frames that are taken of its videos", least=0
+    )
     max_prepared_megapixels: float = _bound(400, "the same, of 4 bytes, that an API server prepares at once", least=0)
     min_image_side: int = _bound(8, "pixels of an image's shorter side, at least")
     max_image_side: int = _bound(16_384, "pixels of an image's longer side")
     max_image_aspect: float = _bound(50, "longer side over shorter side")
-    max_media_seconds: float = _bound(15, "time to fetch all images of a request, and to decode them", least=0)
-    max_media_redirects: int = _bound(3, "redirects that are followed for one image, each checked anew", least=0)
-    media_decode_threads: int = _bound(4, "threads that decode images, in each API server")
+    video_frames: int = _bound(32, "frames that are taken of a video, evenly spaced in time; fewer if it has fewer")
+    video_fps: float = _bound(0, "at most so many of them for each second of the video; 0: no such bound", least=0)
+    max_video_seconds: float = _bound(600, "length of a video", least=0)
+    max_video_megapixels: float = _bound(9, "width x height of a video's frames", least=0)
+    max_video_file_frames: int = _bound(72_000, "frames of a video file, taken or not")
+    max_media_seconds: float = _bound(15, "time to fetch a request's images and videos, and to decode them", least=0)
+    max_media_redirects: int = _bound(3, "redirects that are followed for one file, each checked anew", least=0)
+    media_decode_threads: int = _bound(4, "images and videos that are decoded at once, in each API server")
     allow_media_private_host: tuple[str, ...] = option(
         (),
         "NAME",
-        "host name or address that images may be fetched from although it is not on the public internet; "
+        "host name or address that media may be fetched from although it is not on the public internet; "
         "may be given several times. Whoever can send a request can then make the server ask that host",
         action="append",
     )
@@ -109,6 +119,26 @@ class Limits:
     @property
     def max_image_bytes(self) -> int:
         return int(self.max_image_mb * 1e6)
+
+    @property
+    def max_video_bytes(self) -> int:
+        return int(self.max_video_mb * 1e6)
+
+    @property
+    def video_bounds(self) -> Bounds:
+        """What a video file may cost by itself."""
+        return Bounds(
+            seconds=self.max_video_seconds,
+            frame_pixels=int(self.max_video_megapixels * 1e6),
+            pixels=self.max_media_pixels,
+            file_frames=self.max_video_file_frames,
+            work_s=self.max_media_seconds,
+        )
+
+    @property
+    def video_rule(self) -> Rule:
+        """Which frames of a video are taken."""
+        return Rule(self.video_frames, self.video_fps or None)
 
     @property
     def max_media_bytes(self) -> int:

@@ -38,6 +38,8 @@ _TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
     "{% for c in m.content %}{% if c.type in ('image', 'image_url') or 'image' in c %}"
     + IMAGE
+    + "{% elif c.type in ('video', 'video_url') or 'video' in c %}"
+    + VIDEO
     + "{% elif 'text' in c %}"
     "{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

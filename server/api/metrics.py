@@ -9,12 +9,13 @@ from prometheus_client import Counter, Histogram
 
 from foldserve.server import output
 from foldserve.server.api.usage import VisionTokens
+from foldserve.server.engine.family import Modality
 from foldserve.server.engine.kv_cost import KvCost
 
 _VISION_TOKENS = Counter(
     "foldserve_vision_tokens",
     "Vision tokens of accepted requests: encoded (at ratio 0), kept for the decoder, withdrawn at layer K.",
-    ["stage", "method"],
+    ["stage", "method", "modality"],
 )
 _KV_SAVED = Counter(
     "foldserve_kv_bytes_saved",
@@ -22,7 +23,7 @@ _KV_SAVED = Counter(
 )
 _TTFT = Histogram(
     "foldserve_time_to_first_token_seconds",
-    "Time from the arrival of a request to its first token, by the ratio really applied to its images.",
+    "Time from the arrival of a request to its first token, by the ratio really applied to its images and videos.",
     ["ratio_bucket"],
     buckets=(0.01, 0.025, 0.05, 0.1, 0.15, 0.25, 0.4, 0.6, 1.0, 1.5, 2.5, 4.0, 6.0, 10.0, 20.0, 40.0, 80.0),
 )
@@ -36,7 +37,7 @@ _RATIO_BOUNDS = (0.25, 0.5, 0.75, 1.0)
 
 
 def ratio_bucket(vision: VisionTokens | None) -> str:
-    """A bounded label: `no_image`, `0`, or the bucket of width 0.25 that holds the ratio, named by its upper bound."""
+    """A bounded label: `no_image` (or video), `0`, or the bucket of width 0.25 with the ratio, by its upper bound."""
     if vision is None:
         return "no_image"
     if vision.kept == vision.encoded:
@@ -48,8 +49,8 @@ def observe_accepted(vision: VisionTokens | None, cost: KvCost) -> None:
     """Counts the vision tokens of a request that goes to the engine, and the KV cache that its reduction saves."""
     if vision is None:
         return
-    for plan, withdrawn in zip(vision.plans, vision.withdrawn_each, strict=True):
-        encoded, kept, gone = _counters(plan.method)
+    for plan, modality, withdrawn in zip(vision.plans, vision.modalities, vision.withdrawn_each, strict=True):
+        encoded, kept, gone = _counters(plan.method, modality)
         encoded.inc(plan.encoded)
         kept.inc(plan.kept)
         gone.inc(withdrawn)
@@ -57,8 +58,8 @@ def observe_accepted(vision: VisionTokens | None, cost: KvCost) -> None:
 
 
 @lru_cache  # a label is looked up slowly; methods are few
-def _counters(method: str) -> list[Counter]:
-    return [_VISION_TOKENS.labels(stage, method) for stage in ("encoded", "kept", "withdrawn")]
+def _counters(method: str, modality: Modality) -> list[Counter]:
+    return [_VISION_TOKENS.labels(stage, method, modality) for stage in ("encoded", "kept", "withdrawn")]
 
 
 def observe_first_token(vision: VisionTokens | None, seconds: float) -> None:

@@ -1,10 +1,11 @@
-"""What a request asks of its images, and every refusal that needs to know the server but not the images."""
+"""What a request asks of its images and videos, and every refusal that needs to know the server but not them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import chain
 
 from foldserve.reducers import configured
 from foldserve.reducers.item import ItemPlan, plan_item
@@ -12,7 +13,7 @@ from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.reducers.reduction import Positions
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.schema import FoldChatRequest
-from foldserve.server.engine.family import Family
+from foldserve.server.engine.family import Family, Modality
 from foldserve.server.engine.positions import CANNOT_KEEP, refuse_positions
 from foldserve.server.engine.withdrawal import Room, refuse_request
 from foldserve.server.settings import Settings
@@ -44,26 +45,30 @@ class Planner:
             return self.family.default_positions(self.settings.default_reduction)
         return self.settings.positions or "renumber"
 
-    def check(self, request: FoldChatRequest) -> list[Reduction]:
-        """One reduction per image, in prompt order; nothing has been fetched yet.
+    def check(self, request: FoldChatRequest) -> dict[Modality, list[Reduction]]:
+        """One reduction per image and per video, in prompt order; nothing has been fetched yet.
 
         Raises:
             InvalidRequest, InvalidReduction: the server can't do what is asked, whatever the images are.
         """
         default, low_ratio = self.settings.default_reduction, self.settings.low_detail_ratio
-        asked = request.image_reductions(default, _low_detail(self.family, default, low_ratio))
-        reductions = [self._with_positions(reduction) for reduction in asked]
-        self._check_withdrawal(request, reductions)
-        if self.family is None:
+        asked = request.reductions(default, _low_detail(self.family, default, low_ratio))
+        reductions = {modality: [self._with_positions(one) for one in each] for modality, each in asked.items()}
+        self._check_withdrawal(request, [*chain.from_iterable(reductions.values())])
+        for modality, each in reductions.items():
+            self._check_modality(modality, each, request)
+        return reductions
+
+    def _check_modality(self, modality: Modality, reductions: Sequence[Reduction], request: FoldChatRequest) -> None:
+        if self.family is None or modality not in self.family.modalities:
             if any(reduction != _NOTHING for reduction in reductions):
-                raise InvalidRequest("this model's vision tower can't reduce: leave `reduction` out", "reduction")
-            return reductions
+                raise InvalidRequest(f"this model's {modality}s can't be reduced: leave `reduction` out", "reduction")
+            return
         try:
             for reduction in reductions:
-                _check_for(self.family, reduction)
+                _check_for(self.family, reduction if modality == "image" else self.family.of_video(reduction))
         except InvalidReduction as error:
             raise as_asked(error, request) from error
-        return reductions
 
     def check_positions(self, plans: Sequence[ItemPlan], prompt_tokens: int, request: FoldChatRequest) -> None:
         """Sees to it that no token gets a position that the model was not trained for.
@@ -118,8 +123,10 @@ def as_asked(error: InvalidReduction, request: FoldChatRequest) -> InvalidReques
 
 
 @lru_cache(maxsize=8)
-def _low_detail(family: Family | None, default: Reduction, ratio: float) -> Reduction:
-    return replace(default, ratio=ratio, keep_tokens=None) if family is None else family.low_detail(default, ratio)
+def _low_detail(family: Family | None, default: Reduction, ratio: float) -> Mapping[Modality, Reduction]:
+    """What `detail: "low"` means; a family may have a way of its own for images."""
+    low = replace(default, ratio=ratio, keep_tokens=None)
+    return {"image": low if family is None else family.low_detail(default, ratio), "video": low}
 
 
 def _check_for(family: Family, reduction: Reduction) -> None:

@@ -1,9 +1,9 @@
-"""The chat request: OpenAI's fields as vLLM knows them, and how much to reduce its images."""
+"""The chat request: OpenAI's fields as vLLM knows them, and how much to reduce its images and videos."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar
@@ -16,14 +16,16 @@ from foldserve.reducers.reduction import FIELDS, Reduction
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.image_cache import OnItsWay
 from foldserve.server.api.limits import forms
-from foldserve.server.api.limits.body import is_image
+from foldserve.server.api.limits.body import media_of
+from foldserve.server.api.limits.misplaced import URL_FIELDS
 from foldserve.server.api.usage import VisionTokens
 from foldserve.server.engine.fair_queue import KEY
+from foldserve.server.engine.family import Modality
 
 _REDUCTION_SCHEMA: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
-    "description": "How the request's images are reduced. Without `ratio` and `keep_tokens` nothing is removed.",
+    "description": "How images and videos are reduced. Without `ratio` and `keep_tokens` nothing is removed.",
     "properties": {name: field.schema() for name, field in FIELDS.items()},
 }
 _RATIO_SCHEMA = FIELDS["ratio"].values() | {"description": "short for `reduction.ratio`"}
@@ -40,7 +42,7 @@ def _parse_ratio(value: object) -> Reduction | None:
 
 @lru_cache(maxsize=8)
 def _by_detail(default: Reduction, low: Reduction) -> Mapping[str, Reduction]:
-    """What `image_url.detail` asks for."""
+    """What `detail` asks for."""
     return {"auto": default, "low": low, "high": Reduction(), "original": Reduction()}
 
 
@@ -49,9 +51,9 @@ class Progress:
     """What is known of a request while it is worked on.
 
     Attributes:
-        details: `image_url.detail` of each image.
+        details: `detail` of each image and each video.
         arrived: by `time.perf_counter`.
-        vision: what its images cost, once they are planned.
+        vision: what its images and videos cost, once they are planned.
         on_its_way: to the engine, with images that it may hold later.
         answered: its last output has come from the engine.
         owner: name of the key that asks.
@@ -60,7 +62,7 @@ class Progress:
         failure: why its outputs ended, as clients are to be told.
     """
 
-    details: list[str] = field(default_factory=list)
+    details: dict[Modality, list[str]] = field(default_factory=dict)
     arrived: float = field(default_factory=time.perf_counter)
     vision: VisionTokens | None = None
     on_its_way: OnItsWay | None = None
@@ -84,8 +86,8 @@ class FoldChatRequest(ChatCompletionRequest):
     @model_validator(mode="wrap")
     @classmethod
     def _read_details(cls, data: Any, handler: Any) -> Any:
-        """Notes `image_url.detail` of each image before validation turns message content into one-shot iterators."""
-        details = list(_image_details(data)) if isinstance(data, dict) else []
+        """Notes each image's and video's `detail` before validation turns message content into one-shot iterators."""
+        details = _details(data) if isinstance(data, dict) else {}
         request = handler(data)
         if request.reduction is not None and request.reduction_ratio is not None:
             raise InvalidRequest(
@@ -109,45 +111,48 @@ class FoldChatRequest(ChatCompletionRequest):
         return self._progress
 
     @property
-    def has_images(self) -> bool:
+    def has_media(self) -> bool:
         return bool(self._progress.details)
 
-    def image_reductions(self, default: Reduction, low: Reduction) -> list[Reduction]:
-        """One reduction per image, in prompt order: the explicit one, or else what the image's `detail` says.
+    def reductions(self, default: Reduction, low: Mapping[Modality, Reduction]) -> dict[Modality, list[Reduction]]:
+        """One per image and per video, in prompt order: the explicit one, or else what its `detail` says.
 
         Args:
             default: where nothing is said.
             low: with `detail: "low"`.
         """
         explicit = self.reduction if self.reduction is not None else self.reduction_ratio
-        details = self._progress.details
-        if explicit is not None:
-            return [explicit] * len(details)
-        by_detail = _by_detail(default, low)
-        return [by_detail[detail] for detail in details]
+        reductions: dict[Modality, list[Reduction]] = {}
+        for modality, details in self._progress.details.items():
+            by_detail = _by_detail(default, low[modality])
+            reductions[modality] = [by_detail[detail] if explicit is None else explicit for detail in details]
+        return reductions
 
 
-def _image_details(body: Mapping[str, Any]) -> Iterator[str]:
-    """The `detail` of every image part of a raw chat body; unknown shapes are left to validation."""
+def _details(body: Mapping[str, Any]) -> dict[Modality, list[str]]:
+    """The `detail` of every image and video part of a raw chat body; unknown shapes are left to validation."""
+    details: dict[Modality, list[str]] = {}
     messages = body.get("messages")
     for m, message in enumerate(messages if isinstance(messages, list) else []):
         content = message.get("content") if isinstance(message, dict) else None
         for p, part in enumerate(content if isinstance(content, list) else []):
-            if isinstance(part, dict) and is_image(part):
-                yield _detail(part, f"messages[{m}].content[{p}]")
+            if isinstance(part, dict) and (modality := media_of(part)) is not None:
+                detail = _detail(part, URL_FIELDS[modality], f"messages[{m}].content[{p}]")
+                details.setdefault(modality, []).append(detail)
+    return details
 
 
-def _detail(part: Mapping[str, Any], path: str) -> str:
-    """What an image's `detail` says; "" or null, which pydantic would refuse, come from clients that always send it."""
-    image = part.get("image_url")
-    for holder in (part, image):
+def _detail(part: Mapping[str, Any], field: str, path: str) -> str:
+    """What an item's `detail` says; "" or null, which pydantic would refuse, come from clients that always send it."""
+    source = part.get(field)
+    for holder in (part, source):
         if isinstance(holder, dict) and holder.get("detail") in (None, ""):
             holder.pop("detail", None)
-    inner = image.get("detail") if isinstance(image, dict) else None
+    inner = source.get("detail") if isinstance(source, dict) else None
     outer = part.get("detail")  # as in `{"image_url": "http...", "detail": "low"}`, which vLLM takes too
-    for detail, place in ((inner, "image_url.detail"), (outer, "detail")):
+    for detail, place in ((inner, f"{field}.detail"), (outer, "detail")):
         if detail not in (None, *DETAILS):
             raise InvalidRequest(f"detail must be one of {', '.join(DETAILS)}; got {detail!r:.50}", f"{path}.{place}")
     if inner and outer and inner != outer:
-        raise InvalidRequest("detail came twice: write it into `image_url` alone", f"{path}.detail")
+        raise InvalidRequest(f"detail came twice: write it into `{field}` alone", f"{path}.detail")
     return str(inner or outer or "auto")

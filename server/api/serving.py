@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
@@ -27,6 +28,7 @@ from foldserve.server.api.media.guard import MediaGuard
 from foldserve.server.api.planner import Planner, as_asked
 from foldserve.server.api.schema import FoldChatRequest, Progress
 from foldserve.server.api.usage import VisionTokens, vision_tokens
+from foldserve.server.engine.family import Modality
 from foldserve.server.engine.kv_cost import KvCost
 from foldserve.server.engine.processor import KWARG, PLANS
 
@@ -36,8 +38,9 @@ _NOTHING = Reduction()
 class FoldServingChat(OpenAIServingChat):
     """Modifications to vLLM's chat handler:
 
-    - the request's reductions become one plan per image and travel in `mm_processor_kwargs`, which clients can't set;
-    - images are loaded here, under the server's limits: vLLM sees pixels, never a URL;
+    - the request's reductions become one plan per image and video and travel in `mm_processor_kwargs`, which clients
+      can't set;
+    - images and videos are loaded here, under the server's limits: vLLM sees pixels, never a URL;
     - `usage.vision_tokens` reports the plans, in the last chunk of a stream too;
     - time to first token and vision tokens are counted;
     - an error in a stream is rendered as all others are, and so is one that comes of the engine's end.
@@ -76,8 +79,9 @@ class FoldServingChat(OpenAIServingChat):
         if (refusal := await self._check_model(request)) is not None:
             return refusal
         reductions = self.planner.check(request)
-        if any(reduction != _NOTHING for reduction in reductions):
-            request.mm_processor_kwargs = {KWARG: [reduction.to_json() for reduction in reductions]}
+        if any(reduction != _NOTHING for reduction in chain.from_iterable(reductions.values())):
+            asked = {modality: [one.to_json() for one in each] for modality, each in reductions.items()}
+            request.mm_processor_kwargs = {KWARG: asked}
         request.progress.form = await forms.build(request, self.engine_client)
         clock = 0 if self.sent_images is None else self.sent_images.clock
         async with self.media.loaded(request.messages, request.progress.owner, request.progress.image_salt):
@@ -92,12 +96,13 @@ class FoldServingChat(OpenAIServingChat):
         (prompt,) = rendered[1]
         self.checks.check_prompt(prompt)
         fields: dict[str, Any] = dict(prompt)
-        plans: list[ItemPlan] = fields.get(PLANS, [])
-        self.planner.check_positions(plans, len(fields["prompt_token_ids"]), request)
+        planned: Mapping[Modality, Sequence[ItemPlan]] = fields.get(PLANS, {})
+        self.planner.check_positions([*chain.from_iterable(planned.values())], len(fields["prompt_token_ids"]), request)
         progress = request.progress
-        progress.vision = vision_tokens(plans, prompt, self.planner.settings.withdraw_layer, self.planner.room)
-        if plans and self.sent_images is not None:
-            progress.on_its_way = OnItsWay(self.sent_images, fields["mm_hashes"]["image"], clock)
+        progress.vision = vision_tokens(planned, prompt, self.planner.settings.withdraw_layer, self.planner.room)
+        if planned and self.sent_images is not None:
+            hashes = [*chain.from_iterable(fields["mm_hashes"].values())]
+            progress.on_its_way = OnItsWay(self.sent_images, hashes, clock)
         metrics.observe_accepted(progress.vision, self.kv_cost)
         return rendered
 

@@ -1,8 +1,8 @@
-"""`usage.vision_tokens`: what was really applied to a request's images, read off their plans and the prompt."""
+"""`usage.vision_tokens`: what was really applied to images and videos, read off their plans and the prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,20 +10,23 @@ from vllm.inputs import EngineInput
 
 from foldserve.reducers.item import ItemPlan
 from foldserve.server.api.errors import FoldserveError, InvalidRequest
+from foldserve.server.engine.family import Modality
 from foldserve.server.engine.withdrawal import Room, TokenMap, admit, prompt_items
 
 
 @dataclass(frozen=True, slots=True)
 class VisionTokens:
-    """Vision tokens of one request with images.
+    """Vision tokens of one request with images or videos.
 
     Attributes:
-        plans: one per image, in prompt order.
-        withdrawn_each: tokens of each image that leave the decoder at layer K: all, or those that its method removes.
+        plans: one per image and video, in prompt order.
+        modalities: which of both each is.
+        withdrawn_each: tokens of each that leave the decoder at layer K: all, or those that its method removes.
         withdraw_layer: K of the server, None without withdrawal.
     """
 
     plans: tuple[ItemPlan, ...]
+    modalities: tuple[Modality, ...]
     withdrawn_each: tuple[int, ...]
     withdraw_layer: int | None = None
 
@@ -41,7 +44,7 @@ class VisionTokens:
 
     @property
     def method(self) -> str:
-        """The method of all images, or `mixed`."""
+        """The method of all, or `mixed`."""
         methods = {plan.method for plan in self.plans}
         return methods.pop() if len(methods) == 1 else "mixed"
 
@@ -57,50 +60,61 @@ class VisionTokens:
         return 1 - self.kept / self.encoded
 
     def to_json(self) -> dict[str, object]:
-        """The body of `usage.vision_tokens`; `images` lists each image where they were reduced differently."""
+        """The body of `usage.vision_tokens`; `images` lists each image where they were reduced differently, and where
+        there are videos `images` and `videos` list all."""
         body = _entry(self.encoded, self.kept, self.withdrawn, self.method)
         if any(plan.keeps_positions for plan in self.plans):
             body["positions"] = "keep"
         if self.withdrawn:
             body |= {"withdraw_layer": self.withdraw_layer, "decoder": self.decoder}
-        if len(set(self.plans)) > 1:
-            each = zip(self.plans, self.withdrawn_each, strict=True)
-            body["images"] = [_entry(plan.encoded, plan.kept, withdrawn, plan.method) for plan, withdrawn in each]
+        if len(set(self.plans)) > 1 or "video" in self.modalities:
+            for modality in dict.fromkeys(self.modalities):
+                body[f"{modality}s"] = [
+                    _entry(plan.encoded, plan.kept, withdrawn, plan.method)
+                    for plan, withdrawn, own in zip(self.plans, self.withdrawn_each, self.modalities, strict=True)
+                    if own == modality
+                ]
         return body
 
     def to_header(self) -> str:
-        """The same for the response's headers, all images together: `encoded=144, kept=72, ...`."""
-        return ", ".join(f"{name}={value}" for name, value in self.to_json().items() if name != "images")
+        """The same for the response's headers, all together: `encoded=144, kept=72, ...`."""
+        return ", ".join(f"{name}={value}" for name, value in self.to_json().items() if not isinstance(value, list))
 
 
 def vision_tokens(
-    plans: Sequence[ItemPlan], prompt: EngineInput, withdraw_layer: int | None, room: Room
+    planned: Mapping[Modality, Sequence[ItemPlan]], prompt: EngineInput, withdraw_layer: int | None, room: Room
 ) -> VisionTokens | None:
-    """Counts of a rendered prompt; None for one without planned images.
+    """Counts of a rendered prompt; None for one without planned images or videos.
 
     Args:
+        planned: by modality, each in prompt order.
         room: that a prompt has in one step of the engine.
 
     Raises:
-        InvalidRequest: the prompt does not go with what its images' plans want in the decoder.
+        InvalidRequest: the prompt does not go with what its plans want in the decoder.
         FoldserveError: the prompt holds another number of vision tokens than was planned: usage, KV blocks and encoder
             would drift apart unnoticed.
     """
-    if not plans:
+    if not planned:
         return None
     fields: dict[str, Any] = dict(prompt)
-    places = fields["mm_placeholders"]["image"]
-    planned = [plan.kept for plan in plans]
+    items = [
+        (place, plan, modality)
+        for modality, of_modality in planned.items()
+        for place, plan in zip(fields["mm_placeholders"][modality], of_modality, strict=True)
+    ]
+    places, plans, modalities = zip(*sorted(items, key=lambda item: item[0].offset), strict=True)
+    expected = [plan.kept for plan in plans]
     found = [place.get_num_embeds() for place in places]
-    if found != planned:
-        raise FoldserveError(f"the prompt holds {found} vision tokens where {planned} were planned")
+    if found != expected:
+        raise FoldserveError(f"the prompt holds {found} vision tokens where {expected} were planned")
     if all(plan.decoder == "none" for plan in plans):
-        return VisionTokens(tuple(plans), (0,) * len(plans), withdraw_layer)
+        return VisionTokens(plans, modalities, (0,) * len(plans), withdraw_layer)
     try:
         token_map = admit(prompt_items(fields), len(fields["prompt_token_ids"]), room)
     except ValueError as error:
         raise InvalidRequest(str(error), "messages") from error
-    return VisionTokens(tuple(plans), tuple(_withdrawn(token_map, places)), withdraw_layer)
+    return VisionTokens(plans, modalities, tuple(_withdrawn(token_map, places)), withdraw_layer)
 
 
 def _withdrawn(tokens: TokenMap, places: Iterable[Any]) -> Iterable[int]:

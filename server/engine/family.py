@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import islice
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from foldserve.server.engine.positions import PositionMap, SequencePositions
 from foldserve.server.engine.vision import Survivors, reduce_features, rows, untouched
 
 Modality = Literal["image", "video"]
+MODALITIES: Sequence[Modality] = get_args(Modality)
 
 PLAN_FIELDS: Mapping[Modality, str] = MappingProxyType({"image": "image_plan", "video": "video_plan"})
 """Multimodal fields that carry `ItemPlan.to_ints()` of each image or video to the model, on the CPU."""

@@ -34,7 +34,7 @@ DUMMY_FIELD = "vision_dummy"
 """Multimodal field, and key in the kwargs of the processor, of the images that vLLM makes for its profile run."""
 
 PLANS = "foldserve_plans"
-"""Key in what the processor returns: the plan of each image, for whoever answers the request."""
+"""Key in what the processor returns: the plans by modality, for whoever answers the request."""
 
 _NOT_REDUCED: Mapping[Modality, str] = {
     "image": "only images can be reduced, by a tower that is known, not embeddings",
@@ -71,7 +71,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
             beyond = sum(map(self._planned_family.positions_beyond_tokens, chain.from_iterable(planned.values())))
             limit = positions.trained(self.info.ctx.model_config)
             positions.refuse_positions(len(processed["prompt_token_ids"]), beyond, 1, limit)
-        return cast(MultiModalInput, {**processed, PLANS: planned.get("image", [])})
+        return cast(MultiModalInput, {**processed, PLANS: planned})
 
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: _Kwargs) -> BatchFeature:
         planned = self._all_plans(mm_items, hf_kwargs)

@@ -140,12 +140,13 @@ class Live:
         except OSError:
             return False
 
-    def metrics(self, name: str) -> float:
-        """The sum of a metric's samples."""
+    def metrics(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples with these labels."""
         page = self.ask("GET", "/metrics", **bearer(self._watcher))
         assert page.status == 200, page.body
         families = text_string_to_metric_families(page.body.decode())
-        return sum(s.value for family in families for s in family.samples if s.name == name)
+        samples = (sample for family in families for sample in family.samples if sample.name == name)
+        return sum(sample.value for sample in samples if labels.items() <= sample.labels.items())
 
     def wait(self, condition: Callable[[], bool], limit_s: float = PATIENCE_S) -> None:
         """Waits until the condition holds."""

@@ -39,7 +39,7 @@ from foldserve.server.api.limits.fields import check_fields
 from foldserve.server.api.limits.route import ChatRoute, UnreadBodies
 from foldserve.server.api.limits.special_tokens import SpecialTokens
 from foldserve.server.api.limits.strict_json import parse
-from foldserve.server.api.media.places import places_of_images
+from foldserve.server.api.media.places import places_of_media
 from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.limits import Limits
 
@@ -167,7 +167,7 @@ class Steps:
         self._measure("check", check_body, value, UNBOUNDED)
         request = self._measure("validate", FoldChatRequest.model_validate, value)
         self._measure("fields", check_fields, request, UNBOUNDED, CONTEXT, range(10**6))
-        for place in self._measure("places", lambda: list(places_of_images(request.messages))):
+        for place in self._measure("places", lambda: list(places_of_media(request.messages))):
             place.put(text(""))
         conversation, *_ = self._measure("vllm", parse_chat_messages, request.messages, self._model, "openai")
         words = self._measure("template", self._rendered, conversation)
@@ -265,7 +265,7 @@ def app(model: ModelConfig, tokenizer: Any, special: SpecialTokens) -> FastAPI:
     @app.post("/chat")
     async def answer(request: FoldChatRequest) -> dict[str, str]:
         checks.check(request)
-        list(places_of_images(request.messages))
+        list(places_of_media(request.messages))
         return {}
 
     return app

@@ -30,7 +30,7 @@ from foldserve.reducers.reduction import FIELDS
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.limits import misplaced
 from foldserve.server.api.limits.body import check_body
-from foldserve.server.api.media.places import places_of_images
+from foldserve.server.api.media.places import places_of_media
 from foldserve.server.api.schema import DETAILS, FoldChatRequest
 from foldserve.server.limits import Limits
 
@@ -231,7 +231,7 @@ def test_fields_of_parts_are_theirs() -> None:
     for kind in (ChatCompletionContentPartTextParam, ChatCompletionContentPartRefusalParam):
         misplaced.check_text(dict.fromkeys(get_type_hints(kind), "x"), None)
     part: dict[str, object] = dict.fromkeys(get_type_hints(ChatCompletionContentPartImageParam), "x")
-    misplaced.check_image(part | {"image_url": dict.fromkeys(get_type_hints(ImageURL), "x")}, None)
+    misplaced.check_media(part | {"image_url": dict.fromkeys(get_type_hints(ImageURL), "x")}, "image", None)
 
 
 def test_details_are_those_of_the_openai_client() -> None:
@@ -241,7 +241,7 @@ def test_details_are_those_of_the_openai_client() -> None:
 
 def details(*sources: Mapping[str, object]) -> list[str]:
     parts = [{"type": "image_url", **source} for source in sources]
-    return FoldChatRequest.model_validate(chat(*parts)).progress.details
+    return FoldChatRequest.model_validate(chat(*parts)).progress.details.get("image", [])
 
 
 def test_details_of_images() -> None:
@@ -253,7 +253,7 @@ def test_details_of_images() -> None:
     given += [inner("") | {"detail": None}, {"image_url": URL, "detail": ""}]
     for source in given:
         request = FoldChatRequest.model_validate(chat({"type": "image_url", **source}))
-        assert len(list(places_of_images(request.messages))) == 1  # pydantic reads a content only now
+        assert len(list(places_of_media(request.messages))) == 1  # pydantic reads a content only now
     outer: list[dict[str, object]] = [
         {"image_url": {"url": URL}, "detail": "low"},
         {"image_url": URL, "detail": "low"},
@@ -279,5 +279,5 @@ def test_a_text_with_an_empty_image_is_no_image() -> None:
     body = chat(TEXT | {"image_url": None}, PICTURE)
     check_body(body, Limits())
     request = FoldChatRequest.model_validate(body)
-    assert request.progress.details == ["auto"]
-    assert [place.url for place in places_of_images(request.messages)] == [URL]
+    assert request.progress.details == {"image": ["auto"]}
+    assert [place.url for place in places_of_media(request.messages)] == [URL]

@@ -57,7 +57,7 @@ def planner(geometry: VisionGeometry | None = CLIP, **options: Any) -> Planner:
 def plans(planner: Planner, request: FoldChatRequest) -> list[ItemPlan]:
     """As the processor makes them."""
     assert planner.family is not None
-    return [plan_item(reduction, planner.family.largest) for reduction in planner.check(request)]
+    return [plan_item(reduction, planner.family.largest) for reduction in planner.check(request)["image"]]
 
 
 def test_defaults_and_details() -> None:
@@ -81,8 +81,8 @@ def test_method_that_the_tower_has_not() -> None:
 
 
 def test_model_that_cannot_reduce() -> None:
-    assert planner(None).check(request("auto", reduction_ratio=0)) == [Reduction()]
-    with pytest.raises(InvalidRequest, match="can't reduce"):
+    assert planner(None).check(request("auto", reduction_ratio=0)) == {"image": [Reduction()]}
+    with pytest.raises(InvalidRequest, match="can't be reduced"):
         planner(None).check(request("auto", reduction_ratio=0.5))
 
 
@@ -101,7 +101,7 @@ def test_positions_default_and_what_a_request_says() -> None:
     assert kept(reduction_ratio=0.5) == [True]
     assert kept(reduction={"ratio": 0.5, "positions": "renumber"}) == [False]
     assert kept(reduction_ratio=0) == kept() == [False]
-    assert keeping.check(request("auto")) == [Reduction()]
+    assert keeping.check(request("auto")) == {"image": [Reduction()]}
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_what_depends_on_the_images_size_is_not_refused_before_it_is_known() -> 
     family = Tiles(Tiles.layout(OneSize(Layout.single(SIGLIP)), (4,)))  # type: ignore[arg-type]
     tiled = replace(planner(), family=family)
     asking = request("auto", reduction={"keep_tokens": 1000})
-    (reduction,) = tiled.check(asking)
+    (reduction,) = tiled.check(asking)["image"]
     assert plan_item(reduction, family.layout((4,))).kept == 1000
     with pytest.raises(InvalidReduction, match="give 3 to 730") as caught:
         plan_item(reduction, family.layout((1,)))

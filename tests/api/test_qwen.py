@@ -1,4 +1,4 @@
-"""Qwen3-VL over HTTP: images of any size, `detail`, positions that the family keeps by default, withdrawal."""
+"""Qwen3-VL over HTTP: images of any size, videos, `detail`, positions that the family keeps by default, withdrawal."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 from openai import BadRequestError, OpenAI
 
-from tests import qwen_checkpoint
+from tests import qwen_checkpoint, videos
 from tests.api.live import Live
 from tests.images import data_uri, photo
 
 SMALL, WIDE = (64, 64), (480, 256)
+OPTIONS = ("--max-model-len", "2048", "--withdraw-layer", "4", "--video-frames", "8", "--max-video-seconds", "30")
 ENCODED = {SMALL: 2 * 2, WIDE: 8 * 15}
 """A token is 32 x 32 pixels."""
 
@@ -21,7 +22,7 @@ ENCODED = {SMALL: 2 * 2, WIDE: 8 * 15}
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("qwen")
     checkpoint = qwen_checkpoint.write(folder / "tiny-qwen3-vl", "qwen3_vl")
-    live = Live(checkpoint, folder, "--max-model-len", "2048", "--withdraw-layer", "4")
+    live = Live(checkpoint, folder, *OPTIONS)
     yield live
     live.end()
 
@@ -35,9 +36,13 @@ def image(size: tuple[int, int], detail: str = "auto") -> Any:
     return {"type": "image_url", "image_url": {"url": data_uri(photo(sum(size), *size)), "detail": detail}}
 
 
-def ask(client: OpenAI, *images: Any, **fields: Any) -> Any:
+def clip(content: bytes, detail: str = "auto") -> Any:
+    return {"type": "video_url", "video_url": {"url": videos.data_uri(content), "detail": detail}}
+
+
+def ask(client: OpenAI, *media: Any, **fields: Any) -> Any:
     """The usage that a stream ends with."""
-    messages: Any = [{"role": "user", "content": [*images, {"type": "text", "text": "What is it?"}]}]
+    messages: Any = [{"role": "user", "content": [*media, {"type": "text", "text": "What is it?"}]}]
     stream = client.chat.completions.create(
         model=client.models.list().data[0].id,
         messages=messages,
@@ -112,3 +117,82 @@ def test_the_catalog(server: Live) -> None:
     offered = {method["id"] for method in catalog["data"]}
     in_the_decoder = {"withdraw", "fastv", "illava_decoder"}
     assert offered == {"downsample", "illava", "tome", "folder", "random", "pool"} | in_the_decoder
+
+
+VIDEO = videos.video(40, 256, 128)  # four seconds; the largest frames that the tiny model takes
+GROUP = 8 * 4
+"""Tokens of two of its frames."""
+
+
+def test_a_video_has_the_frames_that_the_server_takes(client: OpenAI) -> None:
+    whole, half = ask(client, clip(VIDEO)), ask(client, clip(VIDEO), reduction_ratio=0.5)
+    assert whole["vision_tokens"]["videos"] == [entry(4 * GROUP, 4 * GROUP)]
+    assert half["vision_tokens"]["videos"] == [entry(4 * GROUP, 4 * GROUP // 2, "folder")]
+    assert whole["prompt_tokens"] - half["prompt_tokens"] == 4 * GROUP // 2
+
+
+def test_a_video_and_images_in_one_chat(client: OpenAI) -> None:
+    """Each with a reduction of its own, in the order of the prompt; twice, the second time from the caches."""
+    for _ in range(2):
+        vision = ask(client, image(WIDE, "low"), clip(VIDEO, "low"), image(SMALL), clip(VIDEO))["vision_tokens"]
+        assert [found["kept"] for found in vision["images"]] == [4 * 7, ENCODED[SMALL]]
+        assert [found["kept"] for found in vision["videos"]] == [4 * GROUP // 4, 4 * GROUP]
+        assert vision["encoded"] == ENCODED[WIDE] + ENCODED[SMALL] + 8 * GROUP
+
+
+def test_a_list_of_pictures_is_a_video(client: OpenAI) -> None:
+    pictures = [data_uri(photo(i, 256, 128)).removeprefix("data:image/jpeg;base64,") for i in range(6)]
+    part: Any = {"type": "video_url", "video_url": {"url": "data:video/jpeg;base64," + ",".join(pictures)}}
+    assert ask(client, part, reduction_ratio=0.5)["vision_tokens"]["videos"] == [
+        entry(3 * GROUP, 3 * GROUP // 2, "folder")
+    ]
+    part["video_url"]["url"] += "," + ",".join(pictures)
+    with pytest.raises(BadRequestError, match="the list has 12 pictures: at most 8 frames"):
+        ask(client, part)
+
+
+def test_a_withdrawn_video_leaves_the_decoder(client: OpenAI) -> None:
+    vision = ask(client, clip(VIDEO), image(WIDE), reduction={"withdraw": True})["vision_tokens"]
+    assert vision["withdrawn"] == 4 * GROUP + ENCODED[WIDE]
+
+
+def test_what_a_video_can_not_have_is_refused(client: OpenAI) -> None:
+    with pytest.raises(BadRequestError, match="makes images smaller, not videos") as caught:
+        ask(client, clip(VIDEO), reduction={"method": "downsample", "ratio": 0.5})
+    assert caught.value.param == "reduction.method"
+
+
+BAD_VIDEOS = {
+    "damaged": (VIDEO[: len(VIDEO) // 2], "invalid_video", "damaged or cut short"),
+    "an image": (b"\x89PNG\r\n\x1a\n" + bytes(99), "invalid_video", "no MP4 or WebM"),
+    "too long": (videos.video(4, times=[0, 1, 2, 40]), "limit_exceeded", "takes 40 s: at most 30 s"),
+}
+
+
+@pytest.mark.parametrize(("content", "code", "why"), BAD_VIDEOS.values(), ids=BAD_VIDEOS)
+def test_a_bad_video_is_the_clients_error(client: OpenAI, content: bytes, code: str, why: str) -> None:
+    with pytest.raises(BadRequestError, match=why) as caught:
+        ask(client, image(SMALL), clip(content))
+    assert (caught.value.code, caught.value.param) == (code, "messages[0].content[1].video_url.url")
+    assert ask(client, image(SMALL))["vision_tokens"]["kept"] == ENCODED[SMALL]
+
+
+def test_videos_are_fetched_like_images(client: OpenAI) -> None:
+    never: Any = {"type": "video_url", "video_url": {"url": "http://127.0.0.1/a.mp4"}}
+    with pytest.raises(BadRequestError) as caught:
+        ask(client, never)
+    assert (caught.value.code, caught.value.param) == ("refused_video_url", "messages[0].content[0].video_url.url")
+
+
+def test_vision_tokens_are_counted_by_modality(server: Live, client: OpenAI) -> None:
+    def kept() -> float:
+        return server.metrics("foldserve_vision_tokens_total", stage="kept", method="folder", modality="video")
+
+    before = kept()
+    ask(client, clip(VIDEO), reduction_ratio=0.5)
+    assert kept() - before == 4 * GROUP // 2
+
+
+def entry(encoded: int, kept: int, method: str = "none") -> dict[str, object]:
+    ratio = 1 - kept / encoded
+    return {"encoded": encoded, "kept": kept, "withdrawn": 0, "method": method, "ratio": ratio}

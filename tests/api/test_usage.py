@@ -36,7 +36,7 @@ def prompt(plans: list[ItemPlan], text: int) -> Any:
 @pytest.mark.parametrize("method", ["fastv", "illava_decoder"])
 def test_tokens_removed_in_the_decoder_are_withdrawn(method: str) -> None:
     plans = [plan({"method": f"folder+{method}", "ratio": 0.5, "decoder_ratio": 0.25})]
-    vision = vision_tokens(plans, prompt(plans, 9), 4, ROOM)
+    vision = vision_tokens({"image": plans}, prompt(plans, 9), 4, ROOM)
     assert vision is not None
     assert (vision.encoded, vision.kept, vision.withdrawn) == (144, 72, 18)
     assert vision.to_json() == {
@@ -52,22 +52,38 @@ def test_tokens_removed_in_the_decoder_are_withdrawn(method: str) -> None:
 
 def test_images_with_modes_of_their_own() -> None:
     plans = [plan({"withdraw": True, "ratio": 0.75}), plan({"method": "fastv"}), plan({"keep_tokens": 9})]
-    vision = vision_tokens(plans, prompt(plans, 5), 4, Room(300, "none"))
+    vision = vision_tokens({"image": plans}, prompt(plans, 5), 4, Room(300, "none"))
     assert vision is not None
     assert vision.withdrawn_each == (36, 72, 0) and vision.decoder == "mixed"
 
 
 def test_a_prompt_that_no_step_can_hold_is_the_clients_error() -> None:
     plans = [plan({"method": "fastv"})]
-    assert vision_tokens(plans, prompt(plans, 56), 4, ROOM) is not None
+    assert vision_tokens({"image": plans}, prompt(plans, 56), 4, ROOM) is not None
     with pytest.raises(
         InvalidRequest, match=r"has 201 tokens, and a step has room for 200 \(--max-num-batched"
     ) as caught:
-        vision_tokens(plans, prompt(plans, 57), 4, ROOM)
+        vision_tokens({"image": plans}, prompt(plans, 57), 4, ROOM)
     assert caught.value.param == "messages"
 
 
 def test_another_number_of_placeholders_than_planned_is_our_error() -> None:
     plans = [plan({"ratio": 0.5})]
     with pytest.raises(FoldserveError, match=r"holds \[72\] vision tokens where \[144\] were planned"):
-        vision_tokens([plan({})], prompt(plans, 9), 4, ROOM)
+        vision_tokens({"image": [plan({})]}, prompt(plans, 9), 4, ROOM)
+
+
+def test_videos_are_listed_beside_images() -> None:
+    plans = [plan({"ratio": 0.5}), plan({"withdraw": True}), plan({"ratio": 0.5})]
+    mixed = prompt(plans, 9)
+    for field in ("mm_placeholders", "mm_hashes"):
+        first, second, third = mixed[field]["image"]
+        mixed[field] = {"video": [second], "image": [first, third]}
+    vision = vision_tokens({"video": [plans[1]], "image": [plans[0], plans[2]]}, mixed, 4, ROOM)
+    assert vision is not None
+    assert (vision.modalities, vision.withdrawn_each) == (("image", "video", "image"), (0, 144, 0))
+    body = vision.to_json()
+    image = {"encoded": 144, "kept": 72, "withdrawn": 0, "method": "folder", "ratio": 0.5}
+    assert body["images"] == [image, image]
+    assert body["videos"] == [{"encoded": 144, "kept": 144, "withdrawn": 144, "method": "none", "ratio": 0.0}]
+    assert "images" not in vision.to_header() and "videos" not in vision.to_header()

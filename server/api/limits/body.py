@@ -9,17 +9,19 @@ from typing import Any
 
 from foldserve.server.api.errors import InvalidRequest, LimitExceeded
 from foldserve.server.api.limits import misplaced
+from foldserve.server.api.limits.misplaced import URL_FIELDS, WITH_ARTICLE
 from foldserve.server.api.limits.repetition import check_repetition
 from foldserve.server.api.limits.strict_json import Path, parse, to_text
+from foldserve.server.engine.family import Modality
 from foldserve.server.limits import Limits
 
 _NOT_A_CLIENTS = {
     "chat_template": "the model's own is used",
     "ec_transfer_params": "it is for servers among themselves",
     "kv_transfer_params": "it is for servers among themselves",
-    "media_io_kwargs": "see the server's limits on images",
+    "media_io_kwargs": "the server says which frames of a video are taken, and how images are read",
     "mm_processor_kwargs": "use `reduction`",
-    "prompt_embeds": "only texts and images are taken",
+    "prompt_embeds": "only texts, images and videos are taken",
     "vllm_xargs": "it is for the server's own extensions",
 }
 _SAFE_TEMPLATE_SWITCHES = ("enable_thinking", "thinking")
@@ -39,17 +41,19 @@ class Contents:
 
     Attributes:
         images: their number.
+        videos: likewise.
         parts: of contents, and tool calls.
         characters: of texts, which all get into the prompt.
     """
 
     images: int = 0
+    videos: int = 0
     parts: int = 0
     characters: int = 0
 
 
 def check_body(body: Mapping[str, Any], limits: Limits) -> Contents:
-    """Refuses what clients may not set, what would be ignored, media other than images, and too much of anything.
+    """Refuses what clients may not set, what would be ignored, other media than images and videos, and too much.
 
     Raises:
         InvalidRequest: with the path as `param`.
@@ -118,9 +122,12 @@ def _check_messages(messages: list[Any], contents: Contents, limits: Limits) -> 
         misplaced.check_message(message, path)
         _check_tool_calls(message.get("tool_calls"), (path, "tool_calls"), contents, limits)
         _check_content(message.get("content"), (path, "content"), contents, limits)
-    if contents.images > limits.max_images_per_request:
-        most = limits.max_images_per_request
-        raise LimitExceeded(f"a request may have {most} images at most, not {contents.images}", "messages")
+    for kind, count, most in (
+        ("images", contents.images, limits.max_images_per_request),
+        ("videos", contents.videos, limits.max_videos_per_request),
+    ):
+        if count > most:
+            raise LimitExceeded(f"a request may have {most} {kind} at most, not {count}", "messages")
 
 
 def _check_content(content: object, path: Path, contents: Contents, limits: Limits) -> None:
@@ -170,15 +177,16 @@ def _check_part(part: object, path: Path, contents: Contents) -> None:
     if not isinstance(part, dict):
         raise InvalidRequest("a part of a message must be an object", to_text(path))
     if part.get("uuid") is not None:
-        raise InvalidRequest("an image's identity is its content: leave `uuid` out", to_text((path, "uuid")))
-    if is_image(part):
-        _check_image(part.get("image_url"), (path, "image_url"))
-        misplaced.check_image(part, path)
-        contents.images += 1
+        raise InvalidRequest("a picture's identity is its content: leave `uuid` out", to_text((path, "uuid")))
+    if (modality := media_of(part)) is not None:
+        _check_url(part.get(URL_FIELDS[modality]), (path, URL_FIELDS[modality]), modality)
+        misplaced.check_media(part, modality, path)
+        contents.images += modality == "image"
+        contents.videos += modality == "video"
         return
     kind = part.get("type")
     if not isinstance(kind, str) or kind not in _TEXT_PARTS:
-        raise InvalidRequest("a part must be of type text or image_url", to_text((path, "type")))
+        raise InvalidRequest("a part must be of type text, image_url or video_url", to_text((path, "type")))
     field = _TEXT_PARTS[kind]
     text = part.get(field)
     if not isinstance(text, str):
@@ -187,12 +195,17 @@ def _check_part(part: object, path: Path, contents: Contents) -> None:
     contents.characters += len(text)
 
 
-def is_image(part: Mapping[str, Any]) -> bool:
-    """Whether vLLM takes a part of a message's content for an image."""
-    return bool(part.get("type", "image_url" if "image_url" in part else None) == "image_url")
+def media_of(part: Mapping[str, Any]) -> Modality | None:
+    """What vLLM takes a part of a message's content for: an image, a video, or neither."""
+    for modality, field in URL_FIELDS.items():
+        if part.get("type", field if field in part else None) == field:
+            return modality
+    return None
 
 
-def _check_image(source: object, path: Path) -> None:
+def _check_url(source: object, path: Path, modality: Modality) -> None:
     url = source.get("url") if isinstance(source, dict) else source
     if not isinstance(url, str):
-        raise InvalidRequest('an image needs {"url": "https://..."} or a data: URL there', to_text((path, "url")))
+        raise InvalidRequest(
+            f'{WITH_ARTICLE[modality]} needs {{"url": "https://..."}} or a data: URL there', to_text((path, "url"))
+        )

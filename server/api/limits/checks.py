@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -16,6 +16,7 @@ from foldserve.server.api.limits.body import check_body
 from foldserve.server.api.limits.fields import check_fields
 from foldserve.server.api.limits.special_tokens import SpecialTokens
 from foldserve.server.api.limits.strict_json import parse
+from foldserve.server.engine.family import MODALITIES, Modality
 from foldserve.server.engine.moved import MODALITY_PLACEHOLDERS_MAP
 from foldserve.server.limits import Limits
 
@@ -37,7 +38,8 @@ class ChatChecks:
         context: tokens of prompt and answer together.
         longest_token: in characters.
         tokens: ids that the tokenizer knows; the model's vocabulary may be padded beyond them.
-        image_token: id of the token that stands for one embedding of an image; None for a model without images.
+        media_tokens: id of the token that stands for one embedding of an image, and of a video; without those that the
+            model does not take.
         truncation_side: the tokenizer's own, of prompts that are to be cut.
     """
 
@@ -46,7 +48,7 @@ class ChatChecks:
     context: int
     longest_token: int
     tokens: Container[int]
-    image_token: int | None
+    media_tokens: Mapping[Modality, int]
     truncation_side: Literal["left", "right"] = "right"
 
     def read(self, body: bytes) -> dict[str, Any]:
@@ -84,20 +86,23 @@ class ChatChecks:
             request.truncation_side = self.truncation_side  # named, vLLM cuts a long text before it makes tokens of all
 
     def check_prompt(self, prompt: EngineInput) -> None:
-        """The tokens that go to the engine: room for an answer, as many for images as those have, none from a text.
+        """The tokens that go to the engine: room for an answer, for media as many as those have, none from a text.
 
         Raises:
             LimitExceeded: the context has no room for an answer.
-            InvalidRequest: more tokens of images, or fewer.
+            InvalidRequest: more tokens of images or videos, or fewer.
         """
         fields: dict[str, Any] = dict(prompt)
         tokens = list(fields["prompt_token_ids"])
         if len(tokens) >= self.context:
             raise self._too_long(f"{len(tokens)} tokens")
-        planned = sum(place.get_num_embeds() for place in fields.get("mm_placeholders", {}).get("image", ()))
-        found = tokens.count(self.image_token)
-        if found != planned:
-            raise InvalidRequest(f"the prompt holds {found} image tokens where its images have {planned}", "messages")
+        places = fields.get("mm_placeholders", {})
+        for modality, token in self.media_tokens.items():
+            planned = sum(place.get_num_embeds() for place in places.get(modality, ()))
+            if (found := tokens.count(token)) != planned:
+                raise InvalidRequest(
+                    f"the prompt holds {found} {modality} tokens where its {modality}s have {planned}", "messages"
+                )
 
     def explain(self, error: Exception) -> Exception:
         """vLLM's refusal of a text that is too long, in words of ours; any other error as it is."""
@@ -108,7 +113,7 @@ class ChatChecks:
     def _too_long(self, what: str) -> LimitExceeded:
         return LimitExceeded(
             f"the prompt has {what}: with at least one of the answer the model takes {self.context} tokens; "
-            "shorten it, send fewer images, or reduce them more",
+            "shorten it, send fewer images or frames, or reduce them more",
             "messages",
         )
 
@@ -117,14 +122,19 @@ def chat_checks(engine: EngineClient, limits: Limits) -> ChatChecks:
     """The checks for the model that an engine serves."""
     model = engine.model_config
     config, tokenizer = model.hf_config, engine.renderer.tokenizer
-    image_token = getattr(config, "image_token_index", None) or getattr(config, "image_token_id", None)
+    media_tokens: dict[Modality, int] = {}
+    for modality in MODALITIES:
+        names = (f"{modality}_token_index", f"{modality}_token_id")
+        if (
+            token := next((found for name in names if (found := getattr(config, name, None)) is not None), None)
+        ) is not None:
+            media_tokens[modality] = token
     placeholders = [*MODALITY_PLACEHOLDERS_MAP.values(), PROMPT_EMBEDS_PLACEHOLDER_TOKEN]
-    if image_token is not None:
-        placeholders += tokenizer.convert_ids_to_tokens([image_token])
+    placeholders += tokenizer.convert_ids_to_tokens([*media_tokens.values()])
     special = SpecialTokens(tokenizer, placeholders)
     known = known_tokens(tokenizer, model.get_vocab_size())
     longest, side = tokenizer.max_chars_per_token, tokenizer.truncation_side
-    return ChatChecks(limits, special, model.max_model_len, longest, known, image_token, side)
+    return ChatChecks(limits, special, model.max_model_len, longest, known, media_tokens, side)
 
 
 def known_tokens(tokenizer: Any, vocabulary: int) -> Container[int]:

@@ -64,8 +64,8 @@ def check_fields(request: FoldChatRequest, limits: Limits, context: int, tokens:
         value = values[name]
         if value is not None and not _NAME.fullmatch(value):
             raise InvalidRequest(f"{name} must be 1 to 128 letters, digits or one of ._:/=+-", name)
-    if values["truncate_prompt_tokens"] is not None and request.has_images:
-        raise InvalidRequest("a prompt with images can't be cut: leave this out", "truncate_prompt_tokens")
+    if values["truncate_prompt_tokens"] is not None and request.has_media:
+        raise InvalidRequest("a prompt with images or videos can't be cut: leave this out", "truncate_prompt_tokens")
 
 
 def _check_together(values: Mapping[str, Any]) -> None:

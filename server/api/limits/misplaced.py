@@ -1,7 +1,7 @@
 """Keys that are meant for this server and would be ignored where they stand, and media that the model would not see.
 
 vLLM passes over keys that it does not know, as clients expect. But a key that can only ask for a reduction, or that
-holds an image which the answer would be made without, is refused, with the place where it belongs.
+holds an image or a video which the answer would be made without, is refused, with the place where it belongs.
 """
 
 from __future__ import annotations
@@ -13,19 +13,25 @@ from typing import Any
 from foldserve.reducers.reduction import FIELDS
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.limits.strict_json import Path, to_text
+from foldserve.server.engine.family import Modality
 
 ORDINARY_WORDS = frozenset({"decoder", "layers", "method", "positions", "ratio", "scale", "window"})
-"""Fields of `reduction` that mean other things elsewhere: refused at the top of the body and beside an image only."""
+"""Fields of `reduction` that mean other things elsewhere: refused at the top of the body and beside media only."""
 
 _SHORT_FORM = '`"reduction_ratio": 0.5`'
-_AT_THE_TOP = f"it would be ignored here: write {_SHORT_FORM} or `reduction` at the top of the body, for all its images"
-_PER_IMAGE = f"{_AT_THE_TOP}; one image has `detail` in its `image_url`"
+_AT_THE_TOP = f"it would be ignored here: write {_SHORT_FORM} or `reduction` at the top of the body, for all its media"
+URL_FIELDS: Mapping[Modality, str] = {"image": "image_url", "video": "video_url"}
+"""Types of parts, and the fields in them that hold the URL."""
+WITH_ARTICLE: Mapping[Modality, str] = {"image": "an image", "video": "a video"}
+_PER_ITEM = {
+    modality: f"{_AT_THE_TOP}; one {modality} has `detail` in its `{field}`" for modality, field in URL_FIELDS.items()
+}
 _EXTRA_BODY = "`extra_body` belongs to OpenAI's Python client, which sends what is in it at the top of the body: do so"
 _NOT_SEEN = (
-    "the model would not see it here: only images are taken, as parts of a message's content such as "
+    "the model would not see it here: only images and videos are taken, as parts of a message's content such as "
     '{"type": "image_url", "image_url": {"url": ...}}'
 )
-_TWO_PARTS = "a part is a text or an image: make two parts of it"
+_TWO_PARTS = "a part is a text, an image or a video: make two parts of it"
 
 _LONGEST_NAME = 64
 _SEPARATORS = str.maketrans("", "", "-_. ")
@@ -53,7 +59,8 @@ _KNOWN = {
     "message": frozenset({"content", "name", "role", "tool_call_id", "tool_calls"}),
     "text": frozenset({"refusal", "text", "thinking", "type"}),
     "image": frozenset({"detail", "image_url", "type"}),
-    "image_url": frozenset({"detail", "url"}),
+    "video": frozenset({"detail", "type", "video_url"}),
+    "url": frozenset({"detail", "url"}),
 }
 _NAMED_BY_USERS = ("documents", "functions", "metadata", "response_format", "structured_outputs", "tools")
 
@@ -95,23 +102,27 @@ def check_text(part: Mapping[str, Any], path: Path) -> None:
     for key, value in _unknown(part, "text"):
         folded = _folded(key)
         fault = _AT_THE_TOP if folded in _ONLY_OURS else _extra_body(folded, value)
-        _refuse(fault or (_TWO_PARTS if folded == "imageurl" and value else _unseen(folded, value)), (path, key))
+        _refuse(
+            fault or (_TWO_PARTS if folded in ("imageurl", "videourl") and value else _unseen(folded, value)),
+            (path, key),
+        )
 
 
-def check_image(part: Mapping[str, Any], path: Path) -> None:
-    """The keys of an image part and of its `image_url`.
+def check_media(part: Mapping[str, Any], modality: Modality, path: Path) -> None:
+    """The keys of an image's or a video's part and of its `image_url` or `video_url`.
 
     Raises:
         InvalidRequest: with the path of the key, and what to write instead.
     """
-    for key, value in _unknown(part, "image"):
+    for key, value in _unknown(part, modality):
         folded = _folded(key)
-        fault = _PER_IMAGE if folded in _OURS else _extra_body(folded, value)
+        fault = _PER_ITEM[modality] if folded in _OURS else _extra_body(folded, value)
         _refuse(fault or (_TWO_PARTS if folded == "text" and value else _unseen(folded, value)), (path, key))
-    source = part.get("image_url")
-    for key, value in _unknown(source, "image_url") if isinstance(source, dict) else ():
+    field = URL_FIELDS[modality]
+    source = part.get(field)
+    for key, value in _unknown(source, "url") if isinstance(source, dict) else ():
         folded = _folded(key)
-        _refuse(_PER_IMAGE if folded in _OURS else _extra_body(folded, value), ((path, "image_url"), key))
+        _refuse(_PER_ITEM[modality] if folded in _OURS else _extra_body(folded, value), ((path, field), key))
 
 
 def _unknown(value: Mapping[str, Any], place: str) -> Iterator[tuple[str, Any]]:

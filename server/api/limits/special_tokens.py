@@ -15,7 +15,7 @@ from foldserve.server.api.errors import LimitExceeded
 
 _INVISIBLE = ("\u2060", "\u200b", "\u200d", "\ufe0e")  # word joiner, zero-width space, ...
 _RENDERED = ("messages", "tools", "documents")  # what a chat template may put into the prompt
-_NOT_TEXT = ("image_url", "role", "type")
+_NOT_TEXT = ("image_url", "role", "type", "video_url")
 
 
 class Allowance:

@@ -1,4 +1,4 @@
-"""What all images of one request may cost together, and of all requests at once."""
+"""What all images and videos of one request may cost together."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from foldserve.server.api import metrics
 from foldserve.server.api.errors import LimitExceeded
 from foldserve.server.api.media.decode import ImageFile
 from foldserve.server.api.media.room import BYTES_PER_PIXEL
+from foldserve.server.engine.family import Modality
 from foldserve.server.limits import MOST_PIXELS, Limits
 
 _log = logging.getLogger(__name__)
@@ -18,12 +19,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Budget:
-    """Counts down over the images of one request, which several threads read.
+    """Counts down over the images and videos of one request, which several threads read.
 
     Attributes:
         limits: the bounds.
         bytes_used: size of the files so far.
-        pixels_used: width x height so far, from the files' headers.
+        pixels_used: width x height so far, of images and of frames that are taken, from the files' headers.
     """
 
     limits: Limits
@@ -33,16 +34,21 @@ class Budget:
     _decoding_pixels: int = 0
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def check_file(self, size: int) -> None:
+    def most_bytes(self, modality: Modality) -> int:
+        """Of one file."""
+        return self.limits.max_image_bytes if modality == "image" else self.limits.max_video_bytes
+
+    def check_file(self, size: int, modality: Modality = "image") -> None:
         """Refuses a file of `size` bytes, before they are read where the size is announced.
 
         Raises:
             LimitExceeded: too large alone, or together with the images before.
         """
-        if size > self.limits.max_image_bytes:
-            raise LimitExceeded(f"the image's file is larger than {self.limits.max_image_mb:g} MB: send a smaller one")
+        if size > self.most_bytes(modality):
+            most = f"{self.most_bytes(modality) / 1e6:g} MB"
+            raise LimitExceeded(f"the image's file is larger than {most}: send a smaller one")
         if self.bytes_used + size > self.limits.max_media_bytes:
-            raise LimitExceeded(f"the request's image files are larger than {self.limits.max_media_mb:g} MB together")
+            raise self._too_large()
 
     def spend_bytes(self, size: int) -> None:
         """Counts bytes that have come.
@@ -53,7 +59,21 @@ class Budget:
         with self._lock:
             self.bytes_used += size
         if self.bytes_used > self.limits.max_media_bytes:
-            raise LimitExceeded(f"the request's image files are larger than {self.limits.max_media_mb:g} MB together")
+            raise self._too_large()
+
+    def _too_large(self) -> LimitExceeded:
+        return LimitExceeded(f"the request's files are larger than {self.limits.max_media_mb:g} MB together")
+
+    def admit_frames(self, count: int, width: int, height: int) -> None:
+        """Checks a video's frames, each like an image, and counts their pixels.
+
+        Raises:
+            LimitExceeded: too small, too long, or too much for one request.
+        """
+        self._check_shape(width, height)
+        self._count(count * width * height)
+        with self._lock:
+            self._held_pixels += count * width * height
 
     def admit(self, file: ImageFile) -> ImageFile:
         """Checks an image by its header and counts its pixels; one that is too large may come back to be scaled down.
@@ -119,7 +139,7 @@ class Budget:
 
     @property
     def room_pixels(self) -> int:
-        """What the images need of a `Room`, decoded one after the other."""
+        """What they need of a `Room`, decoded one after the other."""
         return self._held_pixels + self._decoding_pixels
 
     def _hold(self, file: ImageFile) -> None:
@@ -132,9 +152,8 @@ class Budget:
         with self._lock:
             self.pixels_used += pixels
         if self.pixels_used > self.limits.max_media_pixels:
-            raise LimitExceeded(
-                f"the request's images have more than {self.limits.max_media_megapixels:g} megapixels together"
-            )
+            most = f"{self.limits.max_media_megapixels:g} megapixels"
+            raise LimitExceeded(f"the request's images and frames have more than {most} together")
 
 
 def _named(width: int, height: int) -> str:

@@ -1,14 +1,16 @@
-"""`data:` URLs (RFC 2397): an image's media type, parameters that change nothing, base64 with its padding."""
+"""`data:` URLs (RFC 2397): a media type, parameters that change nothing, base64 with its padding."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 import numpy as np
 import pybase64  # seven times as fast as the standard library, and vLLM has it already
 
-from foldserve.server.api.errors import InvalidImage
+from foldserve.server.api.errors import InvalidImage, LimitExceeded
 from foldserve.server.api.media.budget import Budget
+from foldserve.server.engine.family import MODALITIES, Modality
 
 _LONGEST_HEAD = 4096
 _PERCENT = ord("%")
@@ -18,26 +20,58 @@ _HEX = np.array([int(chr(c), 16) if chr(c) in "0123456789abcdefABCDEF" else 255 
 # in quotes these too. The quantifiers don't give back: whatever comes, one pass tells.
 _TOKEN = r"[!#$%&'*+\-.^_`{|}~0-9a-z]++"
 _VALUE = r'(?:"(?:[^"\\\x00-\x1f\x7f]|\\[^\x00-\x1f\x7f])*+"|[^";,\x00-\x1f\x7f]*+)'
-_HEAD = re.compile(rf"data:image/{_TOKEN}(?:; *+{_TOKEN}={_VALUE})*+; *+base64,", re.IGNORECASE)
+_PICTURES = re.compile(r"data:video/jpe?g;", re.IGNORECASE)
+_HEADS: Mapping[Modality, re.Pattern[str]] = {
+    modality: re.compile(rf"data:{modality}/{_TOKEN}(?:; *+{_TOKEN}={_VALUE})*+; *+base64,", re.IGNORECASE)
+    for modality in MODALITIES
+}
 
 
 def is_data_url(url: str) -> bool:
     return url[:5].lower() == "data:"
 
 
-def read(url: str, budget: Budget) -> bytes:
+def is_pictures(url: str) -> bool:
+    """Whether this is a video as a list of pictures: `data:video/jpeg;base64,` and their data, with commas between."""
+    return _PICTURES.match(url) is not None
+
+
+def read(url: str, budget: Budget, modality: Modality = "image") -> bytes:
     """The bytes that the URL holds.
 
     Raises:
         InvalidImage: another form than `data:image/TYPE;base64,DATA`, with or without parameters.
         LimitExceeded: too large.
     """
-    head = _HEAD.match(url, 0, _LONGEST_HEAD)
+    return _decoded(url[_data(url, modality) :], budget, modality)
+
+
+def read_pictures(url: str, budget: Budget, most: int) -> list[bytes]:
+    """The files in a list of pictures.
+
+    Raises:
+        InvalidImage: one is no base64, or there are more than `most`.
+        LimitExceeded: too large.
+    """
+    data = url[_data(url, "video") :]
+    count = data.count(",") + 1
+    if count > most:
+        raise LimitExceeded(f"the list has {count} pictures: at most {most} frames are taken of a video")
+    return [_decoded(each, budget, "image") for each in data.split(",")]
+
+
+def _data(url: str, modality: Modality) -> int:
+    """Where they begin."""
+    head = _HEADS[modality].match(url, 0, _LONGEST_HEAD)
     if head is None:
-        raise InvalidImage("a data: URL must have the form data:image/TYPE;base64,DATA")
+        raise InvalidImage(f"a data: URL must have the form data:{modality}/TYPE;base64,DATA")
+    return head.end()
+
+
+def _decoded(text: str, budget: Budget, modality: Modality) -> bytes:
     try:
-        data = _unescaped(url[head.end() :].encode("ascii"))
-        budget.check_file(len(data) // 4 * 3 - data[-4:].count(b"="))
+        data = _unescaped(text.encode("ascii"))
+        budget.check_file(len(data) // 4 * 3 - data[-4:].count(b"="), modality)
         content = pybase64.b64decode(data, validate=True)
     except ValueError as error:  # binascii.Error and UnicodeEncodeError too
         raise InvalidImage("the data: URL's content is not valid base64 with padding") from error

@@ -1,4 +1,4 @@
-"""Images over HTTP. Names are resolved once, and only addresses that passed the check are connected to."""
+"""Images and videos over HTTP. Names are resolved once, and only addresses that passed the check are connected to."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from foldserve.server.api.errors import ImageUnavailable, InvalidImage, RefusedU
 from foldserve.server.api.media.address import Policy, join
 from foldserve.server.api.media.budget import Budget
 from foldserve.server.api.media.names import SystemResolver
+from foldserve.server.engine.family import Modality
 
 _CHUNK_BYTES = 1 << 16
 _REDIRECTS = (301, 302, 303, 307, 308)
-_HEADERS = {"Accept": "image/*", "Accept-Encoding": "identity", "User-Agent": "foldserve"}
+_HEADERS = {"Accept-Encoding": "identity", "User-Agent": "foldserve"}
 
 
 class CheckedResolver(AbstractResolver):
@@ -56,7 +57,7 @@ class CheckedResolver(AbstractResolver):
 
 
 class Fetcher:
-    """Fetches the images of one request. Make it with `open_fetcher`.
+    """Fetches the files of one request. Make it with `open_fetcher`.
 
     Args:
         session: without redirects, decompression, cookies and proxies of its own.
@@ -69,7 +70,7 @@ class Fetcher:
         self._policy = policy
         self._budget = budget
 
-    async def get(self, url: str) -> bytes:
+    async def get(self, url: str, modality: Modality = "image") -> bytes:
         """The file behind a URL.
 
         Raises:
@@ -81,19 +82,20 @@ class Fetcher:
         for redirects in range(most + 1):
             with _blaming_redirect(redirects):
                 target = self._policy.check(url)
-                found = await self._ask(target)
+                found = await self._ask(target, modality)
             if isinstance(found, bytes):
                 return found
             with _blaming_redirect(redirects + 1):
                 url = join(target, found)
         raise ImageUnavailable(f"the image's server redirects more than {most} times")
 
-    async def _ask(self, target: URL) -> bytes | str:
+    async def _ask(self, target: URL, modality: Modality) -> bytes | str:
         """The file, or where it is instead."""
         try:
-            async with self._session.get(target, headers=_HEADERS, allow_redirects=False) as response:
+            headers = {"Accept": f"{modality}/*", **_HEADERS}
+            async with self._session.get(target, headers=headers, allow_redirects=False) as response:
                 if response.status not in _REDIRECTS:
-                    return await self._read(response)
+                    return await self._read(response, modality)
                 location = response.headers.get("Location")
         except (aiohttp.ClientError, OSError, ValueError) as error:  # ValueError: a host that IDNA can't encode
             raise ImageUnavailable(_reason(error)) from error
@@ -101,18 +103,18 @@ class Fetcher:
             raise ImageUnavailable("the image's server redirects to nowhere")
         return location
 
-    async def _read(self, response: aiohttp.ClientResponse) -> bytes:
+    async def _read(self, response: aiohttp.ClientResponse, modality: Modality) -> bytes:
         if response.status != 200:
             raise ImageUnavailable(f"the image's server answered with status {response.status}")
         if compression(response.headers.getall("Content-Encoding", [])):
             raise InvalidImage("the image's server sent it compressed, which was not asked for")
-        self._budget.check_file(response.content_length or 0)
+        self._budget.check_file(response.content_length or 0, modality)
         content = bytearray()
         async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
             self._budget.spend_bytes(len(chunk))
             content += chunk
-            if len(content) > self._budget.limits.max_image_bytes:
-                self._budget.check_file(len(content))
+            if len(content) > self._budget.most_bytes(modality):
+                self._budget.check_file(len(content), modality)
         if not content:
             raise InvalidImage("the image's server sent an empty file")
         return bytes(content)

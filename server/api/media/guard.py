@@ -1,4 +1,4 @@
-"""A chat's images: loaded under the request's budget and put into its messages, so that vLLM fetches nothing itself."""
+"""A chat's images and videos: loaded under the request's budget and put into its messages; vLLM fetches nothing."""
 
 from __future__ import annotations
 
@@ -14,31 +14,33 @@ from vllm.config import ModelConfig
 from vllm.multimodal.media import ImageMediaIO
 
 from foldserve.server.api.errors import ImageUnavailable
-from foldserve.server.api.media import data_url
+from foldserve.server.api.limits.misplaced import URL_FIELDS
+from foldserve.server.api.media import connector, data_url
 from foldserve.server.api.media.address import Policy
 from foldserve.server.api.media.budget import Budget
 from foldserve.server.api.media.decode import ImageFile
 from foldserve.server.api.media.fetch import Fetcher, open_fetcher
 from foldserve.server.api.media.memory import Trimmer
 from foldserve.server.api.media.names import NamesInTurn, SystemResolver
-from foldserve.server.api.media.places import Place, places_of_images
+from foldserve.server.api.media.places import Place, places_of_media
 from foldserve.server.api.media.room import BYTES_PER_PIXEL, Room, is_large
 from foldserve.server.api.media.turns import Threads, Turn
+from foldserve.server.api.media.video import LoadedVideo, Pictures, Source, VideoFile
 from foldserve.server.limits import Limits
+from foldserve.server.video.decoder import VideoDecoder
 
 _T = TypeVar("_T")
 _DECODED_PER_S, _READ_PER_S = 20e6, 200e6  # pixels and bytes, roughly: for the order in a queue
-_NO_IMAGE = {"type": "image_url", "image_url": {"url": ""}}
 
 
 class MediaGuard:
-    """Loads images for all requests of a process.
+    """Loads images and videos for all requests of a process.
 
     Args:
         limits: bounds of one request.
-        domains: the only hosts that images may come from, vLLM's `--allowed-media-domains`; empty for all.
+        domains: the only hosts that they may come from, vLLM's `--allowed-media-domains`; empty for all.
         media_io_kwargs: vLLM's `--media-io-kwargs`, of which `image` counts.
-        processor: the one thread in which vLLM works on the images next.
+        processor: the one thread in which vLLM works on them next.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class MediaGuard:
         )
         self._threads = Threads(limits.media_decode_threads, limits.max_media_seconds)
         self._processor = processor
+        self._videos = VideoDecoder()
         self._names = NamesInTurn(SystemResolver())
         options = ImageMediaIO(**{"image_mode": "RGB", **(media_io_kwargs or {}).get("image", {})})  # checks them
         self._mode: str | None = options.image_mode
@@ -65,39 +68,37 @@ class MediaGuard:
     async def loaded(
         self, messages: Sequence[Any], owner: str | None = None, salt: str | None = None
     ) -> AsyncIterator[None]:
-        """While it is entered, every image URL in `messages` is a decoded image, in vLLM's own form of such a part.
+        """While it is entered, each part of `messages` with a URL is one that vLLM takes a decoded image or video from.
 
         After that an empty URL stands there: pixels are not kept while the answer is generated.
 
         Args:
             messages: of the chat.
             owner: name of the key that asks; images of one are decoded in turn with those of others.
-            salt: becomes part of each image's identity, by which all caches of images go; None leaves them vLLM's.
+            salt: becomes part of each image's and video's identity, by which all caches go; None leaves images vLLM's.
 
         Raises:
-            InvalidRequest: an image that can't be had or is refused; `param` names its URL.
-            Unavailable: the images of other requests leave no room.
+            InvalidRequest: one that can't be had or is refused; `param` names its URL.
+            Unavailable: those of other requests leave no room.
         """
-        places = list(places_of_images(messages))
+        places = list(places_of_media(messages))
         async with self._room.share() as share:
             turn = Turn(share, self._limits.max_media_seconds, owner)
-            images: list[Any] = []
+            items: list[Any] = []
             try:
-                images = await self._load_all(places, turn)
-                for place, image in zip(places, images, strict=True):
-                    if salt is not None:  # vLLM hashes these settings together with the file
-                        image.io_config = {**(image.io_config or {}), "salt": salt}
-                    place.put({"type": "image_pil", "image_pil": image})
+                items = await self._load_all(places, turn)
+                for place, item in zip(places, items, strict=True):
+                    _put(place, item, salt)
                 yield
             except BaseException:
-                if images and self._processor is not None:  # it may be at work still, and takes one thing after another
-                    share.hold_for(self._processor.submit(_let_go, images))
+                if items and self._processor is not None:  # it may be at work still, and takes one thing after another
+                    share.hold_for(self._processor.submit(_let_go, items))
                 raise
             else:
-                _let_go(images)
+                _let_go(items)
             finally:
                 for place in places:
-                    place.put(_NO_IMAGE)
+                    _remove(place)
 
     async def _load_all(self, places: Sequence[Place], turn: Turn) -> list[Any]:
         """All of them, before one is put into the messages: a refusal leaves no pixels there."""
@@ -111,31 +112,37 @@ class MediaGuard:
         return [await self._decode(place, files.pop(0), turn) for place in places]  # none is kept once it is decoded
 
     async def _load_one(self, place: Place, budget: Budget, turn: Turn) -> Any:
-        """The usual one image, in one visit to a thread where there is room: each visit costs 0.1 ms."""
+        """The usual one, an image in one visit to a thread where there is room: each visit costs 0.1 ms."""
         content = None
         if not data_url.is_data_url(place.url):
             names = self._names.of_request(turn.owner)
             async with self._in_time(), open_fetcher(self._policy, budget, names) as fetcher:
                 with place.named():
-                    content = await fetcher.get(place.url)
+                    content = await fetcher.get(place.url, place.modality)
         with place.named():
-            loaded = await self._run(self._load_here, turn, _reading(place, content), place.url, content, budget, turn)
-        if not isinstance(loaded, ImageFile):
+            loaded = await self._run(self._load_here, turn, _reading(place, content), place, content, budget, turn)
+        if not isinstance(loaded, ImageFile | VideoFile | Pictures):
             return loaded
         await turn.share.take(budget.room_pixels)
         return await self._decode(place, loaded, turn)
 
-    def _open_here(self, url: str, content: bytes | None, budget: Budget) -> ImageFile:
-        return budget.admit(ImageFile.open(data_url.read(url, budget) if content is None else content))
+    def _open_here(self, place: Place, content: bytes | None, budget: Budget) -> ImageFile | Source:
+        if place.modality == "video" and content is None and data_url.is_pictures(place.url):
+            return Pictures.open(data_url.read_pictures(place.url, budget, self._limits.video_frames), budget)
+        if content is None:
+            content = data_url.read(place.url, budget, place.modality)
+        if place.modality == "video":
+            return VideoFile.open(content, budget, self._videos)
+        return budget.admit(ImageFile.open(content))
 
-    def _load_here(self, url: str, content: bytes | None, budget: Budget, turn: Turn) -> Any:
-        """The image; or its file if it is large, or where there is no room for the pixels yet."""
-        file = self._open_here(url, content, budget)
+    def _load_here(self, place: Place, content: bytes | None, budget: Budget, turn: Turn) -> Any:
+        """The pixels; or their file if there are many, or where there is no room for them yet."""
+        file = self._open_here(place, content, budget)
         if is_large(budget.room_pixels) or not turn.share.take_now(budget.room_pixels):
             return file
         return file.decode(self._mode, self._background)
 
-    async def _open_all(self, places: Sequence[Place], budget: Budget, turn: Turn) -> list[ImageFile]:
+    async def _open_all(self, places: Sequence[Place], budget: Budget, turn: Turn) -> list[ImageFile | Source]:
         async with AsyncExitStack() as held:
             fetcher = None
             if not all(data_url.is_data_url(place.url) for place in places):
@@ -150,21 +157,21 @@ class MediaGuard:
         if fetcher is None or data_url.is_data_url(place.url):
             return None
         with place.named():
-            return await fetcher.get(place.url)
+            return await fetcher.get(place.url, place.modality)
 
-    async def _open(self, place: Place, content: bytes | None, budget: Budget, turn: Turn) -> ImageFile:
+    async def _open(self, place: Place, content: bytes | None, budget: Budget, turn: Turn) -> ImageFile | Source:
         with place.named():
             expected = _reading(place, content)
-            file: ImageFile = await self._run(self._open_here, turn, expected, place.url, content, budget)
+            file: ImageFile | Source = await self._run(self._open_here, turn, expected, place, content, budget)
             return file
 
-    async def _decode(self, place: Place, file: ImageFile, turn: Turn) -> Any:
+    async def _decode(self, place: Place, file: ImageFile | Source, turn: Turn) -> Any:
         with place.named():
             return await self._run(file.decode, turn, _Expected.of(file), self._mode, self._background)
 
     @asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:
-        """Bounds the seconds that all images of a request may take to come."""
+        """Bounds the seconds that all files of a request may take to come."""
         seconds = self._limits.max_media_seconds
         try:
             async with asyncio.timeout(seconds):
@@ -184,7 +191,7 @@ class _Expected:
     is_large: bool = False
 
     @classmethod
-    def of(cls, file: ImageFile) -> _Expected:
+    def of(cls, file: ImageFile | Source) -> _Expected:
         return cls(file.decoded_pixels / _DECODED_PER_S, is_large(file.decoded_pixels))
 
 
@@ -192,11 +199,33 @@ def _reading(place: Place, content: bytes | None) -> _Expected:
     return _Expected(len(place.url if content is None else content) / _READ_PER_S)
 
 
-def _let_go(images: Sequence[Any]) -> None:
+def _put(place: Place, item: Any, salt: str | None) -> None:
+    """As a part that vLLM takes it from."""
+    if isinstance(item, LoadedVideo):
+        place.put({"type": "video_url", "video_url": {"url": connector.lend(item.for_vllm(salt))}})
+        return
+    if salt is not None:  # vLLM hashes these settings together with the file
+        item.io_config = {**(item.io_config or {}), "salt": salt}
+    place.put({"type": "image_pil", "image_pil": item})
+
+
+def _remove(place: Place) -> None:
+    """An empty URL instead."""
+    field = URL_FIELDS[place.modality]
+    part = place.parts[place.index]
+    if place.modality == "video" and isinstance(part[field], dict):
+        connector.take_back(part[field]["url"])
+    place.put({"type": field, field: {"url": ""}})
+
+
+def _let_go(items: Sequence[Any]) -> None:
     """Frees the pixels: vLLM's renderer leaves the images in a cycle, for Python's garbage collection to find."""
-    for image in images:
-        image.media.close()
-        image.original_bytes = b""
+    for item in items:
+        if isinstance(item, LoadedVideo):
+            item.frames.release()
+        else:
+            item.media.close()
+            item.original_bytes = b""
 
 
 async def _all(tasks: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
@@ -210,7 +239,7 @@ async def _all(tasks: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
 
 
 def media_guard(model: ModelConfig, limits: Limits, processor: Executor | None = None) -> MediaGuard:
-    """The guard for a served model, with what vLLM's own options say about images.
+    """The guard for a served model, with what vLLM's own options say about images; videos go through it alone.
 
     Raises:
         ValueError: an option that would be ignored.
@@ -218,4 +247,7 @@ def media_guard(model: ModelConfig, limits: Limits, processor: Executor | None =
     if model.allowed_local_media_path:
         raise ValueError("--allowed-local-media-path: images are never read from the server's disk, leave it out")
     config = model.multimodal_config
+    if config is not None and (config.media_io_kwargs or {}).get("video"):
+        raise ValueError("--media-io-kwargs: of videos use --video-frames and --video-fps instead")
+    connector.register()
     return MediaGuard(limits, model.allowed_media_domains or (), config.media_io_kwargs if config else None, processor)

@@ -1,4 +1,4 @@
-"""Where the images stand in a chat's messages."""
+"""Where images and videos stand in a chat's messages."""
 
 from __future__ import annotations
 
@@ -10,20 +10,24 @@ from typing import Any
 from pydantic import ValidationError
 
 from foldserve.server.api.errors import InvalidRequest
-from foldserve.server.api.limits.body import is_image
+from foldserve.server.api.limits.body import media_of
+from foldserve.server.api.limits.misplaced import URL_FIELDS
+from foldserve.server.engine.family import Modality
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The place of one image.
+    """The place of one image or video.
 
     Attributes:
+        modality: which of both.
         parts: the message's content.
-        index: of the image's part in it.
+        index: of its part in it.
         url: http(s) or data.
         param: JSON path of the URL.
     """
 
+    modality: Modality
     parts: list[Any]
     index: int
     url: str
@@ -31,20 +35,26 @@ class Place:
 
     @contextmanager
     def named(self) -> Iterator[None]:
-        """Errors from inside name this image's URL as what is wrong, unless it is the server that can't."""
+        """Errors from inside name this URL as what is wrong, unless it is the server that can't.
+
+        What fetches files speaks of images; of a video the same is said.
+        """
         try:
             yield
         except InvalidRequest as error:
             error.param = self.param
+            if self.modality == "video":
+                error.code = error.code.replace("image", "video")
+                error.args = (str(error).replace("an image", "a video").replace("image", "video"),)
             raise
 
     def put(self, part: dict[str, Any]) -> None:
-        """Replaces the image's part."""
+        """Replaces the part."""
         self.parts[self.index] = part
 
 
-def places_of_images(messages: Sequence[Any]) -> Iterator[Place]:
-    """The images of validated messages, in order; their content becomes lists, since pydantic's is a one-shot iterator.
+def places_of_media(messages: Sequence[Any]) -> Iterator[Place]:
+    """The media of validated messages, in order; their content becomes lists, since pydantic's is a one-shot iterator.
 
     Raises:
         InvalidRequest: a part that no type of content fits.
@@ -58,8 +68,9 @@ def places_of_images(messages: Sequence[Any]) -> Iterator[Place]:
         except ValidationError as error:
             raise InvalidRequest("a part of this message has no known form", f"messages[{m}].content") from error
         for p, part in enumerate(parts):
-            if isinstance(part, dict) and is_image(part):
-                source = part["image_url"]
+            if isinstance(part, dict) and (modality := media_of(part)) is not None:
+                field = URL_FIELDS[modality]
+                source = part[field]
                 is_object = isinstance(source, dict)
                 url = source["url"] if is_object else source
-                yield Place(parts, p, url, f"messages[{m}].content[{p}].image_url{'.url' if is_object else ''}")
+                yield Place(modality, parts, p, url, f"messages[{m}].content[{p}].{field}{'.url' if is_object else ''}")

@@ -23,9 +23,14 @@ class PromptItem(NamedTuple):
 
 
 def prompt_items(prompt: Mapping[str, Any]) -> list[PromptItem]:
-    """The images of a prompt as vLLM's renderer gives it."""
-    items = zip(prompt["mm_hashes"]["image"], prompt["mm_placeholders"]["image"], strict=True)
-    return [PromptItem(*item) for item in items]
+    """The images and videos of a prompt as vLLM's renderer gives it, in its order."""
+    places = prompt["mm_placeholders"]
+    items = [
+        PromptItem(*item)
+        for modality, hashes in prompt["mm_hashes"].items()
+        for item in zip(hashes, places[modality], strict=True)
+    ]
+    return sorted(items, key=lambda item: item.mm_position.offset)
 
 
 def admit(
