@@ -9,6 +9,8 @@ import socket
 import subprocess
 import sys
 import threading
+import weakref
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
 
@@ -46,8 +48,8 @@ class VideoDecoder:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._process: subprocess.Popen[bytes] | None = None
         self._requests: socket.socket | None = None
+        self._stop: Callable[[], object] = lambda: None
 
     def measure(self, content: bytes, bounds: Bounds, rule: Rule) -> Chosen:
         """What `decode` would give; reads the container, decodes nothing.
@@ -76,11 +78,8 @@ class VideoDecoder:
             self._end()
 
     def _end(self) -> None:
-        if self._requests is not None:
-            self._requests.close()
-        if self._process is not None:
-            self._process.wait()
-        self._process = self._requests = None
+        self._stop()
+        self._requests = None
 
     def _ask(self, content: bytes, bounds: Bounds, rule: Rule, frames: int, *, decode: bool) -> Chosen:
         with ExitStack() as open_files:
@@ -113,8 +112,13 @@ class VideoDecoder:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             command = [sys.executable, "-m", "foldserve.server.video.nursery", str(theirs.fileno())]
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
-        self._requests = ours
+            process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        self._requests, self._stop = ours, weakref.finalize(self, _stop, process, ours)
+
+
+def _stop(process: subprocess.Popen[bytes], requests: socket.socket) -> None:
+    requests.close()
+    process.wait()
 
 
 def _memory_file(name: str, open_files: ExitStack) -> int:

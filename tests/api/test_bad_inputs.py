@@ -345,6 +345,11 @@ def test_bad_bodies(body: dict[str, Any], param: str, client: Client) -> None:
     client.refuses({"model": "tiny"} | body, param)
 
 
+def test_a_video_for_a_model_without(client: Client) -> None:
+    video = {"type": "video_url", "video_url": {"url": "http://203.0.113.1/never-asked.mp4"}}
+    assert "takes no videos" in client.refuses(chat(video), "messages")
+
+
 @pytest.mark.parametrize(("fields", "param"), BAD_FIELDS, ids=lambda v: str(v)[:60])
 def test_bad_fields(fields: dict[str, Any], param: str, client: Client) -> None:
     client.refuses(chat() | fields, param)

@@ -254,7 +254,7 @@ def app(model: ModelConfig, tokenizer: Any, special: SpecialTokens) -> FastAPI:
     """The chat route up to what it would hand to vLLM."""
     app, limits = FastAPI(), Limits()
     known = known_tokens(tokenizer, model.get_vocab_size())
-    checks = ChatChecks(limits, special, 131_072, tokenizer.max_chars_per_token, known, None)
+    checks = ChatChecks(limits, special, 131_072, tokenizer.max_chars_per_token, known, {}, ("image",))
     app.state.foldserve_chat = Namespace(checks=checks)
     app.state.foldserve_guard = Guard(None, SharedCounters(), 10)
     app.state.foldserve_lifecycle = Namespace(request=nullcontext, explain=lambda error: error)

@@ -1,4 +1,4 @@
-"""All caches of images go by an image's identity. The salt of who sends it is in there, and changes nothing else."""
+"""All caches go by an image's or a video's identity. The salt of who sends it is in there, and changes nothing else."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.media.image import ImageMediaIO
+from vllm.multimodal.parse import MultiModalDataParser
 
+from foldserve.server.api.media.connector import LoadedMedia
 from foldserve.server.api.media.guard import MediaGuard
 from foldserve.server.limits import Limits
 from tests.images import jpeg, photo
+from tests.videos import data_uri as video_uri
+from tests.videos import video
 
 
 def _png() -> bytes:
@@ -80,3 +85,22 @@ def test_only_the_identity_has_the_salt(processor: Any, file: bytes, reduction: 
         fields, expected = (dict(one["mm_kwargs"]["image"][0].get_data()) for one in (inputs, stock))
         assert fields.keys() == expected.keys()
         assert all(torch.equal(fields[name], expected[name]) for name in fields)
+
+
+def test_a_video_has_the_salt_in_its_identity() -> None:
+    """The frames' own bytes are not hashed: the same file of two keys would be one then."""
+
+    async def identity(salt: str | None, frames: int = 4) -> str:
+        part = {"type": "video_url", "video_url": {"url": video_uri(video(8))}}
+        guard = MediaGuard(Limits(video_frames=frames))
+        async with guard.loaded(messages := [{"role": "user", "content": [part]}], None, salt):
+            url = messages[0]["content"][0]["video_url"]["url"]
+            loaded = await LoadedMedia().fetch_video_async(url)
+            (items,) = MultiModalDataParser().parse_mm_data({"video": [loaded]}).values()
+            return MultiModalHasher.hash_kwargs("blake3", video=items.get_item_for_hash(0))
+
+    async def all_of_them() -> list[str]:
+        return [await identity(*each) for each in ((None,), ("a",), ("b",), ("a",), ("a", 5))]
+
+    plain, a, b, again, more_frames = asyncio.run(all_of_them())
+    assert len({plain, a, b, more_frames}) == 4 and again == a

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -175,6 +176,27 @@ def test_a_bad_video_is_the_clients_error(client: OpenAI, content: bytes, code: 
         ask(client, image(SMALL), clip(content))
     assert (caught.value.code, caught.value.param) == (code, "messages[0].content[1].video_url.url")
     assert ask(client, image(SMALL))["vision_tokens"]["kept"] == ENCODED[SMALL]
+
+
+def test_a_decoder_that_dies_costs_nobody_else(server: Live, client: OpenAI) -> None:
+    """The process that decoders are forked from is killed while others are served; the next video has a new one."""
+    ask(client, clip(VIDEO))
+    (nursery,) = (each for each in server.tree() if "video.nursery" in " ".join(each.cmdline()))
+    nursery.kill()
+    assert ask(client, image(SMALL))["vision_tokens"]["kept"] == ENCODED[SMALL]
+    assert ask(client, clip(VIDEO))["vision_tokens"]["kept"] == 4 * GROUP
+
+
+def test_bad_videos_beside_good_ones(client: OpenAI) -> None:
+    def one(number: int) -> int:
+        if number % 2:
+            with pytest.raises(BadRequestError):
+                ask(client, clip(VIDEO[: 200 + 97 * number]))
+            return 0
+        return int(ask(client, clip(VIDEO))["vision_tokens"]["kept"])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(one, range(16))) == [4 * GROUP, 0] * 8
 
 
 def test_videos_are_fetched_like_images(client: OpenAI) -> None:

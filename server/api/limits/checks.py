@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from vllm.config import ModelConfig
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import EngineInput
+from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.renderers.chat_utils import PROMPT_EMBEDS_PLACEHOLDER_TOKEN
 
 from foldserve.server.api.errors import InvalidRequest, LimitExceeded
@@ -40,6 +42,7 @@ class ChatChecks:
         tokens: ids that the tokenizer knows; the model's vocabulary may be padded beyond them.
         media_tokens: id of the token that stands for one embedding of an image, and of a video; without those that the
             model does not take.
+        takes: what the model is given beside text.
         truncation_side: the tokenizer's own, of prompts that are to be cut.
     """
 
@@ -49,6 +52,7 @@ class ChatChecks:
     longest_token: int
     tokens: Container[int]
     media_tokens: Mapping[Modality, int]
+    takes: Collection[Modality]
     truncation_side: Literal["left", "right"] = "right"
 
     def read(self, body: bytes) -> dict[str, Any]:
@@ -61,6 +65,9 @@ class ChatChecks:
         if not isinstance(value, dict):
             raise InvalidRequest("the body must be a JSON object")
         contents = check_body(value, self.limits)
+        for modality, count in (("image", contents.images), ("video", contents.videos)):
+            if count and modality not in self.takes:
+                raise InvalidRequest(f"this model takes no {modality}s here: leave them out", "messages")
         # vLLM would say so of the whole prompt, unless it cuts that
         if contents.characters > self.context * self.longest_token and value.get("truncate_prompt_tokens") is None:
             raise self._too_long(f"{contents.characters} characters")
@@ -134,7 +141,15 @@ def chat_checks(engine: EngineClient, limits: Limits) -> ChatChecks:
     special = SpecialTokens(tokenizer, placeholders)
     known = known_tokens(tokenizer, model.get_vocab_size())
     longest, side = tokenizer.max_chars_per_token, tokenizer.truncation_side
-    return ChatChecks(limits, special, model.max_model_len, longest, known, media_tokens, side)
+    return ChatChecks(limits, special, model.max_model_len, longest, known, media_tokens, _taken(model), side)
+
+
+def _taken(model: ModelConfig) -> frozenset[Modality]:
+    """Of what the model can take, what the operator's limits leave."""
+    if not model.is_multimodal_model:
+        return frozenset()
+    limits = MULTIMODAL_REGISTRY.get_processing_info(model).allowed_mm_limits
+    return frozenset(modality for modality in MODALITIES if limits.get(modality))
 
 
 def known_tokens(tokenizer: Any, vocabulary: int) -> Container[int]:
