@@ -25,7 +25,7 @@ def describe(chat: FoldServingChat) -> dict[str, object]:
         "object": "list",
         "model": chat.models.base_model_paths[0].name,
         "vision_tokens_per_image": None if family is None or family.sizes_matter else family.largest.tokens,
-        "limits": {"image": {"max_tokens": largest.tokens}} if largest else {},
+        "limits": _limits(chat),
         "default_reduction": settings.default_reduction.to_json(),
         "low_detail_ratio": settings.low_detail_ratio,
         "positions": {
@@ -48,6 +48,18 @@ def describe(chat: FoldServingChat) -> dict[str, object]:
             for method in methods
         ],
     }
+
+
+def _limits(chat: FoldServingChat) -> dict[str, dict[str, float | None]]:
+    """Of an image, and of a video where the model takes any: which frames are taken, see docs/video.md."""
+    family, limits = chat.planner.family, chat.checks.limits
+    found: dict[str, dict[str, float | None]] = {}
+    if family is not None:
+        found["image"] = {"max_tokens": family.largest.tokens}
+    if "video" in chat.checks.takes:
+        rule = limits.video_rule
+        found["video"] = {"frames": rule.frames, "fps": rule.fps, "max_seconds": limits.max_video_seconds}
+    return found
 
 
 def served_card(model: str) -> dict[str, Any] | None:

@@ -94,9 +94,9 @@ class FoldServingChat(OpenAIServingChat):
         if isinstance(rendered, ErrorResponse):  # the one thing that vLLM refuses in this way here
             raise InvalidRequest('this server can\'t call tools: leave `tools` out, or send "none"', "tool_choice")
         (prompt,) = rendered[1]
-        self.checks.check_prompt(prompt)
         fields: dict[str, Any] = dict(prompt)
         planned: Mapping[Modality, Sequence[ItemPlan]] = fields.get(PLANS, {})
+        self.checks.check_prompt(prompt, planned)
         self.planner.check_positions([*chain.from_iterable(planned.values())], len(fields["prompt_token_ids"]), request)
         progress = request.progress
         progress.vision = vision_tokens(planned, prompt, self.planner.settings.withdraw_layer, self.planner.room)

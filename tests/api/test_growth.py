@@ -41,6 +41,7 @@ from foldserve.server.api.limits.special_tokens import SpecialTokens
 from foldserve.server.api.limits.strict_json import parse
 from foldserve.server.api.media.places import places_of_media
 from foldserve.server.api.schema import FoldChatRequest
+from foldserve.server.engine.family import Modality
 from foldserve.server.limits import Limits
 
 UNBOUNDED = Limits(max_json_items=10**8, max_messages=10**8, max_parts=10**8, max_schema_kb=10**6)
@@ -254,7 +255,9 @@ def app(model: ModelConfig, tokenizer: Any, special: SpecialTokens) -> FastAPI:
     """The chat route up to what it would hand to vLLM."""
     app, limits = FastAPI(), Limits()
     known = known_tokens(tokenizer, model.get_vocab_size())
-    checks = ChatChecks(limits, special, 131_072, tokenizer.max_chars_per_token, known, {}, ("image",))
+    checks = ChatChecks(
+        limits, special, 131_072, tokenizer.max_chars_per_token, known, {}, frozenset[Modality]({"image"})
+    )
     app.state.foldserve_chat = Namespace(checks=checks)
     app.state.foldserve_guard = Guard(None, SharedCounters(), 10)
     app.state.foldserve_lifecycle = Namespace(request=nullcontext, explain=lambda error: error)

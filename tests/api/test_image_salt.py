@@ -93,8 +93,9 @@ def test_a_video_has_the_salt_in_its_identity() -> None:
     async def identity(salt: str | None, frames: int = 4) -> str:
         part = {"type": "video_url", "video_url": {"url": video_uri(video(8))}}
         guard = MediaGuard(Limits(video_frames=frames))
-        async with guard.loaded(messages := [{"role": "user", "content": [part]}], None, salt):
-            url = messages[0]["content"][0]["video_url"]["url"]
+        content: list[Any] = [part]
+        async with guard.loaded([message := {"role": "user", "content": content}], None, salt):
+            url = message["content"][0]["video_url"]["url"]
             loaded = await LoadedMedia().fetch_video_async(url)
             (items,) = MultiModalDataParser().parse_mm_data({"video": [loaded]}).values()
             return MultiModalHasher.hash_kwargs("blake3", video=items.get_item_for_hash(0))

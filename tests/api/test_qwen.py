@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -113,7 +114,8 @@ def test_what_the_tower_can_not_do_is_refused_before_it_is_fetched(client: OpenA
 def test_the_catalog(server: Live) -> None:
     catalog = server.ask("GET", "/v1/reducers").json
     assert catalog["vision_tokens_per_image"] is None
-    assert catalog["limits"] == {"image": {"max_tokens": 256}}
+    of_videos = {"frames": 8, "fps": None, "max_seconds": 30}
+    assert catalog["limits"] == {"image": {"max_tokens": 256}, "video": of_videos}
     assert catalog["positions"] == {"default": "keep", "can_keep": True}
     offered = {method["id"] for method in catalog["data"]}
     in_the_decoder = {"withdraw", "fastv", "illava_decoder"}
@@ -150,6 +152,20 @@ def test_a_list_of_pictures_is_a_video(client: OpenAI) -> None:
     part["video_url"]["url"] += "," + ",".join(pictures)
     with pytest.raises(BadRequestError, match="the list has 12 pictures: at most 8 frames"):
         ask(client, part)
+
+
+def test_a_prompt_that_is_too_long_says_what_would_fit(client: OpenAI) -> None:
+    """Sixteen of the largest images and two videos; with the ratio that is named it fits."""
+    many = [*[image((512, 512))] * 8, clip(VIDEO), clip(VIDEO)]
+    with pytest.raises(BadRequestError) as caught:
+        ask(client, *many)
+    assert f"vision tokens (image: 256, image: 256, image: 256, image: 256, video: 4 frames of {GROUP}" in str(
+        caught.value
+    )
+    (ratio,) = re.findall(r"a ratio of (0\.\d+) would fit", str(caught.value))
+    assert ask(client, *many, reduction_ratio=float(ratio))["prompt_tokens"] < 2048
+    with pytest.raises(BadRequestError):
+        ask(client, *many, reduction_ratio=float(ratio) - 0.02)
 
 
 def test_a_withdrawn_video_leaves_the_decoder(client: OpenAI) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Mapping
+import math
+from collections.abc import Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
 
 from vllm.config import ModelConfig
@@ -13,6 +15,7 @@ from vllm.inputs import EngineInput
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.renderers.chat_utils import PROMPT_EMBEDS_PLACEHOLDER_TOKEN
 
+from foldserve.reducers.item import ItemPlan
 from foldserve.server.api.errors import InvalidRequest, LimitExceeded
 from foldserve.server.api.limits.body import check_body
 from foldserve.server.api.limits.fields import check_fields
@@ -26,6 +29,8 @@ if TYPE_CHECKING:
     from foldserve.server.api.schema import FoldChatRequest
 
 
+_NAMED = 4  # images and videos that a refusal lists, of each
+_HIGHEST_RATIO = 0.95
 _LONG = 1_000_000
 _LONG_TEXT = 100_000
 
@@ -92,7 +97,7 @@ class ChatChecks:
         if request.truncate_prompt_tokens is not None and request.truncation_side is None:
             request.truncation_side = self.truncation_side  # named, vLLM cuts a long text before it makes tokens of all
 
-    def check_prompt(self, prompt: EngineInput) -> None:
+    def check_prompt(self, prompt: EngineInput, planned: Mapping[Modality, Sequence[ItemPlan]]) -> None:
         """The tokens that go to the engine: room for an answer, for media as many as those have, none from a text.
 
         Raises:
@@ -102,13 +107,13 @@ class ChatChecks:
         fields: dict[str, Any] = dict(prompt)
         tokens = list(fields["prompt_token_ids"])
         if len(tokens) >= self.context:
-            raise self._too_long(f"{len(tokens)} tokens")
+            raise self._too_long(f"{len(tokens)} tokens{shares(planned, len(tokens), self.context)}")
         places = fields.get("mm_placeholders", {})
         for modality, token in self.media_tokens.items():
-            planned = sum(place.get_num_embeds() for place in places.get(modality, ()))
-            if (found := tokens.count(token)) != planned:
+            expected = sum(place.get_num_embeds() for place in places.get(modality, ()))
+            if (found := tokens.count(token)) != expected:
                 raise InvalidRequest(
-                    f"the prompt holds {found} {modality} tokens where its {modality}s have {planned}", "messages"
+                    f"the prompt holds {found} {modality} tokens where its {modality}s have {expected}", "messages"
                 )
 
     def explain(self, error: Exception) -> Exception:
@@ -123,6 +128,31 @@ class ChatChecks:
             "shorten it, send fewer images or frames, or reduce them more",
             "messages",
         )
+
+
+def shares(planned: Mapping[Modality, Sequence[ItemPlan]], tokens: int, context: int) -> str:
+    """What of a prompt that is too long images and videos have, and the ratio that would fit, if there is one."""
+    plans = [*chain.from_iterable(planned.values())]
+    if not plans:
+        return ""
+    kept, encoded = sum(plan.kept for plan in plans), sum(plan.encoded for plan in plans)
+    each = ", ".join(
+        _share(modality, plan) for modality, of_modality in planned.items() for plan in of_modality[:_NAMED]
+    )
+    if any(len(of_modality) > _NAMED for of_modality in planned.values()):
+        each += " and more"
+    left = context - 1 - (tokens - kept)
+    ratio = math.ceil(100 * (1 - left / encoded)) / 100
+    fits = f"; a ratio of {ratio:g} would fit" if 0 < ratio <= _HIGHEST_RATIO else ""
+    return f", {kept} of them vision tokens ({each}){fits}"
+
+
+def _share(modality: Modality, plan: ItemPlan) -> str:
+    """`video: 16 frames of 98`."""
+    (part, grid), *more = zip(plan.layout.parts, plan.grids, strict=True)
+    if modality == "video" and not more and part.count > 1:
+        return f"video: {part.count} frames of {grid.kept}"
+    return f"{modality}: {plan.kept}"
 
 
 def chat_checks(engine: EngineClient, limits: Limits) -> ChatChecks:

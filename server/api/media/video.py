@@ -109,7 +109,7 @@ class Pictures:
         for i, file in enumerate(self.files):
             picture = np.asarray(file.decode("RGB", background).media)
             if frames is None:
-                frames = Frames((len(self.files), *picture.shape))  # type: ignore[arg-type]  # RGB: (height, width, 3)
+                frames = Frames((len(self.files), *picture.shape))  # RGB: (height, width, 3)
             elif picture.shape != frames.pixels.shape[1:]:
                 raise InvalidImage("the pictures of a list must all have one size, once they are upright")
             frames.pixels[i] = picture
