@@ -68,7 +68,8 @@ def _report(
     for (point, _), of_round in rounds.items():
         records.setdefault(point, []).append(joined(of_round))
     checkpoint = options.shape_from or options.model
-    shape = read_shape(checkpoint, options.withdraw_layer) if checkpoint else None
+    # the formulas are of images: a tower looks at the frames of a video one by one
+    shape = read_shape(checkpoint, options.withdraw_layer) if checkpoint and options.workload != "video" else None
     return Report(
         title=Path(options.model).name if options.model else f"the server at {options.url}",
         settings=_settings(options, engine_options, load),

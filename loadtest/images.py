@@ -1,9 +1,10 @@
-"""Images for requests, each of them new to every cache unless repeats are asked for."""
+"""Images and videos for requests, each of them new to every cache unless repeats are asked for."""
 
 from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+_VIDEO_FRAMES, _VIDEO_FPS = 32, 8
 _MARK_PX = 16  # one block of chroma samples, so that JPEG keeps the mark
 
 
@@ -44,6 +46,29 @@ class Images:
         if not self._repeat:
             _mark(image, number)
         return data_url(image, "JPEG", quality=90)
+
+    def video_url(self, number: int) -> str:
+        """The video of that number, 32 frames in four seconds: a made-up image that wanders through the picture."""
+        number = number % self._repeat if self._repeat else number
+        coarse = np.random.default_rng(number).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        whole = Image.fromarray(coarse).resize((2 * self._size_px, self._size_px), Image.Resampling.BICUBIC)
+        steps = np.linspace(0, self._size_px, _VIDEO_FRAMES, dtype=int)
+        views = (whole.crop((x, 0, x + self._size_px, self._size_px)) for x in steps)
+        return f"data:video/mp4;base64,{base64.b64encode(encoded(views, self._size_px)).decode()}"
+
+
+def encoded(frames: Iterable[Image.Image], side: int) -> bytes:
+    """An MP4 of square frames, whose side is even."""
+    import av  # by loads with videos only
+
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as output:
+        stream: Any = output.add_stream("libx264", rate=_VIDEO_FPS, options={"preset": "ultrafast"})
+        stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
+        for frame in frames:
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(np.asarray(frame), format="rgb24")))
+        output.mux(stream.encode())
+    return file.getvalue()
 
 
 def data_url(image: Image.Image, kind: str, **options: Any) -> str:

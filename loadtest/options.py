@@ -48,7 +48,7 @@ class Options:
     output_tokens: int | None = option(None, "N", "of an answer (default: 16; long: 256)")
     words: int = option(48, "N", "of a question")
     images: Path | None = option(None, "DIR", "take images from there (default: they are made up)")
-    image_size: int = option(336, "PX", "of images that are made up")
+    image_size: int = option(336, "PX", "of images and videos that are made up; of videos it must be even")
     repeat_images: int = option(0, "N", "only so many different ones, to see caches (default: all differ)")
     seed: int = option(0, "N", "of arrival times")
 
@@ -73,6 +73,8 @@ class Options:
                 found.append(f"{flag(name)} must be at least 1, not {getattr(self, name)}")
         if self.workload not in WORKLOADS:
             found.append(f"--workload is one of {', '.join(WORKLOADS)}, not {self.workload!r}")
+        elif self.workload == "video" and (self.images or self.image_size % 2):
+            found.append("videos are made up, with an even --image-size: leave --images out")
         elif not self.trace and self.burstiness != 1 and not self.rate:
             found.append(f"--workload {self.workload} is about arrival times: give --rate")
         elif uneven := self._uneven():

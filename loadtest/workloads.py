@@ -66,6 +66,9 @@ class Source:
         length = self._maker.words if words is None else words
         return {"type": "text", "text": " ".join(self._random.choices(_WORDS, k=length))}
 
+    def video(self) -> dict[str, Any]:
+        return {"type": "video_url", "video_url": {"url": self._maker.images.video_url(next(self._numbers))}}
+
     def user(self, images: int, words: int | None = None) -> dict[str, Any]:
         """A user's message with its images in front."""
         return {"role": "user", "content": [*(self.image() for _ in range(images)), self.text(words)]}
@@ -100,6 +103,10 @@ def _mix(source: Source, n: int) -> list[Messages]:
     return [[source.user(number % 2)] for number in range(n)]
 
 
+def _video(source: Source, n: int) -> list[Messages]:
+    return [[{"role": "user", "content": [source.video(), source.text()]}] for _ in range(n)]
+
+
 def _turns(source: Source, n: int) -> list[Messages]:
     """All dialogues' first turns, then all second ones, ...: a turn is asked when the one before has long been."""
     dialogues = [[source.user(1)] for _ in range(-(-n // _TURNS))]
@@ -115,6 +122,7 @@ WORKLOADS = {
     "chat": Workload("one image and a question", _chat),
     "turns": Workload(f"dialogues of {_TURNS} questions on one image", _turns),
     "images": Workload(f"{_IMAGES} images and a question", _several),
+    "video": Workload("one video and a question", _video),
     "mix": Workload("every second request without an image", _mix),
     "long": Workload("one image and a long answer", _chat, output_tokens=256),
     "bursts": Workload("one image and a question, arriving in bursts", _chat, burstiness=0.1),

@@ -63,6 +63,7 @@ OURS = {
     "loadtest/report": ["loadtest/report"],
     "loadtest/micro": ["loadtest", "server/engine", "server/quality", "kernels", "reducers"],
     "loadtest/micro/http_protocol": ["loadtest", "server/api"],
+    "loadtest/micro/video": ["loadtest", "server/limits", "server/video"],
     "deploy": [],
 }
 PURE_TORCH = {"reducers": {"torch"}, "kernels": {"torch", "triton"}}

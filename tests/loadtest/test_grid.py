@@ -65,6 +65,7 @@ def test_blocks_of_a_round_alternate_too() -> None:
         ({"rounds": 0}, "--rounds must be at least 1, not 0"),
         ({"workload": "chess"}, "not 'chess'"),
         ({"workload": "bursts"}, "give --rate"),
+        ({"workload": "video", "image_size": 335}, "even --image-size"),
         ({"requests": (63,)}, "63 requests can't be 64 at once"),
         ({"requests": (8, 7, 64)}, "7 requests can't be 8 at once"),
         ({"requests": (64, 64)}, "takes one number, or one a load, 3: not 2"),

@@ -13,6 +13,11 @@ from PIL import Image
 from foldserve.loadtest.images import Images
 from foldserve.loadtest.trace import read_trace
 from foldserve.loadtest.workloads import WORKLOADS, Maker
+from foldserve.server.api.media import data_url
+from foldserve.server.api.media.budget import Budget
+from foldserve.server.limits import Limits
+from foldserve.server.video.decoder import VideoDecoder
+from foldserve.server.video.frames import Rule
 
 IMAGES = Images(56)
 
@@ -26,6 +31,17 @@ def test_images_differ_unless_repeats_are_asked_for() -> None:
     assert IMAGES.url(3) == IMAGES.url(3)
     assert len({IMAGES.url(number) for number in range(50)}) == 50
     assert len({Images(56, repeat=4).url(number) for number in range(50)}) == 4
+
+
+def test_videos_differ_and_are_videos() -> None:
+    chats = WORKLOADS["video"].make(Maker(IMAGES, words=5).source("a"), 3)
+    urls = [chat[0]["content"][0]["video_url"]["url"] for chat in chats]
+    assert len(set(urls)) == 3
+    decoder, limits = VideoDecoder(), Limits()
+    chosen, frames = decoder.decode(data_url.read(urls[0], Budget(limits), "video"), limits.video_bounds, Rule(9))
+    decoder.close()
+    assert (chosen.file_frames, chosen.seconds, frames.pixels.shape) == (32, 4.0, (9, 56, 56, 3))
+    assert len({frame.tobytes() for frame in frames.pixels}) == 9
 
 
 def test_a_folder_smaller_than_the_run_gives_new_images(tmp_path: Path) -> None:
