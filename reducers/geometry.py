@@ -25,7 +25,7 @@ class VisionGeometry:
         grid: (rows, columns) of those tokens in raster order; None where they are no grid.
         layers: encoder layers that run, up to the one whose output is used.
         class_token: the tower has a class token, its token 0, which is dropped at its end.
-        stages: where methods may work on this model.
+        stages: where methods may work on this model; not in a decoder of which some layers keep a recurrent state.
         varies: with the image's size, so that a request can't know its counts: where an amount is beyond what a small
             grid has or a method can give, the next lower number of tokens stays, instead of a refusal.
         any_resolution: the model lays the tokens of its tiles out as squares, so that a square number has to stay.

@@ -147,6 +147,8 @@ def plan_item(reduction: Reduction, layout: Layout) -> ItemPlan:
     """
     each = zip(_shared_out(reduction, layout), layout.parts, strict=True)
     grids = tuple(make_plan(grid_reduction, part.geometry) for grid_reduction, part in each)
+    if reduction.decoder:
+        METHODS[reduction.decoder].check(layout.parts[0].geometry)
     plan = ItemPlan(layout, grids)
     decoder, decoder_removed = _in_decoder(reduction, plan.kept)
     keeps_positions = reduction.positions == "keep" and not plan.is_identity

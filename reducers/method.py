@@ -198,6 +198,14 @@ class Decoder(Method):
     stage = Stage.DECODER
     default_ratio: ClassVar[float | None] = None
 
+    def check(self, geometry: VisionGeometry) -> None:
+        if self.stage not in geometry.stages:
+            raise InvalidReduction(
+                f"{self.name!r} removes tokens in the decoder, and some layers of this model's keep a recurrent state, "
+                "which can't forget tokens that it has seen: choose a method before the decoder",
+                "withdraw" if self.default_ratio is None else "method",
+            )
+
     @abstractmethod
     def removed(self, tokens: int, ratio: float | None) -> int:
         """How many of an image's tokens go."""

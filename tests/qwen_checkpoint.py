@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
+from torch import Tensor
 from transformers import (
     PreTrainedModel,
     ProcessorMixin,
@@ -20,6 +22,10 @@ from transformers import (
     Qwen2VLForConditionalGeneration,
     Qwen2VLImageProcessor,
     Qwen2VLProcessor,
+    Qwen3_5Config,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeForConditionalGeneration,
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
@@ -66,6 +72,7 @@ _QWEN3_VISION = {
     "num_position_embeddings": 64,
     "deepstack_visual_indexes": [0, 1, 2],
 }
+_QWEN3_5_VISION = {name: value for name, value in _QWEN3_VISION.items() if name != "deepstack_visual_indexes"}
 
 
 def write(path: Path, model_type: str) -> Path:
@@ -77,6 +84,8 @@ def write(path: Path, model_type: str) -> Path:
     processor.save_pretrained(path)
     if model_type == "qwen3_vl_moe":
         _transpose_experts(path / "model.safetensors")
+    if model_type == "qwen3_5_moe":
+        _stack_experts(path / "model.safetensors")
     return path
 
 
@@ -115,6 +124,22 @@ def _transpose_experts(file: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
 
 
+def _stack_experts(file: Path) -> None:
+    """As published, all experts of a layer in one tensor; transformers saves them one by one, and reads both."""
+    weights = load_file(file)
+    for down in [name for name in weights if name.endswith(".experts.0.down_proj.weight")]:
+        experts = down.removesuffix("0.down_proj.weight")
+        stacked: dict[str, list[Tensor]] = {"gate_up_proj": [], "down_proj": []}
+        for i in count():
+            if f"{experts}{i}.down_proj.weight" not in weights:
+                break
+            gate, up, back = (weights.pop(f"{experts}{i}.{name}_proj.weight") for name in ("gate", "up", "down"))
+            stacked["gate_up_proj"].append(torch.cat([gate, up]))
+            stacked["down_proj"].append(back)
+        weights |= {f"{experts}{name}": torch.stack(each) for name, each in stacked.items()}
+    save_file(weights, file, metadata={"format": "pt"})
+
+
 def _qwen2(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
     vision = {"depth": 3, "embed_dim": 64, "hidden_size": 128, "num_heads": 4, "mlp_ratio": 2, "patch_size": 14}
     rope = _ROPE | {"mrope_section": [4, 6, 6]}
@@ -150,6 +175,29 @@ def _qwen3_moe(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMix
     return Qwen3VLMoeForConditionalGeneration(config), _qwen3_processor(tokenizer)
 
 
+def _qwen3_5(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """Three layers with a recurrent state, then one with attention; no deepstack levels."""
+    config = Qwen3_5Config(text_config=_qwen3_5_text(tokenizer), vision_config=_QWEN3_5_VISION, **_ids(tokenizer))
+    return Qwen3_5ForConditionalGeneration(config), _qwen3_processor(tokenizer)
+
+
+def _qwen3_5_moe(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
+    """The same with four experts, of which two are taken, and one that all tokens share."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+    text = _qwen3_5_text(tokenizer, **experts, shared_expert_intermediate_size=96)
+    config = Qwen3_5MoeConfig(text_config=text, vision_config=_QWEN3_5_VISION, **_ids(tokenizer))
+    return Qwen3_5MoeForConditionalGeneration(config), _qwen3_processor(tokenizer)
+
+
+def _qwen3_5_text(tokenizer: Qwen2Tokenizer, **more: object) -> dict[str, Any]:
+    """A state takes as much as the keys and values of 18 tokens, so that blocks of the KV cache are of 32."""
+    rope = _ROPE | {"mrope_section": [4, 2, 2], "mrope_interleaved": True, "partial_rotary_factor": 0.25}
+    linear = {"linear_num_key_heads": 1, "linear_num_value_heads": 2}
+    linear |= {"linear_key_head_dim": 64, "linear_value_head_dim": 64}  # vLLM's kernel for CPUs takes 64 or 128
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64}
+    return _text(tokenizer, rope_parameters=rope, **heads, **linear, **more)
+
+
 def _qwen3_text(
     tokenizer: Qwen2Tokenizer, *, head_dim: int = 32, mrope_section: Sequence[int] = (6, 5, 5), **more: object
 ) -> dict[str, Any]:
@@ -170,6 +218,8 @@ MODELS: Mapping[str, Callable[[Qwen2Tokenizer], tuple[PreTrainedModel, Processor
     "qwen2_5_vl": _qwen2_5,
     "qwen3_vl": _qwen3,
     "qwen3_vl_moe": _qwen3_moe,
+    "qwen3_5": _qwen3_5,
+    "qwen3_5_moe": _qwen3_5_moe,
 }
 
 
@@ -212,3 +262,5 @@ def _draw_weights(model: PreTrainedModel) -> None:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
             elif name.endswith("bias"):
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
+            elif name.endswith("A_log"):  # states that remember tens of tokens
+                weight.copy_(-torch.rand(weight.shape, generator=generator) * 3 - 1)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 
-from foldserve.reducers import configured
+from foldserve.reducers import METHODS, configured
 from foldserve.reducers.item import ItemPlan, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.reducers.reduction import Positions
@@ -103,6 +103,8 @@ class Planner:
 
     def _check_withdrawal(self, request: FoldChatRequest, reductions: Sequence[Reduction]) -> None:
         in_decoder = next((reduction.decoder for reduction in reductions if reduction.decoder), None)
+        if in_decoder and self.family is not None:
+            METHODS[in_decoder].check(self.family.largest.parts[0].geometry)
         if in_decoder and self.settings.withdraw_layer is None:
             raise InvalidRequest(
                 f"this server has no layer K to run {in_decoder!r} at: start it with --withdraw-layer K",

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from vllm.config import VllmConfig
+from vllm.config import ParallelConfig, VllmConfig
+from vllm.model_executor.model_loader.utils import get_model_cls
 from vllm.utils.torch_utils import get_kv_cache_torch_dtype
+from vllm.v1.kv_cache_interface import MambaSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,17 +17,20 @@ class KvCost:
 
     Attributes:
         token_layer_bytes: keys and values of one token in one layer.
-        layers: decoder layers.
+        layers: decoder layers that keep them.
         withdraw_layer: K, or None without withdrawal.
+        state_bytes: what other layers keep of a sequence, however long it is.
     """
 
     token_layer_bytes: int
     layers: int
     withdraw_layer: int | None
+    state_bytes: int = 0
 
     def sequence_bytes(self, tokens: int, withdrawn: int = 0) -> int:
         """Of `tokens` tokens, of which the layers from K on don't hold `withdrawn`."""
-        return self.token_layer_bytes * tokens * self.layers - self.saved_bytes(0, withdrawn)
+        kept = self.token_layer_bytes * tokens * self.layers - self.saved_bytes(0, withdrawn)
+        return kept + self.state_bytes
 
     def saved_bytes(self, removed: int, withdrawn: int) -> int:
         """Against the same request unreduced: removed tokens are in no layer, withdrawn ones in none from K on."""
@@ -33,8 +39,23 @@ class KvCost:
 
 
 def kv_cost(vllm_config: VllmConfig, withdraw_layer: int | None) -> KvCost:
-    """Of a decoder with plain attention in every layer."""
+    """Of a decoder whose layers have plain attention, or a recurrent state."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     dtype = get_kv_cache_torch_dtype(cache.cache_dtype, model.dtype)
     bytes_ = 2 * model.get_total_num_kv_heads() * model.get_head_size() * dtype.itemsize
-    return KvCost(bytes_, model.get_total_num_hidden_layers(), withdraw_layer)
+    if not model.is_hybrid:
+        return KvCost(bytes_, model.get_total_num_hidden_layers(), withdraw_layer)
+    layers = model.get_num_layers_by_block_type(ParallelConfig())  # of all pipeline ranks
+    return KvCost(bytes_, layers, withdraw_layer, _state_bytes(vllm_config))
+
+
+def _state_bytes(vllm_config: VllmConfig) -> int:
+    model = vllm_config.model_config
+    model_class: Any = get_model_cls(model)
+    state = MambaSpec(
+        shapes=model_class.get_mamba_state_shape_from_config(vllm_config),  # of one rank
+        dtypes=model_class.get_mamba_state_dtype_from_config(vllm_config),
+        block_size=1,
+    )
+    layers = model.get_num_layers_by_block_type(ParallelConfig(), "linear_attention")
+    return state.page_size_bytes * layers * vllm_config.parallel_config.tensor_parallel_size

@@ -54,9 +54,10 @@ class FoldModel(SupportsMultiModal):
             from foldserve.server.engine.withdrawal.state_v2 import WithdrawingModelState
 
             return WithdrawingModelState
-        from foldserve.server.engine.state_v2 import FoldModelState
+        from foldserve.server.engine import state_v2
 
-        return FoldModelState
+        is_hybrid = self._vllm_config.model_config.is_hybrid
+        return state_v2.FoldHybridState if is_hybrid else state_v2.FoldModelState
 
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
         """One (plan.kept, hidden) tensor per image or video, from no more at a time than start-up has measured.

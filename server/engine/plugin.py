@@ -35,7 +35,8 @@ def register() -> None:
     _enable_amx()
     for architecture, entry in ENTRIES.items():
         ModelRegistry.register_model(architecture, entry.model_path)
-        MODELS_CONFIG_MAP[architecture] = refused_options.EarlyChecks
+        own = MODELS_CONFIG_MAP.get(architecture, refused_options.EarlyChecks)
+        MODELS_CONFIG_MAP[architecture] = refused_options.with_early_checks(own)
     withdrawal.register()
 
 

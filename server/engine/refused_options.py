@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import torch
 from vllm.config import VllmConfig
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
 
 from foldserve.server.engine import withdrawal
+
+RECURRENT_ON_CPU: tuple[torch.dtype, ...] = (torch.bfloat16,)
+"""What vLLM's kernels of gated-delta layers take there."""
 
 
 def refuse_options(*, encoder_graphs: bool, tower_adapters: bool, video_pruning_rate: float | None) -> None:
@@ -30,8 +35,14 @@ def refuse_options(*, encoder_graphs: bool, tower_adapters: bool, video_pruning_
 
 
 def check_options(vllm_config: VllmConfig) -> None:
-    """`refuse_options` for an engine's configuration."""
-    lora, multimodal = vllm_config.lora_config, vllm_config.model_config.multimodal_config
+    """`refuse_options` for an engine's configuration, and a dtype that recurrent layers can't have on a CPU."""
+    model = vllm_config.model_config
+    if model.is_hybrid and current_platform.is_cpu() and model.dtype not in RECURRENT_ON_CPU:
+        raise ValueError(
+            "this model's recurrent layers run in bfloat16 only on a CPU, and "
+            f"{str(model.dtype).removeprefix('torch.')} was asked for: start with --dtype bfloat16"
+        )
+    lora, multimodal = vllm_config.lora_config, model.multimodal_config
     refuse_options(
         encoder_graphs=vllm_config.compilation_config.cudagraph_mm_encoder,
         tower_adapters=lora is not None and lora.enable_tower_connector_lora,
@@ -46,3 +57,15 @@ class EarlyChecks(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         check_options(vllm_config)
         withdrawal.check_decoder(vllm_config)
+
+
+def with_early_checks(own: type[VerifyAndUpdateConfig]) -> type[VerifyAndUpdateConfig]:
+    """`EarlyChecks` after what vLLM itself does for an architecture. Idempotent."""
+    if issubclass(own, EarlyChecks):
+        return own
+
+    def verify(vllm_config: VllmConfig) -> None:
+        own.verify_and_update_config(vllm_config)
+        EarlyChecks.verify_and_update_config(vllm_config)
+
+    return type(f"Early{own.__name__}", (EarlyChecks, own), {"verify_and_update_config": staticmethod(verify)})

@@ -14,6 +14,7 @@ from vllm.v1.core.sched.output import NewRequestData
 from vllm.v1.worker.gpu.input_batch import InputBatch
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.interface import ModelState
+from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 from vllm.v1.worker.gpu.states import RequestState
 
 from foldserve.server.engine.padding_rows import PaddingRowsV2, masked_rows
@@ -93,3 +94,7 @@ class FoldModelState(DefaultModelState, GatheringState):
         if rows := masked_rows(self.vllm_config):
             sampler.logits_processors.append(PaddingRowsV2(torch.tensor(rows, device=self.device)))
         return super().custom_sampler(sampler)
+
+
+class FoldHybridState(FoldModelState, MambaHybridModelState):
+    """The same before the state of models with recurrent layers."""

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from foldserve.reducers.geometry import VisionGeometry
+from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.api.errors import InvalidRequest
@@ -19,6 +19,10 @@ from foldserve.server.settings import Settings
 
 CLIP = VisionGeometry(576, (24, 24), layers=23, class_token=True)
 SIGLIP = VisionGeometry(729, (27, 27), layers=26)
+
+
+RECURRENT = VisionGeometry(729, (27, 27), layers=26, stages=frozenset({Stage.AFTER_TOWER}))
+"""Before a decoder in which nothing can be removed."""
 
 
 def request(*details: str, **fields: Any) -> FoldChatRequest:
@@ -72,6 +76,22 @@ def test_withdraw_needs_a_layer() -> None:
     with pytest.raises(InvalidRequest, match="--withdraw-layer") as caught:
         planner().check(request("auto", reduction={"withdraw": True}))
     assert caught.value.param == "reduction.withdraw"
+
+
+@pytest.mark.parametrize(
+    ("asked", "param"),
+    [
+        ({"withdraw": True}, "withdraw"),
+        ({"method": "fastv", "ratio": 0.5}, "method"),
+        ({"method": "folder+fastv", "ratio": 0.5}, "method"),
+    ],
+    ids=str,
+)
+def test_no_layer_is_asked_for_where_none_would_do(asked: dict[str, Any], param: str) -> None:
+    with pytest.raises(InvalidReduction, match="a recurrent state, which can't forget tokens") as caught:
+        planner(RECURRENT).check(request("auto", reduction=asked))
+    assert caught.value.param == param
+    assert planner(RECURRENT).check(request("auto", reduction={"ratio": 0.5}))
 
 
 def test_method_that_the_tower_has_not() -> None:

@@ -23,8 +23,12 @@ V2 = os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
 if V2:
     from triton.backends import backends
 
-    # Triton brings no CPU backend: the name of one is enough for vLLM, and interpreted kernels never ask for it.
-    backends["cpu"] = SimpleNamespace(driver=SimpleNamespace(is_active=lambda: True))
+    class NamedDriver:
+        """Triton brings none for CPUs: the name of one is enough for vLLM, and interpreted kernels never ask for it."""
+
+        is_active = staticmethod(lambda: True)
+
+    backends["cpu"] = SimpleNamespace(driver=NamedDriver)
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,15 @@
-"""Qwen3-VL with a mixture of experts; `test_qwen.py` runs it."""
+"""Qwen3-VL and Qwen3.5 with a mixture of experts; `test_qwen.py` runs it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engine.conftest import Case
+from tests.engine import gated_delta
+from tests.engine.conftest import Case, start_engine
 from tests.engine.qwen_reference import Answer
 from tests.engine.test_qwen import (  # fixtures among them
     BEFORE_THE_DECODER,
@@ -18,6 +20,7 @@ from tests.engine.test_qwen import (  # fixtures among them
     llm,
     reference,
 )
+from tests.engine.test_qwen3_5 import IN_THE_TOWER, OPTIONS, OTHERS
 
 __all__ = ["checkpoint", "expect", "llm", "reference"]
 
@@ -26,3 +29,9 @@ __all__ = ["checkpoint", "expect", "llm", "reference"]
 def test_a_mixture_of_experts(llm: Any, expect: Callable[[Case], Answer]) -> None:
     """Its decoder alone is another one than Qwen3-VL's."""
     assert_same(llm, expect, BEFORE_THE_DECODER[:5] + IN_THE_DECODER)
+
+
+@pytest.mark.parametrize("checkpoint", ["qwen3_5_moe"], indirect=True)
+def test_recurrent_layers_and_a_mixture_of_experts(checkpoint: Path, expect: Callable[[Case], Answer]) -> None:
+    gated_delta.install()
+    assert_same(start_engine(checkpoint, **OPTIONS), expect, OTHERS[:7] + IN_THE_TOWER[:2])

@@ -278,7 +278,8 @@ class QwenReference:
                 kept = [i for i in range(len(embeds)) if i not in gone]
                 hidden, rope = hidden[:, kept], tuple(table[..., kept, :] for table in rope)
             causal = torch.full((hidden.shape[1],) * 2, -torch.inf).triu(1)[None, None]
-            output = block(hidden, attention_mask=causal, position_embeddings=rope, position_ids=None)
+            mask = None if hasattr(block, "linear_attn") else causal  # a recurrent state sees what came before
+            output = block(hidden, attention_mask=mask, position_embeddings=rope, position_ids=None)
             hidden = output[0] if isinstance(output, tuple) else output
             if index < len(added):
                 hidden = hidden + added[index]

@@ -59,13 +59,13 @@ class KvFacts:
 
 
 def kv_facts(config: VllmConfig) -> KvFacts | None:
-    """None for a model that foldserve does not reduce: its layers may have other caches than plain attention's.
+    """None for a model that foldserve does not reduce, or one with recurrent layers, whose caches are other ones.
 
     Raises:
         ValueError: the pool that the options ask for holds no sequence of the longest kind.
     """
     family = family_of(config.model_config)
-    if family is None:
+    if family is None or config.model_config.is_hybrid:
         return None
     layer, image = withdraw_layer(config), family.largest.tokens
     cost, tokens, pool = kv_cost(config, layer), image + TEXT_TOKENS, config.cache_config.kv_cache_memory_bytes

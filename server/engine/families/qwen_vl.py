@@ -303,7 +303,9 @@ def _in_tower(plan: ItemPlan) -> tuple[tuple[int, int], Plan] | None:
 def _any_size(model_config: ModelConfig) -> VisionGeometry:
     """The tower's, of no image."""
     vision, options = model_config.hf_config.vision_config, model_config.multimodal_config
-    stages = {Stage.BEFORE_TOWER, Stage.IN_TOWER, Stage.AFTER_TOWER, Stage.DECODER}
+    stages = {Stage.BEFORE_TOWER, Stage.IN_TOWER, Stage.AFTER_TOWER}
+    if not model_config.is_hybrid:
+        stages.add(Stage.DECODER)
     if options is not None and options.mm_encoder_attn_backend == AttentionBackendEnum.FLASHINFER:
         stages.remove(Stage.IN_TOWER)  # it takes sequences in a form of its own, which the host has to compute
     whole = getattr(vision, "fullatt_block_indexes", range(vision.depth))  # of Qwen2.5-VL

@@ -58,6 +58,10 @@ ENTRIES: Mapping[str, Entry] = MappingProxyType(
         "Qwen3VLMoeForConditionalGeneration": Entry(
             "qwen_vl.QwenVLFamily", "qwen3_vl_moe.FoldQwen3VLMoeForConditionalGeneration"
         ),
+        "Qwen3_5ForConditionalGeneration": Entry("qwen_vl.QwenVLFamily", "qwen3_5.FoldQwen3_5ForConditionalGeneration"),
+        "Qwen3_5MoeForConditionalGeneration": Entry(
+            "qwen_vl.QwenVLFamily", "qwen3_5.FoldQwen3_5MoeForConditionalGeneration"
+        ),
     }
 )
 """By architecture, as config.json names it."""

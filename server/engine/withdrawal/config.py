@@ -140,6 +140,8 @@ def _conflicts(config: VllmConfig) -> Iterator[tuple[str, str]]:
     positions = "the deep layers see other rows than the batch has"
     if family_of(model) is None:
         yield f"a model of {model.architecture}", f"foldserve reduces images of {', '.join(ENTRIES)}"
+    if model.is_hybrid:
+        yield "this model's decoder", "some layers keep a recurrent state, which can't forget tokens that it has seen"
     if parallel.pipeline_parallel_size > 1:
         yield "--pipeline-parallel-size", "the decoder is split at the withdrawal layer instead"
     if parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1:

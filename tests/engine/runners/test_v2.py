@@ -24,6 +24,7 @@ SUITES = {
         "test_qwen.py::test_in_the_tower_beside_others",
         "test_qwen.py::test_videos_frame_by_frame",
     ],
+    "Qwen3.5": ["test_qwen3_5.py::test_in_the_tower_beside_others", "test_qwen3_5.py::test_states_are_found_again"],
 }
 
 
