@@ -107,6 +107,8 @@ def _reduction(chat: FoldServingChat) -> str:
 
 def _withdrawal(chat: FoldServingChat) -> str:
     layer = chat.planner.settings.withdraw_layer
+    if layer is None and chat.engine_client.model_config.is_hybrid:
+        return "off; the decoder does not take --withdraw-layer"
     if layer is None:
         return "off (--withdraw-layer K)"
     layers = chat.engine_client.model_config.hf_text_config.num_hidden_layers

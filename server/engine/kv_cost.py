@@ -45,17 +45,21 @@ def kv_cost(vllm_config: VllmConfig, withdraw_layer: int | None) -> KvCost:
     bytes_ = 2 * model.get_total_num_kv_heads() * model.get_head_size() * dtype.itemsize
     if not model.is_hybrid:
         return KvCost(bytes_, model.get_total_num_hidden_layers(), withdraw_layer)
-    layers = model.get_num_layers_by_block_type(ParallelConfig())  # of all pipeline ranks
-    return KvCost(bytes_, layers, withdraw_layer, _state_bytes(vllm_config))
+    whole = ParallelConfig()  # one pipeline rank has all layers
+    layers, others = (model.get_num_layers_by_block_type(whole, kind) for kind in ("attention", "linear_attention"))
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    return KvCost(bytes_, layers, withdraw_layer, state_spec(vllm_config).state_content_size_bytes * others * ranks)
 
 
-def _state_bytes(vllm_config: VllmConfig) -> int:
-    model = vllm_config.model_config
-    model_class: Any = get_model_cls(model)
-    state = MambaSpec(
-        shapes=model_class.get_mamba_state_shape_from_config(vllm_config),  # of one rank
+def state_spec(vllm_config: VllmConfig) -> MambaSpec:
+    """KV spec of a layer with a recurrent state in one rank, as the layer will give it."""
+    model_class: Any = get_model_cls(vllm_config.model_config)
+    cache = vllm_config.cache_config
+    return MambaSpec(
+        shapes=model_class.get_mamba_state_shape_from_config(vllm_config),
         dtypes=model_class.get_mamba_state_dtype_from_config(vllm_config),
-        block_size=1,
+        block_size=cache.mamba_block_size,
+        page_size_padded=cache.mamba_page_size_padded,
+        mamba_cache_mode=cache.mamba_cache_mode,
+        num_speculative_blocks=vllm_config.num_speculative_tokens,
     )
-    layers = model.get_num_layers_by_block_type(ParallelConfig(), "linear_attention")
-    return state.page_size_bytes * layers * vllm_config.parallel_config.tensor_parallel_size

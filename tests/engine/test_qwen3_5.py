@@ -18,6 +18,7 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, Qwen3_5ForCondi
 
 from foldserve.reducers.plan import InvalidReduction
 from foldserve.server.engine import refused_options, withdrawal
+from foldserve.server.engine.facts.kv import KvGroup, kv_facts
 from foldserve.server.engine.kv_cost import KvCost, kv_cost
 from foldserve.server.engine.plugin import register
 from tests.engine import gated_delta
@@ -190,6 +191,15 @@ def test_what_a_sequence_costs(checkpoint: Path) -> None:
     config = EngineArgs(str(checkpoint), dtype="float32", enforce_eager=True).create_engine_config()
     state = 4 * (2 * 64 * 64 + 3 * (64 + 64 + 2 * 64))
     assert kv_cost(config, None) == KvCost(2 * 4 * 64 * 4, 2, None, 6 * state)
+
+
+def test_what_doctor_says_of_the_cache_is_so(llm: Any, checkpoint: Path) -> None:
+    """One largest image of 256 tokens, and 64: ten blocks, and in each other group a state, and the one before it."""
+    pool: dict[str, Any] = {"kv_cache_memory_bytes": 64 << 20, "block_size": BLOCK, "max_model_len": 1024}
+    facts = kv_facts(EngineArgs(str(checkpoint), dtype="float32", enforce_eager=True, **pool).create_engine_config())
+    assert facts is not None and facts.block_tokens == BLOCK
+    assert facts.groups == (*[KvGroup("recurrent", 2)] * 3, KvGroup("all", 2))
+    assert facts.sequences == (llm.llm_engine.vllm_config.cache_config.num_gpu_blocks - 1) // (10 + 3 * 2)
 
 
 def test_in_bf16_ratio_0_is_vllms_own_bit_for_bit(checkpoint: Path) -> None:
