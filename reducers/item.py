@@ -145,14 +145,27 @@ def plan_item(reduction: Reduction, layout: Layout) -> ItemPlan:
     Raises:
         InvalidReduction: the image has too few tokens for it, or the model is not one that the method works with.
     """
-    each = zip(_shared_out(reduction, layout), layout.parts, strict=True)
-    grids = tuple(make_plan(grid_reduction, part.geometry) for grid_reduction, part in each)
+    grids = tuple(_plan_part(one, layout, i) for i, one in enumerate(_shared_out(reduction, layout)))
     if reduction.decoder:
         METHODS[reduction.decoder].check(layout.parts[0].geometry)
     plan = ItemPlan(layout, grids)
     decoder, decoder_removed = _in_decoder(reduction, plan.kept)
     keeps_positions = reduction.positions == "keep" and not plan.is_identity
     return replace(plan, decoder=decoder, decoder_removed=decoder_removed, keeps_positions=keeps_positions)
+
+
+def _plan_part(reduction: Reduction, layout: Layout, index: int) -> Plan:
+    """Of each grid of a part; a refusal says which part, if there are more grids than one."""
+    part = layout.parts[index]
+    try:
+        return make_plan(reduction, part.geometry)
+    except InvalidReduction as refusal:
+        if len(layout.parts) == part.count == 1:
+            raise
+        which = f"part {index + 1} of {len(layout.parts)}, " if len(layout.parts) > 1 else ""
+        grids = "a grid" if part.count == 1 else f"{part.count} grids"
+        text = f"{which}{grids} of {part.geometry.tokens} tokens, each reduced by itself: {refusal}"
+        raise InvalidReduction(text, refusal.param) from None
 
 
 def _shared_out(reduction: Reduction, layout: Layout) -> list[Reduction]:

@@ -150,8 +150,8 @@ def _tokens_to_remove(reduction: Reduction, geometry: VisionGeometry) -> int:
     if removed and encoded - removed < MIN_KEPT:
         limit = int(10_000 * (encoded - 1) / encoded) / 10_000
         raise InvalidReduction(
-            f"ratio {reduction.ratio} would remove {removed} of this image's {encoded} vision tokens, but {MIN_KEPT} "
-            f"have to stay: give a ratio below {limit}, or keep_tokens from {MIN_KEPT} to {encoded}",
+            f"ratio {reduction.ratio} would remove {removed} of {encoded} vision tokens, but {MIN_KEPT} "
+            f"have to stay: give a ratio below {limit}",
             "ratio",
         )
     return removed
@@ -172,7 +172,7 @@ def _fit(reduction: Reduction, method: Method, geometry: VisionGeometry, removed
         )
     if kept < MIN_KEPT:
         raise InvalidReduction(
-            f"method {name!r} would leave {kept} of this image's {geometry.tokens} vision tokens, but {MIN_KEPT} have "
+            f"method {name!r} would leave {kept} of {geometry.tokens} vision tokens, but {MIN_KEPT} have "
             "to stay: give a smaller ratio",
             "ratio",
         )

@@ -15,9 +15,11 @@ from torch import Tensor
 from vllm.config import ModelConfig
 
 from foldserve.kernels.warm_up import Widths
+from foldserve.reducers import METHODS
 from foldserve.reducers.item import ItemPlan, Layout
+from foldserve.reducers.method import ScoringDecoder
 from foldserve.reducers.plan import Plan
-from foldserve.reducers.reduction import Positions, Reduction
+from foldserve.reducers.reduction import InvalidReduction, Positions, Reduction
 from foldserve.server.engine.positions import PositionMap, SequencePositions
 from foldserve.server.engine.vision import Survivors, reduce_features, rows, untouched
 
@@ -27,6 +29,9 @@ MODALITIES: Sequence[Modality] = get_args(Modality)
 PLAN_FIELDS: Mapping[Modality, str] = MappingProxyType({"image": "image_plan", "video": "video_plan"})
 """Multimodal fields that carry `ItemPlan.to_ints()` of each image or video to the model, on the CPU."""
 
+FRAME_OPTIONS = frozenset({"fps", "num_frames", "do_sample_frames"})
+"""Options of an HF processor that choose a video's frames while it is processed."""
+
 
 class Family(ABC):
     """One object per checkpoint.
@@ -35,11 +40,13 @@ class Family(ABC):
         modalities: what can be reduced.
         shape_ints: length of `Layout.shape`; 0 where every image has the layout `largest`, whatever its size.
         sends_bytes: images travel to the engine as bytes, see `pixels`; False where vLLM has its own way for that.
+        media_tokens: text of the tokens that stand for embeddings in a prompt, where config.json does not have their id.
     """
 
     modalities: tuple[Modality, ...] = ("image",)
     shape_ints: int = 0
     sends_bytes: bool = True
+    media_tokens: Mapping[Modality, str] = MappingProxyType({})
 
     @classmethod
     @abstractmethod
@@ -183,3 +190,28 @@ class AfterTowerFamily(Family):
         grids = iter([grid._replace(features=own) for grid, own in zip(left, embeds, strict=True)])
         counts = [sum(part.count for part in plan.layout.parts) for plan in plans]
         return [self.pack(model, list(islice(grids, n)), plan) for n, plan in zip(counts, plans, strict=True)]
+
+
+class EqualGridsFamily(AfterTowerFamily):
+    """An image is one part, whose grids vLLM's own model gives one after the other: tiles, or a video's frames."""
+
+    def grids(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> list[list[Tensor]]:
+        each = zip(model.unreduced(**inputs), plans, strict=True)
+        return [[item.view(plan.layout.parts[0].count, -1, item.shape[-1])] for item, plan in each]
+
+    def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
+        (grid_plan,) = plan.grids
+        return Survivors(
+            torch.cat([grid.features for grid in grids]),
+            torch.cat([grid.source + i * grid_plan.encoded for i, grid in enumerate(grids)]),
+        )
+
+
+def refuse_choice_in_pieces(reduction: Reduction) -> None:
+    """Raises InvalidReduction where tokens are to be chosen of a video between whose frames the prompt has text."""
+    if isinstance(METHODS.get(reduction.decoder or ""), ScoringDecoder):
+        raise InvalidReduction(
+            f"method {reduction.decoder!r} chooses among tokens that lie in one piece, and this model puts text between "
+            "a video's frames: withdraw them all, or reduce before the decoder",
+            "method",
+        )

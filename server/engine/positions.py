@@ -98,8 +98,8 @@ class PositionMap(ABC):
         """How far from there its tokens stand: (n,) of `detach` -> (n,), or (dimensions, n) of several."""
 
 
-class Image(NamedTuple):
-    """An image of a prompt: its place among the tokens, and how many positions it takes beyond them."""
+class Run(NamedTuple):
+    """Of an image's tokens, those that lie in one piece: their place, and how many positions they take beyond them."""
 
     start: int
     end: int
@@ -109,33 +109,36 @@ class Image(NamedTuple):
 class SequencePositions(PositionMap):
     """One number for a token: vLLM counts through, and images that keep their positions leave gaps."""
 
-    def __init__(self, images: Sequence[Image]) -> None:
-        self.images = tuple(images)
-        self.beyond = sum(image.removed for image in images)  # what moves every token after the last image
+    def __init__(self, runs: Sequence[Run]) -> None:
+        self.runs = tuple(runs)
+        self.beyond = sum(run.removed for run in runs)  # what moves every token after the last run
 
     @classmethod
     def of(cls, features: Sequence[Any]) -> SequencePositions | None:
         """The map of a request from its multimodal features; None if its tokens are numbered as they come."""
-        images = []
+        runs = []
         for feature in features:
             length = ItemIdentity.parse(feature.identifier).full_length
             if length is not None:
-                place = feature.mm_position
-                images.append(Image(place.offset, place.offset + place.length, length - place.length))
-        return cls(images) if images else None
+                pieces = feature.mm_position.extract_embeds_range()
+                removed = (length - sum(last + 1 - first for first, last in pieces)) // len(pieces)
+                runs += [Run(first, last + 1, removed) for first, last in pieces]
+        return cls(runs) if runs else None
 
     def shifts(self, start: int, end: int) -> NDArray[np.int64]:
-        if start >= self.images[-1].end:  # as every decode step
+        if start >= self.runs[-1].end:  # as every decode step
             return np.full(end - start, self.beyond)
         shifts = np.zeros(end - start, dtype=np.int64)
-        for image in self.images:
-            inside = slice(max(image.start - start, 0), max(image.end - start, 0))
-            shifts[inside] -= np.arange(start, end)[inside] - image.start
-            shifts[inside.stop :] += image.removed
+        for run in self.runs:
+            inside = slice(max(run.start - start, 0), max(run.end - start, 0))
+            shifts[inside] -= np.arange(start, end)[inside] - run.start
+            shifts[inside.stop :] += run.removed
         return shifts
 
     def places(self, feature: Any, source: torch.Tensor) -> torch.Tensor:
-        return source
+        pieces, length = feature.mm_position.extract_embeds_range(), ItemIdentity.parse(feature.identifier).full_length
+        assert length is not None
+        return source if len(pieces) == 1 else source % (length // len(pieces))  # the pieces are a video's frames
 
 
 class Chunk(NamedTuple):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
-from itertools import chain
+from itertools import chain, groupby
 from typing import Any, cast
 from zlib import crc32
 
@@ -14,9 +14,15 @@ import torch
 from transformers import BatchFeature
 from vllm.inputs import MultiModalHashes, MultiModalInput
 from vllm.multimodal.hasher import MultiModalHasher
-from vllm.multimodal.inputs import MultiModalFieldConfig
+from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
 from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems, MultiModalDataItems
-from vllm.multimodal.processing import BaseMultiModalProcessor, ProcessorInputs, TimingContext
+from vllm.multimodal.processing import (
+    BaseMultiModalProcessor,
+    ProcessorInputs,
+    PromptUpdate,
+    PromptUpdateDetails,
+    TimingContext,
+)
 
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
@@ -203,6 +209,47 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
     def _planned_family(self) -> Family:
         assert self._family is not None  # a model that is not reduced has no plans
         return self._family
+
+
+class ShortenedRuns(FoldProcessor):
+    """Modification beside `FoldProcessor`'s: vLLM's own placeholders, with as many in each run of them as stay.
+
+    Text around an item's tokens, and between a video's frames, is left alone.
+    """
+
+    def _get_prompt_updates(
+        self,
+        mm_items: MultiModalDataItems,
+        hf_processor_mm_kwargs: Mapping[str, object],
+        out_mm_kwargs: MultiModalKwargsItems,
+    ) -> Sequence[PromptUpdate]:
+        planned: Mapping[Any, list[ItemPlan]] = self._all_plans(mm_items, hf_processor_mm_kwargs)
+        updates = super()._get_prompt_updates(mm_items, without_ours(hf_processor_mm_kwargs), out_mm_kwargs)
+        return [_shortened(one, planned[one.modality]) if one.modality in planned else one for one in updates]
+
+
+def _shortened(update: PromptUpdate, plans: Sequence[ItemPlan]) -> PromptUpdate:
+    stock: Any = update.content
+
+    def shorter(index: int) -> Any:
+        content, plan = stock(index), plans[index]
+        if plan.is_identity:
+            return content
+        has_text = isinstance(content, PromptUpdateDetails) and content.is_embed is not None
+        full: list[int] = content.full if isinstance(content, PromptUpdateDetails) else content
+        is_embed = content.is_embed(full).tolist() if has_text else [True] * len(full)
+        found = sum(is_embed)
+        if found == plan.kept:  # vLLM has seen an image that was made smaller
+            return content
+        if found != plan.encoded:
+            raise RuntimeError(f"an item of {plan.encoded} tokens by its size has {found} placeholders")
+        kept: list[int] = []
+        for embeds, run in groupby(zip(full, is_embed, strict=True), key=lambda pair: pair[1]):
+            tokens = [token for token, _ in run]
+            kept += tokens[: len(tokens) * plan.kept // plan.encoded] if embeds else tokens
+        return PromptUpdateDetails.select_token_id(kept, full[is_embed.index(True)]) if has_text else kept
+
+    return replace(update, replacement=shorter)
 
 
 def _by_modality(asked: object) -> Mapping[Modality, object]:

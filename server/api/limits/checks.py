@@ -12,6 +12,7 @@ from vllm.config import ModelConfig
 from vllm.engine.protocol import EngineClient
 from vllm.exceptions import VLLMValidationError
 from vllm.inputs import EngineInput
+from vllm.model_executor.model_loader import get_model_cls
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.renderers.chat_utils import PROMPT_EMBEDS_PLACEHOLDER_TOKEN
 
@@ -21,6 +22,7 @@ from foldserve.server.api.limits.body import check_body
 from foldserve.server.api.limits.fields import check_fields
 from foldserve.server.api.limits.special_tokens import SpecialTokens
 from foldserve.server.api.limits.strict_json import parse
+from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.family import MODALITIES, Modality
 from foldserve.server.engine.moved import MODALITY_PLACEHOLDERS_MAP
 from foldserve.server.limits import Limits
@@ -158,20 +160,17 @@ def _share(modality: Modality, plan: ItemPlan) -> str:
 def chat_checks(engine: EngineClient, limits: Limits) -> ChatChecks:
     """The checks for the model that an engine serves."""
     model = engine.model_config
-    config, tokenizer = model.hf_config, engine.renderer.tokenizer
-    media_tokens: dict[Modality, int] = {}
-    for modality in MODALITIES:
-        names = (f"{modality}_token_index", f"{modality}_token_id")
-        if (
-            token := next((found for name in names if (found := getattr(config, name, None)) is not None), None)
-        ) is not None:
-            media_tokens[modality] = token
+    tokenizer, taken = engine.renderer.tokenizer, _taken(model)
+    media_tokens = _media_tokens(model, tokenizer)
     placeholders = [*MODALITY_PLACEHOLDERS_MAP.values(), PROMPT_EMBEDS_PLACEHOLDER_TOKEN]
     placeholders += tokenizer.convert_ids_to_tokens([*media_tokens.values()])
+    in_prompts = [get_model_cls(model).get_placeholder_str(modality, 1) or "" for modality in sorted(taken)]
+    # InternVL's are no tokens; others hold some, which are kept out anyway
+    placeholders += [text for text in in_prompts if not any(token in text for token in placeholders)]
     special = SpecialTokens(tokenizer, placeholders)
     known = known_tokens(tokenizer, model.get_vocab_size())
     longest, side = tokenizer.max_chars_per_token, tokenizer.truncation_side
-    return ChatChecks(limits, special, model.max_model_len, longest, known, media_tokens, _taken(model), side)
+    return ChatChecks(limits, special, model.max_model_len, longest, known, media_tokens, taken, side)
 
 
 def _taken(model: ModelConfig) -> frozenset[Modality]:
@@ -180,6 +179,20 @@ def _taken(model: ModelConfig) -> frozenset[Modality]:
         return frozenset()
     limits = MULTIMODAL_REGISTRY.get_processing_info(model).allowed_mm_limits
     return frozenset(modality for modality in MODALITIES if limits.get(modality))
+
+
+def _media_tokens(model: ModelConfig, tokenizer: Any) -> dict[Modality, int]:
+    """The token that stands for an embedding in the prompt, of each modality of which one is known."""
+    config, family = model.hf_config, family_of(model)
+    tokens: dict[Modality, int] = {}
+    for modality in MODALITIES:
+        names = (f"{modality}_token_index", f"{modality}_token_id")
+        token = next((found for name in names if (found := getattr(config, name, None)) is not None), None)
+        if token is None and family is not None and modality in family.media_tokens:
+            token = tokenizer.get_vocab().get(family.media_tokens[modality])
+        if token is not None:
+            tokens[modality] = token
+    return tokens
 
 
 def known_tokens(tokenizer: Any, vocabulary: int) -> Container[int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
-from itertools import groupby, islice
+from itertools import islice
 from typing import Any
 
 import torch
@@ -19,9 +19,7 @@ from transformers import BatchFeature
 from transformers.image_transforms import to_pil_image
 from vllm.config import ModelConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
-from vllm.multimodal.inputs import MultiModalKwargsItems
 from vllm.multimodal.parse import ImageProcessorItems, ImageSize, MultiModalDataItems, VideoProcessorItems
-from vllm.multimodal.processing import PromptUpdate, PromptUpdateDetails
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from foldserve.kernels.warm_up import Widths
@@ -29,21 +27,20 @@ from foldserve.reducers import METHODS
 from foldserve.reducers.downsample import Downsample
 from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part
-from foldserve.reducers.method import BeforeTower, InTower, ScoringDecoder
+from foldserve.reducers.method import BeforeTower, InTower
 from foldserve.reducers.plan import Plan
 from foldserve.reducers.reduction import InvalidReduction, Positions, Reduction
-from foldserve.server.engine.family import AfterTowerFamily, Modality
+from foldserve.server.engine.family import FRAME_OPTIONS, EqualGridsFamily, Modality, refuse_choice_in_pieces
 from foldserve.server.engine.mrope import Grid, GridPositions, positions_taken
-from foldserve.server.engine.processor import FoldProcessor, without_ours
+from foldserve.server.engine.processor import ShortenedRuns
 from foldserve.server.engine.qwen_tower import encode_reducing
 from foldserve.server.engine.vision import Survivors, in_groups, rows
 
-_SAMPLING = frozenset({"fps", "num_frames", "do_sample_frames"})  # choose a video's frames
 _PIXELS: Mapping[Modality, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
 _GRIDS: Mapping[Modality, str] = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
 
-class QwenVLFamily(AfterTowerFamily):
+class QwenVLFamily(EqualGridsFamily):
     """`Layout.shape` is (rows, columns, frames) of tokens; a video's frames, each of two pictures, share one plan.
 
     Tokens that stay keep their positions unless something else is asked for, since rows and columns are then numbers
@@ -78,7 +75,7 @@ class QwenVLFamily(AfterTowerFamily):
         # vLLM asks the metadata for Qwen3-VL, and leaves the others to the HF processor
         chosen_later = metadata.get("do_sample_frames", False) if self._apart else processor.do_sample_frames
         asked = info._merge_and_resolve_mm_processor_kwargs(kwargs).get("videos_kwargs", {})
-        if chosen_later or asked.keys() & _SAMPLING:
+        if chosen_later or asked.keys() & FRAME_OPTIONS:
             return None
         size = VideoProcessorItems([pictures]).get_frame_size(0)  # vLLM's own takes the pair for the pictures
         grid = _grid(info, processor, size, kwargs, len(pictures))
@@ -87,12 +84,8 @@ class QwenVLFamily(AfterTowerFamily):
     def of_video(self, reduction: Reduction) -> Reduction:
         if isinstance(METHODS[reduction.method], BeforeTower):
             raise InvalidReduction(f"method {reduction.method!r} makes images smaller, not videos", "method")
-        if self._apart and isinstance(METHODS.get(reduction.decoder or ""), ScoringDecoder):
-            raise InvalidReduction(
-                f"method {reduction.decoder!r} chooses among tokens that lie in one piece, and this model puts text "
-                "between a video's frames: withdraw them all, or reduce before the decoder",
-                "method",
-            )
+        if self._apart:
+            refuse_choice_in_pieces(reduction)
         return reduction
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
@@ -128,10 +121,6 @@ class QwenVLFamily(AfterTowerFamily):
 
         return in_groups(plans, _in_tower, encode)
 
-    def grids(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> list[list[Tensor]]:
-        each = zip(model.unreduced(**inputs), plans, strict=True)
-        return [[item.view(plan.layout.parts[0].count, -1, item.shape[-1])] for item, plan in each]
-
     def deciding_columns(self, model: Any) -> int:
         return self._model_config.get_inputs_embeds_size()
 
@@ -142,10 +131,7 @@ class QwenVLFamily(AfterTowerFamily):
             assert grid_plan.grid is not None and grid_plan.whole_grid is not None
             (image,) = grids
             return image._replace(source=method.source(grid_plan.whole_grid, grid_plan.grid, image.source.device))
-        return Survivors(
-            torch.cat([frame.features for frame in grids]),
-            torch.cat([frame.source + i * grid_plan.encoded for i, frame in enumerate(grids)]),
-        )
+        return super().pack(model, grids, plan)
 
     def low_detail(self, default: Reduction, ratio: float) -> Reduction:
         """A smaller image, which saves the tower's time too."""
@@ -175,23 +161,8 @@ class QwenVLFamily(AfterTowerFamily):
         return self._model_config.hf_config.model_type.startswith("qwen3")
 
 
-class QwenImages(FoldProcessor):
-    """Modifications beside `FoldProcessor`'s: fewer placeholders for what is reduced, and smaller images."""
-
-    def _get_prompt_updates(
-        self,
-        mm_items: MultiModalDataItems,
-        hf_processor_mm_kwargs: Mapping[str, object],
-        out_mm_kwargs: MultiModalKwargsItems,
-    ) -> Sequence[PromptUpdate]:
-        config = self.info.get_hf_config()
-        tokens = {"image": config.image_token_id, "video": config.video_token_id}
-        reduced: dict[str, tuple[int, list[ItemPlan]]] = {
-            modality: (tokens[modality], plans)
-            for modality, plans in self._all_plans(mm_items, hf_processor_mm_kwargs).items()
-        }
-        updates = super()._get_prompt_updates(mm_items, without_ours(hf_processor_mm_kwargs), out_mm_kwargs)
-        return [_shortened(one, *reduced[one.modality]) if one.modality in reduced else one for one in updates]
+class QwenImages(ShortenedRuns):
+    """Modification beside those of `ShortenedRuns`: smaller images."""
 
     def _processed(
         self,
@@ -236,24 +207,6 @@ class QwenImages(FoldProcessor):
             expected = (*plan.grids[0].grid, 1) if is_smaller and plan.grids[0].grid else plan.layout.shape
             if (height // merge, width // merge, frames) != expected:
                 raise RuntimeError(f"an image of {expected} tokens by its size came out as {height} x {width} patches")
-
-
-def _shortened(update: PromptUpdate, token: int, plans: Sequence[ItemPlan]) -> PromptUpdate:
-    """vLLM's own, with as many of each run of `token` as stay; text between a video's frames is left alone."""
-    stock: Any = update.content
-
-    def shorter(index: int) -> Any:
-        content, plan = stock(index), plans[index]
-        if plan.is_identity or isinstance(plan.grids[0].reducer, BeforeTower):  # vLLM has seen the smaller image
-            return content
-        has_text = isinstance(content, PromptUpdateDetails)
-        kept: list[int] = []
-        for found, run in groupby(content.full if has_text else content):
-            length = len(list(run))
-            kept += [found] * (length * plan.kept // plan.encoded if found == token else length)
-        return PromptUpdateDetails.select_token_id(kept, token) if has_text else kept
-
-    return replace(update, replacement=shorter)
 
 
 def _with_images(mm_items: MultiModalDataItems, places: Sequence[int]) -> MultiModalDataItems:

@@ -39,6 +39,10 @@ class Entry:
 
 ENTRIES: Mapping[str, Entry] = MappingProxyType(
     {
+        "InternVLChatModel": Entry("internvl.InternVLFamily", "internvl.FoldInternVLChatModel"),
+        "InternVLForConditionalGeneration": Entry(
+            "interns1.InternVLHFFamily", "interns1.FoldInternVLForConditionalGeneration"
+        ),
         "LlavaForConditionalGeneration": Entry("llava.LlavaFamily", "llava.FoldLlavaForConditionalGeneration"),
         "LlavaNextForConditionalGeneration": Entry(
             "llava_next.LlavaNextFamily", "llava_next.FoldLlavaNextForConditionalGeneration"

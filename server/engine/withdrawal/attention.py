@@ -57,10 +57,12 @@ def _full_attention(op: Attention, vllm_config: VllmConfig) -> FullAttentionSpec
     return spec
 
 
-def adopt(op: Attention, cls: type[ShallowAttention] | type[DeepAttention], bucket: int) -> None:
-    """Makes a finished attention op one of ours."""
+def adopt(op: Attention, cls: type[ShallowAttention] | type[DeepAttention], bucket: int, max_tokens: int) -> None:
+    """Makes a finished attention op one of ours; a sequence has at most `max_tokens`."""
     if type(op) is not Attention:
         raise ValueError(f"--withdraw-layer knows vLLM's Attention only; {op.layer_name} is a {type(op).__name__}")
+    if op.sliding_window is not None and op.sliding_window >= max_tokens:  # cuts nothing, but asks for a cache that would
+        op.sliding_window = None
     op.__class__ = cls
     op.bucket = bucket
 

@@ -26,6 +26,9 @@ DECODERS = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_vl_text": "Qwen3ForCausalLM",
     "qwen3_vl_moe_text": "Qwen3MoeForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "internlm2": "InternLM2ForCausalLM",
 }
 """HF model type of a text config -> vLLM's class of the decoder, for checkpoints that name no architecture."""
 
@@ -166,7 +169,7 @@ def _conflicts(config: VllmConfig) -> Iterator[tuple[str, str]]:
         yield "--runner pooling", "withdrawn tokens have no output to pool"
     if model.use_mla or getattr(text, "dual_chunk_attention_config", None):
         yield "MLA or dual chunk attention", "the deep layers need plain attention"
-    if _is_sliding(text):
+    if _is_sliding(text, model.max_model_len):
         yield "sliding-window attention", "a window over kept tokens is another one than over all tokens"
     if envs.VLLM_USE_BREAKABLE_CUDAGRAPH:
         reason = "a graph would freeze which rows enter the deep half"
@@ -175,11 +178,13 @@ def _conflicts(config: VllmConfig) -> Iterator[tuple[str, str]]:
         yield "VLLM_USE_BREAKABLE_CUDAGRAPH=1", reason
 
 
-def _is_sliding(text_config: Any) -> bool:
+def _is_sliding(text_config: Any, max_model_len: int) -> bool:
+    """Some layers have a window that is shorter than a sequence may be."""
+    window = getattr(text_config, "sliding_window", None)
+    if not window or window >= max_model_len:
+        return False
     layer_types = getattr(text_config, "layer_types", None)
-    if layer_types:
-        return "sliding_attention" in layer_types
-    return bool(getattr(text_config, "sliding_window", None)) and getattr(text_config, "use_sliding_window", True)
+    return "sliding_attention" in layer_types if layer_types else getattr(text_config, "use_sliding_window", True)
 
 
 def _required_classes(config: VllmConfig) -> Iterator[tuple[str, str]]:

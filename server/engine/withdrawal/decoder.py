@@ -8,7 +8,7 @@ reads. So the rows leave there already.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -74,16 +74,39 @@ class ShallowPart(nn.Module):
         return hidden_states, residual
 
 
+class Names(NamedTuple):
+    """Of the modules of vLLM's decoders, most of which have Llama's: embeddings, then a layer's.
+
+    Attributes:
+        output: of the attention, its last projection.
+        norm: between attention and MLP.
+    """
+
+    embeddings: str = "embed_tokens"
+    attention: str = "self_attn"
+    output: str = "o_proj"
+    norm: str = "post_attention_layernorm"
+    mlp: str = "mlp"
+
+    @classmethod
+    def of(cls, decoder: Any) -> Names:
+        return INTERNLM2 if hasattr(decoder, INTERNLM2.embeddings) else cls()
+
+
+INTERNLM2 = Names("tok_embeddings", "attention", "wo", "ffn_norm", "feed_forward")
+
+
 @support_torch_compile(dynamic_arg_dims={"attended": 0, "residual": 0})
 class AfterAttention(nn.Module):
     """What a layer does after its attention, which it no longer does itself."""
 
-    def __init__(self, *, layer: Any, vllm_config: VllmConfig, prefix: str = "") -> None:
+    def __init__(self, *, layer: Any, names: Names, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         assert getattr(layer, "ada_rms_norm_t_cond", None) is None  # of Mistral's audio models
-        self.o_proj: Any = _defer(layer.self_attn.o_proj, lambda self, attended: (attended, None))
-        self.norm: Any = _defer(layer.post_attention_layernorm, lambda self, hidden, residual: (hidden, residual))
-        self.mlp: Any = _defer(layer.mlp, lambda self, hidden: hidden)
+        output = getattr(getattr(layer, names.attention), names.output)
+        self.o_proj: Any = _defer(output, lambda self, attended: (attended, None))
+        self.norm: Any = _defer(getattr(layer, names.norm), lambda self, hidden, residual: (hidden, residual))
+        self.mlp: Any = _defer(getattr(layer, names.mlp), lambda self, hidden: hidden)
 
     def forward(self, attended: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         hidden_states, _ = self.o_proj.later(attended)
@@ -107,7 +130,7 @@ class DeepPart(nn.Module):
 
 
 class WithdrawingDecoder(nn.Module):
-    """Takes over the parts of a vLLM decoder (`embed_tokens`, `layers`, `norm`); weights keep their names.
+    """Takes over the parts of a vLLM decoder (embeddings, `layers`, `norm`); weights keep their names.
 
     The parts are compiled as three graphs, since they see different numbers of rows; what lies between runs in Python.
     Where vLLM has captured CUDA graphs of them, they replay in steps with all rows, and the first part in any step.
@@ -117,22 +140,26 @@ class WithdrawingDecoder(nn.Module):
         super().__init__()
         first = withdraw_layer(vllm_config)
         assert first is not None
-        self.embed_tokens, self.layers, self.norm = decoder.embed_tokens, decoder.layers, decoder.norm
+        names = Names.of(decoder)
+        self._embeddings = names.embeddings
+        setattr(self, names.embeddings, getattr(decoder, names.embeddings))
+        self.layers, self.norm = decoder.layers, decoder.norm
         self.hf_to_vllm_mapper = decoder.hf_to_vllm_mapper
         self.make_empty_intermediate_tensors = decoder.make_empty_intermediate_tensors
-        for i, layer in enumerate(self.layers):
+        ops = [getattr(layer, names.attention).attn for layer in self.layers]
+        for i, op in enumerate(ops):
             side = ShallowAttention if i < first else DeepAttention
-            adopt(layer.self_attn.attn, side, bucket_of(i, len(self.layers), first))
+            adopt(op, side, bucket_of(i, len(ops), first), vllm_config.model_config.max_model_len)
         parts: dict[str, Any] = {"vllm_config": vllm_config, "prefix": prefix}
         with set_model_tag("shallow_part"):
             self.shallow = ShallowPart(layers=self.layers[:first], **parts)
         with set_model_tag("after_attention"):
-            self.after_attention = AfterAttention(layer=self.layers[first - 1], **parts)
+            self.after_attention = AfterAttention(layer=self.layers[first - 1], names=names, **parts)
         with set_model_tag("deep_part"):
             self.deep = DeepPart(layers=self.layers[first:], norm=self.norm, **parts)
         self._between = PartBuffers(vllm_config.compilation_config)
-        self._deep_ops = [layer.self_attn.attn.layer_name for layer in self.layers[first:]]
-        score_in(self.layers[first - 1].self_attn.attn, self._deep_ops[0])
+        self._deep_ops = [op.layer_name for op in ops[first:]]
+        score_in(ops[first - 1], self._deep_ops[0])
 
     def whole_layers(self, deepstack: Sequence[Tensor] = ()) -> list[_Layer]:
         """The layers as vLLM made them; the first ones add what `deepstack` has for them, (rows, hidden) each."""
@@ -146,7 +173,7 @@ class WithdrawingDecoder(nn.Module):
         return [*map(_adding, layers, deepstack), *layers[len(deepstack) :]]
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        embeds: Tensor = self.embed_tokens(input_ids)
+        embeds: Tensor = getattr(self, self._embeddings)(input_ids)
         return embeds
 
     def forward(

@@ -1,0 +1,64 @@
+"""InternVL in Hugging Face's layout (`OpenGVLab/InternVL3-8B-hf`); vLLM has it in the module of Intern-S1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from transformers import InternVLProcessor
+from vllm.model_executor.models.interns1 import (
+    InternS1DummyInputsBuilder,
+    InternS1ForConditionalGeneration,
+    InternS1MultiModalProcessor,
+    InternS1ProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.parse import ImageSize
+
+from foldserve.server.engine.families.internvl import InternVLFamily, InternVLImages
+from foldserve.server.engine.model import FoldModel
+
+
+class InternVLHFFamily(InternVLFamily):
+    """Modifications: names of fields; frames may be chosen by the video part of the processor."""
+
+    image_token = None
+    pixel_fields = {"image": "pixel_values", "video": "pixel_values_videos"}
+
+    def tiles(self, info: Any, size: ImageSize, kwargs: Mapping[str, object]) -> int:
+        processor = info.get_hf_processor(**kwargs)
+        tokens = info.get_num_image_tokens(
+            image_width=size.width, image_height=size.height, processor=processor, mm_kwargs=kwargs
+        )
+        return int(tokens // processor.image_seq_length)
+
+    def video_shape(self, videos: Any, index: int, info: Any, kwargs: Mapping[str, object]) -> tuple[int, ...] | None:
+        chosen_later = info.get_hf_processor().video_processor.do_sample_frames
+        return None if chosen_later else super().video_shape(videos, index, info, kwargs)
+
+
+class TilingInfo(InternS1ProcessingInfo):
+    """Modification: images are cut into tiles unless a request or the operator says no.
+
+    Hugging Face's `InternVLProcessor` overrules what its image processor says of that, whose default is no. vLLM asks
+    the image processor, and may take the largest image for one tile when it measures how much memory images need.
+    """
+
+    def get_num_image_tokens(
+        self, *, image_width: int, image_height: int, processor: InternVLProcessor, mm_kwargs: Mapping[str, object]
+    ) -> int:
+        asked = {"crop_to_patches": True, **self.ctx.get_merged_mm_kwargs(mm_kwargs)}
+        asked |= asked.get("images_kwargs", {})  # type: ignore[operator]
+        tiles: int = processor.image_processor.get_number_of_image_patches(image_height, image_width, asked)
+        return tiles * int(processor.image_seq_length)
+
+
+class FoldInternVLMultiModalProcessor(InternVLImages, InternS1MultiModalProcessor):
+    """See `InternVLImages`."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    FoldInternVLMultiModalProcessor, info=TilingInfo, dummy_inputs=InternS1DummyInputsBuilder
+)
+class FoldInternVLForConditionalGeneration(FoldModel, InternS1ForConditionalGeneration):
+    """See `FoldModel`."""
