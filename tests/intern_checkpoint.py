@@ -52,7 +52,7 @@ DECODERS: Mapping[str, dict[str, Any]] = {
 }
 """Text configs by decoder, as far as they differ."""
 
-_REMOTE_CODE = '''from transformers import AutoConfig, PretrainedConfig
+_REMOTE_CODE = """from transformers import AutoConfig, PretrainedConfig
 
 
 class InternVisionConfig(PretrainedConfig):
@@ -74,7 +74,7 @@ class InternVLChatConfig(PretrainedConfig):
         model_type = text.pop("model_type", "qwen2")
         own = InternLM2Config(**text) if model_type == "internlm2" else None
         self.llm_config = own or AutoConfig.for_model(model_type, **text)
-'''
+"""
 
 
 def write(path: Path, decoder: str = "qwen2") -> Path:
@@ -189,7 +189,7 @@ def _join(weights: dict[str, Tensor], parts: Sequence[str], name: str, join: Cal
 def _by_group(each: list[Tensor]) -> Tensor:
     """Queries of a group of heads, their keys, their values; group by group."""
     groups = _HEADS["num_key_value_heads"]
-    return torch.cat([weight.unflatten(0, (groups, -1)) for weight in each], dim=1).flatten(0, 1)
+    return torch.cat([weight.view(groups, -1, *weight.shape[1:]) for weight in each], dim=1).flatten(0, 1)
 
 
 def _tokenizer(video: str) -> Qwen2Tokenizer:

@@ -211,7 +211,7 @@ def refuse_choice_in_pieces(reduction: Reduction) -> None:
     """Raises InvalidReduction where tokens are to be chosen of a video between whose frames the prompt has text."""
     if isinstance(METHODS.get(reduction.decoder or ""), ScoringDecoder):
         raise InvalidReduction(
-            f"method {reduction.decoder!r} chooses among tokens that lie in one piece, and this model puts text between "
-            "a video's frames: withdraw them all, or reduce before the decoder",
+            f"method {reduction.decoder!r} chooses among tokens that lie in one piece, and this model puts text "
+            "between a video's frames: withdraw them all, or reduce before the decoder",
             "method",
         )

@@ -23,6 +23,7 @@ from vllm.multimodal.processing import (
     PromptUpdateDetails,
     TimingContext,
 )
+from vllm.utils.cache import LRUCache
 
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
@@ -48,7 +49,14 @@ _NOT_REDUCED: Mapping[Modality, str] = {
     "them before (metadata with do_sample_frames false), and send no fps or num_frames beside a reduction",
 }
 
+_NOT_SENT = (
+    "an image or video is given by its uuid alone, and its size, which decides how many tokens it has, is not or no "
+    "longer known here: send the image with its uuid"
+)
+_MOST_SHAPES = 65_536  # a hundred bytes each
+
 _Kwargs = Mapping[str, object]
+_Uuids = Mapping[str, Sequence[str | None]]
 
 
 class FoldProcessor(BaseMultiModalProcessor[Any]):
@@ -71,7 +79,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         Raises:
             InvalidReduction: an image can't be reduced so, or kept positions go beyond those of the model.
         """
-        planned = self._all_plans(inputs.mm_data_items, inputs.hf_processor_mm_kwargs)
+        planned = self._all_plans(inputs.mm_data_items, inputs.hf_processor_mm_kwargs, inputs.mm_uuid_items)
         processed = super().apply(inputs, timing_ctx)
         if planned:
             beyond = sum(map(self._planned_family.positions_beyond_tokens, chain.from_iterable(planned.values())))
@@ -111,7 +119,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         return fields | own | {DUMMY_FIELD: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
-        planned = self._all_plans(inputs.mm_data_items, inputs.hf_processor_mm_kwargs)
+        planned = self._all_plans(inputs.mm_data_items, inputs.hf_processor_mm_kwargs, inputs.mm_uuid_items)
         stock = replace(inputs, hf_processor_mm_kwargs=without_ours(inputs.hf_processor_mm_kwargs))
         hashes = dict(super()._get_mm_hashes(stock))
         for h in chain.from_iterable(hashes.values()):
@@ -146,21 +154,35 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
             return str(ItemIdentity(image_hash, full_length))
         return str(ItemIdentity(image_hash, full_length, plan.decoder, plan.kept_deep))
 
-    def _all_plans(self, mm_items: MultiModalDataItems, kwargs: _Kwargs) -> dict[Modality, list[ItemPlan]]:
+    def _all_plans(
+        self, mm_items: MultiModalDataItems, kwargs: _Kwargs, uuids: _Uuids | None = None
+    ) -> dict[Modality, list[ItemPlan]]:
         """Of each modality that has any."""
-        each = {modality: self.plans(mm_items, kwargs, modality) for modality in PLAN_FIELDS}
+        each = {modality: self.plans(mm_items, kwargs, modality, uuids) for modality in PLAN_FIELDS}
         return {modality: plans for modality, plans in each.items() if plans}
 
-    def plans(self, mm_items: MultiModalDataItems, kwargs: _Kwargs, modality: Modality = "image") -> list[ItemPlan]:
-        """One plan per image or video; empty where there is nothing to plan, as of embeddings."""
+    def plans(
+        self,
+        mm_items: MultiModalDataItems,
+        kwargs: _Kwargs,
+        modality: Modality = "image",
+        uuids: _Uuids | None = None,
+    ) -> list[ItemPlan]:
+        """One plan per image or video; empty where there is nothing to plan, as of embeddings.
+
+        Args:
+            uuids: what clients name items by, which then need not be sent again.
+        """
         count = mm_items.get_count(modality, strict=False)
         if not count and modality != "image":
             return []  # one reduction for all is for images then
         reductions = parse_reductions(_by_modality(kwargs.get(KWARG)).get(modality), count, modality)
-        layouts = self._layouts(mm_items[modality], modality, without_ours(kwargs)) if count else []
+        names = (uuids or {}).get(modality) or [None] * count
+        layouts = self._layouts(mm_items[modality], modality, without_ours(kwargs), names) if count else []
         if not layouts:
             if any(reduction != Reduction() for reduction in reductions):
-                raise InvalidReduction(_NOT_REDUCED[modality], param="")
+                is_sent = all(mm_items[modality].get(i) is not None for i in range(count))
+                raise InvalidReduction(_NOT_REDUCED[modality] if is_sent else _NOT_SENT, param="")
             return []
         family = self._planned_family
         if modality == "video":
@@ -170,7 +192,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
             for i, (one, layout) in enumerate(zip(reductions, layouts, strict=True))
         ]
 
-    def _layouts(self, items: Any, modality: Modality, stock: _Kwargs) -> list[Layout]:
+    def _layouts(self, items: Any, modality: Modality, stock: _Kwargs, names: Sequence[str | None]) -> list[Layout]:
         """Without reduction; empty where they are not known."""
         family = self._family
         if (
@@ -179,10 +201,28 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
             or isinstance(items, EmbeddingItems | DictEmbeddingItems)
         ):
             return []
-        if modality == "image":
-            return [family.layout(family.shape(items, i, self.info, stock)) for i in range(len(items))]
-        shapes = [family.video_shape(items, i, self.info, stock) for i in range(len(items))]
+        shapes = [self._shape(items, i, modality, stock, name) for i, name in enumerate(names)]
         return [] if None in shapes else [family.layout(shape) for shape in shapes if shape is not None]
+
+    def _shape(
+        self, items: Any, index: int, modality: Modality, stock: _Kwargs, uuid: str | None
+    ) -> tuple[int, ...] | None:
+        """Of an item that comes with a uuid it is remembered: next time the uuid may come alone."""
+        family = self._planned_family
+        if not family.sizes_matter:
+            return ()
+        key = (modality, uuid, repr(sorted(stock.items())))
+        if items.get(index) is None:
+            return self._shapes.get(key)
+        shape_of = family.shape if modality == "image" else family.video_shape
+        shape = shape_of(items, index, self.info, stock)
+        if uuid is not None and shape is not None:
+            self._shapes[key] = shape
+        return shape
+
+    @cached_property
+    def _shapes(self) -> LRUCache[tuple[str, str | None, str], tuple[int, ...]]:
+        return LRUCache(capacity=_MOST_SHAPES)
 
     def _seed(self, pixels: torch.Tensor) -> int:
         """A number that only an image's own pixels decide, as they come to the tower; of several tiles, the first."""

@@ -80,6 +80,17 @@ def _ids_and_logprobs(completion: Any) -> tuple[list[int], list[float]]:
     return ids, [step[token].logprob for token, step in zip(ids, completion.logprobs, strict=True)]
 
 
+def by_uuid_alone(llm: Any, case: Case) -> tuple[Any, Any]:
+    """Answers to a case whose first image has a uuid, as it is sent, and then as its uuid alone."""
+    from vllm import SamplingParams
+
+    sent = case.to_vllm() | {"multi_modal_uuids": {"image": ["a-name", *[None] * (len(case.images) - 1)]}}
+    alone = sent | {"multi_modal_data": {"image": [None, *case.images[1:]]}}
+    params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+    first, second = (llm.generate([prompt], params, use_tqdm=False)[0] for prompt in (sent, alone))
+    return first, second
+
+
 @pytest.fixture(scope="session")
 def reference(tiny_llava: Path) -> Reference:
     return Reference(tiny_llava)

@@ -163,7 +163,7 @@ class InternReference:
     def _normalized(self, tile: Image.Image) -> Tensor:
         """By the means of ImageNet."""
         small = np.asarray(tile.convert("RGB").resize((self.side, self.side), Image.Resampling.BICUBIC), np.float32)
-        mean, std = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+        mean, std = (np.array(each, np.float32) for each in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         return torch.from_numpy((small / np.float32(255) - mean) / std).permute(2, 0, 1).contiguous()
 
     def _greedy(self, embeds: Tensor, rows_of: Sequence[tuple[ItemPlan, list[int]]], tokens: int) -> Answer:
@@ -188,5 +188,3 @@ class InternReference:
             embeds = torch.cat([embeds, self.model.get_input_embeddings()(torch.tensor([best]))])
             kept = torch.cat([kept, torch.ones(1, dtype=torch.bool)])
         return out, logprobs
-
-

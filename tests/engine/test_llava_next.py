@@ -22,7 +22,7 @@ from foldserve.server.engine import withdrawal
 from foldserve.server.engine.families.llava_next import LlavaNextFamily
 from foldserve.server.engine.families.registry import family_of
 from tests import next_checkpoint
-from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
+from tests.engine.conftest import MAX_TOKENS, Case, by_uuid_alone, greedy, start_engine
 from tests.engine.next_reference import KeepingNextReference, NextReference
 from tests.images import photo
 
@@ -171,6 +171,17 @@ def test_blocks_fall_by_the_plan(llm: Any, reference: NextReference) -> None:
     assert plan.kept == sum(
         p.count * (p.geometry.tokens - p.geometry.tokens // 2) + p.separators for p in plan.layout.parts
     )
+
+
+def test_an_image_that_is_known_may_come_as_its_uuid_alone(llm: Any) -> None:
+    """Its size is remembered, which its plan is made of."""
+    case = one_image(300, 200, ratio=0.5)
+    first, second = by_uuid_alone(llm, case)
+    assert second.prompt_token_ids == first.prompt_token_ids
+    assert second.outputs[0].token_ids == first.outputs[0].token_ids
+    unknown = case.to_vllm() | {"multi_modal_uuids": {"image": ["another"]}, "multi_modal_data": {"image": [None]}}
+    with pytest.raises(InvalidReduction, match="send the image with its uuid"):
+        llm.generate([unknown], use_tqdm=False)
 
 
 def test_an_evaluation_counts_each_image(checkpoint: Path, reference: NextReference) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import InternVLProcessor
 from vllm.model_executor.models.interns1 import (
@@ -16,6 +16,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageSize
 
 from foldserve.server.engine.families.internvl import InternVLFamily, InternVLImages
+from foldserve.server.engine.family import Modality
 from foldserve.server.engine.model import FoldModel
 
 
@@ -23,7 +24,7 @@ class InternVLHFFamily(InternVLFamily):
     """Modifications: names of fields; frames may be chosen by the video part of the processor."""
 
     image_token = None
-    pixel_fields = {"image": "pixel_values", "video": "pixel_values_videos"}
+    pixel_fields: ClassVar[Mapping[Modality, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
 
     def tiles(self, info: Any, size: ImageSize, kwargs: Mapping[str, object]) -> int:
         processor = info.get_hf_processor(**kwargs)
@@ -48,7 +49,7 @@ class TilingInfo(InternS1ProcessingInfo):
         self, *, image_width: int, image_height: int, processor: InternVLProcessor, mm_kwargs: Mapping[str, object]
     ) -> int:
         asked = {"crop_to_patches": True, **self.ctx.get_merged_mm_kwargs(mm_kwargs)}
-        asked |= asked.get("images_kwargs", {})  # type: ignore[operator]
+        asked |= asked.get("images_kwargs", {})
         tiles: int = processor.image_processor.get_number_of_image_patches(image_height, image_width, asked)
         return tiles * int(processor.image_seq_length)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from vllm.model_executor.models.internvl import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageSize, MultiModalDataItems
+from vllm.transformers_utils.processors.internvl import InternVLVideoProcessor
 
 from foldserve.kernels.warm_up import Widths
 from foldserve.reducers.geometry import Stage, VisionGeometry
@@ -40,8 +41,8 @@ class InternVLFamily(EqualGridsFamily):
     modalities = ("image", "video")
     shape_ints = 1
     sends_bytes = False  # vLLM normalizes each tile as it cuts it
-    image_token = "<IMG_CONTEXT>"
-    pixel_fields: Mapping[Modality, str] = {"image": "pixel_values_flat", "video": "pixel_values_flat_video"}
+    image_token: str | None = "<IMG_CONTEXT>"
+    pixel_fields: ClassVar[Mapping[Modality, str]] = {"image": "pixel_values_flat", "video": "pixel_values_flat_video"}
 
     def __init__(self, model_config: ModelConfig, side: int) -> None:
         """`side` of a tile, in tokens."""
@@ -118,12 +119,20 @@ class InternVLImages(ShortenedRuns):
         return processed
 
 
+class ImageOptionsInfo(InternVLProcessingInfo):
+    """Modification: options for images, such as the number of tiles, no longer fail in the video part."""
+
+    def get_video_processor(self, **kwargs: object) -> InternVLVideoProcessor:
+        asked = self.ctx.get_merged_mm_kwargs(kwargs)
+        return InternVLVideoProcessor(asked.get("image_size", self.get_hf_config().vision_config.image_size))
+
+
 class FoldInternVLMultiModalProcessor(InternVLImages, InternVLMultiModalProcessor):
     """See `InternVLImages`."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(
-    FoldInternVLMultiModalProcessor, info=InternVLProcessingInfo, dummy_inputs=InternVLDummyInputsBuilder
+    FoldInternVLMultiModalProcessor, info=ImageOptionsInfo, dummy_inputs=InternVLDummyInputsBuilder
 )
 class FoldInternVLChatModel(FoldModel, InternVLChatModel):
     """See `FoldModel`."""

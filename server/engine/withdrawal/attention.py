@@ -61,7 +61,7 @@ def adopt(op: Attention, cls: type[ShallowAttention] | type[DeepAttention], buck
     """Makes a finished attention op one of ours; a sequence has at most `max_tokens`."""
     if type(op) is not Attention:
         raise ValueError(f"--withdraw-layer knows vLLM's Attention only; {op.layer_name} is a {type(op).__name__}")
-    if op.sliding_window is not None and op.sliding_window >= max_tokens:  # cuts nothing, but asks for a cache that would
+    if op.sliding_window is not None and op.sliding_window >= max_tokens:  # cuts nothing; its cache would
         op.sliding_window = None
     op.__class__ = cls
     op.bucket = bucket

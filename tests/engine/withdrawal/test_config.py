@@ -54,7 +54,7 @@ CONFLICTS: dict[str, Callable[[Any], None]] = {
     "--kv-cache-dtype-skip-layers": put("cache_config.kv_cache_dtype_skip_layers", ["0"]),
     "--runner pooling": put("model_config.runner_type", "pooling"),
     "dual chunk attention": put("model_config.hf_config.text_config.dual_chunk_attention_config", {"chunk_size": 1}),
-    "sliding-window attention": put("model_config.hf_config.text_config.sliding_window", 4096),
+    "sliding-window attention": put("model_config.hf_config.text_config.sliding_window", 100),
 }
 
 
