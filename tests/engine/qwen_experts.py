@@ -1,4 +1,4 @@
-"""Qwen3-VL and Qwen3.5 with a mixture of experts; `test_qwen.py` runs it."""
+"""Qwen3-VL, Qwen3.5 and InternVL with a mixture of experts; `test_qwen.py` runs it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.engine import gated_delta
+from tests.engine import test_internvl as internvl
 from tests.engine.conftest import Case, start_engine
 from tests.engine.qwen_reference import Answer
 from tests.engine.test_qwen import (  # fixtures among them
@@ -35,3 +36,9 @@ def test_a_mixture_of_experts(llm: Any, expect: Callable[[Case], Answer]) -> Non
 def test_recurrent_layers_and_a_mixture_of_experts(checkpoint: Path, expect: Callable[[Case], Answer]) -> None:
     gated_delta.install()
     assert_same(start_engine(checkpoint, **OPTIONS), expect, OTHERS[:7] + IN_THE_TOWER[:2])
+
+
+def test_internvl_with_a_mixture_of_experts(tmp_path: Path) -> None:
+    """As InternVL3.5-30B-A3B; here, since no engine without experts has been in this process."""
+    served = internvl.serve(tmp_path, "chat", "qwen3_moe")
+    internvl.assert_same(internvl.start(served), served, internvl.MIXED[5:9] + internvl.IN_THE_DECODER)

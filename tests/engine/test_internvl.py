@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -22,7 +21,7 @@ from foldserve.reducers.item import plan_item
 from foldserve.reducers.reduction import InvalidReduction, Reduction
 from foldserve.server.engine import withdrawal
 from foldserve.server.engine.families.internvl import InternVLFamily
-from foldserve.server.engine.families.registry import ENTRIES, family_of
+from foldserve.server.engine.families.registry import family_of
 from tests import intern_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, by_uuid_alone, greedy, start_engine
 from tests.engine.intern_reference import Film, InternReference, tiling
@@ -83,7 +82,11 @@ def served(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def llm(served: Served) -> Any:
-    """Chunks cut every image; prefix caching is on, as by default."""
+    return start(served)
+
+
+def start(served: Served) -> Any:
+    """With a withdrawal layer; prefix caching is on, as by default."""
     options = {"max_model_len": 2048, "max_num_batched_tokens": 600, "long_prefill_token_threshold": 300}
     return start_engine(served.path, **served.options, **options, **withdrawal.configure(K, device="cpu"))
 
@@ -184,10 +187,9 @@ def test_all_in_one_batch_and_again_from_the_cache(llm: Any, served: Served) -> 
 
 def test_ratio_0_is_vllms_own_bit_for_bit(served: Served) -> None:
     """And on the same engine reduced images in chunks, some of them preempted."""
-    (architecture,) = json.loads((served.path / "config.json").read_text())["architectures"]
-    stock_class, module = f"Stock{architecture}", ENTRIES[architecture].model.partition(".")[0]
-    own = "InternS1ForConditionalGeneration" if module == "interns1" else architecture
-    ModelRegistry.register_model(stock_class, f"vllm.model_executor.models.{module}:{own}")
+    own = "internvl:InternVLChatModel" if served.chat else "interns1:InternS1ForConditionalGeneration"
+    stock_class = f"Stock{own.partition(':')[2]}"
+    ModelRegistry.register_model(stock_class, f"vllm.model_executor.models.{own}")
     plain = [served.asking(case) for case in (*(one_image(*size) for size in SIZES), two_images({}, {}), one_film(1))]
     as_stock = [replace(case, reductions=()) for case in plain[:-1]]
     stock = start_engine(
@@ -211,9 +213,7 @@ class StockFilm(FilmCase):
 @pytest.mark.parametrize("decoder", ["phi3", "internlm2"])
 def test_decoders_of_internvl2(tmp_path: Path, decoder: str) -> None:
     served = serve(tmp_path, "chat", decoder)
-    options = {"max_model_len": 2048, "max_num_batched_tokens": 600}
-    llm = start_engine(served.path, **served.options, **options, **withdrawal.configure(K, device="cpu"))
-    assert_same(llm, served, MIXED[:12] + IN_THE_DECODER + CHOSEN)
+    assert_same(start(served), served, MIXED[5:] + IN_THE_DECODER + CHOSEN)
 
 
 @pytest.mark.parametrize(

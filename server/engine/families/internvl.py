@@ -1,7 +1,7 @@
 """InternVL 2 to 3.5: an image is cut into tiles, behind which the whole image comes as one more.
 
 Tiles are reduced one by one, as the decoder gets them: after the pixel shuffle, which makes one token of 2 x 2 patches,
-and the projector. Each frame of a video is a tile. This file is for OpenGVLab's checkpoints, `interns1` for -HF ones.
+and the projector. Each frame of a video is a tile. OpenGVLab's layout here, Hugging Face's in `internvl_hf`.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ ENTRIES: Mapping[str, Entry] = MappingProxyType(
     {
         "InternVLChatModel": Entry("internvl.InternVLFamily", "internvl.FoldInternVLChatModel"),
         "InternVLForConditionalGeneration": Entry(
-            "interns1.InternVLHFFamily", "interns1.FoldInternVLForConditionalGeneration"
+            "internvl_hf.InternVLHFFamily", "internvl_hf.FoldInternVLForConditionalGeneration"
         ),
         "LlavaForConditionalGeneration": Entry("llava.LlavaFamily", "llava.FoldLlavaForConditionalGeneration"),
         "LlavaNextForConditionalGeneration": Entry(

@@ -80,6 +80,25 @@ def test_conflicts_name_both_flags(config: Any, flag: str) -> None:
         withdrawal.check(config)
 
 
+def test_a_window_that_no_sequence_reaches_is_none(config: Any) -> None:
+    """As Phi-3's of 262,144 tokens."""
+    window = "model_config.hf_config.text_config.sliding_window"
+    put(window, config.model_config.max_model_len)(config)
+    withdrawal.check(config)
+    put(window, config.model_config.max_model_len - 1)(config)
+    with pytest.raises(ValueError, match="sliding-window attention"):
+        withdrawal.check(config)
+
+
+def test_gpt_oss_is_refused(config: Any) -> None:
+    """The decoder of InternVL3.5-20B: windows in every other layer, and sinks, which no other layer has."""
+    from transformers import GptOssConfig
+
+    put("model_config.hf_config.text_config", GptOssConfig(num_hidden_layers=LAYERS))(config)
+    with pytest.raises(ValueError, match="sliding-window attention"):
+        withdrawal.check(config)
+
+
 def test_the_scheduler_asks_for_models_that_do_not(config: Any) -> None:
     from foldserve.server.engine.withdrawal.scheduler import WithdrawingScheduler
 
