@@ -134,6 +134,9 @@ class WithdrawingDecoder(nn.Module):
 
     The parts are compiled as three graphs, since they see different numbers of rows; what lies between runs in Python.
     Where vLLM has captured CUDA graphs of them, they replay in steps with all rows, and the first part in any step.
+
+    Attributes:
+        attention_ops: vLLM's `Attention` of each layer.
     """
 
     def __init__(self, decoder: Any, *, vllm_config: VllmConfig, prefix: str) -> None:
@@ -146,7 +149,7 @@ class WithdrawingDecoder(nn.Module):
         self.layers, self.norm = decoder.layers, decoder.norm
         self.hf_to_vllm_mapper = decoder.hf_to_vllm_mapper
         self.make_empty_intermediate_tensors = decoder.make_empty_intermediate_tensors
-        ops = [getattr(layer, names.attention).attn for layer in self.layers]
+        self.attention_ops = ops = [getattr(layer, names.attention).attn for layer in self.layers]
         for i, op in enumerate(ops):
             side = ShallowAttention if i < first else DeepAttention
             adopt(op, side, bucket_of(i, len(ops), first), vllm_config.model_config.max_model_len)

@@ -6,7 +6,7 @@ The prompt goes through vLLM's own layers as one dense prefill: no scheduler, no
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -134,7 +134,7 @@ def _probe(model: Any, prompt: Prompt, candidates: range, answer: Sequence[int])
         logits: Tensor = model.compute_logits(decoder.norm(hidden, residual)[0])
         return logits
 
-    with dense(decoder.layers):
+    with dense(decoder.attention_ops):
         layers = decoder.whole_layers(_take_deepstack(model, len(embeds)))
         places = _positions(model, whole).to(embeds.device)
         full, withdrawn = last_logits(layers, head, embeds, kept, candidates, 1 + len(answer), places)
@@ -199,9 +199,8 @@ class DenseAttention(Attention):
 
 
 @contextmanager
-def dense(layers: Iterable[Any], attention: type[DenseAttention] = DenseAttention) -> Iterator[None]:
-    """Attention of vLLM's decoder layers is dense inside; only the class of each op changes, as in `adopt`."""
-    ops = [layer.self_attn.attn for layer in layers]
+def dense(ops: Sequence[Attention], attention: type[DenseAttention] = DenseAttention) -> Iterator[None]:
+    """Attention of vLLM's decoder is dense inside; only the class of each op changes, as in `adopt`."""
     own = [type(op) for op in ops]
     try:
         for op in ops:

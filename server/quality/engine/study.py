@@ -128,12 +128,12 @@ def _attention(model: Any, prompt: Prompt) -> Tensor:
     (image,) = prompt.ranges
     if image[1] == len(prompt.token_ids):
         raise ValueError("the prompt ends with the image: its chat template puts nothing behind it that could attend")
-    ops = [layer.self_attn.attn for layer in decoder.layers]
+    ops = decoder.attention_ops
     for op in ops:
         op.image = image
     embeds = embed(model, prompt)
     positions = torch.arange(len(embeds), device=embeds.device)
-    with dense(decoder.layers, _SeenAttention):
+    with dense(ops, _SeenAttention):
         hidden, residual = embeds, None
         for layer in decoder.whole_layers():
             hidden, residual = layer(positions, hidden, residual)
