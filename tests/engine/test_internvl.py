@@ -259,6 +259,12 @@ def test_videos_that_are_refused(llm: Any) -> None:
         llm.generate([chosen_later], use_tqdm=False)
 
 
+def test_graphs_of_the_tower_are_refused(served: Served) -> None:
+    """vLLM has them for this model, and runs them instead of what reduces."""
+    with pytest.raises(ValueError, match=r"cudagraph_mm_encoder .*does not go with foldserve"):
+        start_engine(served.path, compilation_config={"cudagraph_mm_encoder": True}, **served.options)
+
+
 def test_the_request_may_say_how_many_tiles(llm: Any, served: Served) -> None:
     """As the operator may, with `--mm-processor-kwargs`."""
     most = "max_dynamic_patch" if served.chat else "max_patches"
