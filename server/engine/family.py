@@ -40,7 +40,7 @@ class Family(ABC):
         modalities: what can be reduced.
         shape_ints: length of `Layout.shape`; 0 where every image has the layout `largest`, whatever its size.
         sends_bytes: images travel to the engine as bytes, see `pixels`; False where vLLM has its own way for that.
-        media_tokens: text of the tokens that stand for embeddings in a prompt, where config.json does not have their id.
+        media_tokens: texts of the tokens that stand for embeddings in a prompt, where config.json has no id for them.
     """
 
     modalities: tuple[Modality, ...] = ("image",)

@@ -1,4 +1,4 @@
-"""InternVL over HTTP, in OpenGVLab's layout: tiles, marks that are text, reductions image by image, withdrawal."""
+"""InternVL over HTTP, in OpenGVLab's layout: tiles, frames, marks that are text, reductions one by one, withdrawal."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from openai import BadRequestError, OpenAI
 
-from tests import intern_checkpoint
+from tests import intern_checkpoint, videos
 from tests.api.live import Live
 from tests.images import data_uri, photo
 
@@ -22,7 +22,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("internvl")
     plain = intern_checkpoint.write(folder / "plain", "qwen3")
     checkpoint = intern_checkpoint.write_chat(folder / "tiny-internvl", plain, "qwen3")
-    live = Live(checkpoint, folder, "--max-model-len", "2048", "--withdraw-layer", "3", "--trust-remote-code")
+    options = ("--max-model-len", "2048", "--withdraw-layer", "3", "--video-frames", "4")
+    live = Live(checkpoint, folder, *options, "--trust-remote-code")
     yield live
     live.end()
 
@@ -73,7 +74,18 @@ def test_kept_positions(client: OpenAI) -> None:
     assert (vision["kept"], vision["positions"]) == (ENCODED[WIDE] // 2, "keep")
 
 
-@pytest.mark.parametrize("mark", ["<image>", "<img><IMG_CONTEXT></img>", "<IMG_CONTEXT>"])
+def test_a_video_and_an_image(client: OpenAI) -> None:
+    """Four frames, each a tile; twice: the second time from the caches."""
+    film: Any = {"type": "video_url", "video_url": {"url": videos.data_uri(videos.video(40)), "detail": "low"}}
+    for _ in range(2):
+        vision = ask(client, film, image(WIDE, "high"), text="What is <video> it?")["vision_tokens"]
+        assert [(found["encoded"], found["kept"]) for found in vision["videos"]] == [(4 * 36, 4 * 9)]
+        assert [found["kept"] for found in vision["images"]] == [ENCODED[WIDE]]
+    with pytest.raises(BadRequestError, match="text between a video's frames"):
+        ask(client, film, reduction={"method": "fastv", "ratio": 0.5})
+
+
+@pytest.mark.parametrize("mark", ["<image>", "<video>", "<img><IMG_CONTEXT></img>", "<IMG_CONTEXT>"])
 def test_a_mark_in_a_text_is_text(client: OpenAI, mark: str) -> None:
     plain, marked = ask(client, image(SMALL)), ask(client, image(SMALL), text=f"What is {mark} it?")
     assert marked["vision_tokens"] == plain["vision_tokens"]
@@ -98,6 +110,6 @@ def test_what_the_tower_can_not_do_is_refused_before_it_is_fetched(client: OpenA
 def test_the_catalog(server: Live) -> None:
     catalog = server.ask("GET", "/v1/reducers").json
     assert catalog["vision_tokens_per_image"] is None
-    assert catalog["limits"] == {"image": {"max_tokens": 7 * 36}}
+    assert catalog["limits"]["image"] == {"max_tokens": 7 * 36}
     offered = {method["id"] for method in catalog["data"]}
     assert offered == {"folder", "random", "pool", "withdraw", "fastv", "illava_decoder"}

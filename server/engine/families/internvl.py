@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate, pairwise
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -41,7 +42,7 @@ class InternVLFamily(EqualGridsFamily):
     modalities = ("image", "video")
     shape_ints = 1
     sends_bytes = False  # vLLM normalizes each tile as it cuts it
-    image_token: str | None = "<IMG_CONTEXT>"
+    media_tokens: Mapping[Modality, str] = MappingProxyType({"image": "<IMG_CONTEXT>", "video": "<|video_pad|>"})
     pixel_fields: ClassVar[Mapping[Modality, str]] = {"image": "pixel_values_flat", "video": "pixel_values_flat_video"}
 
     def __init__(self, model_config: ModelConfig, side: int) -> None:

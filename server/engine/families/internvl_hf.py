@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from transformers import InternVLProcessor
@@ -23,7 +24,7 @@ from foldserve.server.engine.model import FoldModel
 class InternVLHFFamily(InternVLFamily):
     """Modifications: names of fields; frames may be chosen by the video part of the processor."""
 
-    image_token = None
+    media_tokens: Mapping[Modality, str] = MappingProxyType({"video": "<video>"})
     pixel_fields: ClassVar[Mapping[Modality, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
 
     def tiles(self, info: Any, size: ImageSize, kwargs: Mapping[str, object]) -> int:
