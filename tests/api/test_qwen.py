@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from tests.images import data_uri, photo
 
 SMALL, WIDE = (64, 64), (480, 256)
 OPTIONS = ("--max-model-len", "2048", "--withdraw-layer", "4", "--video-frames", "8", "--max-video-seconds", "30")
+PRIVATE = ("--allow-media-private-host", "127.0.0.1")
 ENCODED = {SMALL: 2 * 2, WIDE: 8 * 15}
 """A token is 32 x 32 pixels."""
 
@@ -24,7 +28,7 @@ ENCODED = {SMALL: 2 * 2, WIDE: 8 * 15}
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("qwen")
     checkpoint = qwen_checkpoint.write(folder / "tiny-qwen3-vl", "qwen3_vl")
-    live = Live(checkpoint, folder, *OPTIONS)
+    live = Live(checkpoint, folder, *OPTIONS, *PRIVATE)
     yield live
     live.end()
 
@@ -216,10 +220,48 @@ def test_bad_videos_beside_good_ones(client: OpenAI) -> None:
 
 
 def test_videos_are_fetched_like_images(client: OpenAI) -> None:
-    never: Any = {"type": "video_url", "video_url": {"url": "http://127.0.0.1/a.mp4"}}
+    never: Any = {"type": "video_url", "video_url": {"url": "http://10.0.0.1/a.mp4"}}
     with pytest.raises(BadRequestError) as caught:
         ask(client, never)
     assert (caught.value.code, caught.value.param) == ("refused_video_url", "messages[0].content[0].video_url.url")
+
+
+class _Files(BaseHTTPRequestHandler):
+    """A video, the same with a length that lies, and one that never ends."""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        if self.path == "/short":
+            self.send_header("Content-Length", str(2 * len(VIDEO)))
+        self.end_headers()
+        self.wfile.write(VIDEO)
+        with suppress(OSError):
+            while self.path == "/endless":
+                self.wfile.write(bytes(1 << 20))
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture(scope="module")
+def web() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Files) as files:
+        Thread(target=files.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{files.server_port}"
+        files.shutdown()
+
+
+def test_a_video_by_its_url(client: OpenAI, web: str) -> None:
+    def by_url(path: str) -> Any:
+        return {"type": "video_url", "video_url": {"url": web + path}}
+
+    assert ask(client, by_url("/"))["vision_tokens"]["kept"] == 4 * GROUP
+    with pytest.raises(BadRequestError, match="the video's server broke off") as caught:
+        ask(client, by_url("/short"))
+    assert caught.value.code == "video_unavailable"
+    with pytest.raises(BadRequestError, match="files are larger than 50 MB together") as caught:
+        ask(client, by_url("/endless"))
+    assert caught.value.code == "limit_exceeded"
 
 
 def test_vision_tokens_are_counted_by_modality(server: Live, client: OpenAI) -> None:
