@@ -20,6 +20,8 @@ from transformers import (
     Qwen2Tokenizer,
 )
 
+from tests.random_weights import draw_weights
+
 SIDE, MOST_TILES = 168, 6
 """Of a tile, in pixels: 6 x 6 tokens. A whole image comes behind the tiles."""
 
@@ -91,7 +93,7 @@ def write(path: Path, decoder: str = "qwen2") -> Path:
     )
     torch.manual_seed(0)
     model = InternVLForConditionalGeneration(config)
-    _draw_weights(model)
+    draw_weights(model)
     model.save_pretrained(path)
     size = {"height": SIDE, "width": SIDE}
     images, videos = GotOcr2ImageProcessor(size=size, max_patches=MOST_TILES), InternVLVideoProcessor(size=size)
@@ -199,15 +201,3 @@ def _tokenizer(video: str) -> Qwen2Tokenizer:
     tokenizer.add_special_tokens({"additional_special_tokens": _MARKS})
     tokenizer.chat_template = _CHAT
     return tokenizer
-
-
-def _draw_weights(model: torch.nn.Module) -> None:
-    """Larger than an initializer's, so that answers depend on images and positions."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim >= 2:
-                scale = 1.0 if "embed" in name else 1.5 / weight[0].numel() ** 0.5
-                weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
-            elif name.endswith("bias"):
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)

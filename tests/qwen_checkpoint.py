@@ -35,6 +35,8 @@ from transformers import (
 from transformers.models.qwen2_vl.video_processing_qwen2_vl import Qwen2VLVideoProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 
+from tests.random_weights import draw_weights
+
 IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 VIDEO = "<|vision_start|><|video_pad|><|vision_end|>"
 """What stands for an image or a video in a prompt."""
@@ -79,7 +81,7 @@ def write(path: Path, model_type: str) -> Path:
     """Makes one of `MODELS`: 8 decoder layers, a tower of 3 or 4; an image has at most 256 tokens."""
     torch.manual_seed(0)
     model, processor = MODELS[model_type](_tokenizer())
-    _draw_weights(model)
+    draw_weights(model)
     model.save_pretrained(path)
     processor.save_pretrained(path)
     if model_type == "qwen3_vl_moe":
@@ -110,7 +112,7 @@ def write_bench(path: Path, model_type: str) -> Path:
             Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_ids(tokenizer))
         )
         processor = Qwen2_5_VLProcessor(*_parts(tokenizer, tokens=1024), chat_template=_TEMPLATE)
-    _draw_weights(model)
+    draw_weights(model)
     model.bfloat16().save_pretrained(path)
     processor.save_pretrained(path)
     return path
@@ -250,17 +252,3 @@ def _parts(
 ) -> tuple[Qwen2VLImageProcessor, Qwen2Tokenizer, Qwen2VLVideoProcessor]:
     size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * tokens}
     return Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(size=size)
-
-
-def _draw_weights(model: PreTrainedModel) -> None:
-    """Larger than an initializer's, so that answers depend on images, positions and deepstack levels."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if weight.ndim >= 2:
-                scale = 1.0 if "embed" in name else 1.5 / weight[0].numel() ** 0.5
-                weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
-            elif name.endswith("bias"):
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
-            elif name.endswith("A_log"):  # states that remember tens of tokens
-                weight.copy_(-torch.rand(weight.shape, generator=generator) * 3 - 1)

@@ -16,7 +16,8 @@ from vllm.model_executor.models.interns1 import (
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageSize
 
-from foldserve.server.engine.families.internvl import InternVLFamily, InternVLImages
+from foldserve.server.engine.families.internvl import InternVLFamily
+from foldserve.server.engine.families.tiles import TiledImages
 from foldserve.server.engine.family import Modality
 from foldserve.server.engine.model import FoldModel
 
@@ -25,7 +26,10 @@ class InternVLHFFamily(InternVLFamily):
     """Modifications: names of fields; frames may be chosen by the video part of the processor."""
 
     media_tokens: Mapping[Modality, str] = MappingProxyType({"video": "<video>"})
-    pixel_fields: ClassVar[Mapping[Modality, str]] = {"image": "pixel_values", "video": "pixel_values_videos"}
+    tile_fields: ClassVar[Mapping[Modality, tuple[str, ...]]] = {
+        "image": ("pixel_values",),
+        "video": ("pixel_values_videos",),
+    }
 
     def tiles(self, info: Any, size: ImageSize, kwargs: Mapping[str, object]) -> int:
         processor = info.get_hf_processor(**kwargs)
@@ -55,8 +59,8 @@ class TilingInfo(InternS1ProcessingInfo):
         return tiles * int(processor.image_seq_length)
 
 
-class FoldInternVLMultiModalProcessor(InternVLImages, InternS1MultiModalProcessor):
-    """See `InternVLImages`."""
+class FoldInternVLMultiModalProcessor(TiledImages, InternS1MultiModalProcessor):
+    """See `TiledImages`."""
 
 
 @MULTIMODAL_REGISTRY.register_processor(

@@ -1,0 +1,104 @@
+"""What families share whose images come to the model as tiles of one size, those of all images in one tensor.
+
+A video's frames are tiles too.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from transformers import BatchFeature
+from vllm.config import ModelConfig
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.parse import ImageSize, MultiModalDataItems
+
+from foldserve.kernels.warm_up import Widths
+from foldserve.reducers.geometry import Stage, VisionGeometry
+from foldserve.reducers.item import ItemPlan, Layout, Part
+from foldserve.server.engine.family import EqualGridsFamily, Modality
+from foldserve.server.engine.processor import ShortenedRuns
+from foldserve.server.engine.vision import rows
+
+
+class TilesFamily(EqualGridsFamily):
+    """`Layout.shape` is (tiles,). Tiles are reduced one by one, as the decoder gets them.
+
+    Attributes:
+        stages: in which a tile may be reduced.
+        counts: multimodal field with the number of tiles of each item, on the CPU; vLLM calls tiles patches.
+        tile_fields: multimodal fields with a row for each tile of all items, pixels first.
+    """
+
+    shape_ints = 1
+    sends_bytes = False
+    stages = frozenset({Stage.AFTER_TOWER, Stage.DECODER})
+    counts: ClassVar[Mapping[Modality, str]] = {"image": "num_patches"}
+    tile_fields: ClassVar[Mapping[Modality, tuple[str, ...]]] = {"image": ("pixel_values",)}
+
+    def __init__(self, model_config: ModelConfig, side: int) -> None:
+        """`side` of a tile, in tokens."""
+        self._model_config = model_config
+        self._tile = VisionGeometry(side**2, (side, side), stages=self.stages)
+
+    @abstractmethod
+    def tiles(self, info: Any, size: ImageSize, kwargs: Mapping[str, object]) -> int:
+        """Of an image, by vLLM's own formula; options of the operator and the request are part of it."""
+
+    @abstractmethod
+    def largest_size(self, info: Any) -> ImageSize:
+        """Of an image that has the most tiles."""
+
+    @cached_property
+    def largest(self) -> Layout:
+        info = MULTIMODAL_REGISTRY.get_processing_info(self._model_config)
+        return self.layout((self.tiles(info, self.largest_size(info), {}),))
+
+    def shape(self, images: Any, index: int, info: Any, kwargs: Mapping[str, object]) -> tuple[int, ...]:
+        return (self.tiles(info, images.get_image_size(index), kwargs),)
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        return Layout((Part(self._tile, count=shape[0]),), shape)
+
+    def widths(self, model_config: ModelConfig) -> Widths:
+        vision = model_config.hf_config.vision_config
+        return Widths(model_config.get_inputs_embeds_size(), vision.hidden_size // vision.num_attention_heads)
+
+    def pixels(self, processed: Mapping[str, Any], modality: Modality) -> Sequence[Tensor]:
+        return self._tiles_of(processed, modality)[0]
+
+    def select(self, inputs: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
+        modality = next(modality for modality, fields in self.tile_fields.items() if fields[0] in inputs)
+        each = zip(self.tile_fields[modality], self._tiles_of(inputs, modality), strict=True)
+        tiles = {name: torch.cat([items[i] for i in places]) for name, items in each}
+        return {**inputs, **tiles, self.counts[modality]: rows(inputs[self.counts[modality]], places)}
+
+    def _tiles_of(self, inputs: Mapping[str, Any], modality: Modality) -> list[Sequence[Tensor]]:
+        """Of each field the rows of each item."""
+        counts = inputs[self.counts[modality]].tolist()
+        return [inputs[name].split_with_sizes(counts) for name in self.tile_fields[modality]]
+
+
+class TiledImages(ShortenedRuns):
+    """Modification beside those of `ShortenedRuns`: an item that comes out with other tiles than planned is refused.
+
+    Plans are made of its size alone, before it is cut.
+    """
+
+    def _processed(
+        self,
+        mm_items: MultiModalDataItems,
+        planned: Mapping[Modality, Sequence[ItemPlan]],
+        hf_kwargs: Mapping[str, object],
+    ) -> BatchFeature:
+        processed = super()._processed(mm_items, planned, hf_kwargs)
+        for modality, plans in planned.items():
+            expected = [plan.layout.shape[0] for plan in plans]
+            found = [len(tiles) for tiles in self._planned_family.pixels(processed, modality)]
+            if found != expected:
+                raise RuntimeError(f"{modality}s of {expected} tiles by their size came out with {found}")
+        return processed
