@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 from foldserve.reducers import METHODS, Method
 from foldserve.reducers.item import Layout
-from foldserve.reducers.method import Projector
+from foldserve.reducers.method import Decoder, Projector
+from foldserve.reducers.reduction import Reduction
 from foldserve.reducers.refusal import InvalidReduction
 
 if TYPE_CHECKING:
     from foldserve.server.api.serving import FoldServingChat
+    from foldserve.server.engine.family import Family
 
 
 def describe(chat: FoldServingChat) -> dict[str, object]:
@@ -20,7 +22,7 @@ def describe(chat: FoldServingChat) -> dict[str, object]:
     planner = chat.planner
     family, settings = planner.family, planner.settings
     largest = None if family is None else family.largest
-    methods = served_methods(largest)
+    methods = served_methods(family)
     return {
         "object": "list",
         "model": chat.models.base_model_paths[0].name,
@@ -71,15 +73,17 @@ def served_card(model: str) -> dict[str, Any] | None:
     return summary
 
 
-def served_methods(largest: Layout | None) -> list[Method]:
-    """Methods that a model with this largest image has what they need for; None: no image can be reduced."""
-    return [method for method in METHODS.values() if largest and _works_with(method, largest)]
+def served_methods(family: Family | None) -> list[Method]:
+    """Methods that models of this family have what they need for; None: no image can be reduced."""
+    return [method for method in METHODS.values() if family and _works_with(method, family)]
 
 
-def _works_with(method: Method, largest: Layout) -> bool:
+def _works_with(method: Method, family: Family) -> bool:
     """The model has what the method needs, whatever options a request has to give on it."""
     try:
-        for part in largest.parts:
+        if isinstance(method, Decoder):
+            family.of_image(Reduction(decoder=method.name), family.largest)
+        for part in family.largest.parts:
             method.check(part.geometry)
     except InvalidReduction as refusal:
         return refusal.param in {option.name for option in method.options}

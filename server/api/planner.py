@@ -54,19 +54,22 @@ class Planner:
         default, low_ratio = self.settings.default_reduction, self.settings.low_detail_ratio
         asked = request.reductions(default, _low_detail(self.family, default, low_ratio))
         reductions = {modality: [self._with_positions(one) for one in each] for modality, each in asked.items()}
-        self._check_withdrawal(request, [*chain.from_iterable(reductions.values())])
         for modality, each in reductions.items():
             self._check_modality(modality, each, request)
+        self._check_withdrawal(request, [*chain.from_iterable(reductions.values())])  # which an option may change
         return reductions
 
     def _check_modality(self, modality: Modality, reductions: Sequence[Reduction], request: FoldChatRequest) -> None:
-        if self.family is None or modality not in self.family.modalities:
+        family = self.family
+        if family is None or modality not in family.modalities:
             if any(reduction != _NOTHING for reduction in reductions):
                 raise InvalidRequest(f"this model's {modality}s can't be reduced: leave `reduction` out", "reduction")
             return
+        is_image = modality == "image"
         try:
             for reduction in reductions:
-                _check_for(self.family, reduction if modality == "image" else self.family.of_video(reduction))
+                asked = family.of_image(reduction, family.largest) if is_image else family.of_video(reduction)
+                _check_for(family, asked)
         except InvalidReduction as error:
             raise as_asked(error, request) from error
 

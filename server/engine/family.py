@@ -96,6 +96,10 @@ class Family(ABC):
         """What is asked of a video; raises InvalidReduction where only images can be reduced so."""
         return reduction
 
+    def of_image(self, reduction: Reduction, layout: Layout) -> Reduction:
+        """What is asked of an image of this layout; raises InvalidReduction where it can't be reduced so."""
+        return reduction
+
     def pixels(self, processed: Mapping[str, Any], modality: Modality) -> Sequence[Tensor]:
         """Of each image or video, in what an HF processor gives."""
         return list(processed["pixel_values"])
@@ -207,11 +211,11 @@ class EqualGridsFamily(AfterTowerFamily):
         )
 
 
-def refuse_choice_in_pieces(reduction: Reduction) -> None:
-    """Raises InvalidReduction where tokens are to be chosen of a video between whose frames the prompt has text."""
+def refuse_choice_in_pieces(reduction: Reduction, pieces: str = "a video's frames") -> None:
+    """Raises InvalidReduction where tokens are to be chosen among `pieces` between which the prompt has text."""
     if isinstance(METHODS.get(reduction.decoder or ""), ScoringDecoder):
         raise InvalidReduction(
             f"method {reduction.decoder!r} chooses among tokens that lie in one piece, and this model puts text "
-            "between a video's frames: withdraw them all, or reduce before the decoder",
+            f"between {pieces}: withdraw them all, or reduce before the decoder",
             "method",
         )

@@ -36,7 +36,12 @@ class FoldModel(SupportsMultiModal):
       too;
     - with a withdrawal layer configured, the decoder is the withdrawing one, made of the checkpoint's own;
     - on a GPU, where the environment asks for it, this process reduces with Triton kernels, compiled before it serves.
+
+    Attributes:
+        decoder_path: where the model has its decoder: the module with the layers.
     """
+
+    decoder_path = "language_model.model"
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_options(vllm_config)

@@ -187,6 +187,8 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         family = self._planned_family
         if modality == "video":
             reductions = [family.of_video(reduction) for reduction in reductions]
+        else:
+            reductions = [family.of_image(*each) for each in zip(reductions, layouts, strict=True)]
         return [
             _plan(family.with_positions(one), layout, f"{modality} {i + 1} of {count}: " if count > 1 else "")
             for i, (one, layout) in enumerate(zip(reductions, layouts, strict=True))

@@ -97,7 +97,7 @@ def _look_at_engine(args: Namespace, machine: Machine, runner_option: str, found
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
     found.problems += memory_problems(config, machine)
     family = family_of(config.model_config)
-    methods = served_methods(None if family is None else family.largest)
+    methods = served_methods(family)
     found.fields["methods"] = tuple(method.name for method in methods if method.stage is not Stage.DECODER)
     found.fields["decoder_methods"] = tuple(method.name for method in methods if method.stage is Stage.DECODER)
     with found.noting():

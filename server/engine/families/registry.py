@@ -39,6 +39,9 @@ class Entry:
 
 ENTRIES: Mapping[str, Entry] = MappingProxyType(
     {
+        "Idefics3ForConditionalGeneration": Entry(
+            "idefics3.Idefics3Family", "idefics3.FoldIdefics3ForConditionalGeneration"
+        ),
         "InternVLChatModel": Entry("internvl.InternVLFamily", "internvl.FoldInternVLChatModel"),
         "InternVLForConditionalGeneration": Entry(
             "internvl_hf.InternVLHFFamily", "internvl_hf.FoldInternVLForConditionalGeneration"
@@ -65,6 +68,9 @@ ENTRIES: Mapping[str, Entry] = MappingProxyType(
         "Qwen3_5ForConditionalGeneration": Entry("qwen_vl.QwenVLFamily", "qwen3_5.FoldQwen3_5ForConditionalGeneration"),
         "Qwen3_5MoeForConditionalGeneration": Entry(
             "qwen_vl.QwenVLFamily", "qwen3_5.FoldQwen3_5MoeForConditionalGeneration"
+        ),
+        "SmolVLMForConditionalGeneration": Entry(
+            "idefics3.Idefics3Family", "smolvlm.FoldSmolVLMForConditionalGeneration"
         ),
     }
 )

@@ -53,9 +53,10 @@ def withdraw(model: Any, vllm_config: VllmConfig, prefix: str) -> None:
     if config.withdraw_layer(vllm_config) is not None:
         from foldserve.server.engine.withdrawal.decoder import WithdrawingDecoder
 
-        language_model = model.get_language_model()
-        path = f"{prefix}.language_model.model" if prefix else "language_model.model"
-        language_model.model = WithdrawingDecoder(language_model.model, vllm_config=vllm_config, prefix=path)
+        path, _, name = model.decoder_path.rpartition(".")
+        owner = model.get_submodule(path)
+        prefix = f"{prefix}.{path}.{name}" if prefix else f"{path}.{name}"
+        setattr(owner, name, WithdrawingDecoder(getattr(owner, name), vllm_config=vllm_config, prefix=prefix))
 
 
 def __getattr__(name: str) -> Any:

@@ -32,6 +32,9 @@ DECODERS = {
 }
 """HF model type of a text config -> vLLM's class of the decoder, for checkpoints that name no architecture."""
 
+_OTHER_NAMES = {"VLlama3ForCausalLM": "LlamaForCausalLM"}
+"""Architectures that only text configs name -> what vLLM builds: Idefics3's and SmolVLM's."""
+
 
 def withdraw_layer(vllm_config: VllmConfig) -> int | None:
     """K of this engine; None if withdrawal is not configured.
@@ -114,7 +117,7 @@ def decoder_class(vllm_config: VllmConfig) -> str:
     """vLLM's class of the model's decoder."""
     text = vllm_config.model_config.hf_config.get_text_config()
     name: str = (text.architectures or [DECODERS.get(text.model_type, text.model_type)])[0]
-    return name
+    return _OTHER_NAMES.get(name, name)
 
 
 def first_layer(hf_config: Any) -> int:

@@ -124,7 +124,7 @@ def probe(llm: Any, prompt: Prompt, candidates: range, answer: Sequence[int] = (
 
 @torch.inference_mode()
 def _probe(model: Any, prompt: Prompt, candidates: range, answer: Sequence[int]) -> tuple[Tensor, Tensor]:
-    decoder = model.get_language_model().model
+    decoder = model.get_submodule(model.decoder_path)
     asked = len(prompt.token_ids)
     whole = replace(prompt, token_ids=[*prompt.token_ids, *answer])
     embeds = embed(model, whole)

@@ -124,7 +124,7 @@ class _SeenAttention(DenseAttention):
 
 @torch.inference_mode()
 def _attention(model: Any, prompt: Prompt) -> Tensor:
-    decoder = model.get_language_model().model
+    decoder = model.get_submodule(model.decoder_path)
     (image,) = prompt.ranges
     if image[1] == len(prompt.token_ids):
         raise ValueError("the prompt ends with the image: its chat template puts nothing behind it that could attend")

@@ -25,6 +25,7 @@ SUITES = {
         "test_qwen.py::test_videos_frame_by_frame",
     ],
     "Qwen3.5": ["test_qwen3_5.py::test_in_the_tower_beside_others", "test_qwen3_5.py::test_states_are_found_again"],
+    "Idefics3": ["test_idefics3.py::test_all_in_one_batch_and_again_from_the_cache[idefics3]"],
     "InternVL": ["test_internvl.py::test_all_in_one_batch_and_again_from_the_cache[chat-qwen2]"],
 }
 
