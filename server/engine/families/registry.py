@@ -39,6 +39,7 @@ class Entry:
 
 ENTRIES: Mapping[str, Entry] = MappingProxyType(
     {
+        "Gemma3ForConditionalGeneration": Entry("gemma3.Gemma3Family", "gemma3.FoldGemma3ForConditionalGeneration"),
         "Idefics3ForConditionalGeneration": Entry(
             "idefics3.Idefics3Family", "idefics3.FoldIdefics3ForConditionalGeneration"
         ),

@@ -172,6 +172,8 @@ def _conflicts(config: VllmConfig) -> Iterator[tuple[str, str]]:
         yield "--runner pooling", "withdrawn tokens have no output to pool"
     if model.use_mla or getattr(text, "dual_chunk_attention_config", None):
         yield "MLA or dual chunk attention", "the deep layers need plain attention"
+    if model.is_mm_prefix_lm:
+        yield f"a model of {model.architecture}", "its image tokens attend to each other in both directions"
     if _is_sliding(text, model.max_model_len):
         yield "sliding-window attention", "a window over kept tokens is another one than over all tokens"
     if envs.VLLM_USE_BREAKABLE_CUDAGRAPH:

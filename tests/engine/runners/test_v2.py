@@ -26,6 +26,10 @@ SUITES = {
     ],
     "Qwen3.5": ["test_qwen3_5.py::test_in_the_tower_beside_others", "test_qwen3_5.py::test_states_are_found_again"],
     "Idefics3": ["test_idefics3.py::test_all_in_one_batch_and_again_from_the_cache[idefics3]"],
+    "Gemma-3": [
+        "test_gemma3.py::test_all_in_one_batch_and_again_from_the_cache",
+        "test_gemma3.py::test_what_is_left_of_an_image_attends_both_ways",
+    ],
     "InternVL": ["test_internvl.py::test_all_in_one_batch_and_again_from_the_cache[chat-qwen2]"],
 }
 
