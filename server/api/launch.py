@@ -148,6 +148,8 @@ def serve_args(
         args.worker_cls = WORKERS[device()]
     if args.scheduler_cls is None:
         args.scheduler_cls = _SCHEDULER
+    if settings.limits.max_videos_per_request == 0:
+        args.limit_mm_per_prompt = {"video": 0, **args.limit_mm_per_prompt}  # none is profiled
     try:
         refuse_options(
             encoder_graphs=args.compilation_config.cudagraph_mm_encoder,

@@ -12,7 +12,7 @@ from vllm.config import VllmConfig
 from foldserve.server.access import Access
 from foldserve.server.api.logs.config import STARTUP
 from foldserve.server.api.sizes import size
-from foldserve.server.engine.encoder_budget import profiled_images
+from foldserve.server.engine.encoder_budget import encoder_budget
 from foldserve.server.engine.facts.choices import model_runner
 from foldserve.server.engine.facts.kv import TEXT_TOKENS
 from foldserve.server.engine.plugin import ALLOW_VLLM, is_release_vllm, vllm_version
@@ -88,7 +88,7 @@ def _engine(chat: FoldServingChat) -> dict[str, str]:
     if cost.withdraw_layer is not None:
         sequence += f" ({size(cost.sequence_bytes(image + TEXT_TOKENS, image))} withdrawn)"
     return {
-        "engine": f"{engine}, up to {profiled_images(config)} images a tower call",
+        "engine": f"{engine}, up to {encoder_budget(config).images} images of the largest size a tower call",
         "KV cache": f"{sequence} for a sequence of one largest image and {TEXT_TOKENS} tokens of text",
     }
 

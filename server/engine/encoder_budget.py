@@ -3,35 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
+from typing import NamedTuple
 
 from vllm.config import VllmConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.encoder_budget import MultiModalBudget
 
 
-def profiled_images(vllm_config: VllmConfig) -> int:
-    """Images of the largest size in a batch of as many tokens as vLLM's profile run measures."""
-    budget = _budget(vllm_config)
-    return max(1, _tokens(budget) // budget.mm_max_toks_per_item["image"])
+class EncoderBudget(NamedTuple):
+    """What vLLM's profile run measures, of images or of videos: of what has most tokens.
+
+    Attributes:
+        tokens: that it encodes at once, before reduction.
+        images: of the largest size in a batch of so many tokens.
+        cache_rows: embeddings that the encoder cache holds.
+    """
+
+    tokens: int
+    images: int
+    cache_rows: int
 
 
-def profiled_tokens(vllm_config: VllmConfig) -> int:
-    """What that batch encodes, in tokens before reduction."""
-    return _tokens(_budget(vllm_config))
-
-
-def _budget(vllm_config: VllmConfig) -> MultiModalBudget:
+def encoder_budget(vllm_config: VllmConfig) -> EncoderBudget:
     """By the class that the profile run itself asks.
 
     It has to process a dummy image for that: ask once, and where a first image may take 0.1 s.
     """
-    return MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY, enable_cache=False)
-
-
-def _tokens(budget: MultiModalBudget) -> int:
-    """Of what has most of them, image or video."""
+    budget = MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY, enable_cache=False)
     modality = budget.get_modality_with_max_tokens()
-    return budget.mm_max_toks_per_item[modality] * max(1, budget.mm_max_items_per_batch[modality])
+    tokens = budget.mm_max_toks_per_item[modality] * max(1, budget.mm_max_items_per_batch[modality])
+    return EncoderBudget(tokens, max(1, tokens // budget.mm_max_toks_per_item["image"]), budget.encoder_cache_size)
 
 
 def batches(plans: Sequence[Hashable], sizes: Sequence[int], most: int) -> list[list[int]]:

@@ -62,6 +62,10 @@ class Family(ABC):
         """Of the image that has the most tokens. A family whose images are all alike sets it."""
         raise NotImplementedError
 
+    def row_width(self, model_config: ModelConfig) -> int:
+        """Columns of an embedding in the encoder cache, without those of `positions.attach`."""
+        return int(model_config.get_inputs_embeds_size())
+
     def widths(self, model_config: ModelConfig) -> Widths:
         """Of what is reduced, for kernels that are compiled before a server serves."""
         vision = model_config.hf_config.vision_config

@@ -17,7 +17,7 @@ from foldserve.kernels.warm_up import warm_up
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import positions, withdrawal
-from foldserve.server.engine.encoder_budget import batches, profiled_tokens
+from foldserve.server.engine.encoder_budget import batches, encoder_budget
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.family import PLAN_FIELDS, Family
 from foldserve.server.engine.pixels import Normalize
@@ -117,7 +117,7 @@ class FoldModel(SupportsMultiModal):
 
     @cached_property  # processing an image is not for the time when the weights are laid out
     def _tokens_at_once(self) -> int:
-        return profiled_tokens(self._vllm_config)
+        return encoder_budget(self._vllm_config).tokens
 
     def _default_plan(self, layout: Layout) -> ItemPlan:
         """Of the server's default reduction; of none where that can't be done: requests are told."""

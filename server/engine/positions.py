@@ -21,7 +21,9 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from foldserve.reducers.refusal import InvalidReduction
 from foldserve.server.engine.identity import ItemIdentity
 
-_COLUMNS = 3  # a number in base 256: each digit is exact in bfloat16
+COLUMNS = 3
+"""Beside an embedding: a number in base 256, of which each digit is exact in bfloat16."""
+
 _BASE = 256
 
 
@@ -29,16 +31,16 @@ def attach(embeds: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """(n, hidden) and (n,) int64 below 256^3 -> (n, hidden + 3), in the order of positions."""
     order = source.argsort()
     embeds, source = embeds[order], source[order]
-    digits = torch.stack([source // _BASE**place % _BASE for place in reversed(range(_COLUMNS))], dim=-1)
+    digits = torch.stack([source // _BASE**place % _BASE for place in reversed(range(COLUMNS))], dim=-1)
     return torch.cat([embeds, digits.to(embeds.dtype)], dim=-1)
 
 
 def detach(embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """(n, hidden + 3) of `attach` -> (n, hidden) and (n,)."""
     source = torch.zeros_like(embeds[:, 0], dtype=torch.int64)
-    for digit in embeds[:, -_COLUMNS:].long().unbind(-1):
+    for digit in embeds[:, -COLUMNS:].long().unbind(-1):
         source = source * _BASE + digit
-    return embeds[:, :-_COLUMNS], source
+    return embeds[:, :-COLUMNS], source
 
 
 CANNOT_KEEP = (

@@ -19,7 +19,7 @@ from vllm.v1.engine import EngineCoreOutputs
 from vllm.v1.request import Request
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
-from foldserve.server.engine.encoder_budget import profiled_tokens
+from foldserve.server.engine.encoder_budget import encoder_budget
 from foldserve.server.engine.fair_queue import FairQueue, key_of
 from foldserve.server.engine.fair_steps import FairSteps
 from foldserve.server.engine.families.registry import family_of
@@ -70,7 +70,7 @@ class FoldScheduler(Scheduler):
         self._family = family_of(self.vllm_config.model_config)
         manager = self.encoder_cache_manager
         if self._family is not None and type(manager) is EncoderCacheManager:
-            self._most_encoded = profiled_tokens(self.vllm_config)
+            self._most_encoded = encoder_budget(self.vllm_config).tokens
             self.encoder_cache_manager = CountingCacheManager(manager.cache_size, self._encoded)
         self._grammars = GrammarPool()
         self._steps = FairSteps()

@@ -44,7 +44,7 @@ def facts(config: Any, *, is_reduced: bool = True, withdraw_layer: int | None = 
 def test_the_engine(config: Any) -> None:
     images = config.scheduler_config.max_num_batched_tokens // 144
     shown = facts(config)
-    assert shown["engine"] == f"model runner v1, graphs NONE, up to {images} images a tower call"
+    assert shown["engine"] == f"model runner v1, graphs NONE, up to {images} images of the largest size a tower call"
     assert shown["KV cache"] == "3.05 MiB for a sequence of one largest image and 64 tokens of text"
 
 

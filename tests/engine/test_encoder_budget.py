@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from vllm import EngineArgs
 
 from foldserve.reducers import METHODS
-from foldserve.server.engine.encoder_budget import batches
+from foldserve.server.engine.encoder_budget import EncoderBudget, batches, encoder_budget
+from foldserve.server.engine.facts.model import model_facts
+from tests import qwen_checkpoint
 from tests.engine.conftest import Case, greedy, start_engine
 from tests.engine.test_methods import ANY_TOWER, WITH_CLASS_TOKEN
 from tests.engine.test_stf import make
@@ -162,6 +166,86 @@ def test_llava_stf(tmp_path: Path, scheduler: str) -> None:
     llm = start_engine(converted, max_num_batched_tokens=3 * 36 + 30, **SCHEDULERS[scheduler])
     cases = [Case("<image>", [photo(seed)], [{"ratio": 0.9} if seed < 12 else {}]) for seed in range(16)]
     check(llm, cases, counting=bool(SCHEDULERS[scheduler]), tokens=144)
+
+
+SIZES = ((512, 512), (280, 196), (168, 336), (96, 480))
+"""(width, height): the first is of the largest, 256 tokens of 32 x 32 pixels."""
+
+QWEN_REDUCTIONS: list[dict[str, object]] = [
+    {"ratio": 0.9},
+    {"ratio": 0.9, "positions": "renumber"},
+    {"method": "illava", "layers": [1], "ratio": 0.5},
+    {"method": "downsample", "ratio": 0.5},
+    {},
+]
+
+
+QWEN_PROFILED = 2
+MARK = "<|vision_start|><|image_pad|><|vision_end|>"
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    path = qwen_checkpoint.write(tmp_path_factory.mktemp("checkpoints") / "qwen3_vl", "qwen3_vl")
+    return start_engine(path, max_num_batched_tokens=QWEN_PROFILED * 256 + 100)
+
+
+def runner_of(llm: Any) -> Any:
+    return llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+
+
+def test_patches_of_images_of_any_size(qwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2 x 2 of them are a token: the tower has at most those of two largest images, however many are small."""
+    images = [photo(seed, *SIZES[seed % 4]) for seed in range(40)]
+    asked = [QWEN_REDUCTIONS[seed % 5] for seed in range(40)]
+    cases = [Case(4 * MARK, images[n : n + 4], asked[n : n + 4]) for n in range(0, 40, 4)]
+    ours = runner_of(qwen).model
+    embed, patches = ours.visual.patch_embed.forward, list[int]()
+
+    def counted(pixels: torch.Tensor) -> Any:
+        patches.append(len(pixels))
+        return embed(pixels)
+
+    monkeypatch.setattr(ours.visual.patch_embed, "forward", counted)
+    greedy(qwen, cases, 1)
+    assert max(patches) <= QWEN_PROFILED * 256 * 4
+    monkeypatch.setattr(ours, "_tokens_at_once", 10**6)
+    forget(qwen)
+    greedy(qwen, cases, 1)
+    assert max(patches) > QWEN_PROFILED * 256 * 4  # else nothing was shown
+
+
+def test_rows_of_the_encoder_cache_are_as_wide_as_said(qwen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three deepstack levels and, of tokens that keep theirs, a position. The profile run's have the levels too."""
+    forget(qwen)
+    runner, facts = runner_of(qwen), model_facts(qwen.llm_engine.vllm_config)
+    greedy(qwen, [Case(2 * MARK, [photo(seed, 512, 512) for seed in range(2)], [{"ratio": 0.5}, {}])], 1)
+    assert {tuple(rows.shape) for rows in runner.encoder_cache.values()} == {(128, 4 * 128 + 3), (256, 4 * 128)}
+    assert facts.encoder_row_bytes == max(rows[0].nbytes for rows in runner.encoder_cache.values())
+    assert facts.encoder_cache_rows == QWEN_PROFILED * 256 + 100
+    forget(qwen)
+    profiled: list[tuple[int, ...]] = []
+
+    def dummy_run(*args: Any, **kwargs: Any) -> tuple[None, None]:
+        profiled.extend(tuple(rows.shape) for rows in runner.encoder_cache.values())
+        return None, None
+
+    monkeypatch.setattr(runner, "_dummy_run", dummy_run)
+    monkeypatch.setattr(runner, "_dummy_sampler_run", lambda *args: None)
+    runner.profile_run()
+    assert profiled == [(256, 4 * 128)] * QWEN_PROFILED
+
+
+def test_a_video_is_profiled_where_there_may_be_one(tmp_path: Path) -> None:
+    """Of Qwen2.5-VL as published a video of 14 pictures has seven times as many tokens as the largest image."""
+    path = qwen_checkpoint.write(tmp_path / "qwen2_5_vl", "qwen2_5_vl")
+
+    def budget(**limits: int) -> EncoderBudget:
+        args = EngineArgs(str(path), max_model_len=4096, max_num_batched_tokens=1024, limit_mm_per_prompt=limits)
+        return encoder_budget(args.create_engine_config())
+
+    assert budget(image=4) == (7 * 256, 7, 7 * 256)
+    assert budget(image=4, video=0) == (4 * 256, 4, 1024)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,8 @@ REPORT = Report(
         family="llava",
         image_tokens=576,
         images_per_call=14,
+        encoder_cache_rows=8192,
+        encoder_row_bytes=2 * (4096 + 3),
         keeps_positions=True,
         withdraw_layer=16,
         can_withdraw=True,
@@ -247,7 +249,8 @@ def test_a_table_with_gpus() -> None:
     assert max(map(len, shown.splitlines())) <= 110
     for line in (
         "withdrawal        from layer K = 16 of 32 on: withdraw, fastv",
-        "a tower call      14 images at most",
+        "a tower call      14 images of the largest size at most",
+        "encoder cache     64 MiB: 8192 embeddings of 8.01 KiB",
         "a token           512 KiB",
         "a sequence        320 MiB, 640 tokens: one largest image and 64 of text",
         "  withdrawn       176 MiB, 55% of it: no layer from K on holds the image",
@@ -274,7 +277,9 @@ def test_problems_come_first_and_those_that_stop_before_others() -> None:
 
 def test_a_model_that_is_not_reduced() -> None:
     assert REPORT.model is not None
-    plain = replace(REPORT.model, family=None, image_tokens=None, images_per_call=None, withdraw_layer=None)
+    plain = replace(
+        REPORT.model, family=None, image_tokens=None, images_per_call=None, encoder_cache_rows=None, withdraw_layer=None
+    )
     shown = table(replace(REPORT, model=plain, kv=None))
     assert "reduction         none: foldserve does not reduce this architecture\n" in shown
     assert "a tower call" not in shown

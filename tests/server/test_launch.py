@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from foldserve.reducers.reduction import Reduction
+from foldserve.server.limits import Limits
 from foldserve.server.settings import Environment, Settings
 
 SMALL = Path("/small/model")
@@ -116,6 +117,13 @@ def test_on_a_gpu_every_other_choice_is_vllms(parsed: Callable[..., Namespace]) 
     assert {name for name, value in ours.items() if name not in plain or value != plain[name]} == needed
     assert ours["worker_cls"] == "foldserve.server.engine.worker_cuda.FoldWorker"
     assert ours["scheduler_cls"] == "foldserve.server.engine.scheduler.make_scheduler"
+
+
+def test_a_server_without_videos_profiles_none(parsed: Callable[..., Namespace]) -> None:
+    settings = Settings(limits=Limits(max_videos_per_request=0))
+    assert parsed("m", "--limit-mm-per-prompt.image", "2").limit_mm_per_prompt == {"image": 2}
+    args = parsed("m", "--limit-mm-per-prompt.image", "2", settings=settings)
+    assert args.limit_mm_per_prompt == {"image": 2, "video": 0}
 
 
 def test_a_runner_or_scheduler_of_ones_own_is_left_alone(parsed: Callable[..., Namespace]) -> None:

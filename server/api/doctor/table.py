@@ -81,7 +81,8 @@ def _model(model: ModelFacts, report: Report) -> Rows:
         ("methods", ", ".join(report.methods)),
         ("positions", "renumber or keep" if model.keeps_positions else "renumber only"),
         ("withdrawal", _withdrawal(model, report.decoder_methods)),
-        ("a tower call", f"{_count(model.images_per_call or 0, 'image')} at most"),
+        ("a tower call", f"{_count(model.images_per_call or 0, 'image')} of the largest size at most"),
+        ("encoder cache", _encoder_cache(model.encoder_cache_rows or 0, model.encoder_row_bytes or 0)),
     ]
 
 
@@ -91,6 +92,10 @@ def _withdrawal(model: ModelFacts, methods: Sequence[str]) -> str:
     if model.can_withdraw:
         return f"off; --withdraw-layer 1 to {model.layers - 1} adds {', '.join(methods)}"
     return "off; the decoder does not take --withdraw-layer"
+
+
+def _encoder_cache(rows: int, row_bytes: int) -> str:
+    return f"{size(rows * row_bytes)}: {rows} embeddings of {size(row_bytes)}"
 
 
 def _kv(kv: KvFacts) -> Rows:

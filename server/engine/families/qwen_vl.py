@@ -100,10 +100,13 @@ class QwenVLFamily(EqualGridsFamily):
         others = {name: rows(value, places) for name, value in inputs.items() if name != _PIXELS[modality]}
         return {_PIXELS[modality]: torch.cat([pixels[i] for i in places]), **others}
 
+    def row_width(self, model_config: ModelConfig) -> int:
+        levels = len(getattr(model_config.hf_config.vision_config, "deepstack_visual_indexes", ()))
+        return super().row_width(model_config) * (1 + levels)
+
     def widths(self, model_config: ModelConfig) -> Widths:
-        vision, hidden = model_config.hf_config.vision_config, model_config.get_inputs_embeds_size()
-        levels = len(getattr(vision, "deepstack_visual_indexes", ()))
-        return Widths(hidden * (1 + levels), hidden // vision.num_heads, deciding=hidden)
+        hidden, heads = super().row_width(model_config), model_config.hf_config.vision_config.num_heads
+        return Widths(self.row_width(model_config), hidden // heads, deciding=hidden)
 
     def encode(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> Sequence[Survivors]:
         """What loses tokens in the tower goes through it by itself, images or frames of one size and plan together."""

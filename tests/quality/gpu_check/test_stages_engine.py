@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from foldserve.server.engine.encoder_budget import EncoderBudget
 from foldserve.server.quality.gpu_check.bench import Failed
 from foldserve.server.quality.gpu_check.burst import burst
 from foldserve.server.quality.gpu_check.correctness import reference
@@ -31,7 +32,8 @@ def test_a_burst_stays_within_the_bound(tmp_path: Path) -> None:
 
 
 def test_a_burst_without_the_bound_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("foldserve.server.engine.model.profiled_tokens", lambda config: 10**6)
+    unbound = EncoderBudget(10**6, 10**6, 10**6)
+    monkeypatch.setattr("foldserve.server.engine.model.encoder_budget", lambda config: unbound)
     with pytest.raises(Failed, match="the tower had"):
         burst(InProcess(tmp_path))
 

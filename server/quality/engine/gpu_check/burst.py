@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from vllm import LLM, SamplingParams
 
-from foldserve.server.engine.encoder_budget import profiled_images
+from foldserve.server.engine.encoder_budget import encoder_budget
 from foldserve.server.engine.processor import KWARG
 from foldserve.server.engine.worker import device
 from foldserve.server.quality.engine.gpu_check.engine import Watch, model_of, start
@@ -20,7 +20,7 @@ from foldserve.server.quality.gpu_check.jobs import Burst, BurstSeen
 
 def run(spec: Burst) -> BurstSeen:
     llm = start(spec.engine)
-    profiled = profiled_images(llm.llm_engine.vllm_config)
+    profiled = encoder_budget(llm.llm_engine.vllm_config).images
     _ask(llm, profiled, 1, None)  # what is compiled or loaded at first use
     with _memory() as plain:
         _ask(llm, profiled, 2, None)
