@@ -52,6 +52,10 @@ _TEMPLATE = (
     "{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+_SIZE_2 = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 256}
+_SIZE_3 = {"shortest_edge": 64 * 64, "longest_edge": 32 * 32 * 256}
+"""Pixels that an image has at least and at most."""
+
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _QWEN2_5_VISION = {
     "depth": 4,
@@ -104,18 +108,32 @@ def write_bench(path: Path, model_type: str) -> Path:
         model = Qwen3VLForConditionalGeneration(
             Qwen3VLConfig(text_config=text, vision_config=vision, **_ids(tokenizer))
         )
-        processor = _qwen3_processor(tokenizer, tokens=1024)
+        processor = _qwen3_processor(tokenizer, _SIZE_3 | {"longest_edge": 32 * 32 * 1024})
     else:
         text = _text(tokenizer, rope_parameters=_ROPE | {"mrope_section": [8, 12, 12]}, **decoder)
         vision = _QWEN2_5_VISION | tower | {"window_size": 112, "fullatt_block_indexes": [3, 7]}
         model = Qwen2_5_VLForConditionalGeneration(
             Qwen2_5_VLConfig(text_config=text, vision_config=vision, **_ids(tokenizer))
         )
-        processor = Qwen2_5_VLProcessor(*_parts(tokenizer, tokens=1024), chat_template=_TEMPLATE)
+        processor = _qwen2_5_processor(tokenizer, _SIZE_2 | {"longest_edge": 28 * 28 * 1024})
     draw_weights(model)
     model.bfloat16().save_pretrained(path)
     processor.save_pretrained(path)
     return path
+
+
+def describe(
+    path: Path, model_type: str, text: Mapping[str, Any], vision: Mapping[str, Any], pixels: tuple[int, int]
+) -> None:
+    """Writes all but the weights of a model of these sizes, whose images have so many pixels (least, most)."""
+    tokenizer = _tokenizer()
+    architecture = _ARCHITECTURES[model_type]
+    whole = {"text_config": _text(tokenizer, **text), "vision_config": dict(vision), **_ids(tokenizer)}
+    config = architecture.config_class(**whole, tie_word_embeddings=text["tie_word_embeddings"])
+    config.architectures = [architecture.__name__]
+    config.save_pretrained(path)
+    size = {"shortest_edge": pixels[0], "longest_edge": pixels[1]}
+    _PROCESSORS[model_type](tokenizer, size).save_pretrained(path)
 
 
 def _transpose_experts(file: Path) -> None:
@@ -147,20 +165,20 @@ def _qwen2(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
     rope = _ROPE | {"mrope_section": [4, 6, 6]}
     text = _text(tokenizer, rope_parameters=rope)
     config = Qwen2VLConfig(text_config=text, vision_config=vision, **_ids(tokenizer))
-    return Qwen2VLForConditionalGeneration(config), Qwen2VLProcessor(*_parts(tokenizer), chat_template=_TEMPLATE)
+    return Qwen2VLForConditionalGeneration(config), _qwen2_processor(tokenizer, _SIZE_2)
 
 
 def _qwen2_5(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Windows of 2 x 2 tokens in the tower's layers 0 and 2."""
     text = _text(tokenizer, rope_parameters=_ROPE | {"mrope_section": [4, 6, 6]})
     config = Qwen2_5_VLConfig(text_config=text, vision_config=_QWEN2_5_VISION, **_ids(tokenizer))
-    return Qwen2_5_VLForConditionalGeneration(config), Qwen2_5_VLProcessor(*_parts(tokenizer), chat_template=_TEMPLATE)
+    return Qwen2_5_VLForConditionalGeneration(config), _qwen2_5_processor(tokenizer, _SIZE_2)
 
 
 def _qwen3(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Deepstack levels of the tower's layers 0, 1 and 2."""
     config = Qwen3VLConfig(text_config=_qwen3_text(tokenizer), vision_config=_QWEN3_VISION, **_ids(tokenizer))
-    return Qwen3VLForConditionalGeneration(config), _qwen3_processor(tokenizer)
+    return Qwen3VLForConditionalGeneration(config), _qwen3_processor(tokenizer, _SIZE_3)
 
 
 def _qwen3_moe(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -174,13 +192,13 @@ def _qwen3_moe(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMix
     config = Qwen3VLMoeConfig(
         text_config=_qwen3_text(tokenizer, **experts), vision_config=_QWEN3_VISION, **_ids(tokenizer)
     )
-    return Qwen3VLMoeForConditionalGeneration(config), _qwen3_processor(tokenizer)
+    return Qwen3VLMoeForConditionalGeneration(config), _qwen3_processor(tokenizer, _SIZE_3)
 
 
 def _qwen3_5(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Three layers with a recurrent state, then one with attention; no deepstack levels."""
     config = Qwen3_5Config(text_config=_qwen3_5_text(tokenizer), vision_config=_QWEN3_5_VISION, **_ids(tokenizer))
-    return Qwen3_5ForConditionalGeneration(config), _qwen3_processor(tokenizer)
+    return Qwen3_5ForConditionalGeneration(config), _qwen3_processor(tokenizer, _SIZE_3)
 
 
 def _qwen3_5_moe(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -188,7 +206,7 @@ def _qwen3_5_moe(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorM
     experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
     text = _qwen3_5_text(tokenizer, **experts, shared_expert_intermediate_size=96)
     config = Qwen3_5MoeConfig(text_config=text, vision_config=_QWEN3_5_VISION, **_ids(tokenizer))
-    return Qwen3_5MoeForConditionalGeneration(config), _qwen3_processor(tokenizer)
+    return Qwen3_5MoeForConditionalGeneration(config), _qwen3_processor(tokenizer, _SIZE_3)
 
 
 def _qwen3_5_text(tokenizer: Qwen2Tokenizer, **more: object) -> dict[str, Any]:
@@ -207,9 +225,15 @@ def _qwen3_text(
     return _text(tokenizer, rope_parameters=rope, head_dim=head_dim, **more)
 
 
-def _qwen3_processor(tokenizer: Qwen2Tokenizer, tokens: int = 256) -> ProcessorMixin:
-    """Of images with at most so many tokens."""
-    size = {"shortest_edge": 64 * 64, "longest_edge": 32 * 32 * tokens}
+def _qwen2_processor(tokenizer: Qwen2Tokenizer, size: dict[str, int]) -> ProcessorMixin:
+    return Qwen2VLProcessor(*_parts(tokenizer, size), chat_template=_TEMPLATE)
+
+
+def _qwen2_5_processor(tokenizer: Qwen2Tokenizer, size: dict[str, int]) -> ProcessorMixin:
+    return Qwen2_5_VLProcessor(*_parts(tokenizer, size), chat_template=_TEMPLATE)
+
+
+def _qwen3_processor(tokenizer: Qwen2Tokenizer, size: dict[str, int]) -> ProcessorMixin:
     images = Qwen2VLImageProcessor(image_mean=[0.5] * 3, image_std=[0.5] * 3, size=size, patch_size=16)
     videos = Qwen3VLVideoProcessor(size=size, patch_size=16)
     return Qwen3VLProcessor(images, tokenizer, videos, chat_template=_TEMPLATE)
@@ -222,6 +246,18 @@ MODELS: Mapping[str, Callable[[Qwen2Tokenizer], tuple[PreTrainedModel, Processor
     "qwen3_vl_moe": _qwen3_moe,
     "qwen3_5": _qwen3_5,
     "qwen3_5_moe": _qwen3_5_moe,
+}
+_ARCHITECTURES: Mapping[str, type[PreTrainedModel]] = {
+    "qwen2_vl": Qwen2VLForConditionalGeneration,
+    "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+    "qwen3_vl": Qwen3VLForConditionalGeneration,
+    "qwen3_vl_moe": Qwen3VLMoeForConditionalGeneration,
+}
+_PROCESSORS: Mapping[str, Callable[[Qwen2Tokenizer, dict[str, int]], ProcessorMixin]] = {
+    "qwen2_vl": _qwen2_processor,
+    "qwen2_5_vl": _qwen2_5_processor,
+    "qwen3_vl": _qwen3_processor,
+    "qwen3_vl_moe": _qwen3_processor,
 }
 
 
@@ -248,7 +284,6 @@ def _text(tokenizer: Qwen2Tokenizer, **more: object) -> dict[str, Any]:
 
 
 def _parts(
-    tokenizer: Qwen2Tokenizer, tokens: int = 256
+    tokenizer: Qwen2Tokenizer, size: dict[str, int]
 ) -> tuple[Qwen2VLImageProcessor, Qwen2Tokenizer, Qwen2VLVideoProcessor]:
-    size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * tokens}
     return Qwen2VLImageProcessor(size=size), tokenizer, Qwen2VLVideoProcessor(size=size)

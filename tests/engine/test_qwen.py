@@ -409,9 +409,9 @@ def assert_different(llm: Any, expect: Callable[[Case], Answer], case: Case = BE
     forget(llm)
 
 
-def test_a_mixture_of_experts() -> None:
-    """In a process of its own: vLLM makes the groups that experts are split over with the first engine of a process."""
-    run("tests/engine/qwen_experts.py")
+def test_a_mixture_of_experts_and_published_configs() -> None:
+    """In a process of their own: vLLM makes the groups that experts are split over with a process's first engine."""
+    run("tests/engine/qwen_experts.py", "tests/engine/qwen_published.py")
 
 
 @pytest.mark.parametrize("checkpoint", ["qwen2_5_vl"], indirect=True)
