@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from vllm import EngineArgs, ModelRegistry
+from vllm import EngineArgs, ModelRegistry, SamplingParams
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageSize
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -136,12 +136,12 @@ def in_the_tower(checkpoint: Path) -> list[Case]:
 @pytest.fixture(scope="module")
 def expect(reference: QwenReference) -> Callable[[Case], Answer]:
     """What the reference says, once a case."""
-    known: dict[int, Answer] = {}
+    known: dict[int, tuple[Case, Answer]] = {}  # which keeps the case: else another one might get its number
 
     def generate(case: Case) -> Answer:
         if id(case) not in known:
-            known[id(case)] = reference.generate(case.prompt, case.images, case.reductions, MAX_TOKENS)
-        return known[id(case)]
+            known[id(case)] = case, reference.generate(case.prompt, case.images, case.reductions, MAX_TOKENS)
+        return known[id(case)][1]
 
     return generate
 
@@ -178,6 +178,66 @@ def test_ratio_0_is_vllms_own_bit_for_bit(checkpoint: Path, expect: Callable[[Ca
     with watch(ours) as seen:
         assert_same(ours, expect, BEFORE_THE_DECODER)
     assert seen.preempted
+
+
+CACHED: list[dict[str, Any]] = [{"ratio": 0.5}, {"ratio": 0.5, **RENUMBER}, {"ratio": 0.5, "withdraw": True}]
+BLOCK, FEW = 32, 3
+
+
+def first_computed(llm: Any, reference: QwenReference, case: Case) -> tuple[int, int]:
+    """The token with which a prompt's computation begins, and images encoded; the answer is the reference's."""
+    want, expected = reference.generate(case.prompt, case.images, case.reductions, FEW)
+    with watch(llm) as seen:
+        ((tokens, logprobs),) = greedy(llm, [case], FEW)
+    assert tokens == want, (case.prompt, case.reductions)
+    assert logprobs == pytest.approx(expected, abs=2e-5)
+    ((start, _), *_) = next(iter(seen.chunks.values()))
+    return start, seen.encoded
+
+
+@pytest.mark.parametrize("reduction", CACHED, ids=str)
+def test_prefixes_that_end_inside_an_image_and_behind_it(
+    llm: Any, reference: QwenReference, reduction: dict[str, Any]
+) -> None:
+    """Inside, with the encoder's cache and without: positions and deepstack levels are those of the image's rest."""
+
+    def about(question: str) -> Case:
+        return Case(ask(IMAGE, question), [image], [reduction])
+
+    forget(llm)
+    image, long = photo(7, *SIZES[0]), "behind it, what is it that one sees, if anything?"
+    (output,) = llm.generate([about("who?").to_vllm()], use_tqdm=False)
+    tokens, mark = output.prompt_token_ids, llm.get_tokenizer().convert_tokens_to_ids("<|image_pad|>")
+    begin, end = tokens.index(mark), len(tokens) - tokens[::-1].index(mark)
+    for question, encoded in (("is it?", 0), ("can it?", 1), (long, 0)):
+        if encoded:
+            llm.llm_engine.reset_encoder_cache()
+        start, images = first_computed(llm, reference, about(question))
+        assert begin < start < end and images == encoded
+    llm.llm_engine.reset_encoder_cache()  # else its being skipped would show nothing
+    start, images = first_computed(llm, reference, about(long))
+    assert start >= end and images == 0
+
+
+@pytest.mark.parametrize("reduction", CACHED, ids=str)
+def test_later_turns_of_a_conversation(llm: Any, reference: QwenReference, reduction: dict[str, Any]) -> None:
+    """They read from the cache what was said before, answers included; an image is encoded once."""
+    forget(llm)
+    letters = llm.get_tokenizer().convert_tokens_to_ids(list("etaoins"))
+    says = SamplingParams(temperature=0, max_tokens=40, ignore_eos=True, allowed_token_ids=letters)
+    prompt, known = "", 0
+    images: list[Any] = []
+    asked: list[dict[str, Any]] = []
+    for shown, question in (([photo(8, *SIZES[0])], "what is it?"), ([photo(9, *SIZES[1])], "and this?"), ([], "why?")):
+        prompt += ask(IMAGE * len(shown), question)
+        images += shown
+        asked += [reduction] * len(shown)
+        case = Case(prompt, images, asked)
+        llm.llm_engine.reset_encoder_cache()
+        assert first_computed(llm, reference, case) == (known // BLOCK * BLOCK, len(shown))
+        (output,) = llm.generate([case.to_vllm()], says, use_tqdm=False)
+        known = len(output.prompt_token_ids) + len(output.outputs[0].token_ids) - 1
+        prompt += f"{output.outputs[0].text}<|im_end|>\n"
 
 
 @pytest.fixture(scope="module")
