@@ -32,7 +32,7 @@ serve: setup ## start the server (MODEL=name or directory, PORT=8000, ARGS="any 
 test: setup ## run all tests, without a GPU (TESTS="paths or pytest options" for some)
 	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(TESTS)
 
-test-runners: setup ## model runner V2 with interpreted kernels, vLLM's compile mode, gpu-check, on a CPU (7 minutes)
+test-runners: setup ## model runner V2 with interpreted kernels, compile mode, two ranks, gpu-check, on a CPU (10 minutes)
 	@$(BIN)/python -m pytest -n 2 tests/engine/runners $(TESTS)
 
 test-next: setup ## engine, API and server on the Python of the next vLLM (downloads it; 25 minutes; TESTS as for test)

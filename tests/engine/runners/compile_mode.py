@@ -75,18 +75,19 @@ def test_three_parts_compiled_saved_and_loaded() -> None:
     engine.assert_all_blocks_free()
     assert counts == ((0, 0, 3) if warm else (3, 3, 0))
     assert not torch._dynamo.utils.counters["graph_break"]
-    capture(engine)
+    capture(engine.llm)
     for cases in (CASES, [MIXED[5]], [MIXED[3], MIXED[0]], CASES[::-1]):
         expected.generate(engine, K, cases, 5)
     counts_of_pieces = [piece.replays.total() for piece in PIECES]
     assert max(counts_of_pieces) > min(counts_of_pieces) > 0  # shallow pieces also where rows leave, deep ones not
 
 
-def capture(engine: Engine) -> None:
+def capture(llm: Any) -> None:
     """Piecewise graphs of all steps, as on a GPU, whose pieces vLLM has cut and wrapped."""
     from vllm.config import CUDAGraphMode
 
-    runner = engine.llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
+    POOL.capturing = True
+    runner = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker.worker.model_runner
     compilation = runner.vllm_config.compilation_config
     compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
     compilation.cudagraph_capture_sizes, compilation.max_cudagraph_capture_size = SIZES, SIZES[-1]

@@ -7,9 +7,14 @@ from pathlib import Path
 from tests.engine.cuda.processes import run
 
 FILE = Path(__file__).parent / "compile_mode.py"
+QWEN = Path(__file__).parent / "compile_mode_qwen.py"
 
 
 def test_compile_mode_cold_and_warm(tmp_path: Path) -> None:
     env = {"VLLM_CACHE_ROOT": str(tmp_path / "cache"), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     run(FILE, **env)
     run(FILE, **env)
+
+
+def test_qwen3_vl_in_compile_mode(tmp_path: Path) -> None:
+    run(QWEN, VLLM_CACHE_ROOT=str(tmp_path / "cache"), TORCHINDUCTOR_COMPILE_THREADS="1")
