@@ -6,7 +6,7 @@ result of any number of folds, and nothing is rounded on the way.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +17,13 @@ from torch.nn import functional as F
 from foldserve.reducers.ops import Op
 
 Order = Literal["position", "unmerged_first", "best_unmerged_first"]
+
+AT_ONCE = 2**24
+"""Scores, or values in fp32, that a step makes at once, 64 MiB: what is larger is made part by part, with the same
+bits. Images of up to 8,192 tokens have no more scores."""
+
+_COLUMNS = 256
+"""Of which parts have multiples."""
 
 
 class Reduced(NamedTuple):
@@ -80,15 +87,39 @@ def match(metric: Tensor, *, class_token: bool = False, penalty: Tensor | None =
         score: (B, even), at least fp32: cosine to the partner, less the penalty; -inf for the class token.
         partner: (B, even) int64, index among the odd tokens, of equals the first.
     """
-    metric = _aligned(F.normalize(at_least_fp32(metric), dim=-1))
-    with true_fp32():
-        cosine = metric[:, 0::2] @ metric[:, 1::2].mT  # (B, even, odd)
-    score, partner = cosine.max(dim=-1)
+    odd = metric.shape[1] // 2
+    images = max(1, AT_ONCE // max(1, odd * (metric.shape[1] - odd)))
+    score, partner = _joined([_most_alike(some) for some in torch.split(metric, images)], dim=0)
     if penalty is not None:
         score = score - penalty[:, 0::2]
     if class_token:
         score[:, 0] = -torch.inf
     return score, partner
+
+
+def _most_alike(metric: Tensor) -> tuple[Tensor, Tensor]:
+    """(images, n, d) -> (images, even) cosine of each even token to the odd one that it is most like, and which."""
+    unit = _aligned(_normalized(metric))
+    even, odd = unit[:, 0::2], unit[:, 1::2].mT
+    parts = -(-even.shape[1] * odd.shape[-1] // AT_ONCE) or 1  # of one size, nearly: few rows are rounded otherwise
+    with true_fp32():
+        return _joined([(some @ odd).max(dim=-1) for some in even.chunk(parts, dim=1)], dim=1)
+
+
+def _joined(parts: Sequence[Sequence[Tensor]], dim: int) -> tuple[Tensor, Tensor]:
+    """Scores and partners of all parts."""
+    if len(parts) == 1:
+        score, partner = parts[0]
+        return score, partner
+    score, partner = (torch.cat(each, dim=dim) for each in zip(*parts, strict=True))
+    return score, partner
+
+
+def _normalized(metric: Tensor) -> Tensor:
+    """`F.normalize` in at least fp32, with one copy instead of two where the dtype is another."""
+    x = at_least_fp32(metric)
+    norm = x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    return x / norm if x is metric else x.div_(norm)
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -130,22 +161,50 @@ def place(score: Tensor, partner: Tensor, n: int, k: int, order: Order) -> Fold:
     return Fold(slot, group_sizes(slot, n_out), survivor)
 
 
-def merge(x: Tensor, steps: Sequence[Fold], sizes: Tensor | None = None) -> Reduced:
+def merge(
+    x: Tensor,
+    steps: Sequence[Fold],
+    sizes: Tensor | None = None,
+    *,
+    scale: Callable[[Tensor], Tensor] | None = None,
+) -> Reduced:
     """Apply folds, the first one first: each group becomes the mean of its original tokens.
 
-    That is the size-weighted mean of every fold, without its rounding. Tokens come back in at least fp32.
+    That is the size-weighted mean of every fold, without its rounding.
 
     Args:
-        x: (B, n, d).
+        x: (B, n, d), any float dtype.
         steps: folds of n, n - k_1, n - k_1 - k_2, ... tokens.
         sizes: (B, n) int64, original tokens that each token of x is the mean of already; None: one.
+        scale: of (B, n_out) sizes, what the means are multiplied by; None: 1.
     """
     group, _, source = steps[0] if steps else _identity(x)
     for step in steps[1:]:
         group = step.slot.gather(1, group)
         source = source.gather(1, step.survivor)
-    tokens, total = group_mean(x, group, source.shape[1], sizes)
-    return Reduced(tokens, total, source, group)
+    total = source
+
+    def mean(some: Tensor) -> Tensor:
+        nonlocal total
+        tokens, total = group_mean(some, group, source.shape[1], sizes)
+        return tokens if scale is None else tokens * scale(total).unsqueeze(-1)
+
+    return Reduced(by_columns(x, source.shape[1], mean), total, source, group)
+
+
+def by_columns(x: Tensor, n_out: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+    """(B, n, d) -> (B, n_out, d) in the dtype of x: `reduce`, which treats columns alike, of some at a time.
+
+    Images are copied to fp32 on the way, and have 16,384 tokens of up to 20,480 columns: 1.3 GB.
+    """
+    batch, n, width = x.shape
+    columns = max(_COLUMNS, AT_ONCE // max(1, batch * n) // _COLUMNS * _COLUMNS)
+    if columns >= width:
+        return reduce(x).to(x.dtype)
+    out = x.new_empty(batch, n_out, width)
+    for some, place in zip(torch.split(x, columns, dim=-1), torch.split(out, columns, dim=-1), strict=True):
+        place.copy_(reduce(some))
+    return out
 
 
 def _identity(x: Tensor) -> Fold:
@@ -177,7 +236,7 @@ def group_mean(x: Tensor, group: Tensor, groups: int, sizes: Tensor | None = Non
     values, total = at_least_fp32(x), members
     if sizes is not None:
         values, total = values * sizes.unsqueeze(-1), group_sizes(group, groups, sizes)
-    return group_sum(values, group, members) / total.unsqueeze(-1), total
+    return group_sum(values, group, members).div_(total.unsqueeze(-1)), total
 
 
 @Op

@@ -52,11 +52,12 @@ def folder(
         if steps:
             metric = group_sum(metric, steps[-1].slot, steps[-1].sizes)  # the cosine of a sum is that of the mean
         steps.append(fold(metric, k, order="position", class_token=class_token))
-    reduced = merge(x, steps)
-    tokens = reduced.tokens
-    if scale == "official" and (len(folds) > 1 or sum(folds) < tokens.shape[1] // 2):
-        tokens = tokens * (1 + reduced.sizes.log()).unsqueeze(-1)
-    return reduced._replace(tokens=tokens.to(x.dtype))
+    is_scaled = scale == "official" and (len(folds) > 1 or sum(folds) < (x.shape[1] - sum(folds)) // 2)
+    return merge(x, steps, scale=_official if is_scaled else None)
+
+
+def _official(sizes: Tensor) -> Tensor:
+    return 1 + sizes.log()
 
 
 def folder_cls(
@@ -92,8 +93,7 @@ def folder_cls(
             carried[..., -1] /= steps[-1].sizes  # attention goes on as the mean of a fold's group, not weighted by size
         penalty = attention_weight * carried[..., -1]
         steps.append(fold(carried[..., :-1], k, order="unmerged_first", class_token=True, penalty=penalty))
-    reduced = merge(x, steps)
-    return reduced._replace(tokens=reduced.tokens.to(x.dtype))
+    return merge(x, steps)
 
 
 _PAPER = "FOLDER: Accelerating Multi-modal Large Language Models with Enhanced Performance"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from foldserve.reducers.fold import Reduced, at_least_fp32, group_sizes, group_sum
+from foldserve.reducers.fold import Reduced, at_least_fp32, by_columns, group_sizes, group_sum
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import InTower, ScoringDecoder, Step
 from foldserve.reducers.ops import Op
@@ -44,8 +44,8 @@ def illava(x: Tensor, score: Tensor, r: int) -> Reduced:
     if not 0 <= r < n:
         raise ValueError(f"{r} of {n} tokens cannot be merged into another: 0 to {n - 1} can")
     source, group, sizes, weight = lowest_into_one(score, r)
-    tokens = group_sum(x, group, sizes, weight)
-    return Reduced(tokens.to(x.dtype), sizes, source, group)
+    tokens = by_columns(x, n - r, lambda some: group_sum(some, group, sizes, weight))
+    return Reduced(tokens, sizes, source, group)
 
 
 class IntoOne(NamedTuple):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foldserve.reducers.fold import Reduced, at_least_fp32
+from foldserve.reducers.fold import Reduced, at_least_fp32, by_columns
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import AfterTower
 from foldserve.reducers.options import Choice
@@ -46,23 +46,25 @@ def pool(x: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Reduced:
         return _pool_with_a_rest(x, grid, window)
     batch, n = x.shape[:2]
     members = windows(torch.arange(n, device=x.device).expand(batch, n), grid, window)  # (B, windows, k)
-    tokens = windows(at_least_fp32(x), grid, window).mean(dim=2).to(x.dtype)
+    tokens = by_columns(x, members.shape[1], lambda some: windows(at_least_fp32(some), grid, window).mean(dim=2))
     group = members.flatten(1).argsort(dim=1) // members.shape[2]
     return Reduced(tokens, torch.full_like(members[..., 0], members.shape[2]), members[..., 0], group)
 
 
 def _pool_with_a_rest(x: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Reduced:
     (rows, columns), (height, width) = grid, window
-    image = at_least_fp32(x).mT.reshape(len(x), -1, *grid)  # (B, d, rows, columns)
-    means = F.avg_pool2d(image, window, ceil_mode=True)  # divides by the tokens that there are
+
+    def means(some: Tensor) -> Tensor:
+        image = at_least_fp32(some).mT.reshape(len(some), -1, *grid)  # (B, d, rows, columns)
+        return F.avg_pool2d(image, window, ceil_mode=True).flatten(2).mT  # divides by the tokens that there are
+
     row, column = torch.arange(rows, device=x.device), torch.arange(columns, device=x.device)
     first_row, first_column = row[::height].unsqueeze(1), column[::width]
     source = first_row * columns + first_column
     sizes = (rows - first_row).clamp(max=height) * (columns - first_column).clamp(max=width)
     group = (row // height).unsqueeze(1) * len(first_column) + column // width
-    return Reduced(
-        means.flatten(2).mT.to(x.dtype), *(each.flatten().expand(len(x), -1) for each in (sizes, source, group))
-    )
+    tokens = by_columns(x, source.numel(), means)
+    return Reduced(tokens, *(each.flatten().expand(len(x), -1) for each in (sizes, source, group)))
 
 
 class Pool(AfterTower):

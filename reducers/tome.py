@@ -38,8 +38,7 @@ def tome(
     """
     order: Order = "unmerged_first" if class_token else "best_unmerged_first"
     step = fold(keys, r, order=order, class_token=class_token, penalty=penalty)
-    reduced = merge(x, [step], sizes)
-    return reduced._replace(tokens=reduced.tokens.to(x.dtype))
+    return merge(x, [step], sizes)
 
 
 def turbo(x: Tensor, keys: Tensor, cls_attention: Tensor, sizes: Tensor, r: int, *, alpha: float = 10.0) -> Reduced:

@@ -69,7 +69,9 @@ def reduce_features(images: Sequence[Survivors], plans: Sequence[Plan], width: i
         method = plan.reducer
         group = [images[i] for i in members]
         if isinstance(method, AfterTower):
-            reduced = method.reduce(torch.stack([image.features for image in group]), plan, width)
+            features = [image.features for image in group]
+            batch = torch.stack(features) if len(group) > 1 else features[0][None]  # a large one is not copied
+            reduced = method.reduce(batch, plan, width)
             return _survivors(reduced.tokens, reduced.source)
         return group
 
