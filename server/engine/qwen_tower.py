@@ -35,7 +35,7 @@ def encode_reducing(visual: Any, pixels: Tensor, grid: Sequence[int], plan: Plan
     Returns:
         What is left of each image in raster order; deepstack levels are the last columns of the features.
     """
-    walk = _Walk(visual, pixels, grid, plan)
+    walk = Walk(visual, pixels, grid, plan)
     for index, layer in enumerate(visual.blocks):
         walk.through(layer, index)
     return walk.finish()
@@ -65,7 +65,7 @@ class _Windows(NamedTuple):
         return cls(window, number, side**2)
 
 
-class _Walk:
+class Walk:
     """Images with one grid and one plan on their way through the layers.
 
     Tokens are (B, n, patches * C), which the layers see as (B * n * patches, 1, C). `_source` (B, n) counts an image's
@@ -118,6 +118,16 @@ class _Walk:
         if index in self._taps:
             tap = self._visual.deepstack_merger_list[self._taps.index(index)]
             self._levels.append(tap(self._flat()).view(*self._source.shape, -1))
+
+    @property
+    def tokens(self) -> Tensor:
+        """(B, n, patches * C), in the order of the windows where there are any."""
+        return self._tokens
+
+    @property
+    def sizes(self) -> Tensor:
+        """(B, n) int64, tokens in each, in raster order as `finish` gives them."""
+        return self._sizes.gather(1, self._raster[self._source].argsort(dim=1))
 
     def finish(self) -> list[Survivors]:
         hidden = self._flat()

@@ -41,7 +41,7 @@ def encode(visual: Any, pixels: Tensor, grid: tuple[int, int], removed: int, ask
         if full:  # tokens lie window by window
             tokens.sort(key=lambda token: (_window(token, side), token.at))
         mask = torch.zeros(len(tokens), len(tokens))
-        if not is_illava and is_reduced:
+        if asked.get("proportional", not is_illava) and is_reduced:
             mask += torch.tensor([log(token.size) for token in tokens])
         if full and index not in full:
             windows = [_window(token, side) for token in tokens]

@@ -408,7 +408,7 @@ def test_the_reference_tells_deepstack_levels_of_other_tokens(
     assert_different(llm, expect)
 
 
-class StaleTables(qwen_tower._Walk):
+class StaleTables(qwen_tower.Walk):
     """Rotary tables of the tokens that were in the places of those that are left."""
 
     def _lay_out(self) -> None:
@@ -419,7 +419,7 @@ class StaleTables(qwen_tower._Walk):
         self._tables = tables
 
 
-class StaleWindows(qwen_tower._Walk):
+class StaleWindows(qwen_tower.Walk):
     """Windows as long as they were, up to the end."""
 
     _before: torch.Tensor
@@ -432,7 +432,7 @@ class StaleWindows(qwen_tower._Walk):
             self._before, self._cut = every, (every.clamp(max=int(ends[-1])), most)
 
 
-class LevelsLeftBehind(qwen_tower._Walk):
+class LevelsLeftBehind(qwen_tower.Walk):
     """Deepstack levels of the tokens that stay, without those that go."""
 
     def _reduce(self, attention: Any, steps: tuple[int, ...]) -> None:
@@ -442,7 +442,7 @@ class LevelsLeftBehind(qwen_tower._Walk):
         self._levels = [torch.stack([own[place] for own, place in zip(level, places, strict=True)]) for level in levels]
 
 
-WRONG_WALKS: dict[str, list[type[qwen_tower._Walk]]] = {
+WRONG_WALKS: dict[str, list[type[qwen_tower.Walk]]] = {
     "qwen2_vl": [StaleTables],
     "qwen2_5_vl": [StaleTables, StaleWindows],
     "qwen3_vl": [StaleTables, LevelsLeftBehind],
@@ -457,7 +457,7 @@ def test_the_reference_tells_a_wrong_walk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     for wrong in WRONG_WALKS[checkpoint.name]:
-        monkeypatch.setattr(qwen_tower, "_Walk", wrong)
+        monkeypatch.setattr(qwen_tower, "Walk", wrong)
         forget(llm)
         assert_different(llm, expect, in_the_tower[0])
 

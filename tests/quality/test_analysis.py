@@ -75,7 +75,7 @@ class FakeModel:
 @pytest.fixture
 def analysis() -> Analysis:
     image = Image.new("RGB", (8, 8))
-    return analyze("model", FakeModel(), [Question(image, "near"), Question(image, "far")], 4, 0.5)
+    return analyze("model", FakeModel(), [Question(image, "near"), Question(image, "far")], [4, 4], 0.5)
 
 
 def test_means_over_the_images(analysis: Analysis) -> None:

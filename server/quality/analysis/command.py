@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from foldserve.reducers.item import plan_item
-from foldserve.reducers.plan import Reduction
 from foldserve.server.quality.analysis.drawing import draw
 from foldserve.server.quality.analysis.options import AnalysisOptions
 from foldserve.server.quality.analysis.report import analyze, summary
@@ -25,9 +23,7 @@ def run(options: AnalysisOptions, engine_options: Sequence[str]) -> None:
     from foldserve.server.quality.engine.study import Study  # vLLM, which takes seconds
 
     model = Study(options.model, engine_options, command="analyze")
-    if model.family.sizes_matter:
-        raise ValueError(f"{options.model}: the studies are made for models whose images are one grid of one size")
-    tokens = plan_item(Reduction(ratio=options.ratio), model.family.largest).encoded  # refuses a ratio too high
+    tokens = [model.tokens(sample.open(), options.ratio) for sample in samples]  # refuses a ratio too high
     model.start()
     analysis = analyze(options.model, model, samples, tokens, options.ratio)
     options.output.mkdir(parents=True, exist_ok=True)

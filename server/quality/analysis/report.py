@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean as mean
 from typing import Protocol
 
 import torch
@@ -46,7 +47,7 @@ class Analysis(BaseModel):
     Attributes:
         model: as it was named.
         samples: images and questions.
-        tokens: vision tokens of an image.
+        tokens: vision tokens of an image, mean over the images.
         ratios: that `energy` is given for.
         energy: by tower block, share of energy that n - int(n ratio) tokens can hold at best.
         rank_99: by tower block, tokens that 99 % of the energy need at least.
@@ -60,7 +61,7 @@ class Analysis(BaseModel):
 
     model: str
     samples: int
-    tokens: int
+    tokens: float
     ratios: list[float]
     energy: list[list[float]]
     rank_99: list[float]
@@ -70,30 +71,30 @@ class Analysis(BaseModel):
     attention_text: list[list[float]]
 
 
-def analyze(name: str, model: Studied, samples: Sequence[Question], tokens: int, ratio: float) -> Analysis:
+def analyze(name: str, model: Studied, samples: Sequence[Question], tokens: Sequence[int], ratio: float) -> Analysis:
     """Runs the three studies, with a progress bar over the samples.
 
     Args:
-        tokens: n, vision tokens of an image.
+        tokens: n, vision tokens of each image.
         ratio: share of them that is merged for the distances.
 
     Raises:
         ValueError: an unreadable image.
     """
     energies, ranks, distances, attentions = [], [], [], []
-    for sample in tqdm(samples, desc="foldserve analyze", unit="image"):
+    for sample, n in tqdm([*zip(samples, tokens, strict=True)], desc="foldserve analyze", unit="image"):
         image = sample.open()
         energy = model.energy(image)
-        energies.append(kept_energy(energy, tokens))
+        energies.append(kept_energy(energy, n))
         ranks.append(rank_for(energy, 0.99).double())
-        full, merged = model.merged(image, int(tokens * ratio))
+        full, merged = model.merged(image, int(n * ratio))
         distances.append([earth_movers_distance(full.tokens, output.tokens, output.sizes) for output in merged])
         attentions.append(model.attention(image, sample.text))
     attention = by_part(torch.stack(attentions).mean(0))
     return Analysis(
         model=name,
         samples=len(samples),
-        tokens=tokens,
+        tokens=mean(tokens),
         ratios=list(RATIOS),
         energy=torch.stack(energies).mean(0).tolist(),
         rank_99=torch.stack(ranks).mean(0).tolist(),
@@ -115,7 +116,7 @@ def summary(analysis: Analysis) -> str:
     attention = [f"  layer {i:2d}   {share:.4f}" for i, share in enumerate(vision)]
     return "\n".join(
         [
-            f"Tower, {analysis.tokens} tokens, means over {analysis.samples} images; distance at ratio "
+            f"Tower, {analysis.tokens:g} tokens, means over {analysis.samples} images; distance at ratio "
             f"{analysis.merge_ratio:g}:",
             *rows,
             f"Merging changes the tower's output least in block {block}.",

@@ -135,8 +135,8 @@ def _probe(model: Any, prompt: Prompt, candidates: range, answer: Sequence[int])
         return logits
 
     with dense(decoder.attention_ops):
-        layers = decoder.whole_layers(_take_deepstack(model, len(embeds)))
-        places = _positions(model, whole).to(embeds.device)
+        layers = decoder.whole_layers(take_deepstack(model, len(embeds)))
+        places = rotary_positions(model, whole).to(embeds.device)
         full, withdrawn = last_logits(layers, head, embeds, kept, candidates, 1 + len(answer), places)
     return full.float().cpu(), withdrawn.float().cpu()
 
@@ -155,7 +155,7 @@ def embed(model: Any, prompt: Prompt) -> Tensor:
     return embeds
 
 
-def _take_deepstack(model: Any, rows: int) -> list[Tensor]:
+def take_deepstack(model: Any, rows: int) -> list[Tensor]:
     """(rows, hidden) of each level that `embed` has left in the model."""
     if not getattr(model, "use_deepstack", False):
         return []
@@ -164,7 +164,7 @@ def _take_deepstack(model: Any, rows: int) -> list[Tensor]:
     return levels
 
 
-def _positions(model: Any, prompt: Prompt) -> Tensor:
+def rotary_positions(model: Any, prompt: Prompt) -> Tensor:
     """(n,), or (3, n) with M-RoPE."""
     if not supports_mrope(model):
         return torch.arange(len(prompt.token_ids))

@@ -13,13 +13,34 @@ from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_world_size, tensor_model_parallel_all_reduce
 from vllm.multimodal.utils import group_and_batch_mm_kwargs
 
+from foldserve.reducers.attention import LayerAttention
+from foldserve.reducers.fold import Reduced
 from foldserve.reducers.folder import folder
+from foldserve.reducers.geometry import VisionGeometry
+from foldserve.reducers.item import plan_item
+from foldserve.reducers.method import InTower, Step
+from foldserve.reducers.plan import Plan, Reduction
 from foldserve.reducers.schedule import fold_schedule
+from foldserve.server.engine.families.qwen_vl import QwenVLFamily
+from foldserve.server.engine.qwen_tower import Walk
 from foldserve.server.engine.tower import Tower, attend, run_layer, run_mlp
-from foldserve.server.quality.engine.kl_probe import DenseAttention, KLProbe, Prompt, chat_prompt, dense, embed
+from foldserve.server.quality.engine.kl_probe import (
+    DenseAttention,
+    KLProbe,
+    Prompt,
+    chat_prompt,
+    dense,
+    embed,
+    rotary_positions,
+    take_deepstack,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+MOST_TOKENS = 2500
+"""Of an image. The earth mover's distance of so many tokens takes seconds, for each block of the tower."""
 
 
 class Merged(NamedTuple):
@@ -31,6 +52,25 @@ class Merged(NamedTuple):
 
 class Study(KLProbe):
     """A model in this process, on vLLM."""
+
+    def tokens(self, image: Image, ratio: float) -> int:
+        """Vision tokens of an image.
+
+        Raises:
+            ValueError: the studies can't follow them, or this share of them can't go.
+        """
+        (layout,) = self.layouts([image])
+        if len(layout.parts) > 1 or layout.parts[0].count > 1:
+            raise ValueError(
+                f"{self.model}: its images are several grids, which are reduced one by one; the studies follow the "
+                "tokens of one"
+            )
+        if layout.tokens > MOST_TOKENS:
+            raise ValueError(
+                f"{self.model}: an image of {image.width} x {image.height} pixels has {layout.tokens} vision tokens, "
+                f"and the exact distance takes hours above {MOST_TOKENS}: give smaller images"
+            )
+        return plan_item(Reduction(ratio=ratio), layout).encoded
 
     def energy(self, image: Image) -> Tensor:
         """(blocks, rank) squared singular values, descending, of the patch tokens after each tower block; fp32."""
@@ -55,10 +95,14 @@ class Study(KLProbe):
         return self._llm.apply_model(look)[0]  # every worker takes part, and all get the same
 
 
-def _pixels(model: Any, prompt: Prompt) -> Tensor:
+def _inputs(model: Any, prompt: Prompt) -> dict[str, Any]:
     device = next(model.parameters()).device
     ((_, _, kwargs),) = group_and_batch_mm_kwargs([("image", item) for item in prompt.images], device=device)
-    pixels: Tensor = model.normalized(kwargs["pixel_values"])
+    return dict(kwargs)
+
+
+def _pixels(model: Any, prompt: Prompt) -> Tensor:
+    pixels: Tensor = model.normalized(_inputs(model, prompt)["pixel_values"])
     return pixels.to(next(model.vision_tower.parameters()).dtype)
 
 
@@ -70,6 +114,8 @@ def _walk(model: Any) -> tuple[Tower, int]:
 
 @torch.inference_mode()
 def _energy(model: Any, prompt: Prompt) -> Tensor:
+    if isinstance(model.family, QwenVLFamily):
+        return _energy_of_units(model, prompt)
     tower, first = _walk(model)
     hidden = tower.embed(_pixels(model, prompt))
     energies = []
@@ -82,6 +128,9 @@ def _energy(model: Any, prompt: Prompt) -> Tensor:
 @torch.inference_mode()
 def _merged(model: Any, prompt: Prompt, removed: int) -> list[Merged]:
     """Of the tower as it is, then of each block."""
+    if isinstance(model.family, QwenVLFamily):
+        layers = range(len(model.visual.blocks))
+        return [_units_merged_in(model, prompt, block, removed) for block in (None, *layers)]
     tower, first = _walk(model)
     hidden = tower.embed(_pixels(model, prompt))
     outputs = []
@@ -101,6 +150,64 @@ def _merged_in(tower: Tower, index: int, hidden: Tensor, removed: int, first: in
     for layer in list(tower.layers)[index + 1 :]:
         hidden = run_layer(layer, hidden)
     return Merged(tower.finish(hidden)[0].float().cpu(), merged.sizes[0, first:].float().cpu())
+
+
+class _ByKeys(InTower):
+    """FOLDER's merge by attention keys, for the studies alone."""
+
+    name = "by keys"
+    summary = "FOLDER's merge by attention keys."
+    paper = "FOLDER: Accelerating Multi-modal Large Language Models with Enhanced Performance"
+
+    def schedule(self, geometry: VisionGeometry, removed: int) -> tuple[Step, ...]:
+        raise NotImplementedError  # no request names it
+
+    def reduce(
+        self, x: Tensor, sizes: Tensor, attention: LayerAttention, removed: tuple[int, ...], plan: Plan
+    ) -> Reduced:
+        return folder(x, fold_schedule(x.shape[1], sum(removed)), metric=attention.keys())
+
+
+class _InBlock(NamedTuple):
+    """What `Walk` asks of a plan: `removed` of `encoded` tokens go in one block of the tower, or none."""
+
+    encoded: int
+    removed: int
+    block: int | None
+
+    @property
+    def reducer(self) -> InTower:
+        return _ByKeys()
+
+    def removed_in(self, layer: int) -> tuple[int, ...]:
+        return (self.removed,) if layer == self.block else ()
+
+
+def _units(model: Any, prompt: Prompt, block: int | None = None, removed: int = 0) -> Walk:
+    """A walk through Qwen's tower, before its first block: what the merger makes one token of is one."""
+    inputs = _inputs(model, prompt)
+    (grid,) = inputs["image_grid_thw"].tolist()
+    plan: Any = _InBlock(grid[1] * grid[2] // model.visual.spatial_merge_unit, removed, block)
+    return Walk(model.visual, inputs["pixel_values"], grid, plan)
+
+
+def _energy_of_units(model: Any, prompt: Prompt) -> Tensor:
+    walk = _units(model, prompt)
+    energies = []
+    for index, layer in enumerate(model.visual.blocks):
+        walk.through(layer, index)
+        energies.append(torch.linalg.svdvals(walk.tokens[0].float()).square().cpu())
+    return torch.stack(energies)
+
+
+def _units_merged_in(model: Any, prompt: Prompt, block: int | None, removed: int) -> Merged:
+    """Deepstack levels left out: tokens are compared by what the tower gives at its end."""
+    walk = _units(model, prompt, block, removed)
+    for index, layer in enumerate(model.visual.blocks):
+        walk.through(layer, index)
+    (left,) = walk.finish()
+    width = model.family.deciding_columns(model)
+    return Merged(left.features[:, :width].float().cpu(), walk.sizes[0].float().cpu())
 
 
 class _SeenAttention(DenseAttention):
@@ -132,9 +239,9 @@ def _attention(model: Any, prompt: Prompt) -> Tensor:
     for op in ops:
         op.image = image
     embeds = embed(model, prompt)
-    positions = torch.arange(len(embeds), device=embeds.device)
+    places = rotary_positions(model, prompt).to(embeds.device)
     with dense(ops, _SeenAttention):
         hidden, residual = embeds, None
-        for layer in decoder.whole_layers():
-            hidden, residual = layer(positions, hidden, residual)
+        for layer in decoder.whole_layers(take_deepstack(model, len(embeds))):
+            hidden, residual = layer(places, hidden, residual)
     return torch.stack([op.seen for op in ops]).cpu() / get_tensor_model_parallel_world_size()

@@ -246,7 +246,15 @@ def control_positions(name: str, asked: str) -> str:
 
 def plan_all(reduction: Reduction, layouts: Sequence[Layout]) -> tuple[ItemPlan, ...]:
     """What becomes of each image; raises InvalidReduction if one of them can't be reduced so."""
-    return tuple(plan_item(reduction, layout) for layout in layouts)
+    plans: list[ItemPlan] = []
+    for number, layout in enumerate(layouts, start=1):
+        try:
+            plans.append(plan_item(reduction, layout))
+        except InvalidReduction as error:
+            if len(set(layouts)) == 1:  # as of any other image
+                raise
+            raise InvalidReduction(f"image {number} of {len(layouts)}: {error}", error.param) from error
+    return tuple(plans)
 
 
 def _control(name: str, count: int, positions: str, layouts: Sequence[Layout], layers: int) -> Variant:
