@@ -102,6 +102,9 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         self, mm_items: MultiModalDataItems, planned: Mapping[Modality, Sequence[ItemPlan]], hf_kwargs: _Kwargs
     ) -> BatchFeature:
         """What vLLM makes of the items, which are to be reduced by these plans."""
+        return self._apply_stock(mm_items, hf_kwargs)
+
+    def _apply_stock(self, mm_items: MultiModalDataItems, hf_kwargs: _Kwargs) -> BatchFeature:
         return super()._apply_hf_processor_main(mm_items, hf_kwargs)
 
     def _call_hf_processor(self, hf_data: _Kwargs, hf_kwargs: _Kwargs) -> BatchFeature:

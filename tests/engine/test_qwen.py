@@ -23,6 +23,7 @@ from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import qwen_tower, withdrawal
 from foldserve.server.engine.families.registry import ENTRIES, family_of
 from foldserve.server.engine.mrope import GridPositions
+from foldserve.server.engine.processor import FoldProcessor
 from tests import qwen_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
 from tests.engine.cuda.processes import run
@@ -259,6 +260,24 @@ def test_an_image_has_as_many_tokens_as_hugging_face_says(info: Any) -> None:
         patches = process.get_number_of_image_patches(size.height, size.width, kwargs)
         assert layout.tokens == patches // 4, (size, kwargs)
         assert family.read_plan(plan_item(Reduction(), layout).to_ints()) == plan_item(Reduction(), layout)
+
+
+def test_images_alone_are_processed_by_the_image_part_alone(checkpoint: Path) -> None:
+    """With the same result; an operator's options go to all parts."""
+
+    def made(options: dict[str, Any] | None) -> tuple[Any, Any]:
+        """Ours, and vLLM's way."""
+        args = EngineArgs(model=str(checkpoint), mm_processor_kwargs=options)
+        processor = MULTIMODAL_REGISTRY.create_processor(args.create_model_config())
+        items = processor.info.parse_mm_data({"image": [photo(i, *size) for i, size in enumerate(SIZES)]})
+        return processor._apply_stock(items, {}), FoldProcessor._apply_stock(processor, items, {})
+
+    for options in (None, {"size": {"shortest_edge": 4096, "longest_edge": 128 * 128}}):
+        ours, whole = made(options)
+        assert ("input_ids" in whole) == (checkpoint.name == "qwen3_vl")  # of a text that nobody reads
+        assert ("input_ids" in ours) == ("input_ids" in whole and options is not None)
+        assert torch.equal(ours["pixel_values"], whole["pixel_values"])
+        assert torch.equal(ours["image_grid_thw"], whole["image_grid_thw"])
 
 
 def test_the_largest_image(info: Any) -> None:

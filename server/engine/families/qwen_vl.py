@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from itertools import islice
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ class QwenVLFamily(EqualGridsFamily):
     def __init__(self, model_config: ModelConfig) -> None:
         self._model_config = model_config
         self._any_size = _any_size(model_config)
+        self._image_grid = lru_cache(maxsize=4096)(_image_grid)  # a request's image is planned four times
 
     @classmethod
     def of(cls, model_config: ModelConfig) -> QwenVLFamily:
@@ -62,11 +64,11 @@ class QwenVLFamily(EqualGridsFamily):
     @cached_property
     def largest(self) -> Layout:
         info = MULTIMODAL_REGISTRY.get_processing_info(self._model_config)
-        size = info.get_image_size_with_most_features()
-        return self.layout((*_grid(info, info.get_image_processor(), size, {}), 1))
+        return self.layout((*_image_grid(info, info.get_image_size_with_most_features()), 1))
 
     def shape(self, images: Any, index: int, info: Any, kwargs: Mapping[str, object]) -> tuple[int, ...]:
-        return *_grid(info, info.get_image_processor(), images.get_image_size(index), kwargs), 1
+        size = images.get_image_size(index)
+        return *(_image_grid(info, size, kwargs) if kwargs else self._image_grid(info, size)), 1
 
     def video_shape(self, videos: Any, index: int, info: Any, kwargs: Mapping[str, object]) -> tuple[int, ...] | None:
         video = videos.get(index)
@@ -194,6 +196,20 @@ class QwenImages(ShortenedRuns):
             self._check_grids(processed[_GRIDS[modality]], made)
         return processed
 
+    def _apply_stock(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> BatchFeature:
+        """Images without options go to the image part of the HF processor alone: the rest takes as long as that."""
+        images = mm_items.get("image")
+        if hf_kwargs or len(mm_items) > 1 or not images or not self._has_no_options:
+            return super()._apply_stock(mm_items, hf_kwargs)
+        data, passthrough = images.get_processor_data(), images.get_passthrough_data()
+        processed = self.info.ctx.call_hf_processor(self.info.get_image_processor(), data) if data else None
+        return self._finalize_hf_mm_data(data, hf_kwargs, passthrough, processed)
+
+    @cached_property
+    def _has_no_options(self) -> bool:
+        """The operator gave none, which may be for other parts; the two are vLLM's, whose model scales the pixels."""
+        return self.info.ctx.get_merged_mm_kwargs({}).keys() <= {"do_normalize", "do_rescale"}
+
     def _resized(self, image: Any, plan: ItemPlan) -> Image.Image:
         """To the grid of the plan, from what the client sent."""
         vision, grid = self.info.get_hf_config().vision_config, plan.grids[0].grid
@@ -229,6 +245,10 @@ def _each(pixels: Tensor, grids: Tensor) -> Sequence[Tensor]:
     """(patches of all items, values) -> those of each, whose grid is (frames, rows, columns) of patches."""
     images: Sequence[Tensor] = pixels.split_with_sizes(grids.prod(-1).tolist())
     return images
+
+
+def _image_grid(info: Any, size: ImageSize, kwargs: Mapping[str, object] = MappingProxyType({})) -> tuple[int, int]:
+    return _grid(info, info.get_image_processor(), size, kwargs)
 
 
 def _grid(
