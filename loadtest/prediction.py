@@ -127,7 +127,7 @@ def read_shape(checkpoint: Path | str, withdraw_layer: int | None) -> ModelShape
     try:
         config = AutoConfig.from_pretrained(checkpoint)
         text, vision = config.get_text_config(), config.vision_config
-        if "linear_attention" in (getattr(text, "layer_types", None) or ()):
+        if "linear_attention" in (getattr(text, "layer_types", None) or ()) or hasattr(config, "dino_config"):
             return None
         heads = text.num_attention_heads
         head = getattr(text, "head_dim", None) or text.hidden_size // heads

@@ -154,6 +154,8 @@ def test_a_shape_is_read_from_a_checkpoint(tiny_llava: Path, tmp_path: Path) -> 
     }
     (tmp_path / "config.json").write_text(json.dumps(defaults_left_out))
     assert read_shape(tmp_path, 16) == SEVEN_B
+    (tmp_path / "config.json").write_text(json.dumps(defaults_left_out | {"dino_config": {}}))  # a second tower
+    assert read_shape(tmp_path, 16) is None
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     assert read_shape(tmp_path, None) is None
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_5"}')  # most of its layers cost something else

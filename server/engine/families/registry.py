@@ -54,6 +54,7 @@ ENTRIES: Mapping[str, Entry] = MappingProxyType(
         "LlavaStfForConditionalGeneration": Entry(
             "llava_stf.StfFamily", "llava_stf.FoldLlavaStfForConditionalGeneration"
         ),
+        "MmvpForConditionalGeneration": Entry("mmvp.MmvpFamily", "mmvp.FoldMmvpForConditionalGeneration"),
         "Qwen2VLForConditionalGeneration": Entry(
             "qwen_vl.QwenVLFamily", "qwen2_vl.FoldQwen2VLForConditionalGeneration"
         ),
