@@ -22,7 +22,7 @@ Serve vision-language models with fewer vision tokens: every request chooses how
   foldserve evaluate MODEL                      accuracy against vision tokens, for every method
   foldserve analyze MODEL                       where the model can do with fewer vision tokens
   foldserve loadtest MODEL                      throughput against vision tokens, beside plain vLLM
-  foldserve convert stf SRC DST                 a LLaVA-STF checkpoint into the layout that is served
+  foldserve convert stf|mmvp SRC ...            a LLaVA-STF or MMVP checkpoint into the layout that is served
   foldserve hash-key NAME                       an API key, for serve --api-keys
   foldserve demo-model DIR                      copy the demo model into a directory
 """

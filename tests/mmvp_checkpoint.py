@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tests import stf_checkpoint
+
 LAYERS, HEADS, MLP_RATIO = 3, 4, 4
 
 
@@ -33,6 +35,35 @@ def write(path: Path, clip: Path) -> Path:
     weights |= {f"dino_tower.{name}": weight for name, weight in dino_weights(patches, vision["hidden_size"]).items()}
     save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
     return path
+
+
+def write_authors(folder: Path) -> dict[str, Tensor]:
+    """As the authors' code saves it, of 12 x 12 patches; `write_dino` is the DINOv2. Returns the weights."""
+    stf_checkpoint.write(folder, mm_vision_tower="somewhere")
+    weights = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    weights = {name: weight for name, weight in weights.items() if "mm_projector" not in name}
+    generator = torch.Generator().manual_seed(3)
+    hidden, width = stf_checkpoint.HIDDEN, stf_checkpoint.CHANNELS
+    for name in ("mm_projector", "dino_mm_projector"):
+        for layer, columns in ((0, width), (2, hidden)):
+            weights |= {
+                f"model.{name}.{layer}.weight": torch.randn(hidden, columns, generator=generator),
+                f"model.{name}.{layer}.bias": torch.randn(hidden, generator=generator),
+            }
+    weights["model.dino_tower.vision_tower.cls_token"] = dino_weights(256, width)["embeddings.cls_token"]
+    weights["model.dino_tower.clip_vision_tower.vision_model.post_layernorm.bias"] = torch.zeros(width)
+    torch.save(weights, folder / "pytorch_model.bin")
+    return weights
+
+
+def write_dino(folder: Path, **config: object) -> dict[str, Tensor]:
+    """As `facebook/dinov2-large` is published, of 16 x 16 patches; `config` changes fields. Returns the weights."""
+    folder.mkdir(parents=True)
+    fields = dino_config(224) | {"hidden_size": stf_checkpoint.CHANNELS} | config
+    (folder / "config.json").write_text(json.dumps(fields))
+    weights = dino_weights(256, stf_checkpoint.CHANNELS)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    return weights
 
 
 def dino_config(image_size: int) -> dict[str, object]:

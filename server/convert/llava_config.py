@@ -95,5 +95,5 @@ def vision_config(source: Mapping[str, Any], folder: Path | None) -> CLIPVisionC
         )
     kind = read_json(folder / "config.json").get("model_type")
     if kind not in ("clip", "clip_vision_model"):
-        raise ConversionError(f"--vision-tower {folder} has model_type {kind!r}: LLaVA-STF has a CLIP tower")
+        raise ConversionError(f"--vision-tower {folder} has model_type {kind!r}: a CLIP tower is needed")
     return CLIPVisionConfig.from_pretrained(folder, local_files_only=True)

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import re
 
-_OURS = (
+_STF = (
     (re.compile(r"model\.mm_projector_crosslayer\.0\."), "multi_modal_projector.fusion.linear_1."),
     (re.compile(r"model\.mm_projector_crosslayer\.2\."), "multi_modal_projector.fusion.linear_2."),
     (re.compile(r"model\.mm_projector\.0\."), "multi_modal_projector.output.linear_1."),
     (re.compile(r"model\.mm_projector\.2\."), "multi_modal_projector.output.linear_2."),
+)
+_MMVP = (
+    (re.compile(r"model\.mm_projector\.0\."), "multi_modal_projector.clip.linear_1."),
+    (re.compile(r"model\.mm_projector\.2\."), "multi_modal_projector.clip.linear_2."),
+    (re.compile(r"model\.dino_mm_projector\.0\."), "multi_modal_projector.dino.linear_1."),
+    (re.compile(r"model\.dino_mm_projector\.2\."), "multi_modal_projector.dino.linear_2."),
+)
+_LLAVA = (
     (re.compile(r"model\.vision_tower\.vision_tower\."), "vision_tower."),
     (re.compile(r"model\.(?=embed_tokens\.|layers\.|norm\.)"), "language_model.model."),
     (re.compile(r"lm_head\."), "language_model.lm_head."),
@@ -25,14 +33,20 @@ OUTPUT = "multi_modal_projector.output.linear_1.weight"
 TOWER = "vision_tower.vision_model."
 
 
-def llava_name(theirs: str) -> str | None:
-    """Our name of a tensor in LLaVA's layout; None: not needed. Unknown names stay as they are."""
-    if _BUFFERS.fullmatch(theirs):
-        return None
-    for pattern, ours in _OURS:
-        if found := pattern.match(theirs):
-            return ours + theirs[found.end() :]
-    return theirs
+def stf_name(theirs: str) -> str | None:
+    """Our name of a tensor of LLaVA-STF; None: not needed. Unknown names stay as they are."""
+    return _llava_name(theirs, _STF)
+
+
+def mmvp_name(theirs: str) -> str | None:
+    """Our name of a tensor of MMVP's LLaVA; None: not needed, or of its DINOv2. Unknown names stay as they are."""
+    return None if theirs.startswith("model.dino_tower.") else _llava_name(theirs, _MMVP)
+
+
+def dino_name(theirs: str) -> str | None:
+    """Our name of a tensor in a DINOv2 of transformers; None: not needed."""
+    name = theirs.removeprefix("dinov2.")
+    return f"dino_tower.{name}" if name.startswith(("embeddings.", "encoder.")) and "mask_token" not in name else None
 
 
 def clip_name(theirs: str) -> str | None:
@@ -40,3 +54,12 @@ def clip_name(theirs: str) -> str | None:
     if _BUFFERS.fullmatch(f".{theirs}") or _CLIP_TEXT_HALF.fullmatch(theirs):
         return None
     return TOWER + theirs.removeprefix("vision_model.")
+
+
+def _llava_name(theirs: str, projector: tuple[tuple[re.Pattern[str], str], ...]) -> str | None:
+    if _BUFFERS.fullmatch(theirs):
+        return None
+    for pattern, ours in (*projector, *_LLAVA):
+        if found := pattern.match(theirs):
+            return ours + theirs[found.end() :]
+    return theirs

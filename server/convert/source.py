@@ -41,12 +41,11 @@ class Weights:
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor, file by file; of `safetensors`, only one tensor is in memory."""
         for file in self._files:
-            if file.suffix == ".bin":
-                yield from _load_bin(file).items()
-                continue
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118  # no mapping
-                    yield name, tensors.get_tensor(name)
+            yield from _tensors(file)
+
+    def read(self, name: str) -> Tensor:
+        """One of `shapes`."""
+        return next(tensor for file in self._files for found, tensor in _tensors(file, name) if found == name)
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -101,6 +100,17 @@ def _shapes(file: Path) -> dict[str, Shape]:
             return {name: tuple(tensors.get_slice(name).get_shape()) for name in names}
     except SafetensorError as error:
         raise ConversionError(f"{file} is no sound safetensors file: {error}") from error
+
+
+def _tensors(file: Path, only: str | None = None) -> Iterator[tuple[str, Tensor]]:
+    """Of a file, or the one of this name if it is there."""
+    if file.suffix == ".bin":
+        yield from _load_bin(file).items()
+        return
+    with safe_open(file, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118  # no mapping
+            if only in (None, name):
+                yield name, tensors.get_tensor(name)
 
 
 def _load_bin(file: Path) -> dict[str, Tensor]:

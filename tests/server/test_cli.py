@@ -58,7 +58,7 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "demo-model" in text
 
 
-@pytest.mark.parametrize("name", [*commands.ALL, "convert stf"])
+@pytest.mark.parametrize("name", [*commands.ALL, "convert stf", "convert mmvp"])
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) if name not in ("serve", "doctor") else nullcontext():
         cli.main([*name.split(), "--help"])

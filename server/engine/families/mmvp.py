@@ -75,11 +75,11 @@ class DinoTower(Dinov2Model):
 
     def __init__(self, config: Dinov2Config) -> None:
         super().__init__(config)
-        self.layernorm = nn.Identity()
+        del self.layernorm
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(B, 3, H, W) -> (B, patches, C)."""
-        states: Tensor = super().forward(pixel_values).last_hidden_state
+        states: Tensor = self.encoder(self.embeddings(pixel_values)).last_hidden_state
         return states[:, 1:]
 
 
