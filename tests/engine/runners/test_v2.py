@@ -30,6 +30,7 @@ SUITES = {
         "test_gemma3.py::test_all_in_one_batch_and_again_from_the_cache",
         "test_gemma3.py::test_what_is_left_of_an_image_attends_both_ways",
     ],
+    "MMVP": ["test_mmvp.py::test_ratios_and_methods_in_one_batch"],
     "InternVL": ["test_internvl.py::test_all_in_one_batch_and_again_from_the_cache[chat-qwen2]"],
 }
 
