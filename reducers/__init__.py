@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from functools import cache
 from types import MappingProxyType
 
+from foldserve.reducers.base_only import BaseOnly
 from foldserve.reducers.downsample import Downsample
 from foldserve.reducers.fastv import FastV
 from foldserve.reducers.folder import Folder, FolderCls
@@ -36,6 +37,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Pool(),
             Random(),
             Downsample(),
+            BaseOnly(),
             Stf(),
             Withdraw(),
             IllavaDecoder(),

@@ -100,6 +100,9 @@ class Downsample(BeforeTower):
 
     def grid(self, geometry: VisionGeometry, removed: int) -> tuple[int, int]:
         assert geometry.grid is not None  # see check
+        if geometry.any_resolution:
+            side = isqrt(geometry.tokens - removed)
+            return side, side
         return grid_for(geometry.tokens - removed, geometry.grid)
 
     def resize(self, pixels: Tensor, grid: tuple[int, int], patch: int) -> Tensor:

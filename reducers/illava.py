@@ -119,6 +119,7 @@ class Illava(InTower):
         Layers("layers", None, "tower layers in which tokens go, by default [5, 6, 7, 8]; of Qwen2.5-VL [7, 15]"),
     )
     layers: tuple[int, ...] | None
+    lays_out_squares = True
     decoder_half = "illava_decoder"
 
     def settled(self, geometry: VisionGeometry) -> tuple[tuple[int, ...]]:

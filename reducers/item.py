@@ -3,30 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import lru_cache
+from math import isqrt
+from typing import Protocol
 
-from foldserve.reducers import METHODS
-from foldserve.reducers.geometry import VisionGeometry
+from foldserve.reducers import METHODS, Method, configured
+from foldserve.reducers.base_only import BaseOnly
+from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.method import Decoder
 from foldserve.reducers.plan import CODES, Plan, make_plan
 from foldserve.reducers.reduction import MIN_KEPT, InvalidReduction, Reduction
 
-__all__ = ["ItemPlan", "Layout", "Part", "plan_item"]
+__all__ = ["ItemPlan", "Layout", "Part", "Tiling", "check", "plan_item"]
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`count` grids of one geometry, each reduced by itself, and `separators` embeddings beside them, which stay."""
+    """`count` grids of one geometry, each reduced by itself, and `separators` embeddings beside them, which stay.
+
+    Attributes:
+        name: what refusals call it where an image has several parts.
+    """
 
     geometry: VisionGeometry
     count: int = 1
     separators: int = 0
+    name: str = ""
 
     @property
     def tokens(self) -> int:
         return self.geometry.tokens * self.count + self.separators
+
+
+class Tiling(Protocol):
+    """How a model lays images out in tiles that its tower sees one by one: a model family's.
+
+    Attributes:
+        tile: what the tower makes of a tile.
+    """
+
+    @property
+    def tile(self) -> VisionGeometry: ...
+
+    def base(self, shape: tuple[int, ...]) -> Layout | None:
+        """The layout of the base tile alone, with no more parts than the whole; None of what has none, as a video."""
+
+    def of_squares(self, shape: tuple[int, ...], side: int) -> Layout:
+        """The layout where each tile has side x side tokens."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +61,12 @@ class Layout:
     Attributes:
         parts: at least one.
         shape: what of the image's size decides the parts, as its model family sees fit.
+        tiling: of an image that is laid out in tiles; one for every image of a model, or None.
     """
 
     parts: tuple[Part, ...]
     shape: tuple[int, ...] = ()
+    tiling: Tiling | None = field(default=None, repr=False)
 
     @classmethod
     def single(cls, geometry: VisionGeometry) -> Layout:
@@ -63,10 +90,12 @@ class ItemPlan:
 
     Attributes:
         layout: of the image without reduction.
-        grids: for each part, the plan of each of its grids.
+        grids: for each part of what is `laid_out`, the plan of each of its grids.
         decoder: the method that works in the decoder, or "none".
         decoder_removed: tokens that it removes from layer K on, separators among them.
         keeps_positions: tokens that stay keep their positions in the decoder, and text goes on from the full length.
+        base_only: the image is its base tile alone.
+        tile: the plan of each tile before they are laid out, of images in tiles.
     """
 
     layout: Layout
@@ -74,6 +103,13 @@ class ItemPlan:
     decoder: str = "none"
     decoder_removed: int = 0
     keeps_positions: bool = False
+    base_only: bool = False
+    tile: Plan | None = None
+
+    @property
+    def laid_out(self) -> Layout:
+        """Of what the tower gives: the whole image, or its base tile alone, or smaller tiles."""
+        return _laid_out(self.layout, self.base_only, self.tile)
 
     @property
     def encoded(self) -> int:
@@ -83,12 +119,14 @@ class ItemPlan:
     @property
     def removed(self) -> int:
         """How many of them go before the decoder."""
-        return sum(plan.removed * part.count for plan, part in zip(self.grids, self.layout.parts, strict=True))
+        return self.encoded - self.kept
 
     @property
     def kept(self) -> int:
         """Embeddings that the decoder gets."""
-        return self.encoded - self.removed
+        laid_out = self.laid_out
+        gone = sum(plan.removed * part.count for plan, part in zip(self.grids, laid_out.parts, strict=True))
+        return laid_out.tokens - gone
 
     @property
     def kept_deep(self) -> int:
@@ -103,12 +141,18 @@ class ItemPlan:
     @property
     def is_identity(self) -> bool:
         """Nothing is removed before the decoder."""
-        return all(plan.is_identity for plan in self.grids)
+        return not self.base_only and all(plan.is_identity for plan in self._plans)
 
     @property
     def method(self) -> str:
-        """The method that works before the decoder, or "none"."""
-        return next((plan.method for plan in self.grids if not plan.is_identity), "none")
+        """The method that works before the decoder, or "none"; "base_only+..." where another one follows."""
+        methods = [BaseOnly.name] if self.base_only else []
+        methods += list(dict.fromkeys(plan.method for plan in self._plans if not plan.is_identity))
+        return "+".join(methods) or "none"
+
+    @property
+    def _plans(self) -> tuple[Plan, ...]:
+        return self.grids if self.tile is None else (self.tile, *self.grids)
 
     @property
     def is_seeded(self) -> bool:
@@ -121,37 +165,109 @@ class ItemPlan:
 
     def to_ints(self) -> tuple[int, ...]:
         """As many integers for every plan of a model; `from_ints` of the same release reads those behind the shape."""
-        own = (CODES.index(self.decoder), self.decoder_removed, int(self.keeps_positions))
-        return (*self.layout.shape, *own, *(code for plan in self.grids for code in plan.to_ints()))
+        own = (CODES.index(self.decoder), self.decoder_removed, int(self.keeps_positions), int(self.base_only))
+        codes = [code for plan in self._plans for code in plan.to_ints()]
+        missing = len(self.layout.parts) - len(self.grids)  # of a base tile alone
+        return (*self.layout.shape, *own, *codes, *[0] * (missing * len(self.grids[0].to_ints())))
 
     @classmethod
     def from_ints(cls, ints: Sequence[int], layout: Layout) -> ItemPlan:
         """The plan that gave these integers, without the shape, which is the layout's."""
-        decoder, decoder_removed, keeps_positions, *codes = ints
-        width = len(codes) // len(layout.parts)
-        grids = tuple(
-            Plan.from_ints(codes[i * width : (i + 1) * width], part.geometry) for i, part in enumerate(layout.parts)
-        )
-        return cls(layout, grids, CODES[decoder], decoder_removed, bool(keeps_positions))
+        decoder, decoder_removed, keeps_positions, base_only, *codes = ints
+        width = len(codes) // (len(layout.parts) + (layout.tiling is not None))
+        each = [codes[i : i + width] for i in range(0, len(codes), width)]
+        tile = None if layout.tiling is None else Plan.from_ints(each.pop(0), layout.tiling.tile)
+        parts = _laid_out(layout, bool(base_only), tile).parts
+        grids = tuple(Plan.from_ints(own, part.geometry) for own, part in zip(each, parts, strict=False))
+        return cls(layout, grids, CODES[decoder], decoder_removed, bool(keeps_positions), bool(base_only), tile)
+
+
+def _laid_out(layout: Layout, base_only: bool, tile: Plan | None) -> Layout:
+    """See `ItemPlan.laid_out`."""
+    if layout.tiling is None or tile is None:
+        return layout
+    if not tile.is_identity:
+        return layout.tiling.of_squares(layout.shape, isqrt(tile.kept))
+    return (layout.tiling.base(layout.shape) if base_only else None) or layout
+
+
+def check(reduction: Reduction, layout: Layout) -> None:
+    """Raises InvalidReduction if the model of this layout is not one that the reduction's methods work with."""
+    if reduction.base_only:
+        check_method(METHODS[BaseOnly.name], layout)
+    if not reduction.base_only or reduction.ratio or reduction.keep_tokens:
+        check_method(configured(reduction.method, reduction.option_values), layout)
+
+
+def check_method(method: Method, layout: Layout) -> None:
+    """Raises InvalidReduction if the model of this layout is not one that the method works with."""
+    for geometry in _worked_on(method, layout):
+        method.check(geometry)
+
+
+def _worked_on(method: Method, layout: Layout) -> list[VisionGeometry]:
+    """What the method sees of an image: its tiles, or the grids that they are laid out in."""
+    if layout.tiling is not None and _works_on_tiles(method):
+        return [layout.tiling.tile]
+    return [part.geometry for part in layout.parts]
+
+
+def _works_on_tiles(method: Method) -> bool:
+    """Of images in tiles: before these are laid out."""
+    return method.stage in (Stage.BEFORE_TOWER, Stage.IN_TOWER)
 
 
 @lru_cache(maxsize=4096)
 def plan_item(reduction: Reduction, layout: Layout) -> ItemPlan:
     """Turn what was asked into counts for an image; a random method's seed is added where the pixels are.
 
-    `ratio` holds for each grid. `keep_tokens` is shared out over the grids; where they are several, equal grids keep
-    equally many, so that a few tokens fewer may stay.
+    `ratio` holds for each grid, or for each tile before they are laid out. `keep_tokens` is shared out over the grids;
+    where they are several, equal grids keep equally many, so that a few tokens fewer may stay.
 
     Raises:
         InvalidReduction: the image has too few tokens for it, or the model is not one that the method works with.
     """
-    grids = tuple(_plan_part(one, layout, i) for i, one in enumerate(_shared_out(reduction, layout)))
+    base_only = reduction.base_only and _base(layout).tokens < layout.tokens
+    tile, of_grids = _of_tiles(reduction, layout)
+    laid_out = _laid_out(layout, base_only, tile)
+    grids = tuple(_plan_part(one, laid_out, i) for i, one in enumerate(_shared_out(of_grids, laid_out)))
     if reduction.decoder:
-        METHODS[reduction.decoder].check(layout.parts[0].geometry)
-    plan = ItemPlan(layout, grids)
+        METHODS[reduction.decoder].check(laid_out.parts[0].geometry)
+    plan = ItemPlan(layout, grids, base_only=base_only, tile=tile)
     decoder, decoder_removed = _in_decoder(reduction, plan.kept)
     keeps_positions = reduction.positions == "keep" and not plan.is_identity
     return replace(plan, decoder=decoder, decoder_removed=decoder_removed, keeps_positions=keeps_positions)
+
+
+def _base(layout: Layout) -> Layout:
+    """Of the base tile alone."""
+    check_method(METHODS[BaseOnly.name], layout)
+    base = None if layout.tiling is None else layout.tiling.base(layout.shape)
+    if base is None:
+        raise InvalidReduction(f"method {BaseOnly.name!r} is for images: videos have no base tile", "method")
+    return base
+
+
+def _of_tiles(reduction: Reduction, layout: Layout) -> tuple[Plan | None, Reduction]:
+    """The plan of each tile, and what is left to ask of the grids that they are laid out in."""
+    if layout.tiling is None:
+        return None, reduction
+    tile = layout.tiling.tile
+    if not _works_on_tiles(METHODS[reduction.method]):
+        return Plan("none", tile.tokens), reduction
+    if reduction.keep_tokens is not None:
+        raise InvalidReduction(
+            f"method {reduction.method!r} removes the same share of every tile: give a ratio, not keep_tokens",
+            "keep_tokens",
+        )
+    plan = make_plan(reduction, tile)
+    if reduction.positions == "keep" and not plan.is_identity:
+        raise InvalidReduction(
+            f"after {reduction.method!r} tiles are laid out anew, so that no token keeps its position: send positions "
+            "'renumber'",
+            "positions",
+        )
+    return plan, Reduction()
 
 
 def _plan_part(reduction: Reduction, layout: Layout, index: int) -> Plan:
@@ -162,6 +278,8 @@ def _plan_part(reduction: Reduction, layout: Layout, index: int) -> Plan:
     except InvalidReduction as refusal:
         if len(layout.parts) == part.count == 1:
             raise
+        if part.name:
+            raise InvalidReduction(f"{part.name}: {refusal}", refusal.param) from None
         which = f"part {index + 1} of {len(layout.parts)}, " if len(layout.parts) > 1 else ""
         grids = "a grid" if part.count == 1 else f"{part.count} grids"
         text = f"{which}{grids} of {part.geometry.tokens} tokens, each reduced by itself: {refusal}"

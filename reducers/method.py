@@ -118,14 +118,22 @@ class InTower(Method):
     Attributes:
         proportional_attention: ln(size) of each token is added to the logits of its key in the layers after.
         needs_class_token: the tower has to have one.
+        lays_out_squares: its paper says how what stays of a tile is laid out: as a smaller square.
     """
 
     stage = Stage.IN_TOWER
     proportional_attention: ClassVar[bool] = False
     needs_class_token: ClassVar[bool] = False
+    lays_out_squares: ClassVar[bool] = False
 
     def check(self, geometry: VisionGeometry) -> None:
         super().check(geometry)
+        if geometry.any_resolution and not self.lays_out_squares:
+            raise InvalidReduction(
+                f"method {self.name!r} leaves no grid of tokens in a tile, but this model joins the grids of tiles and "
+                "cuts off their padding: choose 'illava', whose authors say how, or a method after the tower",
+                "method",
+            )
         if self.needs_class_token and not geometry.class_token:
             raise InvalidReduction(
                 f"method {self.name!r} needs a class token, which this model's tower has not", "method"

@@ -16,7 +16,7 @@ from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import Step
 from foldserve.reducers.options import Value
 from foldserve.reducers.reduction import MIN_KEPT, InvalidReduction, Reduction
-from foldserve.reducers.schedule import fold_schedule
+from foldserve.reducers.schedule import fold_schedule, least_ratio
 
 __all__ = ["InvalidReduction", "Plan", "Reduction", "VisionGeometry", "fold_schedule", "make_plan"]
 
@@ -179,7 +179,8 @@ def _fit(reduction: Reduction, method: Method, geometry: VisionGeometry, removed
     if geometry.any_resolution and isqrt(kept) ** 2 != kept:
         below = isqrt(kept) ** 2
         raise InvalidReduction(
-            f"{kept} tokens are no square, which this model's any-resolution layout needs: give keep_tokens {below}",
+            f"{kept} tokens are no square, as which this model lays out what stays of each tile: give ratio "
+            f"{least_ratio(geometry.tokens, below)} ({below} tokens of {geometry.tokens})",
             "ratio" if reduction.keep_tokens is None else "keep_tokens",
         )
     return fitting

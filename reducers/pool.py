@@ -14,6 +14,7 @@ from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import AfterTower
 from foldserve.reducers.options import Choice
 from foldserve.reducers.refusal import InvalidReduction
+from foldserve.reducers.schedule import least_ratio
 
 if TYPE_CHECKING:
     from foldserve.reducers.plan import Plan
@@ -91,7 +92,7 @@ class Pool(AfterTower):
         if geometry.varies:
             return geometry.tokens - max((count for count in grids if count <= kept), default=0)
         if kept not in grids:
-            possible = " or ".join(f"{_least_ratio(geometry.tokens, count)} ({count} tokens)" for count in grids)
+            possible = " or ".join(f"{least_ratio(geometry.tokens, count)} ({count} tokens)" for count in grids)
             raise InvalidReduction(
                 f"no whole number of windows leaves {kept} of {geometry.tokens} tokens: give ratio {possible}", "ratio"
             )
@@ -120,8 +121,3 @@ class Pool(AfterTower):
         rows, columns = whole
         sizes = [(k if self.window == "square" else 1, k) for k in range(2, max(whole) + 1)]
         return [((height, width), (ceil(rows / height), ceil(columns / width))) for height, width in sizes]
-
-
-def _least_ratio(tokens: int, kept: int) -> float:
-    """The least ratio with four digits that removes all but `kept` tokens."""
-    return ceil(1e4 * (tokens - kept) / tokens) / 1e4

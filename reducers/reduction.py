@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from reprlib import repr as _short
 from typing import Any, Literal, get_args
 
 from foldserve.reducers import METHODS
-from foldserve.reducers.method import Decoder, Method
+from foldserve.reducers.base_only import BaseOnly
+from foldserve.reducers.method import AfterTower, Decoder, Method
 from foldserve.reducers.options import Choice, Count, Field, Flag, Share, Value, parse_options, to_json
 from foldserve.reducers.refusal import InvalidReduction
 
@@ -22,20 +23,20 @@ _DEFAULT_METHOD = "folder"
 
 
 class _Methods(Field[Any]):
-    """`a`, or `a+b` with b in the decoder."""
+    """`a`, or `a+b` with b in the decoder; either behind `base_only+` too."""
 
-    def parse(self, value: object) -> tuple[str | None, str | None]:
-        """(method before the decoder, method in it)"""
+    def parse(self, value: object) -> tuple[bool, str | None, str | None]:
+        """(the base tile alone, method before the decoder, method in it)"""
         names = value.split("+") if isinstance(value, str) else [value]
         methods = [_known(name) for name in names]
-        in_decoder = [isinstance(method, Decoder) for method in methods]
-        if in_decoder == [False]:
-            return methods[0].name, None
-        if in_decoder == [True]:
-            return None, methods[0].name
-        if in_decoder == [False, True]:
-            return methods[0].name, methods[1].name
-        raise InvalidReduction(_not_together(*(method.name for method in methods)), "method")
+        base_only = methods[0].name == BaseOnly.name
+        others = methods[1:] if base_only else methods
+        before = [method.name for method in others if not isinstance(method, Decoder)]
+        in_decoder = [method.name for method in others if isinstance(method, Decoder)]
+        in_order = [*before, *in_decoder] == [method.name for method in others]
+        if not in_order or len(before) > 1 or len(in_decoder) > 1 or BaseOnly.name in before:
+            raise InvalidReduction(_not_together(*(method.name for method in methods)), "method")
+        return base_only, next(iter(before), None), next(iter(in_decoder), None)
 
     def values(self) -> dict[str, Any]:
         return {"type": "string"}
@@ -44,7 +45,8 @@ class _Methods(Field[Any]):
 _METHOD = _Methods(
     "method",
     _DEFAULT_METHOD,
-    "a method, or one before the decoder and one in it, joined by `+`: " + ", ".join(METHODS),
+    "a method, or one before the decoder and one in it, joined by `+` (also behind `base_only+`): "
+    + ", ".join(METHODS),
 )
 _RATIO = Share("ratio", None, "share of tokens removed")
 _VALUES: tuple[Field[Any], ...] = (
@@ -74,11 +76,12 @@ class Reduction:
     """The reduction asked for one image; the values are checked however it is made.
 
     Attributes:
-        method: the method before the decoder.
+        method: the method before the decoder, other than `base_only`.
         decoder: the method in the decoder, or None.
         options: (name, value) of the methods' own fields that differ from their defaults.
         ratio: as in `FIELDS`, like those below; 0 is kept as None.
         decoder_ratio: None also if the decoder's method leaves no choice.
+        base_only: of an image laid out in tiles the base tile alone, which `method` may reduce further.
 
     Raises:
         InvalidReduction: a field is wrong, or two of them contradict each other.
@@ -91,10 +94,17 @@ class Reduction:
     keep_tokens: int | None = None
     positions: Positions | None = None
     decoder_ratio: float | None = None
+    base_only: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(_known(self.method), Decoder):
             raise InvalidReduction(f"method {self.method!r} works in the decoder: it goes into `decoder`", "method")
+        if self.method == BaseOnly.name:
+            raise InvalidReduction(
+                f"method {self.method!r} decides what is encoded: it goes into `base_only`", "method"
+            )
+        if self.base_only and not isinstance(METHODS[self.method], AfterTower):
+            raise InvalidReduction(_not_together(BaseOnly.name, self.method), "method")
         for field in _VALUES:
             if (value := getattr(self, field.name)) is not None:
                 object.__setattr__(self, field.name, field.parse(value))
@@ -132,6 +142,11 @@ class Reduction:
         """All vision tokens leave the decoder at layer K."""
         return self.decoder == "withdraw"
 
+    @property
+    def acts_before_decoder(self) -> bool:
+        """Tokens are to go before the decoder."""
+        return bool(self.base_only or self.ratio or self.keep_tokens)
+
     @cached_property
     def option_values(self) -> tuple[Value, ...]:
         """A value for each option of `method`, in its order."""
@@ -153,19 +168,25 @@ class Reduction:
             if given is None:
                 raise InvalidReduction(f"{name} must have a value: leave it out for the default", name)
         values = {field.name: value[field.name] for field in _VALUES if field.name in value}
-        method, decoder = _METHOD.parse(value.get("method", _DEFAULT_METHOD))
-        if decoder and not method:
+        base_only, method, decoder = _METHOD.parse(value.get("method", _DEFAULT_METHOD))
+        own = tuple((name, given) for name, given in value.items() if name not in _COMMON)
+        if base_only and not method:
+            _refuse_amount([*values, *dict(own)])
+        elif decoder and not method:
             _move_ratio(decoder, values)
         method = method or _DEFAULT_METHOD
         decoder = _added(method, decoder, "withdraw", _WITHDRAW.parse(value.get("withdraw", False)))
         decoder = _added(method, decoder, METHODS[method].decoder_half, _DECODER.parse(value.get("decoder", False)))
-        own = tuple((name, given) for name, given in value.items() if name not in _COMMON)
-        return cls(method, decoder, own, **values)
+        return cls(method, decoder, own, base_only=base_only, **values)
 
     def to_json(self) -> dict[str, Any]:
         """The fields that differ from their defaults; equal reductions give equal dicts, and `parse` inverts it."""
-        method = f"{self.method}+{self.decoder}" if self.decoder and not self.withdraw else self.method
-        fields: dict[str, Any] = {} if method == _DEFAULT_METHOD else {"method": method}
+        methods = [BaseOnly.name] if self.base_only else []
+        if not self.base_only or self.method != _DEFAULT_METHOD or self.options or self.ratio or self.keep_tokens:
+            methods.append(self.method)
+        if self.decoder and not self.withdraw:
+            methods.append(self.decoder)
+        fields: dict[str, Any] = {} if methods == [_DEFAULT_METHOD] else {"method": "+".join(methods)}
         fields |= {field.name: value for field in _VALUES if (value := getattr(self, field.name)) is not None}
         fields |= {name: to_json(value) for name, value in self.options}
         return fields | ({"withdraw": True} if self.withdraw else {})
@@ -179,7 +200,20 @@ def _known(method: object) -> Method:
 
 def _not_together(*names: str) -> str:
     stages = " and ".join(f"{name!r} ({METHODS[name].stage.value.replace('_', ' ')})" for name in names)
-    return f"{stages} can't be combined: only one method before the decoder goes with one in it, in this order"
+    return (
+        f"{stages} can't be combined: only one method before the decoder goes with one in it, in this order, and "
+        f"{BaseOnly.name!r} only before one that works after the tower"
+    )
+
+
+def _refuse_amount(given: Sequence[str]) -> None:
+    """The base tile alone leaves nothing to choose."""
+    if amount := [name for name in given if name not in ("positions", "decoder_ratio")]:
+        raise InvalidReduction(
+            f"method {BaseOnly.name!r} takes no {amount[0]}: leave it out, or name the method that reduces the base "
+            f"tile, as in '{BaseOnly.name}+{_DEFAULT_METHOD}'",
+            amount[0],
+        )
 
 
 def _move_ratio(decoder: str, values: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from math import ceil
 
 
 @lru_cache(maxsize=4096)
@@ -29,3 +30,8 @@ def even_schedule(removed: int, layers: int) -> tuple[int, ...]:
     """The same number in every layer; where that does not come out even, one more in the earlier ones."""
     each, more = divmod(removed, layers)
     return (each + 1,) * more + (each,) * (layers - more)
+
+
+def least_ratio(tokens: int, kept: int) -> float:
+    """The least ratio with four digits that removes all but `kept` tokens."""
+    return ceil(1e4 * (tokens - kept) / tokens) / 1e4

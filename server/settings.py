@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
+from foldserve.reducers import METHODS
+from foldserve.reducers.method import AfterTower
 from foldserve.reducers.reduction import InvalidReduction, Positions, Reduction
 from foldserve.server.access import Access
 from foldserve.server.limits import Limits
@@ -54,7 +56,12 @@ class Settings:
         "for requests that say nothing: a ratio in [0, 1), or a request's `reduction` object (default: none)",
         parse=parse_reduction,
     )
-    low_detail_ratio: float = option(0.75, "RATIO", 'reduction ratio of images sent with "detail": "low"')
+    low_detail_ratio: float | None = option(
+        None,
+        "RATIO",
+        'reduction ratio of images sent with "detail": "low" (default: 0.75; the base tile alone on models that lay '
+        "images out in tiles)",
+    )
     withdraw_layer: int | None = None
     calibration: Mapping[str, float | int] | None = None
     limits: Limits = field(default_factory=Limits)
@@ -65,11 +72,22 @@ class Settings:
         "rotary positions of the vision tokens that stay, for requests that do not say (default: that of the model's "
         "family)",
     )
+    several_images: Literal["tiles", "base"] = option(
+        "tiles",
+        None,
+        "of each of several images in a prompt, where the request says nothing and the model lays images out in tiles: "
+        "all of them, or the base tile alone, as LLaVA-OneVision was trained",
+    )
     masks_padding_rows: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.low_detail_ratio < 1:
+        if self.low_detail_ratio is not None and not 0 <= self.low_detail_ratio < 1:
             raise ValueError(f"the low-detail ratio must lie in [0, 1), not {self.low_detail_ratio}")
+        if self.several_images == "base" and not isinstance(METHODS[self.default_reduction.method], AfterTower):
+            raise ValueError(
+                f"--several-images base does not go with a default method such as {self.default_reduction.method!r}: "
+                "only one that works after the tower reduces a base tile"
+            )
         if self.withdraw_layer is not None and (type(self.withdraw_layer) is not int or self.withdraw_layer < 1):
             raise ValueError(f"--withdraw-layer must be an integer of at least 1, not {self.withdraw_layer!r}")
         if self.default_reduction.withdraw and self.withdraw_layer is None:
@@ -98,6 +116,7 @@ class Settings:
         return {
             "default_reduction": self.default_reduction.to_json(),
             "low_detail_ratio": self.low_detail_ratio,
+            "several_images": self.several_images,
             "withdraw_layer": self.withdraw_layer,
             "calibration": self.calibration,
             "limits": self.limits.to_config(),

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def test_the_page_quotes_the_family_line_by_line() -> None:
     family = _lines((ROOT / "server/engine/families/llava_next.py").read_text())
     quotes = re.findall(r"```python\n(.*?)```", (ROOT / "docs/adding-a-model.md").read_text(), re.DOTALL)
-    assert len(quotes) == 4
+    assert len(quotes) == 5
     for quote in quotes:
         assert _lines(quote) in family
 
@@ -20,7 +20,18 @@ def test_every_name_on_the_page_exists() -> None:
     page = (ROOT / "docs/adding-a-model.md").read_text()
     sources = [(ROOT / name).read_text() for name in ("server/engine/family.py", "reducers/item.py")]
     sources += [file.read_text() for file in (ROOT / "server/engine/families").glob("*.py")]
-    for name in ("AfterTowerFamily", "ImageTokens", "shape_ints", "largest", "separators", "grids", "pack", "encode"):
+    names = (
+        "AfterTowerFamily",
+        "ImageTokens",
+        "Tiling",
+        "shape_ints",
+        "largest",
+        "separators",
+        "grids",
+        "pack",
+        "encode",
+    )
+    for name in names:
         assert f"`{name}`" in page
         assert any(name in source for source in sources)
 

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from foldserve.reducers import METHODS, Method
-from foldserve.reducers.item import Layout
+from foldserve.reducers.base_only import BaseOnly
+from foldserve.reducers.item import Layout, check_method, plan_item
 from foldserve.reducers.method import Decoder, Projector
 from foldserve.reducers.reduction import Reduction
 from foldserve.reducers.refusal import InvalidReduction
@@ -29,7 +30,7 @@ def describe(chat: FoldServingChat) -> dict[str, object]:
         "vision_tokens_per_image": None if family is None or family.sizes_matter else family.largest.tokens,
         "limits": _limits(chat),
         "default_reduction": settings.default_reduction.to_json(),
-        "low_detail_ratio": settings.low_detail_ratio,
+        "low_detail": planner.low_detail["image"].to_json(),
         "positions": {
             "default": planner.default_positions,
             "can_keep": planner.positions is not None,
@@ -83,8 +84,7 @@ def _works_with(method: Method, family: Family) -> bool:
     try:
         if isinstance(method, Decoder):
             family.of_image(Reduction(decoder=method.name), family.largest)
-        for part in family.largest.parts:
-            method.check(part.geometry)
+        check_method(method, family.largest)
     except InvalidReduction as refusal:
         return refusal.param in {option.name for option in method.options}
     return True
@@ -92,4 +92,6 @@ def _works_with(method: Method, family: Family) -> bool:
 
 def _max_removed(method: Method, largest: Layout) -> int:
     """Of one image's tokens."""
+    if isinstance(method, BaseOnly):
+        return plan_item(Reduction(base_only=True), largest).removed
     return 0 if isinstance(method, Projector) else largest.removable

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain
 
-from foldserve.reducers import METHODS, configured
-from foldserve.reducers.item import ItemPlan, plan_item
+from foldserve.reducers import METHODS
+from foldserve.reducers.item import ItemPlan, check, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.reducers.reduction import Positions
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.schema import FoldChatRequest
-from foldserve.server.engine.family import Family, Modality
+from foldserve.server.engine.family import LOW_DETAIL_RATIO, MODALITIES, Family, Modality
 from foldserve.server.engine.positions import CANNOT_KEEP, refuse_positions
 from foldserve.server.engine.withdrawal import Room, refuse_request
 from foldserve.server.settings import Settings
@@ -31,12 +31,22 @@ class Planner:
         room: that a prompt has in one step of the engine.
         positions: rotary positions that the model was trained for; None where the engine's runner can't keep those of
             the tokens that stay.
+
+    Raises:
+        ValueError: the operator wants base tiles of a model whose images have none.
     """
 
     family: Family | None
     settings: Settings
     room: Room
     positions: int | None = None
+
+    def __post_init__(self) -> None:
+        is_tiled = self.family is not None and self.family.largest.tiling is not None
+        if self.settings.several_images == "base" and not is_tiled:
+            raise ValueError(
+                "--several-images base needs a model that lays images out in tiles, which this one does not"
+            )
 
     @property
     def default_positions(self) -> Positions:
@@ -51,8 +61,7 @@ class Planner:
         Raises:
             InvalidRequest, InvalidReduction: the server can't do what is asked, whatever the images are.
         """
-        default, low_ratio = self.settings.default_reduction, self.settings.low_detail_ratio
-        asked = request.reductions(default, _low_detail(self.family, default, low_ratio))
+        asked = request.reductions(self._defaults(request), self.low_detail)
         reductions = {modality: [self._with_positions(one) for one in each] for modality, each in asked.items()}
         for modality, each in reductions.items():
             self._check_modality(modality, each, request)
@@ -95,9 +104,21 @@ class Planner:
         if asked is None:
             request.max_completion_tokens = self.positions - prompt_tokens - beyond
 
+    @property
+    def low_detail(self) -> Mapping[Modality, Reduction]:
+        """What `detail: "low"` means; a family may have a way of its own for images."""
+        return _low_detail(self.family, self.settings.default_reduction, self.settings.low_detail_ratio)
+
+    def _defaults(self, request: FoldChatRequest) -> Mapping[Modality, Reduction]:
+        """Of images and videos that nothing is said of."""
+        default = dict.fromkeys(MODALITIES, self.settings.default_reduction)
+        if self.settings.several_images == "base" and len(request.progress.details.get("image", ())) > 1:
+            default["image"] = replace(default["image"], base_only=True)
+        return default
+
     def _with_positions(self, reduction: Reduction) -> Reduction:
         """The server's default where the request leaves positions open, or the family's, if anything is removed."""
-        if reduction.positions is None and (reduction.ratio or reduction.keep_tokens):
+        if reduction.positions is None and reduction.acts_before_decoder:
             reduction = replace(reduction, positions=self.settings.positions)
             reduction = reduction if self.family is None else self.family.with_positions(reduction)
         if reduction.positions == "keep" and self.positions is None:
@@ -128,9 +149,8 @@ def as_asked(error: InvalidReduction, request: FoldChatRequest) -> InvalidReques
 
 
 @lru_cache(maxsize=8)
-def _low_detail(family: Family | None, default: Reduction, ratio: float) -> Mapping[Modality, Reduction]:
-    """What `detail: "low"` means; a family may have a way of its own for images."""
-    low = replace(default, ratio=ratio, keep_tokens=None)
+def _low_detail(family: Family | None, default: Reduction, ratio: float | None) -> Mapping[Modality, Reduction]:
+    low = replace(default, ratio=LOW_DETAIL_RATIO if ratio is None else ratio, keep_tokens=None)
     return {"image": low if family is None else family.low_detail(default, ratio), "video": low}
 
 
@@ -138,6 +158,5 @@ def _check_for(family: Family, reduction: Reduction) -> None:
     """Raises InvalidReduction where a plan can't be made: of an image of any size, if sizes matter."""
     if not family.sizes_matter:
         plan_item(reduction, family.largest)
-    elif reduction.ratio or reduction.keep_tokens:
-        for part in family.largest.parts:
-            configured(reduction.method, reduction.option_values).check(part.geometry)
+    elif reduction.acts_before_decoder:
+        check(reduction, family.largest)

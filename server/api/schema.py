@@ -114,7 +114,9 @@ class FoldChatRequest(ChatCompletionRequest):
     def has_media(self) -> bool:
         return bool(self._progress.details)
 
-    def reductions(self, default: Reduction, low: Mapping[Modality, Reduction]) -> dict[Modality, list[Reduction]]:
+    def reductions(
+        self, default: Mapping[Modality, Reduction], low: Mapping[Modality, Reduction]
+    ) -> dict[Modality, list[Reduction]]:
         """One per image and per video, in prompt order: the explicit one, or else what its `detail` says.
 
         Args:
@@ -124,7 +126,7 @@ class FoldChatRequest(ChatCompletionRequest):
         explicit = self.reduction if self.reduction is not None else self.reduction_ratio
         reductions: dict[Modality, list[Reduction]] = {}
         for modality, details in self._progress.details.items():
-            by_detail = _by_detail(default, low[modality])
+            by_detail = _by_detail(default[modality], low[modality])
             reductions[modality] = [by_detail[detail] if explicit is None else explicit for detail in details]
         return reductions
 

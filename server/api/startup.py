@@ -99,9 +99,10 @@ def _reduction(chat: FoldServingChat) -> str:
         return "none: this model's vision tower can't reduce"
     default = settings.default_reduction.to_json()
     tokens = f"{'up to ' if family.sizes_matter else ''}{family.largest.tokens}"
+    low = json.dumps(chat.planner.low_detail["image"].to_json())
     return (
         f"{tokens} tokens an image; default {json.dumps(default) if default else 'none'}, "
-        f'"detail": "low" {settings.low_detail_ratio:g}, positions {chat.planner.default_positions}'
+        f'"detail": "low" {low}, positions {chat.planner.default_positions}'
     )
 
 

@@ -32,6 +32,9 @@ PLAN_FIELDS: Mapping[Modality, str] = MappingProxyType({"image": "image_plan", "
 FRAME_OPTIONS = frozenset({"fps", "num_frames", "do_sample_frames"})
 """Options of an HF processor that choose a video's frames while it is processed."""
 
+LOW_DETAIL_RATIO = 0.75
+"""Of images sent with `"detail": "low"`, where nothing else is chosen."""
+
 
 class Family(ABC):
     """One object per checkpoint.
@@ -125,13 +128,20 @@ class Family(ABC):
         """Where nobody says whether tokens that stay keep their positions."""
         return "renumber"
 
-    def low_detail(self, default: Reduction, ratio: float) -> Reduction:
-        """What `detail: "low"` asks for: by default the server's reduction, at this ratio."""
-        return replace(default, ratio=ratio, keep_tokens=None)
+    def low_detail(self, default: Reduction, ratio: float | None) -> Reduction:
+        """What `detail: "low"` asks for: by default the base tile where there is one, else the server's reduction.
+
+        Args:
+            default: the server's.
+            ratio: that the operator chose for it, or None.
+        """
+        if ratio is None and self.largest.tiling is not None:
+            return replace(default, method=Reduction().method, options=(), ratio=None, keep_tokens=None, base_only=True)
+        return replace(default, ratio=LOW_DETAIL_RATIO if ratio is None else ratio, keep_tokens=None)
 
     def with_positions(self, reduction: Reduction) -> Reduction:
         """The default where it is left open, as far as anything is removed."""
-        if reduction.positions is not None or not (reduction.ratio or reduction.keep_tokens):
+        if reduction.positions is not None or not reduction.acts_before_decoder:
             return reduction
         return replace(reduction, positions=self.default_positions(reduction))
 
@@ -162,7 +172,7 @@ class AfterTowerFamily(Family):
 
     @abstractmethod
     def grids(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> list[list[Tensor]]:
-        """Features of each image's parts before reduction, each (part.count, tokens, C)."""
+        """Features of each image before reduction: for each part of `plan.laid_out`, (part.count, tokens, C)."""
 
     def deciding_columns(self, model: Any) -> int | None:
         """Of the features: those that methods look at; the others go the way of their token. None: all."""
@@ -196,7 +206,7 @@ class AfterTowerFamily(Family):
         lengths = [len(grid.features) for grid in left]
         embeds = self.project(model, torch.cat([grid.features for grid in left])).split_with_sizes(lengths)
         grids = iter([grid._replace(features=own) for grid, own in zip(left, embeds, strict=True)])
-        counts = [sum(part.count for part in plan.layout.parts) for plan in plans]
+        counts = [sum(part.count for part in plan.laid_out.parts) for plan in plans]
         return [self.pack(model, list(islice(grids, n)), plan) for n, plan in zip(counts, plans, strict=True)]
 
 

@@ -99,7 +99,7 @@ class FoldModel(SupportsMultiModal):
 
     def _embed(self, family: Family, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> MultiModalEmbeddings:
         """Embeddings of images that share a batch."""
-        if family.sends_bytes:
+        if family.sends_bytes and "pixel_values" in inputs:
             inputs = {**inputs, "pixel_values": self.normalized(inputs["pixel_values"])}
         if all(plan.is_identity for plan in plans):
             return self.unreduced(**inputs)

@@ -108,9 +108,10 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         return super()._apply_hf_processor_main(mm_items, hf_kwargs)
 
     def _call_hf_processor(self, hf_data: _Kwargs, hf_kwargs: _Kwargs) -> BatchFeature:
-        if hf_kwargs or hf_data.keys() != {"images"} or self._image_processor is None:
+        asked = hf_kwargs.keys() - {"truncation"} or hf_data.keys() - {"text"} != {"images"}  # these are vLLM's own
+        if asked or self._image_processor is None:
             return super()._call_hf_processor(hf_data, hf_kwargs)
-        return self.info.ctx.call_hf_processor(self._image_processor, hf_data)
+        return self.info.ctx.call_hf_processor(self._image_processor, {"images": hf_data["images"]})
 
     def _get_mm_fields_config(
         self, hf_inputs: BatchFeature, hf_processor_mm_kwargs: _Kwargs

@@ -253,11 +253,12 @@ def test_routes_that_would_ignore_the_reduction_are_refused(server_url: str, pat
 
 def test_catalog(server_url: str) -> None:
     catalog = httpx.get(f"{server_url}/v1/reducers").json()
-    assert [method["id"] for method in catalog["data"]] == [name for name in METHODS if name != "stf"]
+    elsewhere = ("stf", "base_only")
+    assert [method["id"] for method in catalog["data"]] == [name for name in METHODS if name not in elsewhere]
     assert {method["stage"] for method in catalog["data"]} == {"before_tower", "in_tower", "after_tower", "decoder"}
     assert catalog["positions"] == {"default": "renumber", "can_keep": True}
     assert catalog["vision_tokens_per_image"] == ENCODED
-    assert catalog["low_detail_ratio"] == 0.75
+    assert catalog["low_detail"] == {"ratio": 0.75}
     assert catalog["default_reduction"] == {}
     assert catalog["withdraw_layer"] == 2
     assert catalog["calibration"] is None  # K was given by number

@@ -153,6 +153,65 @@ def test_what_depends_on_the_images_size_is_not_refused_before_it_is_known() -> 
         tiled.check(request("auto", reduction={"method": "folder_cls", "ratio": 0.5}))
 
 
+class Anyres(Tiles):
+    """One base tile, and a mosaic of as many below each other: see `Tiling`."""
+
+    tile = replace(SIGLIP, any_resolution=True)
+
+    def __init__(self) -> None:
+        super().__init__(self.layout((4,)))
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        return Layout((Part(SIGLIP), Part(SIGLIP, count=shape[0], separators=27)), shape, self)
+
+    def base(self, shape: tuple[int, ...]) -> Layout:
+        return Layout((Part(SIGLIP, separators=1),), shape, self)
+
+    def of_squares(self, shape: tuple[int, ...], side: int) -> Layout:
+        return self.layout(shape)
+
+
+def anyres(**options: Any) -> Planner:
+    return Planner(Anyres(), Settings(**options), Room(100, "--max-num-batched-tokens"))
+
+
+def asked(planner: Planner, *details: str, **fields: Any) -> list[Reduction]:
+    """Without the positions that are filled in."""
+    return [replace(reduction, positions=None) for reduction in planner.check(request(*details, **fields))["image"]]
+
+
+def test_low_detail_is_the_base_tile_unless_the_operator_chose_a_ratio() -> None:
+    default = Reduction("random", "withdraw", ratio=0.5)
+    options: dict[str, Any] = {"default_reduction": default, "withdraw_layer": 4}
+    base = Reduction(decoder="withdraw", base_only=True)
+    assert asked(anyres(**options), "auto", "low", "high") == [default, base, Reduction()]
+    assert asked(anyres(**options, low_detail_ratio=0.9), "low") == [replace(default, ratio=0.9)]
+    assert asked(planner(), "low") == [Reduction(ratio=0.75)]
+
+
+def test_several_images_may_be_their_base_tiles() -> None:
+    """Where nothing else is asked, and together with what the server does to every image."""
+    bases, base = anyres(several_images="base"), Reduction(base_only=True)
+    assert asked(bases, "auto") == [Reduction()]
+    assert asked(bases, "auto", "high", "low") == [base, Reduction(), base]
+    assert asked(bases, "auto", "auto", reduction_ratio=0.5) == [Reduction(ratio=0.5)] * 2
+    halved = anyres(several_images="base", default_reduction=Reduction(ratio=0.5))
+    assert asked(halved, "auto", "auto") == [Reduction(ratio=0.5, base_only=True)] * 2
+    with pytest.raises(ValueError, match="lays images out in tiles"):
+        planner(several_images="base")
+
+
+@pytest.mark.parametrize("method", ["base_only", "illava", "downsample", "base_only+random"])
+def test_what_acts_on_tiles_is_checked_before_they_are_known(method: str) -> None:
+    amount = {} if method == "base_only" else {"ratio": 0.51}
+    assert len(anyres().check(request("auto", reduction={"method": method, **amount}))["image"]) == 1
+    with pytest.raises(InvalidReduction, match="leaves no grid of tokens in a tile"):
+        anyres().check(request("auto", reduction={"method": "tome", "ratio": 0.5}))
+    with pytest.raises(InvalidReduction, match="laid out in tiles") as caught:
+        planner().check(request("auto", reduction={"method": "base_only"}))
+    assert caught.value.param == "method"
+
+
 @pytest.mark.parametrize(
     ("fields", "param", "named"),
     [

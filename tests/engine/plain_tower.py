@@ -29,19 +29,20 @@ class Seen(NamedTuple):
 
 
 class PlainTower:
-    """CLIP (class token first, dropped at the end) or SigLIP of transformers, up to the last layer but one.
+    """CLIP (class token first, dropped at the end) or SigLIP of transformers.
 
     Args:
         model: `vision_tower` of a LLaVA of transformers.
+        layers: that run; None: all but the last.
         class_token: it is CLIP.
     """
 
-    def __init__(self, model: Any, *, class_token: bool) -> None:
+    def __init__(self, model: Any, layers: int | None = None, *, class_token: bool) -> None:
         self.model, self.class_token = getattr(model, "vision_model", model), class_token
-        self.layers = self.model.encoder.layers[:-1]
+        self.layers = self.model.encoder.layers[: -1 if layers is None else layers]
 
     def features(self, pixels: Tensor, plan: Plan) -> Tensor:
-        """(1, 3, H, W) -> (1, plan.kept, C)"""
+        """(B, 3, H, W) -> (B, plan.kept, C); B = 1 but for iLLaVA and `downsample`."""
         return self.survivors(pixels, plan)[0]
 
     @torch.no_grad()
@@ -57,7 +58,7 @@ class PlainTower:
         if self.class_token:
             hidden = self.model.pre_layrnorm(hidden)
         sizes = torch.ones(hidden.shape[:2], dtype=torch.int64)
-        source = torch.arange(hidden.shape[1])[None]
+        source = torch.arange(hidden.shape[1]).expand(hidden.shape[:2])
         for index, layer in enumerate(self.layers):
             bias = sizes.log() if plan.method in ("tome", "turbo") else hidden.new_zeros(hidden.shape[:2])
             hidden, seen = attend(layer, hidden, bias)

@@ -28,8 +28,9 @@ class Reference:
         self.config = self.model.config
         vision = self.config.vision_config
         side, class_token = vision.image_size // vision.patch_size, isinstance(vision, CLIPVisionConfig)
-        self.geometry = VisionGeometry(side**2, (side, side), vision.num_hidden_layers - 1, class_token)
-        self.tower = PlainTower(self.model.model.vision_tower, class_token=class_token)
+        layers = vision.num_hidden_layers + 1 + self.config.vision_feature_layer
+        self.geometry = VisionGeometry(side**2, (side, side), layers, class_token)
+        self.tower = PlainTower(self.model.model.vision_tower, layers, class_token=class_token)
 
     def plan(self, reduction: dict[str, object]) -> ItemPlan:
         return plan_item(Reduction.parse(reduction), Layout.single(self.geometry))

@@ -19,7 +19,8 @@ from foldserve.server.settings import Environment, Settings, cpu_variables, pars
 def test_defaults_reduce_nothing() -> None:
     assert Settings().to_config() == {
         "default_reduction": {},
-        "low_detail_ratio": 0.75,
+        "low_detail_ratio": None,
+        "several_images": "tiles",
         "withdraw_layer": None,
         "calibration": None,
         "limits": Limits().to_config(),
@@ -46,6 +47,12 @@ def test_without_foldserves_server_vllm_samples_as_it_does(config: object) -> No
 def test_a_setting_that_there_is_not() -> None:
     with pytest.raises(ValueError, match="has no setting withdraw_layr"):
         Settings.from_config({"foldserve": {"withdraw_layr": 2}})
+
+
+def test_a_base_tile_is_reduced_after_the_tower_only() -> None:
+    assert Settings(Reduction("pool", ratio=0.75), several_images="base").several_images == "base"
+    with pytest.raises(ValueError, match="only one that works after the tower"):
+        Settings(Reduction("illava", ratio=0.5), several_images="base")
 
 
 @pytest.mark.parametrize("ratio", [-0.1, 1.0, 1.5, float("nan")])

@@ -49,7 +49,7 @@ class LlavaFamily(Family):
     @classmethod
     def of(cls, model_config: ModelConfig) -> LlavaFamily | None:
         hf_config = model_config.hf_config
-        geometry = _geometry_of(hf_config)
+        geometry = geometry_of(hf_config)
         return None if geometry is None else cls(geometry, hf_config.vision_feature_select_strategy)
 
     def encode(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> Sequence[Survivors]:
@@ -69,7 +69,7 @@ def checked_pixels(model: LlavaForConditionalGeneration, inputs: Mapping[str, An
 
 
 class ImageTokens(FoldProcessor):
-    """Modification beside `FoldProcessor`'s: `plan.kept` placeholders per image, in one piece."""
+    """Modification beside `FoldProcessor`'s: `plan.kept` placeholders per image or video, in one piece."""
 
     def _get_prompt_updates(
         self,
@@ -77,11 +77,14 @@ class ImageTokens(FoldProcessor):
         hf_processor_mm_kwargs: Mapping[str, object],
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
-        plans = self.plans(mm_items, hf_processor_mm_kwargs)
-        if not plans:
-            return super()._get_prompt_updates(mm_items, without_ours(hf_processor_mm_kwargs), out_mm_kwargs)
-        token = self.info.get_hf_config().image_token_index
-        return [PromptReplacement(modality="image", target=[token], replacement=lambda i: [token] * plans[i].kept)]
+        planned = self._all_plans(mm_items, hf_processor_mm_kwargs)
+        stock = super()._get_prompt_updates(mm_items, without_ours(hf_processor_mm_kwargs), out_mm_kwargs)
+        return [_shortened(one, planned[one.modality]) if one.modality in planned else one for one in stock]
+
+
+def _shortened(update: PromptUpdate, plans: Sequence[ItemPlan]) -> PromptUpdate:
+    """vLLM's own, which takes the placeholder for its target, with as many as are kept."""
+    return PromptReplacement(update.modality, update.target, lambda i: [*update.target] * plans[i].kept)
 
 
 class FoldLlavaMultiModalProcessor(ImageTokens, LlavaMultiModalProcessor):
@@ -104,7 +107,8 @@ class FoldLlavaForConditionalGeneration(FoldModel, LlavaForConditionalGeneration
     """See `FoldModel`."""
 
 
-def _geometry_of(hf_config: PretrainedConfig) -> VisionGeometry | None:
+def geometry_of(hf_config: PretrainedConfig) -> VisionGeometry | None:
+    """What a CLIP or SigLIP tower makes of one image or tile; None of other towers."""
     vision_config, strategy = hf_config.vision_config, hf_config.vision_feature_select_strategy
     if not isinstance(vision_config, CLIPVisionConfig | SiglipVisionConfig):
         return None

@@ -1,17 +1,20 @@
 """LLaVA-NeXT (1.6): the whole image as one tile, and a mosaic of tiles in the image's own shape, a newline per row.
 
-Both are grids that are reduced by themselves, after the tower; the newlines stay.
+Both are grids that are reduced by themselves, after the tower; the newlines stay. What reduces in the tower, or makes
+images smaller before it, does so tile by tile, and the mosaic is laid out of smaller tiles.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, lru_cache
+from itertools import islice
+from math import isqrt
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionConfig, SiglipVisionConfig
 from transformers.models.llava_next.modeling_llava_next import get_anyres_image_grid_shape
 from vllm.config import ModelConfig
 from vllm.model_executor.models.llava import LlavaDummyInputsBuilder
@@ -20,15 +23,15 @@ from vllm.model_executor.models.llava_next import (
     LlavaNextMultiModalProcessor,
     LlavaNextProcessingInfo,
 )
-from vllm.model_executor.models.vision import get_num_selected_vision_tokens, get_vision_encoder_info
+from vllm.model_executor.models.vision import get_vision_encoder_info
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part
-from foldserve.server.engine.families.llava import ImageTokens
+from foldserve.server.engine.families.llava import ImageTokens, geometry_of
 from foldserve.server.engine.family import AfterTowerFamily
 from foldserve.server.engine.model import FoldModel
-from foldserve.server.engine.vision import Survivors
+from foldserve.server.engine.vision import Survivors, encode_images
 
 _STAGES = frozenset({Stage.AFTER_TOWER, Stage.DECODER})
 
@@ -47,26 +50,24 @@ class LlavaNextFamily(AfterTowerFamily):
 
     Args:
         pinpoints: (height, width) of the canvases that an image may be laid on, in pixels.
-        tile: side of a tile, in pixels.
-        side: the same in tokens.
+        tile_pixels: side of a tile, in pixels.
+        tile: what the tower makes of it; see `Tiling`.
     """
 
     shape_ints = 2
 
-    def __init__(self, pinpoints: Sequence[Sequence[int]], tile: int, side: int) -> None:
-        self._pinpoints, self._tile, self._side = pinpoints, tile, side
+    def __init__(self, pinpoints: Sequence[Sequence[int]], tile_pixels: int, tile: VisionGeometry) -> None:
+        self._pinpoints, self._tile_pixels, self.tile = pinpoints, tile_pixels, tile
+        self._side = isqrt(tile.tokens)
 
     @classmethod
     def of(cls, model_config: ModelConfig) -> LlavaNextFamily | None:
         hf_config = model_config.hf_config
-        if not isinstance(hf_config.vision_config, CLIPVisionConfig | SiglipVisionConfig):
+        geometry = geometry_of(hf_config)
+        if geometry is None or geometry.grid is None:
             return None
-        encoder = get_vision_encoder_info(hf_config)
-        tile, side = encoder.get_image_size(), encoder.get_patch_grid_length()
-        tokens = encoder.get_num_image_tokens(image_width=tile, image_height=tile)
-        if get_num_selected_vision_tokens(tokens, hf_config.vision_feature_select_strategy) != side**2:
-            return None
-        return cls(hf_config.image_grid_pinpoints, tile, side)
+        tile_pixels = get_vision_encoder_info(hf_config).get_image_size()
+        return cls(hf_config.image_grid_pinpoints, tile_pixels, replace(geometry, any_resolution=True))
 
     @cached_property
     def largest(self) -> Layout:
@@ -77,46 +78,81 @@ class LlavaNextFamily(AfterTowerFamily):
         return size.height, size.width
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        mosaic = self._mosaic(shape)
-        rows, columns = len(mosaic.rows), len(mosaic.columns)
-        whole, tiles = _geometry(self._side, self._side), _geometry(rows, columns)
-        return Layout((Part(whole), Part(tiles, separators=rows)), shape)
+        return self.of_squares(shape, self._side)
+
+    def base(self, shape: tuple[int, ...]) -> Layout | None:
+        """As the model lays out an image without a mosaic."""
+        return Layout((Part(grid_geometry(self._side, self._side), separators=1),), shape, self)
+
+    def of_squares(self, shape: tuple[int, ...], side: int) -> Layout:
+        rows, columns = self._mosaic_grid(shape, side)
+        whole, tiles = grid_geometry(side, side), grid_geometry(rows, columns)
+        parts = Part(whole, name="the base tile"), Part(tiles, separators=rows, name="the mosaic of tiles")
+        return Layout(parts, shape, self)
 
     def grids(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> list[list[Tensor]]:
-        mosaics = [self._mosaic(plan.layout.shape) for plan in plans]
-        counts = [1 + mosaic.down * mosaic.across for mosaic in mosaics]
+        counts = [1 if plan.base_only else 1 + self._tiles(plan.layout.shape) for plan in plans]
         pixels = model._parse_and_validate_image_input(**inputs)["pixel_values"]
         tiles = torch.cat([image[:count] for image, count in zip(pixels, counts, strict=True)])  # no padded ones
-        features = model._image_pixels_to_features(model.vision_tower, tiles).split(counts)
-        return [[image[:1], self._laid_out(image[1:], m)[None]] for image, m in zip(features, mosaics, strict=True)]
+        features = self._features(model, tiles, counts, plans)
+        return [self._grids(image, plan) for image, plan in zip(features, plans, strict=True)]
 
     def project(self, model: Any, features: Tensor) -> Tensor:
         projected: Tensor = model.multi_modal_projector(features)
         return projected
 
     def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
+        if len(plan.laid_out.parts) == 1:
+            return end_all(grids, model.image_newline, plan)
         whole, mosaic = grids
-        rows, columns = plan.layout.parts[1].geometry.grid or (0, 0)
+        rows, columns = plan.laid_out.parts[1].geometry.grid or (0, 0)
         with_newlines = end_rows(mosaic, rows, columns, model.image_newline)
         return Survivors(
             torch.cat([whole.features, with_newlines.features]),
             torch.cat([whole.source, with_newlines.source + self._side**2]),
         )
 
-    def _mosaic(self, shape: tuple[int, ...]) -> Mosaic:
+    def _features(self, model: Any, tiles: Tensor, counts: list[int], plans: Sequence[ItemPlan]) -> Sequence[Tensor]:
+        """Of each image or video, (tiles, n, C); n is less where tokens go in the tower, or before it."""
+        each = [plan.tile for plan, count in zip(plans, counts, strict=True) for _ in range(count) if plan.tile]
+        if all(plan.is_identity for plan in each):
+            features: Tensor = model._image_pixels_to_features(model.vision_tower, tiles)
+            return features.split_with_sizes(counts)
+        left = iter(encode_images(model.vision_tower, tiles, each, model.config.vision_feature_select_strategy))
+        return [torch.stack([tile.features for tile in islice(left, count)]) for count in counts]
+
+    def _grids(self, tiles: Tensor, plan: ItemPlan) -> list[Tensor]:
+        """Features of an image's tiles (tiles, n, C) -> its base tile, and its mosaic."""
+        if plan.base_only:
+            return [tiles]
+        return [tiles[:1], self._laid_out(tiles[1:], plan.layout.shape)[None]]
+
+    def _tiles(self, shape: tuple[int, ...]) -> int:
+        """Of the mosaic."""
+        mosaic = self._mosaic(shape, self._side)
+        return mosaic.down * mosaic.across
+
+    def _mosaic_grid(self, shape: tuple[int, ...], side: int) -> tuple[int, int]:
+        """(rows, columns) of a mosaic of tiles of side * side tokens, as it is laid out."""
+        mosaic = self._mosaic(shape, side)
+        return len(mosaic.rows), len(mosaic.columns)
+
+    def _mosaic(self, shape: tuple[int, ...], side: int) -> Mosaic:
         """As vLLM's `unpad_image` cuts it."""
         height, width = shape
-        down, across = get_anyres_image_grid_shape((height, width), self._pinpoints, self._tile)
-        rows, columns = down * self._side, across * self._side
+        down, across = get_anyres_image_grid_shape((height, width), self._pinpoints, self._tile_pixels)
+        rows, columns = down * side, across * side
         if width / height > columns / rows:
             padding = (rows - int(round(height * (columns / width), 7))) // 2
             return Mosaic(down, across, range(padding, rows - padding), range(columns))
         padding = (columns - int(round(width * (rows / height), 7))) // 2
         return Mosaic(down, across, range(rows), range(padding, columns - padding))
 
-    def _laid_out(self, tiles: Tensor, mosaic: Mosaic) -> Tensor:
-        """Tiles (down * across, side * side, C) -> (rows * columns, C) in raster order."""
-        grid = tiles.view(mosaic.down, mosaic.across, self._side, self._side, -1)
+    def _laid_out(self, tiles: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Tiles (down * across, n, C) of squares -> (rows * columns, C) in raster order."""
+        side = isqrt(tiles.shape[1])
+        mosaic = self._mosaic(shape, side)
+        grid = tiles.view(mosaic.down, mosaic.across, side, side, -1)
         grid = grid.transpose(1, 2).flatten(0, 1).flatten(1, 2)  # (rows, columns, C), padding included
         rows, columns = mosaic.rows, mosaic.columns
         return grid[rows.start : rows.stop, columns.start : columns.stop].flatten(0, 1)
@@ -134,6 +170,16 @@ def end_rows(mosaic: Survivors, rows: int, columns: int, newline: Tensor) -> Sur
     return Survivors(torch.cat([mosaic.features, newlines])[order], source)
 
 
+def end_all(grids: Sequence[Survivors], newline: Tensor, plan: ItemPlan) -> Survivors:
+    """What is left of equal grids, one after the other, and a newline at the end, the last of the whole image."""
+    tokens = plan.laid_out.parts[0].geometry.tokens
+    last = grids[0].source.new_full((1,), plan.encoded - 1)
+    return Survivors(
+        torch.cat([*(grid.features for grid in grids), newline[None].to(grids[0].features.dtype)]),
+        torch.cat([*(grid.source + i * tokens for i, grid in enumerate(grids)), last]),
+    )
+
+
 class FoldLlavaNextMultiModalProcessor(ImageTokens, LlavaNextMultiModalProcessor[LlavaNextProcessingInfo]):
     """See `ImageTokens`."""
 
@@ -146,5 +192,6 @@ class FoldLlavaNextForConditionalGeneration(FoldModel, LlavaNextForConditionalGe
 
 
 @lru_cache(maxsize=4096)
-def _geometry(rows: int, columns: int) -> VisionGeometry:
+def grid_geometry(rows: int, columns: int) -> VisionGeometry:
+    """Of a grid behind the tower."""
     return VisionGeometry(rows * columns, (rows, columns), stages=_STAGES)

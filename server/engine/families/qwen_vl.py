@@ -138,9 +138,9 @@ class QwenVLFamily(EqualGridsFamily):
             return image._replace(source=method.source(grid_plan.whole_grid, grid_plan.grid, image.source.device))
         return super().pack(model, grids, plan)
 
-    def low_detail(self, default: Reduction, ratio: float) -> Reduction:
+    def low_detail(self, default: Reduction, ratio: float | None) -> Reduction:
         """A smaller image, which saves the tower's time too."""
-        return replace(default, method=Downsample.name, options=(), ratio=ratio, keep_tokens=None)
+        return replace(super().low_detail(default, ratio), method=Downsample.name, options=())
 
     def default_positions(self, reduction: Reduction) -> Positions:
         return "renumber" if METHODS[reduction.method].keeps_grid else "keep"

@@ -9,6 +9,7 @@ from statistics import fmean as mean
 from typing import Any
 
 from foldserve.reducers import METHODS
+from foldserve.reducers.base_only import BaseOnly
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
 from foldserve.reducers.method import BeforeTower, Decoder
 from foldserve.reducers.plan import InvalidReduction, Reduction
@@ -230,7 +231,7 @@ def _grid(
         yield None, None  # refused once
         return
     method = METHODS.get(dict(spec.fields)["method"])
-    fixed = isinstance(method, Decoder) and method.default_ratio is None
+    fixed = isinstance(method, BaseOnly) or (isinstance(method, Decoder) and method.default_ratio is None)
     for layer in withdraw_layers if decoder and withdraw_layers else [None]:
         for ratio in [None] if fixed else ratios:
             yield ratio, layer

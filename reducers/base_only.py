@@ -1,0 +1,23 @@
+"""The base tile alone: what an image laid out in tiles costs where its details don't matter."""
+
+from __future__ import annotations
+
+from foldserve.reducers.geometry import Stage, VisionGeometry
+from foldserve.reducers.method import Method
+from foldserve.reducers.refusal import InvalidReduction
+
+
+class BaseOnly(Method):
+    """The tower sees one tile, the whole image; the layout decides what stays, no ratio."""
+
+    name = "base_only"
+    summary = "Of an image laid out in tiles, encodes the base tile alone, which shows the whole image."
+    stage = Stage.BEFORE_TOWER
+
+    def check(self, geometry: VisionGeometry) -> None:
+        if not geometry.any_resolution:
+            raise InvalidReduction(
+                f"method {self.name!r} needs an image that is laid out in tiles, which this model's images are not: "
+                "choose another method",
+                "method",
+            )
