@@ -21,12 +21,14 @@ class Widths:
     Attributes:
         tower: of the vision tower.
         head: of one of its heads.
+        projected: of what the projector gives, where methods after the tower see that; None: the tower's.
         deciding: of those columns by which FOLDER compares what the tower gives; None: all.
         decoder: of the decoder, where it withdraws tokens; else None.
     """
 
     tower: int
     head: int
+    projected: int | None = None
     deciding: int | None = None
     decoder: int | None = None
 
@@ -41,7 +43,8 @@ def warm_up(widths: Widths, dtype: torch.dtype, device: torch.device) -> None:
     keys = torch.zeros(1, _TOKENS, widths.head, dtype=torch.float32, device=device)
     score, sizes = keys[..., 0].contiguous(), torch.ones(1, _TOKENS, dtype=torch.int64, device=device)
     two_folds = (4, 2)
-    folder(x, two_folds, metric=x[..., : widths.deciding])
+    after_tower = x if widths.projected is None else x.new_zeros(1, _TOKENS, widths.projected)
+    folder(after_tower, two_folds, metric=after_tower[..., : widths.deciding])
     folder_cls(x, keys, score, two_folds)
     for class_token in (False, True):
         tome(x, keys, sizes, 2, class_token=class_token)

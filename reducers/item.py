@@ -51,7 +51,8 @@ class Tiling(Protocol):
         """The layout of the base tile alone, with no more parts than the whole; None of what has none, as a video."""
 
     def of_squares(self, shape: tuple[int, ...], side: int) -> Layout:
-        """The layout where each tile has side x side tokens."""
+        """The layout where each tile has side x side tokens; asked for where methods work on the `tile`."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,9 @@ PLAN_FIELDS: Mapping[Modality, str] = MappingProxyType({"image": "image_plan", "
 FRAME_OPTIONS = frozenset({"fps", "num_frames", "do_sample_frames"})
 """Options of an HF processor that choose a video's frames while it is processed."""
 
+PIXEL_FIELDS: Mapping[Modality, str] = MappingProxyType({"image": "pixel_values", "video": "pixel_values_videos"})
+"""What most HF processors of transformers call pixels."""
+
 LOW_DETAIL_RATIO = 0.75
 """Of images sent with `"detail": "low"`, where nothing else is chosen."""
 
@@ -109,7 +112,7 @@ class Family(ABC):
 
     def pixels(self, processed: Mapping[str, Any], modality: Modality) -> Sequence[Tensor]:
         """Of each image or video, in what an HF processor gives."""
-        return list(processed["pixel_values"])
+        return list(processed[PIXEL_FIELDS[modality]])
 
     def select(self, inputs: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
         """What `embed_multimodal` takes, of some of its images or videos."""

@@ -31,13 +31,18 @@ from foldserve.reducers.item import ItemPlan, Layout, Part
 from foldserve.reducers.method import BeforeTower, InTower
 from foldserve.reducers.plan import Plan
 from foldserve.reducers.reduction import InvalidReduction, Positions, Reduction
-from foldserve.server.engine.family import FRAME_OPTIONS, EqualGridsFamily, Modality, refuse_choice_in_pieces
+from foldserve.server.engine.family import (
+    FRAME_OPTIONS,
+    PIXEL_FIELDS,
+    EqualGridsFamily,
+    Modality,
+    refuse_choice_in_pieces,
+)
 from foldserve.server.engine.mrope import Grid, GridPositions, positions_taken
 from foldserve.server.engine.processor import ShortenedRuns
 from foldserve.server.engine.qwen_tower import encode_reducing
 from foldserve.server.engine.vision import Survivors, in_groups, rows
 
-_PIXELS: Mapping[Modality, str] = {"image": "pixel_values", "video": "pixel_values_videos"}
 _GRIDS: Mapping[Modality, str] = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
 
@@ -94,13 +99,13 @@ class QwenVLFamily(EqualGridsFamily):
         return _layout(self._any_size, *shape)
 
     def pixels(self, processed: Mapping[str, Any], modality: Modality) -> Sequence[Tensor]:
-        return _each(processed[_PIXELS[modality]], processed[_GRIDS[modality]])
+        return _each(processed[PIXEL_FIELDS[modality]], processed[_GRIDS[modality]])
 
     def select(self, inputs: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
         modality: Modality = "image" if _GRIDS["image"] in inputs else "video"
         pixels = self.pixels(inputs, modality)
-        others = {name: rows(value, places) for name, value in inputs.items() if name != _PIXELS[modality]}
-        return {_PIXELS[modality]: torch.cat([pixels[i] for i in places]), **others}
+        others = {name: rows(value, places) for name, value in inputs.items() if name != PIXEL_FIELDS[modality]}
+        return {PIXEL_FIELDS[modality]: torch.cat([pixels[i] for i in places]), **others}
 
     def row_width(self, model_config: ModelConfig) -> int:
         levels = len(getattr(model_config.hf_config.vision_config, "deepstack_visual_indexes", ()))
@@ -120,7 +125,7 @@ class QwenVLFamily(EqualGridsFamily):
                 return after_tower(model, own, [plans[i] for i in members])
             modality: Modality = "image" if _GRIDS["image"] in own else "video"
             _, height, width = own[_GRIDS[modality]][0].tolist()  # a video's frames are images to the tower
-            frames = iter(encode_reducing(model.visual, own[_PIXELS[modality]], (1, height, width), group[1]))
+            frames = iter(encode_reducing(model.visual, own[PIXEL_FIELDS[modality]], (1, height, width), group[1]))
             left = [(plans[i], list(islice(frames, plans[i].layout.parts[0].count))) for i in members]
             return [self.pack(model, own_frames, plan) for plan, own_frames in left]
 

@@ -51,6 +51,9 @@ ENTRIES: Mapping[str, Entry] = MappingProxyType(
         "LlavaNextForConditionalGeneration": Entry(
             "llava_next.LlavaNextFamily", "llava_next.FoldLlavaNextForConditionalGeneration"
         ),
+        "LlavaOnevisionForConditionalGeneration": Entry(
+            "llava_onevision.LlavaOnevisionFamily", "llava_onevision.FoldLlavaOnevisionForConditionalGeneration"
+        ),
         "LlavaStfForConditionalGeneration": Entry(
             "llava_stf.StfFamily", "llava_stf.FoldLlavaStfForConditionalGeneration"
         ),

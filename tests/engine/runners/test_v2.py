@@ -11,7 +11,7 @@ from tests.engine.cuda.processes import V2, run
 
 SUITES = {
     "positions": ["test_positions_engine.py"],
-    "methods": ["test_methods.py", "test_llava_next.py", "test_padding_rows.py"],
+    "methods": ["test_methods.py", "test_llava_next.py", "test_llava_onevision.py", "test_padding_rows.py"],
     "withdrawal": [
         "withdrawal/test_kept.py",
         "withdrawal/test_positions.py",

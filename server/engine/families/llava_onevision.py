@@ -1,0 +1,161 @@
+"""LLaVA-OneVision: images as LLaVA-NeXT's, but for a mosaic that is shrunk where it is large; videos.
+
+The mosaic shrinks behind the projector, which is not linear, so all grids are reduced there. A video's frames are
+pooled, and each is reduced by the same plan; a newline ends the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from math import ceil, isqrt, sqrt
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import BatchFeature
+from vllm.config import ModelConfig
+from vllm.model_executor.models.llava_onevision import (
+    LlavaOnevisionDummyInputsBuilder,
+    LlavaOnevisionForConditionalGeneration,
+    LlavaOnevisionMultiModalProcessor,
+    LlavaOnevisionProcessingInfo,
+)
+from vllm.multimodal import MULTIMODAL_REGISTRY
+from vllm.multimodal.parse import ImageSize, MultiModalDataItems
+from vllm.multimodal.processing import BaseMultiModalProcessor
+
+from foldserve.kernels.warm_up import Widths
+from foldserve.reducers.item import ItemPlan, Layout, Part
+from foldserve.server.engine.families.llava import ImageTokens
+from foldserve.server.engine.families.llava_next import LlavaNextFamily, grid_geometry
+from foldserve.server.engine.families.registry import family_of
+from foldserve.server.engine.family import FRAME_OPTIONS, PIXEL_FIELDS, Modality
+from foldserve.server.engine.model import FoldModel
+
+_MOST_TILES = 9
+"""A mosaic has about as many tiles' tokens at most: vLLM takes 9 whatever the checkpoint's config says."""
+
+
+class LlavaOnevisionFamily(LlavaNextFamily):
+    """`Layout.shape` of a video is (frames, 0)."""
+
+    modalities = ("image", "video")
+
+    @cached_property
+    def largest(self) -> Layout:
+        """By a search: where a mosaic shrinks, a canvas that is not filled may give more tokens than any that is."""
+        return max(map(self.layout, self._mosaics()), key=lambda layout: layout.tokens)
+
+    def widths(self, model_config: ModelConfig) -> Widths:
+        return replace(super().widths(model_config), projected=model_config.get_inputs_embeds_size())
+
+    def video_shape(self, videos: Any, index: int, info: Any, kwargs: Mapping[str, object]) -> tuple[int, ...] | None:
+        asked = info._merge_and_resolve_mm_processor_kwargs(kwargs).get("videos_kwargs", {})
+        if info.get_hf_processor().video_processor.do_sample_frames or asked.keys() & FRAME_OPTIONS:
+            return None
+        return videos.get_num_frames(index), 0
+
+    def base(self, shape: tuple[int, ...]) -> Layout | None:
+        return None if _is_video(shape) else super().base(shape)
+
+    def of_squares(self, shape: tuple[int, ...], side: int) -> Layout:
+        if not _is_video(shape):
+            return super().of_squares(shape, side)
+        frame = grid_geometry(ceil(side / 2), ceil(side / 2))
+        return Layout((Part(frame, shape[0], separators=1),), shape, self)
+
+    def grids(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> list[list[Tensor]]:
+        if PIXEL_FIELDS["video"] not in inputs:
+            return super().grids(model, inputs, plans)
+        videos = list(model._parse_and_validate_video_input(**inputs)[PIXEL_FIELDS["video"]])
+        features = self._features(model, torch.cat(videos), [len(frames) for frames in videos], plans)
+        return [[_pooled(frames)] for frames in features]
+
+    def project(self, model: Any, features: Tensor) -> Tensor:
+        return features  # has been
+
+    def _features(self, model: Any, tiles: Tensor, counts: list[int], plans: Sequence[ItemPlan]) -> Sequence[Tensor]:
+        project = super().project
+        return [project(model, item) for item in super()._features(model, tiles, counts, plans)]
+
+    def _mosaic_grid(self, shape: tuple[int, ...], side: int) -> tuple[int, int]:
+        rows, columns = super()._mosaic_grid(shape, side)
+        factor = sqrt(rows * columns / (_MOST_TILES * side**2))
+        return (int(rows // factor), int(columns // factor)) if factor > 1.1 else (rows, columns)
+
+    def _laid_out(self, tiles: Tensor, shape: tuple[int, ...]) -> Tensor:
+        side = isqrt(tiles.shape[1])
+        whole, shrunk = super()._mosaic_grid(shape, side), self._mosaic_grid(shape, side)
+        mosaic = super()._laid_out(tiles, shape)
+        return mosaic if shrunk == whole else _resized(mosaic[None], whole, shrunk)[0]
+
+    def _mosaics(self) -> Iterator[tuple[int, int]]:
+        """(height, width) of an image for every mosaic that a canvas may hold once padding is cut off."""
+        for height, width in self._pinpoints:
+            yield height, width
+            rows, columns = height // self._tile_pixels * self._side, width // self._tile_pixels * self._side
+            yield from ((round((left + 0.5) * width / columns), width) for left in range(rows % 2 or 2, rows, 2))
+            yield from ((height, round((left + 0.5) * height / rows)) for left in range(columns % 2 or 2, columns, 2))
+
+
+def _is_video(shape: tuple[int, ...]) -> bool:
+    return shape[1] == 0
+
+
+def _pooled(frames: Tensor) -> Tensor:
+    """(frames, n, C) of squares -> the same of half the side."""
+    side = isqrt(frames.shape[1])
+    return _resized(frames, (side, side), (ceil(side / 2), ceil(side / 2)))
+
+
+def _resized(x: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """(B, rows * columns, C) -> the same of another grid, as vLLM interpolates it."""
+    return F.interpolate(x.mT.reshape(len(x), -1, *grid), wanted, mode="bilinear").flatten(2).mT
+
+
+class FoldLlavaOnevisionProcessingInfo(LlavaOnevisionProcessingInfo):
+    """Modification: the largest image is really the largest. vLLM's has 8748 tokens of the published 8765."""
+
+    def get_image_size_with_most_features(self) -> ImageSize:
+        family = family_of(self.ctx.model_config)
+        if family is None:
+            return super().get_image_size_with_most_features()
+        height, width = family.largest.shape
+        return ImageSize(width=width, height=height)
+
+
+class FoldLlavaOnevisionMultiModalProcessor(ImageTokens, LlavaOnevisionMultiModalProcessor):
+    """Modification beside `ImageTokens`': images and videos are processed apart, so that images stay bytes."""
+
+    def _processed(
+        self,
+        mm_items: MultiModalDataItems,
+        planned: Mapping[Modality, Sequence[ItemPlan]],
+        hf_kwargs: Mapping[str, object],
+    ) -> BatchFeature:
+        found = BatchFeature()
+        for modality, items in mm_items.items():
+            own = MultiModalDataItems({modality: items})
+            if modality == "image":
+                found.update(BaseMultiModalProcessor._apply_hf_processor_main(self, own, hf_kwargs))
+            else:
+                found.update(super()._processed(own, planned, hf_kwargs))
+        return found
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    FoldLlavaOnevisionMultiModalProcessor,
+    info=FoldLlavaOnevisionProcessingInfo,
+    dummy_inputs=LlavaOnevisionDummyInputsBuilder,
+)
+class FoldLlavaOnevisionForConditionalGeneration(FoldModel, LlavaOnevisionForConditionalGeneration):
+    """Modification beside `FoldModel`'s: videos of different lengths may share a step.
+
+    vLLM gives these as (1, n, hidden), and its runner, which wants (n, hidden), ends the engine.
+    """
+
+    def _process_video_pixels(self, inputs: Any) -> Any:
+        return [video.flatten(0, -2) for video in super()._process_video_pixels(inputs)]
