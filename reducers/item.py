@@ -245,7 +245,7 @@ def _base(layout: Layout) -> Layout:
     check_method(METHODS[BaseOnly.name], layout)
     base = None if layout.tiling is None else layout.tiling.base(layout.shape)
     if base is None:
-        raise InvalidReduction(f"method {BaseOnly.name!r} is for images: videos have no base tile", "method")
+        raise InvalidReduction(f"method {BaseOnly.name!r} needs a base tile, and videos have no base tile", "method")
     return base
 
 

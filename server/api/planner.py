@@ -42,8 +42,9 @@ class Planner:
     positions: int | None = None
 
     def __post_init__(self) -> None:
-        is_tiled = self.family is not None and self.family.largest.tiling is not None
-        if self.settings.several_images == "base" and not is_tiled:
+        if self.settings.several_images == "tiles":
+            return
+        if self.family is None or self.family.largest.tiling is None:
             raise ValueError(
                 "--several-images base needs a model that lays images out in tiles, which this one does not"
             )

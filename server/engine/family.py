@@ -104,6 +104,8 @@ class Family(ABC):
 
     def of_video(self, reduction: Reduction) -> Reduction:
         """What is asked of a video; raises InvalidReduction where only images can be reduced so."""
+        if reduction.base_only:
+            raise InvalidReduction("method 'base_only' is for images: videos have no base tile", "method")
         return reduction
 
     def of_image(self, reduction: Reduction, layout: Layout) -> Reduction:
@@ -218,7 +220,7 @@ class EqualGridsFamily(AfterTowerFamily):
 
     def grids(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> list[list[Tensor]]:
         each = zip(model.unreduced(**inputs), plans, strict=True)
-        return [[item.view(plan.layout.parts[0].count, -1, item.shape[-1])] for item, plan in each]
+        return [[item.view(plan.laid_out.parts[0].count, -1, item.shape[-1])] for item, plan in each]
 
     def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
         (grid_plan,) = plan.grids

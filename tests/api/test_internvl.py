@@ -47,13 +47,13 @@ def ask(client: OpenAI, *parts: Any, text: str = "What is it?", **fields: Any) -
 
 
 def test_two_images_of_different_size_and_reduction(client: OpenAI) -> None:
-    """Twice: the second time the images are cached."""
+    """Twice: the second time the images are cached. Low detail is the base tile alone."""
     for _ in range(2):
         vision = ask(client, image(WIDE), image(SMALL, "high"))["vision_tokens"]
         assert vision["kept"] == vision["encoded"] == ENCODED[WIDE] + ENCODED[SMALL]
         vision = ask(client, image(WIDE, "low"), image(SMALL, "high"))["vision_tokens"]
         assert [found["encoded"] for found in vision["images"]] == [ENCODED[WIDE], ENCODED[SMALL]]
-        assert [found["kept"] for found in vision["images"]] == [ENCODED[WIDE] // 4, ENCODED[SMALL]]
+        assert [found["kept"] for found in vision["images"]] == [36, ENCODED[SMALL]]
 
 
 def test_a_prompt_is_as_long_as_the_plan_says(client: OpenAI) -> None:
@@ -112,4 +112,5 @@ def test_the_catalog(server: Live) -> None:
     assert catalog["vision_tokens_per_image"] is None
     assert catalog["limits"]["image"] == {"max_tokens": 7 * 36}
     offered = {method["id"] for method in catalog["data"]}
-    assert offered == {"folder", "random", "pool", "withdraw", "fastv", "illava_decoder"}
+    assert offered == {"base_only", "folder", "random", "pool", "withdraw", "fastv", "illava_decoder"}
+    assert catalog["low_detail"] == {"method": "base_only"}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AutoProcessor, InternVLForConditionalGeneration
 
-from foldserve.reducers.geometry import VisionGeometry
+from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part, plan_item
 from foldserve.reducers.reduction import Reduction
 from tests.engine.keeping_reference import Answer, Placed
@@ -41,6 +41,23 @@ def tiling(width: int, height: int, side: int, most: int) -> tuple[int, int]:
         if off < least or (off == least and width * height > 0.5 * side * side * x * y):
             best = (x, y)
     return best
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Of an image: see `Tiling`."""
+
+    grid: VisionGeometry
+
+    @property
+    def tile(self) -> VisionGeometry:
+        return replace(self.grid, stages=frozenset({Stage.AFTER_TOWER, Stage.DECODER}), any_resolution=True)
+
+    def base(self, shape: tuple[int, ...]) -> Layout:
+        return Layout((Part(self.grid),), shape, self)
+
+    def of_squares(self, shape: tuple[int, ...], side: int) -> Layout:
+        raise NotImplementedError
 
 
 @dataclass
@@ -132,13 +149,16 @@ class InternReference:
     def reduced(self, pixels: Tensor, asked: Mapping[str, Any], *, together: bool) -> Item:
         """Tiles (T, 3, H, W), each reduced by itself; `together` in one run."""
         count, n = len(pixels), self.tile.tokens
-        plan = plan_item(Reduction.parse(dict(asked)), Layout((Part(self.tile, count),), (count,)))
-        plan = plan.with_seed(crc32(pixels[0].numpy().tobytes())) if plan.method == "random" else plan
-        features = self.model.model.get_image_features(pixels, return_dict=True).pooler_output  # (T, n, hidden)
+        layout = Layout((Part(self.tile, count),), (count,), Tiles(self.tile) if together else None)
+        plan = plan_item(Reduction.parse(dict(asked)), layout)
+        first = count - 1 if plan.base_only else 0  # the whole image is the last tile
+        plan = plan.with_seed(crc32(pixels[0].numpy().tobytes())) if plan.is_seeded else plan
+        features = self.model.model.get_image_features(pixels[first:], return_dict=True).pooler_output
         each = [after_tower(tile[None], torch.arange(n)[None], plan.grids[0]) for tile in features]
         tiles, sources = [left[0] for left, _ in each], [source[0].tolist() for _, source in each]
         if together:
-            tiles, sources = [torch.cat(tiles)], [[i * n + place for i, own in enumerate(sources) for place in own]]
+            places = [i * n + place for i, own in enumerate(sources, first) for place in own]
+            tiles, sources = [torch.cat(tiles)], [places]
         if not plan.keeps_positions:
             kept = len(tiles[0])
             return Item(plan, tiles, [list(range(kept))] * len(tiles), kept)

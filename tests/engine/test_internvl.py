@@ -141,6 +141,11 @@ MIXED: list[Case] = [
     one_image(*SIZES[4], method="random", ratio=0.6, positions="keep"),
     two_images({"ratio": 0.5, "positions": "keep"}, {"ratio": 0.75}),
     two_images({"ratio": 0.5}, {}),
+    one_image(*SIZES[0], method="base_only"),
+    one_image(*SIZES[1], method="base_only+folder", ratio=0.6),
+    one_image(*SIZES[1], method="base_only+random", ratio=0.6, positions="keep"),
+    one_image(*SIZES[4], method="base_only", positions="keep"),
+    two_images({"method": "base_only"}, {"ratio": 0.5}),
     Case(ask("hello there")),
 ]
 """Sizes, ratios, methods and unreduced images in one batch."""
@@ -149,6 +154,7 @@ MIXED: list[Case] = [
 IN_THE_DECODER = [
     one_image(*SIZES[0], withdraw=True),
     one_image(*SIZES[1], ratio=0.5, withdraw=True),
+    one_image(*SIZES[0], method="base_only", withdraw=True),
     one_image(*SIZES[4], ratio=0.5, withdraw=True, positions="keep"),
     two_images({"ratio": 0.75}, {"withdraw": True}),
     two_images({"ratio": 0.5, "withdraw": True}, {}),
@@ -250,6 +256,8 @@ def test_refused(llm: Any, served: Served, reduction: dict[str, Any], param: str
 
 
 def test_videos_that_are_refused(llm: Any) -> None:
+    with pytest.raises(InvalidReduction, match="videos have no base tile"):
+        llm.generate([one_film(1, method="base_only").to_vllm()], use_tqdm=False)
     case = one_film(1, method="fastv", ratio=0.5)
     with pytest.raises(InvalidReduction, match="text between a video's frames"):
         llm.generate([case.to_vllm()], use_tqdm=False)
@@ -313,6 +321,8 @@ def test_counts_of_published_tiles(info: Any) -> None:
         assert layout.tokens == 256 * (columns * rows + (columns * rows > 1)), size
         assert family.read_plan(plan_item(Reduction(), layout).to_ints()) == plan_item(Reduction(), layout)
     assert family.sizes_matter and family.largest.tokens == vllm.get_max_image_tokens() == 3328
+    assert plan_item(Reduction(base_only=True), family.largest).kept == 256
+    assert plan_item(Reduction(base_only=True), family.layout((1,))).is_identity
 
 
 def test_published_tiles_on_the_meta_device() -> None:

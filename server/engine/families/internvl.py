@@ -7,9 +7,13 @@ and the projector. Each frame of a video is a tile. OpenGVLab's layout here, Hug
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import torch
+from torch import Tensor
 from vllm.config import ModelConfig
 from vllm.model_executor.models.internvl import (
     InternVLChatModel,
@@ -21,10 +25,13 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageSize
 from vllm.transformers_utils.processors.internvl import InternVLVideoProcessor
 
+from foldserve.reducers.geometry import VisionGeometry
+from foldserve.reducers.item import ItemPlan, Layout, Part
 from foldserve.reducers.reduction import Reduction
 from foldserve.server.engine.families.tiles import TiledImages, TilesFamily
 from foldserve.server.engine.family import FRAME_OPTIONS, Modality, refuse_choice_in_pieces
 from foldserve.server.engine.model import FoldModel
+from foldserve.server.engine.vision import Survivors
 
 
 class InternVLFamily(TilesFamily):
@@ -63,7 +70,32 @@ class InternVLFamily(TilesFamily):
 
     def of_video(self, reduction: Reduction) -> Reduction:
         refuse_choice_in_pieces(reduction)
-        return reduction
+        return super().of_video(reduction)
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        return replace(super().layout(shape), tiling=self)
+
+    @cached_property
+    def tile(self) -> VisionGeometry:
+        return replace(self._tile, any_resolution=True)
+
+    def base(self, shape: tuple[int, ...]) -> Layout:
+        return Layout((Part(self._tile),), shape, self)
+
+    def of_squares(self, shape: tuple[int, ...], side: int) -> Layout:
+        raise NotImplementedError  # nothing works on tiles before they are laid out
+
+    def grids(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> list[list[Tensor]]:
+        if any(plan.base_only for plan in plans):
+            (name,) = self.tile_fields["image"]
+            tiles = zip(self.pixels(inputs, "image"), plans, strict=True)
+            needed = [own[-1:] if plan.base_only else own for own, plan in tiles]
+            inputs = {**inputs, name: torch.cat(needed), self.counts["image"]: torch.tensor([*map(len, needed)])}
+        return super().grids(model, inputs, plans)
+
+    def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
+        packed = super().pack(model, grids, plan)
+        return packed._replace(source=packed.source + plan.encoded - plan.laid_out.tokens)  # the base tile is the last
 
 
 class ImageOptionsInfo(InternVLProcessingInfo):
