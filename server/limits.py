@@ -6,7 +6,7 @@ Every field is an option of `foldserve serve`: `max_image_mb` is `--max-image-mb
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from foldserve.server.options import flag, option
@@ -61,7 +61,11 @@ class Limits:
     min_image_side: int = _bound(8, "pixels of an image's shorter side, at least")
     max_image_side: int = _bound(16_384, "pixels of an image's longer side")
     max_image_aspect: float = _bound(50, "longer side over shorter side")
-    video_frames: int = _bound(32, "frames that are taken of a video, evenly spaced in time; fewer if it has fewer")
+    video_frames: int = _bound(
+        32,
+        "frames that are taken of a video, evenly spaced in time; fewer if it has fewer, or where the model was "
+        "trained with fewer or has no room for so many",
+    )
     video_fps: float = _bound(0, "at most so many of them for each second of the video; 0: no such bound", least=0)
     max_video_seconds: float = _bound(600, "length of a video", least=0)
     max_video_megapixels: float = _bound(9, "width x height of a video's frames", least=0)
@@ -107,6 +111,18 @@ class Limits:
     def to_config(self) -> dict[str, object]:
         """The JSON value that travels to the API servers."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    def within(self, *, images: int, videos: int, frames: int | None) -> Limits:
+        """These bounds, or lower ones that a model has; `frames` of a video, None for any number.
+
+        Of what a model takes none at all, a request is told in other words: the bound stays.
+        """
+        return replace(
+            self,
+            max_images_per_request=min(self.max_images_per_request, images or self.max_images_per_request),
+            max_videos_per_request=min(self.max_videos_per_request, videos or self.max_videos_per_request),
+            video_frames=self.video_frames if frames is None else min(self.video_frames, frames),
+        )
 
     @property
     def max_body_bytes(self) -> int:

@@ -57,7 +57,7 @@ def _limits(chat: FoldServingChat) -> dict[str, dict[str, float | None]]:
     """Of an image, and of a video where the model takes any: which frames are taken, see docs/video.md."""
     family, limits = chat.planner.family, chat.checks.limits
     found: dict[str, dict[str, float | None]] = {}
-    if family is not None:
+    if family is not None and "image" in family.modalities:
         found["image"] = {"max_tokens": family.largest.tokens}
     if "video" in chat.checks.takes:
         rule = limits.video_rule

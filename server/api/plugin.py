@@ -21,7 +21,7 @@ from foldserve.server.api.image_cache import note_sent_images
 from foldserve.server.api.lifecycle.arguments import SHARED, Shared
 from foldserve.server.api.lifecycle.hook import LifespanHook
 from foldserve.server.api.lifecycle.state import Lifecycle
-from foldserve.server.api.limits.checks import chat_checks
+from foldserve.server.api.limits.checks import chat_checks, items_taken
 from foldserve.server.api.limits.route import UnreadBodies
 from foldserve.server.api.logs.middleware import RequestLog
 from foldserve.server.api.media.guard import media_guard
@@ -52,7 +52,12 @@ class FoldserveEndpoint:
         if engine_client is None or "generate" not in await engine_client.get_supported_tasks():
             raise RuntimeError("foldserve serves models that generate text: leave its plugins out to serve this one")
         settings = Settings.from_config(args.additional_config)
-        limits = settings.limits
+        family, taken = family_of(engine_client.model_config), items_taken(engine_client.model_config)
+        limits = settings.limits.within(
+            images=taken["image"],
+            videos=taken["video"],
+            frames=None if family is None else family.most_frames(settings.default_reduction),
+        )
         _init_access(engine_client, state, args, settings.access)
         renderer = _renderer(state.online_renderer)
         state.foldserve_turn = asyncio.Lock()
@@ -63,7 +68,7 @@ class FoldserveEndpoint:
             state.openai_serving_models,
             args.response_role,
             planner=Planner(
-                family_of(engine_client.model_config),
+                family,
                 settings,
                 step_room(engine_client.vllm_config),
                 positions.limit(engine_client.vllm_config),

@@ -47,11 +47,19 @@ def facts(chat: FoldServingChat, limits: Limits, access: Access) -> dict[str, st
         "reduction": _reduction(chat),
         "withdrawal": _withdrawal(chat),
         "requests": f"{config.scheduler_config.max_num_seqs} run at once, {access.max_queue} wait; each up to "
-        f"{limits.max_images_per_request} images of {limits.max_image_megapixels:g} megapixels, "
-        f"{limits.max_body_mb:g} MB in all",
+        f"{_media(chat, limits)}, {limits.max_body_mb:g} MB in all",
         "access": _access(access),
         "see also": "/v1/reducers, /docs, /metrics; `foldserve serve --verbose` shows vLLM's own log",
     }
+
+
+def _media(chat: FoldServingChat, limits: Limits) -> str:
+    """What a request may have beside text."""
+    each = {
+        "image": f"{limits.max_images_per_request} images of {limits.max_image_megapixels:g} megapixels",
+        "video": f"{limits.max_videos_per_request} videos of {limits.video_frames} frames",
+    }
+    return ", ".join(text for modality, text in each.items() if modality in chat.checks.takes)
 
 
 def _access(access: Access) -> str:
@@ -88,8 +96,8 @@ def _engine(chat: FoldServingChat) -> dict[str, str]:
     if cost.withdraw_layer is not None:
         sequence += f" ({size(cost.sequence_bytes(image + TEXT_TOKENS, image))} withdrawn)"
     return {
-        "engine": f"{engine}, up to {encoder_budget(config).images} images of the largest size a tower call",
-        "KV cache": f"{sequence} for a sequence of one largest image and {TEXT_TOKENS} tokens of text",
+        "engine": f"{engine}, up to {encoder_budget(config).images} {family.unit}s of the largest size a tower call",
+        "KV cache": f"{sequence} for a sequence of one largest {family.unit} and {TEXT_TOKENS} tokens of text",
     }
 
 
@@ -99,9 +107,10 @@ def _reduction(chat: FoldServingChat) -> str:
         return "none: this model's vision tower can't reduce"
     default = settings.default_reduction.to_json()
     tokens = f"{'up to ' if family.sizes_matter else ''}{family.largest.tokens}"
-    low = json.dumps(chat.planner.low_detail["image"].to_json())
+    low = json.dumps(chat.planner.low_detail[family.modalities[0]].to_json())
+    each = "an image" if family.unit == "image" else "a frame"
     return (
-        f"{tokens} tokens an image; default {json.dumps(default) if default else 'none'}, "
+        f"{tokens} tokens {each}; default {json.dumps(default) if default else 'none'}, "
         f'"detail": "low" {low}, positions {chat.planner.default_positions}'
     )
 

@@ -9,13 +9,15 @@ from vllm.config import VllmConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.encoder_budget import MultiModalBudget
 
+from foldserve.server.engine.families.registry import family_of
+
 
 class EncoderBudget(NamedTuple):
     """What vLLM's profile run measures, of images or of videos: of what has most tokens.
 
     Attributes:
         tokens: that it encodes at once, before reduction.
-        images: of the largest size in a batch of so many tokens.
+        images: of the largest size in a batch of so many tokens; frames of a model that takes videos alone.
         cache_rows: embeddings that the encoder cache holds.
     """
 
@@ -32,7 +34,10 @@ def encoder_budget(vllm_config: VllmConfig) -> EncoderBudget:
     budget = MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY, enable_cache=False)
     modality = budget.get_modality_with_max_tokens()
     tokens = budget.mm_max_toks_per_item[modality] * max(1, budget.mm_max_items_per_batch[modality])
-    return EncoderBudget(tokens, max(1, tokens // budget.mm_max_toks_per_item["image"]), budget.encoder_cache_size)
+    image = budget.mm_max_toks_per_item.get("image")
+    if image is None and (family := family_of(vllm_config.model_config)) is not None:
+        image = family.largest.tokens
+    return EncoderBudget(tokens, max(1, tokens // image) if image else 1, budget.encoder_cache_size)
 
 
 def batches(plans: Sequence[Hashable], sizes: Sequence[int], most: int) -> list[list[int]]:

@@ -21,7 +21,7 @@ from foldserve.reducers.method import ScoringDecoder
 from foldserve.reducers.plan import Plan
 from foldserve.reducers.reduction import InvalidReduction, Positions, Reduction
 from foldserve.server.engine.positions import PositionMap, SequencePositions
-from foldserve.server.engine.vision import Survivors, reduce_features, rows, untouched
+from foldserve.server.engine.vision import Survivors, one_after_another, reduce_features, rows, untouched
 
 Modality = Literal["image", "video"]
 MODALITIES: Sequence[Modality] = get_args(Modality)
@@ -65,7 +65,7 @@ class Family(ABC):
 
     @cached_property
     def largest(self) -> Layout:
-        """Of the image that has the most tokens. A family whose images are all alike sets it."""
+        """Of the image, see `unit`, that has the most tokens. A family whose images are all alike sets it."""
         raise NotImplementedError
 
     def row_width(self, model_config: ModelConfig) -> int:
@@ -102,6 +102,10 @@ class Family(ABC):
         """`shape` of a video; None where nobody knows before it is processed how many frames it will have."""
         raise NotImplementedError  # of families that have videos among their modalities
 
+    def most_frames(self, reduction: Reduction) -> int | None:
+        """Frames that a server takes of a video at most where it is reduced so; None: as many as the operator says."""
+        return None
+
     def of_video(self, reduction: Reduction) -> Reduction:
         """What is asked of a video; raises InvalidReduction where only images can be reduced so."""
         if reduction.base_only:
@@ -128,6 +132,11 @@ class Family(ABC):
     def sizes_matter(self) -> bool:
         """Whether an image's size decides how many tokens it has."""
         return self.shape_ints > 0
+
+    @property
+    def unit(self) -> Literal["image", "frame"]:
+        """What `largest` is: of a model that takes no images, a frame of a video."""
+        return "image" if "image" in self.modalities else "frame"
 
     def default_positions(self, reduction: Reduction) -> Positions:
         """Where nobody says whether tokens that stay keep their positions."""
@@ -224,10 +233,7 @@ class EqualGridsFamily(AfterTowerFamily):
 
     def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
         (grid_plan,) = plan.grids
-        return Survivors(
-            torch.cat([grid.features for grid in grids]),
-            torch.cat([grid.source + i * grid_plan.encoded for i, grid in enumerate(grids)]),
-        )
+        return one_after_another(grids, grid_plan.encoded)
 
 
 def refuse_choice_in_pieces(reduction: Reduction, pieces: str = "a video's frames") -> None:
@@ -238,3 +244,9 @@ def refuse_choice_in_pieces(reduction: Reduction, pieces: str = "a video's frame
             f"between {pieces}: withdraw them all, or reduce before the decoder",
             "method",
         )
+
+
+def asks_for_frames(info: Any, kwargs: Mapping[str, object]) -> bool:
+    """Whether options of a request, or the operator's, have the HF processor choose a video's frames."""
+    asked = info._merge_and_resolve_mm_processor_kwargs(kwargs).get("videos_kwargs", {})
+    return bool(asked.keys() & FRAME_OPTIONS)

@@ -33,6 +33,8 @@ EncoderInputs = tuple[list[int], int, int, list[int], list[int]]
 class CountingCacheManager(EncoderCacheManager):
     """Modification: admits images of at most `encoded_left` tokens, counting down. Space is still of kept tokens.
 
+    The first of a step (`is_first`) may be larger: it would wait for ever.
+
     Args:
         encoded: tokens of an image before reduction: (request, number of the image) -> int.
     """
@@ -40,22 +42,25 @@ class CountingCacheManager(EncoderCacheManager):
     def __init__(self, cache_size: int, encoded: Callable[[Request, int], int]) -> None:
         super().__init__(cache_size)
         self.encoded_left = 0
+        self.is_first = True
         self._encoded = encoded
 
     def can_allocate(self, request: Request, input_id: int, *args: Any, **kwargs: Any) -> bool:
         encoded = self._encoded(request, input_id)
-        fits = encoded <= self.encoded_left and super().can_allocate(request, input_id, *args, **kwargs)
+        has_room = encoded <= self.encoded_left or self.is_first
+        fits = has_room and super().can_allocate(request, input_id, *args, **kwargs)
         if fits:
             self.encoded_left -= encoded
+            self.is_first = False
         return fits
 
 
 class FoldScheduler(Scheduler):
     """Modifications:
 
-    - a step encodes no more than the profile run did. vLLM's budget counts the tokens that an image gives the
-      decoder. Reduced images give few, so that all requests of a step would wait while the tower encodes ten times as
-      many of them;
+    - a step encodes no more than the profile run did, or one image or video that is larger. vLLM's budget counts the
+      tokens that an image gives the decoder. Reduced images give few, so that all requests of a step would wait while
+      the tower encodes ten times as many of them;
     - a request whose grammar is dear to follow sits out the steps until it has been followed, see `grammars`, and ends
       with an error where that takes too long;
     - API keys are served in turn, see `fair_queue`, and those with few requests get steps of their own where it takes
@@ -154,6 +159,7 @@ class FoldScheduler(Scheduler):
         """
         if isinstance(self.encoder_cache_manager, CountingCacheManager):
             self.encoder_cache_manager.encoded_left = self._encoded_left(request, encoder_compute_budget)
+            self.encoder_cache_manager.is_first = encoder_compute_budget == self.max_num_encoder_input_tokens
         inputs, tokens, _, external, duplicates = super()._try_schedule_encoder_inputs(
             request, num_computed_tokens, num_new_tokens, encoder_compute_budget, **kwargs
         )

@@ -91,6 +91,14 @@ def _survivors(features: torch.Tensor, source: torch.Tensor) -> list[Survivors]:
     return [Survivors(*image) for image in zip(features, source, strict=True)]
 
 
+def one_after_another(grids: Sequence[Survivors], encoded: int) -> Survivors:
+    """What is left of equal grids of so many tokens each, such as a video's frames, as of one grid."""
+    return Survivors(
+        torch.cat([grid.features for grid in grids]),
+        torch.cat([grid.source + i * encoded for i, grid in enumerate(grids)]),
+    )
+
+
 def untouched(features: torch.Tensor) -> list[Survivors]:
     """Images (B, n, C) of which nothing is removed yet."""
     return _survivors(features, _count(features))

@@ -37,6 +37,7 @@ def facts(config: Any, *, is_reduced: bool = True, withdraw_layer: int | None = 
             room=Room(1000, "all"),
         ),
         kv_cost=kv_cost(config, withdraw_layer),
+        checks=SimpleNamespace(takes={"image"}),
     )
     return startup.facts(chat, Limits(), Access())
 

@@ -21,6 +21,7 @@ class Reference:
     """Greedy decoding of a checkpoint on one prompt at a time, in fp32."""
 
     model_class: Any = LlavaForConditionalGeneration
+    tower_name = "vision_tower"
 
     def __init__(self, path: Path) -> None:
         self.processor = AutoProcessor.from_pretrained(path)
@@ -30,7 +31,7 @@ class Reference:
         side, class_token = vision.image_size // vision.patch_size, isinstance(vision, CLIPVisionConfig)
         layers = vision.num_hidden_layers + 1 + self.config.vision_feature_layer
         self.geometry = VisionGeometry(side**2, (side, side), layers, class_token)
-        self.tower = PlainTower(self.model.model.vision_tower, layers, class_token=class_token)
+        self.tower = PlainTower(getattr(self.model.model, self.tower_name), layers, class_token=class_token)
 
     def plan(self, reduction: dict[str, object]) -> ItemPlan:
         return plan_item(Reduction.parse(reduction), Layout.single(self.geometry))

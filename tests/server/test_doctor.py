@@ -46,6 +46,7 @@ REPORT = Report(
         decoder="LlamaForCausalLM",
         layers=32,
         family="llava",
+        unit="image",
         image_tokens=576,
         images_per_call=14,
         encoder_cache_rows=8192,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -77,3 +77,10 @@ def test_bad_bounds(argv: list[str], message: str, chosen: list[Limits], capsys:
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
     assert not chosen
+
+
+def test_a_models_own_bounds_only_lower_them() -> None:
+    limits = Limits(max_images_per_request=3, max_videos_per_request=2, video_frames=16)
+    assert limits.within(images=999, videos=999, frames=None) == limits
+    assert limits.within(images=999, videos=1, frames=8) == replace(limits, max_videos_per_request=1, video_frames=8)
+    assert limits.within(images=2, videos=0, frames=32) == replace(limits, max_images_per_request=2)

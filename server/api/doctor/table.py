@@ -32,7 +32,7 @@ def table(report: Report) -> str:
     if report.model is not None:
         sections.append(("model", _model(report.model, report)))
     if report.kv is not None:
-        sections.append(("KV cache", _kv(report.kv)))
+        sections.append(("KV cache", _kv(report.kv, "image" if report.model is None else report.model.unit)))
     if report.engine is not None:
         sections.append(("engine", [*_engine(report.engine), *_added(report.options_added)]))
     sections.append(("machine", machine_rows(report.machine) if report.machine else ()))
@@ -77,11 +77,11 @@ def _model(model: ModelFacts, report: Report) -> Rows:
         return [*rows, ("reduction", "none: foldserve does not reduce this architecture")]
     return [
         *rows,
-        ("reduction", f"family {model.family}, largest image {model.image_tokens} tokens"),
+        ("reduction", f"family {model.family}, largest {model.unit} {model.image_tokens} tokens"),
         ("methods", ", ".join(report.methods)),
         ("positions", "renumber or keep" if model.keeps_positions else "renumber only"),
         ("withdrawal", _withdrawal(model, report.decoder_methods)),
-        ("a tower call", f"{_count(model.images_per_call or 0, 'image')} of the largest size at most"),
+        ("a tower call", f"{_count(model.images_per_call or 0, model.unit)} of the largest size at most"),
         ("encoder cache", _encoder_cache(model.encoder_cache_rows or 0, model.encoder_row_bytes or 0)),
     ]
 
@@ -98,13 +98,13 @@ def _encoder_cache(rows: int, row_bytes: int) -> str:
     return f"{size(rows * row_bytes)}: {rows} embeddings of {size(row_bytes)}"
 
 
-def _kv(kv: KvFacts) -> Rows:
-    of = f"{kv.sequence_tokens} tokens: one largest image and {kv.text_tokens} of text"
+def _kv(kv: KvFacts, unit: str) -> Rows:
+    of = f"{kv.sequence_tokens} tokens: one largest {unit} and {kv.text_tokens} of text"
     rows = [("a token", size(kv.token_bytes)), ("a sequence", f"{size(kv.sequence_bytes)}, {of}")]
     if kv.withdrawn_bytes is not None:
         share = kv.withdrawn_bytes / kv.sequence_bytes
         rows.append(
-            ("  withdrawn", f"{size(kv.withdrawn_bytes)}, {share:.0%} of it: no layer from K on holds the image")
+            ("  withdrawn", f"{size(kv.withdrawn_bytes)}, {share:.0%} of it: no layer from K on holds the {unit}")
         )
     rows.append(("groups", f"{_groups(kv)}; blocks of {kv.block_tokens} tokens"))
     if kv.pool_bytes is not None:

@@ -160,7 +160,8 @@ def _share(modality: Modality, plan: ItemPlan) -> str:
 def chat_checks(engine: EngineClient, limits: Limits) -> ChatChecks:
     """The checks for the model that an engine serves."""
     model = engine.model_config
-    tokenizer, taken = engine.renderer.tokenizer, _taken(model)
+    tokenizer = engine.renderer.tokenizer
+    taken = frozenset(modality for modality, count in items_taken(model).items() if count)
     media_tokens = _media_tokens(model, tokenizer)
     placeholders = [*MODALITY_PLACEHOLDERS_MAP.values(), PROMPT_EMBEDS_PLACEHOLDER_TOKEN]
     placeholders += tokenizer.convert_ids_to_tokens([*media_tokens.values()])
@@ -173,12 +174,10 @@ def chat_checks(engine: EngineClient, limits: Limits) -> ChatChecks:
     return ChatChecks(limits, special, model.max_model_len, longest, known, media_tokens, taken, side)
 
 
-def _taken(model: ModelConfig) -> frozenset[Modality]:
-    """Of what the model can take, what the operator's limits leave."""
-    if not model.is_multimodal_model:
-        return frozenset()
-    limits = MULTIMODAL_REGISTRY.get_processing_info(model).allowed_mm_limits
-    return frozenset(modality for modality in MODALITIES if limits.get(modality))
+def items_taken(model: ModelConfig) -> dict[Modality, int]:
+    """How many of each a prompt may have: of what the model can take, what the operator's vLLM limits leave."""
+    limits = MULTIMODAL_REGISTRY.get_processing_info(model).allowed_mm_limits if model.is_multimodal_model else {}
+    return {modality: limits.get(modality, 0) for modality in MODALITIES}
 
 
 def _media_tokens(model: ModelConfig, tokenizer: Any) -> dict[Modality, int]:

@@ -19,6 +19,7 @@ class ModelFacts:
 
     Attributes:
         family: of foldserve; None for a model that is not reduced, which has None in all that is said of images too.
+        unit: what is counted, images or, of a model that takes none, frames of videos.
         image_tokens: of the largest image.
         images_per_call: of the largest size, that the vision tower takes at once, as start-up profiles.
         encoder_cache_rows: embeddings that the encoder cache holds.
@@ -32,6 +33,7 @@ class ModelFacts:
     decoder: str
     layers: int
     family: str | None
+    unit: str
     image_tokens: int | None
     images_per_call: int | None
     encoder_cache_rows: int | None
@@ -53,6 +55,7 @@ def model_facts(config: VllmConfig) -> ModelFacts:
         decoder=decoder,
         layers=model.get_total_num_hidden_layers(),
         family=None if family is None else type(family).__module__.rpartition(".")[2],
+        unit="image" if family is None else family.unit,
         image_tokens=None if family is None else family.largest.tokens,
         images_per_call=None if budget is None else budget.images,
         encoder_cache_rows=None if budget is None else budget.cache_rows,

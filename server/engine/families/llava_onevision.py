@@ -32,7 +32,7 @@ from foldserve.reducers.item import ItemPlan, Layout, Part
 from foldserve.server.engine.families.llava import ImageTokens
 from foldserve.server.engine.families.llava_next import LlavaNextFamily, grid_geometry
 from foldserve.server.engine.families.registry import family_of
-from foldserve.server.engine.family import FRAME_OPTIONS, PIXEL_FIELDS, Modality
+from foldserve.server.engine.family import PIXEL_FIELDS, Modality, asks_for_frames
 from foldserve.server.engine.model import FoldModel
 
 _MOST_TILES = 9
@@ -53,8 +53,7 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         return replace(super().widths(model_config), projected=model_config.get_inputs_embeds_size())
 
     def video_shape(self, videos: Any, index: int, info: Any, kwargs: Mapping[str, object]) -> tuple[int, ...] | None:
-        asked = info._merge_and_resolve_mm_processor_kwargs(kwargs).get("videos_kwargs", {})
-        if info.get_hf_processor().video_processor.do_sample_frames or asked.keys() & FRAME_OPTIONS:
+        if info.get_hf_processor().video_processor.do_sample_frames or asks_for_frames(info, kwargs):
             return None
         return videos.get_num_frames(index), 0
 

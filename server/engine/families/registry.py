@@ -20,7 +20,7 @@ class Entry:
 
     Attributes:
         family: the `Family`.
-        model: the model class, which replaces vLLM's own of the architecture.
+        model: the model class, which replaces vLLM's own of the architecture, if it has one.
     """
 
     family: str
@@ -58,6 +58,12 @@ ENTRIES: Mapping[str, Entry] = MappingProxyType(
             "llava_stf.StfFamily", "llava_stf.FoldLlavaStfForConditionalGeneration"
         ),
         "MmvpForConditionalGeneration": Entry("mmvp.MmvpFamily", "mmvp.FoldMmvpForConditionalGeneration"),
+        "LlavaNextVideoForConditionalGeneration": Entry(
+            "llava_next_video.LlavaNextVideoFamily", "llava_next_video.FoldLlavaNextVideoForConditionalGeneration"
+        ),
+        "VideoLlavaForConditionalGeneration": Entry(
+            "video_llava.VideoLlavaFamily", "video_llava.FoldVideoLlavaForConditionalGeneration"
+        ),
         "Qwen2VLForConditionalGeneration": Entry(
             "qwen_vl.QwenVLFamily", "qwen2_vl.FoldQwen2VLForConditionalGeneration"
         ),

@@ -24,6 +24,10 @@ SUITES = {
         "test_qwen.py::test_in_the_tower_beside_others",
         "test_qwen.py::test_videos_frame_by_frame",
     ],
+    "videos of LLaVA": [
+        "test_video_llava.py::test_all_in_one_batch_and_again_from_the_cache",
+        "test_video_llava.py::test_kept_positions_are_those_of_the_whole_video",
+    ],
     "Qwen3.5": ["test_qwen3_5.py::test_in_the_tower_beside_others", "test_qwen3_5.py::test_states_are_found_again"],
     "Idefics3": ["test_idefics3.py::test_all_in_one_batch_and_again_from_the_cache[idefics3]"],
     "Gemma-3": [

@@ -1,0 +1,110 @@
+"""Video-LLaVA: images as LLaVA-1.5's; of a video each frame is a grid, behind its class token, which stays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from typing import Any
+
+import torch
+from vllm.config import ModelConfig
+from vllm.multimodal import MULTIMODAL_REGISTRY
+
+from foldserve.reducers import configured
+from foldserve.reducers.geometry import Stage, VisionGeometry
+from foldserve.reducers.item import ItemPlan, Layout, Part
+from foldserve.reducers.reduction import Reduction
+from foldserve.server.engine.families.llava import ImageTokens, LlavaFamily, geometry_of
+from foldserve.server.engine.families.video_llava_model import (
+    VIDEO,
+    VideoLlavaDummyInputsBuilder,
+    VideoLlavaForConditionalGeneration,
+    VideoLlavaMultiModalProcessor,
+    VideoLlavaProcessingInfo,
+)
+from foldserve.server.engine.family import asks_for_frames
+from foldserve.server.engine.model import FoldModel
+from foldserve.server.engine.vision import Survivors, one_after_another, reduce_features, untouched
+
+
+class VideoLlavaFamily(LlavaFamily):
+    """`Layout.shape` is (frames,), 0 for an image.
+
+    Args:
+        geometry: of an image.
+        trained_frames: of a video in training.
+    """
+
+    modalities = ("image", "video")
+    shape_ints = 1
+    sends_bytes = False  # its image processor computes with floats from the start
+
+    def __init__(self, geometry: VisionGeometry, trained_frames: int) -> None:
+        super().__init__(geometry, "default")
+        self._frame = VisionGeometry(
+            geometry.tokens, geometry.grid, stages=frozenset({Stage.AFTER_TOWER, Stage.DECODER})
+        )
+        self._trained_frames = trained_frames
+        self.largest = replace(self.largest, shape=(0,))
+
+    @classmethod
+    def of(cls, model_config: ModelConfig) -> VideoLlavaFamily:
+        hf_config = model_config.hf_config
+        geometry = geometry_of(hf_config)
+        if geometry is None or not geometry.class_token or Stage.IN_TOWER not in geometry.stages:
+            raise ValueError(
+                "Video-LLaVA needs CLIP towers, vision_feature_select_strategy 'default' and one vision_feature_layer, "
+                f"not {hf_config.vision_config.model_type!r}, {hf_config.vision_feature_select_strategy!r} and "
+                f"{hf_config.vision_feature_layer}"
+            )
+        return cls(geometry, max(1, hf_config.video_seq_length // (geometry.tokens + 1)))
+
+    def shape(self, images: Any, index: int, info: Any, kwargs: Mapping[str, object]) -> tuple[int, ...]:
+        return (0,)
+
+    def video_shape(self, videos: Any, index: int, info: Any, kwargs: Mapping[str, object]) -> tuple[int, ...] | None:
+        chosen_later = info.get_hf_processor().video_processor.do_sample_frames or asks_for_frames(info, kwargs)
+        return None if chosen_later else (videos.get_num_frames(index),)
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        (frames,) = shape
+        return Layout((Part(self._frame, frames, separators=frames),), shape) if frames else self.largest
+
+    def most_frames(self, reduction: Reduction) -> int:
+        return self._trained_frames
+
+    def of_video(self, reduction: Reduction) -> Reduction:
+        reduction = super().of_video(reduction)
+        if reduction.ratio or reduction.keep_tokens:
+            configured(reduction.method, reduction.option_values).check(self._frame)
+        return reduction
+
+    def encode(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> Sequence[Survivors]:
+        if VIDEO not in inputs:
+            return super().encode(model, inputs, plans)
+        features = model.frame_features(inputs[VIDEO])  # (frames, 1 + patches, C)
+        of_frames = [plan.grids[0] for plan in plans for _ in range(plan.layout.shape[0])]
+        left = reduce_features(untouched(features[:, 1:]), of_frames)
+        frames = iter([_behind(first, frame) for first, frame in zip(features[:, :1], left, strict=True)])
+        each = [one_after_another([*islice(frames, plan.layout.shape[0])], features.shape[1]) for plan in plans]
+        embeds = model.multi_modal_projector(torch.cat([video.features for video in each]))
+        lengths = [plan.kept for plan in plans]
+        return [video._replace(features=own) for video, own in zip(each, embeds.split_with_sizes(lengths), strict=True)]
+
+
+def _behind(class_token: torch.Tensor, frame: Survivors) -> Survivors:
+    """A frame behind its class token (1, C)."""
+    source = torch.cat([torch.zeros_like(frame.source[:1]), frame.source + 1])
+    return Survivors(torch.cat([class_token, frame.features]), source)
+
+
+class FoldVideoLlavaMultiModalProcessor(ImageTokens, VideoLlavaMultiModalProcessor):
+    """See `ImageTokens`."""
+
+
+@MULTIMODAL_REGISTRY.register_processor(
+    FoldVideoLlavaMultiModalProcessor, info=VideoLlavaProcessingInfo, dummy_inputs=VideoLlavaDummyInputsBuilder
+)
+class FoldVideoLlavaForConditionalGeneration(FoldModel, VideoLlavaForConditionalGeneration):
+    """See `FoldModel`."""

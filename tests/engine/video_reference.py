@@ -1,0 +1,122 @@
+"""Video-LLaVA and LLaVA-NeXT-Video with token reduction in plain PyTorch and transformers, frame by frame."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from zlib import crc32
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import LlavaNextVideoForConditionalGeneration, VideoLlavaForConditionalGeneration
+
+from foldserve.reducers.geometry import VisionGeometry
+from foldserve.reducers.item import ItemPlan, Layout, Part, plan_item
+from foldserve.reducers.reduction import Reduction
+from tests.engine.keeping_reference import Answer, Keeping
+from tests.engine.plain_tower import after_tower
+from tests.engine.withdrawal.reference import WithdrawingReference
+
+Video = np.ndarray[Any, Any]
+"""(frames, height, width, 3) bytes."""
+
+
+class VideoLlavaReference(WithdrawingReference):
+    """Modifications to the reference: a frame is a grid behind its class token, which stays."""
+
+    model_class: Any = VideoLlavaForConditionalGeneration
+    tower_name = "image_tower"
+    first = 1
+    """Tokens in front of each frame's grid."""
+
+    def generate(self, prompt: str, images: Any, reductions: Any, tokens: int, tail: Sequence[int] = ()) -> Answer:
+        """`images` are images and videos, in the order of the prompt."""
+        return super().generate(prompt.replace("<video>", "<image>"), images, reductions, tokens, tail)
+
+    def plans(self, images: Sequence[Any], reductions: Sequence[dict[str, object]]) -> list[ItemPlan]:
+        each = zip(images, reductions, strict=True)
+        return [plan_item(Reduction.parse(reduction), self.layout(image)) for image, reduction in each]
+
+    def layout(self, image: Any) -> Layout:
+        if not isinstance(image, np.ndarray):
+            return Layout((Part(self.geometry),), (0,))
+        frame, count = VisionGeometry(self.side**2, (self.side, self.side)), len(image)
+        return Layout((Part(frame, count, separators=self.first * count),), (count,))
+
+    @property
+    def side(self) -> int:
+        """Of a frame, in tokens."""
+        return int(self.config.vision_config.image_size // self.config.vision_config.patch_size)
+
+    def image_features(self, image: Any, plan: ItemPlan) -> Tensor:
+        return self.survivors(image, plan)[0]
+
+    @torch.no_grad()
+    def survivors(self, image: Any, plan: ItemPlan) -> tuple[Tensor, list[int]]:
+        """(plan.kept, hidden), and the position of each in the image or video."""
+        if isinstance(image, np.ndarray):
+            pixels = self.processor.video_processor(image, return_tensors="pt")["pixel_values_videos"][0]
+            left, places = self.film(pixels, self.seeded(plan, pixels))
+        else:
+            pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values_images"]
+            tokens, source = self.tower.survivors(pixels, self.seeded(plan, pixels).grids[0])
+            left, places = [*tokens[0]], source[0].tolist()
+        order = sorted(range(len(left)), key=places.__getitem__) if plan.keeps_positions else range(len(left))
+        found = [places[i] for i in order] if plan.keeps_positions else list(order)
+        return self.model.model.multi_modal_projector(torch.stack([left[i] for i in order])), found
+
+    def seeded(self, plan: ItemPlan, pixels: Tensor) -> ItemPlan:
+        return plan.with_seed(crc32(pixels[0].numpy().tobytes())) if plan.is_seeded else plan
+
+    def film(self, pixels: Tensor, plan: ItemPlan) -> tuple[list[Tensor], list[int]]:
+        out: list[Tensor] = []
+        places: list[int] = []
+        for i, frame in enumerate(self.frames(pixels)):
+            grid, start = frame[self.first :], i * len(frame)
+            left, source = after_tower(grid[None], torch.arange(len(grid))[None], plan.grids[0])
+            out += [*frame[: self.first], *left[0]]
+            places += [*range(start, start + self.first), *(source[0] + start + self.first).tolist()]
+        return out, places
+
+    def frames(self, pixels: Tensor) -> Tensor:
+        """(frames, 3, H, W) -> (frames, tokens, C)"""
+        tower = self.model.model.video_tower
+        states: Tensor = tower(pixels, output_hidden_states=True).hidden_states[self.config.vision_feature_layer]
+        return states
+
+
+class LlavaNextVideoReference(VideoLlavaReference):
+    """Modifications: frames are pooled, and nothing stands in front of them."""
+
+    model_class: Any = LlavaNextVideoForConditionalGeneration
+    tower_name = "vision_tower"
+    first = 0
+
+    @property
+    def side(self) -> int:
+        return super().side // 2
+
+    def frames(self, pixels: Tensor) -> Tensor:
+        tower, side = self.model.model.vision_tower, super().side
+        states = tower(pixels, output_hidden_states=True).hidden_states[self.config.vision_feature_layer]
+        grids = states[:, 1:].view(len(states), side, side, -1).permute(0, 3, 1, 2)
+        return F.avg_pool2d(grids, 2).flatten(2).mT
+
+
+class KeepingVideoReference(Keeping, VideoLlavaReference):
+    """`VideoLlavaReference` with kept positions."""
+
+    survivors = VideoLlavaReference.survivors
+
+    def __init__(self, path: Any, layer: int) -> None:
+        super().__init__(path, layer)
+
+    def generate(self, prompt: str, images: Any, reductions: Any, tokens: int, tail: Sequence[int] = ()) -> Answer:
+        self.place(prompt.replace("<video>", "<image>"), images, reductions)
+        return super().generate(prompt, images, reductions, tokens, tail)
+
+
+class KeepingNextVideoReference(KeepingVideoReference, LlavaNextVideoReference):
+    """`LlavaNextVideoReference` with kept positions."""
