@@ -11,8 +11,9 @@ from foldserve.reducers import METHODS
 from foldserve.reducers.item import ItemPlan, check, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.reducers.reduction import Positions
-from foldserve.server.api.errors import InvalidRequest
+from foldserve.server.api.errors import InvalidRequest, LimitExceeded
 from foldserve.server.api.schema import FoldChatRequest
+from foldserve.server.engine.encoder_budget import EncoderBudget
 from foldserve.server.engine.family import LOW_DETAIL_RATIO, MODALITIES, Family, Modality
 from foldserve.server.engine.positions import CANNOT_KEEP, refuse_positions
 from foldserve.server.engine.withdrawal import Room, refuse_request
@@ -31,6 +32,7 @@ class Planner:
         room: that a prompt has in one step of the engine.
         positions: rotary positions that the model was trained for; None where the engine's runner can't keep those of
             the tokens that stay.
+        encoder: what the tower takes at once; None where it is not reduced.
 
     Raises:
         ValueError: the operator wants base tiles of a model whose images have none.
@@ -40,6 +42,7 @@ class Planner:
     settings: Settings
     room: Room
     positions: int | None = None
+    encoder: EncoderBudget | None = None
 
     def __post_init__(self) -> None:
         if self.settings.several_images == "tiles":
@@ -82,6 +85,25 @@ class Planner:
                 _check_for(family, asked)
         except InvalidReduction as error:
             raise as_asked(error, request) from error
+
+    def check_sizes(self, planned: Mapping[Modality, Sequence[ItemPlan]]) -> None:
+        """Sees to it that the tower gets nothing whose memory nobody measured, however little of it is kept.
+
+        Raises:
+            LimitExceeded: an image or a video has more tokens before reduction than start-up tried.
+        """
+        if self.encoder is None:
+            return
+        for modality, plans in planned.items():
+            for i, plan in enumerate(plans):
+                if plan.encoded > self.encoder.tokens:
+                    smaller = "a smaller one" if modality == "image" else "a smaller or shorter one"
+                    raise LimitExceeded(
+                        f"{modality} {i + 1} of {len(plans)} has {plan.encoded} tokens before reduction, and this "
+                        f"server's vision tower takes {self.encoder.tokens} at once: send {smaller}, or start the "
+                        "server with a higher --max-num-batched-tokens",
+                        "messages",
+                    )
 
     def check_positions(self, plans: Sequence[ItemPlan], prompt_tokens: int, request: FoldChatRequest) -> None:
         """Sees to it that no token gets a position that the model was not trained for.

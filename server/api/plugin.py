@@ -29,6 +29,7 @@ from foldserve.server.api.planner import Planner
 from foldserve.server.api.routes import replace_routes
 from foldserve.server.api.serving import FoldServingChat
 from foldserve.server.engine import positions
+from foldserve.server.engine.encoder_budget import encoder_budget
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.kv_cost import kv_cost
 from foldserve.server.engine.withdrawal import step_room
@@ -72,6 +73,7 @@ class FoldserveEndpoint:
                 settings,
                 step_room(engine_client.vllm_config),
                 positions.limit(engine_client.vllm_config),
+                None if family is None else encoder_budget(engine_client.vllm_config),
             ),
             kv_cost=kv_cost(engine_client.vllm_config, settings.withdraw_layer),
             checks=chat_checks(engine_client, limits),

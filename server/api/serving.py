@@ -97,6 +97,7 @@ class FoldServingChat(OpenAIServingChat):
         fields: dict[str, Any] = dict(prompt)
         planned: Mapping[Modality, Sequence[ItemPlan]] = fields.get(PLANS, {})
         self.checks.check_prompt(prompt, planned)
+        self.planner.check_sizes(planned)
         self.planner.check_positions([*chain.from_iterable(planned.values())], len(fields["prompt_token_ids"]), request)
         progress = request.progress
         progress.vision = vision_tokens(planned, prompt, self.planner.settings.withdraw_layer, self.planner.room)

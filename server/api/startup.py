@@ -12,7 +12,6 @@ from vllm.config import VllmConfig
 from foldserve.server.access import Access
 from foldserve.server.api.logs.config import STARTUP
 from foldserve.server.api.sizes import size
-from foldserve.server.engine.encoder_budget import encoder_budget
 from foldserve.server.engine.facts.choices import model_runner
 from foldserve.server.engine.facts.kv import TEXT_TOKENS
 from foldserve.server.engine.plugin import ALLOW_VLLM, is_release_vllm, vllm_version
@@ -89,14 +88,14 @@ def _engine(chat: FoldServingChat) -> dict[str, str]:
     config, family, cost = chat.engine_client.vllm_config, chat.planner.family, chat.kv_cost
     graphs = config.compilation_config.cudagraph_mode
     engine = f"model runner {model_runner(config)}, graphs {'NONE' if graphs is None else graphs.name}"
-    if family is None:
+    if family is None or (encoder := chat.planner.encoder) is None:
         return {"engine": engine}
     image = family.largest.tokens
     sequence = size(cost.sequence_bytes(image + TEXT_TOKENS))
     if cost.withdraw_layer is not None:
         sequence += f" ({size(cost.sequence_bytes(image + TEXT_TOKENS, image))} withdrawn)"
     return {
-        "engine": f"{engine}, up to {encoder_budget(config).images} {family.unit}s of the largest size a tower call",
+        "engine": f"{engine}, up to {encoder.images} {family.unit}s of the largest size a tower call",
         "KV cache": f"{sequence} for a sequence of one largest {family.unit} and {TEXT_TOKENS} tokens of text",
     }
 

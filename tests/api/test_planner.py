@@ -10,9 +10,10 @@ import pytest
 from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
-from foldserve.server.api.errors import InvalidRequest
+from foldserve.server.api.errors import InvalidRequest, LimitExceeded
 from foldserve.server.api.planner import Planner, as_asked
 from foldserve.server.api.schema import FoldChatRequest
+from foldserve.server.engine.encoder_budget import EncoderBudget
 from foldserve.server.engine.family import Family
 from foldserve.server.engine.withdrawal import Room
 from foldserve.server.settings import Settings
@@ -222,3 +223,11 @@ def test_what_acts_on_tiles_is_checked_before_they_are_known(method: str) -> Non
 )
 def test_a_refusal_names_the_field_that_the_request_has(fields: dict[str, Any], param: str, named: str) -> None:
     assert as_asked(InvalidReduction("too small", param), request("auto", **fields)).param == named
+
+
+def test_what_the_tower_was_not_tried_with_is_refused_whatever_is_kept() -> None:
+    measured = replace(planner(), encoder=EncoderBudget(tokens=576, images=1, cache_rows=576))
+    of_one, of_two = (plan_item(Reduction(ratio=0.9), Layout((Part(CLIP, count=count),))) for count in (1, 2))
+    measured.check_sizes({"image": [of_one, of_one]})
+    with pytest.raises(LimitExceeded, match=r"video 2 of 2 has 1152 tokens before reduction.* takes 576 at once"):
+        measured.check_sizes({"video": [of_one, of_two]})

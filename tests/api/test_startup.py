@@ -13,6 +13,7 @@ from foldserve.server.access import Access
 from foldserve.server.api import startup
 from foldserve.server.api.logs.config import STARTUP
 from foldserve.server.api.planner import Planner
+from foldserve.server.engine.encoder_budget import encoder_budget
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.kv_cost import kv_cost
 from foldserve.server.engine.plugin import ALLOW_VLLM, vllm_version
@@ -35,6 +36,7 @@ def facts(config: Any, *, is_reduced: bool = True, withdraw_layer: int | None = 
             family=family_of(config.model_config) if is_reduced else None,
             settings=Settings(withdraw_layer=withdraw_layer),
             room=Room(1000, "all"),
+            encoder=encoder_budget(config) if is_reduced else None,
         ),
         kv_cost=kv_cost(config, withdraw_layer),
         checks=SimpleNamespace(takes={"image"}),
