@@ -288,6 +288,8 @@ def test_metrics_sum_over_api_servers(server_url: str) -> None:
     after = scrape(server_url)
 
     def rise(name: str, **labels: str) -> float:
+        if name == "foldserve_vision_tokens_total":
+            labels |= {"modality": "image"}
         key = (name, tuple(sorted(labels.items())))
         return after[key] - before.get(key, 0.0)
 

@@ -76,4 +76,5 @@ def test_the_catalog_tells_the_limit_of_an_image(server: Live) -> None:
     assert catalog["limits"] == {"image": {"max_tokens": 144 + 24 * 24 + 24}}
     offered = {method["id"]: method["max_removed_tokens"] for method in catalog["data"]}
     assert offered["folder"] == 144 - 2 + 576 - 2
-    assert not offered.keys() & {"folder_cls", "illava", "downsample", "stf"}
+    assert not offered.keys() & {"folder_cls", "tome", "stf"}
+    assert {"base_only", "downsample"} <= offered.keys()
