@@ -37,11 +37,11 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Pool(),
             Random(),
             Downsample(),
-            BaseOnly(),
             Stf(),
             Withdraw(),
             IllavaDecoder(),
             FastV(),
+            BaseOnly(),  # a new one comes last: plans' codes, and so the keys of caches, go by the order
         )
     }
 )

@@ -166,7 +166,8 @@ class ItemPlan:
 
     def to_ints(self) -> tuple[int, ...]:
         """As many integers for every plan of a model; `from_ints` of the same release reads those behind the shape."""
-        own = (CODES.index(self.decoder), self.decoder_removed, int(self.keeps_positions), int(self.base_only))
+        own = [CODES.index(self.decoder), self.decoder_removed, int(self.keeps_positions)]
+        own += [] if self.layout.tiling is None else [int(self.base_only)]
         codes = [code for plan in self._plans for code in plan.to_ints()]
         missing = len(self.layout.parts) - len(self.grids)  # of a base tile alone
         return (*self.layout.shape, *own, *codes, *[0] * (missing * len(self.grids[0].to_ints())))
@@ -174,13 +175,14 @@ class ItemPlan:
     @classmethod
     def from_ints(cls, ints: Sequence[int], layout: Layout) -> ItemPlan:
         """The plan that gave these integers, without the shape, which is the layout's."""
-        decoder, decoder_removed, keeps_positions, base_only, *codes = ints
+        decoder, decoder_removed, keeps_positions, *codes = ints
+        base_only = layout.tiling is not None and bool(codes.pop(0))
         width = len(codes) // (len(layout.parts) + (layout.tiling is not None))
         each = [codes[i : i + width] for i in range(0, len(codes), width)]
         tile = None if layout.tiling is None else Plan.from_ints(each.pop(0), layout.tiling.tile)
-        parts = _laid_out(layout, bool(base_only), tile).parts
+        parts = _laid_out(layout, base_only, tile).parts
         grids = tuple(Plan.from_ints(own, part.geometry) for own, part in zip(each, parts, strict=False))
-        return cls(layout, grids, CODES[decoder], decoder_removed, bool(keeps_positions), bool(base_only), tile)
+        return cls(layout, grids, CODES[decoder], decoder_removed, bool(keeps_positions), base_only, tile)
 
 
 def _laid_out(layout: Layout, base_only: bool, tile: Plan | None) -> Layout:

@@ -122,7 +122,7 @@ def test_any_text_has_an_answer(text: str) -> None:
 )
 @pytest.mark.parametrize("form", ["regex", "grammar"])
 def test_the_check_is_linear_in_the_text(make: Any, form: str) -> None:
-    """Four times the text takes at most six times as long; the least of five turns, of CPU time."""
+    """Four times the text takes at most six times as long; the least of up to twenty turns, of CPU time."""
 
     def seconds(text: str) -> float:
         began = time.thread_time()
@@ -131,5 +131,9 @@ def test_the_check_is_linear_in_the_text(make: Any, form: str) -> None:
         return time.thread_time() - began
 
     short, long = make(2000), make(8000)
-    turns = [(seconds(short), seconds(long)) for _ in range(5)]  # side by side: other tests make a machine slower
-    assert min(after for _, after in turns) < max(6 * min(before for before, _ in turns), 0.02)
+    of_short, of_long = seconds(short), seconds(long)
+    for _ in range(20):  # side by side: other tests make a machine slower
+        if of_long < max(6 * of_short, 0.02):
+            return
+        of_short, of_long = min(of_short, seconds(short)), min(of_long, seconds(long))
+    raise AssertionError(f"{of_long} s for four times what takes {of_short} s")
