@@ -90,7 +90,9 @@ def test_the_model_chooses_for_its_device_and_compiles_before_it_is_built(monkey
                         device_config=SimpleNamespace(device_type=device),
                         compilation_config=SimpleNamespace(cudagraph_mm_encoder=False),
                         lora_config=None,
-                        model_config=SimpleNamespace(hf_config=config, dtype=torch.bfloat16, multimodal_config=None),
+                        model_config=SimpleNamespace(
+                            hf_config=config, dtype=torch.bfloat16, multimodal_config=None, is_hybrid=False
+                        ),
                         additional_config={"foldserve": {"withdraw_layer": layer}},
                     )
                 )
