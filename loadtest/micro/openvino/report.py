@@ -63,7 +63,7 @@ def draw(cells: Sequence[Cell]) -> Figure:
             _panel(panels[0][column], own, lambda run: run.requests_per_s, "requests/s")
             _panel(panels[1][column], own, _ttft_ms, "time to first token, ms")
             panels[0][column].set_title(f"{level} at once")
-        panels[0][0].legend(frameon=False, loc="upper left")
+        panels[0][0].legend(frameon=False, loc="lower right")
     return figure
 
 
