@@ -116,7 +116,12 @@ class Illava(InTower):
     summary = "Merges the vision tokens that are attended to least into one, in some layers of the tower."
     paper = _PAPER
     options = (
-        Layers("layers", None, "tower layers in which tokens go, by default [5, 6, 7, 8]; of Qwen2.5-VL [7, 15]"),
+        Layers(
+            "layers",
+            None,
+            "tower layers in which tokens go, by default [5, 6, 7, 8]; of Qwen2.5-VL [7, 15], of videos of "
+            "LLaVA-OneVision [3, 4, 5, 6]",
+        ),
     )
     layers: tuple[int, ...] | None
     lays_out_squares = True

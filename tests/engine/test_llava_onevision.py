@@ -23,6 +23,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from foldserve.reducers.item import plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import withdrawal
+from foldserve.server.engine.families.llava_next import grid_geometry
 from foldserve.server.engine.families.llava_onevision import FoldLlavaOnevisionProcessingInfo, LlavaOnevisionFamily
 from tests import onevision_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
@@ -339,3 +340,13 @@ def test_the_reference_tells_a_mosaic_laid_out_of_other_squares(
     want, expected = expect(case)
     assert tokens != want or logprobs != pytest.approx(expected, abs=1e-3)
     forget(llm)
+
+
+def test_videos_lose_tokens_in_the_layers_of_illavas_authors() -> None:
+    family = LlavaOnevisionFamily([[384, 384]], 384, grid_geometry(27, 27))
+    asked = Reduction.parse({"method": "illava", "ratio": 368 / 729})
+    assert dict(family.of_video(asked).options) == {"layers": (3, 4, 5, 6)}
+    named = Reduction.parse({"method": "illava", "ratio": 0.5, "layers": [5, 6, 7, 8]})
+    assert family.of_video(named) == named
+    folder = Reduction.parse({"ratio": 0.5})
+    assert family.of_video(folder) == folder

@@ -29,12 +29,14 @@ from vllm.multimodal.processing import BaseMultiModalProcessor
 
 from foldserve.kernels.warm_up import Widths
 from foldserve.reducers.item import ItemPlan, Layout, Part
+from foldserve.reducers.reduction import Reduction
 from foldserve.server.engine.families.llava import ImageTokens
 from foldserve.server.engine.families.llava_next import LlavaNextFamily, grid_geometry
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.family import PIXEL_FIELDS, Modality, asks_for_frames
 from foldserve.server.engine.model import FoldModel
 
+_ILLAVA_VIDEO_LAYERS = (3, 4, 5, 6)
 _MOST_TILES = 9
 """A mosaic has about as many tiles' tokens at most: vLLM takes 9 whatever the checkpoint's config says."""
 
@@ -56,6 +58,12 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         if info.get_hf_processor().video_processor.do_sample_frames or asks_for_frames(info, kwargs):
             return None
         return videos.get_num_frames(index), 0
+
+    def of_video(self, reduction: Reduction) -> Reduction:
+        """iLLaVA's authors take other layers of the tower for videos than for images (their README)."""
+        if reduction.method != "illava" or dict(reduction.options).get("layers"):
+            return reduction
+        return replace(reduction, options=(*reduction.options, ("layers", _ILLAVA_VIDEO_LAYERS)))
 
     def base(self, shape: tuple[int, ...]) -> Layout | None:
         return None if _is_video(shape) else super().base(shape)
