@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import mmap
 import os
@@ -70,6 +71,7 @@ class VideoDecoder:
         with ExitStack() as open_files:
             file = _memory_file("frames", open_files)
             chosen = self._ask(content, bounds, rule, file, decode=True)
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)  # who reads behind a file's end is killed
             return chosen, Frames((chosen.count, chosen.height, chosen.width, 3), file)
 
     def close(self) -> None:
@@ -122,7 +124,7 @@ def _stop(process: subprocess.Popen[bytes], requests: socket.socket) -> None:
 
 
 def _memory_file(name: str, open_files: ExitStack) -> int:
-    fd = os.memfd_create(f"foldserve-video-{name}")
+    fd = os.memfd_create(f"foldserve-video-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     open_files.callback(os.close, fd)
     return fd
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,7 +158,7 @@ def _decoded(
 ) -> Iterator[VideoFrame]:
     """The frames at these places of `packets`; skips to a key frame where that saves work."""
     keys = [place for place, packet in enumerate(packets) if packet.is_key]
-    key_of = {place: max((key for key in keys if key <= place), default=0) for place in places}
+    key_of = {place: keys[max(0, bisect_right(keys, place) - 1)] if keys else 0 for place in places}
     at = -1  # the last frame that came
     frames: Iterator[VideoFrame] = iter(())
     for place in places:

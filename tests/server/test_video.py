@@ -13,7 +13,6 @@ from io import BytesIO
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import psutil
 import pytest
 
@@ -285,4 +284,3 @@ def test_the_decoders_process_has_nothing_of_the_servers() -> None:
     """It is forked for each file: what it imports is what a stranger's file could reach."""
     source = Path(__file__).parents[2] / "server" / "video"
     assert not any("vllm" in file.read_text().replace("vLLM", "") for file in source.glob("*.py"))
-    assert np.uint8(0) == 0

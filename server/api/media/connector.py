@@ -14,9 +14,8 @@ from vllm.multimodal.media import MEDIA_CONNECTOR_REGISTRY, MediaConnector
 from foldserve.server.api.errors import FoldserveError
 
 _SCHEME = "foldserve-loaded:"
-_loaded: dict[
-    str, Any
-] = {}  # of requests that are being rendered: vLLM makes a connector for each, and gives it no more
+_loaded: dict[str, Any] = {}
+"""Of requests that are being rendered: vLLM makes a connector for each, and gives it nothing of ours."""
 
 
 def lend(video: Any) -> str:

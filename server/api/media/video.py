@@ -11,12 +11,14 @@ from typing import Any, Protocol
 import numpy as np
 from vllm.multimodal.media import MediaWithBytes
 
-from foldserve.server.api.errors import InvalidImage, LimitExceeded
+from foldserve.server.api.errors import InvalidImage, LimitExceeded, Unavailable
 from foldserve.server.api.media.budget import Budget
 from foldserve.server.api.media.convert import Colour
 from foldserve.server.api.media.decode import ImageFile
-from foldserve.server.video.decoder import Frames, VideoDecoder
+from foldserve.server.video.decoder import DecoderUnavailable, Frames, VideoDecoder
 from foldserve.server.video.frames import Chosen, DamagedVideo, VideoTooLarge
+
+_RETRY_AFTER_S = 2
 
 
 class Source(Protocol):
@@ -127,3 +129,5 @@ def _translated() -> Iterator[None]:
         raise InvalidImage(str(error)) from error
     except VideoTooLarge as error:
         raise LimitExceeded(str(error)) from error
+    except DecoderUnavailable as error:
+        raise Unavailable("the server can't decode videos at the moment: try again later", _RETRY_AFTER_S) from error
