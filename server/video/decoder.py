@@ -18,7 +18,7 @@ from dataclasses import asdict
 import numpy as np
 from numpy.typing import NDArray
 
-from foldserve.server.video.frames import Bounds, Chosen, DamagedVideo, Rule, VideoTooLarge
+from foldserve.server.video.frames import BEGUN, Bounds, Chosen, DamagedVideo, Rule, VideoTooLarge
 
 _ANSWER_BYTES = 1 << 20
 
@@ -84,18 +84,26 @@ class VideoDecoder:
         self._requests = None
 
     def _ask(self, content: bytes, bounds: Bounds, rule: Rule, frames: int, *, decode: bool) -> Chosen:
+        asked = {"bounds": asdict(bounds), "rule": asdict(rule), "decode": decode}
+        for _ in range(2):
+            said = self._said(json.dumps(asked).encode(), content, frames)
+            if said == BEGUN:  # a limit has ended it
+                raise VideoTooLarge("the video takes too much time or memory to decode: make it shorter or smaller")
+            if said:
+                return _result(json.loads(said))
+            with self._lock:  # it ended before the file was begun
+                self._end()
+        raise DecoderUnavailable("the process that decodes videos does not stay up")
+
+    def _said(self, message: bytes, content: bytes, frames: int) -> bytes:
         with ExitStack() as open_files:
             source = _memory_file("source", open_files)
             answer, theirs = (open_files.enter_context(os.fdopen(fd, "rb", 0)) for fd in os.pipe())
             _write_all(source, content)
             os.lseek(source, 0, os.SEEK_SET)
-            asked = {"bounds": asdict(bounds), "rule": asdict(rule), "decode": decode}
-            self._send(json.dumps(asked).encode(), [source, frames, theirs.fileno()])
+            self._send(message, [source, frames, theirs.fileno()])
             theirs.close()
-            said = _read_all(answer.fileno())
-        if not said:  # a limit has ended it
-            raise VideoTooLarge("the video takes too much time or memory to decode: make it shorter or smaller")
-        return _result(json.loads(said))
+            return _read_all(answer.fileno())
 
     def _send(self, message: bytes, files: list[int]) -> None:
         with self._lock:

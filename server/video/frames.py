@@ -6,6 +6,8 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+BEGUN = b"\n"
+"""What a file's process says first: what comes to nothing behind it is the file's fault, not the server's."""
 _SAME_S = 1e-4  # times that are meant to be equal differ by rounding
 _SAMPLED_AT = 1.0  # frames a second that a list of pictures stands for, as in vLLM
 

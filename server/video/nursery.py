@@ -22,7 +22,7 @@ from typing import NoReturn
 import av
 
 from foldserve.server.video import file as video_file
-from foldserve.server.video.frames import Bounds, DamagedVideo, Rule, VideoTooLarge
+from foldserve.server.video.frames import BEGUN, Bounds, DamagedVideo, Rule, VideoTooLarge
 
 MESSAGE_BYTES = 4096
 _PAGE = resource.getpagesize()
@@ -50,6 +50,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _work(message: bytes, content: int, room: int, answer: int) -> NoReturn:
     """Decodes one file and ends; what it says is JSON, `{"frames": ...}` or `{"damaged" or "too_large": message}`."""
+    os.write(answer, BEGUN)
     asked = json.loads(message)
     bounds, rule = Bounds(**asked["bounds"]), Rule(**asked["rule"])
     size = os.fstat(content).st_size

@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from foldserve.server.video.decoder import VideoDecoder
+from foldserve.server.video.decoder import DecoderUnavailable, VideoDecoder
 from foldserve.server.video.frames import Bounds, Chosen, DamagedVideo, Rule, VideoError, VideoTooLarge
 from tests.videos import joined, numbers, video
 
@@ -246,6 +246,14 @@ def test_a_decoder_that_is_killed_is_replaced(decoder: VideoDecoder) -> None:
     nursery.wait(10)
     assert taken(decoder, video(8)) == list(range(8))
     assert len(nurseries()) == 1
+
+
+def test_a_decoder_that_cannot_start_is_the_servers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    decoder = VideoDecoder()
+    with pytest.raises(DecoderUnavailable):
+        decoder.decode(video(2), BOUNDS, EIGHT)
+    decoder.close()
 
 
 def test_pixels_can_be_given_back_while_somebody_holds_them(decoder: VideoDecoder) -> None:
