@@ -26,6 +26,8 @@ from tests.golden.tower import check_folder_tower
 from tests.golden.vtw import check_vtw
 
 HERE = Path(__file__).parent
+FRONTIER = HERE / "frontier"
+"""Newer methods, in a folder of their own."""
 
 CHECKS: Mapping[str, Callable[[Case], None]] = {
     "fastv": check_fastv,
@@ -66,4 +68,15 @@ def run_table(name: str, rows: list[Row]) -> None:
         TABLES[name](row)
 
 
-__all__ = ["HERE", "Case", "Unsupported", "load_cases", "load_tables", "run_case", "run_table"]
+__all__ = [
+    "CHECKS",
+    "FRONTIER",
+    "HERE",
+    "TABLES",
+    "Case",
+    "Unsupported",
+    "load_cases",
+    "load_tables",
+    "run_case",
+    "run_table",
+]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from tests.golden import HERE, Case, load_cases, load_tables, run_case, run_table
+from tests.golden import CHECKS, FRONTIER, HERE, TABLES, Case, load_cases, load_tables, run_case, run_table
 from tests.golden.__main__ import main
 
 Run = Callable[[Path], tuple[int, list[str]]]
@@ -24,6 +24,18 @@ def test_case(case: Case) -> None:
 @pytest.mark.parametrize("name", load_tables(HERE))
 def test_table(name: str) -> None:
     run_table(name, load_tables(HERE)[name])
+
+
+@pytest.mark.parametrize(
+    "case", [case for case in load_cases(FRONTIER) if case.method in CHECKS], ids=lambda case: case.name
+)
+def test_frontier_case(case: Case) -> None:
+    run_case(case)
+
+
+@pytest.mark.parametrize("name", [name for name in load_tables(FRONTIER) if name in TABLES])
+def test_frontier_table(name: str) -> None:
+    run_table(name, load_tables(FRONTIER)[name])
 
 
 @pytest.fixture
