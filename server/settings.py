@@ -13,6 +13,7 @@ from foldserve.reducers import METHODS
 from foldserve.reducers.method import AfterTower
 from foldserve.reducers.reduction import InvalidReduction, Positions, Reduction
 from foldserve.server.access import Access
+from foldserve.server.auto import BOUNDS, AutoPolicy, Groups, parse_bounds
 from foldserve.server.limits import Limits
 from foldserve.server.options import option
 
@@ -42,6 +43,7 @@ class Settings:
     Attributes:
         withdraw_layer: K, the first decoder layer without vision tokens, at least 1; None builds the model without it.
         calibration: of a K that `foldserve calibrate` found: its eta, samples, and mean KL in nats; else None.
+        auto: what `foldserve calibrate --auto` found; None where `ratio: "auto"` is refused.
         limits: what one request may cost.
         access: who may use the server, how much it takes on, and how it ends.
         masks_padding_rows: rows of the vocabulary that the tokenizer does not know are never sampled.
@@ -78,6 +80,20 @@ class Settings:
         "of each of several images in a prompt, where the request says nothing and the model lays images out in tiles: "
         "all of them, or the base tile alone, as LLaVA-OneVision was trained",
     )
+    auto_bounds: tuple[float, float] = option(
+        BOUNDS,
+        "LEAST,MOST",
+        'shares of an image\'s tokens that go where "ratio" is "auto", for requests that do not say (default: 0,0.75)',
+        parse=parse_bounds,
+    )
+    auto_groups: Groups = option(
+        Groups(),
+        "JSON",
+        'group of requests with "ratio": "auto" that name none, by the name of their key or model: '
+        '{"keys": {"scanner": "ocr"}, "models": {}}',
+        parse=Groups.parse,
+    )
+    auto: AutoPolicy | None = None
     masks_padding_rows: bool = True
 
     def __post_init__(self) -> None:
@@ -109,6 +125,9 @@ class Settings:
         config["default_reduction"] = Reduction.parse(config.get("default_reduction") or {})
         config["limits"] = Limits.from_config(config.get("limits") or {})
         config["access"] = Access.from_config(config.get("access") or {})
+        config["auto"] = AutoPolicy.from_config(config["auto"]) if config.get("auto") else None
+        config["auto_bounds"] = tuple(config.get("auto_bounds") or BOUNDS)
+        config["auto_groups"] = Groups.from_config(config.get("auto_groups") or {})
         return cls(**config)
 
     def to_config(self) -> dict[str, object]:
@@ -122,6 +141,9 @@ class Settings:
             "limits": self.limits.to_config(),
             "access": self.access.to_config(),
             "positions": self.positions,
+            "auto": None if self.auto is None else self.auto.to_config(),
+            "auto_bounds": list(self.auto_bounds),
+            "auto_groups": {"keys": dict(self.auto_groups.keys), "models": dict(self.auto_groups.models)},
             "masks_padding_rows": self.masks_padding_rows,
         }
 

@@ -37,6 +37,7 @@ def describe(chat: FoldServingChat) -> dict[str, object]:
         },
         "withdraw_layer": settings.withdraw_layer,
         "calibration": settings.calibration,
+        "auto": None if settings.auto is None else settings.auto.to_config() | {"bounds": settings.auto_bounds},
         "quality": served_card(chat.engine_client.vllm_config.model_config.model),
         "data": [
             {

@@ -170,7 +170,10 @@ def _settings_for(choose: SettingsFor, args: Namespace, refuse: Callable[[str], 
         settings = choose(args.model_tag or args.model, args.revision)
     except ValueError as error:
         refuse(str(error))
-    say(f"--withdraw-layer {settings.withdraw_layer}, as calibrated", ())
+    if settings.calibration is not None:
+        say(f"--withdraw-layer {settings.withdraw_layer}, as calibrated", ())
+    if settings.auto is not None:
+        say(f"--auto: {settings.auto}", ())
     return settings
 
 

@@ -11,6 +11,7 @@ from foldserve.reducers import METHODS
 from foldserve.reducers.item import ItemPlan, check, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.reducers.reduction import Positions
+from foldserve.server.api.auto import AutoRatio, Chooser
 from foldserve.server.api.errors import InvalidRequest, LimitExceeded
 from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.engine.encoder_budget import EncoderBudget
@@ -65,12 +66,25 @@ class Planner:
         Raises:
             InvalidRequest, InvalidReduction: the server can't do what is asked, whatever the images are.
         """
-        asked = request.reductions(self._defaults(request), self.low_detail)
+        asked = request.reductions(self._explicit(request), self._defaults(request), self.low_detail)
         reductions = {modality: [self._with_positions(one) for one in each] for modality, each in asked.items()}
         for modality, each in reductions.items():
             self._check_modality(modality, each, request)
         self._check_withdrawal(request, [*chain.from_iterable(reductions.values())])  # which an option may change
         return reductions
+
+    def _explicit(self, request: FoldChatRequest) -> Reduction | None:
+        """What the request asks for; notes what `ratio: "auto"` came to."""
+        asked = request.asked
+        if not isinstance(asked, AutoRatio):
+            return asked
+        settings, progress = self.settings, request.progress
+        chooser = Chooser(settings.auto, settings.auto_bounds, settings.auto_groups)
+        try:
+            reduction, progress.auto = chooser.choose(asked, progress.owner, request.model, progress.details.keys())
+        except InvalidReduction as error:
+            raise as_asked(error, request) from error
+        return reduction
 
     def _check_modality(self, modality: Modality, reductions: Sequence[Reduction], request: FoldChatRequest) -> None:
         family = self.family

@@ -13,31 +13,39 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from foldserve.reducers.reduction import FIELDS, Reduction
+from foldserve.server.api import auto
+from foldserve.server.api.auto import AutoRatio
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.image_cache import OnItsWay
 from foldserve.server.api.limits import forms
 from foldserve.server.api.limits.body import media_of
 from foldserve.server.api.limits.misplaced import URL_FIELDS
 from foldserve.server.api.usage import VisionTokens
+from foldserve.server.auto import Choice
 from foldserve.server.engine.fair_queue import KEY
 from foldserve.server.engine.family import Modality
 
+_SHARE_OR_AUTO = {"anyOf": [FIELDS["ratio"].values(), {"type": "string", "const": auto.AUTO}]}
 _REDUCTION_SCHEMA: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
     "description": "How images and videos are reduced. Without `ratio` and `keep_tokens` nothing is removed.",
-    "properties": {name: field.schema() for name, field in FIELDS.items()},
+    "properties": {name: field.schema() for name, field in {**FIELDS, **auto.AUTO_FIELDS}.items()}
+    | {"ratio": _SHARE_OR_AUTO | {"description": FIELDS["ratio"].summary + '; "auto": as calibrated'}},
 }
-_RATIO_SCHEMA = FIELDS["ratio"].values() | {"description": "short for `reduction.ratio`"}
+_RATIO_SCHEMA = _SHARE_OR_AUTO | {"description": "short for `reduction.ratio`"}
 DETAILS = ("auto", "low", "high", "original")
 
 
-def _parse_reduction(value: object) -> Reduction | None:
-    return None if value is None else Reduction.parse(value)
+Asked = Reduction | AutoRatio
 
 
-def _parse_ratio(value: object) -> Reduction | None:
-    return None if value is None else Reduction.parse({"ratio": value})
+def _parse_reduction(value: object) -> Asked | None:
+    return None if value is None else auto.parse(value)
+
+
+def _parse_ratio(value: object) -> Asked | None:
+    return None if value is None else auto.parse({"ratio": value})
 
 
 @lru_cache(maxsize=8)
@@ -60,6 +68,7 @@ class Progress:
         form: of the answer, once it is known that it can be made.
         image_salt: divides the caches of images, see `cache_salts`.
         failure: why its outputs ended, as clients are to be told.
+        auto: what its `ratio: "auto"` came to.
     """
 
     details: dict[Modality, list[str]] = field(default_factory=dict)
@@ -71,6 +80,7 @@ class Progress:
     form: StructuredOutputsParams | None = None
     image_salt: str | None = None
     failure: Exception | None = None
+    auto: Choice | None = None
 
 
 class FoldChatRequest(ChatCompletionRequest):
@@ -78,8 +88,8 @@ class FoldChatRequest(ChatCompletionRequest):
 
     field_names: ClassVar[set[str] | None] = None  # a cache of the base class, which must not be shared with it
 
-    reduction: Annotated[Reduction | None, PlainValidator(_parse_reduction), WithJsonSchema(_REDUCTION_SCHEMA)] = None
-    reduction_ratio: Annotated[Reduction | None, PlainValidator(_parse_ratio), WithJsonSchema(_RATIO_SCHEMA)] = None
+    reduction: Annotated[Asked | None, PlainValidator(_parse_reduction), WithJsonSchema(_REDUCTION_SCHEMA)] = None
+    reduction_ratio: Annotated[Asked | None, PlainValidator(_parse_ratio), WithJsonSchema(_RATIO_SCHEMA)] = None
 
     _progress: Progress = PrivateAttr(default_factory=Progress)  # one: pydantic looks it up slowly
 
@@ -114,16 +124,21 @@ class FoldChatRequest(ChatCompletionRequest):
     def has_media(self) -> bool:
         return bool(self._progress.details)
 
+    @property
+    def asked(self) -> Asked | None:
+        """The explicit reduction, in either form."""
+        return self.reduction if self.reduction is not None else self.reduction_ratio
+
     def reductions(
-        self, default: Mapping[Modality, Reduction], low: Mapping[Modality, Reduction]
+        self, explicit: Reduction | None, default: Mapping[Modality, Reduction], low: Mapping[Modality, Reduction]
     ) -> dict[Modality, list[Reduction]]:
         """One per image and per video, in prompt order: the explicit one, or else what its `detail` says.
 
         Args:
+            explicit: what `asked` came to.
             default: where nothing is said.
             low: with `detail: "low"`.
         """
-        explicit = self.reduction if self.reduction is not None else self.reduction_ratio
         reductions: dict[Modality, list[Reduction]] = {}
         for modality, details in self._progress.details.items():
             by_detail = _by_detail(default[modality], low[modality])

@@ -100,7 +100,8 @@ class FoldServingChat(OpenAIServingChat):
         self.planner.check_sizes(planned)
         self.planner.check_positions([*chain.from_iterable(planned.values())], len(fields["prompt_token_ids"]), request)
         progress = request.progress
-        progress.vision = vision_tokens(planned, prompt, self.planner.settings.withdraw_layer, self.planner.room)
+        layer, room = self.planner.settings.withdraw_layer, self.planner.room
+        progress.vision = vision_tokens(planned, prompt, layer, room, progress.auto)
         if planned and self.sent_images is not None:
             hashes = [*chain.from_iterable(fields["mm_hashes"].values())]
             progress.on_its_way = OnItsWay(self.sent_images, hashes, clock)

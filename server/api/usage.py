@@ -10,6 +10,7 @@ from vllm.inputs import EngineInput
 
 from foldserve.reducers.item import ItemPlan
 from foldserve.server.api.errors import FoldserveError, InvalidRequest
+from foldserve.server.auto import Choice
 from foldserve.server.engine.family import Modality
 from foldserve.server.engine.withdrawal import Room, TokenMap, admit, prompt_items
 
@@ -23,12 +24,14 @@ class VisionTokens:
         modalities: which of both each is.
         withdrawn_each: tokens of each that leave the decoder at layer K: all, or those that its method removes.
         withdraw_layer: K of the server, None without withdrawal.
+        auto: why `ratio: "auto"` came to this; None where the ratio was given.
     """
 
     plans: tuple[ItemPlan, ...]
     modalities: tuple[Modality, ...]
     withdrawn_each: tuple[int, ...]
     withdraw_layer: int | None = None
+    auto: Choice | None = None
 
     @property
     def encoded(self) -> int:
@@ -65,6 +68,8 @@ class VisionTokens:
         body = _entry(self.encoded, self.kept, self.withdrawn, self.method)
         if any(plan.keeps_positions for plan in self.plans):
             body["positions"] = "keep"
+        if self.auto is not None:
+            body |= {"policy": "auto", "group": self.auto.group, "step": self.auto.step, "target": self.auto.target}
         if self.withdrawn:
             body |= {"withdraw_layer": self.withdraw_layer, "decoder": self.decoder}
         if len(set(self.plans)) > 1 or "video" in self.modalities:
@@ -82,13 +87,18 @@ class VisionTokens:
 
 
 def vision_tokens(
-    planned: Mapping[Modality, Sequence[ItemPlan]], prompt: EngineInput, withdraw_layer: int | None, room: Room
+    planned: Mapping[Modality, Sequence[ItemPlan]],
+    prompt: EngineInput,
+    withdraw_layer: int | None,
+    room: Room,
+    auto: Choice | None = None,
 ) -> VisionTokens | None:
     """Counts of a rendered prompt; None for one without planned images or videos.
 
     Args:
         planned: by modality, each in prompt order.
         room: that a prompt has in one step of the engine.
+        auto: what the request's `ratio: "auto"` came to.
 
     Raises:
         InvalidRequest: the prompt does not go with what its plans want in the decoder.
@@ -109,7 +119,7 @@ def vision_tokens(
     if found != expected:
         raise FoldserveError(f"the prompt holds {found} vision tokens where {expected} were planned")
     if all(plan.decoder == "none" for plan in plans):
-        return VisionTokens(plans, modalities, (0,) * len(plans), withdraw_layer)
+        return VisionTokens(plans, modalities, (0,) * len(plans), withdraw_layer, auto)
     try:
         token_map = admit(prompt_items(fields), len(fields["prompt_token_ids"]), room)
     except ValueError as error:

@@ -25,6 +25,7 @@ Every option of `vllm serve` works here too: --help=all lists them, --help=WORD 
 
 _RUNNERS = {"v1": "0", "v2": "1"}
 """Values of `VLLM_USE_V2_MODEL_RUNNER`."""
+_WHERE_IT_WRITES = Path()
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -53,6 +54,15 @@ def declare_options(parser: ArgumentParser, command: str) -> None:
         type=Path,
         metavar="FILE",
         help="what --withdraw-layer auto reads (default: where `foldserve calibrate MODEL` writes)",
+    )
+    parser.add_argument(
+        "--auto",
+        type=Path,
+        nargs="?",
+        const=_WHERE_IT_WRITES,
+        metavar="FILE",
+        help='take requests with "ratio": "auto", by what `foldserve calibrate --auto` wrote, there or into FILE '
+        "(default: off)",
     )
     parser.add_argument(
         "--model-runner",
@@ -107,7 +117,9 @@ def read_settings(args: Namespace, environment: Environment) -> Settings | Calla
     )
     if args.model_runner in _RUNNERS:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = _RUNNERS[args.model_runner]
-    return _calibrated(settings, args.calibration, environment) if calibrated else settings
+    if not calibrated and args.auto is None:
+        return settings
+    return _calibrated(settings, args.calibration, args.auto, environment, layer=calibrated)
 
 
 def help_or_rest(args: Namespace, rest: list[str]) -> list[str] | None:
@@ -140,12 +152,32 @@ def _run(args: Namespace, rest: list[str]) -> None:
             args.fail(str(error))
 
 
-def _calibrated(base: Settings, file: Path | None, environment: Environment) -> Callable[[str, str | None], Settings]:
-    """Settings for a model and its revision, which only vLLM's parser can tell from its options."""
-    from foldserve.server.quality.calibration_file import default_file, read_for
+def _calibrated(
+    base: Settings, layer_file: Path | None, auto_file: Path | None, environment: Environment, *, layer: bool
+) -> Callable[[str, str | None], Settings]:
+    """Settings for a model and its revision, which only vLLM's parser can tell from its options.
+
+    Args:
+        layer: K is the calibrated one.
+        auto_file: None: requests with `ratio: "auto"` are refused.
+    """
+    from foldserve.reducers.reduction import Reduction
+    from foldserve.server.auto import AutoPolicy
+    from foldserve.server.quality import calibration_file
+    from foldserve.server.quality.auto import file as auto
 
     def settings(model: str, revision: str | None) -> Settings:
-        found = read_for(model, revision, file or default_file(model, environment.cache_dir))
-        return replace(base, withdraw_layer=found.withdraw_layer, calibration=found.summary())
+        found = base
+        if layer:
+            file = layer_file or calibration_file.default_file(model, environment.cache_dir)
+            calibration = calibration_file.read_for(model, revision, file)
+            found = replace(found, withdraw_layer=calibration.withdraw_layer, calibration=calibration.summary())
+        if auto_file is not None:
+            file = auto.default_file(model, environment.cache_dir) if auto_file == _WHERE_IT_WRITES else auto_file
+            steps = auto.read_for(model, revision, file)
+            groups = {name: group.step for name, group in steps.groups.items()}
+            policy = AutoPolicy(Reduction.parse(steps.reduction), steps.target, steps.steps, groups)
+            found = replace(found, auto=policy)
+        return found
 
     return settings

@@ -12,6 +12,8 @@ from foldserve.server.quality.calibration_file import default_file
 from foldserve.server.quality.calibration_options import CalibrationOptions
 from foldserve.server.quality.calibration_plot import can_plot, plot
 
+_SAMPLES = 20
+
 
 def run(options: CalibrationOptions, cache_dir: Path, engine_options: Sequence[str]) -> int:
     """Calibrates, writes the file and the plot, says what was found; exit status 1 if no layer was.
@@ -21,7 +23,7 @@ def run(options: CalibrationOptions, cache_dir: Path, engine_options: Sequence[s
     """
     if options.plot is not None and not can_plot():
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
-    samples = load_samples(options.data, options.samples, options.question)
+    samples = load_samples(options.data, options.samples or _SAMPLES, options.question)
     output = options.output or default_file(options.model, cache_dir)
     _require_writable(output)
     picture = options.plot or output.with_suffix(".png")

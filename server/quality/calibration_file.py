@@ -71,10 +71,13 @@ def read_for(model: str, revision: str | None, file: Path) -> Calibration:
 
 
 def default_file(model: str, cache_dir: Path) -> Path:
-    """Where `calibrate` writes and `serve` looks: in the directory of a local model, else in the cache."""
-    if Path(model).is_dir():
-        return Path(model) / FILE_NAME
-    return cache_dir / "calibration" / model.replace("/", "--") / FILE_NAME
+    """Where `calibrate` writes and `serve` looks."""
+    return default_folder(model, cache_dir) / FILE_NAME
+
+
+def default_folder(model: str, cache_dir: Path) -> Path:
+    """Where calibrations lie: in the directory of a local model, else in the cache."""
+    return Path(model) if Path(model).is_dir() else cache_dir / "calibration" / model.replace("/", "--")
 
 
 def model_folder(model: str, revision: str | None) -> Path:

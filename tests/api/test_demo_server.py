@@ -14,15 +14,43 @@ from typing import Any
 import openai
 import pytest
 
+from foldserve.server.quality.auto.file import AutoCalibration, Group
+from foldserve.server.quality.calibration_file import model_hash
+from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 from tests.api.live import Live, chat
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 414  # that the tokenizer knows; the model has 448 rows
 
 
+def write_calibration(file: Path) -> None:
+    """As `foldserve calibrate --auto` would."""
+
+    def group(step: int) -> Group:
+        return Group(samples=100, step=step, changed=(0.03,) * 15, bound=(0.04,) * 15)
+
+    AutoCalibration(
+        model="demo",
+        model_hash=model_hash(CHECKPOINT),
+        reduction={},
+        target=0.05,
+        answer_tokens=32,
+        data="scenes",
+        data_hash="sha256:0",
+        tokens=144,
+        steps=tuple(range(1, 16)),
+        groups={"ocr": group(9), "color_at": group(1)},
+        together=group(8),
+    ).write(file)
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
-    server = Live(None, tmp_path_factory.mktemp("demo"), worker=True)
+    folder = tmp_path_factory.mktemp("demo")
+    write_calibration(folder / "auto.json")
+    groups = json.dumps({"models": {"reader": "ocr"}})
+    options = ["--auto", str(folder / "auto.json"), "--auto-groups", groups, "--served-model-name", "demo", "reader"]
+    server = Live(None, folder, *options, worker=True)
     yield server
     server.end()
 
@@ -125,3 +153,46 @@ def test_no_unknown_token_is_an_answer(server: Live) -> None:
     (choice,) = answer.json["choices"]
     assert len(choice["token_ids"]) == 200 and max(choice["token_ids"]) < TOKENS
     assert all(isinstance(top["token"], str) for step in choice["logprobs"]["content"] for top in step["top_logprobs"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"reduction": {"ratio": "auto", "group": "ocr"}}, (81, "ocr", 9, 0.05)),
+        ({"reduction": {"ratio": "auto", "group": "color_at"}}, (36, "color_at", 4, 0.05)),  # the server's bounds
+        ({"reduction": {"ratio": "auto", "group": "color_at", "bounds": [0, 0.95]}}, (9, "color_at", 1, 0.05)),
+        ({"reduction": {"ratio": "auto", "group": "ocr", "bounds": [0.5, 0.9]}}, (72, "ocr", 8, None)),
+        ({"reduction_ratio": "auto"}, (81, "default", 9, None)),  # as the group that needs most
+        ({"reduction_ratio": "auto", "model": "reader"}, (81, "ocr", 9, 0.05)),
+    ],
+    ids=lambda value: json.dumps(value) if isinstance(value, dict) else "",
+)
+def test_auto_keeps_what_was_calibrated(
+    server: Live, fields: dict[str, Any], expected: tuple[int, str, int, float | None]
+) -> None:
+    body = {name: value for name, value in example().items() if not name.startswith("reduction")}
+    answer = server.ask("POST", "/v1/chat/completions", body | fields).json
+    vision = answer["usage"]["vision_tokens"]
+    assert tuple(vision[name] for name in ("kept", "group", "step", "target")) == expected
+    assert (vision["policy"], vision["encoded"]) == ("auto", 144)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"reduction": {"ratio": "auto", "method": "pool"}}, "reduction.method"),
+        ({"reduction": {"ratio": "auto", "bounds": [0.26, 0.3]}}, "reduction.bounds"),
+        ({"reduction": {"group": "ocr"}}, "reduction.group"),
+        ({"reduction_ratio": "automatic"}, "reduction_ratio"),
+    ],
+    ids=str,
+)
+def test_auto_that_can_not_be_is_refused(server: Live, fields: dict[str, Any], param: str) -> None:
+    body = {name: value for name, value in example().items() if not name.startswith("reduction")}
+    answer = server.ask("POST", "/v1/chat/completions", body | fields)
+    assert (answer.status, answer.json["error"]["param"]) == (400, param)
+
+
+def test_the_calibration_is_shown(server: Live) -> None:
+    shown = server.ask("GET", "/v1/reducers").json["auto"]
+    assert (shown["groups"], shown["target"], shown["bounds"]) == ({"ocr": 9, "color_at": 1}, 0.05, [0, 0.75])

@@ -14,15 +14,20 @@ from torch.nn import functional as F
 
 from foldserve.loadtest.report.journal import RESULTS_FILE
 from foldserve.reducers.folder import folder
+from foldserve.reducers.ladder import ratio_of
+from foldserve.reducers.plan import Reduction
 from foldserve.reducers.schedule import fold_schedule
 from foldserve.server import cli
 from foldserve.server.quality.analysis.command import RESULT_FILE
 from foldserve.server.quality.analysis.measures import RATIOS, earth_movers_distance
 from foldserve.server.quality.analysis.report import Analysis
+from foldserve.server.quality.demo.checkpoint import CHECKPOINT
+from foldserve.server.quality.demo.examples import questions as demo_questions
 from foldserve.server.quality.engine.offline import AnsweringModel
 from foldserve.server.quality.evaluation.card import Card, Result
+from foldserve.server.quality.evaluation.questions import Question
 from foldserve.server.quality.evaluation.scores import is_right
-from foldserve.server.quality.evaluation.variants import CONTROLS
+from foldserve.server.quality.evaluation.variants import CONTROLS, plan_all
 from tests.engine.withdrawal.reference import WithdrawingReference, withdrawn_forward
 from tests.images import photo
 from tests.quality.cards import read_card
@@ -33,6 +38,7 @@ QUESTIONS = ["What is in the picture?", "Is there a red car?", "How many?"]
 KINDS = ["what", "exist", "ocr"]
 VLLMS = ["--dtype", "float32", "--kv-cache-memory-bytes", str(64 << 20), "--max-model-len", "768"]
 MAX_TOKENS = 6
+MOST = 32  # of an answer of the demo model
 
 
 class Direct(WithdrawingReference):
@@ -239,3 +245,22 @@ def test_options_that_evaluation_sets_itself(tiny_llava: Path, capsys: pytest.Ca
     model = AnsweringModel(str(tiny_llava), ["--scheduler-cls", "some.Scheduler"])
     with pytest.raises(ValueError, match=r"--withdraw-layer sets --scheduler-cls .*: leave"), model.engine(K):
         pass
+
+
+def test_an_answer_has_changed_where_another_one_is_generated() -> None:
+    asked = [Question(q.image, q.question, (q.answer,), q.kind, q.history) for q in demo_questions(7, 24)]
+    model = AnsweringModel(str(CHECKPOINT), VLLMS)
+    layouts = model.layouts(question.open() for question in asked)
+    dialogues = [question.messages() for question in asked]
+    whole = plan_all(Reduction(), layouts)
+    with model.engine(None) as engine:
+        answers = engine.answers(dialogues, whole, MOST)
+        full = [reply.text for reply in engine.ask(dialogues, Reduction(), whole, MOST)]
+        assert not any(engine.changed(dialogues, Reduction(), whole, answers))
+        for step, at_least in ((1, 3), (2, 1)):
+            reduction = Reduction(ratio=ratio_of(step))
+            plans = plan_all(reduction, layouts)
+            generated = [reply.text for reply in engine.ask(dialogues, reduction, plans, MOST)]
+            changed = [own != whole for own, whole in zip(generated, full, strict=True)]
+            assert engine.changed(dialogues, reduction, plans, answers) == changed
+            assert at_least <= sum(changed) < len(changed)

@@ -12,6 +12,7 @@ import pytest
 
 from foldserve.reducers.reduction import InvalidReduction, Reduction
 from foldserve.server.access import Access
+from foldserve.server.auto import AutoPolicy, Groups
 from foldserve.server.limits import Limits
 from foldserve.server.settings import Environment, Settings, cpu_variables, parse_reduction
 
@@ -26,6 +27,9 @@ def test_defaults_reduce_nothing() -> None:
         "limits": Limits().to_config(),
         "access": Access().to_config(),
         "positions": None,
+        "auto": None,
+        "auto_bounds": [0.0, 0.75],
+        "auto_groups": {"keys": {}, "models": {}},
         "masks_padding_rows": True,
     }
 
@@ -34,7 +38,19 @@ def test_config_is_json_from_which_the_settings_can_be_read() -> None:
     calibration = {"eta": 0.003, "samples": 20, "kl": 0.0021}
     limits = Limits(max_images_per_request=3)
     access = Access(api_keys=Path("/keys.toml"), open_metrics=True, max_queue=0, shutdown_timeout_s=5)
-    settings = Settings(Reduction(method="folder_cls", ratio=0.5), 0.9, 16, calibration, limits, access, "keep")
+    auto = AutoPolicy(Reduction(method="pool"), 0.05, (1, 4), {"ocr": 4})
+    settings = Settings(
+        Reduction(method="folder_cls", ratio=0.5),
+        0.9,
+        16,
+        calibration,
+        limits,
+        access,
+        "keep",
+        auto=auto,
+        auto_bounds=(0.25, 0.5),
+        auto_groups=Groups({"key": "ocr"}),
+    )
     config = json.loads(json.dumps({"foldserve": settings.to_config(), "other": 1}))
     assert Settings.from_config(config) == settings
 

@@ -114,10 +114,10 @@ class Reply:
 class AnsweringModel(OfflineModel):
     """A model that answers many questions at once; at most one engine of it runs at a time."""
 
-    def __init__(self, model: str, argv: Sequence[str] = ()) -> None:
+    def __init__(self, model: str, argv: Sequence[str] = (), command: str = "evaluate") -> None:
         """See `OfflineModel`."""
         defaults = {"kv_cache_memory_bytes": KV_CACHE_BYTES, "enforce_eager": True} if device() == "cpu" else {}
-        super().__init__(model, argv, "evaluate", defaults=defaults, fixed={"max_logprobs": -1})
+        super().__init__(model, argv, command, defaults=defaults, fixed={"max_logprobs": -1})
 
     @contextmanager
     def engine(self, withdraw_layer: int | None) -> Iterator[AnsweringEngine]:
@@ -157,23 +157,53 @@ class AnsweringEngine:
             ValueError: a prompt that the reduction does not go with.
             RuntimeError: an image that did not get the plan's tokens.
         """
-        extras = {"mm_processor_kwargs": {KWARG: reduction.to_json()}}
         first = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, flat_logprobs=True, detokenize=False)
         answer = SamplingParams(temperature=0, max_tokens=max_tokens)
         each = [*zip(dialogues, plans, strict=True)]
-        outputs = self._run([(*one, params) for params in (first, answer) for one in each], extras)
-        firsts, answers = outputs[: len(dialogues)], outputs[len(dialogues) :]
-        return [Reply(told.text, self._log_probabilities(begun)) for begun, told in zip(firsts, answers, strict=True)]
+        outputs = self._run([(*one, params, ()) for params in (first, answer) for one in each], reduction)
+        told = [output.outputs[0] for output in outputs]
+        pairs = zip(told[: len(dialogues)], told[len(dialogues) :], strict=True)
+        return [Reply(answered.text, self._log_probabilities(begun)) for begun, answered in pairs]
+
+    def answers(self, dialogues: Sequence[Messages], plans: Sequence[ItemPlan], max_tokens: int) -> list[list[int]]:
+        """Token ids of the greedy answers with all vision tokens, the one that ends an answer among them."""
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, detokenize=False)
+        each = zip(dialogues, plans, strict=True)
+        outputs = self._run([(messages, plan, params, ()) for messages, plan in each], Reduction())
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def changed(
+        self,
+        dialogues: Sequence[Messages],
+        reduction: Reduction,
+        plans: Sequence[ItemPlan],
+        answers: Sequence[Sequence[int]],
+    ) -> list[bool]:
+        """Whether the greedy answers to these dialogues are others than `answers` once their images are reduced.
+
+        One prefill each: the answer stands behind the prompt, and has changed if one of its tokens isn't the likeliest.
+        """
+        params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
+        each = zip(dialogues, plans, answers, strict=True)
+        outputs = self._run([(messages, plan, params, answer) for messages, plan, answer in each], reduction)
+        return [
+            any(_rank(place) != 1 for place in output.prompt_logprobs[-len(answer) :])
+            for output, answer in zip(outputs, answers, strict=True)
+        ]
 
     def _run(
-        self, requests: Sequence[tuple[Messages, ItemPlan, SamplingParams]], extras: Mapping[str, Any]
+        self,
+        requests: Sequence[tuple[Messages, ItemPlan, SamplingParams, Sequence[int]]],
+        reduction: Reduction,
     ) -> list[Any]:
-        """The completion of each request, in their order."""
+        """What comes of each request, in their order: a dialogue, its image's plan, and the answer's first tokens."""
         engine = self._llm.llm_engine
+        extras = {"mm_processor_kwargs": {KWARG: reduction.to_json()}}
         ids = []
-        for messages, plan, params in requests:
+        for messages, plan, params, answer in requests:
             prompt = render(self._llm, messages, prompt_extras=dict(extras))
             self._check(prompt, plan)
+            prompt["prompt_token_ids"] = [*prompt["prompt_token_ids"], *answer]
             params = params.clone()
             params.output_kind = RequestOutputKind.FINAL_ONLY
             self._requests += 1
@@ -181,7 +211,7 @@ class AnsweringEngine:
             ids.append(str(self._requests))
         done: dict[str, Any] = {}
         while engine.has_unfinished_requests():
-            done |= {output.request_id: output.outputs[0] for output in engine.step() if output.finished}
+            done |= {output.request_id: output for output in engine.step() if output.finished}
         return [done[request_id] for request_id in ids]
 
     def _check(self, prompt: Any, plan: ItemPlan) -> None:
@@ -197,3 +227,9 @@ class AnsweringEngine:
         values = np.full(self._vocab_size, -np.inf, np.float32)
         values[flat.token_ids] = flat.logprobs
         return values
+
+
+def _rank(place: Mapping[int, Any]) -> int:
+    """Of the prompt's own token among all, 1 being the likeliest."""
+    (token,) = place.values()
+    return int(token.rank)

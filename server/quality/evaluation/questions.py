@@ -18,6 +18,9 @@ from foldserve.server.quality.demo.examples import questions as demo_questions
 HELD_OUT_SEED = 1
 """Of the built-in scenes; none of them occurs in the demo model's training, whatever its seed."""
 
+ALL = "all"
+"""The kind of questions that name none."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Question:
@@ -34,7 +37,7 @@ class Question:
     image: Path | Image.Image
     text: str
     answers: tuple[str, ...] = ()
-    kind: str = "all"
+    kind: str = ALL
     history: tuple[tuple[str, str], ...] = ()
 
     def open(self) -> Image.Image:
@@ -53,17 +56,18 @@ class Question:
 
 
 class _Row(BaseModel):
-    """A line of a JSONL file; other fields are somebody else's."""
+    """A line of a JSONL file; other fields are somebody else's, but the one that tells kinds apart."""
 
-    model_config = ConfigDict(strict=True)
+    model_config = ConfigDict(strict=True, extra="allow")
 
     image: str
     question: str
     answer: str | list[str] = Field(default_factory=list)
-    kind: str = "all"
 
 
-def load_questions(data: Path | None, limit: int, question: str) -> list[Question]:
+def load_questions(
+    data: Path | None, limit: int, question: str, *, kind_field: str = "kind", seed: int = HELD_OUT_SEED
+) -> list[Question]:
     """At most `limit` questions; those of a file or folder are spread evenly over it.
 
     Args:
@@ -71,6 +75,8 @@ def load_questions(data: Path | None, limit: int, question: str) -> list[Questio
             of texts, "kind": text}` a line, the last two optional, paths relative to the file; or a folder of images,
             as `foldserve calibrate` takes it, for which no answers are known.
         question: asked of a folder's images that bring none.
+        kind_field: what `kind` is called in a JSONL file.
+        seed: of the built-in scenes.
 
     Raises:
         ValueError: no such data, none in it, or a malformed line.
@@ -78,14 +84,14 @@ def load_questions(data: Path | None, limit: int, question: str) -> list[Questio
     if limit < 1:
         raise ValueError(f"at least one question is needed, not {limit}")
     if data is None:
-        found = demo_questions(HELD_OUT_SEED, limit)
+        found = demo_questions(seed, limit)
         return [Question(q.image, q.question, (q.answer,), q.kind, q.history) for q in found]
     if data.is_file():
-        return _spread(_from_jsonl(data), limit, data)
+        return _spread(_from_jsonl(data, kind_field), limit, data)
     return [Question(sample.image, sample.question) for sample in load_samples(data, limit, question)]
 
 
-def _from_jsonl(file: Path) -> list[Question]:
+def _from_jsonl(file: Path, kind_field: str) -> list[Question]:
     found = []
     for number, line in enumerate(file.read_text().splitlines(), start=1):
         if not line.strip():
@@ -98,7 +104,10 @@ def _from_jsonl(file: Path) -> list[Question]:
                 f'{file}, line {number}: {{"image": path, "question": text, "answer": text}} is needed ({wrong})'
             ) from error
         answers = (row.answer,) if isinstance(row.answer, str) else tuple(row.answer)
-        found.append(Question(file.parent / row.image, row.question, answers, row.kind))
+        kind = (row.model_extra or {}).get(kind_field, ALL)
+        if not isinstance(kind, str):
+            raise ValueError(f"{file}, line {number}: {kind_field} has to be a text, not {kind!r}")
+        found.append(Question(file.parent / row.image, row.question, answers, kind))
     return found
 
 

@@ -1,0 +1,144 @@
+"""`ratio: "auto"`: how few tokens each group of requests gets, as `foldserve calibrate --auto` found it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from foldserve.reducers.ladder import STEPS, ratio_of, steps_within
+from foldserve.reducers.plan import Reduction
+
+DEFAULT_GROUP = "default"
+"""Of requests that no group is known of."""
+
+BOUNDS = (0.0, 0.75)
+"""Least and most of an image's tokens that go, unless somebody says otherwise."""
+
+
+class Choice(NamedTuple):
+    """What one request gets.
+
+    Attributes:
+        step: of the ladder.
+        group: that it belongs to.
+        target: share of answers that may change; None where nothing is promised: of a group that the calibration does
+            not hold, which gets the step of the group that needs most, and within bounds that allow too few tokens.
+    """
+
+    step: int
+    group: str
+    target: float | None
+
+    @property
+    def ratio(self) -> float:
+        return ratio_of(self.step)
+
+
+@dataclass(frozen=True, slots=True)
+class Groups:
+    """The operator's map from whom asks, and for which model, to a group; a request's own word comes first.
+
+    Attributes:
+        keys: by name of the API key.
+        models: by the name that the request calls the model by.
+    """
+
+    keys: Mapping[str, str] = field(default_factory=dict)
+    models: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> Groups:
+        """Reads `{"keys": {name: group}, "models": {name: group}}`; ValueError where it is something else."""
+        try:
+            return cls.from_config(json.loads(text))
+        except (json.JSONDecodeError, ValueError) as error:
+            raise ValueError(
+                f'JSON such as {{"keys": {{"scanner": "ocr"}}, "models": {{}}}} is needed, not {text!r}'
+            ) from error
+
+    @classmethod
+    def from_config(cls, config: object) -> Groups:
+        if not isinstance(config, Mapping) or not config.keys() <= {"keys", "models"}:
+            raise ValueError(f"groups are given by keys and models, not {config!r}")
+        for names in config.values():
+            if not isinstance(names, Mapping) or not all(
+                isinstance(name, str) for pair in names.items() for name in pair
+            ):
+                raise ValueError(f"a map from names to groups is needed, not {names!r}")
+        return cls(**config)
+
+    def of(self, asked: str | None, owner: str | None, model: str | None) -> str:
+        """The group of a request: what it asks for, or its key's, or its model's."""
+        return asked or self.keys.get(owner or "") or self.models.get(model or "") or DEFAULT_GROUP
+
+
+@dataclass(frozen=True, slots=True)
+class AutoPolicy:
+    """What a server does with `ratio: "auto"`.
+
+    Attributes:
+        reduction: the calibrated one, without an amount.
+        target: share of answers that may change.
+        steps: that were calibrated, ascending.
+        groups: the step of each.
+
+    Raises:
+        ValueError: no groups, or steps out of their bounds.
+    """
+
+    reduction: Reduction
+    target: float
+    steps: tuple[int, ...]
+    groups: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        if not self.groups or not all(1 <= step <= STEPS for step in (*self.steps, *self.groups.values())):
+            raise ValueError(f"groups with steps from 1 to {STEPS} are needed, not {dict(self.groups)}")
+
+    def __str__(self) -> str:
+        kept = ", ".join(f"{name} {step}/{STEPS}" for name, step in self.groups.items())
+        return f"{kept} of the vision tokens stay, at most {self.target:.1%} of the answers change"
+
+    def choose(self, group: str, bounds: tuple[float, float]) -> Choice | None:
+        """The step of a group within bounds, least and most of the tokens that go; None where there is none."""
+        wanted = self.groups.get(group, max(self.groups.values()))
+        allowed = [step for step in (*self.steps, STEPS) if step in steps_within(*bounds)]
+        if not allowed:
+            return None
+        step = min((step for step in allowed if step >= wanted), default=allowed[-1])
+        return Choice(step, group, self.target if step >= wanted and group in self.groups else None)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> AutoPolicy:
+        """Of what `to_config` gave."""
+        return cls(
+            Reduction.parse(config["reduction"]), config["target"], tuple(config["steps"]), dict(config["groups"])
+        )
+
+    def to_config(self) -> dict[str, Any]:
+        """As JSON, also for `/v1/reducers`."""
+        return {
+            "reduction": self.reduction.to_json(),
+            "target": self.target,
+            "steps": list(self.steps),
+            "groups": dict(self.groups),
+        }
+
+
+def parse_bounds(text: str) -> tuple[float, float]:
+    """Reads `LEAST,MOST`; ValueError where these are no shares."""
+    parts = text.split(",")
+    try:
+        least, most = map(float, parts)
+    except ValueError as error:
+        raise ValueError(f"two shares such as 0,0.75 are needed, not {text!r}") from error
+    check_bounds(least, most)
+    return least, most
+
+
+def check_bounds(least: float, most: float) -> None:
+    """Raises ValueError where these are not least and most of the tokens that go."""
+    if not 0 <= least <= most < 1:
+        raise ValueError(f"bounds are the least and the most of the tokens that go, in [0, 1), not {least} and {most}")

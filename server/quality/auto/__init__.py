@@ -1,0 +1,1 @@
+"""How few tokens an operator's own requests allow: the calibration behind `ratio: "auto"`."""

@@ -1,0 +1,98 @@
+"""`auto.json`: how few tokens each group of requests needs, and what that was found on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from foldserve.reducers.ladder import STEPS
+from foldserve.server.quality.calibration_file import default_folder, model_folder, model_hash
+
+FILE_NAME = "auto.json"
+
+
+class Group(BaseModel):
+    """What was found for one group of requests.
+
+    Attributes:
+        samples: that were asked.
+        step: the smallest that the bound allows, 1 to 16.
+        changed: share of answers that changed at each of the calibration's steps, as measured.
+        bound: what that share is at most on new requests, see `rule.risk_bounds`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    samples: int = Field(ge=1)
+    step: int = Field(ge=1, le=STEPS)
+    changed: tuple[float, ...]
+    bound: tuple[float, ...]
+
+
+class AutoCalibration(BaseModel):
+    """Result of `foldserve calibrate --auto`.
+
+    Attributes:
+        model: name or directory, as it was given.
+        model_hash: `model_hash` of its files.
+        reduction: JSON form of the reduction, without an amount.
+        target: share of answers that may change.
+        answer_tokens: how much of each answer was compared, at most.
+        data: name of the requests.
+        data_hash: of their texts and pixels.
+        tokens: vision tokens of a request at ratio 0, mean over the samples.
+        steps: that the method can take with all of the images, ascending, below 16.
+        groups: by name.
+        together: what a single group of all samples would have got.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str
+    model_hash: str
+    reduction: Mapping[str, Any]
+    target: float = Field(gt=0, lt=1)
+    answer_tokens: int
+    data: str
+    data_hash: str
+    tokens: float
+    steps: tuple[Annotated[int, Field(ge=1, lt=STEPS)], ...] = Field(min_length=1)
+    groups: Mapping[str, Group] = Field(min_length=1)
+    together: Group
+
+    def write(self, file: Path) -> None:
+        """Writes `file`, whose folder is made if need be."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(self.model_dump_json(indent=2) + "\n")
+
+    @property
+    def kept(self) -> float:
+        """Share of the tokens that stays, mean over the samples."""
+        samples = sum(group.samples for group in self.groups.values())
+        return sum(group.samples * group.step for group in self.groups.values()) / (STEPS * samples)
+
+
+def read_for(model: str, revision: str | None, file: Path) -> AutoCalibration:
+    """The calibration in `file`, if it is of this very model.
+
+    Raises:
+        ValueError: no such file, not a calibration, or of other weights.
+    """
+    advice = f"run `foldserve calibrate {model} --auto --data requests.jsonl`"
+    try:
+        calibration = AutoCalibration.model_validate_json(file.read_text())
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no {file}: {advice}") from error
+    except ValidationError as error:
+        raise ValueError(f"{file} is not a calibration of `calibrate --auto`: {error}") from error
+    if calibration.model_hash != model_hash(model_folder(model, revision)):
+        raise ValueError(f"the calibration in {file} is of {calibration.model} with other weights: {advice}")
+    return calibration
+
+
+def default_file(model: str, cache_dir: Path) -> Path:
+    """Where `calibrate --auto` writes and `serve` looks."""
+    return default_folder(model, cache_dir) / FILE_NAME
