@@ -22,6 +22,7 @@ from foldserve.reducers.prumerge import PruMerge
 from foldserve.reducers.random import Random
 from foldserve.reducers.stf import Stf
 from foldserve.reducers.tome import ToMe, Turbo
+from foldserve.reducers.visionzip import VisionZip
 from foldserve.reducers.withdraw import Withdraw
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -41,7 +42,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             Withdraw(),
             IllavaDecoder(),
             FastV(),
-            BaseOnly(),  # a new one comes last: plans' codes, and so the keys of caches, go by the order
+            BaseOnly(),
+            VisionZip(),  # a new one comes last: plans' codes, and so the keys of caches, go by the order
         )
     }
 )

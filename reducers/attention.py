@@ -30,6 +30,7 @@ class LayerAttention:
         class_token: token 0 is the class token.
         ranks: tensor-parallel ranks that share the heads, each as many.
         mean_over_ranks: mean of a tensor over them.
+        unrotated_key: `key` before the rotation by its position, of towers that rotate queries and keys.
     """
 
     query: Tensor
@@ -39,10 +40,15 @@ class LayerAttention:
     class_token: bool = False
     ranks: int = 1
     mean_over_ranks: Callable[[Tensor], Tensor] = _same
+    unrotated_key: Tensor | None = None
 
     def keys(self) -> Tensor:
-        """(B, n, head_dim): mean over heads of the key projections."""
-        return self.mean_over_ranks(at_least_fp32(self.key).mean(dim=2))
+        """(B, n, head_dim): mean over heads of the keys, as queries meet them."""
+        return self._mean_over_heads(self.key)
+
+    def key_projections(self) -> Tensor:
+        """(B, n, head_dim): mean over heads of the keys, without the rotation by their positions."""
+        return self._mean_over_heads(self.key if self.unrotated_key is None else self.unrotated_key)
 
     def class_attention(self) -> Tensor:
         """(B, n): softmaxed attention of the class token to every token, mean over heads."""
@@ -76,6 +82,9 @@ class LayerAttention:
         norm = self.mean_over_ranks(key.square().sum(dim=-1)).sqrt()  # a mean over ranks too, which cancels
         return products / (norm.gather(1, index).unsqueeze(-1) * norm.unsqueeze(1))
 
+    def _mean_over_heads(self, key: Tensor) -> Tensor:
+        return self.mean_over_ranks(at_least_fp32(key).mean(dim=2))
+
     def _keys_by_head(self) -> Tensor:
         """(B, heads, head_dim, n)"""
         return at_least_fp32(self.key).permute(0, 2, 3, 1)
@@ -99,10 +108,10 @@ class PatchAttention(LayerAttention):
 
     patches: int = 1
 
-    def keys(self) -> Tensor:
-        keys = LayerAttention.keys(self)
-        return keys.reshape(len(keys), -1, self.patches, keys.shape[-1]).mean(dim=2)
-
     def attention_received(self) -> Tensor:
         received = LayerAttention.attention_received(self)
         return received.reshape(len(received), -1, self.patches).mean(dim=2)
+
+    def _mean_over_heads(self, key: Tensor) -> Tensor:
+        keys = LayerAttention._mean_over_heads(self, key)
+        return keys.reshape(len(keys), -1, self.patches, keys.shape[-1]).mean(dim=2)

@@ -99,7 +99,7 @@ def match(metric: Tensor, *, class_token: bool = False, penalty: Tensor | None =
 
 def _most_alike(metric: Tensor) -> tuple[Tensor, Tensor]:
     """(images, n, d) -> (images, even) cosine of each even token to the odd one that it is most like, and which."""
-    unit = _aligned(_normalized(metric))
+    unit = unit_vectors(metric)
     even, odd = unit[:, 0::2], unit[:, 1::2].mT
     parts = -(-even.shape[1] * odd.shape[-1] // AT_ONCE) or 1  # of one size, nearly: few rows are rounded otherwise
     with true_fp32():
@@ -113,6 +113,11 @@ def _joined(parts: Sequence[Sequence[Tensor]], dim: int) -> tuple[Tensor, Tensor
         return score, partner
     score, partner = (torch.cat(each, dim=dim) for each in zip(*parts, strict=True))
     return score, partner
+
+
+def unit_vectors(x: Tensor) -> Tensor:
+    """(..., d) -> what cosines are products of, in at least fp32; zeros follow up to a multiple of 16 columns."""
+    return _aligned(_normalized(x))
 
 
 def _normalized(metric: Tensor) -> Tensor:

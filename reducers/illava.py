@@ -127,14 +127,17 @@ class Illava(InTower):
     lays_out_squares = True
     decoder_half = "illava_decoder"
 
-    def settled(self, geometry: VisionGeometry) -> tuple[tuple[int, ...]]:
+    def settled(self, geometry: VisionGeometry, *, keeps_positions: bool) -> tuple[tuple[int, ...]]:
+        return (self._layers_of(geometry),)
+
+    def _layers_of(self, geometry: VisionGeometry) -> tuple[int, ...]:
         if self.layers is not None:
-            return (self.layers,)
-        return (geometry.reducing_layers[:2] if geometry.windowed_layers else _PUBLISHED_LAYERS,)
+            return self.layers
+        return geometry.reducing_layers[:2] if geometry.windowed_layers else _PUBLISHED_LAYERS
 
     def check(self, geometry: VisionGeometry) -> None:
         super().check(geometry)
-        (layers,) = self.settled(geometry)
+        layers = self._layers_of(geometry)
         if layers[-1] >= geometry.layers:
             raise InvalidReduction(
                 f"layers {layers} are not all in this model's vision tower: it runs 0 to {geometry.layers - 1}",
@@ -148,7 +151,7 @@ class Illava(InTower):
             )
 
     def schedule(self, geometry: VisionGeometry, removed: int) -> tuple[Step, ...]:
-        (layers,) = self.settled(geometry)
+        layers = self._layers_of(geometry)
         each = zip(even_schedule(removed, len(layers)), layers, strict=True)
         return tuple(Step(r, layer) for r, layer in each if r)
 

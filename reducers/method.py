@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from foldserve.reducers.plan import Plan
 
 __all__ = [
+    "AfterLastLayer",
     "AfterTower",
     "BeforeTower",
     "Decoder",
@@ -35,7 +36,7 @@ class Step(NamedTuple):
 
     Attributes:
         removed: tokens that it removes.
-        layer: 0-based tower layer in which it does, between attention and MLP; None outside the tower.
+        layer: 0-based tower layer in which it does; None outside the tower.
     """
 
     removed: int
@@ -71,8 +72,15 @@ class Method(ABC):
         for option, value in zip(self.options, self.values, strict=True):
             setattr(self, option.name, value)
 
-    def settled(self, geometry: VisionGeometry) -> tuple[Value, ...]:
-        """The options' values on this model, which decides those that are None."""
+    def settled(self, geometry: VisionGeometry, *, keeps_positions: bool) -> tuple[Value, ...]:
+        """The options' values on this model, which decides those that are None.
+
+        Args:
+            keeps_positions: tokens that stay are to keep their positions in the decoder.
+
+        Raises:
+            InvalidReduction: an option and `positions` contradict each other.
+        """
         return self.values
 
     def check(self, geometry: VisionGeometry) -> None:
@@ -159,6 +167,26 @@ class InTower(Method):
         Returns:
             n - sum(removed) tokens, sizes counting original tokens; `source` and `group` index x.
         """
+
+
+class AfterLastLayer(InTower):
+    """Removes tokens after the whole of the last layer that runs, by the attention of that layer.
+
+    `reduce` gets x as the layer's MLP leaves it, in raster order behind the class token. It returns `plan.kept` tokens,
+    those that go on to the projector; the class token is among them if the method chooses so.
+    """
+
+    def check(self, geometry: VisionGeometry) -> None:
+        super().check(geometry)
+        if geometry.layers - 1 in geometry.windowed_layers:
+            raise InvalidReduction(
+                f"method {self.name!r} compares all tokens by the attention of the vision tower's last layer, but this "
+                "model's attends within windows: choose a method after the tower, such as 'folder'",
+                "method",
+            )
+
+    def schedule(self, geometry: VisionGeometry, removed: int) -> tuple[Step, ...]:
+        return (Step(removed, geometry.layers - 1),)
 
 
 class AfterTower(Method):

@@ -116,6 +116,14 @@ class Choice(Option[str]):
         return {"type": "string", "enum": list(self.words)}
 
 
+class FlagOption(Flag, Option[bool]):
+    def to_int(self, value: bool) -> int:
+        return int(value)
+
+    def from_int(self, code: int) -> bool:
+        return bool(code)
+
+
 class Layers(Option[tuple[int, ...]]):
     """Numbers of tower layers, the first being 0; kept in ascending order."""
 

@@ -116,7 +116,7 @@ def make_plan(reduction: Reduction, geometry: VisionGeometry) -> Plan:
         InvalidReduction: the grid has too few tokens for it, or the model is not one that the method works with.
     """
     asked = configured(reduction.method, reduction.option_values)
-    method = configured(asked.name, asked.settled(geometry))
+    method = configured(asked.name, asked.settled(geometry, keeps_positions=reduction.positions == "keep"))
     removed = _tokens_to_remove(reduction, geometry)
     if removed or reduction.method != Reduction().method:
         method.check(geometry)

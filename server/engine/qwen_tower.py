@@ -18,7 +18,7 @@ from vllm.model_executor.models.qwen2_vl import Qwen2VisionAttention
 from vllm.model_executor.models.utils import cast_overflow_tensors
 
 from foldserve.reducers.attention import PatchAttention
-from foldserve.reducers.method import InTower
+from foldserve.reducers.method import AfterLastLayer, InTower
 from foldserve.reducers.plan import Plan
 from foldserve.server.engine.tower import mean_over_ranks
 from foldserve.server.engine.vision import Survivors
@@ -103,12 +103,16 @@ class Walk:
         if self._is_reduced and self._method.proportional_attention:
             key_bias = self._sizes.log().repeat_interleave(self._patches, dim=1)
         if steps or key_bias is not None:
+            if self._ends_tower:
+                self._into_raster_order()
             hidden, attention = self._attend(layer, index, key_bias)
             self._take_back(hidden)
-            if steps:
+            if steps and not self._ends_tower:
                 self._reduce(attention, steps)
             hidden = self._flat()
             self._take_back(hidden + layer.mlp(layer.norm2(hidden)))
+            if self._ends_tower:
+                self._reduce(attention, steps)
         else:
             cos, sin = self._tables
             sequences = self._sequences(index)
@@ -138,6 +142,11 @@ class Walk:
         order = source.argsort(dim=1)
         each = zip(features, source, order, strict=True)
         return [Survivors(own[places], tokens[places]) for own, tokens, places in each]
+
+    @property
+    def _ends_tower(self) -> bool:
+        """The method acts on what the last layer gives."""
+        return isinstance(self._method, AfterLastLayer)
 
     def _flat(self) -> Tensor:
         return self._tokens.view(-1, 1, self._tokens.shape[-1] // self._patches)
@@ -179,6 +188,8 @@ class Walk:
         else:
             query, key, value = qkv.transpose(0, 1).unflatten(-1, (3, *heads)).unbind(dim=2)
         rotated = attention.apply_rotary_emb(torch.cat([query, key]), *self._tables)
+        # what it is a view of takes three times the memory, and is kept for whom it serves alone
+        unrotated_key = key.view(len(self._source), -1, *heads) if self._ends_tower else None
         query, key = rotated.chunk(2)  # (1, B * n * patches, heads here, head_dim)
         if key_bias is None:
             attended = attention.attn(query=query, key=key, value=value, **self._sequences(index))
@@ -186,7 +197,9 @@ class Walk:
             attended = self._attend_with_bias(index, torch.cat([query, key, value]), key_bias, heads[1] ** -0.5)
         projected, _ = attention.proj(attended.reshape(len(hidden), 1, -1))
         query, key = (part.view(len(self._source), -1, *heads) for part in (query, key))
-        seen = PatchAttention(query, key, heads[1] ** -0.5, key_bias, patches=self._patches)
+        seen = PatchAttention(
+            query, key, heads[1] ** -0.5, key_bias, unrotated_key=unrotated_key, patches=self._patches
+        )
         if attention.tp_size > 1:
             seen = replace(seen, ranks=attention.tp_size, mean_over_ranks=mean_over_ranks)
         return hidden + projected, seen
@@ -217,6 +230,14 @@ class Walk:
         window = (windows.window[self._source] + image * windows.number).flatten().repeat_interleave(self._patches)
         patch = torch.arange(images * tokens * self._patches, device=ends.device)
         return window * most + patch - ends[window], images * windows.number, most
+
+    def _into_raster_order(self) -> None:
+        """Tokens leave their windows; for layers that see the whole image."""
+        if self._windows is not None:
+            order = self._raster[self._source].argsort(dim=1)
+            self._tokens = self._tokens.gather(1, order.unsqueeze(-1).expand_as(self._tokens))
+            self._sizes, self._source = self._sizes.gather(1, order), self._source.gather(1, order)
+            self._lay_out()
 
     def _reduce(self, attention: PatchAttention, steps: tuple[int, ...]) -> None:
         columns = torch.cat([self._tokens, *self._levels], dim=-1)

@@ -81,13 +81,17 @@ class Tower:
             hidden = hidden + interpolate_positions(positions, self._grid, *grid)
         return self._inner.pre_layrnorm(hidden) if self._is_clip else hidden
 
-    def finish(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states (B, n, C) after the last layer -> features, as the tower itself selects them."""
+    def finish(self, hidden: torch.Tensor, *, all_tokens: bool = False) -> torch.Tensor:
+        """Hidden states (B, n, C) after the last layer -> features, as the tower itself selects them.
+
+        Args:
+            all_tokens: of every token, a class token too.
+        """
         return resolve_visual_encoder_outputs(
             hidden,
             self._inner.post_layernorm if self._is_clip else None,
             last_hs_proc=None if self._is_clip else self._inner.last_hs_proc,
-            feature_select_strategy=self._select_strategy,
+            feature_select_strategy=None if all_tokens else self._select_strategy,
         )
 
 

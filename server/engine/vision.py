@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from foldserve.reducers.method import AfterTower, BeforeTower, InTower
+from foldserve.reducers.method import AfterLastLayer, AfterTower, BeforeTower, InTower
 from foldserve.reducers.plan import Plan
 from foldserve.server.engine.tower import Tower, attend, run_layer, run_mlp
 
@@ -173,16 +173,25 @@ class _Group:
             self.hidden = run_layer(layer, self.hidden)
             return
         hidden, attention = attend(layer, self.hidden, key_bias)
+        if self._ends_tower:
+            hidden = run_mlp(layer, hidden)
         if steps:
             hidden, self.sizes, source, _ = method.reduce(hidden, self.sizes, attention, steps, self.plan)
             self.source = self.source.gather(1, source)
             self.reduced = True
-        self.hidden = run_mlp(layer, hidden)
+        self.hidden = hidden if self._ends_tower else run_mlp(layer, hidden)
 
     def finish(self, tower: Tower) -> list[Survivors]:
-        """Features, and sources that count the patches alone."""
-        source = self.source[:, 1:] - 1 if tower.class_token else self.source
-        return _survivors(tower.finish(self.hidden), source)
+        """Features, and sources that count the patches alone; that of a class token is -1."""
+        source = self.source - int(tower.class_token)
+        if tower.class_token and not self._ends_tower:
+            source = source[:, 1:]
+        return _survivors(tower.finish(self.hidden, all_tokens=self._ends_tower), source)
+
+    @property
+    def _ends_tower(self) -> bool:
+        """The method acts on what the last layer gives, and leaves the tokens of the features."""
+        return isinstance(self.plan.reducer, AfterLastLayer)
 
 
 def _acts_in_tower(plan: Plan) -> bool:

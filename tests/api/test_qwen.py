@@ -123,7 +123,7 @@ def test_the_catalog(server: Live) -> None:
     assert catalog["positions"] == {"default": "keep", "can_keep": True}
     offered = {method["id"] for method in catalog["data"]}
     in_the_decoder = {"withdraw", "fastv", "illava_decoder"}
-    assert offered == {"downsample", "illava", "tome", "folder", "random", "pool"} | in_the_decoder
+    assert offered == {"downsample", "illava", "tome", "visionzip", "folder", "random", "pool"} | in_the_decoder
 
 
 VIDEO = videos.video(40, 256, 128)  # four seconds; the largest frames that the tiny model takes

@@ -18,6 +18,7 @@ from foldserve.reducers.plan import Plan
 from foldserve.reducers.prumerge import most_attended, prumerge
 from foldserve.reducers.random import draw
 from foldserve.reducers.tome import tome, turbo
+from tests.reducers.naive import naive_visionzip
 
 
 class Seen(NamedTuple):
@@ -62,16 +63,30 @@ class PlainTower:
         for index, layer in enumerate(self.layers):
             bias = sizes.log() if plan.method in ("tome", "turbo") else hidden.new_zeros(hidden.shape[:2])
             hidden, seen = attend(layer, hidden, bias)
-            for r in plan.removed_in(index) if plan.method != "folder_cls" else ():
+            for r in plan.removed_in(index) if plan.method not in ("folder_cls", "visionzip") else ():
                 hidden, sizes, kept, _ = self._reduce(plan, hidden, sizes, seen, r)
                 source = source.gather(1, kept)
             if plan.method == "folder_cls" and plan.removed_in(index):
                 attention = seen.probability[:, :, 0].mean(1)
                 hidden, _, source, _ = folder_cls(hidden, seen.key.mean(2), attention, plan.folds)
             hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
+            if plan.method == "visionzip" and plan.removed_in(index):
+                return self._zipped(plan, hidden[0], seen)
         if self.class_token:
             hidden, source = hidden[:, 1:], source[:, 1:] - 1
         return after_tower(hidden, source, plan)
+
+    def _zipped(self, plan: Plan, x: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
+        """What the last layer gives, (n, d), and its attention -> what `survivors` gives."""
+        first, (in_prompt,) = int(self.class_token), plan.options
+        received = seen.probability[0, :, 0].sum(0) if self.class_token else seen.probability.mean(dim=(1, 2))[0]
+        contextual, keys = plan.kept * 5 // 32, seen.key.mean(2)[0]
+        patches = plan.kept - contextual - int(bool(in_prompt))
+        members, tokens = naive_visionzip(x[first:], received[first:], keys[first:], patches, contextual)
+        source = [each[0] for each in members]
+        if in_prompt:
+            source, tokens = [-1, *source], [x[0], *tokens]
+        return torch.stack(tokens)[None], torch.tensor([source])
 
     def _reduce(self, plan: Plan, x: Tensor, sizes: Tensor, seen: Seen, r: int) -> Reduced:
         received = seen.probability.mean(dim=(1, 2))

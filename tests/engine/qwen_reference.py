@@ -174,7 +174,7 @@ class QwenReference:
         removed = max(0, n - asked["keep_tokens"]) if "keep_tokens" in asked else removed
         if not removed:
             return Left(levels, _raster(rows, columns), max(rows, columns))
-        if method in ("illava", "tome"):
+        if method in ("illava", "tome", "visionzip"):
             kept = qwen_tower_reference.encode(self.model.model.visual, pixels, (rows, columns), removed, asked)
             levels = [torch.stack(level) for level in zip(*(token.levels for token in kept), strict=True)]
             if positions == "renumber":

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.reducers.naive import naive_visionzip
+
 
 @dataclass
 class Token:
@@ -31,8 +33,9 @@ class Token:
 def encode(visual: Any, pixels: Tensor, grid: tuple[int, int], removed: int, asked: Mapping[str, Any]) -> list[Token]:
     """What is left, in raster order; each token's `levels` begin with the merger's output."""
     width, full = grid[1], getattr(visual, "fullatt_block_indexes", None)
-    is_illava = asked["method"] == "illava"
+    is_illava, is_visionzip = asked["method"] == "illava", asked["method"] == "visionzip"
     layers = asked.get("layers") or full or list(range(len(visual.blocks)))
+    layers = [len(visual.blocks) - 1] if is_visionzip else layers
     steps = {layer: removed // len(layers) + (i < removed % len(layers)) for i, layer in enumerate(layers)}
     side = visual.config.window_size // visual.config.patch_size // 2 if full else 0
     tokens = [Token(divmod(i, width), x, []) for i, x in enumerate(_by_token(_embedded(visual, pixels, grid)))]
@@ -47,16 +50,22 @@ def encode(visual: Any, pixels: Tensor, grid: tuple[int, int], removed: int, ask
             windows = [_window(token, side) for token in tokens]
             mask += torch.tensor([[0.0 if a == b else -torch.inf for b in windows] for a in windows])
         x = torch.cat([token.patches for token in tokens])
-        attended, probabilities, keys = _attend(visual, block, x, tokens, mask)
+        attended, probabilities, keys, unrotated = _attend(visual, block, x, tokens, mask)
         for token, patches in zip(tokens, _by_token(x + attended), strict=True):
             token.patches = patches
-        if steps.get(index):
+        received = probabilities.mean(0).sum(0).view(-1, 4).mean(-1).tolist()
+        if steps.get(index) and not is_visionzip:
             is_reduced = True
-            received = probabilities.mean(0).sum(0).view(-1, 4).mean(-1).tolist()
             similar = keys.mean(0).view(len(tokens), 4, -1).mean(1)
             tokens = _into_one(tokens, received, steps[index]) if is_illava else _tome(tokens, similar, steps[index])
         x = torch.cat([token.patches for token in tokens])
         x = x + block.mlp(block.norm2(x))
+        if steps.get(index) and is_visionzip:
+            for token, patches in zip(tokens, _by_token(x), strict=True):
+                token.patches = patches
+            projections = unrotated.mean(0).view(len(tokens), 4, -1).mean(1)
+            tokens = _zipped(tokens, received, projections, len(tokens) - removed)
+            x = torch.cat([token.patches for token in tokens])
         taps = list(getattr(visual, "deepstack_visual_indexes", ()))
         level = visual.deepstack_merger_list[taps.index(index)](x) if index in taps else None
         for i, (token, patches) in enumerate(zip(tokens, _by_token(x), strict=True)):
@@ -88,8 +97,10 @@ def _window(token: Token, side: int) -> tuple[int, int]:
     return token.at[0] // side, token.at[1] // side
 
 
-def _attend(visual: Any, block: Any, x: Tensor, tokens: Sequence[Token], mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The attention's output, (heads, patches, patches) softmaxed, and rotated keys (heads, patches, head_dim)."""
+def _attend(
+    visual: Any, block: Any, x: Tensor, tokens: Sequence[Token], mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The attention's output, (heads, patches, patches) softmaxed, keys (heads, patches, head_dim) rotated and not."""
     attention = block.attn
     query, key, value = attention.qkv(block.norm1(x)).view(len(x), 3, attention.num_heads, -1).permute(1, 2, 0, 3)
     quarter = query.shape[-1] // 4
@@ -101,10 +112,10 @@ def _attend(visual: Any, block: Any, x: Tensor, tokens: Sequence[Token], mask: T
         half = t.shape[-1] // 2
         return t * angles.cos() + torch.cat([-t[..., half:], t[..., :half]], -1) * angles.sin()
 
-    query, key = rotate(query), rotate(key)
+    query, unrotated, key = rotate(query), key, rotate(key)
     each_patch = mask.repeat_interleave(4, 0).repeat_interleave(4, 1)
     probabilities = (query @ key.mT / query.shape[-1] ** 0.5 + each_patch).softmax(-1)
-    return attention.proj((probabilities @ value).transpose(0, 1).flatten(1)), probabilities, key
+    return attention.proj((probabilities @ value).transpose(0, 1).flatten(1)), probabilities, key, unrotated
 
 
 def _merged(into: Token, members: Sequence[Token], weights: Sequence[float]) -> Token:
@@ -113,6 +124,21 @@ def _merged(into: Token, members: Sequence[Token], weights: Sequence[float]) -> 
     patches = torch.stack([share * token.patches for share, token in each]).sum(0)
     levels = [torch.stack([share * token.levels[i] for share, token in each]).sum(0) for i in range(len(into.levels))]
     return Token(into.at, patches, levels, sum(token.size for token in members))
+
+
+def _zipped(tokens: list[Token], received: list[float], keys: Tensor, kept: int) -> list[Token]:
+    places = sorted(range(len(tokens)), key=lambda i: tokens[i].at)
+    in_order = [tokens[i] for i in places]
+    columns = [torch.cat([token.patches.flatten(), *token.levels]) for token in in_order]
+    contextual = kept * 5 // 32
+    score = torch.tensor([received[i] for i in places])
+    members, values = naive_visionzip(torch.stack(columns), score, keys[places], kept - contextual, contextual)
+    left = []
+    for (i, *_), value in zip(members, values, strict=True):
+        token, widths = in_order[i], [in_order[i].patches.numel(), *(len(level) for level in in_order[i].levels)]
+        patches, *levels = value.split_with_sizes(widths)
+        left.append(Token(token.at, patches.view_as(token.patches), levels))
+    return left
 
 
 def _into_one(tokens: list[Token], received: list[float], removed: int) -> list[Token]:

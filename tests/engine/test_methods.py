@@ -33,11 +33,14 @@ ANY_TOWER: list[dict[str, object]] = [
     {"method": "pool", "ratio": 0.5, "window": "row"},
     {"method": "random", "ratio": 0.5},
     {"method": "downsample", "ratio": 0.5},
+    {"method": "visionzip", "ratio": 0.7},
 ]
 WITH_CLASS_TOKEN: list[dict[str, object]] = [
     {"method": "folder_cls", "ratio": 0.66},
     {"method": "turbo", "ratio": 0.5},
     {"method": "prumerge", "ratio": 0.75},
+    {"method": "visionzip", "ratio": 0.7, "class_token": False},
+    {"method": "visionzip", "keep_tokens": 6},
 ]
 REDUCTIONS = {"clip": ANY_TOWER + WITH_CLASS_TOKEN, "siglip": ANY_TOWER}
 ON_BOTH = [(tower, reduction) for tower, reductions in REDUCTIONS.items() for reduction in reductions]

@@ -126,6 +126,10 @@ def in_the_tower(checkpoint: Path) -> list[Case]:
         one_image(*SIZES[1], **two, keep_tokens=9),
         one_image(*SIZES[0], method="tome", ratio=0.6),
         one_image(*SIZES[1], method="tome", ratio=0.4, positions="renumber"),
+        one_image(*SIZES[0], method="visionzip", ratio=0.6),
+        one_image(*SIZES[1], method="visionzip", ratio=0.4, positions="renumber"),
+        one_image(*SIZES[2], method="visionzip", keep_tokens=6),
+        two_images({"method": "visionzip", "ratio": 0.7}, {**one, "ratio": 0.5}),
         two_images({**one, "ratio": 0.5}, {**two, "ratio": 0.3, **RENUMBER}),
         two_images({**two, "ratio": 0.5}, {}),
         two_images({"ratio": 0.5}, {**one, "ratio": 0.9}),
@@ -290,6 +294,7 @@ def test_the_largest_image(info: Any) -> None:
     [
         ({"method": "folder_cls", "ratio": 0.5}, "method"),
         ({"method": "turbo", "ratio": 0.5}, "method"),
+        ({"method": "visionzip", "ratio": 0.5, "class_token": True}, "class_token"),
         ({"ratio": 0.99}, "ratio"),
         ({"method": "pool", "ratio": 0.99}, "ratio"),
     ],
@@ -357,6 +362,7 @@ FILMS = [
     one_film(5, method="pool", ratio=0.6, positions="keep"),
     one_film(6, withdraw=True),
     one_film(10, method="tome", ratio=0.3),
+    one_film(14, method="visionzip", ratio=0.5),
     replace(one_film(11), film=film(11, pictures=5)),  # a frame is two pictures
     replace(one_film(13, ratio=0.5), film=film(13, pictures=5)),
     replace(one_film(12, ratio=0.5), film=film(12, pictures=2)),  # one frame: no text between any
@@ -461,11 +467,32 @@ class LevelsLeftBehind(qwen_tower.Walk):
         self._levels = [torch.stack([own[place] for own, place in zip(level, places, strict=True)]) for level in levels]
 
 
-WRONG_WALKS: dict[str, list[type[qwen_tower.Walk]]] = {
-    "qwen2_vl": [StaleTables],
-    "qwen2_5_vl": [StaleTables, StaleWindows],
-    "qwen3_vl": [StaleTables, LevelsLeftBehind],
+class RotatedKeys(qwen_tower.Walk):
+    """Keys with their positions in them."""
+
+    def _attend(self, *args: Any) -> tuple[torch.Tensor, Any]:
+        hidden, attention = super()._attend(*args)
+        return hidden, replace(attention, unrotated_key=None)
+
+
+class WindowByWindow(qwen_tower.Walk):
+    """The last layer's tokens in the order of their windows."""
+
+    def _into_raster_order(self) -> None:
+        pass
+
+
+WRONG_WALKS: dict[str, dict[type[qwen_tower.Walk], str]] = {
+    "qwen2_vl": {StaleTables: "illava", RotatedKeys: "visionzip"},
+    "qwen2_5_vl": {
+        StaleTables: "illava",
+        StaleWindows: "illava",
+        RotatedKeys: "visionzip",
+        WindowByWindow: "visionzip",
+    },
+    "qwen3_vl": {StaleTables: "illava", LevelsLeftBehind: "illava", RotatedKeys: "visionzip"},
 }
+"""And the method that shows it."""
 
 
 def test_the_reference_tells_a_wrong_walk(
@@ -475,10 +502,10 @@ def test_the_reference_tells_a_wrong_walk(
     in_the_tower: list[Case],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for wrong in WRONG_WALKS[checkpoint.name]:
+    for wrong, method in WRONG_WALKS[checkpoint.name].items():
         monkeypatch.setattr(qwen_tower, "Walk", wrong)
         forget(llm)
-        assert_different(llm, expect, in_the_tower[0])
+        assert_different(llm, expect, next(case for case in in_the_tower if case.reductions[0]["method"] == method))
 
 
 def assert_different(llm: Any, expect: Callable[[Case], Answer], case: Case = BEFORE_THE_DECODER[3]) -> None:

@@ -23,6 +23,7 @@ from tests.golden.prumerge import check_prumerge
 from tests.golden.stf import check_stf
 from tests.golden.tome import check_tome, check_tome_schedule, check_turbo
 from tests.golden.tower import check_folder_tower
+from tests.golden.visionzip import check_split, check_visionzip, check_visionzip_tower
 from tests.golden.vtw import check_vtw
 
 HERE = Path(__file__).parent
@@ -41,6 +42,8 @@ CHECKS: Mapping[str, Callable[[Case], None]] = {
     "stf": check_stf,
     "tome": check_tome,
     "turbo": check_turbo,
+    "visionzip": check_visionzip,
+    "visionzip_tower": check_visionzip_tower,
     "vtw": check_vtw,
 }
 
@@ -50,6 +53,7 @@ TABLES: Mapping[str, Callable[[Row], None]] = {
     "illava_r_round": check_illava_removed,
     "ratio_to_r_int": check_ratio,
     "tome_parse_r": check_tome_schedule,
+    "visionzip_split": check_split,
 }
 
 

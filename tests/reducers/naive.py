@@ -70,6 +70,24 @@ def naive_prumerge(x: Tensor, attention: Tensor, keys: Tensor, count: int) -> tu
     return selected, [*out, sum((attention[j] * x[j] for j in others), torch.zeros_like(x[0]))]
 
 
+def naive_visionzip(
+    x: Tensor, score: Tensor, keys: Tensor, dominant: int, contextual: int
+) -> tuple[list[list[int]], list[Tensor]]:
+    """(n, d), (n,), (n, d_k) -> members of each token that stays, itself first, and their values."""
+    chosen = sorted(sorted(range(len(x)), key=lambda i: -float(score[i]))[:dominant])
+    others = [i for i in range(len(x)) if i not in chosen]
+    if not contextual:
+        return [[i] for i in chosen], [x[i] for i in chosen]
+    targets = others[:: max(1, len(others) // contextual)][:contextual]
+    members: list[list[int]] = [[i] for i in targets]
+    for i in others:
+        if i not in targets:
+            cosines = [float(F.cosine_similarity(keys[i], keys[j], dim=0)) for j in targets]
+            members[cosines.index(max(cosines))].append(i)
+    merged = [x[i] + torch.stack([x[j] for j in rest]).mean(0) if rest else x[i] for i, *rest in members]
+    return [[i] for i in chosen] + members, [x[i] for i in chosen] + merged
+
+
 def _fold(tokens: list[Token], k: int, *, spared: int | None, weight: float, best_first: bool = False) -> list[Token]:
     """Remaining even tokens, in their order or by score, then all the odd ones."""
     even, odd = tokens[0::2], tokens[1::2]

@@ -20,6 +20,7 @@ from foldserve.reducers.folder import folder, folder_cls
 from foldserve.reducers.illava import illava
 from foldserve.reducers.pool import pool
 from foldserve.reducers.tome import tome
+from foldserve.reducers.visionzip import visionzip
 
 FEW = 2**14
 """In the place of `AT_ONCE`: the whole of 300 tokens has 22,500 scores."""
@@ -53,6 +54,7 @@ REDUCE: dict[str, Callable[[Tensor], fold.Reduced]] = {
     "folder_cls": lambda x: folder_cls(x, x[..., :64], x[..., 0].softmax(-1), (100, 60)),
     "tome": lambda x: tome(x, x[..., :64], torch.ones(x.shape[:2], dtype=torch.int64), 90, class_token=False),
     "illava": lambda x: illava(x, x[..., 0], 90),
+    "visionzip": lambda x: visionzip(x, x[..., 0], x[..., :64], 100, 30),
     "pool": lambda x: pool(x, (15, 20), (5, 5)),
     "pool with a rest": lambda x: pool(x, (15, 20), (4, 4)),
 }

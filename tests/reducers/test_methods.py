@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from foldserve.reducers import METHODS
 from foldserve.reducers.attention import LayerAttention
 from foldserve.reducers.base_only import BaseOnly
 from foldserve.reducers.item import Layout, plan_item
-from foldserve.reducers.method import AfterTower, Decoder, InTower, Projector
+from foldserve.reducers.method import AfterLastLayer, AfterTower, Decoder, InTower, Projector
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 from tests.reducers.check import draw
 
@@ -22,6 +23,7 @@ SIGLIP = VisionGeometry(729, (27, 27), 26)
 QWEN2_5 = VisionGeometry(
     256, (16, 16), 32, windowed_layers=tuple(layer for layer in range(32) if layer % 8 < 7), varies=True
 )
+ALL_WINDOWS = replace(QWEN2_5, windowed_layers=tuple(range(32)))
 NO_GRID = VisionGeometry(577, None, 23, class_token=True)
 STF = VisionGeometry(144, projector="stf", stages=frozenset())
 FREE = [name for name, method in METHODS.items() if not isinstance(method, BaseOnly | Decoder | Projector)]
@@ -84,11 +86,14 @@ def run(plan: Plan, geometry: VisionGeometry) -> int:
             attention = LayerAttention(query, key, 0.5, class_token=bool(first))
             before, class_token = x.shape[1], x[:, :first]
             x, sizes, source, group = method.reduce(x, sizes, attention, removed, plan)
+            assert (source.shape, group.shape) == (x.shape[:2], (2, before))
+            assert_distinct(source)
+            if isinstance(method, AfterLastLayer):  # which may drop tokens, the class token too
+                assert torch.equal(sizes.sum(dim=1), (group >= 0).sum(dim=1))
+                return x.shape[1]
             assert x.shape[1] == before - sum(removed)
             assert torch.equal(x[:, :first], class_token)
             assert (sizes.sum(dim=1) == geometry.tokens + first).all()
-            assert (source.shape, group.shape) == (x.shape[:2], (2, before))
-            assert_distinct(source)
     return x.shape[1] - first
 
 
@@ -117,6 +122,15 @@ REFUSED: list[tuple[VisionGeometry, dict[str, Any], str, str]] = [
     (SIGLIP, {"method": "turbo", "ratio": 0.5}, "method", "needs a class token"),
     (SIGLIP, {"method": "prumerge", "ratio": 0.5}, "method", "needs a class token"),
     (SIGLIP, {"method": "folder_cls", "ratio": 0.5}, "method", "needs a class token"),
+    (ALL_WINDOWS, {"method": "visionzip", "ratio": 0.5}, "method", "attends within windows"),
+    (SIGLIP, {"method": "visionzip", "ratio": 0.5, "class_token": True}, "class_token", "has none"),
+    (
+        CLIP,
+        {"method": "visionzip", "ratio": 0.5, "class_token": True, "positions": "keep"},
+        "class_token",
+        "'renumber'",
+    ),
+    (CLIP, {"method": "visionzip", "ratio": 0.5, "class_token": 1}, "class_token", "true or false"),
     (CLIP, {"method": "pool", "ratio": 0.5}, "ratio", r"0.75 \(144 tokens\) or 0.8889 \(64 tokens\)"),
     (CLIP, {"method": "pool", "keep_tokens": 143}, "keep_tokens", "144 tokens"),
     (CLIP, {"method": "pool", "ratio": 0.7, "window": "row"}, "ratio", "0.5 .288 tokens"),
@@ -165,6 +179,26 @@ def test_the_default_layers_are_the_same_plan_as_these_by_name() -> None:
     left_out, named = (Reduction.parse(asked | layers) for layers in ({}, {"layers": [5, 6, 7, 8]}))
     assert left_out != named
     assert make_plan(left_out, CLIP) == make_plan(named, CLIP)
+
+
+@pytest.mark.parametrize(
+    ("geometry", "asked", "in_prompt"),
+    [
+        (CLIP, {}, True),
+        (CLIP, {"positions": "renumber"}, True),
+        (CLIP, {"positions": "keep"}, False),
+        (CLIP, {"class_token": False}, False),
+        (SIGLIP, {}, False),
+        (QWEN2_5, {"positions": "keep"}, False),
+    ],
+    ids=str,
+)
+def test_visionzips_class_token(geometry: VisionGeometry, asked: dict[str, Any], in_prompt: bool) -> None:
+    """Kept tokens are as many either way."""
+    plan = make_plan(Reduction.parse({"method": "visionzip", "keep_tokens": 64, **asked}), geometry)
+    assert (plan.kept, plan.options) == (64, (in_prompt,))
+    assert plan.steps == ((geometry.tokens - 64, geometry.layers - 1),)
+    assert Plan.from_ints(plan.to_ints(), geometry) == plan
 
 
 def test_what_does_not_come_out_even_goes_early() -> None:

@@ -30,6 +30,8 @@ def reductions(draw: st.DrawFn) -> dict[str, Any]:
     optional |= {option.name: st.just(option.default) for option in METHODS[method].options}
     if method == "illava":
         optional["layers"] = st.sampled_from([[5, 6, 7, 8], [0, 62]])  # by default the model's
+    if method == "visionzip":
+        optional["class_token"] = st.booleans()  # by default the model's
     if method == "folder":
         optional["scale"] = st.sampled_from(["none", "official"])
     return {"method": method} | draw(amounts) | draw(st.fixed_dictionaries({}, optional=optional))

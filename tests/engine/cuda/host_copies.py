@@ -18,7 +18,7 @@ from torch import Tensor
 
 from foldserve.reducers import METHODS
 from foldserve.reducers.attention import LayerAttention
-from foldserve.reducers.method import AfterTower, BeforeTower, InTower, Projector, ScoringDecoder
+from foldserve.reducers.method import AfterLastLayer, AfterTower, BeforeTower, InTower, Projector, ScoringDecoder
 from foldserve.reducers.plan import Plan, Reduction, VisionGeometry, make_plan
 from foldserve.reducers.stf import StfConfig, StfProjector, fusion_input
 from foldserve.reducers.withdraw import take_rows
@@ -111,7 +111,7 @@ def run(plan: Plan) -> int:
             count = x.shape[1]
             attention = LayerAttention(meta(2, count, 2, 4), meta(2, count, 2, 4), 0.5, sizes.log(), class_token=True)
             x, sizes, *_ = method.reduce(x, sizes, attention, removed, plan)
-    return x.shape[1] - 1
+    return x.shape[1] - (not isinstance(method, AfterLastLayer))
 
 
 class QwenVision:
@@ -163,7 +163,7 @@ class _Called(SimpleNamespace):
         return self._run(hidden, **others)
 
 
-@pytest.mark.parametrize("name", ["illava", "tome"])
+@pytest.mark.parametrize("name", ["illava", "tome", "visionzip"])
 def test_a_tower_with_windows(on_device: OnDevice, name: str) -> None:
     """How many tokens a window holds is not known on the host, and not asked for."""
     visual, geometry = QwenVision(), VisionGeometry(24, (4, 6), 4, windowed_layers=(0, 2))
