@@ -191,6 +191,10 @@ BAD_REDUCTIONS: list[tuple[dict[str, Any], str]] = [
     ({"reduction": {"ratio": 0.5, "keep_tokens": 3}}, "reduction.ratio"),
     ({"reduction": {"method": "magic"}}, "reduction.method"),
     ({"reduction": {"ratios": 0.5}}, "reduction.ratios"),
+    (
+        {"reduction": {"method": "visionzip", "ratio": 0.5, "class_token": True, "positions": "keep"}},
+        "reduction.class_token",
+    ),
     ({"reduction": []}, "reduction"),
     ({"reduction": 0.5}, "reduction"),
     ({"reduction": {"withdraw": 1}}, "reduction.withdraw"),

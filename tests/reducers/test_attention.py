@@ -54,6 +54,14 @@ def test_a_token_of_several_patches_has_their_mean() -> None:
         torch.testing.assert_close(own[:, 1], each[:, 4:8].mean(dim=1))
 
 
+def test_key_projections_are_the_keys_without_their_rotation() -> None:
+    query, key, unrotated = draw(0, (2, 12, 3, 4), (2, 12, 3, 4), (2, 12, 3, 4))
+    assert torch.equal(LayerAttention(query, key, 0.3).key_projections(), key.mean(dim=2))
+    layer = PatchAttention(query, key, 0.3, unrotated_key=unrotated, patches=4)
+    torch.testing.assert_close(layer.key_projections()[:, 1], unrotated[:, 4:8].mean(dim=(1, 2)))
+    torch.testing.assert_close(layer.keys()[:, 1], key[:, 4:8].mean(dim=(1, 2)))
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_ranks_agree_with_one(ranks: int) -> None:
     """Heads on several ranks give what all of them give on one, wherever the mean over ranks stands."""

@@ -54,6 +54,7 @@ CASES: dict[str, list[dict[str, object]]] = {
         {"method": "random", "ratio": 0.5, "positions": "keep"},
         {"method": "tome", "ratio": 0.66},
     ],
+    "visionzip 0.75": [{"method": "visionzip", "ratio": 0.75}],
 }
 
 
