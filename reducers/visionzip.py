@@ -80,7 +80,8 @@ class VisionZip(AfterLastLayer):
     """By the class token's attention; by the attention that patches receive in a tower without one.
 
     The class token goes to the projector as one of the tokens that stay, as the authors have it. It has no position in
-    the image, so that a patch has its place where tokens keep their positions. Qwen-VL gets its tokens in raster order.
+    the image: where tokens keep their positions, one more patch stays instead. There, and on Qwen-VL, all tokens come
+    in position order, merged ones too.
     """
 
     name = "visionzip"
@@ -99,8 +100,8 @@ class VisionZip(AfterLastLayer):
     def settled(self, geometry: VisionGeometry, *, keeps_positions: bool) -> tuple[bool]:
         if self.class_token and keeps_positions:
             raise InvalidReduction(
-                "class_token needs positions 'renumber': the class token has no position in the image that it could "
-                "keep",
+                "class_token needs positions 'renumber', for the class token has no position in the image: send "
+                "that, or leave class_token out",
                 "class_token",
             )
         by_default = geometry.class_token and not keeps_positions

@@ -114,6 +114,7 @@ IMAGES = [
     one_image(6, method="folder_cls", ratio=0.5),
     one_image(7, method="tome", ratio=0.4),
     one_image(8, method="downsample", ratio=0.5),
+    one_image(11, method="visionzip", ratio=0.6),
     several({}, {}, {}, {}),
     several({"ratio": 0.5}, {"ratio": 0.25}, {"method": "illava", "layers": [1, 2], "ratio": 0.5}, {"ratio": 0.77}),
 ]
