@@ -24,16 +24,31 @@ class Choice(NamedTuple):
         step: of the ladder.
         group: that it belongs to.
         target: share of answers that may change; None where nothing is promised: of a group that the calibration does
-            not hold, which gets the step of the group that needs most, and within bounds that allow too few tokens.
+            not hold, which gets the step of the group that needs most, within bounds that allow too few tokens, and
+            under pressure.
+        pressure: steps that the server's load took off; None where it may not.
+        is_calibrated: the calibration holds the group.
     """
 
     step: int
     group: str
     target: float | None
+    pressure: int | None = None
+    is_calibrated: bool = True
+
+    @property
+    def label(self) -> str:
+        """The group for metrics, of which a client can't make more."""
+        return self.group if self.is_calibrated else "other"
 
     @property
     def ratio(self) -> float:
         return ratio_of(self.step)
+
+    def to_json(self) -> dict[str, object]:
+        """As `usage.vision_tokens` has it."""
+        load = {} if self.pressure is None else {"pressure": self.pressure}
+        return {"policy": "auto", "group": self.group, "step": self.step, "target": self.target, **load}
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +116,20 @@ class AutoPolicy:
         kept = ", ".join(f"{name} {step}/{STEPS}" for name, step in self.groups.items())
         return f"{kept} of the vision tokens stay, at most {self.target:.1%} of the answers change"
 
-    def choose(self, group: str, bounds: tuple[float, float]) -> Choice | None:
-        """The step of a group within bounds, least and most of the tokens that go; None where there is none."""
+    def choose(self, group: str, bounds: tuple[float, float], pressure: int | None = None) -> Choice | None:
+        """The step of a group within bounds, least and most of the tokens that go; None where there is none.
+
+        Args:
+            pressure: calibrated steps that the server's load takes off, as far as the bounds allow; None: it may not.
+        """
         wanted = self.groups.get(group, max(self.groups.values()))
         allowed = [step for step in (*self.steps, STEPS) if step in steps_within(*bounds)]
         if not allowed:
             return None
-        step = min((step for step in allowed if step >= wanted), default=allowed[-1])
-        return Choice(step, group, self.target if step >= wanted and group in self.groups else None)
+        place = next((place for place, step in enumerate(allowed) if step >= wanted), len(allowed) - 1)
+        step = allowed[max(0, place - (pressure or 0))]
+        is_calibrated = group in self.groups
+        return Choice(step, group, self.target if step >= wanted and is_calibrated else None, pressure, is_calibrated)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> AutoPolicy:

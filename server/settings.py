@@ -93,6 +93,12 @@ class Settings:
         '{"keys": {"scanner": "ocr"}, "models": {}}',
         parse=Groups.parse,
     )
+    auto_under_load: bool = option(
+        False,
+        None,
+        'lower the counts of "ratio": "auto" within the bounds while requests wait and the KV cache is full, for '
+        "requests that do not say; what calibration promises does not hold then",
+    )
     auto: AutoPolicy | None = None
     masks_padding_rows: bool = True
 
@@ -144,6 +150,7 @@ class Settings:
             "auto": None if self.auto is None else self.auto.to_config(),
             "auto_bounds": list(self.auto_bounds),
             "auto_groups": {"keys": dict(self.auto_groups.keys), "models": dict(self.auto_groups.models)},
+            "auto_under_load": self.auto_under_load,
             "masks_padding_rows": self.masks_padding_rows,
         }
 

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from foldserve.reducers.options import Field
+from cachetools import TTLCache
+
+from foldserve.reducers.options import Field, Flag
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.reducers.reduction import FIELDS
-from foldserve.server.auto import AutoPolicy, Choice, Groups, check_bounds
+from foldserve.server.auto import AutoPolicy, Choice, check_bounds
+from foldserve.server.pressure import pressure
+from foldserve.server.settings import Settings
 
 AUTO = "auto"
 """The value of `ratio`."""
 _LONGEST_GROUP = 64
+_MOST_IMAGES = 65_536
+_REMEMBERED_S = 600
 _COMMAND = "`foldserve calibrate MODEL --auto --data requests.jsonl`"
 
 
@@ -44,7 +51,10 @@ class _Bounds(Field[tuple[float, float]]):
 
 _GROUP = _Group("group", None, 'with `ratio: "auto"`: which of the calibrated groups the request belongs to')
 _BOUNDS = _Bounds("bounds", None, 'with `ratio: "auto"`: least and most of the tokens that may go')
-AUTO_FIELDS: Mapping[str, Field[Any]] = {field.name: field for field in (_GROUP, _BOUNDS)}
+_UNDER_LOAD = Flag(
+    "under_load", None, 'with `ratio: "auto"`: fewer tokens, within the bounds, while the server is full'
+)
+AUTO_FIELDS: Mapping[str, Field[Any]] = {field.name: field for field in (_GROUP, _BOUNDS, _UNDER_LOAD)}
 """Fields of `reduction` beside those of every reduction."""
 
 
@@ -56,11 +66,13 @@ class AutoRatio:
         fields: of its `reduction` that are no business of this.
         group: that it names.
         bounds: least and most of the tokens that go, if it says so.
+        under_load: whether the server's load may lower the count; None: as the server has it.
     """
 
     fields: Mapping[str, Any]
     group: str | None = None
     bounds: tuple[float, float] | None = None
+    under_load: bool | None = None
 
 
 def parse(value: object) -> Reduction | AutoRatio:
@@ -79,34 +91,31 @@ def parse(value: object) -> Reduction | AutoRatio:
     return AutoRatio(fields, **own)
 
 
-@dataclass(frozen=True, slots=True)
 class Chooser:
     """What a server does with such requests.
 
-    Attributes:
-        policy: None where nothing was calibrated.
-        bounds: least and most of the tokens that go, of requests that do not say.
-        groups: the operator's map.
+    An image keeps its first count for ten minutes, so that later turns of a chat find it in the prefix cache, whatever
+    the pressure has become.
     """
 
-    policy: AutoPolicy | None
-    bounds: tuple[float, float]
-    groups: Groups
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._levels: TTLCache[object, int] = TTLCache(_MOST_IMAGES, _REMEMBERED_S)  # of pressure, by image
 
     def choose(
-        self, asked: AutoRatio, owner: str | None, model: str | None, modalities: Collection[str]
-    ) -> tuple[Reduction, Choice]:
-        """The reduction, and why.
+        self, asked: AutoRatio, owner: str | None, model: str | None, images: Sequence[str | None]
+    ) -> tuple[list[Reduction], Choice]:
+        """The reduction of each image, and why: of several images that have different counts, of the last one.
 
         Args:
             owner: name of the key that asks.
             model: as the request calls it.
-            modalities: what it brings.
+            images: their names, where they have any.
 
         Raises:
             InvalidReduction: nothing was calibrated, or it was for something else.
         """
-        policy = self.policy
+        settings, policy = self._settings, self._settings.auto
         if policy is None:
             raise InvalidReduction(
                 f"ratio 'auto' needs a calibration, which this server has not: run {_COMMAND} and start it "
@@ -119,14 +128,28 @@ class Chooser:
                 f"ratio 'auto' was calibrated for {calibrated} on this server: leave {', '.join(asked.fields)} out",
                 next(iter(asked.fields)),
             )
-        if "video" in modalities:
-            raise InvalidReduction("ratio 'auto' was calibrated on images: give videos a number", "ratio")
-        group = self.groups.of(asked.group, owner, model)
-        choice = policy.choose(group, asked.bounds or self.bounds)
+        group = settings.auto_groups.of(asked.group, owner, model)
+        least, most = bounds = asked.bounds or settings.auto_bounds
+        under_load = settings.auto_under_load if asked.under_load is None else asked.under_load
+        choice = policy.choose(group, bounds)
         if choice is None:
-            least, most = asked.bounds or self.bounds
             raise InvalidReduction(
                 f"no sixteenth of the tokens that was calibrated lies between the bounds [{least}, {most}]: widen them",
                 "bounds",
             )
-        return replace(policy.reduction, ratio=choice.ratio), choice
+        if not under_load:
+            return [replace(policy.reduction, ratio=choice.ratio)] * len(images), choice
+        now = pressure.level(time.monotonic())
+        each = [self._first(policy, image, group, bounds, now) for image in images]
+        reductions = [replace(policy.reduction, ratio=one.ratio) for one in each]
+        return reductions, each[-1] if each else choice
+
+    def _first(
+        self, policy: AutoPolicy, image: str | None, group: str, bounds: tuple[float, float], now: int
+    ) -> Choice:
+        """What an image got when it first came, or gets now."""
+        key = None if image is None else (hash(image), group, bounds)
+        level = now if key is None else self._levels.setdefault(key, now)
+        choice = policy.choose(group, bounds, level)
+        assert choice is not None  # as without pressure
+        return choice

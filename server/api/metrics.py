@@ -21,6 +21,11 @@ _KV_SAVED = Counter(
     "foldserve_kv_bytes_saved",
     "KV cache that accepted requests do not need because of their reduction and withdrawal, before rounding to blocks.",
 )
+_AUTO = Counter(
+    "foldserve_auto_requests",
+    'Requests with `ratio: "auto"`, by the calibrated group (`other`: of none) and by the steps that load took off.',
+    ["group", "pressure"],
+)
 _TTFT = Histogram(
     "foldserve_time_to_first_token_seconds",
     "Time from the arrival of a request to its first token, by the ratio really applied to its images and videos.",
@@ -54,6 +59,8 @@ def observe_accepted(vision: VisionTokens | None, cost: KvCost) -> None:
         encoded.inc(plan.encoded)
         kept.inc(plan.kept)
         gone.inc(withdrawn)
+    if vision.auto is not None:
+        _AUTO.labels(vision.auto.label, str(vision.auto.pressure or 0)).inc()
     _KV_SAVED.inc(cost.saved_bytes(vision.encoded - vision.kept, vision.withdrawn))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import chain
 
@@ -34,6 +34,7 @@ class Planner:
         positions: rotary positions that the model was trained for; None where the engine's runner can't keep those of
             the tokens that stay.
         encoder: what the tower takes at once; None where it is not reduced.
+        chooser: of counts where `ratio` is "auto".
 
     Raises:
         ValueError: the operator wants base tiles of a model whose images have none.
@@ -44,8 +45,10 @@ class Planner:
     room: Room
     positions: int | None = None
     encoder: EncoderBudget | None = None
+    chooser: Chooser = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "chooser", Chooser(self.settings))
         if self.settings.several_images == "tiles":
             return
         if self.family is None or self.family.largest.tiling is None:
@@ -66,25 +69,27 @@ class Planner:
         Raises:
             InvalidRequest, InvalidReduction: the server can't do what is asked, whatever the images are.
         """
-        asked = request.reductions(self._explicit(request), self._defaults(request), self.low_detail)
+        if isinstance(request.asked, AutoRatio):
+            asked = self._automatic(request, request.asked)
+        else:
+            asked = request.reductions(self._defaults(request), self.low_detail)
         reductions = {modality: [self._with_positions(one) for one in each] for modality, each in asked.items()}
         for modality, each in reductions.items():
             self._check_modality(modality, each, request)
         self._check_withdrawal(request, [*chain.from_iterable(reductions.values())])  # which an option may change
         return reductions
 
-    def _explicit(self, request: FoldChatRequest) -> Reduction | None:
-        """What the request asks for; notes what `ratio: "auto"` came to."""
-        asked = request.asked
-        if not isinstance(asked, AutoRatio):
-            return asked
-        settings, progress = self.settings, request.progress
-        chooser = Chooser(settings.auto, settings.auto_bounds, settings.auto_groups)
+    def _automatic(self, request: FoldChatRequest, asked: AutoRatio) -> dict[Modality, list[Reduction]]:
+        """What `ratio: "auto"` comes to, which is noted."""
+        progress = request.progress
         try:
-            reduction, progress.auto = chooser.choose(asked, progress.owner, request.model, progress.details.keys())
+            if "video" in progress.details:
+                raise InvalidReduction("ratio 'auto' was calibrated on images: give videos a number", "ratio")
+            each, progress.auto = self.chooser.choose(asked, progress.owner, request.model, progress.images)
         except InvalidReduction as error:
             raise as_asked(error, request) from error
-        return reduction
+        progress.images = []
+        return {"image": each} if each else {}
 
     def _check_modality(self, modality: Modality, reductions: Sequence[Reduction], request: FoldChatRequest) -> None:
         family = self.family

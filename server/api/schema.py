@@ -60,6 +60,7 @@ class Progress:
 
     Attributes:
         details: `detail` of each image and each video.
+        images: names of the images, where they have any: URLs, which may hold them, or uuids.
         arrived: by `time.perf_counter`.
         vision: what its images and videos cost, once they are planned.
         on_its_way: to the engine, with images that it may hold later.
@@ -72,6 +73,7 @@ class Progress:
     """
 
     details: dict[Modality, list[str]] = field(default_factory=dict)
+    images: list[str | None] = field(default_factory=list)
     arrived: float = field(default_factory=time.perf_counter)
     vision: VisionTokens | None = None
     on_its_way: OnItsWay | None = None
@@ -97,7 +99,7 @@ class FoldChatRequest(ChatCompletionRequest):
     @classmethod
     def _read_details(cls, data: Any, handler: Any) -> Any:
         """Notes each image's and video's `detail` before validation turns message content into one-shot iterators."""
-        details = _details(data) if isinstance(data, dict) else {}
+        details, images = _details(data) if isinstance(data, dict) else ({}, [])
         request = handler(data)
         if request.reduction is not None and request.reduction_ratio is not None:
             raise InvalidRequest(
@@ -105,6 +107,8 @@ class FoldChatRequest(ChatCompletionRequest):
                 "reduction_ratio",
             )
         request._progress.details = details
+        if isinstance(request.asked, AutoRatio):
+            request._progress.images = images
         return request
 
     def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
@@ -130,15 +134,16 @@ class FoldChatRequest(ChatCompletionRequest):
         return self.reduction if self.reduction is not None else self.reduction_ratio
 
     def reductions(
-        self, explicit: Reduction | None, default: Mapping[Modality, Reduction], low: Mapping[Modality, Reduction]
+        self, default: Mapping[Modality, Reduction], low: Mapping[Modality, Reduction]
     ) -> dict[Modality, list[Reduction]]:
         """One per image and per video, in prompt order: the explicit one, or else what its `detail` says.
 
         Args:
-            explicit: what `asked` came to.
             default: where nothing is said.
             low: with `detail: "low"`.
         """
+        explicit = self.asked
+        assert not isinstance(explicit, AutoRatio)  # which the planner turns into reductions
         reductions: dict[Modality, list[Reduction]] = {}
         for modality, details in self._progress.details.items():
             by_detail = _by_detail(default[modality], low[modality])
@@ -146,9 +151,12 @@ class FoldChatRequest(ChatCompletionRequest):
         return reductions
 
 
-def _details(body: Mapping[str, Any]) -> dict[Modality, list[str]]:
-    """The `detail` of every image and video part of a raw chat body; unknown shapes are left to validation."""
+def _details(body: Mapping[str, Any]) -> tuple[dict[Modality, list[str]], list[str | None]]:
+    """The `detail` of every image and video part of a raw chat body, and the images' names; unknown shapes are left to
+    validation.
+    """
     details: dict[Modality, list[str]] = {}
+    images: list[str | None] = []
     messages = body.get("messages")
     for m, message in enumerate(messages if isinstance(messages, list) else []):
         content = message.get("content") if isinstance(message, dict) else None
@@ -156,7 +164,16 @@ def _details(body: Mapping[str, Any]) -> dict[Modality, list[str]]:
             if isinstance(part, dict) and (modality := media_of(part)) is not None:
                 detail = _detail(part, URL_FIELDS[modality], f"messages[{m}].content[{p}]")
                 details.setdefault(modality, []).append(detail)
-    return details
+                if modality == "image":
+                    images.append(_name(part))
+    return details, images
+
+
+def _name(part: Mapping[str, Any]) -> str | None:
+    source = part.get(URL_FIELDS["image"])
+    url = source.get("url") if isinstance(source, dict) else source
+    found = next((name for name in (url, part.get("uuid")) if isinstance(name, str)), None)
+    return found
 
 
 def _detail(part: Mapping[str, Any], field: str, path: str) -> str:

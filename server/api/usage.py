@@ -69,7 +69,7 @@ class VisionTokens:
         if any(plan.keeps_positions for plan in self.plans):
             body["positions"] = "keep"
         if self.auto is not None:
-            body |= {"policy": "auto", "group": self.auto.group, "step": self.auto.step, "target": self.auto.target}
+            body |= self.auto.to_json()
         if self.withdrawn:
             body |= {"withdraw_layer": self.withdraw_layer, "decoder": self.decoder}
         if len(set(self.plans)) > 1 or "video" in self.modalities:

@@ -10,11 +10,18 @@ from vllm.config import VllmConfig
 from vllm.v1.metrics.loggers import StatLoggerBase
 from vllm.v1.metrics.stats import SchedulerStats
 
+from foldserve.server.pressure import pressure
+
 _RESIDENT = Gauge(
     "foldserve_resident_capacity_sequences",
     "Sequences like those now running that the KV cache would hold at once: running / share of blocks in use.",
     ["engine"],
     multiprocess_mode="mostrecent",
+)
+_PRESSURE = Gauge(
+    "foldserve_pressure",
+    "0 to 4: how long requests have waited for a full KV cache.",
+    multiprocess_mode="max",
 )
 
 
@@ -42,6 +49,9 @@ class ResidentCapacity(StatLoggerBase):
         **_: Any,
     ) -> None:
         heard.at = time.monotonic()
+        if scheduler_stats is not None:
+            pressure.observe(scheduler_stats.num_waiting_reqs, scheduler_stats.kv_cache_usage, heard.at)
+            _PRESSURE.set(pressure.level(heard.at))
         if scheduler_stats is not None and scheduler_stats.num_running_reqs and scheduler_stats.kv_cache_usage:
             self._gauge.set(scheduler_stats.num_running_reqs / scheduler_stats.kv_cache_usage)
 

@@ -175,6 +175,8 @@ def test_auto_keeps_what_was_calibrated(
     vision = answer["usage"]["vision_tokens"]
     assert tuple(vision[name] for name in ("kept", "group", "step", "target")) == expected
     assert (vision["policy"], vision["encoded"]) == ("auto", 144)
+    label = expected[1] if expected[1] in ("ocr", "color_at") else "other"
+    assert server.metrics("foldserve_auto_requests_total", group=label, pressure="0") > 0
 
 
 @pytest.mark.parametrize(

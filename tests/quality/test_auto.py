@@ -19,6 +19,7 @@ from foldserve.reducers.plan import InvalidReduction, Reduction, VisionGeometry,
 from foldserve.server.api import auto
 from foldserve.server.api.auto import AutoRatio, Chooser
 from foldserve.server.auto import AutoPolicy, Groups, parse_bounds
+from foldserve.server.pressure import Pressure
 from foldserve.server.quality.auto.command import by_group, group_of
 from foldserve.server.quality.auto.file import AutoCalibration, read_for
 from foldserve.server.quality.auto.measure import StepJournal, measure, takable
@@ -27,6 +28,7 @@ from foldserve.server.quality.auto.rule import chosen_step, risk_bounds, samples
 from foldserve.server.quality.calibration_options import CalibrationOptions
 from foldserve.server.quality.evaluation.questions import Question
 from foldserve.server.quality.evaluation.variants import parse_specs
+from foldserve.server.settings import Settings
 from tests.images import photo
 
 ALL_STEPS = tuple(range(1, STEPS))
@@ -280,30 +282,86 @@ def test_requests_that_are_refused(value: object, param: str, message: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("policy", "asked", "modalities", "param", "message"),
+    ("policy", "asked", "param", "message"),
     [
-        (None, {}, ["image"], "ratio", "foldserve calibrate MODEL --auto"),
-        (POLICY, {"method": "pool"}, ["image"], "method", "was calibrated for .*folder.*: leave method out"),
-        (POLICY, {"withdraw": True}, ["image"], "withdraw", "leave withdraw out"),
-        (POLICY, {}, ["image", "video"], "ratio", "calibrated on images"),
-        (POLICY, {"bounds": [0.6, 0.7]}, ["image"], "bounds", "widen them"),
+        (None, {}, "ratio", "foldserve calibrate MODEL --auto"),
+        (POLICY, {"method": "pool"}, "method", "was calibrated for .*folder.*: leave method out"),
+        (POLICY, {"withdraw": True}, "withdraw", "leave withdraw out"),
+        (POLICY, {"bounds": [0.6, 0.7]}, "bounds", "widen them"),
     ],
 )
 def test_what_was_not_calibrated_is_refused(
-    policy: AutoPolicy | None, asked: dict[str, Any], modalities: list[str], param: str, message: str
+    policy: AutoPolicy | None, asked: dict[str, Any], param: str, message: str
 ) -> None:
     parsed = auto.parse({"ratio": "auto", **asked})
     assert isinstance(parsed, AutoRatio)
     with pytest.raises(InvalidReduction, match=message) as refusal:
-        Chooser(policy, (0, 0.75), Groups()).choose(parsed, None, "tiny", modalities)
+        Chooser(Settings(auto=policy)).choose(parsed, None, "tiny", ["a"])
     assert refusal.value.param == param
 
 
 def test_the_calibrated_method_may_be_named() -> None:
     parsed = auto.parse({"ratio": "auto", "method": "folder", "group": "ocr"})
     assert isinstance(parsed, AutoRatio)
-    reduction, choice = Chooser(POLICY, (0, 0.75), Groups()).choose(parsed, None, "tiny", ["image"])
-    assert (reduction, choice.step) == (Reduction(ratio=0.75), 4)
+    reductions, choice = Chooser(Settings(auto=POLICY)).choose(parsed, None, "tiny", ["a", "b"])
+    assert (reductions, choice.step) == ([Reduction(ratio=0.75)] * 2, 4)
+
+
+def levels(*seen: tuple[float, int, float], until: float) -> list[int]:
+    """Levels each second, of a server that shows (time, waiting, KV use)."""
+    pressure, found = Pressure(), []
+    for second in range(int(until) + 1):
+        for when, waiting, usage in seen:
+            if second <= when < second + 1:
+                pressure.observe(waiting, usage, when)
+        found.append(pressure.level(float(second)))
+    return found
+
+
+def test_pressure_rises_while_requests_wait_for_a_full_cache_and_falls_slowly() -> None:
+    found = levels((0, 3, 0.95), (30, 0, 0.5), until=160)
+    assert found[:30] == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5 + [4] * 10
+    assert [found.index(level, 30) for level in (3, 2, 1, 0)] == [60, 90, 120, 150]
+
+
+@pytest.mark.parametrize(
+    "seen",
+    [
+        [(0, 0, 0.99)],  # full, and nobody waits
+        [(0, 9, 0.8)],  # they wait for something else
+        [(t, 3, 0.95 if t % 4 else 0.85) for t in range(60)],  # never full for five seconds
+    ],
+)
+def test_pressure_that_is_none(seen: list[tuple[float, int, float]]) -> None:
+    assert set(levels(*seen, until=60)) == {0}
+
+
+def test_pressure_does_not_swing_between_its_two_bounds() -> None:
+    seen = [(0, 3, 0.95)] + [(t, 3, 0.75 if t % 2 else 0.89) for t in range(11, 100)]
+    assert set(levels(*seen, until=100)[11:]) == {2}
+
+
+def test_an_image_keeps_its_first_count_under_pressure(monkeypatch: pytest.MonkeyPatch) -> None:
+    level = 0
+    monkeypatch.setattr(Pressure, "level", lambda self, now: level)
+    chooser = Chooser(Settings(auto=POLICY, auto_under_load=True))
+
+    def steps(images: list[str | None], **fields: object) -> tuple[list[float | None], dict[str, object]]:
+        parsed = auto.parse({"ratio": "auto", "group": "count", **fields})
+        assert isinstance(parsed, AutoRatio)
+        reductions, choice = chooser.choose(parsed, None, "tiny", images)
+        return [reduction.ratio for reduction in reductions], choice.to_json()
+
+    usage: dict[str, object] = {"policy": "auto", "group": "count"}
+    assert steps(["a"]) == ([0.25], usage | {"step": 12, "target": 0.05, "pressure": 0})
+    level = 1
+    assert steps(["a", "b"]) == ([0.25, 0.5], usage | {"step": 8, "target": None, "pressure": 1})
+    level = 4
+    assert steps(["b", None]) == ([0.5, 0.75], usage | {"step": 4, "target": None, "pressure": 4})
+    assert steps(["c"], bounds=[0, 0.5]) == ([0.5], usage | {"step": 8, "target": None, "pressure": 4})
+    level = 0
+    assert steps(["b"])[0] == [0.5]
+    assert steps(["b"], under_load=False) == ([0.25], usage | {"step": 12, "target": 0.05})
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ def test_defaults_reduce_nothing() -> None:
         "auto": None,
         "auto_bounds": [0.0, 0.75],
         "auto_groups": {"keys": {}, "models": {}},
+        "auto_under_load": False,
         "masks_padding_rows": True,
     }
 
@@ -50,6 +51,7 @@ def test_config_is_json_from_which_the_settings_can_be_read() -> None:
         auto=auto,
         auto_bounds=(0.25, 0.5),
         auto_groups=Groups({"key": "ocr"}),
+        auto_under_load=True,
     )
     config = json.loads(json.dumps({"foldserve": settings.to_config(), "other": 1}))
     assert Settings.from_config(config) == settings

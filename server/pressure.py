@@ -1,0 +1,44 @@
+"""How full a server is: a level that rises while requests wait for the KV cache, and falls slowly when they do not."""
+
+from __future__ import annotations
+
+MOST = 4
+"""The highest level."""
+_FULL, _FREE = 0.9, 0.7
+"""Share of the KV cache in use, above which it is full, and below which it is free."""
+_RISES_AFTER_S = 5.0
+_FALLS_AFTER_S = 30.0
+
+
+class Pressure:
+    """Rises by 1 for each 5 s in which requests wait and the KV cache is full, and falls by 1 for each 30 s in which it
+    is free: between the two it stays, so that it does not swing. Times are those of `time.monotonic`.
+    """
+
+    def __init__(self) -> None:
+        self._level = 0
+        self._direction, self._since = 0, 0.0
+
+    def observe(self, waiting: int, kv_usage: float, now: float) -> None:
+        """Takes what a step of the engine has shown, which holds until the next one."""
+        self._advance(now)
+        direction = 1 if waiting and kv_usage > _FULL else -1 if kv_usage < _FREE else 0
+        if direction != self._direction:
+            self._direction, self._since = direction, now
+
+    def level(self, now: float) -> int:
+        """0 to `MOST`."""
+        self._advance(now)
+        return self._level
+
+    def _advance(self, now: float) -> None:
+        if self._direction == 0:
+            return
+        wait = _RISES_AFTER_S if self._direction > 0 else _FALLS_AFTER_S
+        steps = int((now - self._since) / wait)
+        self._since += steps * wait
+        self._level = min(MOST, max(0, self._level + self._direction * steps))
+
+
+pressure = Pressure()
+"""Of the engine that this process has news of: of every step, or with several API processes of its share of them."""
