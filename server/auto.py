@@ -109,21 +109,26 @@ class AutoPolicy:
     groups: Mapping[str, int]
 
     def __post_init__(self) -> None:
-        if not self.groups or not all(1 <= step <= STEPS for step in (*self.steps, *self.groups.values())):
-            raise ValueError(f"groups with steps from 1 to {STEPS} are needed, not {dict(self.groups)}")
+        if not self.groups or not {*self.groups.values()} <= {*self.steps, STEPS}:
+            raise ValueError(f"groups with steps of {[*self.steps, STEPS]} are needed, not {dict(self.groups)}")
 
     def __str__(self) -> str:
         kept = ", ".join(f"{name} {step}/{STEPS}" for name, step in self.groups.items())
         return f"{kept} of the vision tokens stay, at most {self.target:.1%} of the answers change"
 
-    def choose(self, group: str, bounds: tuple[float, float], pressure: int | None = None) -> Choice | None:
+    def choose(
+        self, group: str, bounds: tuple[float, float], pressure: int | None = None, *, more: int = 0
+    ) -> Choice | None:
         """The step of a group within bounds, least and most of the tokens that go; None where there is none.
 
         Args:
             pressure: calibrated steps that the server's load takes off, as far as the bounds allow; None: it may not.
+            more: calibrated steps that are put on.
         """
-        wanted = self.groups.get(group, max(self.groups.values()))
-        allowed = [step for step in (*self.steps, STEPS) if step in steps_within(*bounds)]
+        steps = (*self.steps, STEPS)
+        found = steps.index(self.groups.get(group, max(self.groups.values())))
+        wanted = steps[min(found + more, len(steps) - 1)]
+        allowed = [step for step in steps if step in steps_within(*bounds)]
         if not allowed:
             return None
         place = next((place for place, step in enumerate(allowed) if step >= wanted), len(allowed) - 1)

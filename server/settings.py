@@ -99,6 +99,11 @@ class Settings:
         'lower the counts of "ratio": "auto" within the bounds while requests wait and the KV cache is full, for '
         "requests that do not say; what calibration promises does not hold then",
     )
+    check_answers: int = option(
+        500,
+        "N",
+        "of so many reduced answers one is scored with all vision tokens, while nobody waits for an answer; 0: none",
+    )
     auto: AutoPolicy | None = None
     masks_padding_rows: bool = True
 
@@ -110,6 +115,8 @@ class Settings:
                 f"--several-images base does not go with a default method such as {self.default_reduction.method!r}: "
                 "only one that works after the tower reduces a base tile"
             )
+        if self.check_answers < 0:
+            raise ValueError(f"--check-answers is a number of answers, or 0 for none, not {self.check_answers}")
         if self.withdraw_layer is not None and (type(self.withdraw_layer) is not int or self.withdraw_layer < 1):
             raise ValueError(f"--withdraw-layer must be an integer of at least 1, not {self.withdraw_layer!r}")
         if self.default_reduction.withdraw and self.withdraw_layer is None:
@@ -151,6 +158,7 @@ class Settings:
             "auto_bounds": list(self.auto_bounds),
             "auto_groups": {"keys": dict(self.auto_groups.keys), "models": dict(self.auto_groups.models)},
             "auto_under_load": self.auto_under_load,
+            "check_answers": self.check_answers,
             "masks_padding_rows": self.masks_padding_rows,
         }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -100,7 +101,12 @@ class Chooser:
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
+        self._raised: Counter[str] = Counter()  # steps, by group
         self._levels: TTLCache[object, int] = TTLCache(_MOST_IMAGES, _REMEMBERED_S)  # of pressure, by image
+
+    def raise_count(self, group: str) -> None:
+        """Has a group keep one step more from now on."""
+        self._raised[group] += 1
 
     def choose(
         self, asked: AutoRatio, owner: str | None, model: str | None, images: Sequence[str | None]
@@ -131,7 +137,7 @@ class Chooser:
         group = settings.auto_groups.of(asked.group, owner, model)
         least, most = bounds = asked.bounds or settings.auto_bounds
         under_load = settings.auto_under_load if asked.under_load is None else asked.under_load
-        choice = policy.choose(group, bounds)
+        choice = policy.choose(group, bounds, more=self._raised[group])
         if choice is None:
             raise InvalidReduction(
                 f"no sixteenth of the tokens that was calibrated lies between the bounds [{least}, {most}]: widen them",
@@ -150,6 +156,6 @@ class Chooser:
         """What an image got when it first came, or gets now."""
         key = None if image is None else (hash(image), group, bounds)
         level = now if key is None else self._levels.setdefault(key, now)
-        choice = policy.choose(group, bounds, level)
+        choice = policy.choose(group, bounds, level, more=self._raised[group])
         assert choice is not None  # as without pressure
         return choice

@@ -98,6 +98,7 @@ class FoldserveEndpoint:
             enable_log_deltas=args.enable_log_deltas,
             enable_per_request_metrics=args.enable_per_request_metrics,
         )
+        state.foldserve_checks = asyncio.create_task(state.foldserve_chat.quality_guard.run())
         startup.report(state.foldserve_chat, limits, settings.access)
 
 

@@ -20,6 +20,7 @@ from foldserve.server.api.image_cache import OnItsWay
 from foldserve.server.api.limits import forms
 from foldserve.server.api.limits.body import media_of
 from foldserve.server.api.limits.misplaced import URL_FIELDS
+from foldserve.server.api.quality_guard import Answer, is_greedy
 from foldserve.server.api.usage import VisionTokens
 from foldserve.server.auto import Choice
 from foldserve.server.engine.fair_queue import KEY
@@ -70,6 +71,8 @@ class Progress:
         image_salt: divides the caches of images, see `cache_salts`.
         failure: why its outputs ended, as clients are to be told.
         auto: what its `ratio: "auto"` came to.
+        body: as it was sent, until it is known whether the answer is to be checked.
+        answer: to be checked.
     """
 
     details: dict[Modality, list[str]] = field(default_factory=dict)
@@ -83,6 +86,8 @@ class Progress:
     image_salt: str | None = None
     failure: Exception | None = None
     auto: Choice | None = None
+    body: Mapping[str, Any] | None = None
+    answer: Answer | None = None
 
 
 class FoldChatRequest(ChatCompletionRequest):
@@ -107,6 +112,7 @@ class FoldChatRequest(ChatCompletionRequest):
                 "reduction_ratio",
             )
         request._progress.details = details
+        request._progress.body = data if details else None
         if isinstance(request.asked, AutoRatio):
             request._progress.images = images
         return request
@@ -118,6 +124,9 @@ class FoldChatRequest(ChatCompletionRequest):
             params.extra_args = {KEY: self._progress.owner}
         if self._progress.form is not None:
             forms.put(self._progress.form, params)
+        if (answer := self._progress.answer) is not None:
+            params.logprobs = params.logprobs or 0
+            answer.is_greedy = is_greedy(params)
         return params
 
     @property

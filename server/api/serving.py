@@ -6,7 +6,8 @@ import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, cast
+from uuid import uuid4
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
@@ -15,6 +16,7 @@ from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.inputs import EngineInput
 from vllm.outputs import RequestOutput
 from vllm.renderers.chat_utils import ConversationMessage
+from vllm.sampling_params import SamplingParams
 
 from foldserve.reducers.item import ItemPlan
 from foldserve.reducers.plan import InvalidReduction, Reduction
@@ -26,6 +28,7 @@ from foldserve.server.api.limits import forms, template
 from foldserve.server.api.limits.checks import ChatChecks
 from foldserve.server.api.media.guard import MediaGuard
 from foldserve.server.api.planner import Planner, as_asked
+from foldserve.server.api.quality_guard import Answer, QualityGuard, Score
 from foldserve.server.api.schema import FoldChatRequest, Progress
 from foldserve.server.api.usage import VisionTokens, vision_tokens
 from foldserve.server.engine.family import Modality
@@ -33,6 +36,23 @@ from foldserve.server.engine.kv_cost import KvCost
 from foldserve.server.engine.processor import KWARG, PLANS
 
 _NOTHING = Reduction()
+_NOT_SCORED = frozenset(
+    {
+        "logprobs",
+        "max_completion_tokens",
+        "max_tokens",
+        "n",
+        "prompt_logprobs",
+        "reduction",
+        "reduction_ratio",
+        "response_format",
+        "stream",
+        "stream_options",
+        "structured_outputs",
+        "top_logprobs",
+    }
+)
+"""Fields of a request that say nothing of its prompt."""
 
 
 class FoldServingChat(OpenAIServingChat):
@@ -72,10 +92,54 @@ class FoldServingChat(OpenAIServingChat):
         self.kv_cost = kv_cost
         self.sent_images = sent_images
         self.lifecycle = lifecycle
+        self.quality_guard = QualityGuard(
+            planner.settings.check_answers, self._score, lambda: lifecycle.is_idle, planner.chooser.raise_count
+        )
 
     async def render_chat_request(
         self, request: FoldChatRequest
     ) -> tuple[list[ConversationMessage], list[EngineInput]] | ErrorResponse:
+        rendered, progress = await self._rendered(request), request.progress
+        body, progress.body = progress.body, None
+        if isinstance(rendered, ErrorResponse):
+            return rendered
+        vision = progress.vision
+        if body is not None and vision is not None and vision.is_reduced and self.quality_guard.wants():
+            progress.answer = Answer(body, vision, (request.cache_salt, progress.image_salt))
+        metrics.observe_accepted(vision, self.kv_cost)
+        return rendered
+
+    async def _score(self, answer: Answer) -> Score | None:
+        """See `QualityGuard`: one prefill of the request with all its vision tokens, and the answer behind it."""
+        kept = {name: value for name, value in answer.body.items() if name not in _NOT_SCORED}
+        request = FoldChatRequest.model_validate(kept | {"reduction_ratio": 0, "max_tokens": 1})
+        request.cache_salt, request.progress.image_salt = answer.salts
+        try:
+            rendered = await self._rendered(request)
+        except (FoldserveError, InvalidReduction):  # with all its tokens it is too long, or its image is gone
+            return None
+        if isinstance(rendered, ErrorResponse):
+            return None
+        (prompt,) = rendered[1]
+        fields: dict[str, Any] = dict(prompt)
+        fields["prompt_token_ids"] = [*fields["prompt_token_ids"], *answer.token_ids]
+        if len(fields["prompt_token_ids"]) >= self.model_config.max_model_len:
+            return None
+        outputs = self.engine_client.generate(
+            cast(EngineInput, fields),
+            SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False),
+            f"foldserve-check-{uuid4().hex}",
+        )
+        found: list[Any] = []
+        async for output in _explained(request, outputs, self.lifecycle):
+            found = output.prompt_logprobs or found
+        tokens = [next(iter(place.values())) for place in found[-len(answer.token_ids) :]]
+        return Score([token.rank for token in tokens], [token.logprob for token in tokens])
+
+    async def _rendered(
+        self, request: FoldChatRequest
+    ) -> tuple[list[ConversationMessage], list[EngineInput]] | ErrorResponse:
+        """The prompt, of which `request.progress` then knows what its media cost."""
         if (refusal := await self._check_model(request)) is not None:
             return refusal
         reductions = self.planner.check(request)
@@ -105,8 +169,19 @@ class FoldServingChat(OpenAIServingChat):
         if planned and self.sent_images is not None:
             hashes = [*chain.from_iterable(fields["mm_hashes"].values())]
             progress.on_its_way = OnItsWay(self.sent_images, hashes, clock)
-        metrics.observe_accepted(progress.vision, self.kv_cost)
         return rendered
+
+    async def _heard(
+        self, request: FoldChatRequest, outputs: AsyncIterator[RequestOutput]
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """The outputs, of which an answer that is to be checked takes note."""
+        answer = request.progress.answer
+        async for output in _explained(request, outputs, self.lifecycle):
+            if answer is not None:
+                answer.hear(output)
+                if output.finished:
+                    self.quality_guard.offer(answer)
+            yield output
 
     async def chat_completion_full_generator(
         self,
@@ -116,7 +191,7 @@ class FoldServingChat(OpenAIServingChat):
         **kwargs: Any,
     ) -> ErrorResponse | ChatCompletionResponse:
         progress = request.progress
-        outputs = _timing_first_token(progress, _explained(request, result_generator, self.lifecycle))
+        outputs = _timing_first_token(progress, self._heard(request, result_generator))
         response = await super().chat_completion_full_generator(request, outputs, *args, **kwargs)
         if isinstance(response, ChatCompletionResponse) and progress.vision is not None:
             response.usage.vision_tokens = progress.vision.to_json()
@@ -127,7 +202,7 @@ class FoldServingChat(OpenAIServingChat):
     ) -> AsyncGenerator[str, None]:
         """Events that come without a wait between them are sent as one: the role with the first text, and the end."""
         progress = request.progress
-        outputs = _explained(request, result_generator, self.lifecycle)
+        outputs = self._heard(request, result_generator)
         held, first = "", True
         async for event in super().chat_completion_stream_generator(request, outputs, *args, **kwargs):
             is_error = event.startswith('data: {"error"')

@@ -46,6 +46,11 @@ class VisionTokens:
         return sum(self.withdrawn_each)
 
     @property
+    def is_reduced(self) -> bool:
+        """Some of them do not reach every layer of the decoder."""
+        return self.kept < self.encoded or self.withdrawn > 0
+
+    @property
     def method(self) -> str:
         """The method of all, or `mixed`."""
         methods = {plan.method for plan in self.plans}

@@ -50,6 +50,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     write_calibration(folder / "auto.json")
     groups = json.dumps({"models": {"reader": "ocr"}})
     options = ["--auto", str(folder / "auto.json"), "--auto-groups", groups, "--served-model-name", "demo", "reader"]
+    options += ["--check-answers", "1"]
     server = Live(None, folder, *options, worker=True)
     yield server
     server.end()
@@ -198,3 +199,46 @@ def test_auto_that_can_not_be_is_refused(server: Live, fields: dict[str, Any], p
 def test_the_calibration_is_shown(server: Live) -> None:
     shown = server.ask("GET", "/v1/reducers").json["auto"]
     assert (shown["groups"], shown["target"], shown["bounds"]) == ({"ocr": 9, "color_at": 1}, 0.05, [0, 0.75])
+
+
+@pytest.mark.parametrize(
+    ("fields", "labels"),
+    [
+        ({"reduction_ratio": 0.3}, {"method": "folder", "ratio_bucket": "<=0.5", "group": ""}),
+        ({"reduction_ratio": 0.98, "stream": True}, {"method": "folder", "ratio_bucket": "<=1.0", "group": ""}),
+        ({"reduction": {"ratio": "auto", "group": "ocr"}}, {"method": "folder", "group": "ocr"}),
+    ],
+    ids=["same answer", "another, streamed", "auto"],
+)
+def test_reduced_answers_are_checked_against_those_with_all_tokens(
+    server: Live, fields: dict[str, Any], labels: dict[str, str]
+) -> None:
+    body = {name: value for name, value in example().items() if not name.startswith("reduction")}
+    body["messages"][0]["content"][1]["text"] = "How many objects are there?"
+    full = server.ask("POST", "/v1/chat/completions", body).json["choices"][0]["message"]["content"]
+    whole = body | fields | {"stream": False}
+    reduced = server.ask("POST", "/v1/chat/completions", whole).json["choices"][0]["message"]["content"]
+
+    def checked(changed: bool) -> float:
+        return server.metrics("foldserve_checked_answers_total", changed="yes" if changed else "no", **labels)
+
+    changed = reduced != full
+    server.wait(lambda: checked(changed) > 0)
+    before, other = checked(changed), checked(not changed)
+    nats = server.metrics("foldserve_checked_kl_nats_count", **labels)
+    server.ask("POST", "/v1/chat/completions", body | fields)
+    server.wait(lambda: checked(changed) == before + 1)
+    assert checked(not changed) == other
+    assert server.metrics("foldserve_checked_kl_nats_count", **labels) == nats + 1
+    assert server.metrics("foldserve_checks_skipped_total") == 0
+    assert changed == (labels.get("ratio_bucket") == "<=1.0")
+
+
+def test_answers_with_all_tokens_are_not_checked_and_drawn_ones_tell_nothing_of_a_change(server: Live) -> None:
+    body = {name: value for name, value in example().items() if not name.startswith("reduction")}
+    total = server.metrics("foldserve_checked_answers_total")
+    server.ask("POST", "/v1/chat/completions", body)
+    drawn = server.metrics("foldserve_checked_answers_total", changed="sampled")
+    server.ask("POST", "/v1/chat/completions", body | {"reduction_ratio": 0.5, "temperature": 1})
+    server.wait(lambda: server.metrics("foldserve_checked_answers_total", changed="sampled") == drawn + 1)
+    assert server.metrics("foldserve_checked_answers_total") == total + 1

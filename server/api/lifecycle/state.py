@@ -72,6 +72,11 @@ class Lifecycle:
     def phase(self) -> Phase:
         return Phase.STOPPED if self._engine.errored else self._phase
 
+    @property
+    def is_idle(self) -> bool:
+        """No request is worked on in this process."""
+        return self._in_flight == 0
+
     def start(self, server: uvicorn.Server) -> None:
         """Takes the signals over from vLLM and watches the engine; called when `server` is about to listen."""
         self._server = server
