@@ -23,8 +23,9 @@ from __future__ import annotations
 import json
 import logging
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
+from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -198,29 +199,34 @@ class EngineStopped(Unavailable):
     code = "engine_stopped"
 
 
-def render(error: Exception) -> JSONResponse:
-    """Any error as `{"error": {"message", "type", "param", "code"}}` with its status and headers."""
-    known = error if isinstance(error, FoldserveError) else translate(error)
+Body = dict[str, dict[str, Any]]
+
+
+def render(error: Exception, shape: Callable[[Body], dict[str, Any]] | None = None) -> JSONResponse:
+    """Any error as `{"error": {"message", "type", "param", "code"}}` with its status and headers.
+
+    Args:
+        shape: makes another API's body of that one.
+    """
+    known = translate(error)
     _REJECTED.labels(known.code).inc()
-    return JSONResponse(_body(known), known.status, known.headers)
-
-
-def render_vllm(response: ErrorResponse) -> JSONResponse:
-    """vLLM's own error response in the same shape."""
-    return render(_from_vllm(response))
+    body = _body(known)
+    return JSONResponse(body if shape is None else shape(body), known.status, known.headers)
 
 
 def render_event(error: Exception | ErrorResponse) -> str:
     """The same as `render`'s body, as the data of an event in a stream."""
     if isinstance(error, ErrorResponse):
-        error = _from_vllm(error)
-    known = error if isinstance(error, FoldserveError) else translate(error)
+        error = from_vllm(error)
+    known = translate(error)
     _REJECTED.labels(known.code).inc()
     return json.dumps(_body(known))
 
 
 def translate(error: Exception) -> FoldserveError:
     """The tree's error for one of a library's; the log alone learns the text of one that is the server's fault."""
+    if isinstance(error, FoldserveError):
+        return error
     if isinstance(error, RequestValidationError):
         return _from_pydantic(error.errors())
     if isinstance(error, InvalidReduction):
@@ -229,7 +235,7 @@ def translate(error: Exception) -> FoldserveError:
         return _from_http(error)
     if isinstance(error, EngineDeadError):
         return EngineStopped("the model stopped before the answer was complete: try again in a while", 10)
-    translated = _from_vllm(create_error_response(error))  # vLLM's own classification
+    translated = from_vllm(create_error_response(error))  # vLLM's own classification
     if translated.status == HTTPStatus.INTERNAL_SERVER_ERROR:
         _log.error("a request failed", exc_info=error)
     else:  # not its text, which may quote the request
@@ -242,7 +248,7 @@ def _place(error: Exception) -> str:
     return f"{frames[-1].name}, line {frames[-1].lineno}" if frames else "an unknown place"
 
 
-def _from_vllm(response: ErrorResponse) -> FoldserveError:
+def from_vllm(response: ErrorResponse) -> FoldserveError:
     """vLLM's error with its status and field, in words of ours."""
     status = HTTPStatus(response.error.code)
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
@@ -320,7 +326,7 @@ def _code(status: HTTPStatus) -> str:
     return "invalid_value" if status == HTTPStatus.BAD_REQUEST else status.phrase.lower().replace(" ", "_")
 
 
-def _body(error: FoldserveError) -> dict[str, dict[str, str | None]]:
+def _body(error: FoldserveError) -> Body:
     text = str(error)
     message = text if len(text) <= _LONGEST_MESSAGE else f"{text[:_LONGEST_MESSAGE]} ..."  # it quotes what came
     kind = "invalid_request_error" if error.status < HTTPStatus.INTERNAL_SERVER_ERROR else "server_error"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncGenerator
 from http import HTTPStatus
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -20,13 +21,15 @@ from vllm.entrypoints.serve.utils.sse_keep_alive import with_sse_keep_alive
 from foldserve.server.api import catalog
 from foldserve.server.api.auth.guard import cache_salts
 from foldserve.server.api.auth.route import FoldRoute, GuardedRoute, MetricsRoute, take_further_places
-from foldserve.server.api.errors import NoSuchModel, UnsupportedRoute, render, render_vllm
+from foldserve.server.api.dialects import schemas, written_messages, written_responses
+from foldserve.server.api.dialects.route import MessagesRoute, ResponsesRoute, read_chat, translation_of
+from foldserve.server.api.errors import NoSuchModel, UnsupportedRoute, from_vllm, render
 from foldserve.server.api.lifecycle.health import health
 from foldserve.server.api.limits.route import ChatRoute
 from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.api.serving import FoldServingChat
 
-CHAT = "/v1/chat/completions"
+CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 
 # vLLM's own routes that stay; all others are refused, those too that a later version or a setting of it may add.
 _KEPT = {
@@ -40,22 +43,67 @@ _KEPT = {
 }
 _log = logging.getLogger(__name__)
 _DESCRIPTION = "OpenAI's chat API for images; every request chooses how many vision tokens they cost."
+_STREAM: dict[str, Any] = {"text/event-stream": {}}
 _EVENTS_AT_ONCE = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # the second is for nginx
 _DOCUMENTS_THE_KEY = [Depends(HTTPBearer(auto_error=False, description="where the server was given --api-keys"))]
 
 router = APIRouter(route_class=GuardedRoute, dependencies=_DOCUMENTS_THE_KEY)
 work = APIRouter(route_class=ChatRoute, dependencies=_DOCUMENTS_THE_KEY)
+responses = APIRouter(route_class=ResponsesRoute, dependencies=_DOCUMENTS_THE_KEY)
+messages = APIRouter(route_class=MessagesRoute, dependencies=_DOCUMENTS_THE_KEY)
 
 
 @work.post(
     CHAT,
     dependencies=[Depends(validate_json_request)],
-    responses={HTTPStatus.OK: {"model": ChatCompletionResponse, "content": {"text/event-stream": {}}}},
+    responses={HTTPStatus.OK: {"model": ChatCompletionResponse, "content": _STREAM}},
 )
 @with_cancellation
 @load_aware_call
 async def create_chat_completion(request: FoldChatRequest, raw_request: Request) -> Response:
     """Answers a chat whose images cost as many vision tokens as the request says."""
+    answer = await _answer(request, raw_request)
+    if isinstance(answer, ChatCompletionResponse):
+        return _whole(answer.model_dump(), request)
+    return _stream(answer, request, raw_request)
+
+
+@responses.post(
+    RESPONSES,
+    dependencies=[Depends(validate_json_request)],
+    openapi_extra=schemas.body(schemas.RESPONSES),
+    responses={HTTPStatus.OK: {"content": _STREAM}},
+)
+@with_cancellation
+@load_aware_call
+async def create_response(request: Annotated[FoldChatRequest, Depends(read_chat)], raw_request: Request) -> Response:
+    """The same in the form of OpenAI's Responses API; answers are not kept."""
+    answer = await _answer(request, raw_request)
+    translation = translation_of(raw_request)
+    if isinstance(answer, ChatCompletionResponse):
+        return _whole(written_responses.write(answer, translation), request)
+    return _stream(written_responses.Writer(translation).written(answer), request, raw_request)
+
+
+@messages.post(
+    MESSAGES,
+    dependencies=[Depends(validate_json_request)],
+    openapi_extra=schemas.body(schemas.MESSAGES),
+    responses={HTTPStatus.OK: {"content": _STREAM}},
+)
+@with_cancellation
+@load_aware_call
+async def create_message(request: Annotated[FoldChatRequest, Depends(read_chat)], raw_request: Request) -> Response:
+    """The same in the form of Anthropic's Messages API."""
+    answer = await _answer(request, raw_request)
+    if isinstance(answer, ChatCompletionResponse):
+        return _whole(written_messages.write(answer), request)
+    writer = written_messages.Writer(translation_of(raw_request))
+    writer.vision = request.progress.vision
+    return _stream(writer.written(answer), request, raw_request)
+
+
+async def _answer(request: FoldChatRequest, raw_request: Request) -> ChatCompletionResponse | AsyncGenerator[str, None]:
     serving: FoldServingChat = raw_request.app.state.foldserve_chat
     key = raw_request.state.foldserve_key
     serving.checks.check(request)
@@ -65,14 +113,25 @@ async def create_chat_completion(request: FoldChatRequest, raw_request: Request)
     request.progress.owner = None if key is None else key.name
     answer = await serving.create_chat_completion(request, raw_request)
     if isinstance(answer, ErrorResponse):
-        return render_vllm(answer)
+        raise from_vllm(answer)
+    return answer
+
+
+def _headers(request: FoldChatRequest) -> dict[str, str]:
     vision = request.progress.vision
-    headers = {} if vision is None else {"X-Foldserve-Vision-Tokens": vision.to_header()}
-    if isinstance(answer, ChatCompletionResponse):
-        return JSONResponse(answer.model_dump(), headers=headers)
+    return {} if vision is None else {"X-Foldserve-Vision-Tokens": vision.to_header()}
+
+
+def _whole(body: dict[str, Any], request: FoldChatRequest) -> Response:
+    return JSONResponse(body, headers=_headers(request))
+
+
+def _stream(events: AsyncGenerator[str, None], request: FoldChatRequest, raw_request: Request) -> Response:
     interval = float(raw_request.app.state.args.sse_keep_alive_interval)
     return StreamingResponse(
-        with_sse_keep_alive(answer, interval), headers=headers | _EVENTS_AT_ONCE, media_type="text/event-stream"
+        with_sse_keep_alive(events, interval),
+        headers=_headers(request) | _EVENTS_AT_ONCE,
+        media_type="text/event-stream",
     )
 
 
@@ -94,7 +153,7 @@ async def list_reducers(raw_request: Request) -> dict[str, object]:
 
 def replace_routes(app: FastAPI) -> None:
     """Puts our routes in place of vLLM's: few of those are kept, the others refused."""
-    ours = (work, health, router)
+    ours = (work, responses, messages, health, router)
     paths = {route.path for some in ours for route in some.routes if isinstance(route, Route)}
     theirs = [route for route in app.routes if isinstance(route, Route) and route.path not in paths]
     app.router.routes.clear()

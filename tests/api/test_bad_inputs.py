@@ -20,6 +20,7 @@ import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from tests.api.apis import APIS, Api
 from tests.api.hostile import Handler, hostile_server
 from tests.api.test_limits import BAD_BODIES, BAD_FIELDS, BAD_JSON
 from tests.api.test_media_address import PRIVATE, SPELLINGS
@@ -53,28 +54,46 @@ TEXT = text("What is in the picture?")
 
 
 class Client:
-    """Sends bodies and judges answers."""
+    """Sends bodies and judges answers.
 
-    def __init__(self, url: str) -> None:
+    Args:
+        api: that chats are sent through; bodies that are bytes, too, but as they are.
+    """
+
+    def __init__(self, url: str, api: Api = APIS["chat"]) -> None:
         self.url = url
+        self.api = api
         self._http = httpx.Client(base_url=url, timeout=120)
 
-    def post(self, body: object) -> httpx.Response:
-        content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        return self._http.post("/v1/chat/completions", content=content, headers=headers)
+    @property
+    def endpoint(self) -> str:
+        return f"{self.url}{self.api.path}"
 
-    def answers(self, body: object) -> dict[str, Any]:
+    def content(self, body: dict[str, Any]) -> bytes:
+        """A chat's body in the API's form."""
+        return json.dumps(self.api.body(body)).encode()
+
+    def post(self, body: dict[str, Any] | bytes) -> httpx.Response:
+        content = body if isinstance(body, bytes) else self.content(body)
+        return self._http.post(self.api.path, content=content, headers={"Content-Type": "application/json"})
+
+    def answers(self, body: dict[str, Any] | bytes) -> dict[str, Any]:
         answer = self.post(body)
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
 
-    def refuses(self, body: object, param: str | None, code: str | None = None, status: int = 400) -> str:
+    def refuses(
+        self, body: dict[str, Any] | bytes, param: str | None, code: str | None = None, status: int = 400
+    ) -> str:
+        """The message of a refusal; `param` is the chat's."""
+        if param is not None and isinstance(body, dict):
+            param = self.api.param(param, body)
         answer = self.post(body)
         assert answer.status_code == status, answer.text[:500]
         error = answer.json()["error"]
         assert error.keys() == {"message", "type", "param", "code"}
-        assert error["type"] == "invalid_request_error"
+        assert error["type"] in ("invalid_request_error", "not_found_error")
+        assert (error["type"] == "not_found_error") == (status == 404 and self.api is APIS["messages"])
         assert error["param"] == param
         assert code is None or error["code"] == code
         assert not LEAKS.search(answer.text), answer.text
@@ -105,6 +124,20 @@ def client(server_url: str) -> Iterator[Client]:
     client.close()
 
 
+@pytest.fixture(scope="module")
+def clients(server_url: str) -> Iterator[dict[str, Client]]:
+    clients = {name: Client(server_url, api) for name, api in APIS.items()}
+    yield clients
+    for client in clients.values():
+        client.close()
+
+
+@pytest.fixture(params=APIS)
+def any_client(clients: dict[str, Client], request: pytest.FixtureRequest) -> Client:
+    """Of each API in turn."""
+    return clients[request.param]
+
+
 @pytest.fixture(scope="module", autouse=True)
 def before(client: Client) -> tuple[set[tuple[int, float]], list[Any]]:
     client.answers(REFERENCE)  # from now on its prefix is cached
@@ -124,25 +157,25 @@ def web() -> Iterator[str]:
 @pytest.mark.parametrize(
     ("body", "param"), [(body, param) for body, _, _, param in BAD_JSON[:-3]], ids=lambda v: str(v)[:40]
 )
-def test_bad_json(body: bytes, param: str | None, client: Client) -> None:
-    client.refuses(body, param)
+def test_bad_json(body: bytes, param: str | None, any_client: Client) -> None:
+    any_client.refuses(body, param)
 
 
 @pytest.mark.parametrize("body", [b"[]", b"5", b'"x"', b"null", b"{}", b'{"messages": []}', b'{"messages": 5}'])
-def test_json_of_another_shape(body: bytes, client: Client) -> None:
-    answer = client.post(body)
+def test_json_of_another_shape(body: bytes, any_client: Client) -> None:
+    answer = any_client.post(body)
     assert answer.status_code == 400
     assert answer.json()["error"]["message"]
     assert not LEAKS.search(answer.text)
 
 
-def test_deep_json(client: Client) -> None:
+def test_deep_json(any_client: Client) -> None:
     deep = b'{"messages": ' + b"[" * 10_000 + b"]" * 10_000 + b"}"
-    assert "nested" in client.refuses(deep, None, "limit_exceeded")
+    assert "nested" in any_client.refuses(deep, None, "limit_exceeded")
 
 
-def test_a_flood_of_values(client: Client) -> None:
-    client.refuses(b'{"messages": [' + b"0," * 300_000 + b"0]}", None, "limit_exceeded")
+def test_a_flood_of_values(any_client: Client) -> None:
+    any_client.refuses(b'{"messages": [' + b"0," * 300_000 + b"0]}", None, "limit_exceeded")
 
 
 def test_a_body_of_200_mb_is_refused_by_its_header(client: Client) -> None:
@@ -158,9 +191,9 @@ def test_a_body_of_200_mb_is_refused_by_its_header(client: Client) -> None:
     connection.close()
 
 
-def test_a_body_without_a_length_is_counted(client: Client) -> None:
-    connection = http.client.HTTPConnection(urlsplit(client.url).netloc, timeout=30)
-    connection.putrequest("POST", "/v1/chat/completions")
+def test_a_body_without_a_length_is_counted(any_client: Client) -> None:
+    connection = http.client.HTTPConnection(urlsplit(any_client.url).netloc, timeout=30)
+    connection.putrequest("POST", any_client.api.path)
     connection.putheader("Content-Type", "application/json")
     connection.putheader("Transfer-Encoding", "chunked")
     connection.endheaders()
@@ -172,9 +205,9 @@ def test_a_body_without_a_length_is_counted(client: Client) -> None:
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "multipart/form-data", "application/x-www-form-urlencoded", ""])
-def test_bodies_that_are_not_declared_as_json(kind: str, client: Client) -> None:
+def test_bodies_that_are_not_declared_as_json(kind: str, any_client: Client) -> None:
     headers = {"Content-Type": kind} if kind else {}
-    answer = httpx.post(f"{client.url}/v1/chat/completions", content=json.dumps(chat()).encode(), headers=headers)
+    answer = httpx.post(any_client.endpoint, content=any_client.content(chat()), headers=headers)
     assert answer.status_code == 400
     assert "application/json" in answer.json()["error"]["message"]
 
@@ -207,13 +240,13 @@ URL = "messages[0].content[0].image_url.url"
     ],
     ids=lambda url: ascii(url)[:40],
 )
-def test_bad_data_urls(url: str, client: Client) -> None:
-    client.refuses(chat(image(url), TEXT), URL, "invalid_image")
+def test_bad_data_urls(url: str, any_client: Client) -> None:
+    any_client.refuses(chat(image(url), TEXT), URL, "invalid_image")
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_bad_files(name: str, client: Client) -> None:
-    client.refuses(chat(image(data(REFUSED[name])), TEXT), URL, "invalid_image")
+def test_bad_files(name: str, any_client: Client) -> None:
+    any_client.refuses(chat(image(data(REFUSED[name])), TEXT), URL, "invalid_image")
 
 
 @pytest.mark.parametrize("name", [name for name in CHUNKS if len(CHUNKS[name]) < 2_000_000])  # the server's limit
@@ -227,12 +260,12 @@ def test_unusual_files(name: str, client: Client) -> None:
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 20_000), (20_000, 1), (13_000, 13_000), (20_000, 20_000)], ids=str)
-def test_bad_sizes(size: tuple[int, int], client: Client) -> None:
-    client.refuses(chat(image(data(solid_png(*size))), TEXT), URL, "limit_exceeded")
+def test_bad_sizes(size: tuple[int, int], any_client: Client) -> None:
+    any_client.refuses(chat(image(data(solid_png(*size))), TEXT), URL, "limit_exceeded")
 
 
-def test_files_that_are_too_large(client: Client) -> None:
-    client.refuses(chat(image(data(bytes(2_000_001)))), URL, "limit_exceeded")
+def test_files_that_are_too_large(any_client: Client) -> None:
+    any_client.refuses(chat(image(data(bytes(2_000_001)))), URL, "limit_exceeded")
 
 
 # 6. Many images
@@ -241,12 +274,12 @@ def test_files_that_are_too_large(client: Client) -> None:
 @pytest.mark.parametrize(
     "url", [PICTURE[:200], "https://example.com/a.png", "http://127.0.0.1/a"], ids=["data", "public", "private"]
 )
-def test_999_images(url: str, client: Client, web: str) -> None:
-    assert "16 images" in client.refuses(chat(*[image(url)] * 999), "messages", "limit_exceeded")
+def test_999_images(url: str, any_client: Client, web: str) -> None:
+    assert "16 images" in any_client.refuses(chat(*[image(url)] * 999), "messages", "limit_exceeded")
 
 
-def test_more_images_than_the_context_holds(client: Client) -> None:
-    message = client.refuses(chat(*[image(PICTURE)] * 8, TEXT), "messages", "limit_exceeded")
+def test_more_images_than_the_context_holds(any_client: Client) -> None:
+    message = any_client.refuses(chat(*[image(PICTURE)] * 8, TEXT), "messages", "limit_exceeded")
     assert "1024 tokens" in message
 
 
@@ -254,27 +287,27 @@ def test_more_images_than_the_context_holds(client: Client) -> None:
 
 
 @pytest.mark.parametrize("url", SPELLINGS[:-1], ids=lambda url: ascii(url)[:60])
-def test_bad_urls(url: str, client: Client) -> None:
-    client.refuses(chat(TEXT, image(url)), "messages[0].content[1].image_url.url", "refused_image_url")
+def test_bad_urls(url: str, any_client: Client) -> None:
+    any_client.refuses(chat(TEXT, image(url)), "messages[0].content[1].image_url.url", "refused_image_url")
 
 
 @pytest.mark.parametrize("address", PRIVATE)
-def test_private_addresses(address: str, client: Client) -> None:
+def test_private_addresses(address: str, any_client: Client) -> None:
     host = f"[{address}]" if ":" in address else address
-    client.refuses(chat(image(f"http://{host}:9/x"), TEXT), URL, "refused_image_url")
+    any_client.refuses(chat(image(f"http://{host}:9/x"), TEXT), URL, "refused_image_url")
 
 
 @pytest.mark.parametrize(
     "target", ["http://127.0.0.1:9/x", "http://[::1]/x", "http://169.254.169.254/", "file:///etc/passwd"]
 )
-def test_redirects_to_private_addresses(target: str, client: Client, web: str) -> None:
-    client.refuses(chat(image(f"{web}/redirect/{target}"), TEXT), URL, "refused_image_url")
+def test_redirects_to_private_addresses(target: str, any_client: Client, web: str) -> None:
+    any_client.refuses(chat(image(f"{web}/redirect/{target}"), TEXT), URL, "refused_image_url")
 
 
-def test_the_server_never_asks_itself(client: Client, web: str) -> None:
+def test_the_server_never_asks_itself(any_client: Client, web: str) -> None:
     """Its own address, behind which it would answer."""
-    client.refuses(chat(image(f"{client.url}/v1/models"), TEXT), URL, "refused_image_url")
-    client.refuses(chat(image(f"{web}/redirect/{client.url}/v1/models"), TEXT), URL, "refused_image_url")
+    any_client.refuses(chat(image(f"{any_client.url}/v1/models"), TEXT), URL, "refused_image_url")
+    any_client.refuses(chat(image(f"{web}/redirect/{any_client.url}/v1/models"), TEXT), URL, "refused_image_url")
 
 
 @pytest.mark.parametrize(
@@ -293,8 +326,8 @@ def test_the_server_never_asks_itself(client: Client, web: str) -> None:
         ("endless", "limit_exceeded"),
     ],
 )
-def test_bad_web_servers(path: str, code: str, client: Client, web: str) -> None:
-    client.refuses(chat(image(f"{web}/{path}"), TEXT), URL, code)
+def test_bad_web_servers(path: str, code: str, any_client: Client, web: str) -> None:
+    any_client.refuses(chat(image(f"{web}/{path}"), TEXT), URL, code)
 
 
 def test_web_server_without_tls(client: Client, web: str) -> None:
@@ -366,11 +399,11 @@ def test_what_clients_send_back_is_taken(echo: dict[str, Any], client: Client) -
     assert client.answers(body | {"messages": [*body["messages"], echo, *body["messages"]]})
 
 
-def test_empty_and_original_details(client: Client) -> None:
+def test_empty_and_original_details(any_client: Client) -> None:
     for detail, kept in (("original", 144), ("", 144), (None, 144), ("low", 36)):
         part = image(PICTURE)
         part["image_url"]["detail"] = detail
-        assert client.answers(chat(part, TEXT))["usage"]["vision_tokens"]["kept"] == kept
+        assert any_client.answers(chat(part, TEXT))["usage"]["vision_tokens"]["kept"] == kept
 
 
 @pytest.mark.parametrize("content", ["done", [TEXT], [image(PICTURE)]], ids=["text", "parts", "image"])
@@ -385,10 +418,10 @@ def test_a_message_that_the_template_refuses(content: object, client: Client) ->
 
 
 @pytest.mark.parametrize("named", [True, False], ids=["named", "unnamed"])
-def test_a_compressed_body(named: bool, client: Client) -> None:
+def test_a_compressed_body(named: bool, any_client: Client) -> None:
     headers = {"Content-Type": "application/json"} | ({"Content-Encoding": "gzip"} if named else {})
-    content = gzip.compress(json.dumps(chat()).encode())
-    answer = httpx.post(f"{client.url}/v1/chat/completions", content=content, headers=headers, timeout=60)
+    content = gzip.compress(any_client.content(chat()))
+    answer = httpx.post(any_client.endpoint, content=content, headers=headers, timeout=60)
     assert (answer.status_code, answer.headers["accept-encoding"]) == (400, "identity")
     assert "compressed (gzip)" in answer.json()["error"]["message"]
 
@@ -425,8 +458,8 @@ def test_prompts_that_are_cut(client: Client) -> None:
 @pytest.mark.parametrize(
     "words", ["<s>" * 1_000_000, "<" * 9_000_000, "\u00e9" * 5_000_000], ids=["token", "first", "é"]
 )
-def test_long_texts_are_refused_by_their_length(words: str, client: Client) -> None:
-    assert "characters" in client.refuses(chat(text(words)), "messages", "limit_exceeded")
+def test_long_texts_are_refused_by_their_length(words: str, any_client: Client) -> None:
+    assert "characters" in any_client.refuses(chat(text(words)), "messages", "limit_exceeded")
 
 
 SCHEMAS: dict[str, dict[str, Any]] = {
@@ -474,14 +507,15 @@ def test_tools_on_a_server_that_has_no_parser_for_them(client: Client) -> None:
     assert client.answers(chat(tools=tools, tool_choice="none"))
 
 
-def test_another_model(client: Client) -> None:
-    client.refuses(chat(model="zygote"), "model", "not_found", status=404)
+def test_another_model(any_client: Client) -> None:
+    any_client.refuses(chat(model="zygote"), "model", "not_found", status=404)
 
 
 @pytest.mark.parametrize(("header", "value"), [("x-data-parallel-rank", "99"), ("x-data-parallel-rank", "-1")])
-def test_headers_that_are_not_a_clients(header: str, value: str, client: Client) -> None:
+def test_headers_that_are_not_a_clients(header: str, value: str, any_client: Client) -> None:
     """vLLM reads this one; a router may set it."""
-    answer = httpx.post(f"{client.url}/v1/chat/completions", json=chat(), headers={header: value}, timeout=60)
+    body = any_client.api.body(chat())
+    answer = httpx.post(any_client.endpoint, json=body, headers={header: value}, timeout=60)
     assert answer.status_code == 400
     assert answer.json()["error"].keys() == {"message", "type", "param", "code"}
     assert not LEAKS.search(answer.text), answer.text
@@ -511,13 +545,13 @@ def wait_until_at_rest(client: Client) -> None:
 
 
 @pytest.mark.parametrize("phase", ["fetching", "prefill", "decoding"])
-def test_clients_that_hang_up(phase: str, client: Client, web: str) -> None:
+def test_clients_that_hang_up(phase: str, any_client: Client, client: Client, web: str) -> None:
     if phase == "fetching":
         with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{client.url}/v1/chat/completions", json=chat(image(f"{web}/silent")), timeout=1)
+            httpx.post(any_client.endpoint, json=any_client.api.body(chat(image(f"{web}/silent"))), timeout=1)
     else:
-        body = chat(image(PICTURE), TEXT, max_tokens=800, ignore_eos=True, stream=True)
-        with httpx.stream("POST", f"{client.url}/v1/chat/completions", json=body, timeout=120) as answer:
+        body = any_client.api.body(chat(image(PICTURE), TEXT, max_tokens=800, ignore_eos=True, stream=True))
+        with httpx.stream("POST", any_client.endpoint, json=body, timeout=120) as answer:
             if phase == "decoding":
                 assert answer.status_code == 200
                 next(answer.iter_lines())

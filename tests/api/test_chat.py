@@ -13,6 +13,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from foldserve.reducers import METHODS
+from tests.api.apis import APIS
 from tests.images import data_uri, photo
 
 ENCODED = 144
@@ -204,12 +205,13 @@ BAD_REDUCTIONS: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+@pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize(("extra", "param"), BAD_REDUCTIONS, ids=lambda value: str(value)[:60])
-def test_bad_reduction_is_a_400_with_its_param(server_url: str, extra: dict[str, object], param: str) -> None:
+def test_bad_reduction_is_a_400_with_its_param(server_url: str, extra: dict[str, object], param: str, api: str) -> None:
     body = {"model": "tiny", "messages": [{"role": "user", "content": [image_part(), TEXT]}], "max_tokens": 2, **extra}
     answer = httpx.post(
-        f"{server_url}/v1/chat/completions",
-        content=json.dumps(body),  # NaN and all, which httpx' own encoder refuses
+        f"{server_url}{APIS[api].path}",
+        content=json.dumps(APIS[api].body(body)),  # NaN and all, which httpx' own encoder refuses
         headers={"Content-Type": "application/json"},
         timeout=60,
     )
@@ -247,7 +249,7 @@ def test_bad_requests_leave_the_engine_as_it_was(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.parametrize(
-    "path", ["/v1/completions", "/v1/responses", "/v1/messages", "/v1/chat/completions/batch", "/invocations"]
+    "path", ["/v1/completions", "/v1/messages/count_tokens", "/v1/chat/completions/batch", "/invocations"]
 )
 def test_routes_that_would_ignore_the_reduction_are_refused(server_url: str, path: str) -> None:
     answer = httpx.post(f"{server_url}{path}", json={"model": "tiny", "prompt": "x", "reduction_ratio": 0.5})

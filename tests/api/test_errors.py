@@ -28,7 +28,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from foldserve.server.api import errors
-from foldserve.server.api.errors import FoldserveError, render, render_event, render_vllm, translate
+from foldserve.server.api.errors import FoldserveError, from_vllm, render, render_event, translate
 from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.api.serving import FoldServingChat, _explained
 
@@ -90,7 +90,7 @@ def test_nor_in_a_stream(error: Exception, status: int, code: str, param: str | 
 
 @pytest.mark.parametrize(("error", "status", "code", "param"), THEIRS[:-5], ids=lambda v: type(v).__name__)
 def test_nor_in_a_response_that_vllm_made(error: Exception, status: int, code: str, param: str | None) -> None:
-    check(json.loads(bytes(render_vllm(create_error_response(error)).body)), code, param)
+    check(json.loads(bytes(render(from_vllm(create_error_response(error))).body)), code, param)
 
 
 def output(text: str, finish_reason: str | None = None) -> RequestOutput:

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 
 from foldserve.server.api.auth.keys import entry, new_key
-from tests.api.live import CHAT, PATIENCE_S, Live, bearer
+from tests.api.apis import APIS, MESSAGES, RESPONSES
+from tests.api.live import CHAT, PATIENCE_S, Live, bearer, chat
 from tests.api.test_bad_inputs import LEAKS
 from tests.images import data_uri, photo
 
@@ -67,6 +68,7 @@ def error(status: int, code: str, answer: Any) -> None:
 
 ROUTES = [
     ("POST", CHAT),
+    ("POST", RESPONSES),
     ("GET", "/v1/reducers"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model}"),
@@ -95,9 +97,21 @@ def test_every_route_asks_for_a_key(live: Live, method: str, path: str) -> None:
     assert live.ask(method, path, authorization=f"Bearer {ALICE}").status in {200, 400, 404}
 
 
+def test_the_messages_api_takes_a_key_in_either_header(live: Live) -> None:
+    """Its errors have another shape. Two keys in one request are refused, whatever the headers are."""
+    for headers in ({}, {"x_api_key": ALICE[:-1]}, {"x_api_key": ""}, bearer(ALICE) | {"x_api_key": ALICE}):
+        refused = live.ask("POST", MESSAGES, **headers)
+        assert refused.status == 401
+        assert (refused.json["type"], refused.json["error"]["type"]) == ("error", "authentication_error")
+    for headers in (bearer(ALICE), {"x_api_key": ALICE}):
+        assert live.ask("POST", MESSAGES, **headers).status == 400
+        assert live.ask("POST", MESSAGES, APIS["messages"].body(chat()), **headers).status == 200
+    assert live.ask("POST", MESSAGES, x_api_key=WATCHER).json["error"]["type"] == "permission_error"
+
+
 def test_all_declared_paths_were_tried(live: Live) -> None:
     declared = live.ask("GET", "/openapi.json", authorization=f"Bearer {ALICE}").json["paths"]
-    others = {"/health", "/health/live", "/health/ready", "/metrics"}  # below
+    others = {"/health", "/health/live", "/health/ready", "/metrics", MESSAGES}  # elsewhere
     assert set(declared) - others <= {path for _, path in ROUTES}
 
 

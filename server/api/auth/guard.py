@@ -48,8 +48,11 @@ class Guard:
         self._capacity = capacity
         self._concurrent = concurrent
 
-    def identify(self, headers: Headers, scope: Scope) -> Key | None:
+    def identify(self, headers: Headers, scope: Scope, header: str | None = None) -> Key | None:
         """The key that a request brings; None where no keys are asked for.
+
+        Args:
+            header: that may hold it instead of `Authorization`.
 
         Raises:
             Unauthorized: no key, or not one that is known.
@@ -57,7 +60,7 @@ class Guard:
         """
         if self._keyring is None or scope in self._open_scopes:
             return None
-        key = self._keyring.find(_presented(headers))
+        key = self._keyring.find(_presented(headers, header))
         if key is None:
             raise Unauthorized("the API key is not valid")
         if scope not in key.scopes:
@@ -164,20 +167,24 @@ def cache_salts(key: Key | None, chosen: str | None) -> CacheSalts:
     return CacheSalts(salt, salt)
 
 
-def _presented(headers: Headers) -> str:
-    """The bearer token (RFC 6750, section 2.1).
+def _presented(headers: Headers, header: str | None) -> str:
+    """The bearer token (RFC 6750, section 2.1), or the value of `header`.
 
     Raises:
         Unauthorized: there is not exactly one, or it can't be a key.
     """
     sent = headers.getlist("authorization")
-    if not sent:
+    plain = [] if header is None else headers.getlist(header)
+    if not sent and not plain:
         raise Unauthorized("an API key is needed: send the header `Authorization: Bearer KEY`", sent=False)
-    if len(sent) > 1:
-        raise Unauthorized("more than one header Authorization came")
-    scheme, _, token = sent[0].partition(" ")
-    if scheme.lower() != "bearer":
-        raise Unauthorized("only the scheme Bearer is known: send the header `Authorization: Bearer KEY`")
+    if len(sent) + len(plain) > 1:
+        raise Unauthorized(f"more than one header {'Authorization' if not plain else 'with a key'} came")
+    if plain:
+        token = plain[0]
+    else:
+        scheme, _, token = sent[0].partition(" ")
+        if scheme.lower() != "bearer":
+            raise Unauthorized("only the scheme Bearer is known: send the header `Authorization: Bearer KEY`")
     token = token.strip(" ")
     if not 0 < len(token) <= _LONGEST_KEY:
         raise Unauthorized("the API key is not valid")

@@ -47,14 +47,18 @@ class FoldRoute(APIRoute):
             try:
                 return await handle(request)
             except Exception as error:
-                return render(self.explain(error, request.app.state))
+                return self.render(self.explain(error, request))
 
         return rendered
 
-    def explain(self, error: Exception, state: State) -> Exception:
+    def explain(self, error: Exception, request: Request) -> Exception:
         """The error to show for one that a request ended in."""
-        shown: Exception = state.foldserve_lifecycle.explain(error)
+        shown: Exception = request.app.state.foldserve_lifecycle.explain(error)
         return shown
+
+    def render(self, error: Exception) -> Response:
+        """The answer that shows an error."""
+        return render(error)
 
 
 class OpenRoute(FoldRoute):
@@ -69,16 +73,18 @@ class GuardedRoute(FoldRoute):
     """A route that needs a key where the server has keys, and a server that is not about to end."""
 
     key_scope: ClassVar[KeyScope] = "api"
+    key_header: ClassVar[str | None] = None
+    """Of the key, where it need not be `Authorization`."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["app"].state
         with ExitStack() as held:
             try:
-                key = state.foldserve_guard.identify(Headers(scope=scope), self.key_scope)
+                key = state.foldserve_guard.identify(Headers(scope=scope), self.key_scope, self.key_header)
                 scope.setdefault("state", {})["foldserve_key"] = key
                 self.admit(held, state, key, scope)
             except FoldserveError as error:
-                await render(error)(scope, receive, send)
+                await self.render(error)(scope, receive, send)
                 return
             await super().handle(scope, receive, send)
 

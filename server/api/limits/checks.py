@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +22,7 @@ from foldserve.server.api.limits.body import check_body
 from foldserve.server.api.limits.fields import check_fields
 from foldserve.server.api.limits.special_tokens import SpecialTokens
 from foldserve.server.api.limits.strict_json import parse
+from foldserve.server.api.words import of_field
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.family import MODALITIES, Modality
 from foldserve.server.engine.moved import MODALITY_PLACEHOLDERS_MAP
@@ -51,6 +52,7 @@ class ChatChecks:
             model does not take.
         takes: what the model is given beside text.
         truncation_side: the tokenizer's own, of prompts that are to be cut.
+        bounds_thinking: whether the engine can.
     """
 
     limits: Limits
@@ -61,9 +63,13 @@ class ChatChecks:
     media_tokens: Mapping[Modality, int]
     takes: Collection[Modality]
     truncation_side: Literal["left", "right"] = "right"
+    bounds_thinking: bool = False
 
-    def read(self, body: bytes) -> dict[str, Any]:
+    def read(self, body: bytes, to_chat: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> dict[str, Any]:
         """A body's JSON, checked, its texts free of special tokens.
+
+        Args:
+            to_chat: makes a chat's body of another API's.
 
         Raises:
             InvalidRequest: what is wrong, with its path.
@@ -71,6 +77,7 @@ class ChatChecks:
         value = parse(body, self.limits)
         if not isinstance(value, dict):
             raise InvalidRequest("the body must be a JSON object")
+        value = value if to_chat is None else to_chat(value)
         contents = check_body(value, self.limits)
         for modality, count in (("image", contents.images), ("video", contents.videos)):
             if count and modality not in self.takes:
@@ -96,6 +103,8 @@ class ChatChecks:
             InvalidRequest: what is wrong, with its path.
         """
         check_fields(request, self.limits, self.context, self.tokens)
+        if request.thinking_token_budget is not None and not self.bounds_thinking:
+            raise InvalidRequest(of_field("thinking_token_budget"), "thinking_token_budget")
         if request.truncate_prompt_tokens is not None and request.truncation_side is None:
             request.truncation_side = self.truncation_side  # named, vLLM cuts a long text before it makes tokens of all
 
@@ -171,7 +180,9 @@ def chat_checks(engine: EngineClient, limits: Limits) -> ChatChecks:
     special = SpecialTokens(tokenizer, placeholders)
     known = known_tokens(tokenizer, model.get_vocab_size())
     longest, side = tokenizer.max_chars_per_token, tokenizer.truncation_side
-    return ChatChecks(limits, special, model.max_model_len, longest, known, media_tokens, taken, side)
+    thinks = engine.vllm_config.reasoning_config
+    bounds = thinks is not None and thinks.enabled
+    return ChatChecks(limits, special, model.max_model_len, longest, known, media_tokens, taken, side, bounds)
 
 
 def items_taken(model: ModelConfig) -> dict[Modality, int]:

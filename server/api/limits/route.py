@@ -6,10 +6,9 @@ import asyncio
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 from fastapi import Request, Response
-from starlette.datastructures import State
 
 from foldserve.server.api.auth.route import WorkRoute, take_place
 from foldserve.server.api.errors import BodyTooLarge, Unavailable
@@ -72,7 +71,7 @@ class CheckedRequest(Request):
     async def body(self) -> bytes:
         if not hasattr(self, "_body"):
             coding.check_header(self.headers.getlist("content-encoding"))
-            most = self._checks.limits.max_body_bytes
+            most = self.checks.limits.max_body_bytes
             announced = self.headers.get("content-length", "0")
             if announced.isdecimal() and int(announced) > most:
                 raise self._too_large()
@@ -90,14 +89,18 @@ class CheckedRequest(Request):
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
             content = await self.body()
-            if self._checks.is_long(content):
-                self._json = await asyncio.get_running_loop().run_in_executor(_LONG, self._checks.read, content)
+            if self.checks.is_long(content):
+                self._json = await asyncio.get_running_loop().run_in_executor(_LONG, self.read, content)
             else:
                 async with self.app.state.foldserve_turn:
                     await asyncio.sleep(0)  # the next one's turn comes in another round of the event loop
-                    self._json = self._checks.read(content)
+                    self._json = self.read(content)
             self._body = b""  # not kept while the answer is generated
         return self._json
+
+    def read(self, content: bytes) -> Any:
+        """The JSON of a whole body, checked."""
+        return self.checks.read(content)
 
     @property
     def _unread(self) -> UnreadBodies:
@@ -105,25 +108,27 @@ class CheckedRequest(Request):
         return bodies
 
     @property
-    def _checks(self) -> ChatChecks:
+    def checks(self) -> ChatChecks:
         checks: ChatChecks = self.app.state.foldserve_chat.checks
         return checks
 
     def _too_large(self) -> BodyTooLarge:
-        return BodyTooLarge(f"the body is larger than {self._checks.limits.max_body_mb:g} MB")
+        return BodyTooLarge(f"the body is larger than {self.checks.limits.max_body_mb:g} MB")
 
 
 class ChatRoute(WorkRoute):
-    """A route whose body is read by `CheckedRequest`."""
+    """A route whose body is read by `CheckedRequest`, or a class of it."""
+
+    request_class: ClassVar[type[CheckedRequest]] = CheckedRequest
 
     def get_route_handler(self) -> _Handler:
         handle = super().get_route_handler()
 
         async def checked(request: Request) -> Response:
-            return await handle(CheckedRequest(request.scope, request.receive))
+            return await handle(self.request_class(request.scope, request.receive))
 
         return checked
 
-    def explain(self, error: Exception, state: State) -> Exception:
-        checks: ChatChecks = state.foldserve_chat.checks
-        return super().explain(checks.explain(error), state)
+    def explain(self, error: Exception, request: Request) -> Exception:
+        checks: ChatChecks = request.app.state.foldserve_chat.checks
+        return super().explain(checks.explain(error), request)

@@ -1,0 +1,189 @@
+"""What a chat answers, whole or in a stream, as blocks: reasoning, text and tool calls, one after another."""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
+
+from foldserve.server.api.dialects.translation import Translation
+
+Json = dict[str, Any]
+_EVENT, _END = "data: ", "[DONE]"
+
+
+@dataclass(slots=True)
+class Block:
+    """One of an answer.
+
+    Attributes:
+        kind: what it is.
+        text: what was said or thought; a tool call's arguments, as JSON.
+        call_id: of a tool call.
+        name: of its function.
+        logprobs: of a text's tokens, as in a chat's answer.
+    """
+
+    kind: Literal["reasoning", "text", "tool_call"]
+    text: str = ""
+    call_id: str = ""
+    name: str = ""
+    logprobs: list[Json] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Ended:
+    """How an answer ended.
+
+    Attributes:
+        reason: `finish_reason` of the chat.
+        stop: the text that it stopped at, if the request named it.
+        usage: of the chat, `vision_tokens` among it.
+    """
+
+    reason: str | None
+    stop: str | None
+    usage: Json
+
+
+def blocks_of(answer: ChatCompletionResponse) -> list[Block]:
+    """Blocks of a whole answer; one that says nothing has an empty text."""
+    choice = answer.choices[0]
+    message = choice.message
+    blocks = [Block("reasoning", message.reasoning)] if message.reasoning else []
+    if message.content or not message.tool_calls:
+        logprobs = (choice.logprobs.content if choice.logprobs else None) or []
+        blocks.append(Block("text", message.content or "", logprobs=[token.model_dump() for token in logprobs]))
+    for call in message.tool_calls:
+        blocks.append(Block("tool_call", call.function.arguments, call.id, call.function.name))
+    return blocks
+
+
+def ended(answer: ChatCompletionResponse, blocks: Sequence[Block]) -> Ended:
+    """How a whole answer ended."""
+    choice = answer.choices[0]
+    return _ended(choice.finish_reason, _stop_text(choice.stop_reason), answer.usage.model_dump(), blocks)
+
+
+class StreamWriter(ABC):
+    """Writes a chat's stream in another form: what happens to blocks, in order.
+
+    Args:
+        translation: of the request.
+    """
+
+    def __init__(self, translation: Translation) -> None:
+        self.translation = translation
+        self.blocks: list[Block] = []
+        self._started = False
+        self._call: int | None = None
+        self._reason: str | None = None
+        self._stop: str | None = None
+
+    async def written(self, pieces: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+        """The whole stream; what came as one piece stays one."""
+        async with aclosing(pieces):
+            async for piece in pieces:
+                lines = (line.removeprefix(_EVENT) for line in piece.split("\n\n"))
+                text = "".join(self._write(json.loads(line)) for line in lines if line and line != _END)
+                if text:
+                    yield text
+
+    @abstractmethod
+    def begin(self, chunk: Mapping[str, Any]) -> str:
+        """Events at the beginning; `chunk` is the chat's first."""
+
+    @abstractmethod
+    def open_block(self, block: Block) -> str:
+        """Events where a block, the last one, begins."""
+
+    @abstractmethod
+    def add(self, block: Block, text: str, logprobs: list[Json]) -> str:
+        """Events for more of the last block."""
+
+    @abstractmethod
+    def close_block(self, block: Block, cut: bool) -> str:
+        """Events where the last block ends. `cut`: the answer had no room for all of it."""
+
+    @abstractmethod
+    def end(self, how: Ended) -> str:
+        """Events at the end, behind the last block."""
+
+    @abstractmethod
+    def fail(self, error: Json) -> str:
+        """Events of an error, given in OpenAI's shape, with which the stream ends."""
+
+    def _write(self, chunk: Json) -> str:
+        if (error := chunk.get("error")) is not None:
+            message = self.translation.words(error["message"], error["param"])
+            return self.fail({**error, "message": message, "param": self.translation.as_sent(error["param"])})
+        events = ""
+        if not self._started:
+            self._started = True
+            events = self.begin(chunk)
+        for choice in chunk["choices"]:
+            events += self._delta(choice)
+            self._reason = choice.get("finish_reason") or self._reason
+            self._stop = _stop_text(choice.get("stop_reason")) or self._stop
+        if not chunk["choices"]:  # the last one, with the usage
+            if not self.blocks:
+                events += self._open(Block("text"))
+            events += self.close_block(self.blocks[-1], self._reason == "length")
+            events += self.end(_ended(self._reason, self._stop, chunk["usage"], self.blocks))
+        return events
+
+    def _delta(self, choice: Json) -> str:
+        delta, events = choice["delta"], ""
+        if delta.get("reasoning"):
+            events += self._more("reasoning", delta["reasoning"], [])
+        if delta.get("content"):
+            events += self._more("text", delta["content"], (choice.get("logprobs") or {}).get("content") or [])
+        for call in delta.get("tool_calls") or ():
+            function = call.get("function") or {}
+            if call["index"] != self._call:
+                self._call = call["index"]
+                events += self._open(Block("tool_call", "", call.get("id") or "", function.get("name") or ""))
+            if function.get("arguments"):
+                events += self._add(function["arguments"], [])
+        return events
+
+    def _more(self, kind: Literal["reasoning", "text"], text: str, logprobs: list[Json]) -> str:
+        events = "" if self.blocks and self.blocks[-1].kind == kind else self._open(Block(kind))
+        return events + self._add(text, logprobs)
+
+    def _open(self, block: Block) -> str:
+        events = self.close_block(self.blocks[-1], False) if self.blocks else ""
+        self.blocks.append(block)
+        return events + self.open_block(block)
+
+    def _add(self, text: str, logprobs: list[Json]) -> str:
+        block = self.blocks[-1]
+        block.text += text
+        block.logprobs += logprobs
+        return self.add(block, text, logprobs)
+
+
+def event(name: str, data: Json) -> str:
+    """One event of a stream."""
+    return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+
+
+def own_id(prefix: str, chat_id: str) -> str:
+    """The id of an answer: the chat's, in whose logs and metrics it is found, with another beginning."""
+    return f"{prefix}_{chat_id.removeprefix('chatcmpl-')}"
+
+
+def _ended(reason: str | None, stop: str | None, usage: Json, blocks: Sequence[Block]) -> Ended:
+    """vLLM says "stop" of a call that the request chose."""
+    called = reason == "stop" and stop is None and any(block.kind == "tool_call" for block in blocks)
+    return Ended("tool_calls" if called else reason, stop, usage)
+
+
+def _stop_text(reason: object) -> str | None:
+    """vLLM gives the text, or the id of a token."""
+    return reason if isinstance(reason, str) else None

@@ -1,0 +1,157 @@
+"""A request of another API as the body of a chat request, and where each of its fields came from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from foldserve.server.api.errors import FoldserveError, InvalidRequest
+from foldserve.server.api.limits.strict_json import to_text
+
+SHARED = frozenset(
+    {
+        "allowed_token_ids",
+        "bad_words",
+        "cache_salt",
+        "chat_template_kwargs",
+        "frequency_penalty",
+        "ignore_eos",
+        "include_reasoning",
+        "logit_bias",
+        "min_p",
+        "min_tokens",
+        "model",
+        "presence_penalty",
+        "priority",
+        "reduction",
+        "reduction_ratio",
+        "repetition_penalty",
+        "seed",
+        "skip_special_tokens",
+        "stop_token_ids",
+        "stream",
+        "structured_outputs",
+        "temperature",
+        "top_k",
+        "top_p",
+    }
+)
+"""Fields at the top of the body that mean what they mean in a chat; most are vLLM's or ours."""
+
+
+@dataclass(slots=True)
+class Translation:
+    """One request.
+
+    Attributes:
+        chat: the body of the chat request.
+        echo: what the answer repeats of the request; never its input, which is not kept while the answer is generated.
+        paths: JSON paths in `chat` -> those that the client sent, where they differ.
+    """
+
+    chat: dict[str, Any] = field(default_factory=dict)
+    echo: dict[str, Any] = field(default_factory=dict)
+    paths: dict[str, str] = field(default_factory=dict)
+
+    def add_message(self, message: dict[str, Any], path: str) -> str:
+        """Appends a message of the chat; returns its path there."""
+        messages = self.chat.setdefault("messages", [])
+        messages.append(message)
+        own = f"messages[{len(messages) - 1}]"
+        self.paths[own] = path
+        return own
+
+    def as_sent(self, param: str | None) -> str | None:
+        """The client's path of a field of `chat`."""
+        if param is None:
+            return None
+        head = param
+        while head not in self.paths:
+            end = max(head.rfind("."), head.rfind("["))
+            if end <= 0:
+                return param
+            head = head[:end]
+        return self.paths[head] + param[len(head) :]
+
+    def explain(self, error: FoldserveError) -> FoldserveError:
+        """An error of the chat request, with the field at fault as the client named it."""
+        sent = self.as_sent(error.param)
+        if sent != error.param:
+            error.args = (self.words(str(error), error.param),)
+            error.param = sent
+        return error
+
+    def words(self, message: str, param: str | None) -> str:
+        """A message with the field's name as the client has it. `messages` stays: it is a word, too."""
+        if param is None or param == "messages":
+            return message
+        return message.replace(param, str(self.as_sent(param)))
+
+
+def check_fields(body: Mapping[str, Any], known: Collection[str], path: str = "") -> None:
+    """Refuses fields that nothing would be done with.
+
+    Raises:
+        InvalidRequest: the first one that is not `known` and not null.
+    """
+    for name, value in body.items():
+        if value is not None and name not in known:
+            raise InvalidRequest(f"{name:.40} is not a field of this API that is served: leave it out", at(path, name))
+
+
+def check_values(body: Mapping[str, Any], only: Mapping[str, tuple[Collection[Any], str]], path: str = "") -> None:
+    """Refuses values that ask for what is not served.
+
+    Args:
+        only: name of a field -> the values that it may have beside null, and why no others.
+
+    Raises:
+        InvalidRequest: the first such value.
+    """
+    for name, (values, reason) in only.items():
+        value = body.get(name)
+        if value is not None and not any(type(value) is type(one) and value == one for one in values):
+            allowed = " or ".join(str(one).lower() if isinstance(one, bool) else repr(one) for one in values)
+            raise InvalidRequest(
+                f"{reason}; leave {name} out{f', or send {allowed}' if allowed else ''}", at(path, name)
+            )
+
+
+def image_part(part: Mapping[str, Any], url: object, own: Collection[str]) -> dict[str, Any]:
+    """A chat's part for an image of another API, with the fields that only the chat judges.
+
+    Args:
+        own: fields of the API that hold the image.
+    """
+    source = {"url": url} | ({} if part.get("detail") is None else {"detail": part["detail"]})
+    others = {name: value for name, value in part.items() if name not in ("detail", "type", *own)}
+    return others | {"type": "image_url", "image_url": source}
+
+
+def object_of(value: object, path: str) -> dict[str, Any]:
+    """An object.
+
+    Raises:
+        InvalidRequest: it is none.
+    """
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"{path} must be an object", path)
+    return value
+
+
+def list_of(value: object, path: str) -> list[Any]:
+    """A list.
+
+    Raises:
+        InvalidRequest: it is none.
+    """
+    if not isinstance(value, list):
+        raise InvalidRequest(f"{path} must be a list", path)
+    return value
+
+
+def at(path: str, name: str) -> str:
+    """The path of a field in an object."""
+    key = to_text((None, name)) or ""
+    return key if not path else f"{path}{'' if key.startswith('[') else '.'}{key}"
