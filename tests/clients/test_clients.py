@@ -22,6 +22,7 @@ OTHER_INTERPRETERS = {
     "LlamaIndex": [OPENAI_2 / "python"],
     "instructor": [OPENAI_2 / "python"],
     "openai-python": [OPENAI_2 / "python", OPENAI_3 / "python"],
+    "Responses in openai-python": [OPENAI_2 / "python", OPENAI_3 / "python"],
 }
 RUNS = [
     pytest.param(example, interpreter, id="-".join([example.name, *interpreter.parts[-3:-2]]))
