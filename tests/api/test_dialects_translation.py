@@ -19,7 +19,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRespo
 from foldserve.server.api.dialects import messages, responses, written_messages, written_responses
 from foldserve.server.api.dialects.blocks import StreamWriter
 from foldserve.server.api.dialects.translation import Translation
-from foldserve.server.api.errors import InvalidRequest
+from foldserve.server.api.errors import InvalidRequest, LimitExceeded
 from foldserve.server.api.limits.body import check_body
 from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.limits import Limits
@@ -48,7 +48,7 @@ def test_tools_of_the_responses_api() -> None:
             {"type": "function_call_output", "call_id": "a", "output": [{"type": "input_image", "image_url": PICTURE}]},
         ],
     }
-    translation = responses.to_chat(body)
+    translation = responses.to_chat(body, Limits())
     chat = as_chat(translation)
     function = {"name": "look", "parameters": {"type": "object"}, "strict": True}
     assert chat["tools"] == [{"type": "function", "function": function}]
@@ -85,7 +85,7 @@ def test_tools_of_the_messages_api() -> None:
             {"role": "user", "content": [result, {"type": "text", "text": "y"}]},
         ],
     }
-    translation = messages.to_chat(body)
+    translation = messages.to_chat(body, Limits())
     chat = as_chat(translation)
     assert chat["tools"] == [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
     assert (chat["tool_choice"], chat["parallel_tool_calls"]) == ("required", False)
@@ -144,7 +144,7 @@ def written(writer: StreamWriter, pieces: list[str]) -> list[list[dict[str, Any]
 
 
 def test_reasoning_and_tool_calls_in_events_of_the_responses_api() -> None:
-    pieces = written(written_responses.Writer(Translation()), STREAM)
+    pieces = written(written_responses.Writer(Translation(Limits())), STREAM)
     assert len(pieces) == len(STREAM)
     events = [event for each in pieces for event in each]
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
@@ -166,7 +166,7 @@ def test_reasoning_and_tool_calls_in_events_of_the_responses_api() -> None:
 
 
 def test_reasoning_and_tool_calls_in_events_of_the_messages_api() -> None:
-    pieces = written(written_messages.Writer(Translation()), STREAM)
+    pieces = written(written_messages.Writer(Translation(Limits())), STREAM)
     assert len(pieces) == len(STREAM)
     events = [event for each in pieces for event in each]
     for event in events:
@@ -187,7 +187,7 @@ def test_an_error_ends_a_stream(begun: bool) -> None:
     """It names the field that the client sent, as the first event too."""
     failed = f"data: {json.dumps({'error': FAILED | {'param': 'response_format'}})}\n\ndata: [DONE]\n\n"
     pieces = [*(STREAM[:1] if begun else []), failed]
-    sent = Translation(paths={"response_format": "text.format"})
+    sent = Translation(Limits(), paths={"response_format": "text.format"})
     told = {"message": "text.format can't be met", "param": "text.format", "code": "x"}
     *_, (event,) = written(written_responses.Writer(sent), pieces)
     assert event == {"type": "error", "sequence_number": event["sequence_number"], "error": event["error"]} | told
@@ -206,7 +206,7 @@ def test_tool_calls_in_whole_answers(arguments: str) -> None:
     """A call that the request chose ends with "stop". Arguments may have been cut."""
     call = {"id": "call_0", "type": "function", "function": {"name": "look", "arguments": arguments}}
     chat = answer({"reasoning": "hm", "tool_calls": [call]}, finish_reason="stop")
-    response = Response.model_validate(written_responses.write(chat, Translation()))
+    response = Response.model_validate(written_responses.write(chat, Translation(Limits())))
     assert [item.type for item in response.output] == ["reasoning", "function_call"]
     assert response.output[1].arguments == arguments  # type: ignore[union-attr]
     message = Message.model_validate(written_messages.write(chat))
@@ -217,7 +217,7 @@ def test_tool_calls_in_whole_answers(arguments: str) -> None:
 
 def test_an_answer_that_says_nothing() -> None:
     for chat in (answer({"content": None}), answer({"content": ""}, stop_reason=2)):
-        assert Response.model_validate(written_responses.write(chat, Translation())).output_text == ""
+        assert Response.model_validate(written_responses.write(chat, Translation(Limits()))).output_text == ""
         message = written_messages.write(chat)
         assert message["content"] == [{"type": "text", "text": ""}]
         assert (message["stop_reason"], message["stop_sequence"]) == ("end_turn", None)
@@ -309,4 +309,22 @@ def test_any_body_is_translated_or_refused(turns: list[Any], fields: dict[str, A
         (messages.to_chat, {"messages": turns, "max_tokens": 5}),
     ):
         with suppress(InvalidRequest):
-            check_body(to_chat(own | fields).chat, Limits())
+            check_body(to_chat(own | fields, Limits()).chat, Limits())
+
+
+FLOODS: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "x"}] * 50_000,
+    "parts": [{"role": "user", "content": [{"type": "text", "text": ""}] * 500}] * 100,
+    "results": [{"role": "user", "content": [{"type": "tool_result", "content": [{"type": "text"}] * 50_000}]}],
+    "results-between": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a"}] * 50_000}],
+}
+
+
+@pytest.mark.parametrize("name", FLOODS)
+def test_no_more_is_translated_than_a_chat_may_have(name: str) -> None:
+    """Else a MB of them would hold the event loop for longer than the chat's checks."""
+    with pytest.raises(LimitExceeded):
+        messages.to_chat({"messages": FLOODS[name], "max_tokens": 5}, Limits())
+    if not name.startswith("results"):
+        with pytest.raises(LimitExceeded):
+            responses.to_chat({"input": FLOODS[name]}, Limits())

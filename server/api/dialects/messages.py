@@ -13,10 +13,10 @@ from foldserve.server.api.dialects.translation import (
     check_fields,
     check_values,
     image_part,
-    list_of,
     object_of,
 )
 from foldserve.server.api.errors import InvalidRequest
+from foldserve.server.limits import Limits
 
 _ONLY: Mapping[str, tuple[Collection[Any], str]] = {
     "service_tier": (("auto", "standard_only"), "there is one tier"),
@@ -36,7 +36,7 @@ _TYPES = {
 """Of blocks that a message may hold; `tool` is what a tool_result holds."""
 
 
-def to_chat(body: Mapping[str, Any]) -> Translation:
+def to_chat(body: Mapping[str, Any], limits: Limits) -> Translation:
     """The chat request that asks the same.
 
     Raises:
@@ -46,13 +46,13 @@ def to_chat(body: Mapping[str, Any]) -> Translation:
     check_values(body, _ONLY)
     if body.get("max_tokens") is None:
         raise InvalidRequest("max_tokens is missing", "max_tokens")
-    translation = Translation()
+    translation = Translation(limits)
     chat, paths = translation.chat, translation.paths
     chat |= {name: body[name] for name in SHARED if body.get(name) is not None}
     chat["max_completion_tokens"] = body["max_tokens"]
     paths |= {"max_completion_tokens": "max_tokens", "stop": "stop_sequences"}
     if body.get("stop_sequences") is not None:
-        chat["stop"] = list_of(body["stop_sequences"], "stop_sequences")
+        chat["stop"] = translation.entries(body["stop_sequences"], "stop_sequences")
     if body.get("stream"):
         chat["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}  # the first event has counts
     _thinking(body.get("thinking"), translation)
@@ -61,7 +61,7 @@ def to_chat(body: Mapping[str, Any]) -> Translation:
     if body.get("system") is not None:
         own = translation.add_message({"role": "system"}, "system")
         chat["messages"][-1]["content"] = _content(body["system"], "system", own, "system", translation)
-    for i, message in enumerate(list_of(body.get("messages"), "messages")):
+    for i, message in enumerate(translation.entries(body.get("messages"), "messages")):
         _message(message, f"messages[{i}]", translation)
     if not body["messages"]:
         raise InvalidRequest("messages must not be empty", "messages")
@@ -104,7 +104,7 @@ def _output(config: object, translation: Translation) -> None:
 
 
 def _tools(body: Mapping[str, Any], translation: Translation) -> None:
-    tools = [] if body.get("tools") is None else list_of(body["tools"], "tools")
+    tools = [] if body.get("tools") is None else translation.entries(body["tools"], "tools")
     translated = []
     for i, tool in enumerate(tools):
         path = f"tools[{i}]"
@@ -153,7 +153,7 @@ def _message(message: object, path: str, translation: Translation) -> None:
         return
     own = ""
     parts: list[dict[str, Any]] = []
-    for b, block in enumerate(_blocks(content)):
+    for b, block in enumerate(translation.entries(content, f"{path}.content")):
         if is_result[b]:
             own = ""
             _result(block, f"{path}.content[{b}]", translation)
@@ -176,7 +176,7 @@ def _content(content: object, role: str, own: str, path: str, translation: Trans
     if not isinstance(content, list):
         raise InvalidRequest("content must be a text or a list of blocks", path)
     parts: list[dict[str, Any]] = []
-    for b, block in enumerate(content):
+    for b, block in enumerate(translation.entries(content, path)):
         _block(block, role, own, f"{path}[{b}]", parts, translation)
     return parts
 

@@ -12,10 +12,10 @@ from foldserve.server.api.dialects.translation import (
     check_fields,
     check_values,
     image_part,
-    list_of,
     object_of,
 )
 from foldserve.server.api.errors import InvalidRequest
+from foldserve.server.limits import Limits
 
 _NOT_KEPT = "answers are not kept"
 _SEND_ALL = f"{_NOT_KEPT}: the whole conversation belongs into `input`"
@@ -66,7 +66,7 @@ _OF_ANSWERS = ("annotations", "logprobs")
 _OF_ITEMS = ("content", "id", "phase", "role", "status", "type")
 
 
-def to_chat(body: Mapping[str, Any]) -> Translation:
+def to_chat(body: Mapping[str, Any], limits: Limits) -> Translation:
     """The chat request that asks the same.
 
     Raises:
@@ -74,7 +74,7 @@ def to_chat(body: Mapping[str, Any]) -> Translation:
     """
     check_fields(body, _KNOWN)
     check_values(body, _ONLY)
-    translation = Translation(echo={name: body[name] for name in _ECHOED if body.get(name) is not None})
+    translation = Translation(limits, echo={name: body[name] for name in _ECHOED if body.get(name) is not None})
     chat, paths = translation.chat, translation.paths
     chat |= {name: body[name] for name in _AS_IN_CHAT if body.get(name) is not None}
     if body.get("max_output_tokens") is not None:
@@ -82,7 +82,7 @@ def to_chat(body: Mapping[str, Any]) -> Translation:
     paths |= {"max_completion_tokens": "max_output_tokens", "messages": "input"}
     if body.get("stream"):
         chat["stream_options"] = {"include_usage": True}
-    _logprobs(body, chat)
+    _logprobs(body, translation)
     _text(body.get("text"), translation)
     _reasoning(body.get("reasoning"), translation)
     _tools(body, translation)
@@ -93,13 +93,13 @@ def to_chat(body: Mapping[str, Any]) -> Translation:
     return translation
 
 
-def _logprobs(body: Mapping[str, Any], chat: dict[str, Any]) -> None:
+def _logprobs(body: Mapping[str, Any], translation: Translation) -> None:
     include = body.get("include")
-    for i, name in enumerate([] if include is None else list_of(include, "include")):
+    for i, name in enumerate([] if include is None else translation.entries(include, "include")):
         if name != _LOGPROBS:
             raise InvalidRequest(f'include may hold "{_LOGPROBS}" only', f"include[{i}]")
     if include or body.get("top_logprobs"):
-        chat["logprobs"] = True
+        translation.chat["logprobs"] = True
     check = {"include_obfuscation": ((False,), "events have no padding")}
     if (options := body.get("stream_options")) is not None:
         check_fields(object_of(options, "stream_options"), check, "stream_options")
@@ -139,7 +139,7 @@ def _reasoning(reasoning: object, translation: Translation) -> None:
 
 
 def _tools(body: Mapping[str, Any], translation: Translation) -> None:
-    tools = [] if body.get("tools") is None else list_of(body["tools"], "tools")
+    tools = [] if body.get("tools") is None else translation.entries(body["tools"], "tools")
     known = ("description", "name", "parameters", "strict")
     translated = []
     for i, tool in enumerate(tools):
@@ -167,9 +167,9 @@ def _input(value: object, translation: Translation) -> None:
         own = translation.add_message({"role": "user", "content": value}, "input")
         translation.paths[f"{own}.content"] = "input"
         return
-    if not isinstance(value, list) or not value:
+    if not value or not isinstance(value, list):
         raise InvalidRequest("input must be a text or a list of items", "input")
-    for i, item in enumerate(value):
+    for i, item in enumerate(translation.entries(value, "input")):
         path = f"input[{i}]"
         kind = object_of(item, path).get("type")
         if kind in ("message", None):
@@ -213,7 +213,8 @@ def _content(content: object, own: str, path: str, translation: Translation) -> 
     """Sets the content of the last message."""
     translation.paths[f"{own}.content"] = path
     if isinstance(content, list):
-        content = [_part(part, p, own, path, translation) for p, part in enumerate(content)]
+        parts = translation.entries(content, path)
+        content = [_part(part, p, own, path, translation) for p, part in enumerate(parts)]
     elif not isinstance(content, str):
         raise InvalidRequest("content must be a text or a list of parts", path)
     translation.chat["messages"][-1]["content"] = content
@@ -253,7 +254,7 @@ def _call(item: Mapping[str, Any], path: str, translation: Translation) -> None:
 def _thought(item: Mapping[str, Any], path: str, translation: Translation) -> None:
     if item.get("encrypted_content") is not None:
         raise InvalidRequest("nobody here can decrypt it: leave it out", at(path, "encrypted_content"))
-    parts = list_of(item.get("content") or item.get("summary") or [], f"{path}.content")
+    parts = translation.entries(item.get("content") or item.get("summary") or [], f"{path}.content")
     texts = [object_of(part, f"{path}.content[{p}]").get("text") for p, part in enumerate(parts)]
     if not all(isinstance(text, str) for text in texts):
         raise InvalidRequest("text must be a text", f"{path}.content")

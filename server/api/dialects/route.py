@@ -14,6 +14,7 @@ from foldserve.server.api.dialects.translation import Translation
 from foldserve.server.api.errors import render, translate
 from foldserve.server.api.limits.route import ChatRoute, CheckedRequest
 from foldserve.server.api.schema import FoldChatRequest
+from foldserve.server.limits import Limits
 
 
 class TranslatedRequest(CheckedRequest):
@@ -25,11 +26,11 @@ class TranslatedRequest(CheckedRequest):
         return self.checks.read(content, self._translate)
 
     def _translate(self, body: dict[str, Any]) -> dict[str, Any]:
-        self.translation = self.translate(body)
+        self.translation = self.translate(body, self.checks.limits)
         return self.translation.chat
 
     @staticmethod
-    def translate(body: Mapping[str, Any]) -> Translation:
+    def translate(body: Mapping[str, Any], limits: Limits) -> Translation:
         """The body of a chat request, of the API's own."""
         raise NotImplementedError
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Any
 
-from foldserve.server.api.errors import FoldserveError, InvalidRequest
+from foldserve.server.api.errors import FoldserveError, InvalidRequest, LimitExceeded
 from foldserve.server.api.limits.strict_json import to_text
+from foldserve.server.limits import Limits
 
 SHARED = frozenset(
     {
@@ -44,15 +45,38 @@ SHARED = frozenset(
 class Translation:
     """One request.
 
+    Args:
+        limits: of a chat.
+
     Attributes:
         chat: the body of the chat request.
         echo: what the answer repeats of the request; never its input, which is not kept while the answer is generated.
         paths: JSON paths in `chat` -> those that the client sent, where they differ.
     """
 
+    limits: InitVar[Limits]
     chat: dict[str, Any] = field(default_factory=dict)
     echo: dict[str, Any] = field(default_factory=dict)
     paths: dict[str, str] = field(default_factory=dict)
+
+    _room: int = 0
+
+    def __post_init__(self, limits: Limits) -> None:
+        self._room = limits.max_messages + limits.max_parts + limits.max_tools
+
+    def entries(self, value: object, path: str) -> list[Any]:
+        """A list of messages, parts or tools, which all have room in a chat. The chat's own checks say it closer.
+
+        Raises:
+            InvalidRequest: it is no list.
+            LimitExceeded: there are more, with those of other lists, than it is worth to look at each.
+        """
+        if not isinstance(value, list):
+            raise InvalidRequest(f"{path} must be a list", path)
+        self._room -= len(value)
+        if self._room < 0:
+            raise LimitExceeded("the body has more messages, parts and tools than a chat may have", path)
+        return value
 
     def add_message(self, message: dict[str, Any], path: str) -> str:
         """Appends a message of the chat; returns its path there."""
@@ -137,17 +161,6 @@ def object_of(value: object, path: str) -> dict[str, Any]:
     """
     if not isinstance(value, dict):
         raise InvalidRequest(f"{path} must be an object", path)
-    return value
-
-
-def list_of(value: object, path: str) -> list[Any]:
-    """A list.
-
-    Raises:
-        InvalidRequest: it is none.
-    """
-    if not isinstance(value, list):
-        raise InvalidRequest(f"{path} must be a list", path)
     return value
 
 
