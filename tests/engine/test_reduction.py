@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from foldserve.reducers.plan import Reduction, VisionGeometry, make_plan
-from tests.engine.conftest import Case, greedy
-from tests.images import photo
+import foldserve
+from foldserve.reducers.plan import InvalidReduction, Reduction, VisionGeometry, make_plan
+from tests.engine.conftest import MAX_TOKENS, Case, greedy
+from tests.images import data_uri, photo
 
 RATIOS = (0.25, 0.5, 0.66, 0.75, 0.9)
 METHODS = ("folder", "folder_cls")
@@ -93,3 +94,27 @@ def test_blocks_and_prompt_fall_by_the_plan(llm: Any) -> None:
         assert prompt_tokens == text + kept
         assert held in (-(-(text + kept + 3) // 32), -(-(text + kept + 4) // 32))
     assert scheduler.kv_cache_manager.block_pool.get_num_free_blocks() == free
+
+
+def test_chats_from_python(llm: Any, expect: Expect) -> None:
+    """Three lines, and the same refusals as over HTTP."""
+    from vllm import SamplingParams
+
+    def chat(image: dict[str, Any]) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": [image, {"type": "text", "text": "What is in the picture?"}]}]
+
+    messages = chat({"type": "image_url", "image_url": {"url": data_uri(photo(1))}})
+
+    def ask(**fields: Any) -> Any:
+        params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
+        (output,) = llm.chat(messages, params, False, mm_processor_kwargs=foldserve.reduction(**fields))
+        return output
+
+    whole, half = ask(), ask(ratio=0.5)
+    assert len(whole.prompt_token_ids) - len(half.prompt_token_ids) == 72
+    rendered = chat({"type": "image"})
+    prompt = llm.get_tokenizer().apply_chat_template(rendered, tokenize=False, add_generation_prompt=True)
+    case = Case(prompt, [photo(1)], [{"ratio": 0.5}])
+    assert list(half.outputs[0].token_ids) == expect(case)[0]
+    with pytest.raises(InvalidReduction, match="keep_tokens"):
+        ask(keep_tokens=145)
