@@ -110,3 +110,6 @@ class Downsample(BeforeTower):
 
     def source(self, whole: tuple[int, int], grid: tuple[int, int], device: torch.device) -> Tensor:
         return nearest(whole, *grid, device)
+
+    def group(self, whole: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+        return nearest(grid, *whole, torch.device("cpu"))

@@ -119,6 +119,10 @@ class BeforeTower(Method):
     def source(self, whole: tuple[int, int], grid: tuple[int, int], device: torch.device) -> Tensor:
         """(rows * columns,) int64: which token of the `whole` grid each token of `grid` stands for."""
 
+    @abstractmethod
+    def group(self, whole: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+        """(whole rows * columns,) int64, on the CPU: the token of `grid` that shows each token's place, -1 if none."""
+
 
 class InTower(Method):
     """Removes tokens in tower layers, after the attention's residual and before the MLP.

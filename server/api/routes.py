@@ -30,6 +30,7 @@ from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.api.serving import FoldServingChat
 
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
+MAP = "/v1/reductions/map"
 
 # vLLM's own routes that stay; all others are refused, those too that a later version or a setting of it may add.
 _KEPT = {
@@ -104,13 +105,8 @@ async def create_message(request: Annotated[FoldChatRequest, Depends(read_chat)]
 
 
 async def _answer(request: FoldChatRequest, raw_request: Request) -> ChatCompletionResponse | AsyncGenerator[str, None]:
-    serving: FoldServingChat = raw_request.app.state.foldserve_chat
-    key = raw_request.state.foldserve_key
-    serving.checks.check(request)
+    serving = _prepared(request, raw_request)
     take_further_places(raw_request.scope, (request.n or 1) - 1)
-    salts = cache_salts(key, request.cache_salt)
-    request.cache_salt, request.progress.image_salt = salts.blocks, salts.images
-    request.progress.owner = None if key is None else key.name
     answer = await serving.create_chat_completion(request, raw_request)
     if isinstance(answer, ErrorResponse):
         raise from_vllm(answer)
@@ -133,6 +129,28 @@ def _stream(events: AsyncGenerator[str, None], request: FoldChatRequest, raw_req
         headers=_headers(request) | _EVENTS_AT_ONCE,
         media_type="text/event-stream",
     )
+
+
+def _prepared(request: FoldChatRequest, raw_request: Request) -> FoldServingChat:
+    """What answers the request, which is checked, and told whose it is."""
+    serving: FoldServingChat = raw_request.app.state.foldserve_chat
+    key = raw_request.state.foldserve_key
+    serving.checks.check(request)
+    salts = cache_salts(key, request.cache_salt)
+    request.cache_salt, request.progress.image_salt = salts.blocks, salts.images
+    request.progress.owner = None if key is None else key.name
+    return serving
+
+
+@work.post(MAP, dependencies=[Depends(validate_json_request)])
+@with_cancellation
+async def map_reduction(request: FoldChatRequest, raw_request: Request) -> Response:
+    """Says where each vision token of the images and videos of a chat would go; fields about the answer change nothing.
+
+    Of each grid, in raster order, `group` has the index of the group that a token goes into, or -1 if it is dropped.
+    """
+    answer = await _prepared(request, raw_request).map_tokens(request)
+    return render_vllm(answer) if isinstance(answer, ErrorResponse) else JSONResponse(answer)
 
 
 @router.get("/v1/models/{model:path}", tags=["models"])

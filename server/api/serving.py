@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from itertools import chain
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 from uuid import uuid4
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
@@ -14,24 +15,26 @@ from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import VLLMClientError, VLLMValidationError
 from vllm.inputs import EngineInput
+from vllm.multimodal.inputs import MultiModalKwargsItem
 from vllm.outputs import RequestOutput
 from vllm.renderers.chat_utils import ConversationMessage
 from vllm.sampling_params import SamplingParams
 
 from foldserve.reducers.item import ItemPlan
 from foldserve.reducers.plan import InvalidReduction, Reduction
-from foldserve.server.api import metrics
+from foldserve.server.api import metrics, reduction_map
 from foldserve.server.api.errors import FoldserveError, InvalidRequest, render_event
 from foldserve.server.api.image_cache import OnItsWay, SentImages
 from foldserve.server.api.lifecycle.state import Lifecycle
 from foldserve.server.api.limits import forms, template
 from foldserve.server.api.limits.checks import ChatChecks
-from foldserve.server.api.media.guard import MediaGuard
+from foldserve.server.api.media.guard import MediaGuard, Sizes
 from foldserve.server.api.planner import Planner, as_asked
 from foldserve.server.api.quality_guard import Answer, QualityGuard, Score
 from foldserve.server.api.schema import FoldChatRequest, Progress
 from foldserve.server.api.usage import VisionTokens, vision_tokens
 from foldserve.server.engine.family import Modality
+from foldserve.server.engine.grid_map import grid_maps, needs_engine
 from foldserve.server.engine.kv_cost import KvCost
 from foldserve.server.engine.processor import KWARG, PLANS
 
@@ -53,6 +56,9 @@ _NOT_SCORED = frozenset(
     }
 )
 """Fields of a request that say nothing of its prompt."""
+_Render: TypeAlias = Callable[
+    [FoldChatRequest], Awaitable[tuple[list[ConversationMessage], list[EngineInput]] | ErrorResponse]
+]
 
 
 class FoldServingChat(OpenAIServingChat):
@@ -95,6 +101,7 @@ class FoldServingChat(OpenAIServingChat):
         self.quality_guard = QualityGuard(
             planner.settings.check_answers, self._score, lambda: lifecycle.is_idle, planner.chooser.raise_count
         )
+        self.token_groups = reduction_map.TokenGroups(self.engine_client, lifecycle)
 
     async def render_chat_request(
         self, request: FoldChatRequest
@@ -142,34 +149,83 @@ class FoldServingChat(OpenAIServingChat):
         """The prompt, of which `request.progress` then knows what its media cost."""
         if (refusal := await self._check_model(request)) is not None:
             return refusal
+        clock = 0 if self.sent_images is None else self.sent_images.clock
+        conversation, prompt, _ = await self._planned(request, super().render_chat_request)
+        progress, fields = request.progress, dict(prompt)
+        if progress.vision is not None and self.sent_images is not None:
+            hashes = [*chain.from_iterable(fields["mm_hashes"].values())]
+            progress.on_its_way = OnItsWay(self.sent_images, hashes, clock)
+        return conversation, [prompt]
+
+    async def map_tokens(self, request: FoldChatRequest) -> dict[str, object] | ErrorResponse:
+        """Where the tokens of a request's images and videos go; nothing is generated.
+
+        Raises:
+            InvalidRequest: as of a chat, or this model or engine has no map.
+        """
+        if (refusal := await self._check_model(request)) is not None:
+            return refusal
+        reduction_map.check(request)
+        render = partial(self.online_renderer.render_chat, skip_mm_cache=True)  # the engine has to be sent all pixels
+        _, prompt, sizes = await self._planned(request, render)
+        vision, fields = request.progress.vision, dict(prompt)
+        if vision is None or self.planner.family is None:
+            raise InvalidRequest("this model's images can't be reduced: there is no map of them", "messages")
+        made: Mapping[Modality, Sequence[MultiModalKwargsItem]] = fields["mm_kwargs"]
+        waiting = {modality: iter(zip(made[modality], own, strict=True)) for modality, own in sizes.items()}
+        items = [
+            await self._mapped(modality, plan, *next(waiting[modality]))
+            for modality, plan in zip(vision.modalities, vision.plans, strict=True)
+        ]
+        is_withdrawn = vision.withdrawn > 0
+        return {
+            "object": "reduction.map",
+            "model": self.models.base_model_paths[0].name,
+            "items": [entry | {"vision_tokens": own} for entry, own in zip(items, vision.each, strict=True)],
+            "withdraw_layer": vision.withdraw_layer if is_withdrawn else None,
+            "decoder": vision.decoder if is_withdrawn else None,
+            "layers": self.model_config.get_total_num_hidden_layers(),
+        }
+
+    async def _mapped(
+        self, modality: Modality, plan: ItemPlan, item: MultiModalKwargsItem, size: tuple[int, int]
+    ) -> dict[str, object]:
+        """The map of one image or video."""
+        family, info = self.planner.family, self.renderer.get_mm_processor().info
+        assert family is not None
+        regions = family.regions(plan, modality, size, info)
+        found = await self.token_groups.of(item) if needs_engine(regions) else []
+        grids = [grid.to_json() for grid in grid_maps(regions, found)]
+        return {"modality": modality, "method": plan.method, "width": size[0], "height": size[1], "grids": grids}
+
+    async def _planned(
+        self, request: FoldChatRequest, render: _Render
+    ) -> tuple[list[ConversationMessage], EngineInput, Sizes]:
+        """What goes to the engine, planned and checked."""
         reductions = self.planner.check(request)
         if any(reduction != _NOTHING for reduction in chain.from_iterable(reductions.values())):
             asked = {modality: [one.to_json() for one in each] for modality, each in reductions.items()}
             request.mm_processor_kwargs = {KWARG: asked}
         request.progress.form = await forms.build(request, self.engine_client)
-        clock = 0 if self.sent_images is None else self.sent_images.clock
-        async with self.media.loaded(request.messages, request.progress.owner, request.progress.image_salt):
+        media = self.media.loaded(request.messages, request.progress.owner, request.progress.image_salt)
+        async with media as sizes:
             try:
-                rendered = await super().render_chat_request(request)
+                rendered = await render(request)
             except VLLMValidationError as error:
                 raise template.refusal(error, len(request.messages)) or error from None
             except InvalidReduction as error:  # an image whose size does not allow what is asked
                 raise as_asked(error, request) from error
         if isinstance(rendered, ErrorResponse):  # the one thing that vLLM refuses in this way here
             raise InvalidRequest('this server can\'t call tools: leave `tools` out, or send "none"', "tool_choice")
-        (prompt,) = rendered[1]
+        conversation, (prompt,) = rendered
         fields: dict[str, Any] = dict(prompt)
         planned: Mapping[Modality, Sequence[ItemPlan]] = fields.get(PLANS, {})
         self.checks.check_prompt(prompt, planned)
         self.planner.check_sizes(planned)
         self.planner.check_positions([*chain.from_iterable(planned.values())], len(fields["prompt_token_ids"]), request)
-        progress = request.progress
         layer, room = self.planner.settings.withdraw_layer, self.planner.room
-        progress.vision = vision_tokens(planned, prompt, layer, room, progress.auto)
-        if planned and self.sent_images is not None:
-            hashes = [*chain.from_iterable(fields["mm_hashes"].values())]
-            progress.on_its_way = OnItsWay(self.sent_images, hashes, clock)
-        return rendered
+        request.progress.vision = vision_tokens(planned, prompt, layer, room, request.progress.auto)
+        return conversation, prompt, sizes
 
     async def _heard(
         self, request: FoldChatRequest, outputs: AsyncIterator[RequestOutput]

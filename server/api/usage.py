@@ -79,12 +79,15 @@ class VisionTokens:
             body |= {"withdraw_layer": self.withdraw_layer, "decoder": self.decoder}
         if len(set(self.plans)) > 1 or "video" in self.modalities:
             for modality in dict.fromkeys(self.modalities):
-                body[f"{modality}s"] = [
-                    _entry(plan.encoded, plan.kept, withdrawn, plan.method)
-                    for plan, withdrawn, own in zip(self.plans, self.withdrawn_each, self.modalities, strict=True)
-                    if own == modality
-                ]
+                each = zip(self.each, self.modalities, strict=True)
+                body[f"{modality}s"] = [entry for entry, own in each if own == modality]
         return body
+
+    @property
+    def each(self) -> list[dict[str, object]]:
+        """Of each image and video, in prompt order."""
+        counts = zip(self.plans, self.withdrawn_each, strict=True)
+        return [_entry(plan.encoded, plan.kept, withdrawn, plan.method) for plan, withdrawn in counts]
 
     def to_header(self) -> str:
         """The same for the response's headers, all together: `encoded=144, kept=72, ...`."""

@@ -21,6 +21,7 @@ from foldserve.reducers.method import ScoringDecoder
 from foldserve.reducers.plan import Plan
 from foldserve.reducers.reduction import InvalidReduction, Positions, Reduction
 from foldserve.server.engine.positions import PositionMap, SequencePositions
+from foldserve.server.engine.regions import WHOLE, Box, Region, sides
 from foldserve.server.engine.vision import Survivors, one_after_another, reduce_features, rows, untouched
 
 Modality = Literal["image", "video"]
@@ -86,6 +87,32 @@ class Family(ABC):
             inputs: what vLLM's `embed_multimodal` takes, of one image per plan; pixels as the tower takes them.
             plans: of which some remove tokens before the decoder.
         """
+
+    @abstractmethod
+    def left(self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan) -> Sequence[Survivors]:
+        """What is left of one image's grids, before the projector: of those `regions` that are encoded, in their order.
+
+        Args:
+            plan: removes tokens before the decoder.
+        """
+
+    def regions(self, plan: ItemPlan, modality: Modality, size: tuple[int, int], info: Any) -> list[Region]:
+        """The grids of an image or video, in the order of the prompt, and what each shows of it.
+
+        Args:
+            size: (width, height) in pixels.
+            info: vLLM's processing info of the model.
+
+        Raises:
+            InvalidReduction: tokens of this model are no grid.
+        """
+        ((part, grid_plan),) = zip(plan.layout.parts, plan.grids, strict=True)
+        names = [f"frame {i + 1}" for i in range(part.count)] if modality == "video" else [""] * part.count
+        return [Region(name, *sides(part.geometry), self.box(size, info), grid_plan) for name in names]
+
+    def box(self, size: tuple[int, int], info: Any) -> Box:
+        """What of an image or picture of (width, height) pixels the tower sees."""
+        return WHOLE
 
     def shape(self, images: Any, index: int, info: Any, kwargs: Mapping[str, object]) -> tuple[int, ...]:
         """What of an image's size decides its layout, `shape_ints` integers.
@@ -210,18 +237,25 @@ class AfterTowerFamily(Family):
         """
 
     def encode(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> Sequence[Survivors]:
+        left = self._left(model, inputs, plans)
+        lengths = [len(grid.features) for grid in left]
+        embeds = self.project(model, torch.cat([grid.features for grid in left])).split_with_sizes(lengths)
+        grids = iter([grid._replace(features=own) for grid, own in zip(left, embeds, strict=True)])
+        counts = [sum(part.count for part in plan.laid_out.parts) for plan in plans]
+        return [self.pack(model, list(islice(grids, n)), plan) for n, plan in zip(counts, plans, strict=True)]
+
+    def left(self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan) -> Sequence[Survivors]:
+        return self._left(model, inputs, [plan])
+
+    def _left(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> list[Survivors]:
+        """What is left of the grids of all images, before the projector."""
         whole: list[Survivors] = []
         grid_plans: list[Plan] = []
         for parts, plan in zip(self.grids(model, inputs, plans), plans, strict=True):
             for features, grid_plan in zip(parts, plan.grids, strict=True):
                 whole += untouched(features)
                 grid_plans += [grid_plan] * len(features)
-        left = reduce_features(whole, grid_plans, self.deciding_columns(model))
-        lengths = [len(grid.features) for grid in left]
-        embeds = self.project(model, torch.cat([grid.features for grid in left])).split_with_sizes(lengths)
-        grids = iter([grid._replace(features=own) for grid, own in zip(left, embeds, strict=True)])
-        counts = [sum(part.count for part in plan.laid_out.parts) for plan in plans]
-        return [self.pack(model, list(islice(grids, n)), plan) for n, plan in zip(counts, plans, strict=True)]
+        return reduce_features(whole, grid_plans, self.deciding_columns(model))
 
 
 class EqualGridsFamily(AfterTowerFamily):

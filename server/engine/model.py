@@ -93,14 +93,29 @@ class FoldModel(SupportsMultiModal):
             embeds |= zip(places, self._embed(family, inputs, [plans[i] for i in places]), strict=True)
         return [embeds[i] for i in range(len(plans))]
 
+    def token_groups(self, **kwargs: Any) -> list[tuple[list[int], list[int]] | None]:
+        """Where the tokens of one image or video go, which its plan removes some of before the decoder.
+
+        Args:
+            kwargs: as of `embed_multimodal`.
+
+        Returns:
+            Of each grid, see `Family.left`: (group of each token, source of each group); None where all stay.
+        """
+        kwargs.pop(DUMMY_FIELD, None)
+        (row,) = [rows[0] for name in PLAN_FIELDS.values() if (rows := kwargs.pop(name, None)) is not None]
+        family = self.family
+        assert family is not None, "who asks has a plan"
+        grids = family.left(self, self._pixels(family, kwargs), family.read_plan(row.tolist()))
+        return [None if grid.trail is None else (grid.trail.group().tolist(), grid.source.tolist()) for grid in grids]
+
     def unreduced(self, **inputs: Any) -> MultiModalEmbeddings:
         """What vLLM's own model gives."""
         return super().embed_multimodal(**inputs)
 
     def _embed(self, family: Family, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> MultiModalEmbeddings:
         """Embeddings of images that share a batch."""
-        if family.sends_bytes and "pixel_values" in inputs:
-            inputs = {**inputs, "pixel_values": self.normalized(inputs["pixel_values"])}
+        inputs = self._pixels(family, inputs)
         if all(plan.is_identity for plan in plans):
             return self.unreduced(**inputs)
         images = family.encode(self, inputs, plans)
@@ -108,6 +123,12 @@ class FoldModel(SupportsMultiModal):
             positions.attach(image.features, image.source) if plan.keeps_positions else image.features
             for image, plan in zip(images, plans, strict=True)
         ]
+
+    def _pixels(self, family: Family, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The inputs, with pixels as the tower takes them."""
+        if not family.sends_bytes or "pixel_values" not in inputs:
+            return inputs
+        return {**inputs, "pixel_values": self.normalized(inputs["pixel_values"])}
 
     def normalized(self, pixel_values: Any) -> Any:
         """Images (B, ..., 3, H, W) or a list of (..., 3, H, W), as the tower wants them; bytes become floats."""

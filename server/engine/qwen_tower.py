@@ -21,7 +21,7 @@ from foldserve.reducers.attention import PatchAttention
 from foldserve.reducers.method import AfterLastLayer, InTower
 from foldserve.reducers.plan import Plan
 from foldserve.server.engine.tower import mean_over_ranks
-from foldserve.server.engine.vision import Survivors
+from foldserve.server.engine.vision import Move, Survivors, Trail
 
 
 def encode_reducing(visual: Any, pixels: Tensor, grid: Sequence[int], plan: Plan) -> list[Survivors]:
@@ -93,6 +93,7 @@ class Walk:
         self._levels: list[Tensor] = []
         self._source = torch.arange(n, device=device).expand(len(hidden), -1)
         self._sizes = torch.ones_like(self._source)
+        self._moves = [Move(self._raster.expand_as(self._source), is_order=True)]
         self._is_reduced = False
         self._lay_out()
 
@@ -140,8 +141,9 @@ class Walk:
         merged = self._visual.merger(hidden).view(*self._source.shape, -1)
         features, source = torch.cat([merged, *self._levels], dim=-1), self._raster[self._source]
         order = source.argsort(dim=1)
-        each = zip(features, source, order, strict=True)
-        return [Survivors(own[places], tokens[places]) for own, tokens, places in each]
+        moves = [*self._moves, Move(order, is_order=True)]
+        each = enumerate(zip(features, source, order, strict=True))
+        return [Survivors(own[places], tokens[places], Trail(moves, row)) for row, (own, tokens, places) in each]
 
     @property
     def _ends_tower(self) -> bool:
@@ -242,12 +244,14 @@ class Walk:
     def _reduce(self, attention: PatchAttention, steps: tuple[int, ...]) -> None:
         columns = torch.cat([self._tokens, *self._levels], dim=-1)
         widths = [part.shape[-1] for part in (self._tokens, *self._levels)]
-        columns, sizes, place, _ = self._method.reduce(columns, self._sizes, attention, steps, self._plan)
+        columns, sizes, place, group = self._method.reduce(columns, self._sizes, attention, steps, self._plan)
+        self._moves.append(Move(group))
         source = self._source.gather(1, place)
         if self._windows is not None:  # which lie one after the other, whatever order the method has left
             order = source.argsort(dim=1)
             columns = columns.gather(1, order.unsqueeze(-1).expand_as(columns))
             sizes, source = sizes.gather(1, order), source.gather(1, order)
+            self._moves.append(Move(order, is_order=True))
         tokens, *self._levels = columns.split_with_sizes(widths, dim=-1)
         self._tokens, self._sizes, self._source = tokens.contiguous(), sizes, source
         self._is_reduced = True

@@ -20,16 +20,55 @@ _K = TypeVar("_K", bound=Hashable)
 _P = TypeVar("_P")
 
 
+class Move(NamedTuple):
+    """One step on the way of a batch's tokens.
+
+    Attributes:
+        places: (B, n) int64: where each token goes, -1 if it is dropped; or, of an `order`, which token comes to each
+            place.
+    """
+
+    places: torch.Tensor
+    is_order: bool = False
+
+
+class Trail(NamedTuple):
+    """The way of one image's tokens. Nothing is computed before it is asked for.
+
+    Attributes:
+        moves: of the batch, in their order.
+        row: of the image in it.
+        leading: class tokens, which come first, and how many of them are first at the end and no features.
+    """
+
+    moves: Sequence[Move]
+    row: int
+    leading: tuple[int, int] = (0, 0)
+
+    def group(self) -> torch.Tensor:
+        """(n,) int64: the token of what is left that each token of the unreduced grid went into; -1 if dropped."""
+        place: torch.Tensor | None = None
+        for move in self.moves:
+            own = move.places[self.row]
+            own = own.argsort() if move.is_order else own
+            place = own if place is None else torch.where(place < 0, place, own[place.clamp(min=0)])
+        assert place is not None, "a trail has moves"
+        entering, leaving = self.leading
+        return (place[entering:] - leaving).clamp(min=-1)
+
+
 class Survivors(NamedTuple):
     """What is left of one image.
 
     Attributes:
         features: (kept, C).
         source: (kept,) int64, on the device: the token of the unreduced image that each one stands for.
+        trail: how its tokens got there; None where none was removed, and of what is put together of several grids.
     """
 
     features: torch.Tensor
     source: torch.Tensor
+    trail: Trail | None = None
 
 
 def encode_images(
@@ -72,7 +111,7 @@ def reduce_features(images: Sequence[Survivors], plans: Sequence[Plan], width: i
             features = [image.features for image in group]
             batch = torch.stack(features) if len(group) > 1 else features[0][None]  # a large one is not copied
             reduced = method.reduce(batch, plan, width)
-            return _survivors(reduced.tokens, reduced.source)
+            return _survivors(reduced.tokens, reduced.source, [Move(reduced.group)])
         return group
 
     return in_groups(plans, lambda plan: plan, reduce)
@@ -87,8 +126,11 @@ def rows(x: Any, members: Sequence[int]) -> Any:
     return torch.stack([x[i] for i in members])
 
 
-def _survivors(features: torch.Tensor, source: torch.Tensor) -> list[Survivors]:
-    return [Survivors(*image) for image in zip(features, source, strict=True)]
+def _survivors(
+    features: torch.Tensor, source: torch.Tensor, moves: Sequence[Move] = (), leading: tuple[int, int] = (0, 0)
+) -> list[Survivors]:
+    images = enumerate(zip(features, source, strict=True))
+    return [Survivors(*image, Trail(moves, row, leading) if moves else None) for row, image in images]
 
 
 def one_after_another(grids: Sequence[Survivors], encoded: int) -> Survivors:
@@ -148,7 +190,7 @@ class _Group:
         hidden: (B, n, C).
         sizes: (B, n) int64, patches in each token.
         source: (B, n) int64, the token that each one stands for, of those that entered.
-        reduced: tokens have been removed.
+        moves: of the steps so far; none before tokens have been removed.
     """
 
     plan: Plan
@@ -156,19 +198,19 @@ class _Group:
     hidden: torch.Tensor
     sizes: torch.Tensor
     source: torch.Tensor
-    reduced: bool = False
+    moves: list[Move]
 
     @classmethod
     def of(cls, plan: Plan, members: list[int], hidden: torch.Tensor) -> _Group:
         count = _count(hidden)
-        return cls(plan, members, hidden, torch.ones_like(count), count)
+        return cls(plan, members, hidden, torch.ones_like(count), count, [])
 
     def through(self, layer: nn.Module, index: int) -> None:
         """Runs a layer with the plan's steps in it."""
         method = self.plan.reducer
         assert isinstance(method, InTower)
         steps = self.plan.removed_in(index)
-        key_bias = self.sizes.log() if self.reduced and method.proportional_attention else None
+        key_bias = self.sizes.log() if self.moves and method.proportional_attention else None
         if not steps and key_bias is None:
             self.hidden = run_layer(layer, self.hidden)
             return
@@ -176,17 +218,18 @@ class _Group:
         if self._ends_tower:
             hidden = run_mlp(layer, hidden)
         if steps:
-            hidden, self.sizes, source, _ = method.reduce(hidden, self.sizes, attention, steps, self.plan)
+            hidden, self.sizes, source, group = method.reduce(hidden, self.sizes, attention, steps, self.plan)
             self.source = self.source.gather(1, source)
-            self.reduced = True
+            self.moves.append(Move(group))
         self.hidden = hidden if self._ends_tower else run_mlp(layer, hidden)
 
     def finish(self, tower: Tower) -> list[Survivors]:
         """Features, and sources that count the patches alone; that of a class token is -1."""
-        source = self.source - int(tower.class_token)
+        source, leading = self.source - int(tower.class_token), int(tower.class_token)
         if tower.class_token and not self._ends_tower:
             source = source[:, 1:]
-        return _survivors(tower.finish(self.hidden, all_tokens=self._ends_tower), source)
+        features = tower.finish(self.hidden, all_tokens=self._ends_tower)
+        return _survivors(features, source, self.moves, (leading, 0 if self._ends_tower else leading))
 
     @property
     def _ends_tower(self) -> bool:

@@ -6,6 +6,7 @@ from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
 from foldserve.server.engine import withdrawal
+from foldserve.server.engine.grid_map import MappingWorker
 from foldserve.server.engine.padding_rows import MaskingRunner
 from foldserve.server.engine.runner_v1 import PositionsRunner
 from foldserve.server.engine.withdrawal.runner_v1 import WithdrawingRunner
@@ -19,8 +20,10 @@ class WithdrawingCPUModelRunner(WithdrawingRunner, FoldCPUModelRunner):
     """See `WithdrawingRunner`."""
 
 
-class FoldWorker(CPUWorker):
-    """Modification: V1 runners of ours. Model runner V2 asks the model for its state, which is ours as well."""
+class FoldWorker(MappingWorker, CPUWorker):
+    """Modification beside `MappingWorker`'s: V1 runners of ours. Model runner V2 asks the model for its state, which
+    is ours as well.
+    """
 
     def init_device(self) -> None:
         super().init_device()

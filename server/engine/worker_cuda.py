@@ -6,6 +6,7 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from foldserve.server.engine import withdrawal
+from foldserve.server.engine.grid_map import MappingWorker
 from foldserve.server.engine.padding_rows import MaskingRunner
 from foldserve.server.engine.runner_v1 import PositionsRunner
 from foldserve.server.engine.withdrawal.runner_v1 import WithdrawingRunner
@@ -19,8 +20,10 @@ class WithdrawingGPUModelRunner(WithdrawingRunner, FoldGPUModelRunner):
     """See `WithdrawingRunner`."""
 
 
-class FoldWorker(Worker):
-    """Modification: V1 runners of ours. Model runner V2 asks the model for its state, which is ours as well."""
+class FoldWorker(MappingWorker, Worker):
+    """Modification beside `MappingWorker`'s: V1 runners of ours. Model runner V2 asks the model for its state, which
+    is ours as well.
+    """
 
     def _make_model_runner(self) -> GPUModelRunner:
         if self.use_v2_model_runner:

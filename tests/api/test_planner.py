@@ -44,6 +44,9 @@ class OneSize(Family):
     def encode(self, *args: Any) -> Any:
         raise NotImplementedError
 
+    def left(self, *args: Any) -> Any:
+        raise NotImplementedError
+
 
 class Tiles(OneSize):
     """An image is a row of tiles, behind each a separator: its size decides how many, four at most."""

@@ -18,7 +18,16 @@ from foldserve.server.api.schema import FoldChatRequest
 from tests.api.apis import MESSAGES, RESPONSES
 from tests.api.test_bad_inputs import LEAKS
 
-OURS = ("/v1/chat/completions", RESPONSES, MESSAGES, "/v1/reducers", "/v1/models", "/health/live", "/health/ready")
+OURS = (
+    "/v1/chat/completions",
+    RESPONSES,
+    MESSAGES,
+    "/v1/reductions/map",
+    "/v1/reducers",
+    "/v1/models",
+    "/health/live",
+    "/health/ready",
+)
 TRANSLATED = (RESPONSES, MESSAGES)
 """What they say reaches the chat's checks: a few examples do."""
 BOUNDED = settings(

@@ -49,6 +49,31 @@ class PlainTower:
     @torch.no_grad()
     def survivors(self, pixels: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """(1, 3, H, W) -> (1, plan.kept, C), and the token of the whole image that each of them stands for."""
+        features, source, _ = self._walk(pixels, plan)
+        return after_tower(features, source, plan)
+
+    @torch.no_grad()
+    def members(self, pixels: Tensor, plan: Plan) -> list[list[int]]:
+        """Of each token that stays, in order, the tokens of the whole image that are in it."""
+        features, _, held = self._walk(pixels, plan)
+        side = isqrt(plan.encoded)
+        if plan.method == "folder":
+            group = folder(features, plan.folds).group[0].tolist()
+        elif plan.method == "random":
+            kept = draw(plan.encoded, plan.kept, plan.seed).tolist()
+            group = [kept.index(i) if i in kept else -1 for i in range(plan.encoded)]
+        elif plan.grid is not None:  # of windows, or of places in a smaller image
+            rows, columns = plan.grid
+            group = [
+                int((i // side + 0.5) * rows / side) * columns + int((i % side + 0.5) * columns / side)
+                for i in range(plan.encoded)
+            ]
+        else:
+            return held
+        return [[i for i, one in enumerate(group) if one == kept] for kept in range(plan.kept)]
+
+    def _walk(self, pixels: Tensor, plan: Plan) -> tuple[Tensor, Tensor, list[list[int]]]:
+        """The tower's output, which token each stands for, and those that are in it."""
         if plan.method == "downsample":
             assert plan.grid is not None
             patch = self.model.embeddings.patch_size
@@ -60,33 +85,37 @@ class PlainTower:
             hidden = self.model.pre_layrnorm(hidden)
         sizes = torch.ones(hidden.shape[:2], dtype=torch.int64)
         source = torch.arange(hidden.shape[1]).expand(hidden.shape[:2])
+        held = [[i] for i in range(hidden.shape[1])]
         for index, layer in enumerate(self.layers):
             bias = sizes.log() if plan.method in ("tome", "turbo") else hidden.new_zeros(hidden.shape[:2])
             hidden, seen = attend(layer, hidden, bias)
             for r in plan.removed_in(index) if plan.method not in ("folder_cls", "visionzip") else ():
-                hidden, sizes, kept, _ = self._reduce(plan, hidden, sizes, seen, r)
+                hidden, sizes, kept, group = self._reduce(plan, hidden, sizes, seen, r)
+                held = joined(held, group)
                 source = source.gather(1, kept)
             if plan.method == "folder_cls" and plan.removed_in(index):
                 attention = seen.probability[:, :, 0].mean(1)
-                hidden, _, source, _ = folder_cls(hidden, seen.key.mean(2), attention, plan.folds)
+                hidden, _, source, group = folder_cls(hidden, seen.key.mean(2), attention, plan.folds)
+                held = joined(held, group)
             hidden = hidden + layer.mlp(layer.layer_norm2(hidden))
             if plan.method == "visionzip" and plan.removed_in(index):
                 return self._zipped(plan, hidden[0], seen)
         if self.class_token:
             hidden, source = hidden[:, 1:], source[:, 1:] - 1
-        return after_tower(hidden, source, plan)
+            held = [[i - 1 for i in own] for own in held[1:]]
+        return hidden, source, held
 
-    def _zipped(self, plan: Plan, x: Tensor, seen: Seen) -> tuple[Tensor, Tensor]:
-        """What the last layer gives, (n, d), and its attention -> what `survivors` gives."""
+    def _zipped(self, plan: Plan, x: Tensor, seen: Seen) -> tuple[Tensor, Tensor, list[list[int]]]:
+        """What the last layer gives, (n, d), and its attention -> what `survivors` gives, and `members`."""
         first, (in_prompt,) = int(self.class_token), plan.options
         received = seen.probability[0, :, 0].sum(0) if self.class_token else seen.probability.mean(dim=(1, 2))[0]
         contextual, keys = plan.kept * 5 // 32, seen.key.mean(2)[0]
         patches = plan.kept - contextual - int(bool(in_prompt))
         members, tokens = naive_visionzip(x[first:], received[first:], keys[first:], patches, contextual)
-        source = [each[0] for each in members]
+        source, held = [each[0] for each in members], [sorted(each) for each in members]
         if in_prompt:
-            source, tokens = [-1, *source], [x[0], *tokens]
-        return torch.stack(tokens)[None], torch.tensor([source])
+            source, tokens, held = [-1, *source], [x[0], *tokens], [[], *held]
+        return torch.stack(tokens)[None], torch.tensor([source]), held
 
     def _reduce(self, plan: Plan, x: Tensor, sizes: Tensor, seen: Seen, r: int) -> Reduced:
         received = seen.probability.mean(dim=(1, 2))
@@ -102,6 +131,14 @@ class PlainTower:
         if plan.method == "turbo":
             return turbo(x, seen.key.mean(2), seen.probability[:, :, 0].mean(1), sizes, r)
         return tome(x, seen.key.mean(2), sizes, r, class_token=self.class_token)
+
+
+def joined(held: list[list[int]], group: Tensor) -> list[list[int]]:
+    """What is in each token once those of a batch of one went into `group` (1, n)."""
+    after: dict[int, list[int]] = {}
+    for own, into in zip(held, group[0].tolist(), strict=True):
+        after[into] = sorted([*after.get(into, ()), *own])
+    return [after[i] for i in range(len(after))]
 
 
 def behind(class_token: Tensor, patches: Reduced) -> Reduced:

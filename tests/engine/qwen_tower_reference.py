@@ -22,12 +22,14 @@ class Token:
         patches: (4, width).
         levels: deepstack levels so far, (hidden,) each.
         size: tokens in it.
+        held: their places.
     """
 
     at: tuple[int, int]
     patches: Tensor
     levels: list[Tensor]
     size: int = 1
+    held: tuple[tuple[int, int], ...] = ()
 
 
 def encode(visual: Any, pixels: Tensor, grid: tuple[int, int], removed: int, asked: Mapping[str, Any]) -> list[Token]:
@@ -38,7 +40,10 @@ def encode(visual: Any, pixels: Tensor, grid: tuple[int, int], removed: int, ask
     layers = [len(visual.blocks) - 1] if is_visionzip else layers
     steps = {layer: removed // len(layers) + (i < removed % len(layers)) for i, layer in enumerate(layers)}
     side = visual.config.window_size // visual.config.patch_size // 2 if full else 0
-    tokens = [Token(divmod(i, width), x, []) for i, x in enumerate(_by_token(_embedded(visual, pixels, grid)))]
+    tokens = [
+        Token(at := divmod(i, width), x, [], held=(at,))
+        for i, x in enumerate(_by_token(_embedded(visual, pixels, grid)))
+    ]
     is_reduced = False
     for index, block in enumerate(visual.blocks):
         if full:  # tokens lie window by window
@@ -123,7 +128,8 @@ def _merged(into: Token, members: Sequence[Token], weights: Sequence[float]) -> 
     each = list(zip(shares, members, strict=True))
     patches = torch.stack([share * token.patches for share, token in each]).sum(0)
     levels = [torch.stack([share * token.levels[i] for share, token in each]).sum(0) for i in range(len(into.levels))]
-    return Token(into.at, patches, levels, sum(token.size for token in members))
+    held = tuple(at for token in members for at in token.held)
+    return Token(into.at, patches, levels, sum(token.size for token in members), held)
 
 
 def _zipped(tokens: list[Token], received: list[float], keys: Tensor, kept: int) -> list[Token]:

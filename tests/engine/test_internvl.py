@@ -26,6 +26,8 @@ from tests import intern_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, by_uuid_alone, greedy, start_engine
 from tests.engine.intern_reference import Film, InternReference, tiling
 from tests.engine.keeping_reference import Answer
+from tests.engine.maps import engine_maps, members
+from tests.engine.qwen_reference import folder_groups
 from tests.engine.watch import forget, watch
 from tests.images import photo
 
@@ -336,3 +338,30 @@ def test_published_tiles_on_the_meta_device() -> None:
     assert family is not None
     assert family.layout((13,)).tokens == features.shape[0] * features.shape[1] == 3328
     assert family.layout((1,)).tokens == 256
+
+
+def test_the_map_shows_each_tile_and_then_the_whole_image(llm: Any, served: Served) -> None:
+    reference, image = served.reference, photo(14, *SIZES[0])
+    prompt = served.asking(Case("<image>")).prompt
+    (maps,) = engine_maps(llm, prompt, [image], [{"ratio": 0.5}])
+    with torch.inference_mode():
+        tiles = reference.model.model.get_image_features(reference.pixels(image), return_dict=True).pooler_output
+    removed = reference.tile.tokens // 2
+    assert [members(found) for found in maps] == [
+        [sorted(own) for _, own in folder_groups(tile.numpy(), removed)] for tile in tiles
+    ]
+    columns, rows = tiling(image.width, image.height, reference.side, reference.most_tiles)
+    assert [found.region.name for found in maps] == [*(f"tile {i + 1}" for i in range(columns * rows)), "base"]
+    assert maps[1].region.box == pytest.approx((1 / columns, 0, 2 / columns, 1 / rows))
+    (base_alone,) = engine_maps(llm, prompt, [image], [{"method": "base_only+folder", "ratio": 0.5}])
+    assert [set(found.group) for found in base_alone[:-1]] == [{-1}] * (columns * rows)
+    assert members(base_alone[-1]) == members(maps[-1])
+
+
+def test_the_map_shows_each_frame(llm: Any, served: Served) -> None:
+    pictures = film(40)
+    (maps,) = engine_maps(llm, "<video>", [pictures], [{"ratio": 0.5}], "video")
+    assert [found.region.name for found in maps] == ["frame 1", "frame 2", "frame 3"]
+    frames = [engine_maps(llm, "<video>", [pictures[i : i + 1]], [{"ratio": 0.5}], "video")[0][0] for i in range(3)]
+    assert [members(found) for found in maps] == [members(found) for found in frames]
+    assert members(maps[0]) != members(maps[1])

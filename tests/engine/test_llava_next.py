@@ -24,7 +24,9 @@ from foldserve.server.engine.families.llava_next import LlavaNextFamily
 from foldserve.server.engine.families.registry import family_of
 from tests import next_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, by_uuid_alone, greedy, start_engine
+from tests.engine.maps import engine_maps, members
 from tests.engine.next_reference import KeepingNextReference, NextReference
+from tests.engine.qwen_reference import folder_groups
 from tests.engine.watch import forget
 from tests.images import photo
 
@@ -292,3 +294,46 @@ def test_newlines_stay_at_the_ends_of_rows() -> None:
     packed = end_rows(left, 3, 2, torch.tensor([-1.0]))
     assert packed.features.flatten().tolist() == [0, -1, 2, -1, 5, -1]
     assert packed.source.tolist() == [0, 2, 3, 5, 7, 8]
+
+
+def test_the_map_shows_the_base_tile_and_the_mosaic(llm: Any, reference: NextReference) -> None:
+    for size in SIZES[:3]:
+        image = photo(7, *size)
+        ((base, mosaic),) = engine_maps(llm, "<image>", [image], [{"ratio": 0.6}])
+        (plan,) = reference.plans([image], [{"ratio": 0.6}])
+        pixels = reference.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+        with torch.no_grad():
+            tiles = reference.tiles(pixels, plan)
+            grids = [tiles[0], reference.mosaic(tiles[1:], plan.layout.shape).flatten(0, 1)]
+        for found, grid, grid_plan in zip((base, mosaic), grids, plan.grids, strict=True):
+            groups = folder_groups(grid.numpy(), grid_plan.removed)
+            assert members(found) == [sorted(own) for _, own in groups]
+            assert list(found.source) == [first for first, _ in groups]
+        assert (base.region.name, mosaic.region.name) == ("base", "mosaic")
+        rows, columns = reference.mosaic_grid((image.height, image.width), 12)
+        assert (mosaic.region.rows, mosaic.region.columns) == (rows, columns)
+        assert mosaic.region.box == pytest.approx((0, 0, 1, 1), abs=1.2 / min(rows, columns))  # to a token
+
+
+def test_the_map_of_what_acts_on_tiles_shows_each_and_drops_padding(llm: Any, reference: NextReference) -> None:
+    asked: dict[str, object] = {"method": "illava", "ratio": 0.4375, "layers": [1]}
+    for reduction in (asked, {"method": "downsample", "ratio": 0.5}):
+        image = photo(8, 640, 130)
+        ((base, *tiles),) = engine_maps(llm, "<image>", [image], [reduction])
+        (plan,) = reference.plans([image], [reduction])
+        assert plan.tile is not None
+        pixels = reference.processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
+        each = [reference.tower.members(tile[None], plan.tile) for tile in pixels]
+        side = round(plan.tile.kept**0.5)
+        in_the_mosaic = [place for row in reference.places((130, 640), side) for place in row]
+        assert members(base) == each[0]
+        for i, (found, held) in enumerate(zip(tiles, each[1:], strict=True)):
+            assert found.region.name == f"tile {i + 1}"
+            assert members(found) == [own for token, own in enumerate(held) if (i, token) in in_the_mosaic]
+        assert any(-1 in found.group for found in tiles)
+
+
+def test_the_map_of_a_base_tile_alone_drops_the_mosaic(llm: Any) -> None:
+    ((base, mosaic),) = engine_maps(llm, "<image>", [photo(9, 300, 200)], [{"method": "base_only"}])
+    assert members(base) == [[i] for i in range(len(base.group))]
+    assert members(mosaic) == [] and set(mosaic.group) == {-1}

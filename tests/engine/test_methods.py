@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from foldserve.reducers.item import Layout, plan_item
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 from tests import siglip_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
+from tests.engine.maps import engine_maps, members
 from tests.engine.reference import Reference
 from tests.images import photo
 
@@ -113,6 +115,20 @@ def test_all_in_one_batch_and_again_from_the_cache(
     wanted = [expected[tower](case) for case in cases]
     assert_same(cases, greedy(engines[tower], cases), wanted)
     assert_same(cases[::-1], greedy(engines[tower], cases[::-1]), wanted[::-1])
+
+
+@pytest.mark.parametrize("tower", REDUCTIONS)
+def test_the_map_says_what_is_in_each_token(
+    engines: dict[str, Any], reference: Reference, siglip_reference: Reference, tower: str
+) -> None:
+    plain = {"clip": reference, "siglip": siglip_reference}[tower]
+    for reduction in [{}, *REDUCTIONS[tower]]:
+        image = photo(35)
+        ((found,),) = engine_maps(engines[tower], "<image>", [image], [reduction])
+        pixels = plain.processor.image_processor(image, return_tensors="pt")["pixel_values"]
+        plan = plain.plan(reduction).with_seed(crc32(pixels[0].numpy().tobytes())).grids[0]
+        assert members(found) == plain.tower.members(pixels, plan), reduction
+        assert list(found.source) == plain.tower.survivors(pixels, plan)[1][0].tolist(), reduction
 
 
 def test_the_reference_tells_methods_apart(expected: dict[str, Expect]) -> None:

@@ -18,6 +18,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageSize
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
+from foldserve.reducers.downsample import grid_for
 from foldserve.reducers.item import plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import qwen_tower, withdrawal
@@ -25,9 +26,11 @@ from foldserve.server.engine.families.registry import ENTRIES, family_of
 from foldserve.server.engine.mrope import GridPositions
 from foldserve.server.engine.processor import FoldProcessor
 from tests import qwen_checkpoint
+from tests.engine import qwen_tower_reference
 from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
 from tests.engine.cuda.processes import run
-from tests.engine.qwen_reference import Answer, Film, QwenReference
+from tests.engine.maps import engine_maps, members
+from tests.engine.qwen_reference import Answer, Film, QwenReference, folder_groups
 from tests.engine.watch import forget, watch
 from tests.images import photo
 from tests.qwen_checkpoint import IMAGE, VIDEO
@@ -524,3 +527,40 @@ def test_a_mixture_of_experts_and_published_configs() -> None:
 def test_vllms_own_pruning_of_videos_is_refused(checkpoint: Path) -> None:
     with pytest.raises(ValueError, match="--video-pruning-rate does not go with foldserve"):
         start_engine(checkpoint, video_pruning_rate=0.5)
+
+
+def test_the_map_says_what_is_in_each_token(llm: Any, checkpoint: Path, reference: QwenReference) -> None:
+    image = photo(12, *SIZES[0])
+    (rows, columns), levels = reference._grid(image), reference._encode(image)[0]
+    n, layers = rows * columns, LAYERS[checkpoint.name]
+    pixels = reference._encode(image)[2]
+    one: dict[str, Any] = {"method": "illava", "ratio": 0.5, "layers": layers[:1]}
+    cases: list[dict[str, Any]] = [one, {"method": "tome", "ratio": 0.6}, {"ratio": 0.6}]
+    for asked in cases:
+        ((found,),) = engine_maps(llm, IMAGE, [image], [asked])
+        removed = int(n * asked["ratio"])
+        if "method" in asked:
+            visual = reference.model.model.visual
+            with torch.inference_mode():
+                left = qwen_tower_reference.encode(visual, pixels, (rows, columns), removed, asked)
+            expected = [sorted(row * columns + column for row, column in token.held) for token in left]
+            source = [token.at[0] * columns + token.at[1] for token in left]
+        else:
+            groups = folder_groups(levels[0].detach().numpy(), removed)
+            expected, source = [sorted(own) for _, own in groups], [first for first, _ in groups]
+        assert members(found) == expected, asked
+        assert list(found.source) == source, asked
+        assert (found.region.rows, found.region.columns) == (rows, columns)
+
+
+def test_the_map_of_a_smaller_image(llm: Any, reference: QwenReference) -> None:
+    image = photo(13, *SIZES[1])
+    rows, columns = reference._grid(image)
+    asked = {"method": "downsample", "ratio": 0.5}
+    ((found,),) = engine_maps(llm, IMAGE, [image], [asked])
+    less, fewer = grid_for(rows * columns - rows * columns // 2, (rows, columns))
+    assert [int(group) for group in found.group] == [
+        int((y + 0.5) * less / rows) * fewer + int((x + 0.5) * fewer / columns)
+        for y in range(rows)
+        for x in range(columns)
+    ]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.engine.conftest import Case, greedy, start_engine
+from tests.engine.maps import engine_maps, members
 from tests.engine.reference import Reference
 from tests.engine.withdrawal.conftest import Expected
 from tests.engine.withdrawal.harness import AskedCase
@@ -50,6 +51,10 @@ def llava(path: Path) -> None:
     for got, want in zip(answers, expected, strict=True):
         assert got[0] == want[0]
         assert got[1] == pytest.approx(want[1], abs=2e-4)
+    for case in REDUCED:  # of each only the first rank says where tokens go
+        ((found,),) = engine_maps(llm, "<image>", case.images, case.reductions)
+        pixels = reference.processor.image_processor(case.images[0], return_tensors="pt")["pixel_values"]
+        assert members(found) == reference.tower.members(pixels, reference.plan(case.reductions[0]).grids[0])
     print("equal to the reference")
 
 

@@ -61,6 +61,7 @@ class Lifecycle:
         self._heard = shared.heard
         self._phase = Phase.SERVING
         self._in_flight = 0
+        self._calls = 0
         self._idle = asyncio.Event()
         self._idle.set()
         self._server: uvicorn.Server | None = None
@@ -133,6 +134,16 @@ class Lifecycle:
             await self._end_answers()
         await self._end_server()
 
+    @contextmanager
+    def engine_call(self) -> Iterator[None]:
+        """Held while the engine works on something that gives no outputs, so that it is noticed if it hangs."""
+        self._calls += 1
+        try:
+            yield
+            self.heard()
+        finally:
+            self._calls -= 1
+
     def heard(self) -> None:
         """An output of the engine has come."""
         self._heard.value = time.monotonic()
@@ -148,7 +159,7 @@ class Lifecycle:
             await asyncio.sleep(_LOOK_S)
             self._heard.value = max(self._heard.value, heard.at)
             is_silent = self._heard.value < before - _LOOK_S  # another process may have looked that long ago
-            has_work = self._engine.output_processor.has_unfinished_requests()
+            has_work = self._calls > 0 or self._engine.output_processor.has_unfinished_requests()
             silent_s = silent_s + _LOOK_S if has_work and is_silent else 0.0
             if silent_s >= self._engine_timeout_s:
                 self._engine.output_processor.propagate_error(EngineDeadError())

@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from vllm.config import ModelConfig
 from vllm.multimodal.media import ImageMediaIO
@@ -26,9 +26,12 @@ from foldserve.server.api.media.places import Place, places_of_media
 from foldserve.server.api.media.room import BYTES_PER_PIXEL, Room, is_large
 from foldserve.server.api.media.turns import Threads, Turn
 from foldserve.server.api.media.video import LoadedVideo, Pictures, Source, VideoFile
+from foldserve.server.engine.family import Modality
 from foldserve.server.limits import Limits
 from foldserve.server.video.decoder import VideoDecoder
 
+Sizes: TypeAlias = Mapping[Modality, Sequence[tuple[int, int]]]
+"""(width, height) in pixels of each image and each video."""
 _T = TypeVar("_T")
 _DECODED_PER_S, _READ_PER_S = 20e6, 200e6  # pixels and bytes, roughly: for the order in a queue
 
@@ -67,8 +70,10 @@ class MediaGuard:
     @asynccontextmanager
     async def loaded(
         self, messages: Sequence[Any], owner: str | None = None, salt: str | None = None
-    ) -> AsyncIterator[None]:
+    ) -> AsyncIterator[Sizes]:
         """While it is entered, each part of `messages` with a URL is one that vLLM takes a decoded image or video from.
+
+        Gives the sizes as they were decoded: upright, and of large ones shrunk.
 
         After that an empty URL stands there: pixels are not kept while the answer is generated.
 
@@ -89,7 +94,7 @@ class MediaGuard:
                 items = await self._load_all(places, turn)
                 for place, item in zip(places, items, strict=True):
                     _put(place, item, salt)
-                yield
+                yield _sizes(places, items)
             except BaseException:
                 if items and self._processor is not None:  # it may be at work still, and takes one thing after another
                     share.hold_for(self._processor.submit(_let_go, items))
@@ -197,6 +202,14 @@ class _Expected:
 
 def _reading(place: Place, content: bytes | None) -> _Expected:
     return _Expected(len(place.url if content is None else content) / _READ_PER_S)
+
+
+def _sizes(places: Sequence[Place], items: Sequence[Any]) -> Sizes:
+    sizes: dict[Modality, list[tuple[int, int]]] = {}
+    for place, item in zip(places, items, strict=True):
+        size = item.frames.pixels.shape[2:0:-1] if isinstance(item, LoadedVideo) else item.media.size
+        sizes.setdefault(place.modality, []).append((int(size[0]), int(size[1])))
+    return sizes
 
 
 def _put(place: Place, item: Any, salt: str | None) -> None:

@@ -31,6 +31,7 @@ class Gemma3Family(TilesFamily):
     """Tiles are the whole image and its crops."""
 
     stages = frozenset({Stage.AFTER_TOWER})
+    base_is_last = False
 
     @classmethod
     def of(cls, model_config: ModelConfig) -> Gemma3Family:
@@ -47,6 +48,9 @@ class Gemma3Family(TilesFamily):
             mm_kwargs=kwargs,
         )
         return 1 + crops
+
+    def tile_grid(self, info: Any, size: tuple[int, int], count: int) -> tuple[int, int]:
+        return (1, count) if size[0] >= size[1] else (count, 1)
 
     def largest_size(self, info: Any) -> ImageSize:
         size: ImageSize = info.get_image_size_with_most_features()

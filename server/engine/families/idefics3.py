@@ -45,6 +45,12 @@ class Idefics3Family(TilesFamily):
         )
         return count
 
+    def tile_grid(self, info: Any, size: tuple[int, int], count: int) -> tuple[int, int]:
+        _, down, across = info._get_image_feature_grid_size(
+            image_width=size[0], image_height=size[1], processor=info.get_hf_processor(), mm_kwargs={}
+        )
+        return (down, across) if down * across == count else super().tile_grid(info, size, count)
+
     def largest_size(self, info: Any) -> ImageSize:
         return ImageSize(1, 1)  # images are first made so large that the longer side is that of all
 

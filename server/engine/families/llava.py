@@ -36,6 +36,7 @@ from foldserve.reducers.item import ItemPlan, Layout
 from foldserve.server.engine.family import Family
 from foldserve.server.engine.model import FoldModel
 from foldserve.server.engine.processor import FoldProcessor, without_ours
+from foldserve.server.engine.regions import Box, seen
 from foldserve.server.engine.vision import Survivors, encode_images
 
 
@@ -58,6 +59,12 @@ class LlavaFamily(Family):
         embeds = model.multi_modal_projector(torch.cat([image.features for image in images]))  # (sum of kept, hidden)
         each = zip(images, embeds.split([plan.kept for plan in plans]), strict=True)
         return [image._replace(features=embedded) for image, embedded in each]
+
+    def left(self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan) -> Sequence[Survivors]:
+        return encode_images(model.vision_tower, checked_pixels(model, inputs), plan.grids, self._select_strategy)
+
+    def box(self, size: tuple[int, int], info: Any) -> Box:
+        return seen(info.get_hf_processor().image_processor, size)
 
 
 def checked_pixels(model: LlavaForConditionalGeneration, inputs: Mapping[str, Any]) -> Tensor:

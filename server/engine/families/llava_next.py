@@ -6,7 +6,7 @@ images smaller before it, does so tile by tile, and the mosaic is laid out of sm
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
 from itertools import islice
@@ -28,9 +28,11 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part
+from foldserve.reducers.plan import Plan
 from foldserve.server.engine.families.llava import ImageTokens, geometry_of
-from foldserve.server.engine.family import AfterTowerFamily
+from foldserve.server.engine.family import AfterTowerFamily, Modality
 from foldserve.server.engine.model import FoldModel
+from foldserve.server.engine.regions import WHOLE, Box, Region, cut, sides
 from foldserve.server.engine.vision import Survivors, encode_images
 
 _STAGES = frozenset({Stage.AFTER_TOWER, Stage.DECODER})
@@ -91,9 +93,7 @@ class LlavaNextFamily(AfterTowerFamily):
         return Layout(parts, shape, self)
 
     def grids(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> list[list[Tensor]]:
-        counts = [1 if plan.base_only else 1 + self._tiles(plan.layout.shape) for plan in plans]
-        pixels = model._parse_and_validate_image_input(**inputs)["pixel_values"]
-        tiles = torch.cat([image[:count] for image, count in zip(pixels, counts, strict=True)])  # no padded ones
+        tiles, counts = self._pixels(model, inputs, plans)
         features = self._features(model, tiles, counts, plans)
         return [self._grids(image, plan) for image, plan in zip(features, plans, strict=True)]
 
@@ -112,14 +112,60 @@ class LlavaNextFamily(AfterTowerFamily):
             torch.cat([whole.source, with_newlines.source + self._side**2]),
         )
 
+    def left(self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan) -> Sequence[Survivors]:
+        if plan.tile is None or plan.tile.is_identity:
+            return super().left(model, inputs, plan)
+        tiles, (count,) = self._pixels(model, inputs, [plan])
+        return self._tiles_left(model, tiles, [plan.tile] * count)
+
+    def regions(self, plan: ItemPlan, modality: Modality, size: tuple[int, int], info: Any) -> list[Region]:
+        """What acts on tiles before they are laid out is shown tile by tile."""
+        shape, side = plan.layout.shape, self._side
+        mosaic = self._mosaic(shape, side)
+        canvas = self._canvas_box(shape, mosaic)
+        if plan.tile is not None and not plan.tile.is_identity:
+            return [Region("base", side, side, WHOLE, plan.tile), *self._tile_regions(shape, plan.tile, canvas)]
+        grid, of_mosaic = sides(plan.layout.parts[1].geometry), None if plan.base_only else plan.grids[1]
+        return [
+            Region("base", side, side, WHOLE, plan.grids[0]),
+            Region("mosaic", *grid, _within(canvas, mosaic, side), of_mosaic),
+        ]
+
+    def _tile_regions(self, shape: tuple[int, ...], tile: Plan, canvas: Box) -> Iterator[Region]:
+        """Of a mosaic whose tiles are reduced one by one; padding is cut off behind that."""
+        side, left, mosaic = self._side, isqrt(tile.kept), self._mosaic(shape, self._side)
+        kept = self._mosaic(shape, left)
+        for i, box in enumerate(cut(canvas, mosaic.down, mosaic.across)):
+            down, across = divmod(i, mosaic.across)
+            window = _local(kept.rows, down * left, left), _local(kept.columns, across * left, left)
+            yield Region(f"tile {i + 1}", side, side, box, tile, window)
+
+    def _canvas_box(self, shape: tuple[int, ...], mosaic: Mosaic) -> Box:
+        """Of the canvas that an image is laid on, in shares of the image."""
+        height, width = shape
+        high, wide = mosaic.down * self._tile_pixels, mosaic.across * self._tile_pixels
+        scale = min(high / height, wide / width)
+        y, x = (high / (height * scale) - 1) / 2, (wide / (width * scale) - 1) / 2
+        return -x, -y, 1 + x, 1 + y
+
+    def _pixels(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> tuple[Tensor, list[int]]:
+        """(tiles of all images, 3, H, W), the base tile first in each, and how many each has."""
+        counts = [1 if plan.base_only else 1 + self._tiles(plan.layout.shape) for plan in plans]
+        pixels = model._parse_and_validate_image_input(**inputs)["pixel_values"]
+        tiles = [image[:count] for image, count in zip(pixels, counts, strict=True)]  # no padded ones
+        return torch.cat(tiles), counts
+
     def _features(self, model: Any, tiles: Tensor, counts: list[int], plans: Sequence[ItemPlan]) -> Sequence[Tensor]:
         """Of each image or video, (tiles, n, C); n is less where tokens go in the tower, or before it."""
         each = [plan.tile for plan, count in zip(plans, counts, strict=True) for _ in range(count) if plan.tile]
         if all(plan.is_identity for plan in each):
             features: Tensor = model._image_pixels_to_features(model.vision_tower, tiles)
             return features.split_with_sizes(counts)
-        left = iter(encode_images(model.vision_tower, tiles, each, model.config.vision_feature_select_strategy))
+        left = iter(self._tiles_left(model, tiles, each))
         return [torch.stack([tile.features for tile in islice(left, count)]) for count in counts]
+
+    def _tiles_left(self, model: Any, tiles: Tensor, plans: Sequence[Plan]) -> Sequence[Survivors]:
+        return encode_images(model.vision_tower, tiles, plans, model.config.vision_feature_select_strategy)
 
     def _grids(self, tiles: Tensor, plan: ItemPlan) -> list[Tensor]:
         """Features of an image's tiles (tiles, n, C) -> its base tile, and its mosaic."""
@@ -156,6 +202,24 @@ class LlavaNextFamily(AfterTowerFamily):
         grid = grid.transpose(1, 2).flatten(0, 1).flatten(1, 2)  # (rows, columns, C), padding included
         rows, columns = mosaic.rows, mosaic.columns
         return grid[rows.start : rows.stop, columns.start : columns.stop].flatten(0, 1)
+
+
+def _within(canvas: Box, mosaic: Mosaic, side: int) -> Box:
+    """The part of a canvas of which tokens stay."""
+    left, top, right, bottom = canvas
+    column, row = (right - left) / (mosaic.across * side), (bottom - top) / (mosaic.down * side)
+    rows, columns = mosaic.rows, mosaic.columns
+    return (
+        left + columns.start * column,
+        top + rows.start * row,
+        left + columns.stop * column,
+        top + rows.stop * row,
+    )
+
+
+def _local(kept: range, first: int, side: int) -> range:
+    """Of what stays of a mosaic's rows or columns, those of a tile that begins at `first`."""
+    return range(max(0, kept.start - first), min(side, kept.stop - first))
 
 
 def end_rows(mosaic: Survivors, rows: int, columns: int, newline: Tensor) -> Survivors:

@@ -22,6 +22,7 @@ from foldserve.reducers.reduction import Reduction
 from foldserve.server.engine.families.llava import ImageTokens, geometry_of
 from foldserve.server.engine.family import PIXEL_FIELDS, AfterTowerFamily, asks_for_frames
 from foldserve.server.engine.model import FoldModel
+from foldserve.server.engine.regions import Box, seen
 from foldserve.server.engine.vision import Survivors, one_after_another
 
 TEXT_TOKENS = 1000
@@ -78,6 +79,9 @@ class LlavaNextVideoFamily(AfterTowerFamily):
 
     def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
         return one_after_another(grids, plan.grids[0].encoded)
+
+    def box(self, size: tuple[int, int], info: Any) -> Box:
+        return seen(info.get_hf_processor().video_processor, size)
 
 
 class FoldLlavaNextVideoProcessingInfo(LlavaNextVideoProcessingInfo):

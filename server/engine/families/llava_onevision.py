@@ -35,6 +35,7 @@ from foldserve.server.engine.families.llava_next import LlavaNextFamily, grid_ge
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.family import PIXEL_FIELDS, Modality, asks_for_frames
 from foldserve.server.engine.model import FoldModel
+from foldserve.server.engine.regions import WHOLE, Region, sides
 
 _ILLAVA_VIDEO_LAYERS = (3, 4, 5, 6)
 _MOST_TILES = 9
@@ -77,9 +78,23 @@ class LlavaOnevisionFamily(LlavaNextFamily):
     def grids(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> list[list[Tensor]]:
         if PIXEL_FIELDS["video"] not in inputs:
             return super().grids(model, inputs, plans)
+        pixels, counts = self._pixels(model, inputs, plans)
+        return [[_pooled(frames)] for frames in self._features(model, pixels, counts, plans)]
+
+    def regions(self, plan: ItemPlan, modality: Modality, size: tuple[int, int], info: Any) -> list[Region]:
+        """What acts in the tower is shown as the tower has it, before frames are pooled or a large mosaic shrinks."""
+        if modality == "image":
+            return super().regions(plan, modality, size, info)
+        grid, own = sides(plan.layout.parts[0].geometry), plan.grids[0]
+        if plan.tile is not None and not plan.tile.is_identity:
+            grid, own = (self._side, self._side), plan.tile
+        return [Region(f"frame {i + 1}", *grid, WHOLE, own) for i in range(plan.layout.shape[0])]
+
+    def _pixels(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> tuple[Tensor, list[int]]:
+        if PIXEL_FIELDS["video"] not in inputs:
+            return super()._pixels(model, inputs, plans)
         videos = list(model._parse_and_validate_video_input(**inputs)[PIXEL_FIELDS["video"]])
-        features = self._features(model, torch.cat(videos), [len(frames) for frames in videos], plans)
-        return [[_pooled(frames)] for frames in features]
+        return torch.cat(videos), [len(frames) for frames in videos]
 
     def project(self, model: Any, features: Tensor) -> Tensor:
         return features  # has been

@@ -26,6 +26,7 @@ from foldserve.server.engine.families.llava import (
     checked_pixels,
 )
 from foldserve.server.engine.family import AfterTowerFamily
+from foldserve.server.engine.regions import Box, seen
 from foldserve.server.engine.vision import Survivors
 
 ARCHITECTURE = "LlavaStfForConditionalGeneration"
@@ -48,6 +49,9 @@ class StfFamily(AfterTowerFamily):
     def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
         (image,) = grids
         return image
+
+    def box(self, size: tuple[int, int], info: Any) -> Box:
+        return seen(info.get_hf_processor().image_processor, size)
 
 
 class StfProcessingInfo(LlavaProcessingInfo):

@@ -30,7 +30,8 @@ from foldserve.server.engine.families.llava import (
     FoldLlavaMultiModalProcessor,
     checked_pixels,
 )
-from foldserve.server.engine.family import AfterTowerFamily
+from foldserve.server.engine.family import AfterTowerFamily, Modality
+from foldserve.server.engine.regions import Box, Region, seen
 from foldserve.server.engine.vision import Survivors
 
 ARCHITECTURE = "MmvpForConditionalGeneration"
@@ -58,6 +59,13 @@ class MmvpFamily(AfterTowerFamily):
         features = torch.cat([projector.clip(clip.features), projector.dino(dino.features)])
         source, order = torch.cat([TOWERS * clip.source, TOWERS * dino.source + 1]).sort()
         return Survivors(features[order], source)
+
+    def regions(self, plan: ItemPlan, modality: Modality, size: tuple[int, int], info: Any) -> list[Region]:
+        each = zip(("CLIP", "DINOv2"), super().regions(plan, modality, size, info), strict=True)
+        return [region._replace(name=name) for name, region in each]
+
+    def box(self, size: tuple[int, int], info: Any) -> Box:
+        return seen(info.get_hf_processor().image_processor, size)
 
 
 class MmvpProcessingInfo(LlavaProcessingInfo):

@@ -123,13 +123,15 @@ class QwenVLFamily(EqualGridsFamily):
             own = inputs if len(members) == len(plans) else self.select(inputs, members)
             if group is None:
                 return after_tower(model, own, [plans[i] for i in members])
-            modality: Modality = "image" if _GRIDS["image"] in own else "video"
-            _, height, width = own[_GRIDS[modality]][0].tolist()  # a video's frames are images to the tower
-            frames = iter(encode_reducing(model.visual, own[PIXEL_FIELDS[modality]], (1, height, width), group[1]))
+            frames = iter(_frames_left(model, own, group[1]))
             left = [(plans[i], list(islice(frames, plans[i].layout.parts[0].count))) for i in members]
             return [self.pack(model, own_frames, plan) for plan, own_frames in left]
 
         return in_groups(plans, _in_tower, encode)
+
+    def left(self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan) -> Sequence[Survivors]:
+        group = _in_tower(plan)
+        return super().left(model, inputs, plan) if group is None else _frames_left(model, inputs, group[1])
 
     def deciding_columns(self, model: Any) -> int:
         return self._model_config.get_inputs_embeds_size()
@@ -271,6 +273,13 @@ def _grid(
     )
     token = vision.patch_size * vision.spatial_merge_size
     return resized.height // token, resized.width // token
+
+
+def _frames_left(model: Any, inputs: Mapping[str, Any], plan: Plan) -> list[Survivors]:
+    """Of images or videos of one size, through the tower; a video's frames are images to it."""
+    modality: Modality = "image" if _GRIDS["image"] in inputs else "video"
+    _, height, width = inputs[_GRIDS[modality]][0].tolist()
+    return encode_reducing(model.visual, inputs[PIXEL_FIELDS[modality]], (1, height, width), plan)
 
 
 def _in_tower(plan: ItemPlan) -> tuple[tuple[int, int], Plan] | None:

@@ -22,6 +22,7 @@ from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part
 from foldserve.server.engine.family import EqualGridsFamily, Modality
 from foldserve.server.engine.processor import ShortenedRuns
+from foldserve.server.engine.regions import WHOLE, Region, cut, sides, tile_grid
 from foldserve.server.engine.vision import rows
 
 
@@ -32,6 +33,7 @@ class TilesFamily(EqualGridsFamily):
         stages: in which a tile may be reduced.
         counts: multimodal field with the number of tiles of each item, on the CPU; vLLM calls tiles patches.
         tile_fields: multimodal fields with a row for each tile of all items, pixels first.
+        base_is_last: the whole image is behind its tiles.
     """
 
     shape_ints = 1
@@ -39,6 +41,7 @@ class TilesFamily(EqualGridsFamily):
     stages = frozenset({Stage.AFTER_TOWER, Stage.DECODER})
     counts: ClassVar[Mapping[Modality, str]] = {"image": "num_patches"}
     tile_fields: ClassVar[Mapping[Modality, tuple[str, ...]]] = {"image": ("pixel_values",)}
+    base_is_last: ClassVar[bool] = True
 
     def __init__(self, model_config: ModelConfig, side: int) -> None:
         """`side` of a tile, in tokens."""
@@ -63,6 +66,22 @@ class TilesFamily(EqualGridsFamily):
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
         return Layout((Part(self._tile, count=shape[0]),), shape)
+
+    def regions(self, plan: ItemPlan, modality: Modality, size: tuple[int, int], info: Any) -> list[Region]:
+        """Of an image cut into tiles the whole of it is one more, see `base_is_last`."""
+        tiles = plan.layout.shape[0] - 1
+        if modality == "video" or not tiles:
+            return super().regions(plan, modality, size, info)
+        (tile_plan,), (rows, columns) = plan.grids, sides(self._tile)
+        of_tiles = None if plan.base_only else tile_plan
+        boxes = cut(WHOLE, *self.tile_grid(info, size, tiles))
+        found = [Region(f"tile {i + 1}", rows, columns, box, of_tiles) for i, box in enumerate(boxes)]
+        base = Region("base", rows, columns, WHOLE, tile_plan)
+        return [*found, base] if self.base_is_last else [base, *found]
+
+    def tile_grid(self, info: Any, size: tuple[int, int], count: int) -> tuple[int, int]:
+        """(down, across) of an image's tiles without the base tile."""
+        return tile_grid(size, count)
 
     def widths(self, model_config: ModelConfig) -> Widths:
         vision = model_config.hf_config.vision_config

@@ -84,13 +84,23 @@ class VideoLlavaFamily(LlavaFamily):
         if VIDEO not in inputs:
             return super().encode(model, inputs, plans)
         features = model.frame_features(inputs[VIDEO])  # (frames, 1 + patches, C)
-        of_frames = [plan.grids[0] for plan in plans for _ in range(plan.layout.shape[0])]
-        left = reduce_features(untouched(features[:, 1:]), of_frames)
+        left = _reduced(features, plans)
         frames = iter([_behind(first, frame) for first, frame in zip(features[:, :1], left, strict=True)])
         each = [one_after_another([*islice(frames, plan.layout.shape[0])], features.shape[1]) for plan in plans]
         embeds = model.multi_modal_projector(torch.cat([video.features for video in each]))
         lengths = [plan.kept for plan in plans]
         return [video._replace(features=own) for video, own in zip(each, embeds.split_with_sizes(lengths), strict=True)]
+
+    def left(self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan) -> Sequence[Survivors]:
+        if VIDEO not in inputs:
+            return super().left(model, inputs, plan)
+        return _reduced(model.frame_features(inputs[VIDEO]), [plan])
+
+
+def _reduced(features: torch.Tensor, plans: Sequence[ItemPlan]) -> list[Survivors]:
+    """(frames of all videos, 1 + patches, C) -> what is left of each frame's patches."""
+    of_frames = [plan.grids[0] for plan in plans for _ in range(plan.layout.shape[0])]
+    return reduce_features(untouched(features[:, 1:]), of_frames)
 
 
 def _behind(class_token: torch.Tensor, frame: Survivors) -> Survivors:
