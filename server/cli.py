@@ -21,6 +21,7 @@ Serve vision-language models with fewer vision tokens: every request chooses how
   foldserve calibrate MODEL --data DIR          find the layer where vision tokens may be withdrawn
   foldserve evaluate MODEL                      accuracy against vision tokens, for every method
   foldserve analyze MODEL                       where the model can do with fewer vision tokens
+  foldserve map IMAGE [MODEL]                   a picture of where an image's vision tokens go
   foldserve loadtest MODEL                      throughput against vision tokens, beside plain vLLM
   foldserve convert stf|mmvp SRC ...            a LLaVA-STF or MMVP checkpoint into the layout that is served
   foldserve hash-key NAME                       an API key, for serve --api-keys

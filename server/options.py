@@ -14,8 +14,9 @@ def option(default: _T, metavar: str | None = None, help: str = "", **more: Any)
     Args:
         default: shown at the end of `help`, unless a "(default: ..." stands there.
         more: metadata. `group` is the title that the help shows above this field and those that follow; `flag` another
-            name; `parse` reads the value, where the field's type does not say how; `expected` is what the items of a
-            list are called when they can't be read. `action`, `choices` and `nargs` are argparse's.
+            name, and `short` one beside it; `parse` reads the value, where the field's type does not say how;
+            `expected` is what the items of a list are called when they can't be read. `action`, `choices` and `nargs`
+            are argparse's.
     """
     return field(default=default, metadata={"metavar": metavar, "help": help, **more})
 

@@ -7,6 +7,7 @@ ALL = {
     "calibrate": "find the withdrawal layer of a model",
     "evaluate": "measure accuracy against vision tokens",
     "analyze": "show where a model can do with fewer vision tokens",
+    "map": "draw where an image's vision tokens go",
     "loadtest": "measure throughput against the reduction ratio",
     "convert": "bring a checkpoint into the layout that is served",
     "demo-model": "copy the demo model into a directory, for other programs",

@@ -61,7 +61,8 @@ def add_options(parser: argparse._ActionsContainer, options: type) -> None:
         else:
             prefix = "no_" if field.default is True else ""
             name = field.metadata.get("flag") or flag(prefix + field.name)
-            group.add_argument(name, dest=field.name, **keywords)
+            short = [field.metadata["short"]] if "short" in field.metadata else []
+            group.add_argument(*short, name, dest=field.name, **keywords)
 
 
 def read_options(options: type[_T], args: argparse.Namespace, **others: Any) -> _T:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.family import Modality
-from foldserve.server.engine.grid_map import GridMap, grid_maps, needs_engine, pack
-from foldserve.server.engine.processor import KWARG, PLANS
+from foldserve.server.engine.grid_map import GridMap
+from foldserve.server.engine.processor import KWARG
+from foldserve.server.quality.engine.mapping import maps_of
 
 Members = list[list[int]]
 """Of each group the tokens in it."""
@@ -18,22 +18,16 @@ def engine_maps(
     llm: Any, prompt: str, items: Sequence[Any], asked: Sequence[Mapping[str, Any]], modality: Modality = "image"
 ) -> list[list[GridMap]]:
     """Of each image or video, one map a grid; the counts are those of the plans."""
-    config = llm.llm_engine.vllm_config.model_config
-    processor, family = llm.llm_engine.renderer.get_mm_processor(), family_of(config)
-    assert family is not None
+    processor = llm.renderer.get_mm_processor()
     data = processor.info.parse_mm_data({modality: list(items)})
     tokens = processor.info.get_tokenizer().encode(prompt, add_special_tokens=False)
     made = processor(tokens, data, hf_processor_mm_kwargs={KWARG: {modality: [dict(one) for one in asked]}})
-    found = []
-    for item, plan, processed in zip(items, made[PLANS][modality], made["mm_kwargs"][modality], strict=True):
-        size = item.size if modality == "image" else (item.shape[2], item.shape[1])
-        regions = family.regions(plan, modality, size, processor.info)
-        groups = llm.collective_rpc("token_groups", args=(pack(processed),))[0] if needs_engine(regions) else []
-        maps = grid_maps(regions, groups)
+    sizes = [item.size if modality == "image" else (item.shape[2], item.shape[1]) for item in items]
+    each = maps_of(llm, made, modality, sizes)
+    for plan, maps in each:
         separators = sum(part.separators for part in plan.laid_out.parts)
         assert sum(len(one.sizes) for one in maps) + separators == plan.kept
-        found.append(maps)
-    return found
+    return [maps for _, maps in each]
 
 
 def members(found: GridMap) -> Members:

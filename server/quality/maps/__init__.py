@@ -1,0 +1,1 @@
+"""`foldserve map`: a picture of where an image's vision tokens go."""
