@@ -24,6 +24,7 @@ class Access:
     open_metrics: bool = option(
         False, None, "/metrics needs no key (default: with --api-keys, one with the scope `metrics`)"
     )
+    playground: bool = option(True, None, "/playground, a page to try the server with, is not served")
     max_queue: int = option(
         1024, "N", "answers that may wait beside those the engine runs; more are told to come later"
     )

@@ -21,7 +21,16 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 import pytest
 from xdist.scheduler import LoadFileScheduling
 
-_ON_ONE_SERVER = ("bad_inputs", "chat", "dialects", "front", "positions", "reduction_map", "schema_fuzz")
+_ON_ONE_SERVER = (
+    "bad_inputs",
+    "chat",
+    "dialects",
+    "front",
+    "playground",
+    "positions",
+    "reduction_map",
+    "schema_fuzz",
+)
 ON_ONE_SERVER = tuple(f"tests/api/test_{name}.py::" for name in _ON_ONE_SERVER)
 """Files that use the fixture `server_url`, which lives as long as its worker."""
 

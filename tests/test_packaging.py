@@ -39,6 +39,7 @@ def test_every_module_and_all_data_are_in_the_wheel_once_and_nothing_is_at_the_t
         for path in (ROOT / name).rglob("*.py")
     }
     data = [*(ROOT / "server/quality/demo/checkpoint").iterdir(), *(ROOT / "server").rglob("references.safetensors")]
+    data += (ROOT / "server/api/playground/page").iterdir()
     sources |= {f"foldserve/{path.relative_to(ROOT).as_posix()}": path.read_bytes() for path in data}
     with zipfile.ZipFile(wheel) as archive:
         packed = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}

@@ -36,6 +36,7 @@ def describe(chat: FoldServingChat) -> dict[str, object]:
             "can_keep": planner.positions is not None,
         },
         "withdraw_layer": settings.withdraw_layer,
+        "decoder": _decoder(chat),
         "calibration": settings.calibration,
         "auto": None if settings.auto is None else settings.auto.to_config() | {"bounds": settings.auto_bounds},
         "quality": served_card(chat.engine_client.vllm_config.model_config.model),
@@ -64,6 +65,13 @@ def _limits(chat: FoldServingChat) -> dict[str, dict[str, float | None]]:
         rule = limits.video_rule
         found["video"] = {"frames": rule.frames, "fps": rule.fps, "max_seconds": limits.max_video_seconds}
     return found
+
+
+def _decoder(chat: FoldServingChat) -> dict[str, int]:
+    """What a token costs in the KV cache; layers with a recurrent state keep none."""
+    cost = chat.kv_cost
+    layers = chat.model_config.get_total_num_hidden_layers()
+    return {"layers": layers, "kv_layers": cost.layers, "kv_bytes_per_token_and_layer": cost.token_layer_bytes}
 
 
 def served_card(model: str) -> dict[str, Any] | None:

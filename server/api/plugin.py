@@ -62,6 +62,7 @@ class FoldserveEndpoint:
         _init_access(engine_client, state, args, settings.access)
         renderer = _renderer(state.online_renderer)
         state.foldserve_turn = asyncio.Lock()
+        state.foldserve_playground = settings.access.playground
         state.foldserve_counts_drops = asyncio.create_task(metrics.count_dropped_lines())
         state.foldserve_unread = UnreadBodies(limits.max_unread_bytes)
         state.foldserve_chat = FoldServingChat(

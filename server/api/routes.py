@@ -26,6 +26,7 @@ from foldserve.server.api.dialects.route import MessagesRoute, ResponsesRoute, r
 from foldserve.server.api.errors import NoSuchModel, UnsupportedRoute, from_vllm, render
 from foldserve.server.api.lifecycle.health import health
 from foldserve.server.api.limits.route import ChatRoute
+from foldserve.server.api.playground.routes import playground
 from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.api.serving import FoldServingChat
 
@@ -171,7 +172,7 @@ async def list_reducers(raw_request: Request) -> dict[str, object]:
 
 def replace_routes(app: FastAPI) -> None:
     """Puts our routes in place of vLLM's: few of those are kept, the others refused."""
-    ours = (work, responses, messages, health, router)
+    ours = (work, responses, messages, health, router, playground)
     paths = {route.path for some in ours for route in some.routes if isinstance(route, Route)}
     theirs = [route for route in app.routes if isinstance(route, Route) and route.path not in paths]
     app.router.routes.clear()

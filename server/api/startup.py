@@ -48,7 +48,7 @@ def facts(chat: FoldServingChat, limits: Limits, access: Access) -> dict[str, st
         "requests": f"{config.scheduler_config.max_num_seqs} run at once, {access.max_queue} wait; each up to "
         f"{_media(chat, limits)}, {limits.max_body_mb:g} MB in all",
         "access": _access(access),
-        "see also": "/v1/reducers, /docs, /metrics; `foldserve serve --verbose` shows vLLM's own log",
+        "see also": f"{'/playground, ' if access.playground else ''}/v1/reducers, /docs, /metrics; `foldserve serve --verbose` shows vLLM's own log",
     }
 
 
