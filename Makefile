@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 	$$p tools/setup.py --check-python >/dev/null 2>&1 && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve gpu-check test test-runners test-next test-clients test-deploy soak check clean
+.PHONY: help setup serve gpu-check test test-runners test-next test-clients test-deploy test-pages soak check clean
 
 help: ## show this
 	@echo "make COMMAND, where COMMAND is"
@@ -43,6 +43,12 @@ test-clients: setup ## docs/clients.md with the real clients (installs them; nee
 	@tests/clients/tools.sh $(BIN)/python $(VENV)-clients
 	@$(BIN)/python -m pytest tests/clients $(TESTS)
 
+test-pages: setup ## the playground in a browser (installs Playwright; needs Chromium)
+	@command -v chromium chromium-browser google-chrome > /dev/null || { echo "test-pages: Chromium is needed in PATH and was not" \
+		"found. Debian: apt-get install chromium" >&2; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(VENV)-pages -r tests/pages/requirements.txt
+	@PYTHONPATH=$(CURDIR)/$(VENV)-pages $(BIN)/python -m pytest tests/pages $(TESTS)
+
 test-deploy: setup ## routing, data parallel, Prometheus and image steps on real programs (fetches Prometheus, vllm-router)
 	@tests/deploy/live/tools.sh $(VENV)
 	@$(BIN)/python -m pytest tests/deploy/live $(TESTS)
@@ -59,5 +65,5 @@ check: setup ## lint, formatting, types
 	@$(BIN)/mypy src/foldserve tests tools
 
 clean: ## remove what was built, .venv included
-	@rm -rf $(VENV) $(VENV)-clients .next-vllm build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(VENV)-clients $(VENV)-pages .next-vllm build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

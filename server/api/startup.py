@@ -38,6 +38,7 @@ def facts(chat: FoldServingChat, limits: Limits, access: Access) -> dict[str, st
     """Names and values, in the order in which they are shown."""
     config = chat.engine_client.vllm_config
     name, model = chat.models.base_model_paths[0].name, config.model_config
+    page = "/playground, " if access.playground else ""
     return {
         "model": f"{name}: {', '.join(model.architectures)}, {str(model.dtype).removeprefix('torch.')}, "
         f"{model.max_model_len} tokens of context",
@@ -48,7 +49,7 @@ def facts(chat: FoldServingChat, limits: Limits, access: Access) -> dict[str, st
         "requests": f"{config.scheduler_config.max_num_seqs} run at once, {access.max_queue} wait; each up to "
         f"{_media(chat, limits)}, {limits.max_body_mb:g} MB in all",
         "access": _access(access),
-        "see also": f"{'/playground, ' if access.playground else ''}/v1/reducers, /docs, /metrics; `foldserve serve --verbose` shows vLLM's own log",
+        "see also": f"{page}/v1/reducers, /docs, /metrics; `foldserve serve --verbose` shows vLLM's own log",
     }
 
 

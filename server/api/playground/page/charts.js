@@ -10,7 +10,7 @@ export function draw(element, rows) {
       const fill = make("div", { className: `fill ${name}` });
       fill.style.width = `${value === null ? 0 : Math.max(0, value) / most * 100}%`;
       const track = make("div", { className: "track" }, fill);
-      return make("div", { className: "bar" }, make("b", {}, name.toUpperCase()), track, make("span", {}, value === null ? "–" : text(value)));
+      return make("div", { className: "bar" }, make("b", {}, name.toUpperCase()), track, make("span", {}, value === null ? "-" : text(value)));
     });
     return make("div", { className: "chart" }, make("h3", {}, title), ...bars);
   }));
