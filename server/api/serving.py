@@ -166,6 +166,7 @@ class FoldServingChat(OpenAIServingChat):
         if (refusal := await self._check_model(request)) is not None:
             return refusal
         reduction_map.check(request)
+        request.progress.body = None  # nothing is scored
         render = partial(self.online_renderer.render_chat, skip_mm_cache=True)  # the engine has to be sent all pixels
         _, prompt, sizes = await self._planned(request, render)
         vision, fields = request.progress.vision, dict(prompt)

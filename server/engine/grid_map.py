@@ -36,7 +36,7 @@ class GridMap(NamedTuple):
     Attributes:
         group: for each token, in raster order, the index of its group; -1 if it was dropped.
         sizes: of each group, in tokens.
-        source: token that each group stands for.
+        source: token that each group stands for; -1 for a class token that stays, whose size is 0.
     """
 
     region: Region

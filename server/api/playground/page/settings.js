@@ -47,13 +47,14 @@ export class Setting {
 
   buildOptions() {
     const options = Object.entries(this.methods.get(this.method.value)?.options ?? {});
-    this.own = options.filter(([, schema]) => schema.enum).map(([name, schema]) => {
-      const input = select(schema.enum, schema.default);
+    this.own = options.filter(([, schema]) => schema.enum ?? schema.type === "boolean").map(([name, schema]) => {
+      const values = schema.enum ?? [true, false], standard = schema.default ?? "as the model has it";
+      const input = select([...new Set([standard, ...values])].map(String), String(standard));
       input.oninput = () => this.changed();
-      return { name, schema, input };
+      return { name, input, standard, values };
     });
-    this.options.replaceChildren(...this.own.map(({ name, schema, input }) =>
-      make("label", { title: schema.description ?? "" }, name, input)));
+    this.options.replaceChildren(...this.own.map(({ name, input }) =>
+      make("label", { title: this.methods.get(this.method.value).options[name].description ?? "" }, name, input)));
   }
 
   // Without the fields that say what the server takes anyway.
@@ -63,7 +64,9 @@ export class Setting {
     if (decoder !== NONE && decoder !== "withdraw") names.push(decoder);
     if (names.length) found.method = names.join("+");
     if (method !== NONE && method !== "base_only") found.ratio = Number(this.ratio.value);
-    for (const { name, schema, input } of this.own) if (input.value !== schema.default) found[name] = input.value;
+    for (const { name, input, standard, values } of this.own) {
+      if (input.value !== String(standard)) found[name] = values.find((value) => String(value) === input.value);
+    }
     if (decoder === "withdraw") found.withdraw = true;
     else if (decoder !== NONE) found.decoder_ratio = Number(this.share.value);
     return found;
