@@ -151,7 +151,9 @@ async def map_reduction(request: FoldChatRequest, raw_request: Request) -> Respo
     Of each grid, in raster order, `group` has the index of the group that a token goes into, or -1 if it is dropped.
     """
     answer = await _prepared(request, raw_request).map_tokens(request)
-    return render_vllm(answer) if isinstance(answer, ErrorResponse) else JSONResponse(answer)
+    if isinstance(answer, ErrorResponse):
+        raise from_vllm(answer)
+    return JSONResponse(answer)
 
 
 @router.get("/v1/models/{model:path}", tags=["models"])
