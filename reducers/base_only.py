@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from foldserve.reducers.geometry import Stage, VisionGeometry
-from foldserve.reducers.method import Method
+from foldserve.reducers.method import Kind, Method
 from foldserve.reducers.refusal import InvalidReduction
 
 
@@ -12,6 +12,7 @@ class BaseOnly(Method):
 
     name = "base_only"
     summary = "Of an image laid out in tiles, encodes the base tile alone, which shows the whole image."
+    kind = Kind.INPUT
     stage = Stage.BEFORE_TOWER
 
     def check(self, geometry: VisionGeometry) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from foldserve.reducers.geometry import VisionGeometry
-from foldserve.reducers.method import BeforeTower
+from foldserve.reducers.method import BeforeTower, Kind
 from foldserve.reducers.refusal import InvalidReduction
 
 
@@ -88,6 +88,7 @@ class Downsample(BeforeTower):
     name = "downsample"
     keeps_grid = True
     summary = "Makes the image smaller before the vision tower; the count is the largest grid that fits the ratio."
+    kind = Kind.INPUT
 
     def check(self, geometry: VisionGeometry) -> None:
         super().check(geometry)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from foldserve.reducers.fold import Fold, Reduced, at_least_fp32, fold, group_sum, merge
 from foldserve.reducers.geometry import VisionGeometry
-from foldserve.reducers.method import AfterTower, InTower, Step
+from foldserve.reducers.method import AfterTower, InTower, Kind, Step
 from foldserve.reducers.options import Choice
 from foldserve.reducers.schedule import fold_schedule
 
@@ -104,6 +104,7 @@ class Folder(AfterTower):
 
     name = "folder"
     summary = "Merges vision tokens that look alike, after the vision tower; works with any tower."
+    kind = Kind.MERGE
     paper = _PAPER
     options = (
         Choice("scale", "none", "'official' multiplies by 1 + ln(size) as the authors do", ("none", "official")),
@@ -122,6 +123,7 @@ class FolderCls(InTower):
 
     name = "folder_cls"
     summary = "Merges vision tokens inside the CLIP tower, those first that the class token attends to least."
+    kind = Kind.MERGE
     paper = _PAPER
     needs_class_token = True
 

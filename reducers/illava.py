@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foldserve.reducers.fold import Reduced, at_least_fp32, by_columns, group_sizes, group_sum
 from foldserve.reducers.geometry import VisionGeometry
-from foldserve.reducers.method import InTower, ScoringDecoder, Step
+from foldserve.reducers.method import InTower, Kind, ScoringDecoder, Step
 from foldserve.reducers.ops import Op
 from foldserve.reducers.options import Layers
 from foldserve.reducers.refusal import InvalidReduction
@@ -114,6 +114,7 @@ class Illava(InTower):
 
     name = "illava"
     summary = "Merges the vision tokens that are attended to least into one, in some layers of the tower."
+    kind = Kind.MERGE
     paper = _PAPER
     options = (
         Layers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -23,12 +24,22 @@ __all__ = [
     "BeforeTower",
     "Decoder",
     "InTower",
+    "Kind",
     "Method",
     "Projector",
     "ScoringDecoder",
     "Stage",
     "Step",
 ]
+
+
+class Kind(Enum):
+    """What becomes of the tokens that go: methods of one kind are compared with each other."""
+
+    MERGE = "merge"  # others take them up
+    DROP = "drop"
+    INPUT = "input"  # the tower sees less of the image
+    DECODER = "decoder"  # they leave inside the decoder
 
 
 class Step(NamedTuple):
@@ -50,6 +61,7 @@ class Method(ABC):
         name: what a request writes in `reduction.method`.
         summary: one sentence for users.
         paper: title of the paper that defines it; "" if there is none.
+        kind: what becomes of the tokens that go.
         stage: where it removes tokens.
         options: fields of `reduction` that it takes beside those that every method takes.
         seeded: its plans carry a seed that comes from the image.
@@ -60,6 +72,7 @@ class Method(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str] = ""
+    kind: ClassVar[Kind]
     stage: ClassVar[Stage]
     options: ClassVar[tuple[Option[Any], ...]] = ()
     seeded: ClassVar[bool] = False
@@ -210,6 +223,7 @@ class AfterTower(Method):
 class Projector(Method):
     """Trained into a checkpoint's projector, which fixes the number of tokens: a request cannot choose it."""
 
+    kind = Kind.MERGE
     stage = Stage.PROJECTOR
 
     def check(self, geometry: VisionGeometry) -> None:
@@ -235,6 +249,7 @@ class Decoder(Method):
         default_ratio: share that is removed where the request names none; None if the share can't be chosen.
     """
 
+    kind = Kind.DECODER
     stage = Stage.DECODER
     default_ratio: ClassVar[float | None] = None
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from foldserve.reducers.fold import Reduced, at_least_fp32, group_sizes
 from foldserve.reducers.geometry import VisionGeometry
-from foldserve.reducers.method import InTower, Step
+from foldserve.reducers.method import InTower, Kind, Step
 
 if TYPE_CHECKING:
     from foldserve.reducers.attention import LayerAttention
@@ -89,6 +89,7 @@ class PruMerge(InTower):
 
     name = "prumerge"
     summary = "Keeps the vision tokens that CLIP's class token attends to most, and adds their neighbours to them."
+    kind = Kind.MERGE
     paper = "LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models"
     needs_class_token = True
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from foldserve.reducers.fold import Reduced
-from foldserve.reducers.method import AfterTower
+from foldserve.reducers.method import AfterTower, Kind
 
 if TYPE_CHECKING:
     from foldserve.reducers.plan import Plan
@@ -49,6 +49,7 @@ class Random(AfterTower):
 
     name = "random"
     summary = "Keeps vision tokens drawn at random, the same ones for the same image; the control of every method."
+    kind = Kind.DROP
     seeded = True
 
     def reduce(self, x: Tensor, plan: Plan, width: int | None = None) -> Reduced:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from foldserve.reducers.fold import Order, Reduced, at_least_fp32, fold, merge
 from foldserve.reducers.geometry import VisionGeometry
-from foldserve.reducers.method import InTower, Step
+from foldserve.reducers.method import InTower, Kind, Step
 from foldserve.reducers.refusal import InvalidReduction
 from foldserve.reducers.schedule import even_schedule
 
@@ -56,6 +56,7 @@ class ToMe(InTower):
 
     name = "tome"
     summary = "Merges vision tokens with similar keys, some in every layer of the tower."
+    kind = Kind.MERGE
     paper = "Token Merging: Your ViT But Faster"
     proportional_attention = True
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from foldserve.reducers.fold import Reduced, by_columns, group_sizes, group_sum, true_fp32, unit_vectors
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.illava import without
-from foldserve.reducers.method import AfterLastLayer
+from foldserve.reducers.method import AfterLastLayer, Kind
 from foldserve.reducers.options import FlagOption
 from foldserve.reducers.prumerge import most_attended
 from foldserve.reducers.refusal import InvalidReduction
@@ -86,6 +86,7 @@ class VisionZip(AfterLastLayer):
 
     name = "visionzip"
     summary = "Keeps the vision tokens that the tower's last layer attends to most, and merges the others into a few."
+    kind = Kind.MERGE
     paper = "VisionZip: Longer is Better but Not Necessary in Vision Language Models"
     options = (
         FlagOption(

@@ -14,7 +14,7 @@ from foldserve.reducers import METHODS
 from foldserve.reducers.attention import LayerAttention
 from foldserve.reducers.base_only import BaseOnly
 from foldserve.reducers.item import Layout, plan_item
-from foldserve.reducers.method import AfterLastLayer, AfterTower, Decoder, InTower, Projector
+from foldserve.reducers.method import AfterLastLayer, AfterTower, Decoder, InTower, Kind, Projector
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 from tests.reducers.check import draw
 
@@ -57,6 +57,28 @@ def test_a_method_leaves_what_its_plan_says(geometry: VisionGeometry, method: st
         assert plan.grid[0] * plan.grid[1] == plan.kept
     if not plan.is_identity:
         assert run(plan, geometry) == plan.kept
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_does_with_tokens_what_its_kind_says(name: str) -> None:
+    """One that drops leaves the others as they were; one that merges loses none."""
+    method, geometry = METHODS[name], VisionGeometry(144, (12, 12), 6, class_token=True)
+    if isinstance(method, AfterTower):
+        plan = make_plan(Reduction.parse({"method": name, "ratio": 0.75}), geometry)
+        (x,) = draw(1, (1, geometry.tokens, 8))
+        reduced = method.reduce(x, plan)
+        is_dropped = bool((reduced.group == -1).any())
+        assert method.kind == (Kind.DROP if is_dropped else Kind.MERGE)
+        if is_dropped:
+            assert torch.equal(reduced.tokens[0], x[0, reduced.source[0]])
+    elif isinstance(method, AfterLastLayer):
+        assert method.kind in (Kind.MERGE, Kind.DROP)
+    elif isinstance(method, InTower | Projector):
+        assert method.kind == Kind.MERGE  # `test_a_method_leaves_what_its_plan_says` counts what it merges
+    elif isinstance(method, Decoder):
+        assert method.kind == Kind.DECODER
+    else:
+        assert method.kind == Kind.INPUT
 
 
 def test_a_method_that_rounds_down_leaves_two_tokens_or_refuses() -> None:

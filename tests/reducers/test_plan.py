@@ -110,7 +110,9 @@ def test_any_resolution_needs_squares(amount: dict[str, Any], param: str) -> Non
 
 
 def test_every_method_says_what_it_is() -> None:
-    assert all(method.name == name and method.summary and method.stage for name, method in METHODS.items())
+    assert all(
+        method.name == name and method.summary and method.stage and method.kind for name, method in METHODS.items()
+    )
 
 
 @pytest.mark.parametrize(
