@@ -9,14 +9,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from foldserve.loadtest.grid import Block, Point, schedule
 from foldserve.loadtest.options import Options
 from foldserve.loadtest.prediction import read_shape
 from foldserve.loadtest.quality import read_accuracy
 from foldserve.loadtest.record import BlockJournal, Record, joined
 from foldserve.loadtest.report.journal import run_identity
+from foldserve.loadtest.report.machine import machine, measured_on
 from foldserve.loadtest.run import Runner
 from foldserve.loadtest.servers import Fleet
 from foldserve.loadtest.summary import summarise
@@ -89,8 +88,8 @@ def _settings(options: Options, engine_options: Sequence[str], load: Sequence[fl
         f"{'servers side by side' if options.beside else 'one server at a time'}"
         f"{', started anew for every round' if options.restart and not options.url else ''}",
         "server options": " ".join(engine_options) or "none",
-        "machine": f"{psutil.cpu_count()} CPUs, {psutil.virtual_memory().total / 2**30:.0f} GiB, "
-        f"load average {load[0]:.1f} before and {load[-1]:.1f} after",
+        "date": measured_on(options.output),
+        "machine": f"{machine()}, load average {load[0]:.1f} before and {load[-1]:.1f} after",
         "versions": _versions(),
     }
 

@@ -27,8 +27,6 @@ _COUNTERS = (
 _BY_STAGE = "foldserve_vision_tokens_total"
 KV_USE, RUNNING, WAITING = "vllm:kv_cache_usage_perc", "vllm:num_requests_running", "vllm:num_requests_waiting"
 _WANTED = (*_COUNTERS, _BY_STAGE, KV_USE, RUNNING, WAITING)
-RESIDENT = "resident"
-"""Requests like those that run which the KV cache would hold: running / share of blocks in use."""
 
 
 def read(text: str) -> tuple[dict[str, float], dict[str, float]]:
@@ -93,8 +91,6 @@ class Watch:
                 continue
             for name, value in gauges.items():
                 self.gauges[name].append(value)
-            if gauges.get(KV_USE):
-                self.gauges[RESIDENT].append(gauges[RUNNING] / gauges[KV_USE])
 
     def _read(self) -> tuple[dict[str, float], dict[str, float]]:
         answer = self._client.get(self._page)

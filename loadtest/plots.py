@@ -1,163 +1,209 @@
-"""The report's pictures: one panel per load, one line per family of variants, intervals as bars."""
+"""The charts of a load test, or of two side by side: a panel per load, a line per family of variants."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
 
 from foldserve.loadtest.quality import Accuracy
-from foldserve.loadtest.report.charts import draw_estimates, style
-from foldserve.loadtest.report.estimates import Estimate
+from foldserve.loadtest.report.charts import MOST_LINES, Axis, Chart, Level, Line, Panel, Point, line_chart
 from foldserve.loadtest.summary import Row
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-_COLOURS = ("#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0891b2", "#65a30d", "#be185d")
-_CONTROL = "#111827"
-_COLUMNS = 3
-_PANEL_IN = (4.3, 3.5)
+_FULL = "ratio 0"
+_DASHED = "Dashed: what the arithmetic allows, from what was measured at ratio 0."
 
 
 @dataclass(frozen=True, slots=True)
-class Picture:
+class _Question:
     """What is drawn against the ratio.
 
     Attributes:
-        title: of the figure.
-        unit: of its vertical axes.
-        read: the figure of a row.
-        limit: the factor on ratio 0 that is predicted; None draws no line.
-        control: plain vLLM's figure.
+        stem: of the file.
+        title: the question.
+        figure: of a row.
+        limit: the factor on ratio 0 that is predicted.
+        same_scale: loads are compared with each other.
     """
 
+    stem: str
     title: str
-    unit: str
-    read: Callable[[Row], Estimate | None]
+    figure: str
+    y: Axis
     limit: Callable[[Row], float | None]
+    same_scale: bool = True
+    note: str = ""
 
 
-def _figure(name: str) -> Callable[[Row], Estimate | None]:
-    return lambda row: row.figures.get(name)
+def _predicted(name: str) -> Callable[[Row], float | None]:
+    return lambda row: row.limit.get(name)
 
 
-def _inverse(name: str) -> Callable[[Row], float | None]:
-    return lambda row: 1 / row.limit[name] if name in row.limit else None
-
-
-PICTURES = {
-    "throughput": Picture(
-        "Throughput against reduction ratio",
-        "requests/s",
-        _figure("requests_per_s"),
-        lambda row: row.limit.get("requests_per_s"),
+_QUESTIONS = (
+    _Question(
+        "throughput",
+        "How many requests a second?",
+        "requests_per_s",
+        Axis("requests/s", low=0),
+        _predicted("requests_per_s"),
     ),
-    "ttft": Picture(
-        "Time to first token against reduction ratio", "TTFT p50, s", _figure("ttft_s_p50"), _inverse("requests_per_s")
+    _Question(
+        "ttft",
+        "How long until the first token?",
+        "ttft_s_p50",
+        Axis("TTFT p50, s", low=0),
+        lambda row: 1 / row.limit["requests_per_s"] if "requests_per_s" in row.limit else None,
+        same_scale=False,
+        note="Each load has a scale of its own.",
     ),
-    "resident": Picture(
-        "Requests that the KV cache holds at once, against reduction ratio",
-        "resident requests",
-        _figure("resident"),
-        lambda row: row.limit.get("resident"),
+    _Question(
+        "kv",
+        "How much of the KV cache does a request hold?",
+        "kv_share",
+        Axis("% of the KV cache", scale=100, digits=3, low=0),
+        _predicted("kv_share"),
+        note="Blocks in use over running requests.",
     ),
-}
+    _Question(
+        "resident",
+        "How many requests does a full KV cache hold?",
+        "resident_when_full",
+        Axis("running requests", digits=1, low=0),
+        _predicted("resident_when_full"),
+        note="Seen while at least 90 % of its blocks were in use and requests waited.",
+    ),
+)
 
 
-def draw(rows: Sequence[Row], accuracy: Sequence[Accuracy]) -> dict[str, Figure]:
-    """File stem -> picture; one without figures is left out."""
-    with style():
-        return {
-            stem: _draw(picture, rows, accuracy if stem == "throughput" else ())
-            for stem, picture in PICTURES.items()
-            if any(picture.read(row) for row in rows)
-        }
+def charts(reports: Mapping[str, Sequence[Row]], accuracy: Sequence[Accuracy] = ()) -> list[Chart]:
+    """In the order in which they are to be read; what was not measured is left out, panel by panel.
+
+    Args:
+        reports: rows by the name that their panels have; "" where there is only one.
+    """
+    chosen, left_out = _families([row for rows in reports.values() for row in rows])
+    found = [_chart(question, reports, chosen, left_out) for question in _QUESTIONS]
+    found.insert(1, _trade(reports, chosen, accuracy))
+    return [chart for chart in found if chart is not None]
 
 
-def _draw(picture: Picture, rows: Sequence[Row], accuracy: Sequence[Accuracy]) -> Figure:
-    from matplotlib.figure import Figure
-
-    loads = list(dict.fromkeys(row.load for row in rows))
-    columns = min(len(loads), _COLUMNS)
-    lines = -(-len(loads) // columns)
-    size = (_PANEL_IN[0] * columns + 2.4, _PANEL_IN[1] * lines + 0.4)
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(lines, columns, squeeze=False).flat
-    families = _families(rows)
-    for load, axes in zip(loads, panels, strict=False):
-        _panel(axes, picture, [row for row in rows if row.load == load], families, accuracy)
-        axes.set_title(str(load))
-    for axes in list(figure.axes)[len(loads) : lines * columns]:
-        axes.set_visible(False)
-    figure.suptitle(picture.title, fontsize=12, fontweight="bold")
-    found = {
-        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
-    }
-    figure.legend(found.values(), found.keys(), loc="outside right center", frameon=False)
-    return figure
+def _families(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """Those that are drawn, which are the fastest, and the others."""
+    gains: dict[str, list[float]] = {}
+    for row in rows:
+        family = row.variant.family
+        if row.variant.server == "foldserve" and family != _FULL and "requests_per_s" in row.to_ratio_0:
+            gains.setdefault(family, []).append(row.to_ratio_0["requests_per_s"].value)
+    if any(family.endswith("+ withdraw") for family in gains):
+        gains.pop("withdraw", None)  # where those lines begin
+    best = sorted(gains, key=lambda family: fmean(gains[family]), reverse=True)[:MOST_LINES]
+    return [family for family in gains if family in best], [family for family in gains if family not in best]
 
 
-def _families(rows: Sequence[Row]) -> dict[str, str]:
-    """Colour by family; ratio 0 is where all of them begin."""
-    names = dict.fromkeys(row.variant.family for row in rows if row.variant.server == "foldserve")
-    return dict(zip((name for name in names if name != "ratio 0"), _COLOURS * len(names), strict=False))
+def _chart(
+    question: _Question, reports: Mapping[str, Sequence[Row]], families: Sequence[str], left_out: Sequence[str]
+) -> Chart | None:
+    panels: list[Panel] = []
+    for load, under in _by_load(reports):
+        found = [
+            _panel(question, ", ".join(filter(None, [load, name])), rows, families) for name, rows in under.items()
+        ]
+        if None not in found:  # else there is nothing to compare
+            panels += filter(None, found)
+    if not panels:
+        return None
+    most = max(point.x for panel in panels for line in panel.lines for point in line.points)
+    notes = [_DASHED] if any(line.dashed for panel in panels for line in panel.lines) else []
+    notes += filter(None, [question.note])
+    if left_out:
+        notes.append(f"Not drawn, since others are faster: {', '.join(left_out)}.")
+    return line_chart(
+        question.stem,
+        question.title,
+        panels,
+        Axis("reduction ratio", low=0, high=most),
+        question.y,
+        note=" ".join(notes),
+        columns=3 if len(reports) == 1 else len(reports),
+        same_scale=question.same_scale,
+    )
 
 
-def _panel(
-    axes: Axes, picture: Picture, rows: Sequence[Row], families: dict[str, str], accuracy: Sequence[Accuracy]
-) -> None:
-    full = next(row for row in rows if row.variant.family == "ratio 0")
-    for family, colour in families.items():
-        own = [row for row in rows if row.variant.family in (family, _at_zero(family))]
-        own.sort(key=lambda row: row.variant.ratio)
-        curve = own if own and own[0].variant.ratio == 0 else [full, *own]
-        _line(axes, [(row.variant.ratio, picture.read(row)) for row in curve], family, colour)
-        _limit_line(axes, picture, curve, full, colour)
-    if not families:
-        _line(axes, [(0.0, picture.read(full))], "ratio 0", _COLOURS[0])
-    control = next((row for row in rows if row.variant.server == "vllm"), None)
-    if control and (estimate := picture.read(control)):
-        axes.axhspan(estimate.low, estimate.high, color=_CONTROL, alpha=0.10, linewidth=0)
-        axes.axhline(estimate.value, color=_CONTROL, linewidth=1, linestyle=":", label="plain vLLM")
-    axes.set_xlabel("reduction ratio")
-    axes.set_ylabel(picture.unit)
-    axes.set_ylim(bottom=0)
-    axes.grid()
-    _accuracy_axis(axes, families, accuracy)
+def _by_load(reports: Mapping[str, Sequence[Row]]) -> Iterator[tuple[str, dict[str, list[Row]]]]:
+    """(load, rows under it by the name of their report), for loads that all reports have."""
+    for load in dict.fromkeys(str(row.load) for rows in reports.values() for row in rows):
+        under = {name: [row for row in rows if str(row.load) == load] for name, rows in reports.items()}
+        if all(any(row.variant.family == _FULL for row in own) for own in under.values()):
+            yield load, under
 
 
-def _at_zero(family: str) -> str:
-    """The family that shows the same withdrawal without a method."""
-    return "withdraw" if family.endswith("+ withdraw") else family
+def _panel(question: _Question, title: str, rows: Sequence[Row], families: Sequence[str]) -> Panel | None:
+    lines: list[Line] = []
+    for colour, family in enumerate(families):
+        curve = [row for row in _curve(rows, family) if question.figure in row.figures]
+        if any(row.variant.family == family for row in curve):
+            points = [Point(r.variant.ratio, r.figures[question.figure], f"ratio {r.variant.ratio:g}") for r in curve]
+            lines += [Line(family, points, colour), *_limit_line(question, curve, rows, colour)]
+    full = next(row for row in rows if row.variant.family == _FULL)
+    if not families and question.figure in full.figures:
+        lines.append(Line(_FULL, [Point(0.0, full.figures[question.figure])], 0))
+    if not lines:
+        return None
+    levels = [
+        Level("plain vLLM", row.figures[question.figure])
+        for row in rows
+        if row.variant.server == "vllm" and question.figure in row.figures
+    ]
+    return Panel(title, lines, levels)
 
 
-def _line(axes: Axes, points: Sequence[tuple[float, Estimate | None]], label: str, colour: str) -> None:
-    known = [(x, estimate) for x, estimate in points if estimate is not None]
-    options: dict[str, Any] = {"marker": "o", "markersize": 4, "linewidth": 1.6, "elinewidth": 1, "capsize": 2.5}
-    draw_estimates(axes, known, label=label, color=colour, **options)
+def _curve(rows: Sequence[Row], family: str) -> list[Row]:
+    """By ratio; it begins with the same withdrawal without a method, or at ratio 0."""
+    start = "withdraw" if family.endswith("+ withdraw") else family
+    own = sorted(
+        (row for row in rows if row.variant.family in (family, start) and row.variant.server == "foldserve"),
+        key=lambda row: row.variant.ratio,
+    )
+    if own and own[0].variant.ratio == 0:
+        return own
+    return [*(row for row in rows if row.variant.family == _FULL), *own]
 
 
-def _limit_line(axes: Axes, picture: Picture, curve: Sequence[Row], full: Row, colour: str) -> None:
-    base = picture.read(full)
-    points = [(row.variant.ratio, factor) for row in curve if (factor := picture.limit(row)) is not None]
-    if base is None or not points:
-        return
-    x, y = [x for x, _ in points], [base.value * factor for _, factor in points]
-    axes.plot(x, y, color=colour, linestyle="--", linewidth=1, alpha=0.65, label="what the arithmetic allows")
+def _limit_line(question: _Question, curve: Sequence[Row], rows: Sequence[Row], colour: int) -> list[Line]:
+    full = next(row for row in rows if row.variant.family == _FULL)
+    base = full.figures.get(question.figure)
+    limits = [(row.variant.ratio, factor) for row in curve if (factor := question.limit(row)) is not None]
+    if base is None or len(limits) < 2:
+        return []
+    points = [Point.exact(ratio, base.value * factor) for ratio, factor in limits]
+    return [Line("", points, colour, dashed=True)]
 
 
-def _accuracy_axis(axes: Axes, families: dict[str, str], accuracy: Sequence[Accuracy]) -> None:
-    shown = [each for each in accuracy if each.family in families]
-    if not shown:
-        return
-    other = axes.twinx()
-    for family, colour in families.items():
-        own = sorted((each for each in shown if each.family == family), key=lambda each: each.ratio)
-        points = [(each.ratio, each.share) for each in own]
-        options: dict[str, Any] = {"marker": "x", "markersize": 4, "linewidth": 1, "linestyle": "-.", "elinewidth": 0.6}
-        draw_estimates(other, points, 100, label="accuracy (right axis)", color=colour, alpha=0.6, **options)
-    other.set_ylabel("accuracy, %")
-    other.set_ylim(0, 105)
-    other.spines["right"].set_visible(True)
+def _trade(reports: Mapping[str, Sequence[Row]], families: Sequence[str], accuracy: Sequence[Accuracy]) -> Chart | None:
+    """Right answers against speed, under the last load."""
+    panels = []
+    for name, rows in reports.items():
+        last = [row for row in rows if row.load == rows[-1].load]
+        lines = []
+        for colour, family in enumerate(families):
+            shares = {each.ratio: each.share for each in accuracy if each.family == family}
+            points = [
+                Point(row.to_ratio_0["requests_per_s"].value, shares[row.variant.ratio], f"ratio {row.variant.ratio:g}")
+                for row in _curve(last, family)
+                if row.variant.ratio in shares and "requests_per_s" in row.to_ratio_0
+            ]
+            if len(points) > 1:
+                lines.append(Line(family, points, colour))
+        if lines:
+            panels.append(Panel(", ".join(filter(None, [str(rows[-1].load), name])), lines))
+    if not panels:
+        return None
+    return line_chart(
+        "accuracy",
+        "What does speed cost in right answers?",
+        panels,
+        Axis("requests/s, times those at ratio 0", low=1),
+        Axis("right answers, %", scale=100, digits=1, high=100),
+        note="Right answers of the quality card; a point is a ratio, from 0 on.",
+        columns=max(1, len(reports)),
+    )

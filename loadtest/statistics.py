@@ -37,6 +37,11 @@ def mean(values: Floats) -> Floats:
     return np.asarray(np.nanmean(values, axis=-1))
 
 
+def quotient(pairs: Floats) -> Floats:
+    """Mean of the first of each pair over that of the second."""
+    return np.asarray(np.nanmean(pairs[..., ::2], axis=-1) / np.nanmean(pairs[..., 1::2], axis=-1))
+
+
 def rate(gaps: Floats) -> Floats:
     """Events per second from the times between them."""
     return np.asarray(1 / np.nanmean(gaps, axis=-1))

@@ -7,13 +7,15 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from foldserve.loadtest.grid import CONTROL, RATIO_0, Load, Point, Variant
-from foldserve.loadtest.metrics import KV_USE, RESIDENT
+from foldserve.loadtest.metrics import KV_USE, RUNNING, WAITING
 from foldserve.loadtest.prediction import ModelShape, Request
 from foldserve.loadtest.record import Record
 from foldserve.loadtest.report.estimates import Estimate
-from foldserve.loadtest.statistics import Draws, draw, gaps, mean, quantile, rate, runs
+from foldserve.loadtest.statistics import Draws, draw, gaps, mean, quantile, quotient, rate, runs
 
 _PERCENTILES = (50, 90, 99)
+_FULL = 0.9
+"""Share of its blocks in use from which the KV cache, with requests that wait, counts as full."""
 _STAGES = {
     "queue_s": "vllm:request_queue_time_seconds_sum",
     "prefill_s": "vllm:request_prefill_time_seconds_sum",
@@ -43,6 +45,14 @@ class Row:
 
     def to_json(self) -> dict[str, Any]:
         return {"label": self.variant.label} | asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Row:
+        """Raises KeyError or TypeError if `to_json` did not write it."""
+        read: dict[str, Any] = {name: fields[name] for name in ("rounds", "requests", "failures", "limit")}
+        for base in ("figures", "to_ratio_0", "to_vllm"):
+            read[base] = {name: Estimate(**each) for name, each in fields[base].items()}
+        return cls(variant=Variant(**fields["variant"]), load=Load(**fields["load"]), **read)
 
 
 def summarise(records: Mapping[Point, Sequence[Record]], shape: ModelShape | None) -> list[Row]:
@@ -84,7 +94,8 @@ def _ratios(own: dict[str, Draws], base: dict[str, Draws]) -> dict[str, Estimate
 def _limit(shape: ModelShape, own: Request, base: Request) -> dict[str, float]:
     return {
         "requests_per_s": shape.flops(base) / shape.flops(own),
-        "resident": shape.kv_elements(base) / shape.kv_elements(own),
+        "resident_when_full": shape.kv_elements(base) / shape.kv_elements(own),
+        "kv_share": shape.kv_elements(own) / shape.kv_elements(base),
     }
 
 
@@ -116,13 +127,34 @@ def _figures(rounds: Sequence[Record]) -> dict[str, Draws]:
     for name, by_round in times.items():
         if all(by_round):
             found |= {f"{name}_p{p}": draw(by_round, quantile(p / 100)) for p in _PERCENTILES}
-    gauges = {"resident": RESIDENT, "kv_use": KV_USE}
-    for name, gauge in gauges.items():
-        if all(record.gauges.get(gauge) for record in rounds):
-            found[name] = draw([[[value] for value in record.gauges[gauge]] for record in rounds], mean)
     for name, values in _per_round(rounds).items():
         found[name] = draw([[[value]] for value in values], mean)
+    return found | _of_cache(rounds, found)
+
+
+def _of_cache(rounds: Sequence[Record], known: Mapping[str, Draws]) -> dict[str, Draws]:
+    """Of the KV cache: its use, what a request has of it, and how many it holds, where it can be seen.
+
+    A request that is being prefilled takes its blocks as it goes: only where requests decode for longer than they
+    prefill do blocks in use over running requests tell what a whole request holds.
+    """
+    seen = [_looks(record) for record in rounds]
+    if not all(seen):
+        return {}
+    found = {"kv_use": draw([[[use] for use, _, _ in looks] for looks in seen], mean)}
+    times = [known.get(name) for name in ("decode_s", "prefill_s")]
+    if times[0] is not None and times[1] is not None and times[0].value > times[1].value:
+        found["kv_share"] = draw([[[use, running] for use, running, _ in looks] for looks in seen], quotient)
+    full = [[[running] for use, running, waiting in looks if waiting and use >= _FULL] for looks in seen]
+    if all(full):
+        found["resident_when_full"] = draw(full, mean)
     return found
+
+
+def _looks(record: Record) -> list[tuple[float, float, float]]:
+    """(share of blocks in use, running requests, waiting requests), each time that the server was looked at."""
+    gauges = [record.gauges.get(name, []) for name in (KV_USE, RUNNING, WAITING)]
+    return [*zip(*gauges, strict=True)] if len({len(values) for values in gauges}) == 1 else []
 
 
 def _per_round(rounds: Sequence[Record]) -> dict[str, list[float]]:

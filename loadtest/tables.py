@@ -16,17 +16,18 @@ _MAIN = [
 ]  # fmt: skip
 _CLIENT = ["load", "variant", *(f"{name} p{p}, s" for name in ("TTFT", "ITL", "E2E") for p in (50, 90, 99))]
 _SERVER = [
-    "load", "variant", "resident", "to ratio 0", "KV allows", "KV in use, %", "preemptions", "prefix hits, %",
-    "image cache hits, %", "queue, s", "prefill, s", "decode, s", "API CPU, ms", "to plain vLLM", "engine CPU, s",
+    "load", "variant", "KV of a request, %", "to ratio 0", "KV allows", "requests in a full KV", "to ratio 0",
+    "KV in use, %", "preemptions", "prefix hits, %", "image cache hits, %", "queue, s", "prefill, s", "decode, s",
+    "API CPU, ms", "to plain vLLM", "engine CPU, s",
 ]  # fmt: skip
 
 
 def tables(rows: Sequence[Row], note: str) -> list[Table]:
     """All of them, with `note` below the last."""
     return [
-        Table("Throughput and latency", _MAIN, [_main_cells(row) for row in rows], labels=2),
-        Table("What the client saw", _CLIENT, [_client_cells(row) for row in rows], labels=2),
-        Table("What the server tells, per request", _SERVER, [_server_cells(row) for row in rows], labels=2, note=note),
+        Table("Throughput and latency", _MAIN, [_main_cells(row) for row in rows], labels=2, key=2),
+        Table("What the client saw", _CLIENT, [_client_cells(row) for row in rows], labels=2, key=2),
+        Table("What the server tells, per request", _SERVER, [_server_cells(row) for row in rows], 2, 2, note),
     ]
 
 
@@ -52,9 +53,11 @@ def _client_cells(row: Row) -> list[str]:
 def _server_cells(row: Row) -> list[str]:
     return [
         *_names(row),
-        _show(row.figures.get("resident"), 1),
-        _show(row.to_ratio_0.get("resident")),
-        _number(row.limit.get("resident")),
+        _show(row.figures.get("kv_share"), 3, 100),
+        _show(row.to_ratio_0.get("kv_share")),
+        _number(row.limit.get("kv_share")),
+        _show(row.figures.get("resident_when_full"), 1),
+        _show(row.to_ratio_0.get("resident_when_full")),
         _show(row.figures.get("kv_use"), 1, 100),
         _show(row.figures.get("preemptions")),
         _show(row.figures.get("prefix_cache_hit_share"), 1, 100),

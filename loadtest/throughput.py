@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from foldserve.loadtest.plots import draw
+from foldserve.loadtest.plots import charts
 from foldserve.loadtest.quality import Accuracy
-from foldserve.loadtest.report import charts
+from foldserve.loadtest.report.charts import Chart
+from foldserve.loadtest.report.charts import write as write_chart
+from foldserve.loadtest.report.estimates import Estimate
 from foldserve.loadtest.report.page import page
 from foldserve.loadtest.summary import Row
 from foldserve.loadtest.tables import as_csv, tables
@@ -20,13 +22,12 @@ _NOTE = (
     "sides of a ratio are drawn with the same rounds. With few rounds the intervals are rough, and where both ends "
     "are equal there was one value or no spread at all. Requests/s counts answered requests. ITL is the time "
     "between two parts of an answer; TTFT and E2E are seen by the client. Times that the server tells, CPU time and "
-    "preemptions are per request; resident is running requests / share of KV blocks in use, looked at every second. "
-    "'FLOPs allow' and 'KV allows' (the dashed lines) are what the arithmetic says for this model's tower, "
-    "projector and decoder, against ratio 0: a limit for work that is bound by FLOPs, which decoding of few "
-    "requests is not. For TTFT the line is ratio 0 divided by it."
+    "preemptions are per request. The KV cache is looked at every second: what a request has of it is blocks in use / "
+    "running requests, told only where requests decode for longer than they prefill, and how many a full one holds is "
+    "seen only while it is full and requests wait. 'FLOPs allow' and 'KV allows' (the dashed lines) are what the "
+    "arithmetic says for this model's tower, projector and decoder, against ratio 0: a limit for work that is bound by "
+    "FLOPs, which decoding of few requests is not. For TTFT the line is ratio 0 divided by it."
 )
-
-_PNG_DPI = 130
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,31 +46,57 @@ class Report:
     accuracy: Sequence[Accuracy]
 
 
+REPORT_FILE = "report.json"
+
+
 def write(report: Report, folder: Path) -> None:
     """Writes index.html, report.md, report.json, report.csv, and every chart as SVG and PNG."""
     folder.mkdir(parents=True, exist_ok=True)
-    svgs = []
-    for stem, chart in draw(report.rows, report.accuracy).items():
-        svgs.append(charts.as_svg(chart))
-        (folder / f"{stem}.svg").write_text(svgs[-1])
-        charts.write(chart, folder / f"{stem}.png", dpi=_PNG_DPI)
-    (folder / "index.html").write_text(_page(report, svgs))
+    drawn = charts({"": report.rows}, report.accuracy)
+    for chart in drawn:
+        chart.write(folder)
+        write_chart(chart.whole(), folder / f"{chart.stem}.png")
+    (folder / "index.html").write_text(_page(report, drawn))
     (folder / "report.md").write_text(_markdown(report))
     (folder / "report.csv").write_text(as_csv(report.rows))
     fields: dict[str, Any] = {"title": report.title, "settings": dict(report.settings)}
     fields |= {"rows": [row.to_json() for row in report.rows], "accuracy": [asdict(each) for each in report.accuracy]}
-    (folder / "report.json").write_text(json.dumps(fields, indent=1) + "\n")
+    (folder / REPORT_FILE).write_text(json.dumps(fields, indent=1) + "\n")
 
 
-def _page(report: Report, svgs: Sequence[str]) -> str:
+def read(folder: Path) -> Report:
+    """What `write` wrote.
+
+    Raises:
+        ValueError: its file is another one.
+    """
+    file = folder / REPORT_FILE
+    try:
+        fields = json.loads(file.read_text())
+        return Report(
+            title=fields["title"],
+            settings=fields["settings"],
+            rows=[Row.from_json(row) for row in fields["rows"]],
+            accuracy=[Accuracy(**each | {"share": Estimate(**each["share"])}) for each in fields["accuracy"]],
+        )
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{file} is no report of `foldserve loadtest`: {error!r}") from error
+
+
+def _page(report: Report, drawn: Sequence[Chart]) -> str:
     shown = tables(report.rows, note=_NOTE)
-    return page(f"Throughput of {report.title}", facts=report.settings, charts=svgs, tables=shown)
+    return page(f"Load test of {report.title}", lead=_lead(report), facts=report.settings, charts=drawn, tables=shown)
+
+
+def _lead(report: Report) -> str:
+    """Machine and date; reports of earlier versions have no date."""
+    return ". ".join(report.settings[name] for name in ("machine", "date") if name in report.settings)
 
 
 def _markdown(report: Report) -> str:
     """The same tables for a README."""
     settings = "\n".join(f"- {name}: {value}" for name, value in report.settings.items())
-    parts = [f"# Throughput of {report.title}", settings]
+    parts = [f"# Load test of {report.title}", settings]
     for table in tables(report.rows, note=_NOTE):
         parts += [f"## {table.title}", table.markdown()]
     return "\n\n".join([*parts, _NOTE]) + "\n"

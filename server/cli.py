@@ -23,6 +23,7 @@ Serve vision-language models with fewer vision tokens: every request chooses how
   foldserve analyze MODEL                       where the model can do with fewer vision tokens
   foldserve map IMAGE [MODEL]                   a picture of where an image's vision tokens go
   foldserve loadtest MODEL                      throughput against vision tokens, beside plain vLLM
+  foldserve report DIR [DIR]                    the page of finished measurements again, or two compared
   foldserve convert stf|mmvp SRC ...            a LLaVA-STF or MMVP checkpoint into the layout that is served
   foldserve hash-key NAME                       an API key, for serve --api-keys
   foldserve demo-model DIR                      copy the demo model into a directory

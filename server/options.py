@@ -21,9 +21,9 @@ def option(default: _T, metavar: str | None = None, help: str = "", **more: Any)
     return field(default=default, metadata={"metavar": metavar, "help": help, **more})
 
 
-def positional(metavar: str, help: str = "", *, default: Any = MISSING) -> Any:
-    """A field that is an argument without a name, and optional if it has a default."""
-    return field(default=default, metadata={"metavar": metavar, "help": help, "positional": True})
+def positional(metavar: str, help: str = "", *, default: Any = MISSING, **more: Any) -> Any:
+    """A field that is an argument without a name, and optional if it has a default; `more` as in `option`."""
+    return field(default=default, metadata={"metavar": metavar, "help": help, "positional": True, **more})
 
 
 def flag(name: str) -> str:

@@ -9,6 +9,7 @@ ALL = {
     "analyze": "show where a model can do with fewer vision tokens",
     "map": "draw where an image's vision tokens go",
     "loadtest": "measure throughput against the reduction ratio",
+    "report": "make the page of finished measurements again, or compare two",
     "convert": "bring a checkpoint into the layout that is served",
     "demo-model": "copy the demo model into a directory, for other programs",
     "hash-key": "make an API key",

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from foldserve.loadtest.report.charts import one_panel, write
+from foldserve.loadtest.report.charts import Axis, Level, Line, Panel, Point, line_chart, write
+from foldserve.loadtest.report.estimates import Estimate
 from foldserve.server.quality.calibration_file import Calibration
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 
 def can_plot() -> bool:
@@ -20,17 +17,19 @@ def can_plot() -> bool:
 
 def plot(calibration: Calibration, file: Path) -> None:
     """Draws mean KL over K, eta and the layer found; the suffix of `file` chooses the format."""
-
-    def paint(axes: Axes) -> None:
-        axes.plot(list(calibration.kl), list(calibration.kl.values()), marker="o", label="mean KL")
-        axes.axhline(calibration.eta, linestyle="--", color="gray", label=f"eta = {calibration.eta:g}")
-        if calibration.withdraw_layer is not None:
-            axes.axvline(calibration.withdraw_layer, color="green", label=f"K = {calibration.withdraw_layer}")
-        axes.set_yscale("log" if min(calibration.kl.values()) > 0 else "linear")
-        axes.set_xlabel("K, first decoder layer without vision tokens")
-        axes.set_ylabel("KL(withdrawn || full), nats")
-        axes.set_title(f"{calibration.model} ({calibration.layers} layers, {calibration.samples} samples)")
-        axes.legend()
-
+    curve = [Point.exact(float(layer), kl, f"K={layer}") for layer, kl in calibration.kl.items()]
+    lines = [Line("mean KL", curve, 0)]
+    if calibration.withdraw_layer is not None:
+        found = calibration.withdraw_layer
+        lines.append(Line(f"K={found}", [point for point in curve if point.x == found], 1))
+    least = min(calibration.kl.values())
+    panel = Panel("Withdrawn against full", lines, [Level("eta", Estimate(*[calibration.eta] * 3))])
+    chart = line_chart(
+        "calibration",
+        "From which decoder layer on can vision tokens go?",
+        [panel],
+        Axis("K, first decoder layer without vision tokens"),
+        Axis("KL, nats", digits=4, is_log=least > 0),
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
-    write(one_panel(paint), file)
+    write(chart.whole(), file)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
 from foldserve.loadtest.grid import CONTROL, RATIO_0, Load, Point, Variant
-from foldserve.loadtest.metrics import read
+from foldserve.loadtest.metrics import KV_USE, RUNNING, WAITING, read
 from foldserve.loadtest.prediction import ModelShape, Request, read_shape
 from foldserve.loadtest.quality import read_accuracy
 from foldserve.loadtest.record import BlockJournal, Record, Sent, joined
@@ -20,6 +20,7 @@ from foldserve.loadtest.report.journal import RESULTS_FILE, run_identity
 from foldserve.loadtest.statistics import draw, gaps, mean, quantile, rate, runs
 from foldserve.loadtest.summary import summarise
 from foldserve.loadtest.throughput import Report, write
+from foldserve.loadtest.throughput import read as read_report
 from tests import qwen_checkpoint
 
 LOAD = Load(concurrency=2)
@@ -27,7 +28,7 @@ FOLDED = Variant("foldserve", "folder", 0.5)
 SEVEN_B = ModelShape(4096, 11008, 32, 4096, 1024, 4096, 23, withdraw_layer=16, tile=576)
 
 
-def record(seconds: float, kept: int, seed: int = 0, api_s: float = 0.5) -> Record:
+def record(seconds: float, kept: int, seed: int = 0, api_s: float = 0.5, decode_s: float = 1.0) -> Record:
     """20 requests, one after the other, of about `seconds` each."""
     each = np.random.default_rng(seed).normal(seconds, 0.05 * seconds, 20)
     start = np.concatenate([[0], np.cumsum(each)[:-1]])
@@ -41,7 +42,10 @@ def record(seconds: float, kept: int, seed: int = 0, api_s: float = 0.5) -> Reco
         errors=["boom"],
     )
     counters = {"vision_encoded": 2000.0, "vision_kept": 20.0 * kept, "vision_withdrawn": 0.0}
-    return Record(sent=sent, counters=counters, gauges={"resident": [1000 / kept]}, cpu_s={"api": api_s, "engine": 1.0})
+    counters |= {"vllm:request_prefill_time_seconds_sum": 1.0, "vllm:request_decode_time_seconds_sum": 20.0 * decode_s}
+    running = 10000 / kept
+    gauges = {KV_USE: [0.5, 1.0, 1.0], RUNNING: [running / 2, running, running], WAITING: [0.0, 3.0, 4.0]}
+    return Record(sent=sent, counters=counters, gauges=gauges, cpu_s={"api": api_s, "engine": 1.0})
 
 
 def test_a_bootstrap_covers_the_mean_as_often_as_it_says() -> None:
@@ -84,8 +88,8 @@ def test_blocks_of_a_round_count_as_one_without_the_time_between_them() -> None:
     both = joined([first, later.model_copy(update={"sent": shifted, "gauges": {}})])
     assert gaps(both.sent.start_s, both.sent.e2e_s) == pytest.approx(first.sent.e2e_s + later.sent.e2e_s)
     assert both.sent.errors == ["boom"] * 2 and len(both.sent.ttft_s) == 40
-    assert both.counters == {"vision_encoded": 4000, "vision_kept": 2000, "vision_withdrawn": 0}
-    assert (both.gauges, both.cpu_s) == ({"resident": [20]}, {"api": 1, "engine": 2})
+    assert both.counters["vision_encoded"] == 4000 and both.counters["vision_kept"] == 2000
+    assert (both.gauges[RUNNING], both.cpu_s) == ([100, 200, 200], {"api": 1, "engine": 2})
     assert gaps(joined([first]).sent.start_s, first.sent.e2e_s) == pytest.approx(first.sent.e2e_s)
 
 
@@ -108,12 +112,31 @@ def test_rows_compare_with_both_bases() -> None:
     assert (folded.requests, folded.failures, folded.rounds) == (42, 2, 2)
     assert folded.to_ratio_0["requests_per_s"].low < 2 < folded.to_ratio_0["requests_per_s"].high
     assert folded.to_vllm["api_cpu_s"].value == pytest.approx(1.1)
-    assert folded.to_ratio_0["resident"].value == pytest.approx(2)
+    assert folded.to_ratio_0["kv_share"].value == pytest.approx(0.5)
+    assert folded.to_ratio_0["resident_when_full"].value == pytest.approx(2)
+    assert full.figures["resident_when_full"].value == 100
     assert full.to_ratio_0["requests_per_s"].value == full.limit["requests_per_s"] == 1
     assert 1.5 < folded.limit["requests_per_s"] < 2
-    assert folded.limit["resident"] == pytest.approx((110 + 1.5) / (60 + 1.5))
+    assert folded.limit["resident_when_full"] == pytest.approx((110 + 1.5) / (60 + 1.5))
+    assert folded.limit["kv_share"] == pytest.approx((60 + 1.5) / (110 + 1.5))
     assert control.limit == {}
     assert control.figures["itl_s_p50"].value == pytest.approx(0.15)
+
+
+def test_the_cache_is_told_of_only_where_it_can_be_seen() -> None:
+    """Requests that hardly decode never hold all of their blocks; a pool with room does not show what fits into it."""
+    seen = record(1.0, 100)
+    gauges = {KV_USE: [0.5, 0.95], RUNNING: [50.0, 60.0], WAITING: [4.0, 0.0]}
+    for one, expected in (
+        (seen, {"kv_use", "kv_share", "resident_when_full"}),
+        (record(1.0, 100, decode_s=0.01), {"kv_use", "resident_when_full"}),
+        (seen.model_copy(update={"gauges": gauges}), {"kv_use", "kv_share"}),
+        (seen.model_copy(update={"gauges": {}}), set()),
+    ):
+        (row,) = summarise({Point(RATIO_0, LOAD): [one, one]}, None)
+        assert {"kv_use", "kv_share", "resident_when_full"} & row.figures.keys() == expected
+    (row,) = summarise({Point(RATIO_0, LOAD): [seen.model_copy(update={"gauges": gauges})]}, None)
+    assert row.figures["kv_share"].value == pytest.approx(1.45 / 110)
 
 
 def test_predictions_are_those_of_the_design() -> None:
@@ -226,13 +249,18 @@ def test_the_report_stands_alone_and_shows_every_interval(tmp_path: Path) -> Non
     rows = summarise(points, ModelShape(512, 1408, 8, 512, 64, 128, 1))
     write(Report("<model>", {"machine": "2 CPUs"}, rows, accuracy), tmp_path)
     page = (tmp_path / "index.html").read_text()
-    assert page.count("<svg") == 3 and "&lt;model&gt;" in page and "accuracy (right axis)" in page
-    assert not any(outside in page for outside in ("<script", 'src="', "<link"))
+    assert page.count("<svg") == 5 and "&lt;model&gt;" in page and "What does speed cost in right answers?" in page
+    assert "folder, ratio 0.5: " in page
     main = (tmp_path / "report.md").read_text().split("## ")[1]
     assert f"| 2 at once | folder 0.5 | {rows[2].figures['requests_per_s'].show(3)} | 1.00 [1.00, 1.00] |" in main
+    again = read_report(tmp_path)
     fields = json.loads((tmp_path / "report.json").read_text())
     assert set(fields["rows"][2]["figures"]["requests_per_s"]) == {"value", "low", "high"}
     assert (tmp_path / "report.csv").read_text().startswith("load,label,server")
     assert all((tmp_path / f"{stem}.{kind}").is_file() for stem in ("throughput", "ttft") for kind in ("png", "svg"))
+    assert again.rows == rows and again.accuracy == accuracy and again.settings == {"machine": "2 CPUs"}
+    (tmp_path / "report.json").write_text("{}")
+    with pytest.raises(ValueError, match="no report of `foldserve loadtest`"):
+        read_report(tmp_path)
     with pytest.raises(ValueError, match=r"is no quality\.json"):
         read_accuracy(tmp_path / "report.json")

@@ -12,8 +12,9 @@ import pytest
 from foldserve.loadtest.micro.openvino.__main__ import contenders
 from foldserve.loadtest.micro.openvino.engines import PROMPT, Contender, Foldserve, Setup
 from foldserve.loadtest.micro.openvino.older import write_older
-from foldserve.loadtest.micro.openvino.report import Cell, draw, tables
+from foldserve.loadtest.micro.openvino.report import Cell, charts, tables
 from foldserve.loadtest.micro.openvino.runs import Load, Remote, Run, noise
+from foldserve.loadtest.report.charts import together
 from foldserve.reducers.plan import Reduction
 from tests import qwen_checkpoint
 
@@ -85,7 +86,7 @@ def test_the_table_compares_within_rounds() -> None:
 def test_the_picture_has_a_panel_for_each_load_and_figure() -> None:
     none = [Cell(each, n, [Run(1, (0.1,), 0)]) for n in (1, 8) for each in contenders(0, 784)]
     some = [Cell(each, n, [Run(2, (0.1,), 0)]) for n in (1, 8) for each in contenders(0.5, 784)]
-    figure = draw([*none, *some])
+    figure = together(charts([*none, *some]), 2).figure
     assert [len(axes.get_lines()) > 0 for axes in figure.axes] == [True] * 4
     assert Contender("openvino", "none", 0, 784) in [cell.contender for cell in none]
 

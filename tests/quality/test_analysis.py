@@ -12,10 +12,11 @@ from PIL import Image
 from torch import Tensor
 
 from foldserve.server import cli
-from foldserve.server.quality.analysis.drawing import draw
+from foldserve.server.quality.analysis.drawing import charts, draw
 from foldserve.server.quality.analysis.measures import RATIOS, earth_movers_distance, kept_energy, rank_for
 from foldserve.server.quality.analysis.report import Analysis, analyze, summary
 from foldserve.server.quality.evaluation.questions import Question
+from tests.loadtest.readable import check
 
 
 def energy_of(x: Tensor) -> Tensor:
@@ -91,6 +92,8 @@ def test_pictures(analysis: Analysis, tmp_path: Path) -> None:
     files = draw(analysis, tmp_path)
     assert [file.name for file in files] == ["energy.svg", "distance.svg", "attention.svg"]
     assert all(file.stat().st_size > 1000 for file in files)
+    for chart in charts(analysis):
+        check(chart)
 
 
 @pytest.mark.parametrize(

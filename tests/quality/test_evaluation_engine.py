@@ -30,7 +30,6 @@ from foldserve.server.quality.evaluation.scores import is_right
 from foldserve.server.quality.evaluation.variants import CONTROLS, plan_all
 from tests.engine.withdrawal.reference import WithdrawingReference, withdrawn_forward
 from tests.images import photo
-from tests.quality.cards import read_card
 
 K, LAYERS, TOKENS = 2, 4, 144
 PHOTOS = [photo(seed, 168, 168) for seed in range(3)]
@@ -138,11 +137,11 @@ def card(tiny_llava: Path, data: Path, tmp_path_factory: pytest.TempPathFactory)
     command += ["--card", str(output / "card.json"), *VLLMS]
     cli.main(command)
     written = (output / RESULTS_FILE).read_bytes()
-    first = read_card(output / "card.json")
+    first = Card.read(output / "card.json")
     (output / "card.json").unlink()
     cli.main(command)
     assert (output / RESULTS_FILE).read_bytes() == written
-    assert read_card(output / "card.json") == first == read_card(output / "quality.json")
+    assert Card.read(output / "card.json") == first == Card.read(output / "quality.json")
     assert {file.suffix for file in output.iterdir()} == {".jsonl", ".npy", ".svg", ".html", ".md", ".json"}
     return first
 

@@ -16,12 +16,12 @@ from foldserve.server.quality.analysis.command import RESULT_FILE
 from foldserve.server.quality.analysis.measures import earth_movers_distance, kept_energy
 from foldserve.server.quality.analysis.report import Analysis
 from foldserve.server.quality.engine.offline import AnsweringModel
+from foldserve.server.quality.evaluation.card import Card
 from foldserve.server.quality.evaluation.variants import plan_all
 from tests import qwen_checkpoint
 from tests.engine import qwen_tower_reference
 from tests.engine.qwen_reference import QwenReference
 from tests.images import photo
-from tests.quality.cards import read_card
 
 SIZES = ((256, 192), (96, 288), (64, 64))
 TOKENS = (8 * 6, 9 * 3, 4)
@@ -71,7 +71,7 @@ def test_a_card(checkpoint: Path, data: Path, tmp_path: Path) -> None:
     """Counts are means over images; what one of them is too small for is refused by its number."""
     command = ["evaluate", str(checkpoint), "--data", str(data), "--output", str(tmp_path), "--ratios", "0.5"]
     cli.main([*command, "--methods", "folder,pool", "--card", str(tmp_path / "card.json"), *VLLMS])
-    card = read_card(tmp_path / "card.json")
+    card = Card.read(tmp_path / "card.json")
     kept = {result.label: result.kept for result in card.results if not result.is_control}
     assert kept["none"] == round(sum(TOKENS) / 3) and kept["folder"] == round((24 + 14 + 2) / 3)
     reasons = [refusal.reason for refusal in card.refused if refusal.label == "pool"]

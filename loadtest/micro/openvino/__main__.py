@@ -18,10 +18,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from foldserve.loadtest.micro.openvino.engines import Contender, Engine, Foldserve, OpenVino, Setup
-from foldserve.loadtest.micro.openvino.report import Cell, draw, tables
+from foldserve.loadtest.micro.openvino.report import Cell, charts, tables
 from foldserve.loadtest.micro.openvino.runs import Load, Remote
 from foldserve.loadtest.micro.withdrawal import machine
-from foldserve.loadtest.report.charts import write
+from foldserve.loadtest.report.charts import together, write
 
 _UNIT_PX = 28  # one token of Qwen2.5-VL: 2 x 2 patches of 14
 
@@ -100,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures = {"settings": settings, "machine": machine(), "load": load, "cells": [asdict(cell) for cell in cells]}
         args.json.write_text(json.dumps(figures, indent=1) + "\n")
     if args.plot:
-        write(draw(cells), args.plot)
+        write(together(charts(cells), 2), args.plot)
 
 
 if __name__ == "__main__":

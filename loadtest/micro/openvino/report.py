@@ -4,28 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from foldserve.loadtest.micro.openvino.engines import Contender
 from foldserve.loadtest.micro.openvino.runs import Run
 from foldserve.loadtest.micro.pairs import ratio
-from foldserve.loadtest.report.charts import draw_estimates, style
+from foldserve.loadtest.report.charts import Axis, Chart, Line, Panel, Point, line_chart
 from foldserve.loadtest.report.estimates import Estimate, estimate
 from foldserve.loadtest.report.tables import NONE, Table
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 _MIB = 1 << 20
 _HEADINGS = ("ratio", "engine", "method", "requests/s", "to OpenVINO's own", "TTFT p50, ms", "KV in use, MiB")
-_LINES = {
-    ("foldserve", "folder"): "#2563eb",
-    ("foldserve", "folder + withdraw"): "#059669",
-    ("openvino", "pruning_ratio"): "#d97706",
-}
+_LINES = (("foldserve", "folder"), ("foldserve", "folder + withdraw"), ("openvino", "pruning_ratio"))
 
 
 @dataclass(slots=True)
@@ -50,33 +41,44 @@ def tables(cells: Sequence[Cell]) -> list[Table]:
     ]
 
 
-def draw(cells: Sequence[Cell]) -> Figure:
-    """Requests/s and TTFT against the ratio, a column per concurrency."""
-    from matplotlib.figure import Figure
-
-    levels = list(dict.fromkeys(cell.concurrency for cell in cells))
-    with style():
-        figure = Figure(figsize=(4.6 * len(levels) + 0.6, 6.4), layout="constrained")
-        panels = figure.subplots(2, len(levels), squeeze=False)
-        for column, level in enumerate(levels):
-            own = [cell for cell in cells if cell.concurrency == level]
-            _panel(panels[0][column], own, lambda run: run.requests_per_s, "requests/s")
-            _panel(panels[1][column], own, _ttft_ms, "time to first token, ms")
-            panels[0][column].set_title(f"{level} at once")
-        panels[0][0].legend(frameon=False, loc="lower right")
-    return figure
+def charts(cells: Sequence[Cell]) -> list[Chart]:
+    """Requests/s and TTFT against the ratio, a panel per concurrency."""
+    return [
+        _chart(
+            "throughput",
+            "How many requests a second?",
+            cells,
+            lambda run: run.requests_per_s,
+            Axis("requests/s", low=0),
+        ),
+        _chart("ttft", "How long until the first token?", cells, _ttft_ms, Axis("TTFT p50, ms", digits=0, low=0)),
+    ]
 
 
-def _panel(axes: Axes, cells: Sequence[Cell], read: Callable[[Run], float], unit: str) -> None:
-    for (engine, name), colour in _LINES.items():
-        own = [cell for cell in cells if cell.contender.engine == engine and cell.contender.name in (name, "none")]
-        points = [(cell.contender.ratio, cell.figure(read)) for cell in own]
-        label = f"{'OpenVINO GenAI' if engine == 'openvino' else engine}: {name}"
-        draw_estimates(axes, points, label=label, color=colour, marker="o", markersize=4, capsize=2.5)
-    axes.set_ylabel(unit)
-    axes.set_xlabel("share of the image's tokens that goes")
-    axes.set_ylim(bottom=0)
-    axes.grid()
+def _chart(stem: str, title: str, cells: Sequence[Cell], read: Callable[[Run], float], y: Axis) -> Chart:
+    levels = dict.fromkeys(cell.concurrency for cell in cells)
+    panels = [
+        Panel(f"{level} at once", _curves([cell for cell in cells if cell.concurrency == level], read))
+        for level in levels
+    ]
+    return line_chart(
+        stem, title, panels, Axis("share of the image's tokens that goes"), y, columns=2, same_scale=False
+    )
+
+
+def _curves(cells: Sequence[Cell], read: Callable[[Run], float]) -> list[Line]:
+    return [
+        Line(
+            f"{'OpenVINO GenAI' if engine == 'openvino' else engine}: {name}",
+            [
+                Point(cell.contender.ratio, cell.figure(read), f"ratio {cell.contender.ratio:g}")
+                for cell in cells
+                if cell.contender.engine == engine and cell.contender.name in (name, "none")
+            ],
+            colour,
+        )
+        for colour, (engine, name) in enumerate(_LINES)
+    ]
 
 
 def _line(cell: Cell, cells: Sequence[Cell]) -> list[str]:

@@ -1,56 +1,67 @@
-"""The three studies as pictures."""
+"""The three studies as charts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from foldserve.loadtest.report.charts import one_panel, write
+from foldserve.loadtest.report.charts import MOST_LINES, Axis, Chart, Line, Panel, Point, line_chart
 from foldserve.server.quality.analysis.report import Analysis
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 _PARTS = ("before the image", "image", "behind the image")
 
 
 def draw(analysis: Analysis, folder: Path) -> list[Path]:
     """Writes energy.svg, distance.svg and attention.svg."""
-    charts: dict[str, Callable[[Analysis, Axes], None]] = {
-        "energy": _energy,
-        "distance": _distance,
-        "attention": _attention,
-    }
-    files = {folder / f"{name}.svg": partial(paint, analysis) for name, paint in charts.items()}
-    for file, paint in files.items():
-        write(one_panel(paint), file)
-    return list(files)
+    found = charts(analysis)
+    for chart in found:
+        chart.write(folder)
+    return [folder / f"{chart.stem}.svg" for chart in found]
 
 
-def _energy(analysis: Analysis, axes: Axes) -> None:
-    for column, ratio in enumerate(analysis.ratios):
-        axes.plot([row[column] for row in analysis.energy], marker="o", label=f"ratio {ratio:g}")
-    axes.set_xlabel("tower block")
-    axes.set_ylabel("energy that the tokens left can hold")
-    axes.set_title(f"{analysis.model}: SVD energy ({analysis.samples} images)")
-    axes.legend()
+def charts(analysis: Analysis) -> list[Chart]:
+    return [_energy(analysis), _distance(analysis), _attention(analysis)]
 
 
-def _distance(analysis: Analysis, axes: Axes) -> None:
-    axes.plot(analysis.distance, marker="o")
-    axes.set_xlabel("tower block in which tokens are merged")
-    axes.set_ylabel("earth mover's distance of the output, relative")
-    axes.set_title(f"{analysis.model}: merging {analysis.merge_ratio:g} of the tokens ({analysis.samples} images)")
+def _energy(analysis: Analysis) -> Chart:
+    lines = [
+        Line(f"ratio {ratio:g}", _points([row[column] for row in analysis.energy]), column % MOST_LINES)
+        for column, ratio in enumerate(analysis.ratios)
+    ]
+    return line_chart(
+        "energy",
+        "How much of the tower's energy can fewer tokens hold?",
+        [Panel("SVD energy", lines)],
+        Axis("tower block"),
+        Axis("share of the energy", digits=3, high=1),
+    )
 
 
-def _attention(analysis: Analysis, axes: Axes) -> None:
-    for part, name in enumerate(_PARTS):
-        (line,) = axes.plot([row[part] for row in analysis.attention_last], marker="o", label=f"last token to {name}")
-        text = [row[part] for row in analysis.attention_text]
-        axes.plot(text, linestyle="--", color=line.get_color(), label=f"mean of the text to {name}")
-    axes.set_xlabel("decoder layer")
-    axes.set_ylabel("share of attention")
-    axes.set_title(f"{analysis.model}: attention by layer ({analysis.samples} questions)")
-    axes.legend(fontsize="small")
+def _distance(analysis: Analysis) -> Chart:
+    panel = Panel(f"Merging {analysis.merge_ratio:g} of the tokens", [Line("", _points(analysis.distance), 0)])
+    return line_chart(
+        "distance",
+        "In which tower block does merging change the output least?",
+        [panel],
+        Axis("tower block in which they are merged"),
+        Axis("earth mover's distance, relative", digits=4, low=0),
+    )
+
+
+def _attention(analysis: Analysis) -> Chart:
+    panels = [
+        Panel(f"From {name}", [Line(part, _points([r[i] for r in rows]), i) for i, part in enumerate(_PARTS)])
+        for name, rows in (("the prompt's last token", analysis.attention_last), ("all text", analysis.attention_text))
+    ]
+    return line_chart(
+        "attention",
+        "How much attention does each decoder layer pay to the image?",
+        panels,
+        Axis("decoder layer"),
+        Axis("share of the attention", low=0, high=1),
+        columns=2,
+    )
+
+
+def _points(values: Sequence[float]) -> list[Point]:
+    return [Point.exact(float(number), value, str(number)) for number, value in enumerate(values)]

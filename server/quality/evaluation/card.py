@@ -83,6 +83,7 @@ class Card(BaseModel):
         tokens: vision tokens of an image at ratio 0; where images differ, the mean.
         layers: L, the decoder's layers.
         engine: versions, and the engine options that were given.
+        machine, date: where and on which day it was measured; "" in cards of earlier versions.
         results: ratio 0 first.
     """
 
@@ -96,6 +97,8 @@ class Card(BaseModel):
     tokens: int
     layers: int
     engine: dict[str, str]
+    machine: str = ""
+    date: str = ""
     results: list[Result]
     refused: list[Refused]
 
@@ -116,6 +119,15 @@ class Card(BaseModel):
             and r.kept <= beside.count
         ]
         return max(fitting, key=attrgetter("kept"), default=None)
+
+    @classmethod
+    def read(cls, file: Path) -> Card:
+        """Raises ValueError if the file is no card."""
+        try:
+            fields = json.loads(file.read_text())
+            return cls.model_validate({name: value for name, value in fields.items() if name != "summary"})
+        except (OSError, AttributeError, ValueError) as error:
+            raise ValueError(f"{file} is no card of `foldserve evaluate`: {error}") from error
 
     def write(self, file: Path) -> None:
         """Writes `file` as a whole or not at all; what `/v1/reducers` shows of it stands under `summary`."""

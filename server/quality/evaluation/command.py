@@ -7,14 +7,14 @@ from importlib.metadata import version
 from pathlib import Path
 
 from foldserve.loadtest.report.journal import run_identity
+from foldserve.loadtest.report.machine import machine, measured_on
 from foldserve.server.quality.calibration_file import model_folder, model_hash
 from foldserve.server.quality.evaluation.card import CARD_FILE, Card, refusals, results
 from foldserve.server.quality.evaluation.journal import OutcomeJournal
 from foldserve.server.quality.evaluation.options import EvaluationOptions
-from foldserve.server.quality.evaluation.plots import plots
 from foldserve.server.quality.evaluation.questions import HELD_OUT_SEED, data_hash, load_questions
 from foldserve.server.quality.evaluation.run import measure, reference
-from foldserve.server.quality.evaluation.tables import html, markdown
+from foldserve.server.quality.evaluation.tables import markdown, write_page
 from foldserve.server.quality.evaluation.variants import complete, default_specs, parse_specs, variants
 
 
@@ -51,6 +51,8 @@ def run(options: EvaluationOptions, engine_options: Sequence[str]) -> None:
         tokens=round(base.kept),
         layers=model.layers,
         engine=engine,
+        machine=machine(),
+        date=measured_on(options.output),
         results=results(questions, base, todo, journal),
         refused=refusals(refused),
     )
@@ -59,11 +61,7 @@ def run(options: EvaluationOptions, engine_options: Sequence[str]) -> None:
 
 def _write(card: Card, options: EvaluationOptions) -> None:
     """All forms of the card into the output folder, and the card to where it is served from."""
-    drawn = plots(card)
-    for stem, svg in drawn.items():
-        (options.output / f"{stem}.svg").write_text(svg)
-    (options.output / "index.html").write_text(html(card, drawn))
-    (options.output / "quality.md").write_text(markdown(card))
+    write_page(card, options.output)
     served = card_file(options)
     for file in dict.fromkeys([options.output / CARD_FILE, served]):
         card.write(file)

@@ -1,89 +1,176 @@
-"""The curves of a quality card, as SVG."""
+"""The charts of a quality card, or of two side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from operator import attrgetter
-from typing import TYPE_CHECKING, Any
 
-from foldserve.loadtest.report.charts import as_svg, draw_estimates, one_panel
-from foldserve.loadtest.report.estimates import Estimate
+from foldserve.loadtest.report.charts import Axis, Chart, Line, Panel, Point, heat_map, line_chart
+from foldserve.reducers.method import Kind
 from foldserve.server.quality.evaluation.card import Card, Result
-from foldserve.server.quality.evaluation.variants import CONTROLS
+from foldserve.server.quality.evaluation.curves import (
+    GROUPS,
+    Choice,
+    Curve,
+    Read,
+    best,
+    choose,
+    curves,
+    differ,
+    references,
+    withdrawals,
+)
+from foldserve.server.quality.evaluation.scores import Score
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-_SIZE_IN = (8, 4.2)  # with the legend beside the curves
-_Read = Callable[[Result], Estimate | None]
-
-
-def plots(card: Card) -> dict[str, str]:
-    """File stem -> SVG, in the order in which they are to be read; what has no figures is left out."""
-    accuracy, ocr, kl = attrgetter("accuracy"), attrgetter("ocr"), attrgetter("kl")
-    percent = "accuracy, %"
-    drawn = {
-        "accuracy": _by_tokens(card, accuracy, "All questions but OCR", percent),
-        "ocr": _by_tokens(card, ocr, "OCR", percent),
-        "kl": _by_tokens(card, kl, "First answer token", "KL against ratio 0, nats"),
-        "accuracy-by-layer": _by_layer(card, {"all but OCR": accuracy, "OCR": ocr}),
-    }
-    return {stem: svg for stem, svg in drawn.items() if svg is not None}
-
-
-def lines(card: Card) -> dict[str, list[Result]]:
-    """Method -> its results by falling number of layer tokens, ratio 0 in front; one line a K for what works at K."""
-    found: dict[str, list[Result]] = {}
-    for result in card.results[1:]:
-        layered = result.layer is not None and result.ratio is not None  # plain withdrawal is one line over all K
-        name = f"{result.label}, K={result.layer}" if layered else result.label
-        found.setdefault(name, []).append(result)
-    for results in found.values():
-        results.sort(key=attrgetter("layer_tokens"), reverse=True)
-    return {name: [card.reference, *results] for name, results in found.items()}
+_PERCENT = Axis("right answers, %", scale=100, digits=1, high=100)
+_LEAST_KL = 1e-4
+_KL = Axis("KL against ratio 0, nats", digits=4, low=_LEAST_KL, is_log=True)
+_MEASURES: Mapping[str, Read] = {"All but OCR": attrgetter("accuracy"), "OCR": attrgetter("ocr")}
+_ASKED = {"count": "How many answers stay right: counting", "caption": "How many answers stay right: captions"}
+"""Kinds of questions with charts of their own, by a word in their name: reduction costs them more than others."""
 
 
-def _by_tokens(card: Card, read: _Read, title: str, unit: str) -> str | None:
-    if all(read(result) is None for result in card.results):
+def plots(cards: Mapping[str, Card]) -> list[Chart]:
+    """In the order in which they are to be read; what has no figures is left out.
+
+    Args:
+        cards: by the name that its panels have; "" where there is only one.
+    """
+    return [chart for chart in _charts(cards) if chart is not None]
+
+
+def _charts(cards: Mapping[str, Card]) -> Iterator[Chart | None]:
+    yield _by_tokens("accuracy", "How many answers stay right? All questions but OCR", cards, attrgetter("accuracy"))
+    yield _by_tokens("ocr", "How many answers stay right: reading (OCR)", cards, attrgetter("ocr"))
+    kinds = dict.fromkeys(kind for card in cards.values() for kind in card.reference.kinds)
+    for word, title in _ASKED.items():
+        kind = next((kind for kind in kinds if word in kind.casefold()), None)
+        if kind is not None:
+            yield _by_tokens(word, title, cards, _of_kind(kind))
+    yield _by_tokens("kl", "How far does the first answer token move?", cards, attrgetter("kl"), _KL)
+    yield _by_kind(cards)
+    yield _by_layer(cards)
+
+
+def _of_kind(kind: str) -> Read:
+    return lambda result: result.kinds.get(kind)
+
+
+def _by_tokens(stem: str, title: str, cards: Mapping[str, Card], read: Read, y: Axis = _PERCENT) -> Chart | None:
+    panels: list[Panel] = []
+    left_out: list[str] = []
+    for kind, group in GROUPS.items():
+        choice = choose([*cards.values()], kind)
+        left_out += choice.left_out
+        lines = {name: _lines(card, kind, choice, read, with_full=not y.is_log) for name, card in cards.items()}
+        if all(any(line.colour is not None for line in each) for each in lines.values()):  # else nothing to compare
+            panels += [Panel(", ".join(filter(None, [group, name])), each) for name, each in lines.items()]
+    if not panels:
         return None
-
-    def draw(axes: Axes) -> None:
-        for name, results in lines(card).items():
-            known = [(r.layer_tokens, estimate) for r in results if (estimate := read(r)) is not None]
-            _line(axes, name, known, 100 if "%" in unit else 1)
-        axes.set_xlabel("vision tokens per decoder layer, mean over the layers")
-        axes.invert_xaxis()
-        _finish(axes, title, unit)
-
-    return as_svg(one_panel(draw, _SIZE_IN))
+    tokens = max(card.tokens for card in cards.values())
+    x = Axis("vision tokens that a decoder layer sees, mean over the layers", low=0, high=tokens, falls=True)
+    note = f"Grey: tokens drawn at random, and a smaller image, at the same counts. {_precision(panels, y)}"
+    if left_out:
+        note += f" Not drawn, since others of their kind have more right answers: {', '.join(left_out)}."
+    return line_chart(stem, title, panels, x, y, note=note, columns=2 if len(cards) > 1 else 3)
 
 
-def _by_layer(card: Card, read: Mapping[str, _Read]) -> str | None:
-    withdrawn = sorted((r for r in card.results if r.layer is not None and r.ratio is None), key=lambda r: r.layer or 0)
-    if not any(reader(result) for reader in read.values() for result in withdrawn):
+def _precision(panels: Sequence[Panel], y: Axis) -> str:
+    """How sure the drawn values are."""
+    shown = [point.estimate for panel in panels for line in panel.lines for point in line.points]
+    if y.is_log:
+        return f"What is below {_LEAST_KL:g} is drawn there."
+    width = y.scale * max(max(each.value - each.low, each.high - each.value) for each in shown)
+    count = max(each.count for each in shown if isinstance(each, Score))
+    return f"{count} questions: the ends of 95 % intervals are up to {width:.0f} points away."
+
+
+def _lines(card: Card, kind: Kind | None, choice: Choice, read: Read, *, with_full: bool) -> list[Line]:
+    """Those of a panel, the controls last."""
+    by_name = {curve.name: curve.results for curve in curves(card) if curve.kind == kind and curve.name in choice.names}
+    colours = {name: colour for colour, name in enumerate(choice.names)}
+    beside = [result for results in by_name.values() for result in results]
+    full = [card.reference] if with_full else []
+    return [
+        Line(name, points, colours.get(name))
+        for name, results in (by_name | references(card, beside)).items()
+        if (points := _points([*full, *results], read)) and len(points) > len(full)
+    ]
+
+
+def _points(results: Sequence[Result], read: Read) -> list[Point]:
+    return [
+        Point(result.layer_tokens, estimate, _about(result))
+        for result in results
+        if (estimate := read(result)) is not None
+    ]
+
+
+def _about(result: Result) -> str:
+    ratio = "" if result.ratio is None else f"ratio {result.ratio:g}"
+    layer = "" if result.layer is None else f"K={result.layer}"
+    return ", ".join(filter(None, [ratio, layer, f"{result.layer_tokens:.4g} tokens"]))
+
+
+def _by_kind(cards: Mapping[str, Card]) -> Chart | None:
+    found = {name: curve for name, card in cards.items() if (curve := best(card)) and len(card.reference.kinds) > 1}
+    maps = [_map(name, cards[name], curve) for name, curve in found.items()]
+    if not maps:
         return None
-
-    def draw(axes: Axes) -> None:
-        for name, reader in read.items():
-            curve = [(float(r.layer or 0), estimate) for r in withdrawn if (estimate := reader(r)) is not None]
-            full = reader(card.reference)
-            _line(axes, name, [*curve, *([(float(card.layers), full)] if full else [])], 100)
-        axes.set_xlabel(f"K, first decoder layer without vision tokens ({card.layers}: never)")
-        _finish(axes, "Withdrawal", "accuracy, %")
-
-    return as_svg(one_panel(draw, _SIZE_IN))
+    return replace(maps[0], panels=[panel for each in maps for panel in each.panels], columns=2)
 
 
-def _line(axes: Axes, name: str, points: list[tuple[float, Estimate]], scale: float) -> None:
-    control = name.partition(":")[0]
-    style: dict[str, Any] = {"linestyle": "--", "color": "black" if control == CONTROLS[0] else "gray"}
-    if control not in CONTROLS:
-        style = {}
-    style |= {"marker": "o", "markersize": 3, "linewidth": 1.2, "elinewidth": 0.5}
-    draw_estimates(axes, points, scale, label=name, **style)
+def _map(name: str, card: Card, curve: Curve) -> Chart:
+    shown = [card.reference, *curve.results]
+    kinds = sorted(card.reference.kinds, key=lambda kind: -sum(r.kinds[kind].value for r in shown if kind in r.kinds))
+    return heat_map(
+        "kinds",
+        f"Which questions does {curve.name} cost?",
+        kinds,
+        [f"{result.ratio:g}" for result in shown],
+        [[_cell(kind, result, card.reference) for result in shown] for kind in kinds],
+        "reduction ratio",
+        unit="right answers, %",
+        note="The stronger the shade, the more answers are lost against ratio 0. "
+        f"{card.reference.kinds[kinds[0]].count} questions of a kind.",
+        panel=name,
+    )
 
 
-def _finish(axes: Axes, title: str, unit: str) -> None:
-    axes.set_title(title)
-    axes.set_ylabel(unit)
-    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+def _cell(kind: str, result: Result, full: Result) -> tuple[str, float, str] | None:
+    score = result.kinds.get(kind)
+    if score is None:
+        return None
+    lost = max(0.0, full.kinds[kind].value - score.value)
+    return f"{100 * score.value:.0f}", lost, f"{kind}, {_about(result)}: {score.show(1, 100)}"
+
+
+def _by_layer(cards: Mapping[str, Card]) -> Chart | None:
+    panels, alike = [], set()
+    for title, read in _MEASURES.items():
+        for name, card in cards.items():
+            lines = []
+            for colour, (method, results) in enumerate(withdrawals(card).items()):
+                points = [
+                    Point(float(result.layer or 0), estimate, _about(result))
+                    for result in results
+                    if (estimate := read(result)) is not None
+                ]
+                if len(points) < 2 or not differ([point.estimate for point in points]):
+                    alike.add(method)
+                    continue
+                full = read(card.reference)
+                start = [Point(float(card.layers), full, "never")] if full else []
+                lines.append(Line(method, [*start, *points], colour))
+            if lines:
+                panels.append(Panel(", ".join(filter(None, [title, name])), lines))
+    if not panels:
+        return None
+    drawn = {line.name for panel in panels for line in panel.lines}
+    layers = max(card.layers for card in cards.values())
+    note = f"K = {layers}: never."
+    if rest := sorted(alike - drawn):
+        note += f" Not drawn, since K makes no difference that shows: {', '.join(rest)}."
+    x = Axis("K, the first decoder layer without those tokens", low=1, falls=True)
+    return line_chart("accuracy-by-layer", "From which decoder layer on can tokens go?", panels, x, _PERCENT, note=note)

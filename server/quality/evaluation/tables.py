@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
+from pathlib import Path
 
+from foldserve.loadtest.report.charts import Chart
 from foldserve.loadtest.report.estimates import Estimate
 from foldserve.loadtest.report.page import page
 from foldserve.loadtest.report.tables import NONE, Table
 from foldserve.server.quality.evaluation.card import Card, Result
+from foldserve.server.quality.evaluation.plots import plots
 from foldserve.server.quality.evaluation.variants import CONTROLS
 
 _NAMES = ["method", "ratio", "K"]
@@ -15,6 +18,15 @@ _HEADINGS = [
     *_NAMES, "tokens", "layer tokens", "accuracy", *CONTROLS, "OCR", *(f"OCR {c}" for c in CONTROLS), "lost", "gained",
     "KL", "agreement",
 ]  # fmt: skip
+
+
+def write_page(card: Card, folder: Path) -> None:
+    """The card as index.html and quality.md, and its charts."""
+    drawn = plots({"": card})
+    for chart in drawn:
+        chart.write(folder)
+    (folder / "index.html").write_text(html(card, drawn))
+    (folder / "quality.md").write_text(markdown(card))
 
 
 def markdown(card: Card) -> str:
@@ -26,23 +38,34 @@ def markdown(card: Card) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def html(card: Card, plots: Mapping[str, str]) -> str:
-    """One HTML file, with the plots (SVG) in it."""
-    facts = {"weights": card.model_hash, "questions": card.data_hash}
-    title = f"Quality of {card.model}"
-    return page(title, lead=_head(card), facts=facts, charts=plots.values(), tables=_tables(card))
+def html(card: Card, charts: Sequence[Chart]) -> str:
+    """One HTML file, with the charts in it."""
+    lead = ". ".join(filter(None, [_asked(card), card.machine, card.date]))
+    return page(f"Quality of {card.model}", lead=lead, facts=facts(card), charts=charts, tables=_tables(card))
+
+
+def facts(card: Card) -> dict[str, str]:
+    """What was asked of which model, where and when."""
+    found = {"model": card.model, "weights": card.model_hash, "asked": _asked(card), "questions": card.data_hash}
+    return found | {name: text for name, text in (("machine", card.machine), ("date", card.date)) if text} | card.engine
+
+
+def _asked(card: Card) -> str:
+    return (
+        f"{card.questions} questions: {card.data}. {card.tokens} vision tokens per image, {card.layers} decoder layers"
+    )
 
 
 def _tables(card: Card) -> list[Table]:
     """Results first."""
     shown = [result for result in card.results if not result.is_control]
-    tables = [Table("Results", _HEADINGS, [_row(card, result) for result in shown], note=_note(card))]
+    tables = [Table("Results", _HEADINGS, [_row(card, result) for result in shown], key=3, note=_note(card))]
     if kinds := sorted({kind for result in card.results for kind in result.kinds}):
-        by_kind = [[*_names(r), *(_percent(r.kinds.get(kind)) for kind in kinds)] for r in shown]
-        tables.append(Table("Accuracy by kind of question, %", [*_NAMES, *kinds], by_kind))
+        by_kind = [[*names(r), *(_percent(r.kinds.get(kind)) for kind in kinds)] for r in shown]
+        tables.append(Table("Accuracy by kind of question, %", [*_NAMES, *kinds], by_kind, key=3))
     if card.refused:
         refused = [[r.label, _number(r.ratio), _number(r.layer), r.reason] for r in card.refused]
-        tables.append(Table("Not possible on this model", [*_NAMES, "why"], refused, is_prose=True))
+        tables.append(Table("Not possible on this model", [*_NAMES, "why"], refused, key=3, is_prose=True))
     return tables
 
 
@@ -67,7 +90,7 @@ def _note(card: Card) -> str:
 def _row(card: Card, result: Result) -> list[str]:
     controls = [card.control(name, result) if result is not card.reference else None for name in CONTROLS]
     return [
-        *_names(result),
+        *names(result),
         str(result.kept),
         f"{result.layer_tokens:.1f}",
         _with_interval(result.accuracy),
@@ -81,7 +104,8 @@ def _row(card: Card, result: Result) -> list[str]:
     ]
 
 
-def _names(result: Result) -> list[str]:
+def names(result: Result) -> list[str]:
+    """Method, ratio and K."""
     return [result.label, _number(result.ratio), _number(result.layer)]
 
 

@@ -9,10 +9,9 @@ from collections.abc import Mapping
 from foldserve.server.quality.gpu_check.bench import Failed, ProcessBench
 from foldserve.server.quality.gpu_check.options import STAGES, GpuCheckOptions
 from foldserve.server.quality.gpu_check.page import write_page
-from foldserve.server.quality.gpu_check.result import Result, Results, Status
+from foldserve.server.quality.gpu_check.result import RESULTS_FILE, Result, Results, Status
 from foldserve.server.quality.gpu_check.stages import ALL, CPU_LIMIT_S, Stage
 
-RESULTS_FILE = "gpu-check.json"
 _LEAST_S = 20.0
 """An engine takes as long to start: with less time left, a stage could only fail."""
 

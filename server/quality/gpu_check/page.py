@@ -1,43 +1,58 @@
-"""The results as a page in Markdown, with plots."""
+"""The results as a page, in HTML and in Markdown, with charts."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from foldserve.loadtest.report.charts import Axis, Chart, Level, Line, Panel, Point, bars, line_chart
+from foldserve.loadtest.report.estimates import Estimate
+from foldserve.loadtest.report.page import page
 from foldserve.loadtest.report.tables import NONE, Table
 from foldserve.server.quality.gpu_check.result import Result, Results
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
 PAGE_FILE = "gpu-check.md"
 _GIB = 2**30
+_PLAIN = "plain vLLM"
+_ON_CPU = "On a CPU: this tried the check itself, and says nothing about a GPU."
+_LOAD_NOTE = "Medians; the weights are dummies."
+_QUESTIONS = (
+    ("load", "How many requests a second?", "requests_per_s", "requests/s"),
+    ("ttft", "How long until the first token?", "ttft_ms", "TTFT of one request alone, ms"),
+    ("sequences", "How many requests does the KV cache hold?", "sequences", "requests"),
+)
+"""(file stem, question, field of a row, unit)"""
+_STAGES = (
+    ("reference", "How far are margins in fp32 from plain PyTorch's?"),
+    ("smoke", "How far are margins in bf16 from plain PyTorch's in fp32?"),
+)
 _LOAD_HEADINGS = ["engine", "ratio", "prompt tokens", "requests/s", "TTFT ms", "ITL ms", "sequences in KV", "peak GiB"]
 
 
 def write_page(results: Results, folder: Path) -> None:
-    """Writes the page and its plots, which need matplotlib."""
-    plots = dict(_plots(results)) if find_spec("matplotlib") else {}
-    for stem, (_, svg) in plots.items():
-        (folder / f"{stem}.svg").write_text(svg)
-    (folder / PAGE_FILE).write_text(markdown(results, {stem: title for stem, (title, _) in plots.items()}))
+    """Writes the page in both forms, and its charts, which need matplotlib."""
+    drawn = charts({"": results}) if find_spec("matplotlib") else []
+    for chart in drawn:
+        chart.write(folder)
+    (folder / "index.html").write_text(html(results, drawn))
+    (folder / PAGE_FILE).write_text(markdown(results, drawn))
 
 
-def markdown(results: Results, plots: Mapping[str, str]) -> str:
-    """Args:
-    plots: file stem -> title.
-    """
+def html(results: Results, drawn: Sequence[Chart]) -> str:
+    lead = results.verdict() + (f". {_ON_CPU}" if results.device == "cpu" else "")
+    tables = filter(None, [_load(results), _steps(results)])
+    return page("GPU check", lead=lead, facts=results.facts, first=[_stages(results)], charts=drawn, tables=tables)
+
+
+def markdown(results: Results, drawn: Sequence[Chart]) -> str:
     parts = [f"# GPU check: {results.verdict()}"]
     if results.device == "cpu":
-        parts.append("On a CPU: this tried the check itself, and says nothing about a GPU.")
+        parts.append(_ON_CPU)
     parts += [_stages(results).markdown(), f"## {_facts(results).title}", _facts(results).markdown()]
-    if plots:
-        parts.append("## Plots")
-    for stem, title in plots.items():
-        parts.append(f"![{title}]({stem}.svg)")
+    for chart in drawn:
+        parts += [f"## {chart.title}", f"![{chart.title}]({chart.stem}.svg)", *filter(None, [chart.note])]
     for table in filter(None, (_load(results), _steps(results))):
         parts += [f"## {table.title}", table.markdown(), *([table.note] if table.note else [])]
     return "\n\n".join(parts) + "\n"
@@ -49,11 +64,11 @@ def _facts(results: Results) -> Table:
 
 def _stages(results: Results) -> Table:
     rows = [[r.stage, r.status, f"{r.seconds:.0f}", r.shows, r.line] for r in results.stages]
-    return Table("Stages", ["stage", "result", "seconds", "shows that", "found"], rows, labels=5)
+    return Table("Stages", ["stage", "result", "seconds", "shows that", "found"], rows, labels=5, is_prose=True)
 
 
 def _load(results: Results) -> Table | None:
-    found = _details(results, "load")
+    found = details(results, "load")
     rows = found.get("rows")
     if not rows:
         return None
@@ -78,58 +93,53 @@ def _load(results: Results) -> Table | None:
 
 
 def _steps(results: Results) -> Table | None:
-    details = _details(results, "graphs")
-    cells = [[name, mode, str(count)] for name, found in details.items() for mode, count in found["steps"].items()]
+    graphs = details(results, "graphs")
+    cells = [[name, mode, str(count)] for name, found in graphs.items() for mode, count in found["steps"].items()]
     return Table("Steps by mode of CUDA graphs", ["engine", "mode", "steps"], cells, labels=2) if cells else None
 
 
-def _plots(results: Results) -> Iterator[tuple[str, tuple[str, str]]]:
-    """(file stem, (title, SVG))"""
-    for stage, title in (
-        ("reference", "Margins in fp32 against plain PyTorch"),
-        ("smoke", "Margins in bf16 against plain PyTorch in fp32"),
-    ):
-        if errors := _details(results, stage).get("errors"):
-            yield f"errors-{stage}", (title, _errors(errors, title))
-    if rows := _details(results, "load").get("rows"):
-        yield "load", ("Requests a second by reduction ratio", _rates(rows))
+def charts(checks: Mapping[str, Results]) -> list[Chart]:
+    """What was found, in pictures.
+
+    Args:
+        checks: by the name that panels have; "" where there is only one.
+    """
+    found = []
+    for stem, title, field, unit in _QUESTIONS:
+        panels = [
+            Panel(name, _lines(rows, field), _levels(rows, field))
+            for name, results in checks.items()
+            if (rows := details(results, "load").get("rows"))
+        ]
+        if panels:
+            y = Axis(unit, low=0)
+            found.append(line_chart(stem, title, panels, Axis("reduction ratio"), y, note=_LOAD_NOTE, columns=2))
+    for name, results in checks.items():
+        for stage, title in _STAGES:
+            if errors := details(results, stage).get("errors"):
+                stem = "-".join(filter(None, ["errors", stage, name]))
+                found.append(bars(stem, f"{title}{f', {name}' if name else ''}", [*errors.items()], "largest, nats"))
+    return found
 
 
-def _errors(errors: Mapping[str, float], title: str) -> str:
-    def paint(axes: Axes) -> None:
-        names = list(errors)[::-1]
-        axes.barh(names, [errors[name] for name in names], height=0.6)
-        axes.set_title(title)
-        axes.set_xlabel("largest difference, nats")
-
-    return _svg(paint, (8, 0.22 * len(errors) + 1))
-
-
-def _rates(rows: Sequence[Mapping[str, Any]]) -> str:
-    def paint(axes: Axes) -> None:
-        for engine in dict.fromkeys(row["engine"] for row in rows):
-            ratios, rates = zip(
-                *((r["ratio"], r["requests_per_s"]) for r in rows if r["engine"] == engine), strict=True
-            )
-            if len(ratios) == 1:  # plain vLLM
-                axes.axhline(rates[0], color="gray", linestyle="--", label=engine)
-            else:
-                axes.plot(ratios, rates, marker="o", label=engine)
-        axes.set_title("Throughput")
-        axes.set_xlabel("reduction ratio")
-        axes.set_ylabel("requests/s")
-        axes.set_ylim(bottom=0)
-        axes.legend()
-
-    return _svg(paint, (7, 4))
+def _lines(rows: Sequence[Mapping[str, Any]], field: str) -> list[Line]:
+    """An engine each, but for plain vLLM."""
+    engines = dict.fromkeys(row["engine"] for row in rows if row["engine"] != _PLAIN)
+    return [
+        Line(
+            engine,
+            [Point.exact(r["ratio"], r[field], f"ratio {r['ratio']:g}") for r in rows if r["engine"] == engine],
+            i,
+        )
+        for i, engine in enumerate(engines)
+    ]
 
 
-def _svg(paint: Callable[[Axes], None], size_in: tuple[float, float]) -> str:
-    from foldserve.loadtest.report.charts import as_svg, one_panel
-
-    return as_svg(one_panel(paint, size_in))
+def _levels(rows: Sequence[Mapping[str, Any]], field: str) -> list[Level]:
+    return [Level(_PLAIN, Estimate(*[row[field]] * 3)) for row in rows if row["engine"] == _PLAIN]
 
 
-def _details(results: Results, stage: str) -> Mapping[str, Any]:
+def details(results: Results, stage: str) -> Mapping[str, Any]:
+    """Of a stage; none if it was not run."""
     found: Result | None = next((result for result in results.stages if result.stage == stage), None)
     return {} if found is None else found.details

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+RESULTS_FILE = "gpu-check.json"
 Status = Literal["PASS", "FAIL", "SKIP"]
 
 
@@ -39,6 +41,14 @@ class Results(BaseModel):
     device: Literal["cuda", "cpu"]
     facts: dict[str, str]
     stages: tuple[Result, ...]
+
+    @classmethod
+    def read(cls, file: Path) -> Results:
+        """Raises ValueError if the file holds none."""
+        try:
+            return cls.model_validate_json(file.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{file} is no result of `foldserve gpu-check`: {error}") from error
 
     @property
     def failed(self) -> int:

@@ -19,8 +19,10 @@ from foldserve.server.quality.gpu_check.bench import Failed, ProcessBench
 from foldserve.server.quality.gpu_check.common import Passed
 from foldserve.server.quality.gpu_check.jobs import Case, Kernels, KernelsSeen
 from foldserve.server.quality.gpu_check.options import STAGES, GpuCheckOptions
+from foldserve.server.quality.gpu_check.page import charts
 from foldserve.server.quality.gpu_check.result import Results
 from foldserve.server.quality.gpu_check.stages import ALL
+from tests.loadtest.readable import check
 
 CUDA = GpuCheckOptions()
 KERNELS = KernelsSeen(checks=1, failures={}, catches_a_wrong_kernel=True)
@@ -165,8 +167,13 @@ def test_files(found: Found, tmp_path: Path) -> None:
     assert "| GPU 0 | one \\| two |" in page and "| ratio-0 | FAIL | 0 |" in page
     assert "| plain vLLM, v2 | 0 | 9 | 9.00 | 1.0 | 1.00 | 7 | 2.0 |" in page and "64 requests of 32 tokens" in page
     plots = {plot.name: plot.read_text() for plot in (tmp_path / "out").glob("*.svg")}
-    assert set(plots) == {"errors-reference.svg", "load.svg"} and all(f"]({name})" in page for name in plots)
+    assert set(plots) == {"errors-reference.svg", "load.svg", "ttft.svg", "sequences.svg"}
+    assert all(f"]({name})" in page for name in plots)
     assert "another" in plots["errors-reference.svg"] and "plain vLLM" in plots["load.svg"]
+    for chart in charts({"": results}) + charts({"one": results, "other": results}):
+        check(chart)
+    html = (tmp_path / "out" / "index.html").read_text()
+    assert "<dt>GPU 0</dt><dd>one | two</dd>" in html and html.index("ratio-0") < html.index("<svg")
 
 
 def test_a_budget_that_is_used_up(found: Found) -> None:

@@ -1,0 +1,133 @@
+"""What of a quality card is drawn: the curves of its methods by kind, and which of them when there are too many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from operator import attrgetter
+from statistics import fmean as mean
+
+from foldserve.loadtest.report.charts import MOST_LINES
+from foldserve.loadtest.report.estimates import Estimate
+from foldserve.reducers import METHODS
+from foldserve.reducers.method import Decoder, Kind
+from foldserve.server.quality.evaluation.card import Card, Result
+from foldserve.server.quality.evaluation.variants import CONTROLS
+
+Read = Callable[[Result], Estimate | None]
+
+GROUPS: Mapping[Kind | None, str] = {
+    Kind.MERGE: "Merging",
+    Kind.DROP: "Dropping",
+    Kind.INPUT: "Smaller input",
+    Kind.DECODER: "In the decoder",
+    None: "Joined methods",
+}
+"""A panel each, with its title; None: two methods that are joined."""
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """The results of a method, or of one at a K, by falling number of layer tokens.
+
+    Attributes:
+        label: as in the card, without K.
+        kind: None of two methods that are joined.
+    """
+
+    name: str
+    label: str
+    kind: Kind | None
+    results: Sequence[Result]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The curves of one kind that are drawn, and the names of those that are not."""
+
+    names: Sequence[str]
+    left_out: Sequence[str]
+
+
+def curves(card: Card) -> list[Curve]:
+    """One for each method, with the options that it was named with first; of what works at K, two values of K."""
+    found: list[Curve] = []
+    known: set[str] = set()
+    for label in dict.fromkeys(result.label for result in card.results[1:] if not result.is_control):
+        name = label.partition(":")[0]
+        if name in known or name in CONTROLS:
+            continue
+        known.add(name)
+        own = [result for result in card.results if result.label == label]
+        layers = sorted({result.layer for result in own if result.layer is not None and result.ratio is not None})
+        for layer in _two_of(layers, card.layers) if layers else [None]:
+            shown = [result for result in own if layer is None or result.layer == layer]
+            shown.sort(key=attrgetter("layer_tokens"), reverse=True)
+            found.append(Curve(name if layer is None else f"{name} K={layer}", label, _kind(name), shown))
+    return found
+
+
+def references(card: Card, beside: Sequence[Result]) -> dict[str, list[Result]]:
+    """What the controls have at the counts of these results."""
+    found: dict[str, list[Result]] = {}
+    for name in CONTROLS:
+        controls = [control for result in beside if (control := card.control(name, result)) is not None]
+        by_count = {control.kept: control for control in controls}
+        found[name] = [by_count[kept] for kept in sorted(by_count, reverse=True)]
+    return found
+
+
+def choose(cards: Sequence[Card], kind: Kind | None) -> Choice:
+    """The best of a kind, by right answers above those of `random` at the same counts, in the order of the cards."""
+    merits: dict[str, list[float]] = {}
+    for card in cards:
+        for curve in curves(card):
+            if curve.kind == kind:
+                merits.setdefault(curve.name, []).append(_merit(card, curve))
+    best = sorted(merits, key=lambda name: mean(merits[name]), reverse=True)[:MOST_LINES]
+    return Choice([name for name in merits if name in best], [name for name in merits if name not in best])
+
+
+def best(card: Card) -> Curve | None:
+    """The default method, else the best of those that were measured at several ratios."""
+    able = [curve for curve in curves(card) if len({result.ratio for result in curve.results}) > 1]
+    default = next((curve for curve in able if curve.name == next(iter(METHODS))), None)
+    return default or max(able, key=lambda curve: _merit(card, curve), default=None)
+
+
+def withdrawals(card: Card) -> dict[str, list[Result]]:
+    """What is drawn against K: plain withdrawal, and other decoder methods at a middle ratio and at the highest."""
+    found: dict[str, list[Result]] = {}
+    for result in card.results:
+        method = METHODS.get(result.label)
+        if result.layer is None or not isinstance(method, Decoder):
+            continue
+        ratios = sorted({r.ratio for r in card.results if r.label == result.label and r.ratio is not None})
+        if result.ratio is None or result.ratio in (ratios[len(ratios) // 3], ratios[-1]):
+            name = result.label if result.ratio is None else f"{result.label} {result.ratio:g}"
+            found.setdefault(name, []).append(result)
+    return {name: sorted(results, key=attrgetter("layer"), reverse=True) for name, results in found.items()}
+
+
+def differ(estimates: Sequence[Estimate]) -> bool:
+    """Some of the intervals have nothing in common."""
+    return max(each.low for each in estimates) > min(each.high for each in estimates)
+
+
+def _kind(name: str) -> Kind | None:
+    return METHODS[name].kind if name in METHODS else None
+
+
+def _two_of(layers: Sequence[int], total: int) -> list[int]:
+    """Those nearest to a third and two thirds of the decoder."""
+    return sorted({min(layers, key=lambda layer: abs(layer - total * part / 3)) for part in (1, 2)})
+
+
+def _merit(card: Card, curve: Curve) -> float:
+    """Where no answers are known, by KL."""
+    scores = []
+    for result in curve.results:
+        control = card.control(CONTROLS[0], result)
+        own, drawn = ((r.accuracy if r is not None else None) for r in (result, control))
+        scores.append(-result.kl.value if own is None else own.value - (drawn.value if drawn else 0.0))
+    return mean(scores)
