@@ -70,7 +70,7 @@ _QUESTIONS = (
         "resident_when_full",
         Axis("running requests", digits=1, low=0),
         _predicted("resident_when_full"),
-        note="Seen while at least 90 % of its blocks were in use and requests waited.",
+        note="Seen while 90 % of its blocks or more were in use, and at least a fifth as many requests waited as ran.",
     ),
 )
 

@@ -15,7 +15,9 @@ from foldserve.loadtest.statistics import Draws, draw, gaps, mean, quantile, quo
 
 _PERCENTILES = (50, 90, 99)
 _FULL = 0.9
-"""Share of its blocks in use from which the KV cache, with requests that wait, counts as full."""
+"""Share of its blocks in use from which the KV cache counts as full."""
+_QUEUE = 0.2
+"""Requests that wait, of those that run, from which on it is the cache that limits these, and not the load."""
 _STAGES = {
     "queue_s": "vllm:request_queue_time_seconds_sum",
     "prefill_s": "vllm:request_prefill_time_seconds_sum",
@@ -145,7 +147,9 @@ def _of_cache(rounds: Sequence[Record], known: Mapping[str, Draws]) -> dict[str,
     times = [known.get(name) for name in ("decode_s", "prefill_s")]
     if times[0] is not None and times[1] is not None and times[0].value > times[1].value:
         found["kv_share"] = draw([[[use, running] for use, running, _ in looks] for looks in seen], quotient)
-    full = [[[running] for use, running, waiting in looks if waiting and use >= _FULL] for looks in seen]
+    full = [
+        [[running] for use, running, waiting in looks if use >= _FULL and waiting >= _QUEUE * running] for looks in seen
+    ]
     if all(full):
         found["resident_when_full"] = draw(full, mean)
     return found

@@ -24,7 +24,7 @@ _NOTE = (
     "between two parts of an answer; TTFT and E2E are seen by the client. Times that the server tells, CPU time and "
     "preemptions are per request. The KV cache is looked at every second: what a request has of it is blocks in use / "
     "running requests, told only where requests decode for longer than they prefill, and how many a full one holds is "
-    "seen only while it is full and requests wait. 'FLOPs allow' and 'KV allows' (the dashed lines) are what the "
+    "seen only while it is full and many wait. 'FLOPs allow' and 'KV allows' (the dashed lines) are what the "
     "arithmetic says for this model's tower, projector and decoder, against ratio 0: a limit for work that is bound by "
     "FLOPs, which decoding of few requests is not. For TTFT the line is ratio 0 divided by it."
 )

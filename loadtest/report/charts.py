@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +27,8 @@ _BAR_PT = 22.0
 """Of a bar, with its name above it."""
 _BARS_UP_TO = 3
 """Lines of a panel whose intervals are drawn; those of more would hide each other, and show under the pointer."""
+_MOST_BEYOND = 1.4
+"""Of the largest value, where the axis ends although an interval goes on."""
 _MARKERS = "osD^vP"
 _NAME_WIDTH = 12
 """Letters of a line of a name."""
@@ -239,7 +241,7 @@ class _LinePanel(Paint):
         marks: list[Mark] = []
         for level in self.panel.levels:
             marks += self._level(axes, level)
-        with_bars = sum(line.colour is not None and not line.dashed for line in self.panel.lines) <= _BARS_UP_TO
+        with_bars = _has_bars(self.panel)
         greys = iter(_GREY_STYLES * len(self.panel.lines))
         for line in self.panel.lines:
             self._line(axes, line, with_bars, "-" if line.colour is not None else next(greys))
@@ -448,11 +450,18 @@ def _common(panels: Sequence[Panel], y: Axis) -> Axis:
     return replace(y, low=low, high=max(values) if y.high is None else y.high)
 
 
-def _values(panel: Panel) -> Iterator[float]:
-    for line in panel.lines:
-        yield from (point.estimate.value for point in line.points)
-    for level in panel.levels:
-        yield from (level.estimate.low, level.estimate.high)
+def _has_bars(panel: Panel) -> bool:
+    return sum(line.colour is not None and not line.dashed for line in panel.lines) <= _BARS_UP_TO
+
+
+def _values(panel: Panel) -> list[float]:
+    """All that is drawn; of intervals that reach far beyond the values, as much as leaves these readable."""
+    points = [(line, point.estimate) for line in panel.lines for point in line.points]
+    found = [estimate.value for _, estimate in points] + [level.estimate.value for level in panel.levels]
+    shown = [estimate for line, estimate in points if line.colour is not None and _has_bars(panel)]
+    shown += [level.estimate for level in panel.levels]
+    low, high = min(found, default=0), _MOST_BEYOND * max(found, default=0)
+    return found + [end for each in shown for end in (each.low, min(each.high, high)) if end >= low / _MOST_BEYOND]
 
 
 def _set_scales(axes: Axes, panel: Panel, x: Axis, y: Axis) -> None:

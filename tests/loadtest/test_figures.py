@@ -44,7 +44,7 @@ def record(seconds: float, kept: int, seed: int = 0, api_s: float = 0.5, decode_
     counters = {"vision_encoded": 2000.0, "vision_kept": 20.0 * kept, "vision_withdrawn": 0.0}
     counters |= {"vllm:request_prefill_time_seconds_sum": 1.0, "vllm:request_decode_time_seconds_sum": 20.0 * decode_s}
     running = 10000 / kept
-    gauges = {KV_USE: [0.5, 1.0, 1.0], RUNNING: [running / 2, running, running], WAITING: [0.0, 3.0, 4.0]}
+    gauges = {KV_USE: [0.5, 1.0, 1.0], RUNNING: [running / 2, running, running], WAITING: [0.0, running, running]}
     return Record(sent=sent, counters=counters, gauges=gauges, cpu_s={"api": api_s, "engine": 1.0})
 
 
@@ -126,7 +126,7 @@ def test_rows_compare_with_both_bases() -> None:
 def test_the_cache_is_told_of_only_where_it_can_be_seen() -> None:
     """Requests that hardly decode never hold all of their blocks; a pool with room does not show what fits into it."""
     seen = record(1.0, 100)
-    gauges = {KV_USE: [0.5, 0.95], RUNNING: [50.0, 60.0], WAITING: [4.0, 0.0]}
+    gauges = {KV_USE: [0.5, 0.95], RUNNING: [50.0, 60.0], WAITING: [50.0, 3.0]}
     for one, expected in (
         (seen, {"kv_use", "kv_share", "resident_when_full"}),
         (record(1.0, 100, decode_s=0.01), {"kv_use", "resident_when_full"}),
