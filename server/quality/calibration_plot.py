@@ -23,7 +23,11 @@ def plot(calibration: Calibration, file: Path) -> None:
         found = calibration.withdraw_layer
         lines.append(Line(f"K={found}", [point for point in curve if point.x == found], 1))
     least = min(calibration.kl.values())
-    panel = Panel("Withdrawn against full", lines, [Level("eta", Estimate(*[calibration.eta] * 3))])
+    panel = Panel(
+        f"{calibration.samples} samples, {calibration.layers} layers",
+        lines,
+        [Level("eta", Estimate(*[calibration.eta] * 3))],
+    )
     chart = line_chart(
         "calibration",
         "From which decoder layer on can vision tokens go?",

@@ -90,7 +90,7 @@ def test_means_over_the_images(analysis: Analysis) -> None:
 
 def test_pictures(analysis: Analysis, tmp_path: Path) -> None:
     files = draw(analysis, tmp_path)
-    assert [file.name for file in files] == ["energy.svg", "distance.svg", "attention.svg"]
+    assert [file.name for file in files] == ["energy.svg", "distance.svg", "attention.svg", "index.html"]
     assert all(file.stat().st_size > 1000 for file in files)
     for chart in charts(analysis):
         check(chart)

@@ -6,17 +6,22 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from foldserve.loadtest.report.charts import MOST_LINES, Axis, Chart, Line, Panel, Point, line_chart
+from foldserve.loadtest.report.page import page
 from foldserve.server.quality.analysis.report import Analysis
 
 _PARTS = ("before the image", "image", "behind the image")
 
 
 def draw(analysis: Analysis, folder: Path) -> list[Path]:
-    """Writes energy.svg, distance.svg and attention.svg."""
+    """Writes energy.svg, distance.svg, attention.svg and, with all of them, index.html."""
     found = charts(analysis)
     for chart in found:
         chart.write(folder)
-    return [folder / f"{chart.stem}.svg" for chart in found]
+    lead = f"Means over {analysis.samples} images of {analysis.tokens:.4g} vision tokens"
+    (folder / "index.html").write_text(
+        page(f"Analysis of {analysis.model}", lead=lead, facts={}, charts=found, tables=[])
+    )
+    return [*(folder / f"{chart.stem}.svg" for chart in found), folder / "index.html"]
 
 
 def charts(analysis: Analysis) -> list[Chart]:
