@@ -77,11 +77,12 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One pair of axes."""
+    """One pair of axes, with an upright line at x = `at`."""
 
     title: str
     lines: Sequence[Line]
     levels: Sequence[Level] = ()
+    at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +242,8 @@ class _LinePanel(Paint):
         marks: list[Mark] = []
         for level in self.panel.levels:
             marks += self._level(axes, level)
+        if self.panel.at is not None:
+            axes.axvline(self.panel.at, color=INK, linewidth=1, linestyle=(0, (1, 1.5)), zorder=1)
         with_bars = _has_bars(self.panel)
         greys = iter(_GREY_STYLES * len(self.panel.lines))
         for line in self.panel.lines:
@@ -276,6 +279,12 @@ class _LinePanel(Paint):
         axes.axhline(self._y(estimate.value), color=MUTED, linewidth=1, zorder=2)
         return [self._mark(axes, level.name, Point(x, estimate)) for x in axes.get_xlim()]
 
+    def _last_seen(self, axes: Axes, points: Sequence[Point]) -> Point:
+        """The one furthest to the right that is inside of the axes, if one is."""
+        low, high = axes.get_ylim()
+        inside = [point for point in points if low <= self._y(point.estimate.value) <= high]
+        return min(inside or points, key=lambda point: abs(point.x - axes.get_xlim()[1]))
+
     def _mark(self, axes: Axes, name: str, point: Point) -> Mark:
         estimate = point.estimate
         shown = estimate.show(self.y.digits, self.y.scale)
@@ -295,7 +304,7 @@ class _LinePanel(Paint):
         right = axes.get_xlim()[1]
         for line in self.panel.lines:
             if line.name and line.points:
-                last = min(line.points, key=lambda point: abs(point.x - right))
+                last = self._last_seen(axes, line.points)
                 colour = MUTED if line.colour is None else SERIES[line.colour]
                 ends.append((line.name, colour, last.x, self._y(last.estimate.value)))
         ends += [(level.name, MUTED, right, self._y(level.estimate.value)) for level in self.panel.levels]

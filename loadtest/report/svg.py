@@ -59,6 +59,8 @@ def _hits(figure: Figure, marks: Sequence[Mark]) -> Iterator[str]:
     groups: list[tuple[float, float, list[str]]] = []
     for mark in marks:
         x, y = map(float, mark.axes.transData.transform((mark.x, mark.y)))
+        if not mark.axes.bbox.padded(_NEAR_PT).contains(x, y):  # what it marks is cut off there
+            continue
         near = (group for group in groups if abs(group[0] - x) < _NEAR_PT and abs(group[1] - y) < _NEAR_PT)
         if group := next(near, None):
             group[2].append(mark.text)

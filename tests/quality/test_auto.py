@@ -23,13 +23,14 @@ from foldserve.server.pressure import Pressure
 from foldserve.server.quality.auto.command import by_group, group_of
 from foldserve.server.quality.auto.file import AutoCalibration, read_for
 from foldserve.server.quality.auto.measure import StepJournal, measure, takable
-from foldserve.server.quality.auto.page import html, text
+from foldserve.server.quality.auto.page import chart, html, text
 from foldserve.server.quality.auto.rule import chosen_step, risk_bounds, samples_needed
 from foldserve.server.quality.calibration_options import CalibrationOptions
 from foldserve.server.quality.evaluation.questions import Question
 from foldserve.server.quality.evaluation.variants import parse_specs
 from foldserve.server.settings import Settings
 from tests.images import photo
+from tests.loadtest.readable import check
 
 ALL_STEPS = tuple(range(1, STEPS))
 RECORDED = Path(__file__).with_name("auto_losses.json")
@@ -213,6 +214,7 @@ def test_the_page_says_what_groups_get_and_what_one_for_all_would() -> None:
     assert "Too few" not in told
     page = html(calibration())
     assert "<svg" in page and "count: 117 of 144 tokens" in page
+    check(chart(calibration()))
     few = calibration(groups={"ocr": group_of([flags(0)] * 5, ALL_STEPS, 0.05)})
     assert "19 are needed at this target: ocr" in text(few)
 

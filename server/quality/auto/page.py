@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from math import ceil
-from typing import TYPE_CHECKING
 
+from foldserve.loadtest.report.charts import Axis, Chart, Level, Line, Panel, Point, line_chart
+from foldserve.loadtest.report.estimates import Estimate
 from foldserve.loadtest.report.page import page
 from foldserve.loadtest.report.tables import Table
 from foldserve.reducers.ladder import STEPS
 from foldserve.server.quality.auto.file import AutoCalibration, Group
 from foldserve.server.quality.auto.rule import samples_needed
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-_COLUMNS = 3
-_PANEL_IN = (2.9, 2.1)
 _TARGETS_HIGH = 4
 _LEGEND = (
-    "Each panel: the share of answers that change over the share of tokens that stay. The line is the bound for new "
-    "requests, dotted is what was measured, dashed the target; left of the upright line the bound is above it."
+    "The bound is for new requests. At the upright line the fewest tokens stay for which it does not exceed the target."
 )
 
 
@@ -38,8 +33,8 @@ def html(calibration: AutoCalibration) -> str:
         "Answers compared": f"their first {calibration.answer_tokens} tokens",
         "Target": f"{calibration.target:.1%} of the answers may change",
     }
-    charts = [_chart(calibration)] if find_spec("matplotlib") else []
-    lead = " ".join([_lead(calibration), *_notes(calibration), *([_LEGEND] if charts else [])])
+    charts = [chart(calibration)] if find_spec("matplotlib") else []
+    lead = " ".join([_lead(calibration), *_notes(calibration)])
     return page(
         "How few vision tokens these requests need", lead=lead, facts=facts, charts=charts, tables=[_table(calibration)]
     )
@@ -89,41 +84,42 @@ def _notes(calibration: AutoCalibration) -> list[str]:
     return [f"Too few samples to remove anything, {needed} are needed at this target: {', '.join(few)}."]
 
 
-def _chart(calibration: AutoCalibration) -> str:
-    """One small panel a group: the bound over the share of tokens that stays."""
-    from matplotlib.figure import Figure
+def chart(calibration: AutoCalibration) -> Chart:
+    """A panel a group: the bound over the share of tokens that stays."""
+    target = Estimate(*[calibration.target] * 3)
+    return line_chart(
+        "auto",
+        "How many answers change, of those with so many tokens?",
+        [
+            Panel(
+                f"{name}: {_tokens(group, calibration)} of {calibration.tokens:.0f} tokens",
+                _lines(group, calibration),
+                [Level("target", target)],
+                at,
+            )
+            for name, group in calibration.groups.items()
+            for at in [100 * group.step / STEPS]
+        ],
+        Axis("vision tokens that stay, % of all", low=0, high=100, falls=True),
+        Axis("answers that change, %", scale=100, digits=1, low=0, high=100 * _TARGETS_HIGH * calibration.target),
+        note=_LEGEND,
+    )
 
-    from foldserve.loadtest.report.charts import as_svg, style
 
-    groups = calibration.groups
-    rows = ceil(len(groups) / _COLUMNS)
-    columns = min(_COLUMNS, len(groups))
-    with style():
-        figure = Figure(figsize=(_PANEL_IN[0] * columns + 0.4, _PANEL_IN[1] * rows + 0.6), layout="constrained")
-        panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flatten()
-        for axes, (name, group) in zip(panels, groups.items(), strict=False):
-            _panel(axes, name, group, calibration)
-        for axes in panels[len(groups) :]:
-            axes.remove()
-        figure.supxlabel("vision tokens that stay, % of all", fontsize=9)
-        figure.supylabel("answers that change, %", fontsize=9)
-    return as_svg(figure)
-
-
-def _panel(axes: Axes, name: str, group: Group, calibration: AutoCalibration) -> None:
-    kept = [100 * step / STEPS for step in (*calibration.steps, STEPS)]
-    bound = [100 * share for share in (*group.bound, 1 / (group.samples + 1))]
-    chosen, target = 100 * group.step / STEPS, 100 * calibration.target
-    axes.axvspan(0, chosen, color="C3", alpha=0.07, linewidth=0)
-    axes.plot(kept, bound, color="C0", linewidth=1.6, drawstyle="steps-post")
-    axes.plot(kept, [100 * share for share in (*group.changed, 0)], color="C0", linewidth=0.9, linestyle=":")
-    axes.axhline(target, color="C3", linewidth=0.9, linestyle="--")
-    axes.axvline(chosen, color="C2", linewidth=1.6)
-    tokens = f"{_tokens(group, calibration)} of {calibration.tokens:.0f} tokens"
-    axes.set_title(f"{name}: {tokens}", loc="left")
-    axes.set_xlim(0, 103)
-    axes.set_ylim(0, _TARGETS_HIGH * target)
-    axes.grid()
+def _lines(group: Group, calibration: AutoCalibration) -> list[Line]:
+    steps = (*calibration.steps, STEPS)
+    bound, changed = (*group.bound, 1 / (group.samples + 1)), (*group.changed, 0.0)
+    return [
+        Line(
+            name,
+            [
+                Point.exact(100 * step / STEPS, share, f"{step}/{STEPS}")
+                for step, share in zip(steps, shares, strict=True)
+            ],
+            colour,
+        )
+        for name, shares, colour in (("bound", bound, 0), ("measured", changed, None))
+    ]
 
 
 def _tokens(group: Group, calibration: AutoCalibration) -> int:
