@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from foldserve.reducers.base_only import BaseOnly
 from foldserve.reducers.downsample import Downsample
+from foldserve.reducers.evs import EVS
 from foldserve.reducers.fastv import FastV
 from foldserve.reducers.folder import Folder, FolderCls
 from foldserve.reducers.geometry import Stage, VisionGeometry
@@ -22,6 +23,7 @@ from foldserve.reducers.prumerge import PruMerge
 from foldserve.reducers.random import Random
 from foldserve.reducers.stf import Stf
 from foldserve.reducers.tome import ToMe, Turbo
+from foldserve.reducers.vidcom2 import VidCom2
 from foldserve.reducers.visionzip import VisionZip
 from foldserve.reducers.withdraw import Withdraw
 
@@ -43,7 +45,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             IllavaDecoder(),
             FastV(),
             BaseOnly(),
-            VisionZip(),  # a new one comes last: plans' codes, and so the keys of caches, go by the order
+            VisionZip(),
+            VidCom2(),
+            EVS(),  # a new one comes last: plans' codes, and so the keys of caches, go by the order
         )
     }
 )

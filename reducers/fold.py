@@ -202,14 +202,19 @@ def by_columns(x: Tensor, n_out: int, reduce: Callable[[Tensor], Tensor]) -> Ten
 
     Images are copied to fp32 on the way, and have 16,384 tokens of up to 20,480 columns: 1.3 GB.
     """
-    batch, n, width = x.shape
-    columns = max(_COLUMNS, AT_ONCE // max(1, batch * n) // _COLUMNS * _COLUMNS)
+    batch, _, width = x.shape
+    columns = columns_at_once(x)
     if columns >= width:
         return reduce(x).to(x.dtype)
     out = x.new_empty(batch, n_out, width)
     for some, place in zip(torch.split(x, columns, dim=-1), torch.split(out, columns, dim=-1), strict=True):
         place.copy_(reduce(some))
     return out
+
+
+def columns_at_once(x: Tensor) -> int:
+    """Of (B, n, d), that make `AT_ONCE` values."""
+    return max(_COLUMNS, AT_ONCE // max(1, x.shape[0] * x.shape[1]) // _COLUMNS * _COLUMNS)
 
 
 def _identity(x: Tensor) -> Fold:

@@ -31,6 +31,7 @@ class VisionGeometry:
         any_resolution: the model lays the tokens of its tiles out as squares, so that a square number has to stay.
         projector: name of the method that is trained into the checkpoint's projector, or None.
         windowed_layers: encoder layers that attend within windows, where an image's tokens can't be compared.
+        frames: of a video whose tokens, frame by frame, are reduced as one grid; 0 of other grids.
     """
 
     tokens: int
@@ -42,6 +43,7 @@ class VisionGeometry:
     any_resolution: bool = False
     projector: str | None = None
     windowed_layers: tuple[int, ...] = ()
+    frames: int = 0
 
     @property
     def reducing_layers(self) -> tuple[int, ...]:

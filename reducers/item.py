@@ -12,7 +12,7 @@ from typing import Protocol
 from foldserve.reducers import METHODS, Method, configured
 from foldserve.reducers.base_only import BaseOnly
 from foldserve.reducers.geometry import Stage, VisionGeometry
-from foldserve.reducers.method import Decoder
+from foldserve.reducers.method import AcrossFrames, Decoder
 from foldserve.reducers.plan import CODES, Plan, make_plan
 from foldserve.reducers.reduction import MIN_KEPT, InvalidReduction, Reduction
 
@@ -25,16 +25,26 @@ class Part:
 
     Attributes:
         name: what refusals call it where an image has several parts.
+        joinable: the grids are the frames of a video, with no text between them in the prompt.
     """
 
     geometry: VisionGeometry
     count: int = 1
     separators: int = 0
     name: str = ""
+    joinable: bool = False
 
     @property
     def tokens(self) -> int:
         return self.geometry.tokens * self.count + self.separators
+
+    @property
+    def joined(self) -> Part:
+        """Its grids as one; of a part that is not `joinable` itself."""
+        if not self.joinable:
+            return self
+        whole = replace(self.geometry, tokens=self.geometry.tokens * self.count, grid=None, frames=self.count)
+        return Part(whole, separators=self.separators, name=self.name)
 
 
 class Tiling(Protocol):
@@ -75,6 +85,11 @@ class Layout:
         return cls((Part(geometry),))
 
     @property
+    def joined(self) -> Layout:
+        """What a method that works across frames sees of a video."""
+        return replace(self, parts=tuple(part.joined for part in self.parts))
+
+    @property
     def tokens(self) -> int:
         """Embeddings that the decoder gets at ratio 0."""
         return sum(part.tokens for part in self.parts)
@@ -109,8 +124,8 @@ class ItemPlan:
 
     @property
     def laid_out(self) -> Layout:
-        """Of what the tower gives: the whole image, or its base tile alone, or smaller tiles."""
-        return _laid_out(self.layout, self.base_only, self.tile)
+        """Of what the tower gives: the whole image, or its base tile alone, or smaller tiles, or frames as one grid."""
+        return _laid_out(self.layout, self.base_only, self.tile, self.grids[0].method)
 
     @property
     def encoded(self) -> int:
@@ -180,13 +195,15 @@ class ItemPlan:
         width = len(codes) // (len(layout.parts) + (layout.tiling is not None))
         each = [codes[i : i + width] for i in range(0, len(codes), width)]
         tile = None if layout.tiling is None else Plan.from_ints(each.pop(0), layout.tiling.tile)
-        parts = _laid_out(layout, base_only, tile).parts
+        parts = _laid_out(layout, base_only, tile, CODES[each[0][0]]).parts
         grids = tuple(Plan.from_ints(own, part.geometry) for own, part in zip(each, parts, strict=False))
         return cls(layout, grids, CODES[decoder], decoder_removed, bool(keeps_positions), base_only, tile)
 
 
-def _laid_out(layout: Layout, base_only: bool, tile: Plan | None) -> Layout:
-    """See `ItemPlan.laid_out`."""
+def _laid_out(layout: Layout, base_only: bool, tile: Plan | None, method: str) -> Layout:
+    """See `ItemPlan.laid_out`; `method` is that of the grids, or "none"."""
+    if isinstance(METHODS.get(method), AcrossFrames):
+        return layout.joined
     if layout.tiling is None or tile is None:
         return layout
     if not tile.is_identity:
@@ -212,7 +229,7 @@ def _worked_on(method: Method, layout: Layout) -> list[VisionGeometry]:
     """What the method sees of an image: its tiles, or the grids that they are laid out in."""
     if layout.tiling is not None and _works_on_tiles(method):
         return [layout.tiling.tile]
-    return [part.geometry for part in layout.parts]
+    return [part.geometry for part in _laid_out(layout, False, None, method.name).parts]
 
 
 def _works_on_tiles(method: Method) -> bool:
@@ -224,7 +241,8 @@ def _works_on_tiles(method: Method) -> bool:
 def plan_item(reduction: Reduction, layout: Layout) -> ItemPlan:
     """Turn what was asked into counts for an image; a random method's seed is added where the pixels are.
 
-    `ratio` holds for each grid, or for each tile before they are laid out. `keep_tokens` is shared out over the grids;
+    `ratio` holds for each grid, for each tile before they are laid out, or for a whole video where the method works
+    across its frames. `keep_tokens` is shared out over the grids;
     where they are several, equal grids keep equally many, so that a few tokens fewer may stay.
 
     Raises:
@@ -232,8 +250,12 @@ def plan_item(reduction: Reduction, layout: Layout) -> ItemPlan:
     """
     base_only = reduction.base_only and _base(layout).tokens < layout.tokens
     tile, of_grids = _of_tiles(reduction, layout)
-    laid_out = _laid_out(layout, base_only, tile)
-    grids = tuple(_plan_part(one, laid_out, i) for i, one in enumerate(_shared_out(of_grids, laid_out)))
+    if isinstance(METHODS[reduction.method], AcrossFrames):
+        check_method(METHODS[reduction.method], layout)
+    laid_out = _laid_out(layout, base_only, tile, of_grids.method)
+    grids = _plan_parts(of_grids, laid_out)
+    if all(plan.is_identity for plan in grids) and laid_out.parts[0].geometry.frames:
+        laid_out, grids = layout, _plan_parts(Reduction(), layout)
     if reduction.decoder:
         METHODS[reduction.decoder].check(laid_out.parts[0].geometry)
     plan = ItemPlan(layout, grids, base_only=base_only, tile=tile)
@@ -271,6 +293,10 @@ def _of_tiles(reduction: Reduction, layout: Layout) -> tuple[Plan | None, Reduct
             "positions",
         )
     return plan, Reduction()
+
+
+def _plan_parts(reduction: Reduction, layout: Layout) -> tuple[Plan, ...]:
+    return tuple(_plan_part(one, layout, i) for i, one in enumerate(_shared_out(reduction, layout)))
 
 
 def _plan_part(reduction: Reduction, layout: Layout, index: int) -> Plan:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from foldserve.reducers.plan import Plan
 
 __all__ = [
+    "AcrossFrames",
     "AfterLastLayer",
     "AfterTower",
     "BeforeTower",
@@ -218,6 +219,34 @@ class AfterTower(Method):
         Args:
             width: columns of x that decide; those behind go the way of their token. None: all decide.
         """
+
+
+class AcrossFrames(AfterTower):
+    """Chooses among the tokens of all frames of a video, so that only their total is known before it is encoded.
+
+    `reduce` gets them as (B, frames * tokens of a frame, d), frame by frame; `Plan.frames` is their number.
+    """
+
+    @abstractmethod
+    def least(self, geometry: VisionGeometry) -> tuple[int, str]:
+        """The least number of tokens that it keeps of a video, and what they are."""
+
+    def check(self, geometry: VisionGeometry) -> None:
+        super().check(geometry)
+        if not geometry.frames:
+            raise InvalidReduction(
+                f"method {self.name!r} compares the frames of a video: choose another method for images", "method"
+            )
+
+    def removable(self, geometry: VisionGeometry, removed: int) -> int:
+        tokens, (least, what) = geometry.tokens, self.least(geometry)
+        if tokens - removed < least:
+            raise InvalidReduction(
+                f"method {self.name!r} keeps {what} of a video, {least} of {tokens} tokens here, not "
+                f"{tokens - removed}: give a ratio of at most {int(1e4 * (tokens - least) / tokens) / 1e4:g}",
+                "ratio",
+            )
+        return removed
 
 
 class Projector(Method):

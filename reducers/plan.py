@@ -38,6 +38,7 @@ class Plan:
         options: a value for each of the method's options.
         grid: (rows, columns) of the kept tokens, of methods that keep a grid.
         whole_grid: of those methods, (rows, columns) without reduction.
+        frames: of the video that is the grid, see `VisionGeometry.frames`.
         seed: of methods that draw at random.
     """
 
@@ -48,6 +49,7 @@ class Plan:
     options: tuple[Value, ...] = ()
     grid: tuple[int, int] | None = None
     whole_grid: tuple[int, int] | None = None
+    frames: int = 0
     seed: int = 0
 
     @property
@@ -131,7 +133,7 @@ def _plan(method: Method, geometry: VisionGeometry, removed: int) -> Plan:
         return Plan("none", geometry.tokens)
     steps, grid = method.schedule(geometry, removed), method.grid(geometry, removed)
     whole_grid = geometry.grid if method.keeps_grid else None
-    return Plan(method.name, geometry.tokens, removed, steps, method.values, grid, whole_grid)
+    return Plan(method.name, geometry.tokens, removed, steps, method.values, grid, whole_grid, geometry.frames)
 
 
 def _tokens_to_remove(reduction: Reduction, geometry: VisionGeometry) -> int:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 from foldserve.reducers import METHODS, Method
 from foldserve.reducers.base_only import BaseOnly
 from foldserve.reducers.item import Layout, check_method, plan_item
-from foldserve.reducers.method import Decoder, Projector
+from foldserve.reducers.method import AcrossFrames, Decoder, Projector
 from foldserve.reducers.reduction import Reduction
 from foldserve.reducers.refusal import InvalidReduction
 
 if TYPE_CHECKING:
     from foldserve.server.api.serving import FoldServingChat
-    from foldserve.server.engine.family import Family
+    from foldserve.server.engine.family import Family, Modality
 
 
 def describe(chat: FoldServingChat) -> dict[str, object]:
@@ -47,6 +47,7 @@ def describe(chat: FoldServingChat) -> dict[str, object]:
                 "summary": method.summary,
                 "paper": method.paper,
                 "stage": method.stage.value,
+                "modalities": _modalities(method, family),
                 "options": {option.name: option.schema() for option in method.options},
                 "max_removed_tokens": _max_removed(method, largest) if largest else 0,
             }
@@ -85,22 +86,38 @@ def served_card(model: str) -> dict[str, Any] | None:
 
 def served_methods(family: Family | None) -> list[Method]:
     """Methods that models of this family have what they need for; None: no image can be reduced."""
-    return [method for method in METHODS.values() if family and _works_with(method, family)]
+    return [method for method in METHODS.values() if _modalities(method, family)]
 
 
-def _works_with(method: Method, family: Family) -> bool:
+def _modalities(method: Method, family: Family | None) -> list[Modality]:
+    """What it reduces on models of this family."""
+    return [] if family is None else [each for each in family.modalities if _works_with(method, family, each)]
+
+
+def _works_with(method: Method, family: Family, modality: Modality) -> bool:
     """The model has what the method needs, whatever options a request has to give on it."""
     try:
-        if isinstance(method, Decoder):
-            family.of_image(Reduction(decoder=method.name), family.largest)
-        check_method(method, family.largest)
+        asked = _alone(method)
+        if modality == "image":
+            family.of_image(asked, family.largest)
+            check_method(method, family.largest)
+        else:
+            family.of_video(asked)
+            check_method(method, family.shortest_video)
     except InvalidReduction as refusal:
         return refusal.param in {option.name for option in method.options}
     return True
+
+
+def _alone(method: Method) -> Reduction:
+    """The method without an amount."""
+    if isinstance(method, BaseOnly):
+        return Reduction(base_only=True)
+    return Reduction(decoder=method.name) if isinstance(method, Decoder) else Reduction(method.name)
 
 
 def _max_removed(method: Method, largest: Layout) -> int:
     """Of one image's tokens."""
     if isinstance(method, BaseOnly):
         return plan_item(Reduction(base_only=True), largest).removed
-    return 0 if isinstance(method, Projector) else largest.removable
+    return 0 if isinstance(method, AcrossFrames | Projector) else largest.removable

@@ -8,14 +8,15 @@ from functools import lru_cache
 from itertools import chain
 
 from foldserve.reducers import METHODS
-from foldserve.reducers.item import ItemPlan, check, plan_item
+from foldserve.reducers.item import ItemPlan, Layout, check, plan_item
+from foldserve.reducers.method import AcrossFrames
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.reducers.reduction import Positions
 from foldserve.server.api.auto import AutoRatio, Chooser
 from foldserve.server.api.errors import InvalidRequest, LimitExceeded
 from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.engine.encoder_budget import EncoderBudget
-from foldserve.server.engine.family import LOW_DETAIL_RATIO, MODALITIES, Family, Modality
+from foldserve.server.engine.family import LOW_DETAIL_RATIO, Family, Modality
 from foldserve.server.engine.positions import CANNOT_KEEP, refuse_positions
 from foldserve.server.engine.withdrawal import Room, refuse_request
 from foldserve.server.settings import Settings
@@ -100,8 +101,10 @@ class Planner:
         is_image = modality == "image"
         try:
             for reduction in reductions:
-                asked = family.of_image(reduction, family.largest) if is_image else family.of_video(reduction)
-                _check_for(family, asked)
+                if is_image:
+                    _check_for(family, family.of_image(reduction, family.largest), family.largest)
+                else:
+                    _check_for(family, family.of_video(reduction), family.shortest_video)
         except InvalidReduction as error:
             raise as_asked(error, request) from error
 
@@ -153,10 +156,11 @@ class Planner:
 
     def _defaults(self, request: FoldChatRequest) -> Mapping[Modality, Reduction]:
         """Of images and videos that nothing is said of."""
-        default = dict.fromkeys(MODALITIES, self.settings.default_reduction)
+        default = self.settings.default_reduction
+        defaults: dict[Modality, Reduction] = {"image": _of_images(default), "video": default}
         if self.settings.several_images == "base" and len(request.progress.details.get("image", ())) > 1:
-            default["image"] = replace(default["image"], base_only=True)
-        return default
+            defaults["image"] = replace(defaults["image"], base_only=True)
+        return defaults
 
     def _with_positions(self, reduction: Reduction) -> Reduction:
         """The server's default where the request leaves positions open, or the family's, if anything is removed."""
@@ -190,15 +194,22 @@ def as_asked(error: InvalidReduction, request: FoldChatRequest) -> InvalidReques
     return InvalidRequest(str(error), "reduction_ratio")
 
 
+def _of_images(default: Reduction) -> Reduction:
+    """The server's default without its method where that works on videos alone."""
+    if not isinstance(METHODS[default.method], AcrossFrames):
+        return default
+    return replace(default, method=_NOTHING.method, options=(), ratio=None, keep_tokens=None)
+
+
 @lru_cache(maxsize=8)
 def _low_detail(family: Family | None, default: Reduction, ratio: float | None) -> Mapping[Modality, Reduction]:
     low = replace(default, ratio=LOW_DETAIL_RATIO if ratio is None else ratio, keep_tokens=None)
-    return {"image": low if family is None else family.low_detail(default, ratio), "video": low}
+    return {"image": low if family is None else family.low_detail(_of_images(default), ratio), "video": low}
 
 
-def _check_for(family: Family, reduction: Reduction) -> None:
-    """Raises InvalidReduction where a plan can't be made: of an image of any size, if sizes matter."""
+def _check_for(family: Family, reduction: Reduction, layout: Layout) -> None:
+    """Raises InvalidReduction where a plan can't be made: of an image or video of any size, if sizes matter."""
     if not family.sizes_matter:
-        plan_item(reduction, family.largest)
+        plan_item(reduction, layout)
     elif reduction.acts_before_decoder:
-        check(reduction, family.largest)
+        check(reduction, layout)

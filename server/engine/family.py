@@ -17,7 +17,7 @@ from vllm.config import ModelConfig
 from foldserve.kernels.warm_up import Widths
 from foldserve.reducers import METHODS
 from foldserve.reducers.item import ItemPlan, Layout
-from foldserve.reducers.method import ScoringDecoder
+from foldserve.reducers.method import AcrossFrames, ScoringDecoder
 from foldserve.reducers.plan import Plan
 from foldserve.reducers.reduction import InvalidReduction, Positions, Reduction
 from foldserve.server.engine.positions import PositionMap, SequencePositions
@@ -139,8 +139,15 @@ class Family(ABC):
             raise InvalidReduction("method 'base_only' is for images: videos have no base tile", "method")
         return reduction
 
+    @property
+    def shortest_video(self) -> Layout:
+        """Of a video of one frame, of any size."""
+        return self.layout((1,))
+
     def of_image(self, reduction: Reduction, layout: Layout) -> Reduction:
         """What is asked of an image of this layout; raises InvalidReduction where it can't be reduced so."""
+        if isinstance(METHODS[reduction.method], AcrossFrames):
+            raise InvalidReduction(f"method {reduction.method!r} is for videos: reduce images by another one", "method")
         return reduction
 
     def pixels(self, processed: Mapping[str, Any], modality: Modality) -> Sequence[Tensor]:
@@ -276,6 +283,13 @@ def refuse_choice_in_pieces(reduction: Reduction, pieces: str = "a video's frame
         raise InvalidReduction(
             f"method {reduction.decoder!r} chooses among tokens that lie in one piece, and this model puts text "
             f"between {pieces}: withdraw them all, or reduce before the decoder",
+            "method",
+        )
+    if isinstance(METHODS[reduction.method], AcrossFrames):
+        raise InvalidReduction(
+            f"method {reduction.method!r} chooses how many tokens each frame keeps once all are encoded, and this "
+            f"model puts text between {pieces}, so that the prompt needs the numbers before: choose a method that "
+            "works frame by frame",
             "method",
         )
 

@@ -6,7 +6,7 @@ The engine computes a map between two steps, by its own tower and reducers: `Map
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -90,7 +90,7 @@ def grid_maps(regions: Sequence[Region], found: Sequence[Groups | None]) -> list
     Args:
         found: by the engine, for the regions that are encoded; empty where it need not be asked.
     """
-    remaining = iter(found)
+    remaining = _by_region(regions, found)
     maps = []
     for region in regions:
         if region.plan is None:
@@ -100,6 +100,23 @@ def grid_maps(regions: Sequence[Region], found: Sequence[Groups | None]) -> list
             groups = cast(Groups, known if known is not None else of_engine)
         maps.append(GridMap.of(region, groups))
     return maps
+
+
+def _by_region(regions: Sequence[Region], found: Sequence[Groups | None]) -> Iterator[Groups | None]:
+    """What was found for each region that is encoded; that of a video whose frames are one grid is divided."""
+    encoded = (region for region in regions if region.plan is not None)
+    for groups in found:
+        region = next(encoded)
+        tokens = region.rows * region.columns
+        if groups is None or len(groups[0]) == tokens:
+            yield groups
+            continue
+        group, source = groups
+        for start in range(0, len(group), tokens):
+            own = group[start : start + tokens]
+            stay = sorted({i for i in own if i >= 0})
+            places = {old: new for new, old in enumerate(stay)}
+            yield [places.get(i, -1) for i in own], [source[i] - start for i in stay]
 
 
 def _by_counts(plan: Plan) -> Groups | None:

@@ -259,9 +259,10 @@ def test_routes_that_would_ignore_the_reduction_are_refused(server_url: str, pat
 
 def test_catalog(server_url: str) -> None:
     catalog = httpx.get(f"{server_url}/v1/reducers").json()
-    elsewhere = ("stf", "base_only")
+    elsewhere = ("stf", "base_only", "vidcom2", "evs")
     assert [method["id"] for method in catalog["data"]] == [name for name in METHODS if name not in elsewhere]
     assert {method["stage"] for method in catalog["data"]} == {"before_tower", "in_tower", "after_tower", "decoder"}
+    assert {modality for method in catalog["data"] for modality in method["modalities"]} == {"image"}
     assert catalog["positions"] == {"default": "renumber", "can_keep": True}
     assert catalog["vision_tokens_per_image"] == ENCODED
     assert catalog["low_detail"] == {"ratio": 0.75}

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from foldserve.reducers import METHODS, Stage
 from foldserve.reducers.item import Layout, plan_item
+from foldserve.reducers.method import AcrossFrames
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 from tests import siglip_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
@@ -170,7 +171,11 @@ def build(engines: dict[str, Any]) -> Callable[[int, int, bool], Any]:
     return tower
 
 
-METHODS_BEFORE_THE_DECODER = [name for name, m in METHODS.items() if m.stage not in (Stage.DECODER, Stage.PROJECTOR)]
+METHODS_BEFORE_THE_DECODER = [
+    name
+    for name, method in METHODS.items()
+    if method.stage not in (Stage.DECODER, Stage.PROJECTOR) and not isinstance(method, AcrossFrames)
+]
 
 
 @st.composite

@@ -23,6 +23,7 @@ from tests.golden.prumerge import check_prumerge
 from tests.golden.stf import check_stf
 from tests.golden.tome import check_tome, check_tome_schedule, check_turbo
 from tests.golden.tower import check_folder_tower
+from tests.golden.video import check_evs, check_evs_count, check_vidcom2, check_vidcom2_count
 from tests.golden.visionzip import check_split, check_visionzip, check_visionzip_tower
 from tests.golden.vtw import check_vtw
 
@@ -31,6 +32,7 @@ FRONTIER = HERE / "frontier"
 """Newer methods, in a folder of their own."""
 
 CHECKS: Mapping[str, Callable[[Case], None]] = {
+    "evs": check_evs,
     "fastv": check_fastv,
     "folder": check_folder,
     "folder_cls": check_folder_cls,
@@ -44,16 +46,19 @@ CHECKS: Mapping[str, Callable[[Case], None]] = {
     "turbo": check_turbo,
     "visionzip": check_visionzip,
     "visionzip_tower": check_visionzip_tower,
+    "vidcom2": check_vidcom2,
     "vtw": check_vtw,
 }
 
 TABLES: Mapping[str, Callable[[Row], None]] = {
+    "evs_count": check_evs_count,
     "fastv_keep_round": check_fastv_kept,
     "folder_fold_schedule": check_fold_schedule,
     "illava_r_round": check_illava_removed,
     "ratio_to_r_int": check_ratio,
     "tome_parse_r": check_tome_schedule,
     "visionzip_split": check_split,
+    "vidcom2_count": check_vidcom2_count,
 }
 
 

@@ -19,7 +19,7 @@ from PIL import Image
 from foldserve.loadtest.report.journal import RESULTS_FILE, run_identity
 from foldserve.reducers import METHODS, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part, plan_item
-from foldserve.reducers.method import Decoder
+from foldserve.reducers.method import AcrossFrames, Decoder
 from foldserve.reducers.plan import Reduction
 from foldserve.server import cli
 from foldserve.server.api.catalog import served_card
@@ -141,9 +141,10 @@ def test_controls_and_withdrawal_are_added_where_they_are_missing() -> None:
         "downsample",
     ]
     assert [spec.label for spec in complete(parse_specs(["folder"]), True)] == ["folder", *CONTROLS, "withdraw"]
-    assert {spec.label for spec in default_specs(True)} == set(METHODS)
+    of_images = {name for name, method in METHODS.items() if not isinstance(method, AcrossFrames)}
+    assert {spec.label for spec in default_specs(True)} == of_images
     in_decoder = {name for name, method in METHODS.items() if isinstance(method, Decoder)}
-    assert {spec.label for spec in default_specs(False)} == set(METHODS) - in_decoder
+    assert {spec.label for spec in default_specs(False)} == of_images - in_decoder
 
 
 def test_each_method_at_each_amount_and_controls_at_each_count() -> None:

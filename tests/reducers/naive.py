@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -118,3 +119,41 @@ def _mean(group: list[Token]) -> Token:
         attention=torch.stack([token.attention for token in group]).mean(),
         members=tuple(index for token in group for index in token.members),
     )
+
+
+def naive_evs(x: Tensor, frames: int, kept: int) -> list[int]:
+    """(frames * n, d) -> the tokens that stay, ascending."""
+    n, x = len(x) // frames, x.double()
+    scores = [255.0] * n
+    scores += [1 - float(F.cosine_similarity(x[i], x[i - n], dim=0)) for i in range(n, len(x))]
+    return sorted(sorted(range(len(x)), key=lambda i: (-scores[i], i))[:kept])
+
+
+def naive_vidcom2(x: Tensor, frames: int, kept: int) -> list[int]:
+    """(frames * n, d) -> the tokens that stay, ascending."""
+    n, d, x = len(x) // frames, x.shape[1], x.double()
+    variances = [float(column.var(correction=0)) for column in x.T]
+    steady = sorted(range(d), key=lambda c: (variances[c], c))[: max(1, d // 2)]
+    unit = [F.normalize(row[steady], dim=0) for row in x]
+    whole = torch.stack(unit).mean(0)
+    likeness: list[float] = []
+    scores: list[float] = []
+    for i, row in enumerate(unit):
+        first = i // n * n
+        own = torch.stack(unit[first : first + n]).mean(0)
+        likeness.append(_near(row, whole))
+        scores.append(likeness[-1] + _near(row, own))
+    means = [sum(likeness[f * n : (f + 1) * n]) / n for f in range(frames)]
+    unlike = torch.softmax(torch.tensor([-mean / 0.01 for mean in means], dtype=torch.float64), 0).tolist()
+    inside: list[int] = []
+    for f, own_share in enumerate(unlike):
+        share = min(1.0, kept / len(x) * (1 + own_share - sum(unlike) / frames))
+        budget = min(n, max(1, round(share * n)))
+        inside += sorted(range(f * n, (f + 1) * n), key=lambda i: (scores[i], i))[:budget]
+    order = sorted(range(len(x)), key=lambda i: (i not in inside, scores[i], i))
+    return sorted(order[:kept])
+
+
+def _near(a: Tensor, b: Tensor) -> float:
+    distance = float((a - b).square().sum())
+    return sum(math.exp(-distance / (2 * 2.0**k)) for k in range(-3, 2))

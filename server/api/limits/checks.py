@@ -160,7 +160,7 @@ def shares(planned: Mapping[Modality, Sequence[ItemPlan]], tokens: int, context:
 
 def _share(modality: Modality, plan: ItemPlan) -> str:
     """`video: 16 frames of 98`."""
-    (part, grid), *more = zip(plan.layout.parts, plan.grids, strict=True)
+    (part, grid), *more = zip(plan.laid_out.parts, plan.grids, strict=True)
     if modality == "video" and not more and part.count > 1:
         return f"video: {part.count} frames of {grid.kept}"
     return f"{modality}: {plan.kept}"

@@ -63,7 +63,7 @@ class Gemma3Family(TilesFamily):
                 "other in both directions and most layers see a window of tokens only: reduce before the decoder",
                 "withdraw" if reduction.withdraw else "method",
             )
-        return reduction
+        return super().of_image(reduction, layout)
 
 
 class FoldGemma3MultiModalProcessor(TiledImages, Gemma3MultiModalProcessor):

@@ -55,6 +55,7 @@ class Idefics3Family(TilesFamily):
         return ImageSize(1, 1)  # images are first made so large that the longer side is that of all
 
     def of_image(self, reduction: Reduction, layout: Layout) -> Reduction:
+        reduction = super().of_image(reduction, layout)
         if layout.parts[0].count > 1:
             refuse_choice_in_pieces(reduction, "an image's tiles")
         return reduction

@@ -59,19 +59,21 @@ class LlavaNextVideoFamily(AfterTowerFamily):
         return None if chosen_later else (videos.get_num_frames(index),)
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        return Layout((Part(self._frame, shape[0]),), shape)
+        return Layout((Part(self._frame, shape[0], joinable=True),), shape)
 
     def most_frames(self, reduction: Reduction) -> int:
         """That the context has room for once they are reduced, and vLLM's profile run as they come from the tower."""
-        fit = (self._context - TEXT_TOKENS) // plan_item(reduction, self.largest).kept
-        return max(1, min(fit, self._context // self.largest.tokens))
+        room, encoded = self._context - TEXT_TOKENS, self._context // self.largest.tokens
+        fits = (n for n in range(encoded, 1, -1) if plan_item(reduction, self.layout((n,))).kept <= room)
+        return next(fits, 1)
 
     def grids(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> list[list[Tensor]]:
         videos = list(model._parse_and_validate_video_input(**inputs)[PIXEL_FIELDS["video"]])
         strategy = model.config.vision_feature_select_strategy
         frames = model.vision_tower(torch.cat(videos), feature_select_strategy=strategy)
         pooled = model.vision_resampler(frames)
-        return [[video] for video in pooled.split_with_sizes([len(video) for video in videos])]
+        each = zip(pooled.split_with_sizes([len(video) for video in videos]), plans, strict=True)
+        return [[video.reshape(plan.laid_out.parts[0].count, -1, video.shape[-1])] for video, plan in each]
 
     def project(self, model: Any, features: Tensor) -> Tensor:
         projected: Tensor = model.multi_modal_projector(features)

@@ -62,6 +62,7 @@ class LlavaOnevisionFamily(LlavaNextFamily):
 
     def of_video(self, reduction: Reduction) -> Reduction:
         """iLLaVA's authors take other layers of the tower for videos than for images (their README)."""
+        reduction = super().of_video(reduction)
         if reduction.method != "illava" or dict(reduction.options).get("layers"):
             return reduction
         return replace(reduction, options=(*reduction.options, ("layers", _ILLAVA_VIDEO_LAYERS)))
@@ -73,13 +74,19 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         if not _is_video(shape):
             return super().of_squares(shape, side)
         frame = grid_geometry(ceil(side / 2), ceil(side / 2))
-        return Layout((Part(frame, shape[0], separators=1),), shape, self)
+        return Layout((Part(frame, shape[0], separators=1, joinable=True),), shape, self)
+
+    @cached_property
+    def shortest_video(self) -> Layout:
+        return self.layout((1, 0))
 
     def grids(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> list[list[Tensor]]:
         if PIXEL_FIELDS["video"] not in inputs:
             return super().grids(model, inputs, plans)
-        pixels, counts = self._pixels(model, inputs, plans)
-        return [[_pooled(frames)] for frames in self._features(model, pixels, counts, plans)]
+        pixels, lengths = self._pixels(model, inputs, plans)
+        pooled = [_pooled(frames) for frames in self._features(model, pixels, lengths, plans)]
+        counts = [plan.laid_out.parts[0].count for plan in plans]
+        return [[video.reshape(n, -1, video.shape[-1])] for video, n in zip(pooled, counts, strict=True)]
 
     def regions(self, plan: ItemPlan, modality: Modality, size: tuple[int, int], info: Any) -> list[Region]:
         """What acts in the tower is shown as the tower has it, before frames are pooled or a large mosaic shrinks."""

@@ -96,7 +96,11 @@ class QwenVLFamily(EqualGridsFamily):
         return reduction
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        return _layout(self._any_size, *shape)
+        return _layout(self._any_size, not self._apart, *shape)
+
+    @property
+    def shortest_video(self) -> Layout:
+        return self.largest
 
     def pixels(self, processed: Mapping[str, Any], modality: Modality) -> Sequence[Tensor]:
         return _each(processed[PIXEL_FIELDS[modality]], processed[_GRIDS[modality]])
@@ -304,6 +308,6 @@ def _any_size(model_config: ModelConfig) -> VisionGeometry:
 
 
 @lru_cache(maxsize=4096)
-def _layout(any_size: VisionGeometry, rows: int, columns: int, frames: int) -> Layout:
+def _layout(any_size: VisionGeometry, joinable: bool, rows: int, columns: int, frames: int) -> Layout:
     geometry = replace(any_size, tokens=rows * columns, grid=(rows, columns))
-    return Layout((Part(geometry, frames),), (rows, columns, frames))
+    return Layout((Part(geometry, frames, joinable=joinable),), (rows, columns, frames))

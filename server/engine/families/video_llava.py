@@ -11,9 +11,9 @@ import torch
 from vllm.config import ModelConfig
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
-from foldserve.reducers import configured
 from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part
+from foldserve.reducers.plan import Plan
 from foldserve.reducers.reduction import Reduction
 from foldserve.server.engine.families.llava import ImageTokens, LlavaFamily, geometry_of
 from foldserve.server.engine.families.video_llava_model import (
@@ -69,24 +69,20 @@ class VideoLlavaFamily(LlavaFamily):
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
         (frames,) = shape
-        return Layout((Part(self._frame, frames, separators=frames),), shape) if frames else self.largest
+        return Layout((Part(self._frame, frames, separators=frames, joinable=True),), shape) if frames else self.largest
 
     def most_frames(self, reduction: Reduction) -> int:
         return self._trained_frames
-
-    def of_video(self, reduction: Reduction) -> Reduction:
-        reduction = super().of_video(reduction)
-        if reduction.ratio or reduction.keep_tokens:
-            configured(reduction.method, reduction.option_values).check(self._frame)
-        return reduction
 
     def encode(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> Sequence[Survivors]:
         if VIDEO not in inputs:
             return super().encode(model, inputs, plans)
         features = model.frame_features(inputs[VIDEO])  # (frames, 1 + patches, C)
-        left = _reduced(features, plans)
-        frames = iter([_behind(first, frame) for first, frame in zip(features[:, :1], left, strict=True)])
-        each = [one_after_another([*islice(frames, plan.layout.shape[0])], features.shape[1]) for plan in plans]
+        left, videos = iter(_reduced(features, plans)), _each(features, plans)
+        each = [
+            _packed(video[:, :1], [*islice(left, plan.laid_out.parts[0].count)], plan)
+            for video, plan in zip(videos, plans, strict=True)
+        ]
         embeds = model.multi_modal_projector(torch.cat([video.features for video in each]))
         lengths = [plan.kept for plan in plans]
         return [video._replace(features=own) for video, own in zip(each, embeds.split_with_sizes(lengths), strict=True)]
@@ -97,10 +93,33 @@ class VideoLlavaFamily(LlavaFamily):
         return _reduced(model.frame_features(inputs[VIDEO]), [plan])
 
 
+def _each(features: torch.Tensor, plans: Sequence[ItemPlan]) -> Sequence[torch.Tensor]:
+    """(frames of all videos, 1 + patches, C) -> those of each video."""
+    videos: Sequence[torch.Tensor] = features.split_with_sizes([plan.layout.shape[0] for plan in plans])
+    return videos
+
+
 def _reduced(features: torch.Tensor, plans: Sequence[ItemPlan]) -> list[Survivors]:
-    """(frames of all videos, 1 + patches, C) -> what is left of each frame's patches."""
-    of_frames = [plan.grids[0] for plan in plans for _ in range(plan.layout.shape[0])]
-    return reduce_features(untouched(features[:, 1:]), of_frames)
+    """(frames of all videos, 1 + patches, C) -> what is left of each frame, or of a video as one grid."""
+    whole: list[Survivors] = []
+    of_grids: list[Plan] = []
+    for video, plan in zip(_each(features, plans), plans, strict=True):
+        count = plan.laid_out.parts[0].count
+        whole += untouched(video[:, 1:].reshape(count, -1, video.shape[-1]))
+        of_grids += [plan.grids[0]] * count
+    return reduce_features(whole, of_grids)
+
+
+def _packed(class_tokens: torch.Tensor, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
+    """A video from its class tokens (frames, 1, C) and what is left of its patches."""
+    length = plan.layout.parts[0].geometry.tokens + 1  # of a frame
+    if len(grids) == len(class_tokens):
+        frames = zip(class_tokens, grids, strict=True)
+        return one_after_another([_behind(first, grid) for first, grid in frames], length)
+    (video,) = grids  # how many of a frame are left is known on the device alone, so they are sorted there
+    starts = torch.arange(0, plan.encoded, length, device=video.source.device)
+    source, order = torch.cat([starts, video.source + video.source // (length - 1) + 1]).sort()
+    return Survivors(torch.cat([class_tokens.flatten(0, 1), video.features])[order], source)
 
 
 def _behind(class_token: torch.Tensor, frame: Survivors) -> Survivors:

@@ -11,7 +11,7 @@ from typing import Any
 from foldserve.reducers import METHODS
 from foldserve.reducers.base_only import BaseOnly
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
-from foldserve.reducers.method import BeforeTower, Decoder
+from foldserve.reducers.method import AcrossFrames, BeforeTower, Decoder
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.reducers.reduction import MIN_KEPT
 
@@ -166,11 +166,11 @@ def _label(fields: Mapping[str, Any]) -> str:
 
 
 def default_specs(withdraws: bool) -> list[Spec]:
-    """Every method there is; those of the decoder only where there is a K to run them at."""
+    """Every method of images; those of the decoder only where there is a K to run them at."""
     return [
         Spec(name, (("method", name),))
         for name, method in METHODS.items()
-        if withdraws or not isinstance(method, Decoder)
+        if (withdraws or not isinstance(method, Decoder)) and not isinstance(method, AcrossFrames)
     ]
 
 

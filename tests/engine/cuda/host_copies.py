@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,15 @@ from torch import Tensor
 
 from foldserve.reducers import METHODS
 from foldserve.reducers.attention import LayerAttention
-from foldserve.reducers.method import AfterLastLayer, AfterTower, BeforeTower, InTower, Projector, ScoringDecoder
+from foldserve.reducers.method import (
+    AcrossFrames,
+    AfterLastLayer,
+    AfterTower,
+    BeforeTower,
+    InTower,
+    Projector,
+    ScoringDecoder,
+)
 from foldserve.reducers.plan import Plan, Reduction, VisionGeometry, make_plan
 from foldserve.reducers.stf import StfConfig, StfProjector, fusion_input
 from foldserve.reducers.withdraw import take_rows
@@ -85,7 +94,8 @@ def test_methods(on_device: OnDevice, name: str) -> None:
             assert method.reduce(meta(1, 144, WIDTH), meta(1, 144), 100).tokens.shape == (1, 44, WIDTH)
     elif isinstance(method, AfterTower | BeforeTower | InTower):
         options: dict[str, object] = {"layers": [0, 2]} if name == "illava" else {}
-        plan = make_plan(Reduction.parse({"method": name, "ratio": 0.4, **options} | AMOUNTS.get(name, {})), CLIP)
+        geometry = replace(CLIP, grid=None, frames=4) if isinstance(method, AcrossFrames) else CLIP
+        plan = make_plan(Reduction.parse({"method": name, "ratio": 0.4, **options} | AMOUNTS.get(name, {})), geometry)
         with on_device():
             assert run(plan) == plan.kept < 144
 
