@@ -21,6 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from foldserve.reducers.downsample import grid_for
 from tests.engine import qwen_tower_reference
 from tests.engine.withdrawal.reference import Merge, chosen
+from tests.reducers.naive import ACROSS_FRAMES
 
 Answer = tuple[list[int], list[float]]
 Place = tuple[int, int, int]
@@ -119,6 +120,16 @@ class QwenReference:
         merge, vision = self.config.vision_config.spatial_merge_size, self.config.vision_config
         rows, columns = grid[1] // merge, grid[2] // merge
         n, together = rows * columns, vision.temporal_patch_size
+        step = together / metadata["fps"] * getattr(vision, "tokens_per_second", 1.0)
+        step = step if self.config.model_type == "qwen2_5_vl" else 1.0
+        if choose := ACROSS_FRAMES.get(asked.get("method", "").partition("+")[0]):
+            whole = levels[0]
+            source = choose(whole, len(whole) // n, len(whole) - int(len(whole) * asked["ratio"]))
+            left, last = [level[source] for level in levels], len(whole) // n - 1
+            if asked.get("positions") == "renumber":
+                return [Left(left, [(i, i, i) for i in range(len(source))], len(source))]
+            places = [(int(i // n * step), i % n // columns, i % n % columns) for i in source]
+            return [Left(left, places, max(int(last * step) + 1, rows, columns))]
         frames = [
             self._reduced([level[f * n : (f + 1) * n] for level in levels], (rows, columns), asked, 0, frame_pixels)
             for f, frame_pixels in enumerate(pixels.split(n * merge**2))
@@ -138,8 +149,6 @@ class QwenReference:
                     [self.config.vision_end_token_id],
                 ]
             return pieces
-        step = together / metadata["fps"] * getattr(vision, "tokens_per_second", 1.0)
-        step = step if self.config.model_type == "qwen2_5_vl" else 1.0
         whole = [torch.cat(level) for level in zip(*(frame.levels for frame in frames), strict=True)]
         kept = len(frames[0].places)
         if asked.get("positions") == "renumber" and kept < n:

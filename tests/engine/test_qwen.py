@@ -148,7 +148,11 @@ def expect(reference: QwenReference) -> Callable[[Case], Answer]:
 
     def generate(case: Case) -> Answer:
         if id(case) not in known:
-            known[id(case)] = case, reference.generate(case.prompt, case.images, case.reductions, MAX_TOKENS)
+            films = [(case.film, case.asked)] if isinstance(case, FilmCase) else []
+            known[id(case)] = (
+                case,
+                reference.generate(case.prompt, case.images, case.reductions, MAX_TOKENS, films),
+            )
         return known[id(case)][1]
 
     return generate
@@ -157,7 +161,7 @@ def expect(reference: QwenReference) -> Callable[[Case], Answer]:
 def assert_same(llm: Any, expect: Callable[[Case], Answer], cases: Sequence[Case]) -> None:
     for case, (tokens, logprobs) in zip(cases, greedy(llm, cases), strict=True):
         want, expected = expect(case)
-        assert tokens == want, ([image.size for image in case.images], case.reductions)
+        assert tokens == want, ([image.size for image in case.images], case.reductions, getattr(case, "asked", None))
         assert logprobs == pytest.approx(expected, abs=2e-5)
 
 
@@ -170,8 +174,10 @@ def test_in_the_tower_beside_others(llm: Any, expect: Callable[[Case], Answer], 
     assert_same(llm, expect, in_the_tower + BEFORE_THE_DECODER[:5])
 
 
-def test_ratio_0_is_vllms_own_bit_for_bit(checkpoint: Path, expect: Callable[[Case], Answer]) -> None:
-    """And on the same engine reduced images in chunks, some of them preempted."""
+def test_ratio_0_is_vllms_own_bit_for_bit(
+    checkpoint: Path, expect: Callable[[Case], Answer], films: list[FilmCase]
+) -> None:
+    """And on the same engine reduced images and videos in chunks, some of them preempted."""
     (architecture,) = json.loads((checkpoint / "config.json").read_text())["architectures"]
     module = ENTRIES[architecture].model.partition(".")[0]
     stock_class = f"Stock{architecture}"
@@ -184,7 +190,7 @@ def test_ratio_0_is_vllms_own_bit_for_bit(checkpoint: Path, expect: Callable[[Ca
     assert greedy(ours, [replace(case, reductions=()) for case in plain]) == expected
     assert greedy(ours, plain) == expected
     with watch(ours) as seen:
-        assert_same(ours, expect, BEFORE_THE_DECODER)
+        assert_same(ours, expect, [*BEFORE_THE_DECODER, *films[-2:]])
     assert seen.preempted
 
 
@@ -298,6 +304,7 @@ def test_the_largest_image(info: Any) -> None:
         ({"method": "folder_cls", "ratio": 0.5}, "method"),
         ({"method": "turbo", "ratio": 0.5}, "method"),
         ({"method": "visionzip", "ratio": 0.5, "class_token": True}, "class_token"),
+        ({"method": "vidcom2", "ratio": 0.5}, "method"),
         ({"ratio": 0.99}, "ratio"),
         ({"method": "pool", "ratio": 0.99}, "ratio"),
     ],
@@ -376,15 +383,41 @@ FILMS = [
     FilmCase(ask(IMAGE, "and", VIDEO, "?"), [photo(1, *SIZES[0])], [{"ratio": 0.5}], film=film(9)),
 ]
 
+ACROSS_FRAMES = [
+    one_film(1, method="evs", ratio=0.5),
+    one_film(2, method="vidcom2", ratio=0.6),
+    one_film(1, method="evs", ratio=0.6, positions="renumber"),
+    one_film(2, method="vidcom2", ratio=0.8, positions="renumber"),
+    one_film(3, method="evs+fastv", ratio=0.3, decoder_ratio=0.5),
+    one_film(3, method="vidcom2", ratio=0.5, withdraw=True),
+    replace(one_film(12, method="vidcom2", ratio=0.5), film=film(12, pictures=2)),
+    FilmCase(
+        ask(VIDEO, "and", IMAGE, "?"),
+        [photo(1, *SIZES[0])],
+        [{"ratio": 0.5}],
+        film=film(8, pictures=9),
+        asked={"method": "vidcom2", "ratio": 0.75},
+    ),
+    FilmCase(
+        ask(IMAGE, "and", VIDEO, "?"),
+        [photo(1, *SIZES[0])],
+        [{"ratio": 0.5, **RENUMBER}],
+        film=film(9),
+        asked={"method": "evs", "ratio": 0.5},
+    ),
+]
+"""Where no text stands between a video's frames."""
 
-def test_videos_frame_by_frame(llm: Any, reference: QwenReference) -> None:
-    """Twice: the second time from the caches. A plan holds for each frame; text between frames stays."""
+
+@pytest.fixture(scope="module")
+def films(checkpoint: Path) -> list[FilmCase]:
+    return FILMS if checkpoint.name == "qwen3_vl" else [*FILMS, *ACROSS_FRAMES]
+
+
+def test_videos(llm: Any, expect: Callable[[Case], Answer], films: list[FilmCase]) -> None:
+    """Twice: the second time from the caches. A plan holds for each frame, or the whole; text between frames stays."""
     for _ in range(2):
-        for case, (tokens, logprobs) in zip(FILMS, greedy(llm, FILMS), strict=True):
-            asked = [(case.film, case.asked)]
-            want, expected = reference.generate(case.prompt, case.images, case.reductions, MAX_TOKENS, asked)
-            assert tokens == want, case.asked
-            assert logprobs == pytest.approx(expected, abs=2e-5)
+        assert_same(llm, expect, films)
 
 
 def test_videos_that_are_refused(llm: Any, reference: QwenReference) -> None:
@@ -392,11 +425,19 @@ def test_videos_that_are_refused(llm: Any, reference: QwenReference) -> None:
         (one_film(1, method="downsample", ratio=0.5), "makes images smaller, not videos"),
         (one_film(1, ratio=0.999), "have to stay"),
     ]
-    if reference.config.model_type.startswith("qwen3"):
+    if not reference.config.model_type.startswith("qwen3"):
+        refusals += [
+            (one_film(1, method="evs", ratio=0.7), "the first frame of a video, 20 of 60 tokens .* at most 0.6666")
+        ]
+    else:
         pictures, metadata = film(1)
         sampled = replace(one_film(1, ratio=0.5), film=(pictures, {**metadata, "do_sample_frames": True}))
         refusals += [
             (one_film(1, method="fastv", ratio=0.5), "text between a video's frames"),
+            (
+                one_film(1, method="evs", ratio=0.5),
+                "text between a video's frames, so that the prompt needs the numbers",
+            ),
             (sampled, "frames are to be"),
         ]
     for case, message in refusals:

@@ -157,3 +157,6 @@ def naive_vidcom2(x: Tensor, frames: int, kept: int) -> list[int]:
 def _near(a: Tensor, b: Tensor) -> float:
     distance = float((a - b).square().sum())
     return sum(math.exp(-distance / (2 * 2.0**k)) for k in range(-3, 2))
+
+
+ACROSS_FRAMES = {"evs": naive_evs, "vidcom2": naive_vidcom2}

@@ -17,10 +17,9 @@ from foldserve.reducers.method import AcrossFrames
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, make_plan
 from foldserve.reducers.vidcom2 import budgets, likeness
 from tests.reducers.check import assert_fp32_inside, assert_nothing_read, assert_same_bits_alone, draw, few
-from tests.reducers.naive import naive_evs, naive_vidcom2
+from tests.reducers.naive import ACROSS_FRAMES
 
-NAIVE = {"evs": naive_evs, "vidcom2": naive_vidcom2}
-names = st.sampled_from(sorted(NAIVE))
+names = st.sampled_from(sorted(ACROSS_FRAMES))
 
 
 @st.composite
@@ -38,7 +37,7 @@ def reduce(plan: Plan, x: Tensor) -> fold.Reduced:
 
 
 def test_every_method_across_frames_is_tried() -> None:
-    assert set(NAIVE) == {name for name, method in METHODS.items() if isinstance(method, AcrossFrames)}
+    assert set(ACROSS_FRAMES) == {name for name, method in METHODS.items() if isinstance(method, AcrossFrames)}
 
 
 @few
@@ -48,7 +47,7 @@ def test_like_the_slow_version(plan: Plan, videos: int, width: int, seed: int) -
         return
     (x,) = draw(seed, (videos, plan.encoded, width), dtype=torch.float64)
     reduced = reduce(plan, x)
-    expected = [NAIVE[plan.method](video, plan.frames, plan.kept) for video in x]
+    expected = [ACROSS_FRAMES[plan.method](video, plan.frames, plan.kept) for video in x]
     assert reduced.source.tolist() == expected
     assert torch.equal(reduced.tokens, x.gather(1, reduced.source.unsqueeze(-1).expand(-1, -1, width)))
     assert (reduced.sizes == 1).all()
@@ -131,7 +130,7 @@ def test_a_ratio_holds_for_the_whole_video(frames: int, n: int, separators: int,
         assert (part.count, part.separators, part.geometry.frames) == (1, separators, frames)
 
 
-@pytest.mark.parametrize("name", sorted(NAIVE))
+@pytest.mark.parametrize("name", sorted(ACROSS_FRAMES))
 def test_tokens_to_keep_are_those_of_the_whole_video(name: str) -> None:
     plan = plan_item(Reduction(name, keep_tokens=251), FILM)
     assert (plan.kept, plan.grids[0].kept, plan.method) == (251, 250, name)
@@ -174,7 +173,7 @@ def test_the_ratio_that_is_told_works(frames: int, n: int, name: str) -> None:
     assert 0 <= beyond <= 1e-4 * layout.tokens + 1
 
 
-@pytest.mark.parametrize("name", sorted(NAIVE))
+@pytest.mark.parametrize("name", sorted(ACROSS_FRAMES))
 def test_images_and_frames_that_lie_apart(name: str) -> None:
     """Whatever the amount."""
     for layout in (Layout.single(GEOMETRY), Layout((Part(GEOMETRY, 4),))):

@@ -22,7 +22,7 @@ SUITES = {
     "Qwen-VL": [
         "test_qwen.py::test_all_in_one_batch_and_again_from_the_cache",
         "test_qwen.py::test_in_the_tower_beside_others",
-        "test_qwen.py::test_videos_frame_by_frame",
+        "test_qwen.py::test_videos",
     ],
     "videos of LLaVA": [
         "test_video_llava.py::test_all_in_one_batch_and_again_from_the_cache",
