@@ -17,6 +17,7 @@ from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part
 from tests.engine.keeping_reference import Answer, Keeping
 from tests.engine.next_reference import NextReference
+from tests.reducers.naive import ACROSS_FRAMES
 
 Video = np.ndarray[Any, Any]
 """(frames, height, width, 3) bytes."""
@@ -40,7 +41,9 @@ class OnevisionReference(NextReference):
         if shape[1]:
             return super().of_squares(shape, side)
         half = (side + 1) // 2
-        return Layout((Part(VisionGeometry(half**2, (half, half)), shape[0], separators=1),), shape, self)
+        return Layout(
+            (Part(VisionGeometry(half**2, (half, half)), shape[0], separators=1, joinable=True),), shape, self
+        )
 
     def base(self, shape: tuple[int, ...]) -> Layout | None:
         return super().base(shape) if shape[1] else None
@@ -56,18 +59,27 @@ class OnevisionReference(NextReference):
             return super().survivors(image, plan)
         pixels = self.processor.video_processor(image, return_tensors="pt")["pixel_values_videos"][0]
         seeded = plan.with_seed(crc32(pixels[0].numpy().tobytes())) if plan.is_seeded else plan
-        out, positions = [], []
-        for i, tokens in enumerate(self.tiles(pixels, plan)):
-            side = isqrt(len(tokens))
-            half = (side + 1) // 2
-            frame = F.interpolate(tokens.view(side, side, -1).permute(2, 0, 1)[None], (half, half), mode="bilinear")
-            left, source = self.reduced(frame[0].flatten(1).mT, seeded.grids[0])
+        out, positions, frames = [], [], [self.pooled(tokens) for tokens in self.tiles(pixels, plan)]
+        if choose := ACROSS_FRAMES.get(plan.grids[0].method):
+            whole = torch.cat(frames)
+            positions = choose(whole, len(frames), plan.grids[0].kept)
+            out = [whole[i] for i in positions]
+            frames = []
+        for i, frame in enumerate(frames):
+            left, source = self.reduced(frame, seeded.grids[0])
             out += [*left]
-            positions += (source + i * half**2).tolist()
+            positions += (source + i * len(frame)).tolist()
         out, positions = [*out, self.model.model.image_newline], [*positions, plan.encoded - 1]
         order = sorted(range(len(out)), key=positions.__getitem__) if plan.keeps_positions else range(len(out))
         places = [positions[i] for i in order] if plan.keeps_positions else list(order)
         return torch.stack([out[i] for i in order]), places
+
+    def pooled(self, tokens: Tensor) -> Tensor:
+        """(n, C) of a square -> the same of half the side."""
+        side = isqrt(len(tokens))
+        half = (side + 1) // 2
+        frame = F.interpolate(tokens.view(side, side, -1).permute(2, 0, 1)[None], (half, half), mode="bilinear")
+        return frame[0].flatten(1).mT
 
     def tiles(self, pixels: Tensor, plan: ItemPlan) -> Tensor:
         return super().project(super().tiles(pixels, plan))

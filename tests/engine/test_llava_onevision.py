@@ -127,6 +127,11 @@ BEFORE_THE_DECODER = [
     one_video(3, ratio=0.5),
     one_video(2, ratio=0.77),
     one_video(2, method="random", ratio=0.25),
+    one_video(3, method="evs", ratio=0.5),
+    one_video(3, method="vidcom2", ratio=0.77),
+    one_video(1, method="vidcom2", ratio=0.5),
+    one_video(2, method="evs", keep_tokens=40),  # the newline is one
+    both({"ratio": 0.5}, {"method": "vidcom2", "ratio": 0.5}),
     both({"ratio": 0.5}, {"ratio": 0.25}),
     both({}, {"ratio": 0.6}),
     two_images({"ratio": 0.77}, {}),
@@ -156,6 +161,8 @@ KEPT = [
     *(one_image(*size, ratio=0.6, positions="keep") for size in SIZES),
     one_image(*SIZES[0], method="base_only", positions="keep"),
     one_video(3, ratio=0.5, positions="keep"),
+    one_video(3, method="evs", ratio=0.6, positions="keep"),
+    both({}, {"method": "vidcom2", "ratio": 0.6, "positions": "keep"}),
     one_image(*SIZES[1], ratio=0.5, positions="keep", withdraw=True),
     both({"ratio": 0.3}, {"ratio": 0.6, "positions": "keep"}),
 ]
@@ -294,6 +301,8 @@ REFUSED: list[tuple[Case, str, str]] = [
     (one_image(*SIZES[0], **ILLAVA, ratio=0.4, positions="keep"), "positions", "laid out anew"),
     (one_image(*SIZES[0], ratio=0.99), "ratio", "the base tile: ratio 0.99 would"),
     (one_video(3, ratio=0.97), "ratio", "would remove 24 of 25"),
+    (one_video(3, method="evs", ratio=0.7), "ratio", "the first frame of a video, 25 of 75 tokens"),
+    (one_image(*SIZES[0], method="evs", ratio=0.5), "method", "is for videos"),
     (one_video(3, method="base_only"), "method", "videos have no base tile"),
     (both({"ratio": 0.5}, {"method": "stf", "ratio": 0.5}), "method", "projector"),
 ]

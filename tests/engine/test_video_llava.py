@@ -92,6 +92,9 @@ VIDEOS = [
     one_video(3, method="random", ratio=0.6),
     one_video(4, method="pool", ratio=0.75),
     one_video(3, keep_tokens=40),
+    one_video(3, method="evs", ratio=0.5),
+    one_video(4, method="vidcom2", ratio=0.7),
+    one_video(1, method="vidcom2", ratio=0.5),
     one_video(5, ratio=0.66),  # more frames than are profiled
 ]
 IN_THE_DECODER = [
@@ -105,6 +108,7 @@ KEPT: list[Case] = [
     one_video(1, ratio=0.5, positions="keep"),
     one_video(3, ratio=0.6, positions="keep"),
     one_video(2, method="random", ratio=0.3, positions="keep"),
+    one_video(3, method="vidcom2", ratio=0.6, positions="keep"),
     one_video(2, ratio=0.5, positions="keep", withdraw=True),
 ]
 IMAGES = [
@@ -116,6 +120,7 @@ IMAGES = [
     one_image(8, method="downsample", ratio=0.5),
     one_image(11, method="visionzip", ratio=0.6),
     several({}, {}, {}, {}),
+    several({"ratio": 0.5}, {"method": "evs", "ratio": 0.4}, {"ratio": 0.3}, {"method": "vidcom2", "ratio": 0.5}),
     several({"ratio": 0.5}, {"ratio": 0.25}, {"method": "illava", "layers": [1, 2], "ratio": 0.5}, {"ratio": 0.77}),
 ]
 IMAGES_IN_THE_DECODER = [
@@ -245,6 +250,7 @@ REFUSED: list[tuple[Case, str, str]] = [
     (one_video(2, method="tome", ratio=0.5), "method", "works in tower"),
     (one_video(2, method="downsample", ratio=0.5), "method", "works before tower"),
     (one_video(2, ratio=0.999), "ratio", "have to stay"),
+    (one_video(4, method="evs", ratio=0.8), "ratio", "a ratio of at most 0.75$"),
     (one_video(2, keep_tokens=3), "keep_tokens", "is not what this image can keep"),
 ]
 
@@ -319,6 +325,8 @@ def test_published_sizes() -> None:
     of_next = LlavaNextVideoFamily.of(model_config)
     assert of_next is not None and of_next.layout((32,)).tokens == 32 * 144
     assert (of_next.most_frames(Reduction()), of_next.most_frames(Reduction(ratio=0.5))) == (21, 28)
+    assert [of_next.most_frames(Reduction(method, ratio=0.2)) for method in ("folder", "evs")] == [26, 26]
+    assert of_next.most_frames(Reduction("evs", keep_tokens=3000)) == 28
 
 
 @pytest.mark.parametrize("image_size", [336, 350, 364], ids=lambda size: f"{size // 14} patches")

@@ -18,6 +18,7 @@ from foldserve.reducers.reduction import Reduction
 from tests.engine.keeping_reference import Answer, Keeping
 from tests.engine.plain_tower import after_tower
 from tests.engine.withdrawal.reference import WithdrawingReference
+from tests.reducers.naive import ACROSS_FRAMES
 
 Video = np.ndarray[Any, Any]
 """(frames, height, width, 3) bytes."""
@@ -43,7 +44,7 @@ class VideoLlavaReference(WithdrawingReference):
         if not isinstance(image, np.ndarray):
             return Layout((Part(self.geometry),), (0,))
         frame, count = VisionGeometry(self.side**2, (self.side, self.side)), len(image)
-        return Layout((Part(frame, count, separators=self.first * count),), (count,))
+        return Layout((Part(frame, count, separators=self.first * count, joinable=True),), (count,))
 
     @property
     def side(self) -> int:
@@ -73,8 +74,16 @@ class VideoLlavaReference(WithdrawingReference):
     def film(self, pixels: Tensor, plan: ItemPlan) -> tuple[list[Tensor], list[int]]:
         out: list[Tensor] = []
         places: list[int] = []
-        for i, frame in enumerate(self.frames(pixels)):
+        frames = self.frames(pixels)
+        choose = ACROSS_FRAMES.get(plan.grids[0].method)
+        stay = choose(frames[:, self.first :].flatten(0, 1), len(frames), plan.grids[0].kept) if choose else []
+        for i, frame in enumerate(frames):
             grid, start = frame[self.first :], i * len(frame)
+            if choose:
+                own = [*range(self.first), *(self.first + j % len(grid) for j in stay if j // len(grid) == i)]
+                out += [frame[j] for j in own]
+                places += [start + j for j in own]
+                continue
             left, source = after_tower(grid[None], torch.arange(len(grid))[None], plan.grids[0])
             out += [*frame[: self.first], *left[0]]
             places += [*range(start, start + self.first), *(source[0] + start + self.first).tolist()]

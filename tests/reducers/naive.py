@@ -138,11 +138,12 @@ def naive_vidcom2(x: Tensor, frames: int, kept: int) -> list[int]:
     whole = torch.stack(unit).mean(0)
     likeness: list[float] = []
     scores: list[float] = []
-    for i, row in enumerate(unit):
-        first = i // n * n
-        own = torch.stack(unit[first : first + n]).mean(0)
-        likeness.append(_near(row, whole))
-        scores.append(likeness[-1] + _near(row, own))
+    for f in range(frames):
+        frame = unit[f * n : (f + 1) * n]
+        own = torch.stack(frame).mean(0)
+        for row in frame:
+            likeness.append(_near(row, whole))
+            scores.append(likeness[-1] + _near(row, own))
     means = [sum(likeness[f * n : (f + 1) * n]) / n for f in range(frames)]
     unlike = torch.softmax(torch.tensor([-mean / 0.01 for mean in means], dtype=torch.float64), 0).tolist()
     inside: list[int] = []
