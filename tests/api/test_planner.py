@@ -11,6 +11,7 @@ from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.api.errors import InvalidRequest, LimitExceeded
+from foldserve.server.api.limits.checks import shares
 from foldserve.server.api.planner import Planner, as_asked
 from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.engine.encoder_budget import EncoderBudget
@@ -157,6 +158,36 @@ def test_what_depends_on_the_images_size_is_not_refused_before_it_is_known() -> 
         tiled.check(request("auto", reduction={"method": "folder_cls", "ratio": 0.5}))
 
 
+class Films(OneSize):
+    """Images of one size, and videos of so many frames of that size."""
+
+    modalities = ("image", "video")
+    shape_ints = 1
+
+    def layout(self, shape: tuple[int, ...]) -> Layout:
+        return Layout((Part(CLIP, max(1, shape[0]), joinable=shape[0] > 0),), shape)
+
+
+def test_a_default_of_videos_alone_leaves_images_whole() -> None:
+    default = Reduction("evs", "withdraw", ratio=0.5)
+    family = Films(Layout((Part(CLIP),), (0,)))
+    films = Planner(family, Settings(default_reduction=default, withdraw_layer=4), Room(100, "--max-model-len"))
+    film: Any = {"type": "video_url", "video_url": {"url": "http://x/y.mp4"}}
+    asking = FoldChatRequest(
+        messages=[{"role": "user", "content": [film, *({**film, "detail": detail} for detail in ("low", "high"))]}]
+    )
+    found = films.check(asking)["video"]
+    assert [(one.method, one.ratio) for one in found] == [("evs", 0.5), ("evs", 0.75), ("folder", None)]
+    found = films.check(request("auto", "low"))["image"]
+    assert [(one.method, one.ratio, one.decoder) for one in found] == [
+        ("folder", None, "withdraw"),
+        ("folder", 0.75, "withdraw"),
+    ]
+    with pytest.raises(InvalidReduction, match="is for videos") as caught:
+        films.check(request("auto", reduction={"method": "evs", "ratio": 0.5}))
+    assert caught.value.param == "method"
+
+
 class Anyres(Tiles):
     """One base tile, and a mosaic of as many below each other: see `Tiling`."""
 
@@ -203,6 +234,16 @@ def test_several_images_may_be_their_base_tiles() -> None:
     assert asked(halved, "auto", "auto") == [Reduction(ratio=0.5, base_only=True)] * 2
     with pytest.raises(ValueError, match="lays images out in tiles"):
         planner(several_images="base")
+
+
+def test_what_is_said_of_a_prompt_that_is_too_long() -> None:
+    """Frames where they are equal; a base tile is one grid of an image's two."""
+    film, tiles = Layout((Part(CLIP, 4, joinable=True),), (4,)), Anyres()
+    plans = {
+        "image": [plan_item(Reduction(base_only=True), tiles.layout((3,)))],
+        "video": [plan_item(Reduction(method, ratio=0.5), film) for method in ("folder", "evs")],
+    }
+    assert "(image: 730, video: 4 frames of 288, video: 1152)" in shares(plans, 5000, 4096)
 
 
 @pytest.mark.parametrize("method", ["base_only", "illava", "downsample", "base_only+random"])

@@ -181,6 +181,9 @@ def test_what_a_video_can_not_have_is_refused(client: OpenAI) -> None:
     with pytest.raises(BadRequestError, match="makes images smaller, not videos") as caught:
         ask(client, clip(VIDEO), reduction={"method": "downsample", "ratio": 0.5})
     assert caught.value.param == "reduction.method"
+    with pytest.raises(BadRequestError, match="puts text between a video's frames") as caught:
+        ask(client, clip(VIDEO), reduction={"method": "vidcom2", "ratio": 0.5})
+    assert caught.value.param == "reduction.method"
 
 
 BAD_VIDEOS = {

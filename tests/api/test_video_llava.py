@@ -78,6 +78,36 @@ def test_what_works_on_images_alone_is_refused_of_a_video_before_it_is_fetched(c
     assert caught.value.param == "reduction.method"
 
 
+@pytest.mark.parametrize("method", ["evs", "vidcom2"])
+def test_a_method_that_chooses_among_all_frames(server: Live, client: OpenAI, method: str) -> None:
+    """Of the patches of the whole video; the class tokens stay. Twice: the second time from the caches."""
+    whole = ask(client, clip())["prompt_tokens"]
+    for ratio in (0.3, 0.3, 0.55):
+        usage = ask(client, clip(), clip(videos.video(2, 96, 72)), reduction={"method": method, "ratio": ratio / 2})
+        found = [(video["method"], video["encoded"], video["kept"]) for video in usage["vision_tokens"]["videos"]]
+        assert found == [
+            (method, frames * FRAME, frames * FRAME - int(frames * (FRAME - 1) * ratio / 2)) for frames in (FRAMES, 2)
+        ]
+        usage = ask(client, clip(), reduction={"method": method, "ratio": ratio})
+        assert whole - usage["prompt_tokens"] == int(FRAMES * (FRAME - 1) * ratio)
+    assert server.metrics("foldserve_vision_tokens_total", stage="kept", method=method, modality="video")
+
+
+def test_a_method_of_videos_is_refused_of_images_and_where_less_than_it_keeps_is_left(client: OpenAI) -> None:
+    asked = {"method": "evs", "ratio": 0.9}
+    for media, told in (([clip(), image(1)], "is for videos"), ([clip()], "keeps the first frame of a video")):
+        with pytest.raises(BadRequestError, match=told) as caught:
+            ask(client, *media, reduction=asked)
+        assert caught.value.param in ("reduction.method", "reduction.ratio")
+
+
+def test_the_catalog_says_what_a_method_reduces(server: Live) -> None:
+    offered = {method["id"]: method["modalities"] for method in server.ask("GET", "/v1/reducers").json["data"]}
+    assert offered["folder"] == offered["withdraw"] == ["image", "video"]
+    assert offered["tome"] == offered["downsample"] == ["image"]
+    assert offered["evs"] == offered["vidcom2"] == ["video"]
+
+
 def test_a_withdrawn_video_leaves_the_decoder(client: OpenAI) -> None:
     vision = ask(client, clip(), image(1), reduction={"ratio": 0.5, "withdraw": True})["vision_tokens"]
     assert vision["withdrawn"] == vision["kept"] == FRAMES * (1 + 72) + 72
