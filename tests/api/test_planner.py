@@ -15,7 +15,7 @@ from foldserve.server.api.limits.checks import shares
 from foldserve.server.api.planner import Planner, as_asked
 from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.engine.encoder_budget import EncoderBudget
-from foldserve.server.engine.family import Family
+from foldserve.server.engine.family import Family, Modality
 from foldserve.server.engine.withdrawal import Room
 from foldserve.server.settings import Settings
 
@@ -239,7 +239,7 @@ def test_several_images_may_be_their_base_tiles() -> None:
 def test_what_is_said_of_a_prompt_that_is_too_long() -> None:
     """Frames where they are equal; a base tile is one grid of an image's two."""
     film, tiles = Layout((Part(CLIP, 4, joinable=True),), (4,)), Anyres()
-    plans = {
+    plans: dict[Modality, list[ItemPlan]] = {
         "image": [plan_item(Reduction(base_only=True), tiles.layout((3,)))],
         "video": [plan_item(Reduction(method, ratio=0.5), film) for method in ("folder", "evs")],
     }
