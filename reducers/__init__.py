@@ -18,6 +18,7 @@ from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.illava import Illava, IllavaDecoder
 from foldserve.reducers.method import Method
 from foldserve.reducers.options import Value
+from foldserve.reducers.pixelprune import PixelPrune
 from foldserve.reducers.pool import Pool
 from foldserve.reducers.prumerge import PruMerge
 from foldserve.reducers.random import Random
@@ -47,7 +48,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             BaseOnly(),
             VisionZip(),
             VidCom2(),
-            EVS(),  # a new one comes last: plans' codes, and so the keys of caches, go by the order
+            EVS(),
+            PixelPrune(),  # a new one comes last: plans' codes, and so the keys of caches, go by the order
         )
     }
 )

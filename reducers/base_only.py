@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from foldserve.reducers.geometry import Stage, VisionGeometry
-from foldserve.reducers.method import Kind, Method
+from foldserve.reducers.geometry import VisionGeometry
+from foldserve.reducers.method import Kind, Preselection
 from foldserve.reducers.refusal import InvalidReduction
 
 
-class BaseOnly(Method):
+class BaseOnly(Preselection):
     """The tower sees one tile, the whole image; the layout decides what stays, no ratio."""
 
     name = "base_only"
     summary = "Of an image laid out in tiles, encodes the base tile alone, which shows the whole image."
     kind = Kind.INPUT
-    stage = Stage.BEFORE_TOWER
 
     def check(self, geometry: VisionGeometry) -> None:
         if not geometry.any_resolution:

@@ -13,10 +13,11 @@ from foldserve.reducers import METHODS, Method, configured
 from foldserve.reducers.base_only import BaseOnly
 from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.method import AcrossFrames, Decoder
-from foldserve.reducers.plan import CODES, Plan, make_plan
+from foldserve.reducers.pixelprune import Cells, PixelPrune
+from foldserve.reducers.plan import CODES, Plan, make_plan, tokens_to_remove
 from foldserve.reducers.reduction import MIN_KEPT, InvalidReduction, Reduction
 
-__all__ = ["ItemPlan", "Layout", "Part", "Tiling", "check", "plan_item"]
+__all__ = ["ItemPlan", "Layout", "Part", "Tiling", "at_least", "check", "plan_item"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +113,7 @@ class ItemPlan:
         keeps_positions: tokens that stay keep their positions in the decoder, and text goes on from the full length.
         base_only: the image is its base tile alone.
         tile: the plan of each tile before they are laid out, of images in tiles.
+        cells: those that the tower sees, as the image's pixels decided; None: all.
     """
 
     layout: Layout
@@ -121,11 +123,12 @@ class ItemPlan:
     keeps_positions: bool = False
     base_only: bool = False
     tile: Plan | None = None
+    cells: Cells | None = None
 
     @property
     def laid_out(self) -> Layout:
-        """Of what the tower gives: the whole image, or its base tile alone, or smaller tiles, or frames as one grid."""
-        return _laid_out(self.layout, self.base_only, self.tile, self.grids[0].method)
+        """Of what the tower gives: all, the base tile alone, smaller tiles, some cells, or frames as one grid."""
+        return _laid_out(self.layout, self.base_only, self.tile, self.cells, self.grids[0].method)
 
     @property
     def encoded(self) -> int:
@@ -157,12 +160,12 @@ class ItemPlan:
     @property
     def is_identity(self) -> bool:
         """Nothing is removed before the decoder."""
-        return not self.base_only and all(plan.is_identity for plan in self._plans)
+        return not self.base_only and self.cells is None and all(plan.is_identity for plan in self._plans)
 
     @property
     def method(self) -> str:
         """The method that works before the decoder, or "none"; "base_only+..." where another one follows."""
-        methods = [BaseOnly.name] if self.base_only else []
+        methods = [BaseOnly.name] * self.base_only + [PixelPrune.name] * (self.cells is not None)
         methods += list(dict.fromkeys(plan.method for plan in self._plans if not plan.is_identity))
         return "+".join(methods) or "none"
 
@@ -180,28 +183,35 @@ class ItemPlan:
         return replace(self, grids=tuple(plan.with_seed(seed) if plan.is_seeded else plan for plan in self.grids))
 
     def to_ints(self) -> tuple[int, ...]:
-        """As many integers for every plan of a model; `from_ints` of the same release reads those behind the shape."""
+        """`from_ints` of the same release reads those behind the shape.
+
+        As many for every plan of a model in which the tower sees all cells; a mask of cells comes behind them.
+        """
         own = [CODES.index(self.decoder), self.decoder_removed, int(self.keeps_positions)]
         own += [] if self.layout.tiling is None else [int(self.base_only)]
         codes = [code for plan in self._plans for code in plan.to_ints()]
         missing = len(self.layout.parts) - len(self.grids)  # of a base tile alone
-        return (*self.layout.shape, *own, *codes, *[0] * (missing * len(self.grids[0].to_ints())))
+        mask = () if self.cells is None else self.cells.to_ints()
+        return (*self.layout.shape, *own, *codes, *[0] * (missing * len(self.grids[0].to_ints())), *mask)
 
     @classmethod
     def from_ints(cls, ints: Sequence[int], layout: Layout) -> ItemPlan:
         """The plan that gave these integers, without the shape, which is the layout's."""
         decoder, decoder_removed, keeps_positions, *codes = ints
         base_only = layout.tiling is not None and bool(codes.pop(0))
-        width = len(codes) // (len(layout.parts) + (layout.tiling is not None))
-        each = [codes[i : i + width] for i in range(0, len(codes), width)]
+        end = Plan.INTS * (len(layout.parts) + (layout.tiling is not None))
+        each = [codes[i : i + Plan.INTS] for i in range(0, end, Plan.INTS)]
         tile = None if layout.tiling is None else Plan.from_ints(each.pop(0), layout.tiling.tile)
-        parts = _laid_out(layout, base_only, tile, CODES[each[0][0]]).parts
+        cells = Cells.from_ints(tuple(codes[end:])) if codes[end:] else None
+        parts = _laid_out(layout, base_only, tile, cells, CODES[each[0][0]]).parts
         grids = tuple(Plan.from_ints(own, part.geometry) for own, part in zip(each, parts, strict=False))
-        return cls(layout, grids, CODES[decoder], decoder_removed, bool(keeps_positions), base_only, tile)
+        return cls(layout, grids, CODES[decoder], decoder_removed, bool(keeps_positions), base_only, tile, cells)
 
 
-def _laid_out(layout: Layout, base_only: bool, tile: Plan | None, method: str) -> Layout:
+def _laid_out(layout: Layout, base_only: bool, tile: Plan | None, cells: Cells | None, method: str) -> Layout:
     """See `ItemPlan.laid_out`; `method` is that of the grids, or "none"."""
+    if cells is not None:
+        return _of_cells(layout, cells.kept)
     if isinstance(METHODS.get(method), AcrossFrames):
         return layout.joined
     if layout.tiling is None or tile is None:
@@ -211,10 +221,35 @@ def _laid_out(layout: Layout, base_only: bool, tile: Plan | None, method: str) -
     return (layout.tiling.base(layout.shape) if base_only else None) or layout
 
 
+@lru_cache(maxsize=4096)
+def _of_cells(layout: Layout, count: int) -> Layout:
+    """Of so many cells of the one grid of an image: they are no grid, and no request knows their number."""
+    (part,) = layout.parts
+    geometry = replace(part.geometry, tokens=count, grid=None, varies=True)
+    return replace(layout, parts=(replace(part, geometry=geometry),))
+
+
+def at_least(reduction: Reduction, layout: Layout) -> int:
+    """How many cells of an image have to stay, whatever its pixels are.
+
+    Raises:
+        InvalidReduction: more than it has.
+    """
+    is_bound = not reduction.first and (reduction.ratio or reduction.keep_tokens)
+    return _left_of_whole(reduction, layout) if is_bound else MIN_KEPT
+
+
+def _left_of_whole(reduction: Reduction, layout: Layout) -> int:
+    """What an amount leaves of an image that is one grid."""
+    return layout.tokens - tokens_to_remove(reduction, layout.parts[0].geometry)
+
+
 def check(reduction: Reduction, layout: Layout) -> None:
     """Raises InvalidReduction if the model of this layout is not one that the reduction's methods work with."""
-    if reduction.base_only:
-        check_method(METHODS[BaseOnly.name], layout)
+    if reduction.first:
+        check_method(METHODS[reduction.first], layout)
+    if reduction.first and reduction.pruning is not None:
+        layout = _of_cells(layout, layout.tokens)
     if not reduction.base_only or reduction.ratio or reduction.keep_tokens:
         check_method(configured(reduction.method, reduction.option_values), layout)
 
@@ -229,7 +264,7 @@ def _worked_on(method: Method, layout: Layout) -> list[VisionGeometry]:
     """What the method sees of an image: its tiles, or the grids that they are laid out in."""
     if layout.tiling is not None and _works_on_tiles(method):
         return [layout.tiling.tile]
-    return [part.geometry for part in _laid_out(layout, False, None, method.name).parts]
+    return [part.geometry for part in _laid_out(layout, False, None, None, method.name).parts]
 
 
 def _works_on_tiles(method: Method) -> bool:
@@ -238,30 +273,49 @@ def _works_on_tiles(method: Method) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def plan_item(reduction: Reduction, layout: Layout) -> ItemPlan:
+def plan_item(reduction: Reduction, layout: Layout, cells: Cells | None = None) -> ItemPlan:
     """Turn what was asked into counts for an image; a random method's seed is added where the pixels are.
 
     `ratio` holds for each grid, for each tile before they are laid out, or for a whole video where the method works
     across its frames. `keep_tokens` is shared out over the grids;
     where they are several, equal grids keep equally many, so that a few tokens fewer may stay.
 
+    Args:
+        cells: those that the reduction's pruning has chosen; None where it left all, or where there are no pixels yet:
+            of no image more tokens stay.
+
     Raises:
         InvalidReduction: the image has too few tokens for it, or the model is not one that the method works with.
     """
     base_only = reduction.base_only and _base(layout).tokens < layout.tokens
-    tile, of_grids = _of_tiles(reduction, layout)
     if isinstance(METHODS[reduction.method], AcrossFrames):
         check_method(METHODS[reduction.method], layout)
-    laid_out = _laid_out(layout, base_only, tile, of_grids.method)
+    if reduction.pruning is None:
+        tile, of_grids = _of_tiles(reduction, layout)
+        laid_out = _laid_out(layout, base_only, tile, None, of_grids.method)
+    else:
+        check_method(reduction.pruning, layout)
+        tile, of_grids = None, _after_pruning(reduction, layout)
+        laid_out = _of_cells(layout, layout.tokens if cells is None else cells.kept)
     grids = _plan_parts(of_grids, laid_out)
     if all(plan.is_identity for plan in grids) and laid_out.parts[0].geometry.frames:
         laid_out, grids = layout, _plan_parts(Reduction(), layout)
     if reduction.decoder:
         METHODS[reduction.decoder].check(laid_out.parts[0].geometry)
-    plan = ItemPlan(layout, grids, base_only=base_only, tile=tile)
+    plan = ItemPlan(layout, grids, base_only=base_only, tile=tile, cells=cells)
     decoder, decoder_removed = _in_decoder(reduction, plan.kept)
     keeps_positions = reduction.positions == "keep" and not plan.is_identity
     return replace(plan, decoder=decoder, decoder_removed=decoder_removed, keeps_positions=keeps_positions)
+
+
+def _after_pruning(reduction: Reduction, layout: Layout) -> Reduction:
+    """What is left to ask of the cells that stay: no more tokens than the amount leaves of the whole image."""
+    if not reduction.first or not (reduction.ratio or reduction.keep_tokens):
+        return Reduction()
+    own = {option.name for option in METHODS[reduction.method].options}
+    options = tuple(option for option in reduction.options if option[0] in own)
+    most = _left_of_whole(reduction, layout)
+    return replace(reduction, first=None, options=options, ratio=None, keep_tokens=most)
 
 
 def _base(layout: Layout) -> Layout:

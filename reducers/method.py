@@ -27,6 +27,7 @@ __all__ = [
     "InTower",
     "Kind",
     "Method",
+    "Preselection",
     "Projector",
     "ScoringDecoder",
     "Stage",
@@ -67,6 +68,7 @@ class Method(ABC):
         options: fields of `reduction` that it takes beside those that every method takes.
         seeded: its plans carry a seed that comes from the image.
         keeps_grid: the tokens that stay are a smaller grid.
+        keeps_positions: tokens that stay keep their positions unless something else is asked for.
         decoder_half: name of the Decoder method that `decoder: true` adds, if it has one.
     """
 
@@ -78,6 +80,7 @@ class Method(ABC):
     options: ClassVar[tuple[Option[Any], ...]] = ()
     seeded: ClassVar[bool] = False
     keeps_grid: ClassVar[bool] = False
+    keeps_positions: ClassVar[bool] = False
     decoder_half: ClassVar[str | None] = None
 
     def __init__(self, *values: Value) -> None:
@@ -118,6 +121,12 @@ class Method(ABC):
     def schedule(self, geometry: VisionGeometry, removed: int) -> tuple[Step, ...]:
         """The steps, in order; they remove `removed` tokens together."""
         return (Step(removed),)
+
+
+class Preselection(Method):
+    """Decides what of an image the tower sees; a method after the tower may reduce that further, as in `a+b`."""
+
+    stage = Stage.BEFORE_TOWER
 
 
 class BeforeTower(Method):
@@ -226,6 +235,8 @@ class AcrossFrames(AfterTower):
 
     `reduce` gets them as (B, frames * tokens of a frame, d), frame by frame; `Plan.frames` is their number.
     """
+
+    kind = Kind.DROP
 
     @abstractmethod
     def least(self, geometry: VisionGeometry) -> tuple[int, str]:

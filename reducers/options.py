@@ -12,7 +12,7 @@ from foldserve.reducers.refusal import InvalidReduction
 
 _T = TypeVar("_T")
 
-Value = str | bool | tuple[int, ...] | None
+Value = str | bool | int | tuple[int, ...] | None
 
 
 @dataclass(frozen=True)
@@ -122,6 +122,28 @@ class FlagOption(Flag, Option[bool]):
 
     def from_int(self, code: int) -> bool:
         return bool(code)
+
+
+@dataclass(frozen=True)
+class Number(Option[int]):
+    """An integer within bounds."""
+
+    least: int
+    most: int
+
+    def parse(self, value: object) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or not self.least <= value <= self.most:
+            raise self.refusal(f"an integer of {self.least} to {self.most}", value)
+        return value
+
+    def to_int(self, value: int) -> int:
+        return value
+
+    def from_int(self, code: int) -> int:
+        return code
+
+    def values(self) -> dict[str, Any]:
+        return {"type": "integer", "minimum": self.least, "maximum": self.most}
 
 
 class Layers(Option[tuple[int, ...]]):

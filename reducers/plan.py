@@ -10,20 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import isqrt
+from typing import ClassVar
 
 from foldserve.reducers import METHODS, Method, configured
 from foldserve.reducers.geometry import VisionGeometry
-from foldserve.reducers.method import Step
+from foldserve.reducers.method import Preselection, Step
 from foldserve.reducers.options import Value
 from foldserve.reducers.reduction import MIN_KEPT, InvalidReduction, Reduction
 from foldserve.reducers.schedule import fold_schedule, least_ratio
 
-__all__ = ["InvalidReduction", "Plan", "Reduction", "VisionGeometry", "fold_schedule", "make_plan"]
+__all__ = ["InvalidReduction", "Plan", "Reduction", "VisionGeometry", "fold_schedule", "make_plan", "tokens_to_remove"]
 
 CODES = ("none", *METHODS)
 """What stands for a method in integers is its place here."""
 
-_MOST_OPTIONS = max(len(method.options) for method in METHODS.values())
+_MOST_OPTIONS = max(len(method.options) for method in METHODS.values() if not isinstance(method, Preselection))
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,8 @@ class Plan:
         frames: of the video that is the grid, see `VisionGeometry.frames`.
         seed: of methods that draw at random.
     """
+
+    INTS: ClassVar[int] = 4 + _MOST_OPTIONS  # of `to_ints`
 
     method: str
     encoded: int
@@ -119,7 +122,7 @@ def make_plan(reduction: Reduction, geometry: VisionGeometry) -> Plan:
     """
     asked = configured(reduction.method, reduction.option_values)
     method = configured(asked.name, asked.settled(geometry, keeps_positions=reduction.positions == "keep"))
-    removed = _tokens_to_remove(reduction, geometry)
+    removed = tokens_to_remove(reduction, geometry)
     if removed or reduction.method != Reduction().method:
         method.check(geometry)
     if removed:
@@ -136,7 +139,7 @@ def _plan(method: Method, geometry: VisionGeometry, removed: int) -> Plan:
     return Plan(method.name, geometry.tokens, removed, steps, method.values, grid, whole_grid, geometry.frames)
 
 
-def _tokens_to_remove(reduction: Reduction, geometry: VisionGeometry) -> int:
+def tokens_to_remove(reduction: Reduction, geometry: VisionGeometry) -> int:
     """int(encoded * ratio), truncated as in the authors' code, or what is beyond keep_tokens."""
     encoded = geometry.tokens
     if reduction.keep_tokens is not None:

@@ -8,10 +8,11 @@ from functools import cached_property
 from reprlib import repr as _short
 from typing import Any, Literal, get_args
 
-from foldserve.reducers import METHODS
+from foldserve.reducers import METHODS, configured
 from foldserve.reducers.base_only import BaseOnly
-from foldserve.reducers.method import AfterTower, Decoder, Method
-from foldserve.reducers.options import Choice, Count, Field, Flag, Share, Value, parse_options, to_json
+from foldserve.reducers.method import AfterTower, Decoder, Method, Preselection
+from foldserve.reducers.options import Choice, Count, Field, Flag, Option, Share, Value, parse_options, to_json
+from foldserve.reducers.pixelprune import PixelPrune
 from foldserve.reducers.refusal import InvalidReduction
 
 __all__ = ["FIELDS", "MIN_KEPT", "InvalidReduction", "Positions", "Reduction"]
@@ -23,20 +24,21 @@ _DEFAULT_METHOD = "folder"
 
 
 class _Methods(Field[Any]):
-    """`a`, or `a+b` with b in the decoder; either behind `base_only+` too."""
+    """`a`, or `a+b` with b in the decoder; either behind a preselection too, as in `base_only+a`."""
 
-    def parse(self, value: object) -> tuple[bool, str | None, str | None]:
-        """(the base tile alone, method before the decoder, method in it)"""
+    def parse(self, value: object) -> tuple[str | None, str | None, str | None]:
+        """(preselection, method before the decoder, method in it)"""
         names = value.split("+") if isinstance(value, str) else [value]
         methods = [_known(name) for name in names]
-        base_only = methods[0].name == BaseOnly.name
-        others = methods[1:] if base_only else methods
+        first = methods[0].name if isinstance(methods[0], Preselection) else None
+        others = methods[1:] if first else methods
         before = [method.name for method in others if not isinstance(method, Decoder)]
         in_decoder = [method.name for method in others if isinstance(method, Decoder)]
         in_order = [*before, *in_decoder] == [method.name for method in others]
-        if not in_order or len(before) > 1 or len(in_decoder) > 1 or BaseOnly.name in before:
+        twice = any(isinstance(METHODS[name], Preselection) for name in before)
+        if not in_order or len(before) > 1 or len(in_decoder) > 1 or twice:
             raise InvalidReduction(_not_together(*(method.name for method in methods)), "method")
-        return base_only, next(iter(before), None), next(iter(in_decoder), None)
+        return first, next(iter(before), None), next(iter(in_decoder), None)
 
     def values(self) -> dict[str, Any]:
         return {"type": "string"}
@@ -45,7 +47,7 @@ class _Methods(Field[Any]):
 _METHOD = _Methods(
     "method",
     _DEFAULT_METHOD,
-    "a method, or one before the decoder and one in it, joined by `+` (also behind `base_only+`): "
+    "a method, or one before the decoder and one in it, joined by `+` (also behind `base_only+` or `pixelprune+`): "
     + ", ".join(METHODS),
 )
 _RATIO = Share("ratio", None, "share of tokens removed")
@@ -75,13 +77,16 @@ FIELDS: Mapping[str, Field[Any]] = _COMMON | {
 class Reduction:
     """The reduction asked for one image; the values are checked however it is made.
 
+    A ratio of 0 removes nothing before the decoder, whatever the method.
+
     Attributes:
-        method: the method before the decoder, other than `base_only`.
+        first: the preselection, or None; a method after the tower reduces what it leaves.
+        method: the method before the decoder, behind `first` if there is one.
         decoder: the method in the decoder, or None.
-        options: (name, value) of the methods' own fields that differ from their defaults.
-        ratio: as in `FIELDS`, like those below; 0 is kept as None.
+        options: (name, value) of the methods' own fields that differ from their defaults, those of `first` before.
+        ratio: as in `FIELDS`, like those below; 0 is kept as None. With a preselection an amount is what `method` is
+            to leave of the whole image at most; with `pixelprune` alone, which is a `method` then, at least.
         decoder_ratio: None also if the decoder's method leaves no choice.
-        base_only: of an image laid out in tiles the base tile alone, which `method` may reduce further.
 
     Raises:
         InvalidReduction: a field is wrong, or two of them contradict each other.
@@ -94,30 +99,41 @@ class Reduction:
     keep_tokens: int | None = None
     positions: Positions | None = None
     decoder_ratio: float | None = None
-    base_only: bool = False
+    first: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(_known(self.method), Decoder):
             raise InvalidReduction(f"method {self.method!r} works in the decoder: it goes into `decoder`", "method")
         if self.method == BaseOnly.name:
-            raise InvalidReduction(
-                f"method {self.method!r} decides what is encoded: it goes into `base_only`", "method"
-            )
-        if self.base_only and not isinstance(METHODS[self.method], AfterTower):
-            raise InvalidReduction(_not_together(BaseOnly.name, self.method), "method")
+            raise InvalidReduction(f"method {self.method!r} decides what is encoded: it goes into `first`", "method")
+        if self.first and not (
+            isinstance(_known(self.first), Preselection) and isinstance(METHODS[self.method], AfterTower)
+        ):
+            raise InvalidReduction(_not_together(self.first, self.method), "method")
         for field in _VALUES:
             if (value := getattr(self, field.name)) is not None:
                 object.__setattr__(self, field.name, field.parse(value))
         if self.ratio is not None and self.keep_tokens is not None:
             raise InvalidReduction("ratio and keep_tokens came together: give one of them", "ratio")
-        object.__setattr__(self, "ratio", self.ratio or None)
         self._settle_decoder()
         given: dict[str, object] = dict(self.options)
         for name in given:
-            if name not in {option.name for option in METHODS[self.method].options}:
-                takes = ", ".join([*_COMMON, *(option.name for option in METHODS[self.method].options)])
-                raise InvalidReduction(f"method {self.method!r} takes no {name}, only {takes}", name)
-        object.__setattr__(self, "options", parse_options(METHODS[self.method].options, given))
+            if name not in {option.name for option in self._own_options}:
+                takes = ", ".join([*_COMMON, *(option.name for option in self._own_options)])
+                raise InvalidReduction(f"method {self._methods!r} takes no {name}, only {takes}", name)
+        object.__setattr__(self, "options", parse_options(self._own_options, given))
+        if self.ratio == 0:
+            self._settle_ratio_0()
+
+    def _settle_ratio_0(self) -> None:
+        """Nothing is removed before the decoder: what would choose cells goes, with its options."""
+        object.__setattr__(self, "ratio", None)
+        if PixelPrune.name not in (self.first, self.method):
+            return
+        own = {option.name for option in METHODS[self.method].options} if self.first else set()
+        object.__setattr__(self, "options", tuple(option for option in self.options if option[0] in own))
+        object.__setattr__(self, "method", self.method if self.first else _DEFAULT_METHOD)
+        object.__setattr__(self, "first", None)
 
     def _settle_decoder(self) -> None:
         """Fills in the share that the decoder's method removes; a share of 0 is no method."""
@@ -145,13 +161,40 @@ class Reduction:
     @property
     def acts_before_decoder(self) -> bool:
         """Tokens are to go before the decoder."""
-        return bool(self.base_only or self.ratio or self.keep_tokens)
+        return bool(self.first or self.ratio or self.keep_tokens or self.pruning is not None)
+
+    @property
+    def base_only(self) -> bool:
+        """Of an image laid out in tiles the base tile alone."""
+        return self.first == BaseOnly.name
+
+    @cached_property
+    def pruning(self) -> PixelPrune | None:
+        """What chooses cells by their pixels, with its options, if anything does."""
+        method = METHODS[self.first or self.method]
+        if not isinstance(method, PixelPrune):
+            return None
+        found = configured(method.name, self._values_of(method))  # one object for equal options
+        assert isinstance(found, PixelPrune)
+        return found
 
     @cached_property
     def option_values(self) -> tuple[Value, ...]:
         """A value for each option of `method`, in its order."""
+        return self._values_of(METHODS[self.method])
+
+    def _values_of(self, method: Method) -> tuple[Value, ...]:
         given = dict(self.options)
-        return tuple(given.get(option.name, option.default) for option in METHODS[self.method].options)
+        return tuple(given.get(option.name, option.default) for option in method.options)
+
+    @property
+    def _methods(self) -> str:
+        """Before the decoder, as a request names them."""
+        return f"{self.first}+{self.method}" if self.first else self.method
+
+    @property
+    def _own_options(self) -> tuple[Option[Any], ...]:
+        return (METHODS[self.first].options if self.first else ()) + METHODS[self.method].options
 
     @classmethod
     def parse(cls, value: object) -> Reduction:
@@ -168,20 +211,22 @@ class Reduction:
             if given is None:
                 raise InvalidReduction(f"{name} must have a value: leave it out for the default", name)
         values = {field.name: value[field.name] for field in _VALUES if field.name in value}
-        base_only, method, decoder = _METHOD.parse(value.get("method", _DEFAULT_METHOD))
+        first, method, decoder = _METHOD.parse(value.get("method", _DEFAULT_METHOD))
         own = tuple((name, given) for name, given in value.items() if name not in _COMMON)
-        if base_only and not method:
+        if first == BaseOnly.name and not method:
             _refuse_amount([*values, *dict(own)])
+        elif first and not method:
+            first, method = None, first
         elif decoder and not method:
             _move_ratio(decoder, values)
         method = method or _DEFAULT_METHOD
         decoder = _added(method, decoder, "withdraw", _WITHDRAW.parse(value.get("withdraw", False)))
         decoder = _added(method, decoder, METHODS[method].decoder_half, _DECODER.parse(value.get("decoder", False)))
-        return cls(method, decoder, own, base_only=base_only, **values)
+        return cls(method, decoder, own, first=first, **values)
 
     def to_json(self) -> dict[str, Any]:
         """The fields that differ from their defaults; equal reductions give equal dicts, and `parse` inverts it."""
-        methods = [BaseOnly.name] if self.base_only else []
+        methods = [self.first] if self.first else []
         if not self.base_only or self.method != _DEFAULT_METHOD or self.options or self.ratio or self.keep_tokens:
             methods.append(self.method)
         if self.decoder and not self.withdraw:
@@ -202,7 +247,7 @@ def _not_together(*names: str) -> str:
     stages = " and ".join(f"{name!r} ({METHODS[name].stage.value.replace('_', ' ')})" for name in names)
     return (
         f"{stages} can't be combined: only one method before the decoder goes with one in it, in this order, and "
-        f"{BaseOnly.name!r} only before one that works after the tower"
+        f"{BaseOnly.name!r} or {PixelPrune.name!r} only before one that works after the tower"
     )
 
 

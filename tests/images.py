@@ -23,6 +23,19 @@ def photo(seed: int, width: int = 320, height: int = 240) -> Image.Image:
     return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
 
 
+def page(seed: int, width: int = 320, height: int = 240, noise: int = 0) -> Image.Image:
+    """Lines of something like text on white, and a grey box; `noise` darkens every pixel by up to so many levels."""
+    rng = np.random.default_rng(seed)
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((width // 2, height // 2, width * 7 // 8, height * 7 // 8), fill=(200, 205, 210))
+    for y in range(height // 8, height // 2, 20):
+        for x in range(width // 8, width * int(rng.integers(3, 8)) // 8, 7):
+            draw.line((x, y + int(rng.integers(8)), x + 4, y + int(rng.integers(8))), fill=(20, 20, 60))
+    darker = rng.integers(0, noise + 1, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(np.asarray(image) - np.minimum(darker, np.asarray(image)))
+
+
 def jpeg(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=90)

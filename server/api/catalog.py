@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from foldserve.reducers import METHODS, Method
 from foldserve.reducers.base_only import BaseOnly
 from foldserve.reducers.item import Layout, check_method, plan_item
-from foldserve.reducers.method import AcrossFrames, Decoder, Projector
+from foldserve.reducers.method import AcrossFrames, Decoder, Preselection, Projector
 from foldserve.reducers.reduction import Reduction
 from foldserve.reducers.refusal import InvalidReduction
 
@@ -111,13 +111,13 @@ def _works_with(method: Method, family: Family, modality: Modality) -> bool:
 
 def _alone(method: Method) -> Reduction:
     """The method without an amount."""
-    if isinstance(method, BaseOnly):
-        return Reduction(base_only=True)
+    if isinstance(method, Preselection):
+        return Reduction(first=method.name)
     return Reduction(decoder=method.name) if isinstance(method, Decoder) else Reduction(method.name)
 
 
 def _max_removed(method: Method, largest: Layout) -> int:
     """Of one image's tokens."""
     if isinstance(method, BaseOnly):
-        return plan_item(Reduction(base_only=True), largest).removed
+        return plan_item(Reduction(first="base_only"), largest).removed
     return 0 if isinstance(method, AcrossFrames | Projector) else largest.removable

@@ -159,7 +159,7 @@ class Planner:
         default = self.settings.default_reduction
         defaults: dict[Modality, Reduction] = {"image": _of_images(default), "video": default}
         if self.settings.several_images == "base" and len(request.progress.details.get("image", ())) > 1:
-            defaults["image"] = replace(defaults["image"], base_only=True)
+            defaults["image"] = replace(defaults["image"], first="base_only")
         return defaults
 
     def _with_positions(self, reduction: Reduction) -> Reduction:

@@ -137,6 +137,7 @@ class Family(ABC):
         """What is asked of a video; raises InvalidReduction where only images can be reduced so."""
         if reduction.base_only:
             raise InvalidReduction("method 'base_only' is for images: videos have no base tile", "method")
+        refuse_cells_of_video(reduction)
         return reduction
 
     @property
@@ -149,6 +150,13 @@ class Family(ABC):
         if isinstance(METHODS[reduction.method], AcrossFrames):
             raise InvalidReduction(f"method {reduction.method!r} is for videos: reduce images by another one", "method")
         return reduction
+
+    def cells(self, pixels: Tensor, layout: Layout) -> Tensor:
+        """What the tower makes its tokens of: (rows, columns, values) of an image's `pixels`, of any order of values.
+
+        Of families whose geometry `takes_cells`.
+        """
+        raise NotImplementedError
 
     def pixels(self, processed: Mapping[str, Any], modality: Modality) -> Sequence[Tensor]:
         """Of each image or video, in what an HF processor gives."""
@@ -174,7 +182,7 @@ class Family(ABC):
 
     def default_positions(self, reduction: Reduction) -> Positions:
         """Where nobody says whether tokens that stay keep their positions."""
-        return "renumber"
+        return "keep" if METHODS[reduction.first or reduction.method].keeps_positions else "renumber"
 
     def low_detail(self, default: Reduction, ratio: float | None) -> Reduction:
         """What `detail: "low"` asks for: by default the base tile where there is one, else the server's reduction.
@@ -184,7 +192,9 @@ class Family(ABC):
             ratio: that the operator chose for it, or None.
         """
         if ratio is None and self.largest.tiling is not None:
-            return replace(default, method=Reduction().method, options=(), ratio=None, keep_tokens=None, base_only=True)
+            return replace(
+                default, method=Reduction().method, options=(), ratio=None, keep_tokens=None, first="base_only"
+            )
         return replace(default, ratio=LOW_DETAIL_RATIO if ratio is None else ratio, keep_tokens=None)
 
     def with_positions(self, reduction: Reduction) -> Reduction:
@@ -290,6 +300,16 @@ def refuse_choice_in_pieces(reduction: Reduction, pieces: str = "a video's frame
             f"method {reduction.method!r} chooses how many tokens each frame keeps once all are encoded, and this "
             f"model puts text between {pieces}, so that the prompt needs the numbers before: choose a method that "
             "works frame by frame",
+            "method",
+        )
+
+
+def refuse_cells_of_video(reduction: Reduction) -> None:
+    """Raises InvalidReduction where a video's pixels were to decide how many of its tokens stay."""
+    if reduction.pruning is not None:
+        raise InvalidReduction(
+            f"method {reduction.pruning.name!r} is for images: it leaves a number of its own in each frame of a video, "
+            "and all have to keep equally many; choose another method",
             "method",
         )
 

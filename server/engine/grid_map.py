@@ -17,7 +17,6 @@ from vllm.multimodal.utils import group_and_batch_mm_items
 from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from foldserve.reducers.method import BeforeTower
-from foldserve.reducers.plan import Plan
 from foldserve.server.engine.regions import Region
 
 Groups: TypeAlias = tuple[Sequence[int], Sequence[int]]
@@ -81,7 +80,7 @@ def can_map(vllm_config: VllmConfig) -> bool:
 
 def needs_engine(regions: Sequence[Region]) -> bool:
     """Whether it depends on the image's pixels where tokens go."""
-    return any(region.plan is not None and _by_counts(region.plan) is None for region in regions)
+    return any(region.plan is not None and _by_counts(region) is None for region in regions)
 
 
 def grid_maps(regions: Sequence[Region], found: Sequence[Groups | None]) -> list[GridMap]:
@@ -96,7 +95,7 @@ def grid_maps(regions: Sequence[Region], found: Sequence[Groups | None]) -> list
         if region.plan is None:
             groups: Groups = [-1] * (region.rows * region.columns), []
         else:
-            known, of_engine = _by_counts(region.plan), next(remaining, None)
+            known, of_engine = _by_counts(region), next(remaining, None)
             groups = cast(Groups, known if known is not None else of_engine)
         maps.append(GridMap.of(region, groups))
     return maps
@@ -119,9 +118,11 @@ def _by_region(regions: Sequence[Region], found: Sequence[Groups | None]) -> Ite
             yield [places.get(i, -1) for i in own], [source[i] - start for i in stay]
 
 
-def _by_counts(plan: Plan) -> Groups | None:
+def _by_counts(region: Region) -> Groups | None:
     """What the plan alone says."""
-    if plan.is_identity:
+    plan = region.plan
+    assert plan is not None, "a grid that is not encoded has no tokens"
+    if plan.is_identity and plan.encoded == region.rows * region.columns:
         return range(plan.encoded), range(plan.encoded)
     method = plan.reducer
     if isinstance(method, BeforeTower):

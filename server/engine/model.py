@@ -73,9 +73,9 @@ class FoldModel(SupportsMultiModal):
         fields = [kwargs.pop(name, None) for name in PLAN_FIELDS.values()]  # a batch has one modality
         rows_of_plans = next((field for field in fields if field is not None), None)
         family = self.family
-        if not isinstance(rows_of_plans, torch.Tensor) or family is None:
+        if rows_of_plans is None or family is None:
             return super().embed_multimodal(**kwargs)
-        plans = [family.read_plan(row) for row in rows_of_plans.tolist()]  # on the CPU
+        plans = [family.read_plan(row.tolist()) for row in rows_of_plans]  # on the CPU
         if not self.can_keep_positions and any(plan.keeps_positions for plan in plans):
             raise ValueError(positions.CANNOT_KEEP)
         if not self._withdraws and any(plan.decoder != "none" for plan in plans):

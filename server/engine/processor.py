@@ -15,7 +15,7 @@ from transformers import BatchFeature
 from vllm.inputs import MultiModalHashes, MultiModalInput
 from vllm.multimodal.hasher import MultiModalHasher
 from vllm.multimodal.inputs import MultiModalFieldConfig, MultiModalKwargsItems
-from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems, MultiModalDataItems
+from vllm.multimodal.parse import DictEmbeddingItems, EmbeddingItems, ImageProcessorItems, MultiModalDataItems
 from vllm.multimodal.processing import (
     BaseMultiModalProcessor,
     ProcessorInputs,
@@ -26,8 +26,10 @@ from vllm.multimodal.processing import (
 from vllm.utils.cache import LRUCache
 
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
+from foldserve.reducers.pixelprune import Cells
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import positions
+from foldserve.server.engine.cells import Mask, Seen
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.family import PLAN_FIELDS, Family, Modality
 from foldserve.server.engine.identity import ItemIdentity
@@ -53,7 +55,14 @@ _NOT_SENT = (
     "an image or video is given by its uuid alone, and its size, which decides how many tokens it has, is not or no "
     "longer known here: send the image with its uuid"
 )
+_NOT_SEEN = (
+    "an image is given by its uuid alone, and how many tokens its pixels leave is not or no longer known here: send "
+    "the image with its uuid"
+)
 _MOST_SHAPES = 65_536  # a hundred bytes each
+_MOST_MASKS = 4_096  # of 2 KiB at most
+_SEEN = "foldserve_seen"
+"""Key in `mm_processor_kwargs` from `apply` on, where pixels decide what stays of an image: a `Seen`."""
 
 _Kwargs = Mapping[str, object]
 _Uuids = Mapping[str, Sequence[str | None]]
@@ -64,6 +73,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
 
     - takes `mm_processor_kwargs["foldserve"]` before the HF processor sees it;
     - adds each image's plan to its multimodal data, and says of dummies that they are;
+    - where an image's pixels decide how much of it stays, has it processed before all else, once, and remembers that;
     - has images without text or options of their own processed by the image part of the HF processor alone: the rest
       sorts keyword arguments, which takes longer than the image. They stay bytes where they can, see `pixels`;
     - makes the plan part of the image's identity (`ItemIdentity`), hence of the processor, encoder and prefix caches,
@@ -79,6 +89,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         Raises:
             InvalidReduction: an image can't be reduced so, or kept positions go beyond those of the model.
         """
+        inputs = self._with_cells(inputs)
         planned = self._all_plans(inputs.mm_data_items, inputs.hf_processor_mm_kwargs, inputs.mm_uuid_items)
         processed = super().apply(inputs, timing_ctx)
         if planned:
@@ -87,13 +98,52 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
             positions.refuse_positions(len(processed["prompt_token_ids"]), beyond, 1, limit)
         return cast(MultiModalInput, {**processed, PLANS: planned})
 
+    def _with_cells(self, inputs: ProcessorInputs) -> ProcessorInputs:
+        """The inputs, with what their images' pixels decide under `_SEEN`.
+
+        Raises:
+            InvalidReduction: as `plans`, or an image's pixels don't come as bytes.
+        """
+        items, kwargs = inputs.mm_data_items, inputs.hf_processor_mm_kwargs
+        asked = self._asked(items, kwargs, "image")
+        if all(reduction.pruning is None for reduction in asked):
+            return inputs
+        plans = self.plans(items, kwargs, "image", inputs.mm_uuid_items)  # as if all cells stayed
+        hashes = self._stock_hashes(inputs)
+        masks = [
+            Mask.of(image_hash, plan.layout, reduction)
+            for image_hash, plan, reduction in zip(hashes["image"], plans, asked, strict=True)
+        ]
+        known = {mask: self._chosen[mask] for mask in masks if mask in self._chosen}
+        unknown = [(i, mask) for i, mask in enumerate(masks) if mask is not None and mask not in known]
+        images, processed = [items["image"].get(i) for i, _ in unknown], None
+        if any(image is None for image in images):
+            raise InvalidReduction(_NOT_SEEN, param="")
+        if images:
+            data = MultiModalDataItems({"image": ImageProcessorItems(images)})
+            processed = self._processed(data, {"image": [plans[i] for i, _ in unknown]}, without_ours(kwargs))
+            pixels = self._planned_family.pixels(processed, "image")
+            for (_, mask), own in zip(unknown, pixels, strict=True):
+                known[mask] = self._chosen[mask] = mask.choose(self._planned_family.cells(own, mask.layout))
+        cells = tuple(None if mask is None else known[mask] for mask in masks)
+        seen = Seen(cells, hashes, processed, tuple(i for i, _ in unknown))
+        return replace(inputs, hf_processor_mm_kwargs={**kwargs, _SEEN: seen})
+
+    @cached_property
+    def _chosen(self) -> LRUCache[Mask | None, Cells | None]:
+        return LRUCache(capacity=_MOST_MASKS)
+
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: _Kwargs) -> BatchFeature:
         planned = self._all_plans(mm_items, hf_kwargs)
-        processed = self._processed(mm_items, planned, without_ours(hf_kwargs))
+        seen = hf_kwargs.get(_SEEN)
+        processed = seen.processed_of(mm_items) if isinstance(seen, Seen) else None
+        if processed is None:
+            processed = self._processed(mm_items, planned, without_ours(hf_kwargs))
         for modality, plans in planned.items():
             items = zip(plans, self._planned_family.pixels(processed, modality), strict=True)
             seeded = [plan.with_seed(self._seed(pixels)) if plan.is_seeded else plan for plan, pixels in items]
-            processed[PLAN_FIELDS[modality]] = torch.tensor([plan.to_ints() for plan in seeded])  # (items, ints)
+            # (ints,) each: more of them where cells are chosen
+            processed[PLAN_FIELDS[modality]] = [torch.tensor(plan.to_ints()) for plan in seeded]
         if DUMMY_FIELD in hf_kwargs and "image" in planned:
             processed[DUMMY_FIELD] = torch.ones(len(planned["image"]), 1, dtype=torch.bool)
         return processed
@@ -124,8 +174,8 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
         planned = self._all_plans(inputs.mm_data_items, inputs.hf_processor_mm_kwargs, inputs.mm_uuid_items)
-        stock = replace(inputs, hf_processor_mm_kwargs=without_ours(inputs.hf_processor_mm_kwargs))
-        hashes = dict(super()._get_mm_hashes(stock))
+        seen = inputs.hf_processor_mm_kwargs.get(_SEEN)
+        hashes = dict(seen.hashes if isinstance(seen, Seen) else self._stock_hashes(inputs))
         for h in chain.from_iterable(hashes.values()):
             ItemIdentity(h)  # a client's own could ask for what no plan says
         for modality, plans in planned.items():
@@ -134,6 +184,10 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         if is_dummy and "image" in planned:  # a white image of a client's is another one
             hashes["image"] = [f"{DUMMY_FIELD}-{h}" for h in hashes["image"]]
         return hashes
+
+    def _stock_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
+        stock = replace(inputs, hf_processor_mm_kwargs=without_ours(inputs.hf_processor_mm_kwargs))
+        return super()._get_mm_hashes(stock)
 
     def _get_cache_missing_processor_kwargs(
         self, inputs: ProcessorInputs, mm_is_cached: Mapping[str, list[bool]]
@@ -147,7 +201,10 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
             for modality, each in asked.items()
             if isinstance(each, list) and modality in mm_is_cached
         }
-        return {**kwargs, KWARG: {**asked, **missing}}
+        seen = inputs.hf_processor_mm_kwargs.get(_SEEN)
+        if isinstance(seen, Seen):
+            seen = seen.of(tuple(i for i, hit in enumerate(mm_is_cached["image"]) if not hit))
+        return {**kwargs, KWARG: {**asked, **missing}, _SEEN: seen}
 
     def _identity(self, image_hash: str, plan: ItemPlan) -> str:
         if not plan.is_identity:
@@ -178,9 +235,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
             uuids: what clients name items by, which then need not be sent again.
         """
         count = mm_items.get_count(modality, strict=False)
-        if not count and modality != "image":
-            return []  # one reduction for all is for images then
-        reductions = parse_reductions(_by_modality(kwargs.get(KWARG)).get(modality), count, modality)
+        reductions = self._asked(mm_items, kwargs, modality)
         names = (uuids or {}).get(modality) or [None] * count
         layouts = self._layouts(mm_items[modality], modality, without_ours(kwargs), names) if count else []
         if not layouts:
@@ -193,10 +248,19 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
             reductions = [family.of_video(reduction) for reduction in reductions]
         else:
             reductions = [family.of_image(*each) for each in zip(reductions, layouts, strict=True)]
+        seen = kwargs.get(_SEEN)
+        cells = seen.cells if isinstance(seen, Seen) and modality == "image" else [None] * count
         return [
-            _plan(family.with_positions(one), layout, f"{modality} {i + 1} of {count}: " if count > 1 else "")
-            for i, (one, layout) in enumerate(zip(reductions, layouts, strict=True))
+            _plan(family.with_positions(one), layout, own, f"{modality} {i + 1} of {count}: " if count > 1 else "")
+            for i, (one, layout, own) in enumerate(zip(reductions, layouts, cells, strict=True))
         ]
+
+    def _asked(self, mm_items: MultiModalDataItems, kwargs: _Kwargs, modality: Modality) -> list[Reduction]:
+        """Of each image or video."""
+        count = mm_items.get_count(modality, strict=False)
+        if not count and modality != "image":
+            return []  # one reduction for all is for images then
+        return parse_reductions(_by_modality(kwargs.get(KWARG)).get(modality), count, modality)
 
     def _layouts(self, items: Any, modality: Modality, stock: _Kwargs, names: Sequence[str | None]) -> list[Layout]:
         """Without reduction; empty where they are not known."""
@@ -318,10 +382,10 @@ def parse_reductions(value: object, count: int, modality: Modality = "image") ->
     return [_parse(_text(item)) for item in value]
 
 
-def _plan(reduction: Reduction, layout: Layout, where: str) -> ItemPlan:
+def _plan(reduction: Reduction, layout: Layout, cells: Cells | None, where: str) -> ItemPlan:
     """`plan_item`, whose refusal begins with `where`."""
     try:
-        return plan_item(reduction, layout)
+        return plan_item(reduction, layout, cells)
     except InvalidReduction as refusal:
         raise InvalidReduction(f"{where}{refusal}", refusal.param) from None
 
@@ -336,4 +400,4 @@ def _text(value: object) -> str:
 
 
 def without_ours(kwargs: _Kwargs) -> _Kwargs:
-    return {key: value for key, value in kwargs.items() if key not in (KWARG, DUMMY_FIELD)}
+    return {key: value for key, value in kwargs.items() if key not in (KWARG, _SEEN, DUMMY_FIELD)}

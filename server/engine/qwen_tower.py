@@ -1,4 +1,5 @@
-"""A walk through vLLM's Qwen-VL vision towers that can remove tokens between a layer's attention and its MLP.
+"""A walk through vLLM's Qwen-VL vision towers that can begin with some of the tokens, and remove tokens between a
+layer's attention and its MLP.
 
 A token is the 2 x 2 patches of which the merger makes one: they stay, go and merge together, each with its like. The
 deepstack levels tapped so far (Qwen3-VL) are further columns of their token, and go its way. Windows (Qwen2.5-VL) hold
@@ -9,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -16,26 +18,32 @@ from torch import Tensor
 from torch.nn import functional as F
 from vllm.model_executor.models.qwen2_vl import Qwen2VisionAttention
 from vllm.model_executor.models.utils import cast_overflow_tensors
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from foldserve.reducers.attention import PatchAttention
 from foldserve.reducers.method import AfterLastLayer, InTower
+from foldserve.reducers.pixelprune import Cells
 from foldserve.reducers.plan import Plan
 from foldserve.server.engine.tower import mean_over_ranks
 from foldserve.server.engine.vision import Move, Survivors, Trail
 
 
-def encode_reducing(visual: Any, pixels: Tensor, grid: Sequence[int], plan: Plan) -> list[Survivors]:
-    """Images of one grid through the tower, with a plan that acts in it.
+def encode_reducing(
+    visual: Any, pixels: Tensor, grid: Sequence[int], plan: Plan, cells: Cells | None = None
+) -> list[Survivors]:
+    """Images of one grid through the tower, with a plan that acts in it, or of which some tokens alone enter it.
 
     Args:
         visual: vLLM's vision transformer of Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
         pixels: (patches of all images, values).
         grid: (1, rows, columns) of each image's patches.
+        plan: what it does after the tower is left to the caller.
+        cells: the tokens that enter, of each image; None: all.
 
     Returns:
         What is left of each image in raster order; deepstack levels are the last columns of the features.
     """
-    walk = Walk(visual, pixels, grid, plan)
+    walk = Walk(visual, pixels, grid, plan, cells)
     for index, layer in enumerate(visual.blocks):
         walk.through(layer, index)
     return walk.finish()
@@ -72,28 +80,33 @@ class Walk:
     tokens as they enter, which with windows is not the raster order.
     """
 
-    def __init__(self, visual: Any, pixels: Tensor, grid: Sequence[int], plan: Plan) -> None:
-        assert isinstance(plan.reducer, InTower)
-        self._visual, self._plan, self._method = visual, plan, plan.reducer
+    def __init__(
+        self, visual: Any, pixels: Tensor, grid: Sequence[int], plan: Plan, cells: Cells | None = None
+    ) -> None:
+        self._visual, self._plan = visual, plan
+        self._method = plan.reducer if isinstance(plan.reducer, InTower) else None
         self._patches, self._taps = visual.spatial_merge_size**2, getattr(visual, "deepstack_visual_indexes", ())
         tables = visual.prepare_encoder_metadata([list(grid)])  # of one image: all are alike
-        n, device = plan.encoded, visual.device
-        hidden = visual.patch_embed(visual.input_norm(pixels.to(device), visual.dtype))
-        hidden = hidden.view(-1, n * self._patches, hidden.shape[-1])
-        if "pos_embeds" in tables:
-            hidden = hidden + tables["pos_embeds"]
-        self._tokens = hidden.reshape(len(hidden), n, -1)
+        n, device = prod(grid) // self._patches, visual.device
         self._raster, self._windows = torch.arange(n, device=device), None
         if "window_index" in tables:
             self._raster = tables["window_index"]
-            self._tokens = self._tokens[:, self._raster]
             self._windows = _Windows.of(visual, tables["cu_window_seqlens"], n)
+        entering = torch.arange(n, device=device)  # in the order of the windows
+        if cells is not None:
+            entering = self._raster.argsort()[async_tensor_h2d(cells.places(), device)].sort().values
+        raster = self._raster[entering]
+        patches = pixels.to(device).view(-1, n, self._patches * pixels.shape[-1])[:, raster]
+        hidden = visual.patch_embed(visual.input_norm(patches.view(-1, pixels.shape[-1]), visual.dtype))
+        self._tokens = hidden.view(len(patches), len(raster), -1)
+        if "pos_embeds" in tables:
+            self._tokens = self._tokens + tables["pos_embeds"].view(n, -1)[raster]
         rotary = (tables["rotary_pos_emb_cos"], tables["rotary_pos_emb_sin"])
         self._rotary = [table.view(n, self._patches, -1) for table in rotary]
         self._levels: list[Tensor] = []
-        self._source = torch.arange(n, device=device).expand(len(hidden), -1)
+        self._source = entering.expand(len(patches), -1)
         self._sizes = torch.ones_like(self._source)
-        self._moves = [Move(self._raster.expand_as(self._source), is_order=True)]
+        self._moves = [Move(raster.expand_as(self._source), n)]
         self._is_reduced = False
         self._lay_out()
 
@@ -101,7 +114,7 @@ class Walk:
         """Runs a layer with the plan's steps in it."""
         steps = self._plan.removed_in(index)
         key_bias = None
-        if self._is_reduced and self._method.proportional_attention:
+        if self._is_reduced and self._method is not None and self._method.proportional_attention:
             key_bias = self._sizes.log().repeat_interleave(self._patches, dim=1)
         if steps or key_bias is not None:
             if self._ends_tower:
@@ -141,7 +154,7 @@ class Walk:
         merged = self._visual.merger(hidden).view(*self._source.shape, -1)
         features, source = torch.cat([merged, *self._levels], dim=-1), self._raster[self._source]
         order = source.argsort(dim=1)
-        moves = [*self._moves, Move(order, is_order=True)]
+        moves = [*self._moves, Move(order, order.shape[1])]
         each = enumerate(zip(features, source, order, strict=True))
         return [Survivors(own[places], tokens[places], Trail(moves, row)) for row, (own, tokens, places) in each]
 
@@ -244,6 +257,7 @@ class Walk:
     def _reduce(self, attention: PatchAttention, steps: tuple[int, ...]) -> None:
         columns = torch.cat([self._tokens, *self._levels], dim=-1)
         widths = [part.shape[-1] for part in (self._tokens, *self._levels)]
+        assert self._method is not None  # whose steps they are
         columns, sizes, place, group = self._method.reduce(columns, self._sizes, attention, steps, self._plan)
         self._moves.append(Move(group))
         source = self._source.gather(1, place)
@@ -251,7 +265,7 @@ class Walk:
             order = source.argsort(dim=1)
             columns = columns.gather(1, order.unsqueeze(-1).expand_as(columns))
             sizes, source = sizes.gather(1, order), source.gather(1, order)
-            self._moves.append(Move(order, is_order=True))
+            self._moves.append(Move(order, order.shape[1]))
         tokens, *self._levels = columns.split_with_sizes(widths, dim=-1)
         self._tokens, self._sizes, self._source = tokens.contiguous(), sizes, source
         self._is_reduced = True

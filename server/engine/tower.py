@@ -62,12 +62,18 @@ class Tower:
         """The tower as it is: (B, 3, H, W) -> features (B, n, C)."""
         return self._model(pixel_values, feature_select_strategy=self._select_strategy)
 
-    def embed(self, pixel_values: torch.Tensor, grid: tuple[int, int] | None = None) -> torch.Tensor:
+    def embed(
+        self,
+        pixel_values: torch.Tensor,
+        grid: tuple[int, int] | None = None,
+        places: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Hidden states (B, n, C) that enter the first layer, the class token first if there is one.
 
         Args:
             pixel_values: (B, 3, H, W); of another size than the tower's own if `grid` is given.
             grid: (rows, columns) of patches in these pixels; position embeddings are interpolated to them.
+            places: (n,) int64, on the device: the patches that enter; None: all.
         """
         embeddings = self._inner.embeddings
         if grid is None:
@@ -79,6 +85,10 @@ class Tower:
                 hidden = torch.cat([embeddings.class_embedding.expand(len(hidden), 1, -1), hidden], dim=1)
             positions = embeddings.position_embedding.weight
             hidden = hidden + interpolate_positions(positions, self._grid, *grid)
+        if places is not None and self._is_clip:
+            hidden = torch.cat([hidden[:, :1], hidden[:, 1:][:, places]], dim=1)
+        elif places is not None:
+            hidden = hidden[:, places]
         return self._inner.pre_layrnorm(hidden) if self._is_clip else hidden
 
     def finish(self, hidden: torch.Tensor, *, all_tokens: bool = False) -> torch.Tensor:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import nn
+from vllm.utils.torch_utils import async_tensor_h2d
 
 from foldserve.reducers.method import AfterLastLayer, AfterTower, BeforeTower, InTower
+from foldserve.reducers.pixelprune import Cells
 from foldserve.reducers.plan import Plan
 from foldserve.server.engine.tower import Tower, attend, run_layer, run_mlp
 
@@ -24,12 +27,20 @@ class Move(NamedTuple):
     """One step on the way of a batch's tokens.
 
     Attributes:
-        places: (B, n) int64: where each token goes, -1 if it is dropped; or, of an `order`, which token comes to each
+        places: (B, n) int64: where each token goes, -1 if it is dropped; or, with `chosen_of`, which comes to each
             place.
+        chosen_of: tokens of which some are chosen, or all in another order.
     """
 
     places: torch.Tensor
-    is_order: bool = False
+    chosen_of: int | None = None
+
+    def targets(self, row: int) -> torch.Tensor:
+        """(tokens,) int64: where each token of one image goes, -1 if it is dropped."""
+        own = self.places[row]
+        if self.chosen_of is None:
+            return own
+        return own.new_full((self.chosen_of,), -1).scatter_(0, own, torch.arange(len(own), device=own.device))
 
 
 class Trail(NamedTuple):
@@ -39,18 +50,19 @@ class Trail(NamedTuple):
         moves: of the batch, in their order.
         row: of the image in it.
         leading: class tokens, which come first, and how many of them are first at the end and no features.
+        before: the way up to there.
     """
 
     moves: Sequence[Move]
     row: int
     leading: tuple[int, int] = (0, 0)
+    before: Trail | None = None
 
     def group(self) -> torch.Tensor:
         """(n,) int64: the token of what is left that each token of the unreduced grid went into; -1 if dropped."""
-        place: torch.Tensor | None = None
+        place = None if self.before is None else self.before.group()
         for move in self.moves:
-            own = move.places[self.row]
-            own = own.argsort() if move.is_order else own
+            own = move.targets(self.row)
             place = own if place is None else torch.where(place < 0, place, own[place.clamp(min=0)])
         assert place is not None, "a trail has moves"
         entering, leaving = self.leading
@@ -72,7 +84,11 @@ class Survivors(NamedTuple):
 
 
 def encode_images(
-    tower: nn.Module, pixel_values: torch.Tensor, plans: Sequence[Plan], select_strategy: str
+    tower: nn.Module,
+    pixel_values: torch.Tensor,
+    plans: Sequence[Plan],
+    select_strategy: str,
+    cells: Sequence[Cells | None] = (),
 ) -> list[Survivors]:
     """Runs the tower and reduces each image by its own plan; images share a batch as far as their plans agree.
 
@@ -81,14 +97,21 @@ def encode_images(
         pixel_values: (B, 3, H, W).
         plans: B plans.
         select_strategy: `vision_feature_select_strategy` of the checkpoint.
+        cells: for each image those that enter the tower, or None; empty: all enter.
 
     Returns:
         What is left of each image, in their order.
     """
     walk = Tower(tower, select_strategy)
 
-    def encode(grid: tuple[int, int] | None, members: list[int]) -> Sequence[Survivors]:
+    def encode(seen: tuple[tuple[int, int] | None, Cells | None], members: list[int]) -> Sequence[Survivors]:
         pixels, group = rows(pixel_values, members), [plans[i] for i in members]
+        grid, entering = seen
+        if entering is not None:
+            places = async_tensor_h2d(entering.places(), pixels.device)
+            features = walk.finish(_run(walk, walk.embed(pixels, places=places)))
+            each = places.expand(len(features), -1)
+            return _survivors(features, each, [Move(each, prod(walk.grid))])
         if grid is not None:
             method = group[0].reducer
             assert isinstance(method, BeforeTower)  # as _tower_grid saw
@@ -98,7 +121,8 @@ def encode_images(
             return _run_reducing(walk, walk.embed(pixels), group)
         return untouched(walk.run(pixels))
 
-    return reduce_features(in_groups(plans, _tower_grid, encode), plans)
+    each = [(_tower_grid(plan), own) for plan, own in zip(plans, cells or [None] * len(plans), strict=True)]
+    return reduce_features(in_groups(each, lambda seen: seen, encode), plans)
 
 
 def reduce_features(images: Sequence[Survivors], plans: Sequence[Plan], width: int | None = None) -> list[Survivors]:
@@ -111,10 +135,18 @@ def reduce_features(images: Sequence[Survivors], plans: Sequence[Plan], width: i
             features = [image.features for image in group]
             batch = torch.stack(features) if len(group) > 1 else features[0][None]  # a large one is not copied
             reduced = method.reduce(batch, plan, width)
-            return _survivors(reduced.tokens, reduced.source, [Move(reduced.group)])
+            left = _survivors(reduced.tokens, reduced.source, [Move(reduced.group)])
+            return [_behind(*pair) for pair in zip(group, left, strict=True)]
         return group
 
     return in_groups(plans, lambda plan: plan, reduce)
+
+
+def _behind(image: Survivors, left: Survivors) -> Survivors:
+    """What is left of an image of which some tokens were gone before."""
+    if image.trail is None or left.trail is None:
+        return left
+    return left._replace(source=image.source[left.source], trail=left.trail._replace(before=image.trail))
 
 
 def rows(x: Any, members: Sequence[int]) -> Any:

@@ -218,7 +218,7 @@ def asked(planner: Planner, *details: str, **fields: Any) -> list[Reduction]:
 def test_low_detail_is_the_base_tile_unless_the_operator_chose_a_ratio() -> None:
     default = Reduction("random", "withdraw", ratio=0.5)
     options: dict[str, Any] = {"default_reduction": default, "withdraw_layer": 4}
-    base = Reduction(decoder="withdraw", base_only=True)
+    base = Reduction(decoder="withdraw", first="base_only")
     assert asked(anyres(**options), "auto", "low", "high") == [default, base, Reduction()]
     assert asked(anyres(**options, low_detail_ratio=0.9), "low") == [replace(default, ratio=0.9)]
     assert asked(planner(), "low") == [Reduction(ratio=0.75)]
@@ -226,12 +226,12 @@ def test_low_detail_is_the_base_tile_unless_the_operator_chose_a_ratio() -> None
 
 def test_several_images_may_be_their_base_tiles() -> None:
     """Where nothing else is asked, and together with what the server does to every image."""
-    bases, base = anyres(several_images="base"), Reduction(base_only=True)
+    bases, base = anyres(several_images="base"), Reduction(first="base_only")
     assert asked(bases, "auto") == [Reduction()]
     assert asked(bases, "auto", "high", "low") == [base, Reduction(), base]
     assert asked(bases, "auto", "auto", reduction_ratio=0.5) == [Reduction(ratio=0.5)] * 2
     halved = anyres(several_images="base", default_reduction=Reduction(ratio=0.5))
-    assert asked(halved, "auto", "auto") == [Reduction(ratio=0.5, base_only=True)] * 2
+    assert asked(halved, "auto", "auto") == [Reduction(ratio=0.5, first="base_only")] * 2
     with pytest.raises(ValueError, match="lays images out in tiles"):
         planner(several_images="base")
 
@@ -240,7 +240,7 @@ def test_what_is_said_of_a_prompt_that_is_too_long() -> None:
     """Frames where they are equal; a base tile is one grid of an image's two."""
     film, tiles = Layout((Part(CLIP, 4, joinable=True),), (4,)), Anyres()
     plans: dict[Modality, list[ItemPlan]] = {
-        "image": [plan_item(Reduction(base_only=True), tiles.layout((3,)))],
+        "image": [plan_item(Reduction(first="base_only"), tiles.layout((3,)))],
         "video": [plan_item(Reduction(method, ratio=0.5), film) for method in ("folder", "evs")],
     }
     assert "(image: 730, video: 4 frames of 288, video: 1152)" in shares(plans, 5000, 4096)

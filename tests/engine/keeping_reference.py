@@ -51,7 +51,8 @@ class Keeping(Reference):
         """Projected vision tokens (plan.kept, hidden), and the position of each in the image."""
         pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
         seeded = plan.with_seed(crc32(pixels[0].numpy().tobytes())) if plan.method == "random" else plan
-        tokens, source = self.tower.survivors(pixels, seeded.grids[0])
+        entering = None if plan.cells is None else plan.cells.places()
+        tokens, source = self.tower.survivors(pixels, seeded.grids[0], entering)
         features = self.model.model.multi_modal_projector(tokens)[0]
         if not plan.keeps_positions:
             return features, list(range(plan.kept))

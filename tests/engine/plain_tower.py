@@ -42,15 +42,19 @@ class PlainTower:
         self.model, self.class_token = getattr(model, "vision_model", model), class_token
         self.layers = self.model.encoder.layers[: -1 if layers is None else layers]
 
-    def features(self, pixels: Tensor, plan: Plan) -> Tensor:
+    def features(self, pixels: Tensor, plan: Plan, entering: Tensor | None = None) -> Tensor:
         """(B, 3, H, W) -> (B, plan.kept, C); B = 1 but for iLLaVA and `downsample`."""
-        return self.survivors(pixels, plan)[0]
+        return self.survivors(pixels, plan, entering)[0]
 
     @torch.no_grad()
-    def survivors(self, pixels: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        """(1, 3, H, W) -> (1, plan.kept, C), and the token of the whole image that each of them stands for."""
-        features, source, _ = self._walk(pixels, plan)
-        return after_tower(features, source, plan)
+    def survivors(self, pixels: Tensor, plan: Plan, entering: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(1, 3, H, W) -> (1, plan.kept, C), and the token of the whole image that each of them stands for.
+
+        Of the patches only those `entering`, if they are given.
+        """
+        features, source, _ = self._walk(pixels, plan, entering)
+        tokens, source = after_tower(features, source, plan)
+        return tokens, source if entering is None else entering[source]
 
     @torch.no_grad()
     def members(self, pixels: Tensor, plan: Plan) -> list[list[int]]:
@@ -72,7 +76,9 @@ class PlainTower:
             return held
         return [[i for i, one in enumerate(group) if one == kept] for kept in range(plan.kept)]
 
-    def _walk(self, pixels: Tensor, plan: Plan) -> tuple[Tensor, Tensor, list[list[int]]]:
+    def _walk(
+        self, pixels: Tensor, plan: Plan, entering: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, list[list[int]]]:
         """The tower's output, which token each stands for, and those that are in it."""
         if plan.method == "downsample":
             assert plan.grid is not None
@@ -81,6 +87,9 @@ class PlainTower:
             hidden = self.model.embeddings(smaller, interpolate_pos_encoding=True)
         else:
             hidden = self.model.embeddings(pixels)
+        if entering is not None:
+            first = int(self.class_token)
+            hidden = torch.cat([hidden[:, :first], hidden[:, first + entering]], dim=1)
         if self.class_token:
             hidden = self.model.pre_layrnorm(hidden)
         sizes = torch.ones(hidden.shape[:2], dtype=torch.int64)

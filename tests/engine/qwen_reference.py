@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from foldserve.reducers.downsample import grid_for
 from tests.engine import qwen_tower_reference
 from tests.engine.withdrawal.reference import Merge, chosen
-from tests.reducers.naive import ACROSS_FRAMES
+from tests.reducers.naive import ACROSS_FRAMES, naive_pixelprune
 
 Answer = tuple[list[int], list[float]]
 Place = tuple[int, int, int]
@@ -169,8 +169,29 @@ class QwenReference:
                 ]
                 return Left(levels, centres, max(whole))
             return Left(levels, _raster(less, fewer), max(less, fewer))
+        if str(asked.get("method")).startswith("pixelprune"):
+            return self._pruned(image, whole, asked)
         levels, seed, pixels = self._encode(image)
         return self._reduced(levels, whole, asked, seed, pixels)
+
+    def _pruned(self, image: Image.Image, grid: tuple[int, int], asked: Mapping[str, Any]) -> Left:
+        """Cells one by one, then the tower on those that stay; FOLDER behind it has no more than its amount left."""
+        (rows, columns), process = grid, self.processor.image_processor
+        raw = process(images=[image], return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"]
+        values = raw.int().view(rows, columns, -1).tolist()
+        stay = naive_pixelprune(values, asked.get("tau", 0), anchored=asked.get("prediction") != "sliding")
+        pixels = process(images=[image], return_tensors="pt")["pixel_values"]
+        kept = qwen_tower_reference.encode(self.model.model.visual, pixels, grid, 0, asked, stay)
+        levels = [torch.stack(level) for level in zip(*(token.levels for token in kept), strict=True)]
+        places = [(0, *token.at) for token in kept]
+        if asked["method"] == "pixelprune+folder":
+            most = rows * columns - int(rows * columns * asked["ratio"])
+            groups = folder_groups(levels[0].numpy(), max(0, len(kept) - most))
+            levels = [torch.stack([level[members].mean(0) for _, members in groups]) for level in levels]
+            places = [places[i] for i, _ in groups]
+        if asked.get("positions") == "renumber":
+            return Left(levels, [(i, i, i) for i in range(len(places))], len(places))
+        return Left(levels, places, max(rows, columns))
 
     def _reduced(
         self, levels: list[Tensor], grid: tuple[int, int], asked: Mapping[str, Any], seed: int, pixels: Tensor

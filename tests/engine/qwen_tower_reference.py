@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import log
 from typing import Any
@@ -32,8 +32,18 @@ class Token:
     held: tuple[tuple[int, int], ...] = ()
 
 
-def encode(visual: Any, pixels: Tensor, grid: tuple[int, int], removed: int, asked: Mapping[str, Any]) -> list[Token]:
-    """What is left, in raster order; each token's `levels` begin with the merger's output."""
+def encode(
+    visual: Any,
+    pixels: Tensor,
+    grid: tuple[int, int],
+    removed: int,
+    asked: Mapping[str, Any],
+    entering: Collection[int] | None = None,
+) -> list[Token]:
+    """What is left, in raster order; each token's `levels` begin with the merger's output.
+
+    Of all tokens only those `entering`, if they are given.
+    """
     width, full = grid[1], getattr(visual, "fullatt_block_indexes", None)
     is_illava, is_visionzip = asked["method"] == "illava", asked["method"] == "visionzip"
     layers = asked.get("layers") or full or list(range(len(visual.blocks)))
@@ -43,6 +53,7 @@ def encode(visual: Any, pixels: Tensor, grid: tuple[int, int], removed: int, ask
     tokens = [
         Token(at := divmod(i, width), x, [], held=(at,))
         for i, x in enumerate(_by_token(_embedded(visual, pixels, grid)))
+        if entering is None or i in entering
     ]
     is_reduced = False
     for index, block in enumerate(visual.blocks):

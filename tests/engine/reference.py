@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import AutoProcessor, CLIPVisionConfig, LlavaForConditionalGeneration
 
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
+from foldserve.reducers.pixelprune import Cells
 from foldserve.reducers.plan import Reduction, VisionGeometry
 from tests.engine.plain_tower import PlainTower
+from tests.reducers.naive import naive_pixelprune
 
 
 class Reference:
@@ -30,7 +32,7 @@ class Reference:
         vision = self.config.vision_config
         side, class_token = vision.image_size // vision.patch_size, isinstance(vision, CLIPVisionConfig)
         layers = vision.num_hidden_layers + 1 + self.config.vision_feature_layer
-        self.geometry = VisionGeometry(side**2, (side, side), layers, class_token)
+        self.geometry = VisionGeometry(side**2, (side, side), layers, class_token, takes_cells=True)
         self.tower = PlainTower(getattr(self.model.model, self.tower_name), layers, class_token=class_token)
 
     def plan(self, reduction: dict[str, object]) -> ItemPlan:
@@ -38,14 +40,29 @@ class Reference:
 
     def plans(self, images: Sequence[Image.Image], reductions: Sequence[dict[str, object]]) -> list[ItemPlan]:
         """One per image, of whatever size."""
-        return [self.plan(reduction) for reduction in reductions]
+        return [self.plan_of(image, reduction) for image, reduction in zip(images, reductions, strict=True)]
+
+    def plan_of(self, image: Image.Image, reduction: dict[str, object]) -> ItemPlan:
+        """The plan; where pixels decide it, cells of the image as it is resized are compared one by one."""
+        if not str(reduction.get("method")).startswith("pixelprune"):
+            return self.plan(reduction)
+        process, patch = self.processor.image_processor, self.config.vision_config.patch_size
+        raw = process(image, return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"][0]
+        rows = [row.split(patch, dim=2) for row in raw.int().split(patch, dim=1)]
+        cells = [[cell.flatten().tolist() for cell in row] for row in rows]
+        anchored = reduction.get("prediction") != "sliding"
+        stays = torch.zeros(self.geometry.tokens, dtype=torch.bool)
+        stays[naive_pixelprune(cells, int(str(reduction.get("tau", 0))), anchored=anchored)] = True
+        cells_kept = None if stays.all() else Cells.of(stays)
+        return plan_item(Reduction.parse(reduction), Layout.single(self.geometry), cells_kept)
 
     @torch.no_grad()
     def image_features(self, image: Image.Image, plan: ItemPlan) -> Tensor:
         """Projected vision tokens (plan.kept, hidden)."""
         pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
         seeded = plan.with_seed(crc32(pixels[0].numpy().tobytes())) if plan.method == "random" else plan
-        return self.model.model.multi_modal_projector(self.tower.features(pixels, seeded.grids[0]))[0]
+        entering = None if plan.cells is None else plan.cells.places()
+        return self.model.model.multi_modal_projector(self.tower.features(pixels, seeded.grids[0], entering))[0]
 
     def prompt_ids(self, prompt: str, plans: Sequence[ItemPlan]) -> list[int]:
         """Token ids with plan.kept placeholders per image."""

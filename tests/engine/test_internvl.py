@@ -323,8 +323,8 @@ def test_counts_of_published_tiles(info: Any) -> None:
         assert layout.tokens == 256 * (columns * rows + (columns * rows > 1)), size
         assert family.read_plan(plan_item(Reduction(), layout).to_ints()) == plan_item(Reduction(), layout)
     assert family.sizes_matter and family.largest.tokens == vllm.get_max_image_tokens() == 3328
-    assert plan_item(Reduction(base_only=True), family.largest).kept == 256
-    assert plan_item(Reduction(base_only=True), family.layout((1,))).is_identity
+    assert plan_item(Reduction(first="base_only"), family.largest).kept == 256
+    assert plan_item(Reduction(first="base_only"), family.layout((1,))).is_identity
 
 
 def test_published_tiles_on_the_meta_device() -> None:

@@ -37,6 +37,9 @@ ANY_TOWER: list[dict[str, object]] = [
     {"method": "random", "ratio": 0.5},
     {"method": "downsample", "ratio": 0.5},
     {"method": "visionzip", "ratio": 0.7},
+    {"method": "pixelprune", "tau": 60, "positions": "renumber"},
+    {"method": "pixelprune", "tau": 40, "prediction": "sliding", "positions": "renumber"},
+    {"method": "pixelprune+folder", "tau": 30, "ratio": 0.7, "positions": "renumber"},
 ]
 WITH_CLASS_TOKEN: list[dict[str, object]] = [
     {"method": "folder_cls", "ratio": 0.66},

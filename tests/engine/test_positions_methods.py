@@ -24,6 +24,8 @@ ANY_TOWER: list[dict[str, object]] = [
     {"method": "random", "ratio": 0.5},
     {"method": "downsample", "ratio": 0.5},
     {"method": "visionzip", "ratio": 0.7},
+    {"method": "pixelprune", "tau": 60},
+    {"method": "pixelprune+folder", "tau": 30, "ratio": 0.7},
 ]
 WITH_CLASS_TOKEN: list[dict[str, object]] = [
     {"method": "folder_cls", "ratio": 0.66},
@@ -74,7 +76,7 @@ def test_methods_leave_tokens_at_places_of_their_own(references: dict[str, Keepi
     reference = references[tower]
     found = []
     for reduction in REDUCTIONS[tower]:
-        plan = reference.plan({**reduction, "positions": "keep"})
+        plan = reference.plan_of(photo(36), {**reduction, "positions": "keep"})
         _, positions = reference.survivors(photo(36), plan)
         assert positions == sorted(set(positions)) and len(positions) == plan.kept
         assert positions[0] >= 0 and positions[-1] < plan.encoded == 144

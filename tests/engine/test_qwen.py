@@ -32,7 +32,7 @@ from tests.engine.cuda.processes import run
 from tests.engine.maps import engine_maps, members
 from tests.engine.qwen_reference import Answer, Film, QwenReference, folder_groups
 from tests.engine.watch import forget, watch
-from tests.images import photo
+from tests.images import page, photo
 from tests.qwen_checkpoint import IMAGE, VIDEO
 
 SIZES = ((280, 196), (168, 336), (256, 256))
@@ -112,6 +112,27 @@ IN_THE_DECODER = [
 ]
 
 
+def one_page(width: int, height: int, **reduction: object) -> Case:
+    return Case(ask(IMAGE, "what does it say?"), [page(width, width, height, noise=2)], [reduction])
+
+
+PRUNED: dict[str, Any] = {"method": "pixelprune", "tau": 3}
+BY_PIXELS = [
+    *(one_page(*size, **PRUNED) for size in SIZES),
+    one_page(*SIZES[0], **PRUNED, prediction="sliding", positions="renumber"),
+    one_page(*SIZES[1], method="pixelprune"),  # the noise leaves nothing that is exactly alike
+    one_page(*SIZES[2], **PRUNED | {"method": "pixelprune+folder"}, ratio=0.75),
+    one_page(*SIZES[2], **PRUNED | {"method": "pixelprune+folder"}, ratio=0.01),  # fewer stay of themselves
+    one_page(*SIZES[2], **PRUNED | {"method": "pixelprune+folder"}, ratio=0.75, positions="renumber"),
+    one_page(*SIZES[0], **PRUNED, withdraw=True),
+    Case(
+        ask("first ", IMAGE, "then", IMAGE, "and", IMAGE, "?"),
+        [page(1, *SIZES[0]), photo(2, *SIZES[1]), page(3, *SIZES[0])],
+        [PRUNED, {"ratio": 0.5}, PRUNED],
+    ),
+]
+
+
 LAYERS = {"qwen2_vl": [0, 1], "qwen2_5_vl": [1, 3], "qwen3_vl": [1, 2]}
 """In which iLLaVA may work: Qwen2.5-VL's that see no windows; Qwen3-VL's taps are before, between and behind them."""
 
@@ -172,6 +193,12 @@ def test_all_in_one_batch_and_again_from_the_cache(llm: Any, expect: Callable[[C
 
 def test_in_the_tower_beside_others(llm: Any, expect: Callable[[Case], Answer], in_the_tower: list[Case]) -> None:
     assert_same(llm, expect, in_the_tower + BEFORE_THE_DECODER[:5])
+
+
+def test_pixels_decide_what_enters_the_tower(llm: Any, expect: Callable[[Case], Answer]) -> None:
+    """Beside others, and again from the caches."""
+    for _ in range(2):
+        assert_same(llm, expect, BY_PIXELS + BEFORE_THE_DECODER[:5])
 
 
 def test_ratio_0_is_vllms_own_bit_for_bit(

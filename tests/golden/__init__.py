@@ -18,6 +18,7 @@ from tests.golden.illava import (
     check_illava_removed,
     check_illava_vit,
 )
+from tests.golden.pixelprune import check_pixelprune, check_pixelprune_image
 from tests.golden.pooling import check_pooling
 from tests.golden.prumerge import check_prumerge
 from tests.golden.stf import check_stf
@@ -39,6 +40,8 @@ CHECKS: Mapping[str, Callable[[Case], None]] = {
     "folder_tower": check_folder_tower,
     "illava_llm": check_illava_llm,
     "illava_vit": check_illava_vit,
+    "pixelprune": check_pixelprune,
+    "pixelprune_image": check_pixelprune_image,
     "pooling": check_pooling,
     "prumerge": check_prumerge,
     "stf": check_stf,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -161,3 +162,30 @@ def _near(a: Tensor, b: Tensor) -> float:
 
 
 ACROSS_FRAMES = {"evs": naive_evs, "vidcom2": naive_vidcom2}
+
+
+def naive_pixelprune(cells: Sequence[Sequence[Sequence[int]]], tau: int, *, anchored: bool = True) -> list[int]:
+    """Rows of cells of pixel values -> those that stay, in raster order; `shown` is what a decoder would show."""
+    shown = [[list(cell) for cell in row] for row in cells]
+    stay = []
+    for i, row in enumerate(cells):
+        for j, cell in enumerate(row):
+            prediction = _predicted(shown, i, j, tau)
+            if prediction is None or not _alike(cell, prediction, tau):
+                stay.append(i * len(row) + j)
+            elif anchored:
+                shown[i][j] = prediction
+    return stay
+
+
+def _predicted(shown: list[list[list[int]]], i: int, j: int, tau: int) -> list[int] | None:
+    if i == 0:
+        return shown[0][j - 1] if j else None
+    if j == 0:
+        return shown[i - 1][0]
+    left, upper, corner = shown[i][j - 1], shown[i - 1][j], shown[i - 1][j - 1]
+    return upper if _alike(corner, left, tau) and not _alike(corner, upper, tau) else left
+
+
+def _alike(a: Sequence[int], b: Sequence[int], tau: int) -> bool:
+    return max(abs(x - y) for x, y in zip(a, b, strict=True)) <= tau

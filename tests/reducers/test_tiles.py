@@ -40,7 +40,7 @@ tiles = st.integers(1, 9).map(Rows().layout)
 
 @given(tiles, st.floats(0, 0.9), st.sampled_from([None, "withdraw", "fastv"]), st.sampled_from(["keep", "renumber"]))
 def test_the_base_tile_alone_and_what_is_left_of_it(layout: Layout, ratio: float, decoder: Any, positions: Any) -> None:
-    plan = plan_item(Reduction(base_only=True, ratio=ratio, decoder=decoder, positions=positions), layout)
+    plan = plan_item(Reduction(first="base_only", ratio=ratio, decoder=decoder, positions=positions), layout)
     assert (plan.encoded, plan.kept) == (layout.tokens, 81 - int(81 * ratio) + 1)
     assert not plan.is_identity and plan.base_only and plan.keeps_positions == (positions == "keep")
     assert plan.method == ("base_only+folder" if int(81 * ratio) else "base_only")
@@ -93,9 +93,9 @@ def test_refused(layout: Layout, asked: dict[str, Any], param: str, told: str) -
 
 
 def test_what_can_be_checked_before_an_image_is_known() -> None:
-    check(Reduction(base_only=True), IMAGE)
+    check(Reduction(first="base_only"), IMAGE)
     check(Reduction("illava", options=(("layers", (0,)),), ratio=0.5), IMAGE)
-    for reduction, layout in ((Reduction(base_only=True), ONE_GRID), (Reduction("tome", ratio=0.5), IMAGE)):
+    for reduction, layout in ((Reduction(first="base_only"), ONE_GRID), (Reduction("tome", ratio=0.5), IMAGE)):
         with pytest.raises(InvalidReduction):
             check(reduction, layout)
 
@@ -105,21 +105,21 @@ def test_an_image_that_is_its_base_tile_stays_whole() -> None:
         def of_squares(self, shape: tuple[int, ...], side: int) -> Layout:
             return Layout((Part(VisionGeometry(81), separators=1), Part(VisionGeometry(81), count=0)), shape, self)
 
-    plan = plan_item(Reduction(base_only=True), OneTile().layout(1))
+    plan = plan_item(Reduction(first="base_only"), OneTile().layout(1))
     assert plan.is_identity and plan.method == "none" and plan.kept == 82
 
 
 FORMS: list[tuple[dict[str, Any], Reduction]] = [
-    ({"method": "base_only"}, Reduction(base_only=True)),
-    ({"method": "base_only", "withdraw": True}, Reduction(base_only=True, decoder="withdraw")),
+    ({"method": "base_only"}, Reduction(first="base_only")),
+    ({"method": "base_only", "withdraw": True}, Reduction(first="base_only", decoder="withdraw")),
     (
         {"method": "base_only+fastv", "decoder_ratio": 0.3},
-        Reduction(base_only=True, decoder="fastv", decoder_ratio=0.3),
+        Reduction(first="base_only", decoder="fastv", decoder_ratio=0.3),
     ),
-    ({"method": "base_only+folder", "ratio": 0.5}, Reduction(base_only=True, ratio=0.5)),
+    ({"method": "base_only+folder", "ratio": 0.5}, Reduction(first="base_only", ratio=0.5)),
     (
         {"method": "base_only+random+fastv", "keep_tokens": 9},
-        Reduction("random", "fastv", keep_tokens=9, base_only=True),
+        Reduction("random", "fastv", keep_tokens=9, first="base_only"),
     ),
 ]
 
@@ -153,5 +153,5 @@ def test_what_does_not_go_with_it(asked: dict[str, Any], param: str) -> None:
 
 def test_it_is_no_method_of_a_grid() -> None:
     assert METHODS["base_only"].stage == Stage.BEFORE_TOWER
-    with pytest.raises(InvalidReduction, match="goes into `base_only`"):
+    with pytest.raises(InvalidReduction, match="goes into `first`"):
         Reduction("base_only")

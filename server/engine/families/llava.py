@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from math import isqrt
 from typing import Any
@@ -51,20 +52,31 @@ class LlavaFamily(Family):
     def of(cls, model_config: ModelConfig) -> LlavaFamily | None:
         hf_config = model_config.hf_config
         geometry = geometry_of(hf_config)
-        return None if geometry is None else cls(geometry, hf_config.vision_feature_select_strategy)
+        if geometry is None:
+            return None
+        takes_cells = Stage.BEFORE_TOWER in geometry.stages
+        return cls(replace(geometry, takes_cells=takes_cells), hf_config.vision_feature_select_strategy)
 
     def encode(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> Sequence[Survivors]:
         grids = [plan.grids[0] for plan in plans]
-        images = encode_images(model.vision_tower, checked_pixels(model, inputs), grids, self._select_strategy)
+        cells = [plan.cells for plan in plans]
+        images = encode_images(model.vision_tower, checked_pixels(model, inputs), grids, self._select_strategy, cells)
         embeds = model.multi_modal_projector(torch.cat([image.features for image in images]))  # (sum of kept, hidden)
         each = zip(images, embeds.split([plan.kept for plan in plans]), strict=True)
         return [image._replace(features=embedded) for image, embedded in each]
 
     def left(self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan) -> Sequence[Survivors]:
-        return encode_images(model.vision_tower, checked_pixels(model, inputs), plan.grids, self._select_strategy)
+        pixels = checked_pixels(model, inputs)
+        return encode_images(model.vision_tower, pixels, plan.grids, self._select_strategy, [plan.cells])
 
     def box(self, size: tuple[int, int], info: Any) -> Box:
         return seen(info.get_hf_processor().image_processor, size)
+
+    def cells(self, pixels: Tensor, layout: Layout) -> Tensor:
+        geometry = layout.parts[0].geometry
+        assert geometry.grid is not None  # see `of`
+        patch = pixels.shape[-1] // geometry.grid[1]
+        return pixels.unfold(1, patch, patch).unfold(2, patch, patch).permute(1, 2, 0, 3, 4).flatten(2)
 
 
 def checked_pixels(model: LlavaForConditionalGeneration, inputs: Mapping[str, Any]) -> Tensor:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import cached_property, lru_cache
 from itertools import islice
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
@@ -29,6 +29,7 @@ from foldserve.reducers.downsample import Downsample
 from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part
 from foldserve.reducers.method import BeforeTower, InTower
+from foldserve.reducers.pixelprune import Cells
 from foldserve.reducers.plan import Plan
 from foldserve.reducers.reduction import InvalidReduction, Positions, Reduction
 from foldserve.server.engine.family import (
@@ -36,12 +37,13 @@ from foldserve.server.engine.family import (
     PIXEL_FIELDS,
     EqualGridsFamily,
     Modality,
+    refuse_cells_of_video,
     refuse_choice_in_pieces,
 )
 from foldserve.server.engine.mrope import Grid, GridPositions, positions_taken
 from foldserve.server.engine.processor import ShortenedRuns
 from foldserve.server.engine.qwen_tower import encode_reducing
-from foldserve.server.engine.vision import Survivors, in_groups, rows
+from foldserve.server.engine.vision import Survivors, in_groups, reduce_features, rows
 
 _GRIDS: Mapping[Modality, str] = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
@@ -91,6 +93,7 @@ class QwenVLFamily(EqualGridsFamily):
     def of_video(self, reduction: Reduction) -> Reduction:
         if isinstance(METHODS[reduction.method], BeforeTower):
             raise InvalidReduction(f"method {reduction.method!r} makes images smaller, not videos", "method")
+        refuse_cells_of_video(reduction)
         if self._apart:
             refuse_choice_in_pieces(reduction)
         return reduction
@@ -104,6 +107,12 @@ class QwenVLFamily(EqualGridsFamily):
 
     def pixels(self, processed: Mapping[str, Any], modality: Modality) -> Sequence[Tensor]:
         return _each(processed[PIXEL_FIELDS[modality]], processed[_GRIDS[modality]])
+
+    def cells(self, pixels: Tensor, layout: Layout) -> Tensor:
+        """A token's patches lie together; they hold an image's pixels twice, as two pictures of a video."""
+        (part,) = layout.parts
+        assert part.geometry.grid is not None
+        return pixels.view(*part.geometry.grid, -1)
 
     def select(self, inputs: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
         modality: Modality = "image" if _GRIDS["image"] in inputs else "video"
@@ -120,22 +129,31 @@ class QwenVLFamily(EqualGridsFamily):
         return Widths(self.row_width(model_config), hidden // heads, deciding=hidden)
 
     def encode(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> Sequence[Survivors]:
-        """What loses tokens in the tower goes through it by itself, images or frames of one size and plan together."""
+        """What loses tokens before or in the tower goes through it by itself, images or frames of one size and plan
+        together."""
         after_tower = super().encode
 
-        def encode(group: tuple[tuple[int, int], Plan] | None, members: list[int]) -> Sequence[Survivors]:
+        def encode(group: _Group | None, members: list[int]) -> Sequence[Survivors]:
             own = inputs if len(members) == len(plans) else self.select(inputs, members)
             if group is None:
                 return after_tower(model, own, [plans[i] for i in members])
-            frames = iter(_frames_left(model, own, group[1]))
+            frames = iter(self._walked(model, own, group))
             left = [(plans[i], list(islice(frames, plans[i].layout.parts[0].count))) for i in members]
             return [self.pack(model, own_frames, plan) for plan, own_frames in left]
 
-        return in_groups(plans, _in_tower, encode)
+        return in_groups(plans, _group, encode)
 
     def left(self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan) -> Sequence[Survivors]:
-        group = _in_tower(plan)
-        return super().left(model, inputs, plan) if group is None else _frames_left(model, inputs, group[1])
+        group = _group(plan)
+        return super().left(model, inputs, plan) if group is None else self._walked(model, inputs, group)
+
+    def _walked(self, model: Any, inputs: Mapping[str, Any], group: _Group) -> list[Survivors]:
+        """What is left of images or videos of one size; a video's frames are images to the tower."""
+        modality: Modality = "image" if _GRIDS["image"] in inputs else "video"
+        _, height, width = inputs[_GRIDS[modality]][0].tolist()
+        grid, pixels = (1, height, width), inputs[PIXEL_FIELDS[modality]]
+        walked = encode_reducing(model.visual, pixels, grid, group.plan, group.cells)
+        return reduce_features(walked, [group.plan] * len(walked), self.deciding_columns(model))
 
     def deciding_columns(self, model: Any) -> int:
         return self._model_config.get_inputs_embeds_size()
@@ -279,19 +297,21 @@ def _grid(
     return resized.height // token, resized.width // token
 
 
-def _frames_left(model: Any, inputs: Mapping[str, Any], plan: Plan) -> list[Survivors]:
-    """Of images or videos of one size, through the tower; a video's frames are images to it."""
-    modality: Modality = "image" if _GRIDS["image"] in inputs else "video"
-    _, height, width = inputs[_GRIDS[modality]][0].tolist()
-    return encode_reducing(model.visual, inputs[PIXEL_FIELDS[modality]], (1, height, width), plan)
+class _Group(NamedTuple):
+    """What images that go through the tower together have in common."""
+
+    grid: tuple[int, int]
+    plan: Plan
+    cells: Cells | None
 
 
-def _in_tower(plan: ItemPlan) -> tuple[tuple[int, int], Plan] | None:
-    """What images that go through the tower together have in common; None of plans that do not act in it."""
+def _group(plan: ItemPlan) -> _Group | None:
+    """None of plans of which all tokens go through the tower."""
     (grid_plan,) = plan.grids
     (part,) = plan.layout.parts
     assert part.geometry.grid is not None
-    return (part.geometry.grid, grid_plan) if isinstance(grid_plan.reducer, InTower) else None
+    acts = plan.cells is not None or isinstance(grid_plan.reducer, InTower)
+    return _Group(part.geometry.grid, grid_plan, plan.cells) if acts else None
 
 
 def _any_size(model_config: ModelConfig) -> VisionGeometry:
@@ -302,9 +322,17 @@ def _any_size(model_config: ModelConfig) -> VisionGeometry:
         stages.add(Stage.DECODER)
     if options is not None and options.mm_encoder_attn_backend == AttentionBackendEnum.FLASHINFER:
         stages.remove(Stage.IN_TOWER)  # it takes sequences in a form of its own, which the host has to compute
+    takes_cells = Stage.IN_TOWER in stages  # the same walk
     whole = getattr(vision, "fullatt_block_indexes", range(vision.depth))  # of Qwen2.5-VL
     windowed = tuple(layer for layer in range(vision.depth) if layer not in whole)
-    return VisionGeometry(0, layers=vision.depth, windowed_layers=windowed, stages=frozenset(stages), varies=True)
+    return VisionGeometry(
+        0,
+        layers=vision.depth,
+        stages=frozenset(stages),
+        varies=True,
+        takes_cells=takes_cells,
+        windowed_layers=windowed,
+    )
 
 
 @lru_cache(maxsize=4096)
