@@ -161,7 +161,7 @@ def _stays(difference: Tensor, tau: int) -> Predicted:
 
 
 class PixelPrune(Preselection):
-    """The pixels decide how many cells stay; an amount is a bound, see `docs`."""
+    """The pixels decide how many cells stay; an amount says how many have to, or what a method behind it leaves."""
 
     name = "pixelprune"
     summary = (
@@ -184,6 +184,7 @@ class PixelPrune(Preselection):
     prediction: Prediction
 
     def check(self, geometry: VisionGeometry) -> None:
+        super().check(geometry)
         if not geometry.takes_cells:
             raise InvalidReduction(
                 f"method {self.name!r} needs a vision tower that can see some cells of one image, each by itself, as "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from reprlib import repr as _short
 from typing import Any, Literal, get_args
@@ -162,6 +162,13 @@ class Reduction:
     def acts_before_decoder(self) -> bool:
         """Tokens are to go before the decoder."""
         return bool(self.first or self.ratio or self.keep_tokens or self.pruning is not None)
+
+    def with_ratio(self, ratio: float) -> Reduction:
+        """The same methods, of which this share goes: more than pixels leave is removed after the tower."""
+        first, method = self.first, self.method
+        if method == PixelPrune.name:
+            first, method = method, _DEFAULT_METHOD
+        return replace(self, first=first, method=method, ratio=ratio, keep_tokens=None)
 
     @property
     def base_only(self) -> bool:

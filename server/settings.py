@@ -110,7 +110,9 @@ class Settings:
     def __post_init__(self) -> None:
         if self.low_detail_ratio is not None and not 0 <= self.low_detail_ratio < 1:
             raise ValueError(f"the low-detail ratio must lie in [0, 1), not {self.low_detail_ratio}")
-        if self.several_images == "base" and not isinstance(METHODS[self.default_reduction.method], AfterTower):
+        default = METHODS[self.default_reduction.method]
+        is_pruned = self.default_reduction.pruning is not None
+        if self.several_images == "base" and (is_pruned or not isinstance(default, AfterTower)):
             raise ValueError(
                 f"--several-images base does not go with a default method such as {self.default_reduction.method!r}: "
                 "only one that works after the tower reduces a base tile"

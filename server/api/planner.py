@@ -203,7 +203,7 @@ def _of_images(default: Reduction) -> Reduction:
 
 @lru_cache(maxsize=8)
 def _low_detail(family: Family | None, default: Reduction, ratio: float | None) -> Mapping[Modality, Reduction]:
-    low = replace(default, ratio=LOW_DETAIL_RATIO if ratio is None else ratio, keep_tokens=None)
+    low = default.with_ratio(LOW_DETAIL_RATIO if ratio is None else ratio)
     return {"image": low if family is None else family.low_detail(_of_images(default), ratio), "video": low}
 
 

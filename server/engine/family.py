@@ -195,7 +195,7 @@ class Family(ABC):
             return replace(
                 default, method=Reduction().method, options=(), ratio=None, keep_tokens=None, first="base_only"
             )
-        return replace(default, ratio=LOW_DETAIL_RATIO if ratio is None else ratio, keep_tokens=None)
+        return default.with_ratio(LOW_DETAIL_RATIO if ratio is None else ratio)
 
     def with_positions(self, reduction: Reduction) -> Reduction:
         """The default where it is left open, as far as anything is removed."""

@@ -15,7 +15,7 @@ from openai import BadRequestError, OpenAI
 
 from tests import qwen_checkpoint, videos
 from tests.api.live import Live
-from tests.images import data_uri, photo
+from tests.images import data_uri, page, photo
 
 SMALL, WIDE = (64, 64), (480, 256)
 OPTIONS = ("--max-model-len", "2048", "--withdraw-layer", "4", "--video-frames", "8", "--max-video-seconds", "30")
@@ -40,6 +40,10 @@ def client(server: Live) -> OpenAI:
 
 def image(size: tuple[int, int], detail: str = "auto") -> Any:
     return {"type": "image_url", "image_url": {"url": data_uri(photo(sum(size), *size)), "detail": detail}}
+
+
+def drawn(size: tuple[int, int]) -> Any:
+    return {"type": "image_url", "image_url": {"url": data_uri(page(1, *size))}}
 
 
 def clip(content: bytes, detail: str = "auto") -> Any:
@@ -74,6 +78,28 @@ def test_a_prompt_is_as_long_as_the_plan_says(client: OpenAI) -> None:
     whole, half = ask(client, image(WIDE)), ask(client, image(WIDE), reduction_ratio=0.5)
     assert half["vision_tokens"]["kept"] == ENCODED[WIDE] // 2
     assert whole["prompt_tokens"] - half["prompt_tokens"] == ENCODED[WIDE] // 2
+
+
+def test_pixels_decide_and_usage_says_how_many_stay(client: OpenAI) -> None:
+    """A prompt is as much shorter as usage says; of a photo all stays, and of a video nothing is decided so."""
+    asked = {"method": "pixelprune", "tau": 8}
+    whole, pruned = (ask(client, drawn(WIDE), **fields) for fields in ({}, {"reduction": asked}))
+    vision = pruned["vision_tokens"]
+    assert (vision["method"], vision["positions"], vision["encoded"]) == ("pixelprune", "keep", ENCODED[WIDE])
+    assert 20 < vision["kept"] < 80
+    assert whole["prompt_tokens"] - pruned["prompt_tokens"] == ENCODED[WIDE] - vision["kept"]
+    both = ask(client, drawn(WIDE), reduction=asked | {"method": "pixelprune+folder+withdraw", "ratio": 0.9})
+    assert (both["vision_tokens"]["kept"], both["vision_tokens"]["withdrawn"]) == (12, 12)
+    least = ask(client, drawn(WIDE), reduction=asked | {"keep_tokens": 100})
+    assert least["vision_tokens"]["kept"] == 100
+    assert ask(client, image(WIDE), reduction=asked)["vision_tokens"]["method"] == "none"
+    for refused in (asked | {"tau": 256}, asked | {"tau": True}):
+        with pytest.raises(BadRequestError, match="tau must be an integer of 0 to 255") as caught:
+            ask(client, drawn(WIDE), reduction=refused)
+        assert caught.value.param == "reduction.tau"
+    with pytest.raises(BadRequestError, match="'pixelprune' is for images") as caught:
+        ask(client, clip(VIDEO), reduction=asked)
+    assert caught.value.param == "reduction.method"
 
 
 def test_withdrawn_tokens_are_counted(client: OpenAI) -> None:
@@ -123,7 +149,8 @@ def test_the_catalog(server: Live) -> None:
     assert catalog["positions"] == {"default": "keep", "can_keep": True}
     offered = {method["id"] for method in catalog["data"]}
     in_the_decoder = {"withdraw", "fastv", "illava_decoder"}
-    assert offered == {"downsample", "illava", "tome", "visionzip", "folder", "random", "pool"} | in_the_decoder
+    before_it = {"downsample", "illava", "tome", "visionzip", "folder", "random", "pool", "pixelprune"}
+    assert offered == before_it | in_the_decoder
 
 
 VIDEO = videos.video(40, 256, 128)  # four seconds; the largest frames that the tiny model takes

@@ -62,6 +62,22 @@ def test_keys_of_caches_change_on_purpose_only(processor: Any, asked: dict[str, 
     ItemIdentity.parse(identity)
 
 
+def test_what_pixels_decide_is_part_of_the_identity(processor: Any) -> None:
+    """Also under a name that a client gives; how it was decided is not: the same cells are the same tokens."""
+
+    def of(**asked: Any) -> str:
+        return identities(processor, "cat", foldserve={"method": "pixelprune"} | asked)[0]
+
+    assert of() == of(tau=1) == of(tau=60, ratio=0) == "cat"  # of a photo nothing goes
+    found = [of(tau=60), of(tau=40), of(tau=60, keep_tokens=130), of(tau=60, positions="renumber")]
+    found += [of(tau=60, prediction="sliding"), of(tau=60, method="pixelprune+folder", ratio=0.9)]
+    assert len(set(found)) == len(found)
+    assert of(tau=60) == found[0] == of(tau=60, keep_tokens=10) == of(tau=60, method="pixelprune+folder", ratio=0.01)
+    assert ["@144" in one for one in found] == [True, True, True, False, True, True]
+    kept = ItemIdentity.parse(of(tau=60, method="pixelprune+fastv", decoder_ratio=0.5)).kept
+    assert 2 <= kept < 72  # half of what pixels leave
+
+
 @pytest.mark.parametrize("uuid", LOOK_ALIKES)
 @pytest.mark.parametrize("asked", [{}, {"foldserve": {"ratio": 0.5}}], ids=["whole", "reduced"])
 def test_a_uuid_that_reads_as_ours_is_refused(processor: Any, uuid: str, asked: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,53 @@ class Padded(CLIPImageProcessor):
 )
 def test_only_what_gives_the_same_is_split(kind: Any, options: dict[str, Any], splits: bool) -> None:
     assert (leaving_bytes(kind(**options)) is not None) == splits
+
+
+def made(processor: Any, images: list[Any], uuids: Sequence[str], asked: Any, cache: Any = None) -> list[int]:
+    """Placeholders of each image."""
+    items = processor.info.parse_mm_data({"image": images}, validate=False)
+    prompt = processor.info.get_tokenizer().encode("<image>" * len(images))
+    inputs = processor(prompt, items, {"image": list(uuids)}, hf_processor_mm_kwargs={"foldserve": asked}, cache=cache)
+    for item, place in zip(inputs["mm_kwargs"]["image"], inputs["mm_placeholders"]["image"], strict=True):
+        plan = processor._family.read_plan(item["image_plan"].data.tolist())
+        assert plan.kept == place.length and (plan.cells is None or plan.cells.kept == place.length)
+    return [place.length for place in inputs["mm_placeholders"]["image"]]
+
+
+def test_images_whose_pixels_decide_are_processed_once(tiny_llava: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They come first; what was made of them then is what goes to the engine, and is not made again if known."""
+    from vllm.multimodal.cache import MultiModalProcessorOnlyCache
+
+    ours, _ = processors(tiny_llava, {})
+    batches: list[int] = []
+    stock = type(ours)._apply_stock
+
+    def watched(self: Any, mm_items: Any, hf_kwargs: Any) -> Any:
+        if mm_items:  # not cached, all of them
+            batches.append(mm_items.get_count("image"))
+        return stock(self, mm_items, hf_kwargs)
+
+    monkeypatch.setattr(type(ours), "_apply_stock", watched)
+    asked, names = {"method": "pixelprune", "tau": 60}, ["a", "b", "c"]
+    kept = made(ours, IMAGES, names, asked)
+    assert batches == [3] and min(kept) < 144
+    assert made(ours, IMAGES, names, asked) == kept and batches == [3, 3]  # without a cache they are needed
+    cache = MultiModalProcessorOnlyCache(ours.info.ctx.model_config)
+    assert made(ours, IMAGES[:1], names[:1], asked, cache) == kept[:1] and batches == [3, 3, 1]
+    assert made(ours, IMAGES, names, asked, cache) == kept and batches == [3, 3, 1, 2]
+    assert made(ours, [None, IMAGES[1], None], names, asked, cache) == kept and batches == [3, 3, 1, 2]
+    assert made(ours, [IMAGES[1], photo(9)], ["b", "d"], asked, cache)[0] == kept[1] and batches == [3, 3, 1, 2, 1]
+    others = [asked, {"ratio": 0.5}, {**asked, "tau": 200}]
+    assert made(ours, IMAGES, names, others, cache)[:2] == [kept[0], 72] and batches == [3, 3, 1, 2, 1, 1, 2]
+    with pytest.raises(InvalidReduction, match="send the image with its uuid"):
+        made(ours, [None], ["a"], {**asked, "tau": 61}, cache)
+
+
+def test_pixels_that_are_no_bytes_decide_nothing(tiny_llava: Path) -> None:
+    ours, _ = processors(tiny_llava, OPTIONS[1])
+    with pytest.raises(InvalidReduction, match="'pixelprune' compares bytes") as refusal:
+        made(ours, IMAGES[:1], ["a"], {"method": "pixelprune"})
+    assert refusal.value.param == "method"
 
 
 def test_images_travel_as_bytes(checkpoint: Path) -> None:

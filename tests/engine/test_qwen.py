@@ -221,7 +221,12 @@ def test_ratio_0_is_vllms_own_bit_for_bit(
     assert seen.preempted
 
 
-CACHED: list[dict[str, Any]] = [{"ratio": 0.5}, {"ratio": 0.5, **RENUMBER}, {"ratio": 0.5, "withdraw": True}]
+CACHED: list[dict[str, Any]] = [
+    {"ratio": 0.5},
+    {"ratio": 0.5, **RENUMBER},
+    {"ratio": 0.5, "withdraw": True},
+    {"method": "pixelprune", "tau": 35},
+]
 BLOCK, FEW = 32, 3
 
 

@@ -8,8 +8,7 @@ import pytest
 
 from foldserve.loadtest.micro.reducers import TOWERS, Tower, measure, render
 from foldserve.reducers import METHODS
-from foldserve.reducers.base_only import BaseOnly
-from foldserve.reducers.method import AcrossFrames, Decoder, Projector
+from foldserve.reducers.method import AcrossFrames, Decoder, Preselection, Projector
 
 TINY = Tower("tiny", 6, 1, 9, 32, 32, 2, 2, class_token=True)
 
@@ -17,7 +16,7 @@ TINY = Tower("tiny", 6, 1, 9, 32, 32, 2, 2, class_token=True)
 @pytest.mark.parametrize("tower", [TINY, replace(TINY, class_token=False), replace(TINY, tiles=5)], ids=str)
 def test_every_method_that_works_on_a_tower_is_timed(tower: Tower) -> None:
     rows = measure(tower, "fp32", ratios=(0.5, 0.75), rounds=1, device="cpu")
-    others = AcrossFrames | BaseOnly | Decoder | Projector
+    others = AcrossFrames | Preselection | Decoder | Projector
     before_the_decoder = {name for name, method in METHODS.items() if not isinstance(method, others)}
     only_clip = {"folder_cls", "turbo", "prumerge"}
     assert {row.method for row in rows} == before_the_decoder - (set() if tower.class_token else only_clip)

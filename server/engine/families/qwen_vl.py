@@ -169,7 +169,7 @@ class QwenVLFamily(EqualGridsFamily):
 
     def low_detail(self, default: Reduction, ratio: float | None) -> Reduction:
         """A smaller image, which saves the tower's time too."""
-        return replace(super().low_detail(default, ratio), method=Downsample.name, options=())
+        return replace(super().low_detail(default, ratio), method=Downsample.name, options=(), first=None)
 
     def default_positions(self, reduction: Reduction) -> Positions:
         return "renumber" if METHODS[reduction.method].keeps_grid else "keep"

@@ -9,9 +9,8 @@ from statistics import fmean as mean
 from typing import Any
 
 from foldserve.reducers import METHODS
-from foldserve.reducers.base_only import BaseOnly
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
-from foldserve.reducers.method import AcrossFrames, BeforeTower, Decoder
+from foldserve.reducers.method import AcrossFrames, BeforeTower, Decoder, Preselection
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.reducers.reduction import MIN_KEPT
 
@@ -231,7 +230,7 @@ def _grid(
         yield None, None  # refused once
         return
     method = METHODS.get(dict(spec.fields)["method"])
-    fixed = isinstance(method, BaseOnly) or (isinstance(method, Decoder) and method.default_ratio is None)
+    fixed = isinstance(method, Preselection) or (isinstance(method, Decoder) and method.default_ratio is None)
     for layer in withdraw_layers if decoder and withdraw_layers else [None]:
         for ratio in [None] if fixed else ratios:
             yield ratio, layer
@@ -247,6 +246,12 @@ def control_positions(name: str, asked: str) -> str:
 
 def plan_all(reduction: Reduction, layouts: Sequence[Layout]) -> tuple[ItemPlan, ...]:
     """What becomes of each image; raises InvalidReduction if one of them can't be reduced so."""
+    if reduction.pruning is not None:
+        raise InvalidReduction(
+            f"with {reduction.pruning.name!r} an image's pixels decide how many tokens it keeps, and methods are "
+            "compared here at counts that are planned from sizes",
+            "method",
+        )
     plans: list[ItemPlan] = []
     for number, layout in enumerate(layouts, start=1):
         try:
