@@ -294,7 +294,7 @@ def plan_item(reduction: Reduction, layout: Layout, cells: Cells | None = None) 
         tile, of_grids = _of_tiles(reduction, layout)
         laid_out = _laid_out(layout, base_only, tile, None, of_grids.method)
     else:
-        check_method(reduction.pruning, layout)
+        _check_pruning(reduction.pruning, layout)
         tile, of_grids = None, _after_pruning(reduction, layout)
         laid_out = _of_cells(layout, layout.tokens if cells is None else cells.kept)
     grids = _plan_parts(of_grids, laid_out)
@@ -306,6 +306,17 @@ def plan_item(reduction: Reduction, layout: Layout, cells: Cells | None = None) 
     decoder, decoder_removed = _in_decoder(reduction, plan.kept)
     keeps_positions = reduction.positions == "keep" and not plan.is_identity
     return replace(plan, decoder=decoder, decoder_removed=decoder_removed, keeps_positions=keeps_positions)
+
+
+def _check_pruning(pruning: PixelPrune, layout: Layout) -> None:
+    """Raises InvalidReduction if cells of this layout can't be chosen."""
+    check_method(pruning, layout)
+    if layout.tokens != layout.parts[0].geometry.tokens:
+        raise InvalidReduction(
+            f"method {pruning.name!r} needs an image that is one grid of tokens: tiles, and a video's frames, would "
+            "each keep a number of their own; choose another method",
+            "method",
+        )
 
 
 def _after_pruning(reduction: Reduction, layout: Layout) -> Reduction:

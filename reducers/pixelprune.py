@@ -37,7 +37,7 @@ class Cells:
 
     @classmethod
     def of(cls, stays: Tensor) -> Cells:
-        """Takes (rows, columns) bool."""
+        """Takes (cells,) or (rows, columns) bool."""
         flat = stays.flatten()
         bits = torch.zeros(-(-len(flat) // (8 * _WORD)) * 8 * _WORD, dtype=torch.uint8)
         bits[: len(flat)] = flat

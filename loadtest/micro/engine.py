@@ -80,7 +80,8 @@ class ProbedEngine:
         self.usable_blocks: int = self._pool.num_gpu_blocks - 1  # one is vLLM's null block
         self.groups = len(self._managers)
         self._forward = Clock()
-        runner.model.forward = self._clocked(runner.model.forward)
+        self.model: Any = runner.model
+        self.model.forward = self._clocked(self.model.forward)
         self._added = 0
 
     @property

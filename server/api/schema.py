@@ -30,7 +30,8 @@ _SHARE_OR_AUTO = {"anyOf": [FIELDS["ratio"].values(), {"type": "string", "const"
 _REDUCTION_SCHEMA: dict[str, Any] = {
     "type": "object",
     "additionalProperties": False,
-    "description": "How images and videos are reduced. Without `ratio` and `keep_tokens` nothing is removed.",
+    "description": "How images and videos are reduced. Without `ratio` and `keep_tokens` nothing is removed, unless "
+    "the method itself decides how much.",
     "properties": {name: field.schema() for name, field in {**FIELDS, **auto.AUTO_FIELDS}.items()}
     | {"ratio": _SHARE_OR_AUTO | {"description": FIELDS["ratio"].summary + '; "auto": as calibrated'}},
 }

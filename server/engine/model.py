@@ -15,6 +15,7 @@ from vllm.transformers_utils.processor import cached_image_processor_from_config
 from foldserve.kernels import ops
 from foldserve.kernels.warm_up import warm_up
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
+from foldserve.reducers.pixelprune import Cells
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import positions, withdrawal
 from foldserve.server.engine.encoder_budget import batches, encoder_budget
@@ -141,10 +142,14 @@ class FoldModel(SupportsMultiModal):
         return encoder_budget(self._vllm_config).tokens
 
     def _default_plan(self, layout: Layout) -> ItemPlan:
-        """Of the server's default reduction; of none where that can't be done: requests are told."""
+        """Of the server's default reduction; of none where that can't be done: requests are told.
+
+        Where pixels decide, it is of an image of which nearly all stays.
+        """
         reduction = Settings.from_config(self._vllm_config.additional_config).default_reduction
+        cells = None if reduction.pruning is None else Cells.of(torch.arange(layout.tokens) < layout.tokens - 1)
         try:
-            return plan_item(reduction, layout)
+            return plan_item(reduction, layout, cells)
         except InvalidReduction:
             return plan_item(Reduction(), layout)
 

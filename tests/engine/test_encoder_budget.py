@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from hypothesis import strategies as st
 from vllm import EngineArgs
 
 from foldserve.reducers import METHODS
+from foldserve.reducers.item import Layout
+from foldserve.reducers.plan import VisionGeometry
 from foldserve.server.engine.encoder_budget import EncoderBudget, batches, encoder_budget
 from foldserve.server.engine.facts.model import model_facts
 from tests import qwen_checkpoint
@@ -280,6 +283,16 @@ def test_the_profile_run_tries_the_default_reduction_too(
     with watched(llm) as seen:
         greedy(llm, [one_image(1, {})], 1)
     assert seen.encoded == [1]  # a request is no dummy
+
+
+def test_where_pixels_decide_the_profile_run_tries_an_image_of_which_nearly_all_stays() -> None:
+    from foldserve.server.engine.model import FoldModel
+
+    layout = Layout.single(VisionGeometry(144, (12, 12), takes_cells=True))
+    asked = {"foldserve": {"default_reduction": {"method": "pixelprune"}}}
+    model: Any = SimpleNamespace(_vllm_config=SimpleNamespace(additional_config=asked))
+    plan = FoldModel._default_plan(model, layout)
+    assert plan.kept == 143 and not plan.is_identity
 
 
 def test_methods_are_all_tried() -> None:

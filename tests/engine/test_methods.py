@@ -38,7 +38,6 @@ ANY_TOWER: list[dict[str, object]] = [
     {"method": "downsample", "ratio": 0.5},
     {"method": "visionzip", "ratio": 0.7},
     {"method": "pixelprune", "tau": 60, "positions": "renumber"},
-    {"method": "pixelprune", "tau": 40, "prediction": "sliding", "positions": "renumber"},
     {"method": "pixelprune+folder", "tau": 30, "ratio": 0.7, "positions": "renumber"},
 ]
 WITH_CLASS_TOKEN: list[dict[str, object]] = [

@@ -157,10 +157,12 @@ def test_where_the_rule_leaves_all_it_is_as_if_nothing_was_asked() -> None:
 
 
 NO_CELLS = Layout.single(VisionGeometry(144, (12, 12), 3))
+FRAMES = Layout((Part(VisionGeometry(4, (2, 2), takes_cells=True), 3),))
 REFUSED: list[tuple[dict[str, object], Layout, str, str]] = [
     ({"method": "pixelprune"}, NO_CELLS, "method", "can see some cells of one image"),
     ({"method": "pixelprune+folder"}, NO_CELLS, "method", "can see some cells of one image"),
     ({"method": "pixelprune"}, Layout((Part(VisionGeometry(4, (2, 2)), 3),)), "method", "can see some cells"),
+    ({"method": "pixelprune"}, FRAMES, "method", "needs an image that is one grid of tokens"),
     ({"method": "pixelprune+pool", "ratio": 0.75}, LAYOUT, "method", "needs a grid of tokens"),
     ({"method": "pixelprune+tome", "ratio": 0.75}, LAYOUT, "method", "can't be combined"),
     ({"method": "pixelprune+downsample"}, LAYOUT, "method", "can't be combined"),

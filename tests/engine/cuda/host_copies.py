@@ -28,6 +28,7 @@ from foldserve.reducers.method import (
     Projector,
     ScoringDecoder,
 )
+from foldserve.reducers.pixelprune import Cells
 from foldserve.reducers.plan import Plan, Reduction, VisionGeometry, make_plan
 from foldserve.reducers.stf import StfConfig, StfProjector, fusion_input
 from foldserve.reducers.withdraw import take_rows
@@ -182,6 +183,13 @@ def test_a_tower_with_windows(on_device: OnDevice, name: str) -> None:
         left = encode_reducing(visual, meta(2 * 96, 8), [1, 8, 12], plan)
     assert [image.features.shape for image in left] == [(12, 4 * 8)] * 2
     assert [len(ends) for ends in visual.lengths] == ([13, 3] if name == "tome" else [13, 3, 13, 3])
+
+
+def test_a_tower_that_sees_some_cells(on_device: OnDevice) -> None:
+    visual, cells = QwenVision(), Cells.of(torch.arange(24) % 3 > 0)
+    with on_device():
+        left = encode_reducing(visual, meta(2 * 96, 8), [1, 8, 12], Plan("none", 16), cells)
+    assert [image.features.shape for image in left] == [(16, 4 * 8)] * 2
 
 
 def test_positions_of_a_step(on_device: OnDevice) -> None:
