@@ -111,7 +111,7 @@ def _sliding(cells: Tensor, tau: int) -> Predicted:
 
 
 def _anchored(cells: Tensor, tau: int) -> Predicted:
-    """Cell by cell: an anti-diagonal at once takes twice as long, for most pairs are the same cell or neighbours."""
+    """Cell by cell: most pairs are equal or neighbours, which an anti-diagonal at once would compare anew."""
     rows, columns, _ = cells.shape
     flat = cells.flatten(0, 1)
     left_of: list[int]
@@ -130,8 +130,13 @@ def _anchored(cells: Tensor, tau: int) -> Predicted:
         return int(largest_difference(flat[a], flat[b]))
 
     difference = [255] * len(flat)
+    same = list(range(len(flat)))  # a cell with the same pixels, so that most pairs are one cell
     shown = list(range(len(flat)))  # whose pixels a decoder would show in a cell's place
     for cell in range(1, len(flat)):
+        if left_of[cell] == 0:
+            same[cell] = same[cell - 1]
+        elif upper_of[cell] == 0:
+            same[cell] = same[cell - columns]
         if cell < columns:
             predicted = shown[cell - 1]
         elif cell % columns == 0:
@@ -140,9 +145,8 @@ def _anchored(cells: Tensor, tau: int) -> Predicted:
             left, upper, corner = shown[cell - 1], shown[cell - columns], shown[cell - columns - 1]
             edge_above = left != upper and apart(corner, left) <= tau < apart(corner, upper)
             predicted = upper if edge_above else left
-        difference[cell] = apart(cell, predicted)
-        if difference[cell] <= tau:
-            shown[cell] = predicted
+        difference[cell] = apart(same[cell], predicted)
+        shown[cell] = predicted if difference[cell] <= tau else same[cell]
     return _stays(torch.tensor(difference, dtype=torch.uint8).view(rows, columns), tau)
 
 
