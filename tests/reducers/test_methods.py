@@ -14,7 +14,7 @@ from foldserve.reducers import METHODS
 from foldserve.reducers.attention import LayerAttention
 from foldserve.reducers.base_only import BaseOnly
 from foldserve.reducers.item import Layout, plan_item
-from foldserve.reducers.method import AfterLastLayer, AfterTower, Decoder, InTower, Kind, Projector
+from foldserve.reducers.method import AcrossFrames, AfterLastLayer, AfterTower, Decoder, InTower, Kind, Projector
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 from tests.reducers.check import draw
 
@@ -63,6 +63,8 @@ def test_a_method_leaves_what_its_plan_says(geometry: VisionGeometry, method: st
 def test_a_method_does_with_tokens_what_its_kind_says(name: str) -> None:
     """One that drops leaves the others as they were; one that merges loses none."""
     method, geometry = METHODS[name], VisionGeometry(144, (12, 12), 6, class_token=True)
+    if isinstance(method, AcrossFrames):
+        geometry = VisionGeometry(144, frames=4)
     if isinstance(method, AfterTower):
         plan = make_plan(Reduction.parse({"method": name, "ratio": 0.75}), geometry)
         (x,) = draw(1, (1, geometry.tokens, 8))
