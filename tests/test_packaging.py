@@ -43,7 +43,8 @@ def test_every_module_and_all_data_are_in_the_wheel_once_and_nothing_is_at_the_t
     sources |= {f"foldserve/{path.relative_to(ROOT).as_posix()}": path.read_bytes() for path in data}
     with zipfile.ZipFile(wheel) as archive:
         packed = {name: archive.read(name) for name in archive.namelist() if ".dist-info/" not in name}
-    assert packed == sources | {"foldserve/__init__.py": b"", "foldserve/py.typed": b""}
+    own = {f"foldserve/{name}": (ROOT / "src/foldserve" / name).read_bytes() for name in ("__init__.py", "py.typed")}
+    assert packed == sources | own
 
 
 def test_metadata(wheel: Path) -> None:

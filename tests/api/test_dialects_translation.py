@@ -301,7 +301,7 @@ TURNS = st.lists(
 )
 
 
-@settings(max_examples=100)
+@settings(max_examples=100, deadline=None)
 @given(TURNS, st.dictionaries(st.sampled_from(KEYS), JSON, max_size=3))
 def test_any_body_is_translated_or_refused(turns: list[Any], fields: dict[str, Any]) -> None:
     for to_chat, own in (

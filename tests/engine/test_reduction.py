@@ -10,7 +10,7 @@ import pytest
 import foldserve
 from foldserve.reducers.plan import InvalidReduction, Reduction, VisionGeometry, make_plan
 from tests.engine.conftest import MAX_TOKENS, Case, greedy
-from tests.images import data_uri, photo
+from tests.images import photo
 
 RATIOS = (0.25, 0.5, 0.66, 0.75, 0.9)
 METHODS = ("folder", "folder_cls")
@@ -103,7 +103,7 @@ def test_chats_from_python(llm: Any, expect: Expect) -> None:
     def chat(image: dict[str, Any]) -> list[dict[str, Any]]:
         return [{"role": "user", "content": [image, {"type": "text", "text": "What is in the picture?"}]}]
 
-    messages = chat({"type": "image_url", "image_url": {"url": data_uri(photo(1))}})
+    messages = chat({"type": "image_pil", "image_pil": photo(1)})
 
     def ask(**fields: Any) -> Any:
         params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS, ignore_eos=True)
