@@ -28,6 +28,7 @@ from tests import gemma3_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, by_uuid_alone, greedy, start_engine
 from tests.engine.gemma3_reference import Gemma3Reference, attention, crops
 from tests.engine.keeping_reference import Answer
+from tests.engine.maps import engine_maps, members
 from tests.engine.watch import watch
 from tests.images import photo
 
@@ -261,3 +262,10 @@ def test_published_shapes() -> None:
     model_config: Any = SimpleNamespace(hf_config=config)
     layout = Gemma3Family.of(model_config).layout((5,))
     assert embeds.shape == (5, layout.tokens // 5, 2560) == (5, 256, 2560)
+
+
+def test_the_map_shows_the_whole_image_and_then_its_crops(llm: Any) -> None:
+    (maps,) = engine_maps(llm, "<start_of_image>", [photo(3, *SIZES[3])], [{"ratio": 0.5}])
+    assert [found.region.name for found in maps] == ["base", *(f"tile {i}" for i in range(1, len(maps)))]
+    assert maps[1].region.box == pytest.approx((0, 0, 1 / (len(maps) - 1), 1))  # side by side in a wide image
+    assert members(maps[0]) != members(maps[1])

@@ -29,6 +29,7 @@ from foldserve.server.quality.engine.kl_probe import chat_prompt, probe
 from tests import idefics3_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, by_uuid_alone, greedy, start_engine
 from tests.engine.idefics3_reference import Idefics3Reference, tiling
+from tests.engine.maps import engine_maps, members
 from tests.engine.watch import forget, watch
 from tests.images import photo
 
@@ -277,3 +278,11 @@ def test_published_shapes(image: int, patch: int, scale: int, tokens: int) -> No
     model_config: Any = SimpleNamespace(hf_config=config)
     layout = Idefics3Family.of(model_config).layout((17,))
     assert embeds.shape == (17, layout.tokens // 17, 576) == (17, tokens, 576)
+
+
+def test_the_map_shows_each_tile_and_then_the_whole_image(llm: Any) -> None:
+    (maps,) = engine_maps(llm, "<image>", [photo(3, *SIZES[3])], [{"ratio": 0.5}])
+    rows, columns = tiling(*SIZES[3], idefics3_checkpoint.SIDE, idefics3_checkpoint.LONGEST)
+    assert [found.region.name for found in maps] == [*(f"tile {i + 1}" for i in range(columns * rows)), "base"]
+    assert maps[0].region.box == pytest.approx((0, 0, 1 / columns, 1 / rows))
+    assert members(maps[0]) != members(maps[-1])

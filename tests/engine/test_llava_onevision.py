@@ -28,6 +28,7 @@ from foldserve.server.engine.families.llava_onevision import FoldLlavaOnevisionP
 from tests import onevision_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
 from tests.engine.keeping_reference import Answer
+from tests.engine.maps import engine_maps, members
 from tests.engine.onevision_reference import KeepingOnevisionReference, OnevisionReference, Video
 from tests.engine.watch import forget, watch
 from tests.images import photo
@@ -359,3 +360,20 @@ def test_videos_lose_tokens_in_the_layers_of_illavas_authors() -> None:
     assert family.of_video(named) == named
     folder = Reduction.parse({"ratio": 0.5})
     assert family.of_video(folder) == folder
+
+
+def test_the_map_shows_a_mosaic_that_shrinks_and_each_frame(llm: Any, reference: OnevisionReference) -> None:
+    ((base, mosaic),) = engine_maps(llm, "<image>", [photo(3, *SIZES[3])], [{"ratio": 0.5}])
+    assert (base.region.name, mosaic.region.name) == ("base", "mosaic")
+    assert sum(len(group) for group in members(mosaic)) == mosaic.region.rows * mosaic.region.columns
+    (frames,) = engine_maps(llm, "<video>", [video(3)], [{"ratio": 0.5}], "video")
+    assert [found.region.name for found in frames] == ["frame 1", "frame 2", "frame 3"]
+    assert all(found.region.rows * found.region.columns == len(found.group) for found in frames)
+    assert members(frames[0]) != members(frames[2])
+
+
+def test_the_map_of_what_acts_in_the_tower_shows_a_frame_before_it_is_pooled(llm: Any) -> None:
+    vision = llm.llm_engine.vllm_config.model_config.hf_config.vision_config
+    side = vision.image_size // vision.patch_size
+    (frames,) = engine_maps(llm, "<video>", [video(2)], [ILLAVA | {"ratio": 0.4}], "video", counted=False)
+    assert [(found.region.rows, found.region.columns, len(found.sizes)) for found in frames] == [(side, side, 49)] * 2

@@ -19,6 +19,7 @@ from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.vision import Survivors
 from tests import mmvp_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
+from tests.engine.maps import engine_maps, members
 from tests.engine.mmvp_reference import MmvpReference
 from tests.images import photo
 
@@ -177,3 +178,9 @@ def test_bad_configs_are_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError) as error:
         family(**fields)
     assert message in str(error.value)
+
+
+def test_the_map_shows_both_towers(llm: Any) -> None:
+    ((clip, dino),) = engine_maps(llm, "<image>", [photo(3)], [{"ratio": 0.5}])
+    assert (clip.region.name, dino.region.name) == ("CLIP", "DINOv2")
+    assert members(clip) != members(dino)

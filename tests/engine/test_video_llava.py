@@ -29,6 +29,7 @@ from foldserve.server.engine.families.video_llava import VideoLlavaFamily
 from tests import video_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
 from tests.engine.keeping_reference import Answer
+from tests.engine.maps import engine_maps, members
 from tests.engine.video_reference import (
     KeepingNextVideoReference,
     KeepingVideoReference,
@@ -348,3 +349,12 @@ def test_a_config_that_is_not_of_video_llava(wrong: dict[str, Any]) -> None:
     model_config: Any = SimpleNamespace(hf_config=VideoLlavaConfig(vision_config=vision(224), **wrong))
     with pytest.raises(ValueError, match="Video-LLaVA needs CLIP towers"):
         VideoLlavaFamily.of(model_config)
+
+
+def test_the_map_shows_each_frame(llm: Any, checkpoint: Path) -> None:
+    (frames,) = engine_maps(llm, "<video>", [video(2)], [{"ratio": 0.5}], "video")
+    assert [found.region.name for found in frames] == ["frame 1", "frame 2"]
+    assert members(frames[0]) != members(frames[1])
+    if has_images(checkpoint):
+        ((image,),) = engine_maps(llm, "<image>", [photo(3)], [{"method": "tome", "ratio": 0.5}])
+        assert sorted(token for group in members(image) for token in group) == list(range(len(image.group)))
