@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from foldserve.reducers import fold
 from foldserve.reducers.geometry import VisionGeometry
-from foldserve.reducers.method import AcrossFrames
+from foldserve.reducers.method import AcrossFrames, Kind
 from foldserve.reducers.random import keep
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ class EVS(AcrossFrames):
 
     name = "evs"
     summary = "Of a video, keeps its first frame and the vision tokens that change most from a frame to the next."
+    kind = Kind.DROP
     paper = "Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference"
 
     def least(self, geometry: VisionGeometry) -> tuple[int, str]:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from foldserve.reducers import fold
 from foldserve.reducers.geometry import VisionGeometry
-from foldserve.reducers.method import AcrossFrames
+from foldserve.reducers.method import AcrossFrames, Kind
 from foldserve.reducers.random import keep
 
 if TYPE_CHECKING:
@@ -123,6 +123,7 @@ class VidCom2(AcrossFrames):
     summary = (
         "Of a video, keeps the vision tokens least like its mean and their frame's; frames unlike others keep more."
     )
+    kind = Kind.DROP
     paper = "Video Compression Commander: Plug-and-Play Inference Acceleration for Video Large Language Models"
 
     def least(self, geometry: VisionGeometry) -> tuple[int, str]:
