@@ -51,6 +51,7 @@ class EVS(AcrossFrames):
     """The first frame stays whole."""
 
     name = "evs"
+    kind = Kind.DROP
     summary = "Of a video, keeps its first frame and the vision tokens that change most from a frame to the next."
     kind = Kind.DROP
     paper = "Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference"

@@ -120,6 +120,7 @@ class VidCom2(AcrossFrames):
     """With an exact total, where the authors' depends on the video."""
 
     name = "vidcom2"
+    kind = Kind.DROP
     summary = (
         "Of a video, keeps the vision tokens least like its mean and their frame's; frames unlike others keep more."
     )

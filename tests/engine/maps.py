@@ -28,7 +28,8 @@ def engine_maps(
     data = processor.info.parse_mm_data({modality: list(items)})
     tokens = processor.info.get_tokenizer().encode(prompt, add_special_tokens=False)
     made = processor(tokens, data, hf_processor_mm_kwargs={KWARG: {modality: [dict(one) for one in asked]}})
-    sizes = [item.size if modality == "image" else (item.shape[2], item.shape[1]) for item in items]
+    pictures = [item[0] if isinstance(item, tuple) else item for item in items]  # a video may have metadata beside it
+    sizes = [item.size if modality == "image" else (item.shape[2], item.shape[1]) for item in pictures]
     each = maps_of(llm, made, modality, sizes)
     for plan, maps in each:
         separators = sum(part.separators for part in plan.laid_out.parts)

@@ -34,6 +34,7 @@ from tests.engine.qwen_reference import Answer, Film, QwenReference, folder_grou
 from tests.engine.watch import forget, watch
 from tests.images import page, photo
 from tests.qwen_checkpoint import IMAGE, VIDEO
+from tests.reducers import naive
 
 SIZES = ((280, 196), (168, 336), (256, 256))
 """(width, height)"""
@@ -624,6 +625,20 @@ def test_the_map_says_what_is_in_each_token(llm: Any, checkpoint: Path, referenc
         assert members(found) == expected, asked
         assert list(found.source) == source, asked
         assert (found.region.rows, found.region.columns) == (rows, columns)
+
+
+@pytest.mark.parametrize("checkpoint", ["qwen2_5_vl"], indirect=True)
+def test_the_map_of_a_video_whose_frames_are_one_grid(llm: Any, reference: QwenReference) -> None:
+    pictures, _ = film(14)
+    made = reference.processor.video_processor(videos=[pictures], do_sample_frames=False, return_tensors="pt")
+    with torch.inference_mode():
+        whole = reference.model.model.visual(made["pixel_values_videos"], made["video_grid_thw"]).pooler_output
+    n = len(whole) // 3
+    for method, choose in naive.ACROSS_FRAMES.items():
+        (frames,) = engine_maps(llm, VIDEO, [film(14)], [{"method": method, "ratio": 0.6}], "video")
+        assert [frame.region.name for frame in frames] == ["frame 1", "frame 2", "frame 3"]
+        found = [f * n + token for f, frame in enumerate(frames) for (token,) in members(frame)]
+        assert found == choose(whole, 3, len(whole) - int(len(whole) * 0.6))
 
 
 def test_the_map_of_a_smaller_image(llm: Any, reference: QwenReference) -> None:
