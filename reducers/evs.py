@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from foldserve.reducers import fold
 from foldserve.reducers.geometry import VisionGeometry
-from foldserve.reducers.method import AcrossFrames, Kind
+from foldserve.reducers.method import AcrossFrames
 from foldserve.reducers.random import keep
 
 if TYPE_CHECKING:
@@ -51,9 +51,7 @@ class EVS(AcrossFrames):
     """The first frame stays whole."""
 
     name = "evs"
-    kind = Kind.DROP
     summary = "Of a video, keeps its first frame and the vision tokens that change most from a frame to the next."
-    kind = Kind.DROP
     paper = "Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference"
 
     def least(self, geometry: VisionGeometry) -> tuple[int, str]:

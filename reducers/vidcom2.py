@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from foldserve.reducers import fold
 from foldserve.reducers.geometry import VisionGeometry
-from foldserve.reducers.method import AcrossFrames, Kind
+from foldserve.reducers.method import AcrossFrames
 from foldserve.reducers.random import keep
 
 if TYPE_CHECKING:
@@ -120,11 +120,9 @@ class VidCom2(AcrossFrames):
     """With an exact total, where the authors' depends on the video."""
 
     name = "vidcom2"
-    kind = Kind.DROP
     summary = (
         "Of a video, keeps the vision tokens least like its mean and their frame's; frames unlike others keep more."
     )
-    kind = Kind.DROP
     paper = "Video Compression Commander: Plug-and-Play Inference Acceleration for Video Large Language Models"
 
     def least(self, geometry: VisionGeometry) -> tuple[int, str]:
