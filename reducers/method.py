@@ -14,13 +14,17 @@ from foldserve.reducers.options import Option, Value
 from foldserve.reducers.refusal import InvalidReduction
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from foldserve.reducers.attention import LayerAttention
     from foldserve.reducers.fold import Reduced
     from foldserve.reducers.plan import Plan
 
 __all__ = [
+    "ONLY_TOKENS",
     "AcrossFrames",
     "AfterLastLayer",
+    "AfterProjector",
     "AfterTower",
     "BeforeTower",
     "Decoder",
@@ -30,6 +34,7 @@ __all__ = [
     "Preselection",
     "Projector",
     "ScoringDecoder",
+    "Seen",
     "Stage",
     "Step",
 ]
@@ -258,6 +263,38 @@ class AcrossFrames(AfterTower):
                 "ratio",
             )
         return removed
+
+
+class Seen(NamedTuple):
+    """What a method after the projector may look at beside the projected tokens; None: it does not ask for it.
+
+    Attributes:
+        tower: (B, n, C), what enters the projector; of a merger, the mean of the patches that it makes one token of.
+        queries: of each image, (m, D): the decoder's embeddings of the tokens of its query; m may be 0.
+    """
+
+    tower: Tensor | None = None
+    queries: Sequence[Tensor] | None = None
+
+
+ONLY_TOKENS = Seen()
+"""Of a method that asks for nothing more."""
+
+
+class AfterProjector(AfterTower):
+    """Removes tokens by what the projector makes of them: all are projected, also where others go before it.
+
+    Attributes:
+        needs_tower: `Seen.tower` is given.
+        needs_queries: `Seen.queries` is given.
+    """
+
+    needs_tower: ClassVar[bool] = False
+    needs_queries: ClassVar[bool] = False
+
+    @abstractmethod
+    def reduce(self, x: Tensor, plan: Plan, width: int | None = None, seen: Seen = ONLY_TOKENS) -> Reduced:
+        """(B, n, D) of the decoder's width -> plan.kept tokens; see `AfterTower.reduce`."""
 
 
 class Projector(Method):

@@ -5,12 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor
 from vllm.config import ModelConfig
 
@@ -90,7 +89,7 @@ class Family(ABC):
 
     @abstractmethod
     def left(self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan) -> Sequence[Survivors]:
-        """What is left of one image's grids, before the projector: of those `regions` that are encoded, in their order.
+        """What is left of one image's grids: of those `regions` that are encoded, in their order.
 
         Args:
             plan: removes tokens before the decoder.
@@ -236,8 +235,8 @@ class AfterTowerFamily(Family):
         """Of the features: those that methods look at; the others go the way of their token. None: all."""
         return None
 
-    def project(self, model: Any, features: Tensor) -> Tensor:
-        """What is left of all grids, (n, C), to the decoder's width, token by token."""
+    def project(self, model: Any, features: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Features (n, C) of all grids of some images, in order -> those of the decoder's width, token by token."""
         return features
 
     @abstractmethod
@@ -254,10 +253,7 @@ class AfterTowerFamily(Family):
         """
 
     def encode(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> Sequence[Survivors]:
-        left = self._left(model, inputs, plans)
-        lengths = [len(grid.features) for grid in left]
-        embeds = self.project(model, torch.cat([grid.features for grid in left])).split_with_sizes(lengths)
-        grids = iter([grid._replace(features=own) for grid, own in zip(left, embeds, strict=True)])
+        grids = iter(self._left(model, inputs, plans))
         counts = [sum(part.count for part in plan.laid_out.parts) for plan in plans]
         return [self.pack(model, list(islice(grids, n)), plan) for n, plan in zip(counts, plans, strict=True)]
 
@@ -265,14 +261,14 @@ class AfterTowerFamily(Family):
         return self._left(model, inputs, [plan])
 
     def _left(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> list[Survivors]:
-        """What is left of the grids of all images, before the projector."""
+        """What is left of the grids of all images, of the decoder's width."""
         whole: list[Survivors] = []
         grid_plans: list[Plan] = []
         for parts, plan in zip(self.grids(model, inputs, plans), plans, strict=True):
             for features, grid_plan in zip(parts, plan.grids, strict=True):
                 whole += untouched(features)
                 grid_plans += [grid_plan] * len(features)
-        return reduce_features(whole, grid_plans, self.deciding_columns(model))
+        return reduce_features(whole, grid_plans, partial(self.project, model), self.deciding_columns(model))
 
 
 class EqualGridsFamily(AfterTowerFamily):

@@ -8,16 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import nn
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from foldserve.reducers.method import AfterLastLayer, AfterTower, BeforeTower, InTower
+from foldserve.reducers.method import AfterLastLayer, AfterProjector, AfterTower, BeforeTower, InTower, Seen
 from foldserve.reducers.pixelprune import Cells
 from foldserve.reducers.plan import Plan
 from foldserve.server.engine.tower import Tower, attend, run_layer, run_mlp
+
+Project: TypeAlias = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
+"""Features (n, C) of some grids, in their order -> those of the decoder's width, token by token."""
 
 _K = TypeVar("_K", bound=Hashable)
 _P = TypeVar("_P")
@@ -90,7 +93,7 @@ def encode_images(
     select_strategy: str,
     cells: Sequence[Cells | None] = (),
 ) -> list[Survivors]:
-    """Runs the tower and reduces each image by its own plan; images share a batch as far as their plans agree.
+    """Runs the tower with the methods that work before and in it; images share a batch as far as their plans agree.
 
     Args:
         tower: vLLM's CLIP or SigLIP vision model, built up to the feature layer.
@@ -100,7 +103,7 @@ def encode_images(
         cells: for each image those that enter the tower, or None; empty: all enter.
 
     Returns:
-        What is left of each image, in their order.
+        What is left of each image before the methods after the tower, in their order.
     """
     walk = Tower(tower, select_strategy)
 
@@ -122,22 +125,79 @@ def encode_images(
         return untouched(walk.run(pixels))
 
     each = [(_tower_grid(plan), own) for plan, own in zip(plans, cells or [None] * len(plans), strict=True)]
-    return reduce_features(in_groups(each, lambda seen: seen, encode), plans)
+    return in_groups(each, lambda seen: seen, encode)
 
 
-def reduce_features(images: Sequence[Survivors], plans: Sequence[Plan], width: int | None = None) -> list[Survivors]:
-    """The methods that work after the tower; see `AfterTower.reduce` for `width`."""
+def as_they_are(features: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Projects what the tower has projected already."""
+    return features
+
+
+def project_together(
+    projector: Callable[[torch.Tensor], torch.Tensor], features: Sequence[torch.Tensor]
+) -> Sequence[torch.Tensor]:
+    """All tokens of some grids through a projector at once."""
+    return projector(torch.cat([*features])).split_with_sizes([len(own) for own in features])
+
+
+def reduce_features(
+    images: Sequence[Survivors],
+    plans: Sequence[Plan],
+    project: Project = as_they_are,
+    width: int | None = None,
+    *,
+    tower: Sequence[torch.Tensor] | None = None,
+    queries: Sequence[torch.Tensor] = (),
+) -> list[Survivors]:
+    """The projector and the methods that work after the tower: before it, but for those that look at what it gives.
+
+    Args:
+        images: grids as the tower gives them.
+        plans: one for each.
+        project: that the tower's output is still to go through.
+        width: see `AfterTower.reduce`.
+        tower: of each grid, `Seen.tower` (n, C); None: what is projected. Needed if a method asks for it.
+        queries: of each grid, see `Seen`; needed if a method asks for them.
+    """
+
+    def run(is_projected_first: bool, members: list[int]) -> Sequence[Survivors]:
+        own, own_plans = [images[i] for i in members], [plans[i] for i in members]
+        if not is_projected_first:
+            return _projected(_reduced(own, own_plans, width), project)
+        of_tower = [images[i].features if tower is None else tower[i] for i in members]
+        own_queries = [queries[i] for i in members] if queries else ()
+        return _reduced(_projected(own, project), own_plans, width, of_tower, own_queries)
+
+    return in_groups(plans, lambda plan: isinstance(plan.reducer, AfterProjector), run)
+
+
+def _projected(images: Sequence[Survivors], project: Project) -> list[Survivors]:
+    features = project([image.features for image in images])
+    return [image._replace(features=own) for image, own in zip(images, features, strict=True)]
+
+
+def _reduced(
+    images: Sequence[Survivors],
+    plans: Sequence[Plan],
+    width: int | None,
+    tower: Sequence[torch.Tensor] = (),
+    queries: Sequence[torch.Tensor] = (),
+) -> list[Survivors]:
+    """See `reduce_features`; images of one plan together."""
 
     def reduce(plan: Plan, members: list[int]) -> Sequence[Survivors]:
-        method = plan.reducer
-        group = [images[i] for i in members]
-        if isinstance(method, AfterTower):
-            features = [image.features for image in group]
-            batch = torch.stack(features) if len(group) > 1 else features[0][None]  # a large one is not copied
+        method, group = plan.reducer, [images[i] for i in members]
+        if not isinstance(method, AfterTower):
+            return group
+        batch = _batch([image.features for image in group])
+        if isinstance(method, AfterProjector):
+            of_tower = _batch([tower[i] for i in members]) if method.needs_tower else None
+            own_queries = [queries[i] for i in members] if method.needs_queries else None
+            reduced = method.reduce(batch, plan, width, Seen(of_tower, own_queries))
+        else:
             reduced = method.reduce(batch, plan, width)
-            left = _survivors(reduced.tokens, reduced.source, [Move(reduced.group)])
-            return [_behind(*pair) for pair in zip(group, left, strict=True)]
-        return group
+        left = _survivors(reduced.tokens, reduced.source, [Move(reduced.group)])
+        return [_behind(*pair) for pair in zip(group, left, strict=True)]
 
     return in_groups(plans, lambda plan: plan, reduce)
 
@@ -147,6 +207,11 @@ def _behind(image: Survivors, left: Survivors) -> Survivors:
     if image.trail is None or left.trail is None:
         return left
     return left._replace(source=image.source[left.source], trail=left.trail._replace(before=image.trail))
+
+
+def _batch(features: Sequence[torch.Tensor]) -> torch.Tensor:
+    """(B, n, C); a large image by itself is not copied."""
+    return torch.stack([*features]) if len(features) > 1 else features[0][None]
 
 
 def rows(x: Any, members: Sequence[int]) -> Any:

@@ -209,7 +209,7 @@ def test_the_encoder_gives_what_is_planned(
     build: Callable[[int, int, bool], Any], data: st.DataObject, side: int, layers: int, clip: bool
 ) -> None:
     """Images of any methods in one batch, on towers of any shape."""
-    from foldserve.server.engine.vision import encode_images
+    from foldserve.server.engine.vision import encode_images, reduce_features
 
     geometry = geometry_of(side, layers, class_token=clip)
     asked = data.draw(st.lists(reductions(geometry), min_size=1, max_size=4))
@@ -217,7 +217,9 @@ def test_the_encoder_gives_what_is_planned(
     sent = [Plan.from_ints(plan.to_ints(), geometry) for plan in plans]
     assert sent == plans
     pixels = torch.randn(len(plans), 3, 2 * side, 2 * side)
-    images = encode_images(build(side, layers, clip), pixels, sent, "default" if clip else "full")
+    images = reduce_features(
+        encode_images(build(side, layers, clip), pixels, sent, "default" if clip else "full"), sent
+    )
     assert [image.features.shape for image in images] == [(plan.kept, 16) for plan in plans]
     assert all(image.features.isfinite().all() for image in images)
 

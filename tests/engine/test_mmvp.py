@@ -117,12 +117,13 @@ def test_prompts_hold_the_tokens_of_both_towers(llm: Any) -> None:
 
 
 def test_tokens_stand_by_place_and_clips_first() -> None:
-    projector = SimpleNamespace(clip=lambda x: x, dino=lambda x: -x)
-    model = SimpleNamespace(multi_modal_projector=projector)
+    model = SimpleNamespace(multi_modal_projector=SimpleNamespace(clip=lambda x: x, dino=lambda x: -x))
     clip = Survivors(torch.tensor([[3.0], [1.0], [5.0]]), torch.tensor([3, 1, 5]))
     dino = Survivors(torch.tensor([[1.0], [4.0], [5.0]]), torch.tensor([1, 4, 5]))
     layout = family().largest
-    packed = family().pack(model, [clip, dino], plan_item(Reduction(), layout))
+    features = family().project(model, [clip.features, dino.features])
+    grids = [grid._replace(features=own) for grid, own in zip([clip, dino], features, strict=True)]
+    packed = family().pack(model, grids, plan_item(Reduction(), layout))
     assert packed.features.flatten().tolist() == [1, -1, 3, -4, 5, -5]
     assert packed.source.tolist() == [2, 3, 6, 9, 10, 11]
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import isqrt
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import CLIPVisionConfig, PretrainedConfig, SiglipVisionConfig
 from vllm.config import ModelConfig
@@ -38,7 +37,7 @@ from foldserve.server.engine.family import Family
 from foldserve.server.engine.model import FoldModel
 from foldserve.server.engine.processor import FoldProcessor, without_ours
 from foldserve.server.engine.regions import Box, seen
-from foldserve.server.engine.vision import Survivors, encode_images
+from foldserve.server.engine.vision import Survivors, encode_images, project_together, reduce_features
 
 
 class LlavaFamily(Family):
@@ -61,13 +60,10 @@ class LlavaFamily(Family):
         grids = [plan.grids[0] for plan in plans]
         cells = [plan.cells for plan in plans]
         images = encode_images(model.vision_tower, checked_pixels(model, inputs), grids, self._select_strategy, cells)
-        embeds = model.multi_modal_projector(torch.cat([image.features for image in images]))  # (sum of kept, hidden)
-        each = zip(images, embeds.split([plan.kept for plan in plans]), strict=True)
-        return [image._replace(features=embedded) for image, embedded in each]
+        return reduce_features(images, grids, partial(project_together, model.multi_modal_projector))
 
     def left(self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan) -> Sequence[Survivors]:
-        pixels = checked_pixels(model, inputs)
-        return encode_images(model.vision_tower, pixels, plan.grids, self._select_strategy, [plan.cells])
+        return self.encode(model, inputs, [plan])
 
     def box(self, size: tuple[int, int], info: Any) -> Box:
         return seen(info.get_hf_processor().image_processor, size)

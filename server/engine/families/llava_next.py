@@ -33,7 +33,7 @@ from foldserve.server.engine.families.llava import ImageTokens, geometry_of
 from foldserve.server.engine.family import AfterTowerFamily, Modality
 from foldserve.server.engine.model import FoldModel
 from foldserve.server.engine.regions import WHOLE, Box, Region, cut, sides
-from foldserve.server.engine.vision import Survivors, encode_images
+from foldserve.server.engine.vision import Survivors, encode_images, project_together
 
 _STAGES = frozenset({Stage.AFTER_TOWER, Stage.DECODER})
 
@@ -97,8 +97,8 @@ class LlavaNextFamily(AfterTowerFamily):
         features = self._features(model, tiles, counts, plans)
         return [self._grids(image, plan) for image, plan in zip(features, plans, strict=True)]
 
-    def project(self, model: Any, features: Tensor) -> Tensor:
-        projected: Tensor = model.multi_modal_projector(features)
+    def project(self, model: Any, features: Sequence[Tensor]) -> Sequence[Tensor]:
+        projected: Sequence[Tensor] = project_together(model.multi_modal_projector, features)
         return projected
 
     def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:

@@ -23,7 +23,7 @@ from foldserve.server.engine.families.llava import ImageTokens, geometry_of
 from foldserve.server.engine.family import PIXEL_FIELDS, AfterTowerFamily, asks_for_frames
 from foldserve.server.engine.model import FoldModel
 from foldserve.server.engine.regions import Box, seen
-from foldserve.server.engine.vision import Survivors, one_after_another
+from foldserve.server.engine.vision import Survivors, one_after_another, project_together
 
 TEXT_TOKENS = 1000
 """Of the context, that the authors' demo leaves for text when it chooses how far to stretch the rotary positions."""
@@ -75,8 +75,8 @@ class LlavaNextVideoFamily(AfterTowerFamily):
         each = zip(pooled.split_with_sizes([len(video) for video in videos]), plans, strict=True)
         return [[video.reshape(plan.laid_out.parts[0].count, -1, video.shape[-1])] for video, plan in each]
 
-    def project(self, model: Any, features: Tensor) -> Tensor:
-        projected: Tensor = model.multi_modal_projector(features)
+    def project(self, model: Any, features: Sequence[Tensor]) -> Sequence[Tensor]:
+        projected: Sequence[Tensor] = project_together(model.multi_modal_projector, features)
         return projected
 
     def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:

@@ -103,12 +103,11 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         videos = list(model._parse_and_validate_video_input(**inputs)[PIXEL_FIELDS["video"]])
         return torch.cat(videos), [len(frames) for frames in videos]
 
-    def project(self, model: Any, features: Tensor) -> Tensor:
+    def project(self, model: Any, features: Sequence[Tensor]) -> Sequence[Tensor]:
         return features  # has been
 
     def _features(self, model: Any, tiles: Tensor, counts: list[int], plans: Sequence[ItemPlan]) -> Sequence[Tensor]:
-        project = super().project
-        return [project(model, item) for item in super()._features(model, tiles, counts, plans)]
+        return [model.multi_modal_projector(item) for item in super()._features(model, tiles, counts, plans)]
 
     def _mosaic_grid(self, shape: tuple[int, ...], side: int) -> tuple[int, int]:
         rows, columns = super()._mosaic_grid(shape, side)

@@ -32,7 +32,7 @@ from foldserve.server.engine.families.llava import (
 )
 from foldserve.server.engine.family import AfterTowerFamily, Modality
 from foldserve.server.engine.regions import Box, Region, seen
-from foldserve.server.engine.vision import Survivors
+from foldserve.server.engine.vision import Survivors, project_together
 
 ARCHITECTURE = "MmvpForConditionalGeneration"
 TOWERS = 2
@@ -52,11 +52,16 @@ class MmvpFamily(AfterTowerFamily):
         features = model._image_pixels_to_features(model.vision_tower, checked_pixels(model, inputs))
         return [[image] for image in features]
 
+    def project(self, model: Any, features: Sequence[Tensor]) -> Sequence[Tensor]:
+        projector: InterleavingProjector = model.multi_modal_projector
+        clip = project_together(projector.clip, features[::TOWERS])
+        dino = project_together(projector.dino, features[1::TOWERS])
+        return [own for image in zip(clip, dino, strict=True) for own in image]
+
     def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
         """By place, and at a place CLIP's token first: how many of a place are left is known on the device alone."""
         clip, dino = grids
-        projector: InterleavingProjector = model.multi_modal_projector
-        features = torch.cat([projector.clip(clip.features), projector.dino(dino.features)])
+        features = torch.cat([clip.features, dino.features])
         source, order = torch.cat([TOWERS * clip.source, TOWERS * dino.source + 1]).sort()
         return Survivors(features[order], source)
 

@@ -153,7 +153,7 @@ class QwenVLFamily(EqualGridsFamily):
         _, height, width = inputs[_GRIDS[modality]][0].tolist()
         grid, pixels = (1, height, width), inputs[PIXEL_FIELDS[modality]]
         walked = encode_reducing(model.visual, pixels, grid, group.plan, group.cells)
-        return reduce_features(walked, [group.plan] * len(walked), self.deciding_columns(model))
+        return reduce_features(walked, [group.plan] * len(walked), width=self.deciding_columns(model))
 
     def deciding_columns(self, model: Any) -> int:
         return self._model_config.get_inputs_embeds_size()

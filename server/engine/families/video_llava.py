@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -25,7 +26,7 @@ from foldserve.server.engine.families.video_llava_model import (
 )
 from foldserve.server.engine.family import asks_for_frames
 from foldserve.server.engine.model import FoldModel
-from foldserve.server.engine.vision import Survivors, one_after_another, reduce_features, untouched
+from foldserve.server.engine.vision import Survivors, one_after_another, project_together, reduce_features, untouched
 
 
 class VideoLlavaFamily(LlavaFamily):
@@ -78,28 +79,26 @@ class VideoLlavaFamily(LlavaFamily):
         if VIDEO not in inputs:
             return super().encode(model, inputs, plans)
         features = model.frame_features(inputs[VIDEO])  # (frames, 1 + patches, C)
-        left, videos = iter(_reduced(features, plans)), _each(features, plans)
-        each = [
-            _packed(video[:, :1], [*islice(left, plan.laid_out.parts[0].count)], plan)
-            for video, plan in zip(videos, plans, strict=True)
+        left = iter(_reduced(model, features, plans))
+        class_tokens = _each(model.multi_modal_projector(features[:, :1]), plans)
+        return [
+            _packed(own, [*islice(left, plan.laid_out.parts[0].count)], plan)
+            for own, plan in zip(class_tokens, plans, strict=True)
         ]
-        embeds = model.multi_modal_projector(torch.cat([video.features for video in each]))
-        lengths = [plan.kept for plan in plans]
-        return [video._replace(features=own) for video, own in zip(each, embeds.split_with_sizes(lengths), strict=True)]
 
     def left(self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan) -> Sequence[Survivors]:
         if VIDEO not in inputs:
             return super().left(model, inputs, plan)
-        return _reduced(model.frame_features(inputs[VIDEO]), [plan])
+        return _reduced(model, model.frame_features(inputs[VIDEO]), [plan])
 
 
 def _each(features: torch.Tensor, plans: Sequence[ItemPlan]) -> Sequence[torch.Tensor]:
-    """(frames of all videos, 1 + patches, C) -> those of each video."""
+    """(frames of all videos, tokens, C) -> those of each video."""
     videos: Sequence[torch.Tensor] = features.split_with_sizes([plan.layout.shape[0] for plan in plans])
     return videos
 
 
-def _reduced(features: torch.Tensor, plans: Sequence[ItemPlan]) -> list[Survivors]:
+def _reduced(model: Any, features: torch.Tensor, plans: Sequence[ItemPlan]) -> list[Survivors]:
     """(frames of all videos, 1 + patches, C) -> what is left of each frame, or of a video as one grid."""
     whole: list[Survivors] = []
     of_grids: list[Plan] = []
@@ -107,7 +106,7 @@ def _reduced(features: torch.Tensor, plans: Sequence[ItemPlan]) -> list[Survivor
         count = plan.laid_out.parts[0].count
         whole += untouched(video[:, 1:].reshape(count, -1, video.shape[-1]))
         of_grids += [plan.grids[0]] * count
-    return reduce_features(whole, of_grids)
+    return reduce_features(whole, of_grids, partial(project_together, model.multi_modal_projector))
 
 
 def _packed(class_tokens: torch.Tensor, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
@@ -123,7 +122,7 @@ def _packed(class_tokens: torch.Tensor, grids: Sequence[Survivors], plan: ItemPl
 
 
 def _behind(class_token: torch.Tensor, frame: Survivors) -> Survivors:
-    """A frame behind its class token (1, C)."""
+    """A frame behind its class token (1, hidden)."""
     source = torch.cat([torch.zeros_like(frame.source[:1]), frame.source + 1])
     return Survivors(torch.cat([class_token, frame.features]), source)
 
