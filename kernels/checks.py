@@ -12,7 +12,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from foldserve.kernels import groups, matching, ops, rows, selection
+from foldserve.kernels import groups, matching, ops, picking, rows, selection
+from foldserve.reducers.divprune import divprune, farthest_first
 from foldserve.reducers.fold import Fold, Order, Reduced, group_mean, group_sum, match, place
 from foldserve.reducers.folder import folder, folder_cls
 from foldserve.reducers.illava import illava, lowest_into_one
@@ -112,6 +113,21 @@ def check_lowest_into_one(device: str, n: int, values: Values) -> None:
             assert ours.dtype == theirs.dtype and torch.equal(ours, theirs), (r, name)
 
 
+def check_farthest_first(device: str, n: int, kept: int, values: Values) -> None:
+    """The same bits as in torch: a distance is one subtraction, and one product with weights."""
+    matrix = scores((3, n * n), values, device).view(3, n, n).clamp(-1, 1)  # NaN stays: that of a token that is none
+    first, weight = integers((3, 1), 0, n, n, device), draw((3, n), 1, device).abs()
+    weight[:, :: max(1, n // 4)] = 0
+    for own in (None, weight):
+        with poisoned():
+            found = picking.farthest_first(matrix, first, kept, own)
+        expected = farthest_first.reference(matrix, first, kept, own)
+        assert found.dtype == expected.dtype and torch.equal(found, expected)
+        assert (found.sort(dim=1).values.diff(dim=1) > 0).all()
+        alone = picking.farthest_first(matrix[1:2], first[1:2], kept, None if own is None else own[1:2])
+        assert torch.equal(alone, found[1:2])
+
+
 def check_bound(device: str, n: int) -> None:
     """Beyond the bound no kernel is launched: what would be is no kernel here."""
     launched = selection._place, selection._lowest_into_one
@@ -122,6 +138,16 @@ def check_bound(device: str, n: int) -> None:
         check_lowest_into_one(device, n, "few")
     finally:
         selection._place, selection._lowest_into_one = launched
+
+
+def check_bound_of_picks(device: str) -> None:
+    """As `check_bound`; memory for such a matrix is not needed to see that none is launched."""
+    launched, most = picking._farthest_first, picking.MOST_TOKENS
+    picking._farthest_first, picking.MOST_TOKENS = None, 32
+    try:
+        check_farthest_first(device, 33, 9, "random")
+    finally:
+        picking._farthest_first, picking.MOST_TOKENS = launched, most
 
 
 def check_groups(device: str, n: int, width: int, kept: int, dtype: torch.dtype, layout: Layout) -> None:
@@ -168,7 +194,7 @@ def check_slots(device: str, count: int, size: int, block_size: int) -> None:
     assert found.dtype == expected.dtype and torch.equal(found, expected)
 
 
-Method = Literal["folder", "folder_cls", "tome", "turbo", "illava"]
+Method = Literal["folder", "folder_cls", "tome", "turbo", "illava", "divprune"]
 
 
 def reduction(method: Method, n: int, dtype: torch.dtype, device: str) -> Callable[[], Reduced]:
@@ -182,6 +208,7 @@ def reduction(method: Method, n: int, dtype: torch.dtype, device: str) -> Callab
         "tome": lambda: tome(x, keys, sizes, n // 3, class_token=False),
         "turbo": lambda: turbo(x, keys, attention, sizes, n // 3),
         "illava": lambda: illava(x, attention, n // 3),
+        "divprune": lambda: divprune(x, n // 3, geometry="centered", rest="merge"),
     }
     return calls[method]
 
@@ -217,6 +244,7 @@ def check_refusals(device: str) -> None:
         lambda: matching.match(x),
         lambda: groups.group_mean(x, torch.zeros(1, 4, dtype=torch.int64, device=device), 1),
         lambda: selection.lowest_into_one(x[..., 0], 1),
+        lambda: picking.farthest_first(x @ x.mT, torch.zeros(1, 1, dtype=torch.int64, device=device), 2),
     ):
         with _raises(TypeError, "fp16, bf16 or fp32, not torch.float64"):
             call()
@@ -267,6 +295,13 @@ CHECKS: list[tuple[Check, tuple[Any, ...]]] = [
             (1024, "random"),
         )
     ),
+    *(
+        (check_farthest_first, each)
+        for each in (
+            (1, 1, "random"), (2, 2, "few"), (3, 2, "random"), (37, 37, "nan"), (64, 20, "few"), (65, 64, "random"),
+        )
+    ),
+    (check_bound_of_picks, ()),
     (check_groups, (1, 1, 1, FP32, "contiguous")),
     (check_groups, (2, 3, 2, BF16, "contiguous")),
     (check_groups, (65, 129, 3, FP32, "sliced")),

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
+from foldserve.reducers.divprune import farthest_first
 from foldserve.reducers.fold import group_mean, group_sum, match, place
 from foldserve.reducers.illava import lowest_into_one
 from foldserve.reducers.ops import Op
 from foldserve.reducers.withdraw import kv_slots
 
-OPS: tuple[Op[..., Any], ...] = (match, place, group_mean, group_sum, lowest_into_one, kv_slots)
+OPS: tuple[Op[..., Any], ...] = (match, place, group_mean, group_sum, lowest_into_one, farthest_first, kv_slots)
 """All that have a kernel."""
 
 
@@ -33,11 +34,12 @@ def choose(device: torch.device, *, triton: bool) -> bool:
 
 
 def _use_triton() -> None:
-    from foldserve.kernels import groups, matching, rows, selection  # which import triton
+    from foldserve.kernels import groups, matching, picking, rows, selection  # which import triton
 
     match.use(matching.match)
     place.use(selection.place)
     group_mean.use(groups.group_mean)
     group_sum.use(groups.group_sum)
     lowest_into_one.use(selection.lowest_into_one)
+    farthest_first.use(picking.farthest_first)
     kv_slots.use(rows.kv_slots)

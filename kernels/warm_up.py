@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from foldserve.reducers.divprune import divprune
 from foldserve.reducers.folder import folder, folder_cls
 from foldserve.reducers.illava import illava
 from foldserve.reducers.tome import tome, turbo
@@ -22,7 +23,8 @@ class Widths:
         tower: of the vision tower.
         head: of one of its heads.
         projected: of what the projector gives, where methods after the tower see that; None: the tower's.
-        deciding: of those columns by which FOLDER compares what the tower gives; None: all.
+        deciding: of those columns by which methods compare what the tower gives; None: all.
+        embedding: of what methods after the projector see; None: as methods after the tower.
         decoder: of the decoder, where it withdraws tokens; else None.
     """
 
@@ -30,6 +32,7 @@ class Widths:
     head: int
     projected: int | None = None
     deciding: int | None = None
+    embedding: int | None = None
     decoder: int | None = None
 
 
@@ -45,6 +48,9 @@ def warm_up(widths: Widths, dtype: torch.dtype, device: torch.device) -> None:
     two_folds = (4, 2)
     after_tower = x if widths.projected is None else x.new_zeros(1, _TOKENS, widths.projected)
     folder(after_tower, two_folds, metric=after_tower[..., : widths.deciding])
+    embeddings = after_tower if widths.embedding is None else x.new_zeros(1, _TOKENS, widths.embedding)
+    divprune(embeddings, 2, metric=embeddings[..., : widths.deciding], rest="merge")
+    divprune(embeddings, 2, metric=embeddings[..., : widths.deciding], geometry="centered")
     folder_cls(x, keys, score, two_folds)
     for class_token in (False, True):
         tome(x, keys, sizes, 2, class_token=class_token)

@@ -10,6 +10,8 @@ from functools import cache
 from types import MappingProxyType
 
 from foldserve.reducers.base_only import BaseOnly
+from foldserve.reducers.cdpruner import CDPruner
+from foldserve.reducers.divprune import DivPrune
 from foldserve.reducers.downsample import Downsample
 from foldserve.reducers.evs import EVS
 from foldserve.reducers.fastv import FastV
@@ -46,10 +48,12 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             IllavaDecoder(),
             FastV(),
             BaseOnly(),
+            DivPrune(),
+            CDPruner(),
             VisionZip(),
+            PixelPrune(),
             VidCom2(),
-            EVS(),
-            PixelPrune(),  # a new one comes last: plans' codes, and so the keys of caches, go by the order
+            EVS(),  # a new one comes last: plans' codes, and so the keys of caches, go by the order
         )
     }
 )

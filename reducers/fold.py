@@ -99,7 +99,7 @@ def match(metric: Tensor, *, class_token: bool = False, penalty: Tensor | None =
 
 def _most_alike(metric: Tensor) -> tuple[Tensor, Tensor]:
     """(images, n, d) -> (images, even) cosine of each even token to the odd one that it is most like, and which."""
-    unit = unit_vectors(metric)
+    unit = unit_rows(metric)
     even, odd = unit[:, 0::2], unit[:, 1::2].mT
     parts = -(-even.shape[1] * odd.shape[-1] // AT_ONCE) or 1  # of one size, nearly: few rows are rounded otherwise
     with true_fp32():
@@ -115,26 +115,18 @@ def _joined(parts: Sequence[Sequence[Tensor]], dim: int) -> tuple[Tensor, Tensor
     return score, partner
 
 
-def unit_vectors(x: Tensor) -> Tensor:
-    """(..., d) -> what cosines are products of, in at least fp32; zeros follow up to a multiple of 16 columns."""
-    return _aligned(_normalized(x))
+def unit_rows(metric: Tensor) -> Tensor:
+    """`F.normalize` of (..., d) in at least fp32, with one copy instead of two where the dtype is another.
 
-
-def _normalized(metric: Tensor) -> Tensor:
-    """`F.normalize` in at least fp32, with one copy instead of two where the dtype is another."""
+    There are zeros up to a multiple of 16 columns, which models have: every row begins at a cache line then. BLAS may
+    round otherwise where a matrix does not, and equal tokens would go other ways in another place of the batch: seen on
+    a CPU of AMD's with odd widths.
+    """
     x = at_least_fp32(metric)
     norm = x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    return x / norm if x is metric else x.div_(norm)
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """(..., d) with zeros up to a multiple of 16 columns, which models have: every row begins at a cache line then.
-
-    BLAS may round otherwise where a matrix does not, and equal tokens would go other ways in another place of the
-    batch: seen on a CPU of AMD's with odd widths.
-    """
-    missing = -x.shape[-1] % 16
-    return F.pad(x, (0, missing)) if missing else x
+    unit = x / norm if x is metric else x.div_(norm)
+    missing = -unit.shape[-1] % 16
+    return F.pad(unit, (0, missing)) if missing else unit
 
 
 @Op

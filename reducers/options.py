@@ -86,9 +86,14 @@ class Flag(Field[bool]):
 class Option(Field[_T]):
     """A field that only some methods take: an integer on its way to the model."""
 
+    @property
+    @abstractmethod
+    def count(self) -> int:
+        """How many values it has, of all options of a method multiplied 2**63 at most."""
+
     @abstractmethod
     def to_int(self, value: _T) -> int:
-        """The value as an integer of at most 63 bits."""
+        """The value as an integer in [0, count)."""
 
     @abstractmethod
     def from_int(self, code: int) -> _T:
@@ -106,6 +111,10 @@ class Choice(Option[str]):
             raise self.refusal(" or ".join(repr(word) for word in self.words), value)
         return value
 
+    @property
+    def count(self) -> int:
+        return len(self.words)
+
     def to_int(self, value: str) -> int:
         return self.words.index(value)
 
@@ -117,6 +126,10 @@ class Choice(Option[str]):
 
 
 class FlagOption(Flag, Option[bool]):
+    @property
+    def count(self) -> int:
+        return 2
+
     def to_int(self, value: bool) -> int:
         return int(value)
 
@@ -136,11 +149,15 @@ class Number(Option[int]):
             raise self.refusal(f"an integer of {self.least} to {self.most}", value)
         return value
 
+    @property
+    def count(self) -> int:
+        return self.most - self.least + 1
+
     def to_int(self, value: int) -> int:
-        return value
+        return value - self.least
 
     def from_int(self, code: int) -> int:
-        return code
+        return code + self.least
 
     def values(self) -> dict[str, Any]:
         return {"type": "integer", "minimum": self.least, "maximum": self.most}
@@ -160,6 +177,10 @@ class Layers(Option[tuple[int, ...]]):
             raise self.refusal("a list of different layer numbers from 0 on, such as [5, 6, 7, 8]", value)
         return tuple(sorted(value))
 
+    @property
+    def count(self) -> int:
+        return 1 << 63
+
     def to_int(self, value: tuple[int, ...]) -> int:
         return sum(1 << layer for layer in value)
 
@@ -169,6 +190,23 @@ class Layers(Option[tuple[int, ...]]):
     def values(self) -> dict[str, Any]:
         number = {"type": "integer", "minimum": 0, "maximum": 62}
         return {"type": "array", "items": number, "minItems": 1, "uniqueItems": True}
+
+
+def pack(options: Sequence[Option[Any]], values: Sequence[Value]) -> int:
+    """One integer of a value for each option; `unpack` is the inverse."""
+    code = 0
+    for option, value in reversed([*zip(options, values, strict=True)]):
+        code = code * option.count + option.to_int(value)
+    return code
+
+
+def unpack(options: Sequence[Option[Any]], code: int) -> tuple[Value, ...]:
+    """The values that `pack` was given."""
+    values: list[Value] = []
+    for option in options:
+        code, own = divmod(code, option.count)
+        values.append(option.from_int(own))
+    return tuple(values)
 
 
 def to_json(value: object) -> object:

@@ -14,8 +14,8 @@ from typing import ClassVar
 
 from foldserve.reducers import METHODS, Method, configured
 from foldserve.reducers.geometry import VisionGeometry
-from foldserve.reducers.method import Preselection, Step
-from foldserve.reducers.options import Value
+from foldserve.reducers.method import Step
+from foldserve.reducers.options import Value, pack, unpack
 from foldserve.reducers.reduction import MIN_KEPT, InvalidReduction, Reduction
 from foldserve.reducers.schedule import fold_schedule, least_ratio
 
@@ -23,8 +23,6 @@ __all__ = ["InvalidReduction", "Plan", "Reduction", "VisionGeometry", "fold_sche
 
 CODES = ("none", *METHODS)
 """What stands for a method in integers is its place here."""
-
-_MOST_OPTIONS = max(len(method.options) for method in METHODS.values() if not isinstance(method, Preselection))
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +41,7 @@ class Plan:
         seed: of methods that draw at random.
     """
 
-    INTS: ClassVar[int] = 4 + _MOST_OPTIONS  # of `to_ints`
+    INTS: ClassVar[int] = 5  # of `to_ints`
 
     method: str
     encoded: int
@@ -91,24 +89,16 @@ class Plan:
     def to_ints(self) -> tuple[int, ...]:
         """As many integers for every plan; `from_ints` of the same release reads them."""
         options = METHODS[self.method].options if self.method != "none" else ()
-        codes = [option.to_int(value) for option, value in zip(options, self.options, strict=True)]
-        return (
-            CODES.index(self.method),
-            self.encoded,
-            self.removed,
-            self.seed,
-            *codes,
-            *[0] * (_MOST_OPTIONS - len(codes)),
-        )
+        code = pack(options, self.options)
+        return CODES.index(self.method), self.encoded, self.removed, self.seed, code
 
     @classmethod
     def from_ints(cls, ints: Sequence[int], geometry: VisionGeometry) -> Plan:
         """The plan that gave these integers, on the same model."""
-        method, _, removed, seed, *codes = ints
+        method, _, removed, seed, code = ints
         plan = cls("none", geometry.tokens)
         if removed:
-            options = METHODS[CODES[method]].options
-            values = tuple(option.from_int(code) for option, code in zip(options, codes, strict=False))
+            values = unpack(METHODS[CODES[method]].options, code)
             plan = _plan(configured(CODES[method], values), geometry, removed)
         return plan.with_seed(seed) if seed else plan
 

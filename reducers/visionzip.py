@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foldserve.reducers.fold import Reduced, by_columns, group_sizes, group_sum, true_fp32, unit_vectors
+from foldserve.reducers.fold import Reduced, by_columns, group_sizes, group_sum, true_fp32, unit_rows
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.illava import without
 from foldserve.reducers.method import AfterLastLayer, Kind
@@ -60,7 +60,7 @@ def visionzip(x: Tensor, score: Tensor, keys: Tensor, dominant: int, contextual:
         group = torch.full_like(score, -1, dtype=torch.int64).scatter(1, source, slots)
         return Reduced(_rows(x, source), torch.ones_like(source), source, group)
 
-    unit = unit_vectors(keys)
+    unit = unit_rows(keys)
     with true_fp32():
         nearest = (_rows(unit, rest) @ _rows(unit, targets).mT).max(dim=-1).indices  # (B, others)
     group = torch.zeros_like(score, dtype=torch.int64).scatter(1, rest, dominant + nearest).scatter(1, source, slots)

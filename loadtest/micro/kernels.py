@@ -20,7 +20,9 @@ from torch import Tensor
 
 from foldserve.kernels import ops
 from foldserve.loadtest.micro.pairs import Ratio, alternate, ratio
-from foldserve.reducers.fold import group_mean, group_sum, match, place
+from foldserve.reducers import cosines
+from foldserve.reducers.divprune import divprune, farthest_first
+from foldserve.reducers.fold import group_mean, group_sum, match, place, unit_rows
 from foldserve.reducers.folder import folder
 from foldserve.reducers.illava import illava, lowest_into_one
 from foldserve.reducers.schedule import fold_schedule
@@ -89,8 +91,12 @@ def cases(shape: Shape, device: str) -> Iterator[Case]:
     yield "group_mean", all_x + image * folded, lambda: group_mean(x, fold.slot, folded)
     yield "group_sum", all_x + image * folded, lambda: group_sum(x, fold.slot, fold.sizes)
     yield "lowest_into_one", images * (16 * n + 16 * (n - n // 6)), lambda: lowest_into_one(attention, n // 6)
+    if cosines.holds_matrix(n):
+        matrix, first = cosines.matrix(unit_rows(x)), sizes[:, :1] - 1
+        yield "farthest_first", images * 4 * n * (n // 3), lambda: farthest_first(matrix, first, n // 3)
     one_step = 2 * all_x - all_x // 24
     yield "folder", all_x + all_x // 3, lambda: folder(x, fold_schedule(n, 2 * n // 3))
+    yield "divprune", all_x + all_x // 3, lambda: divprune(x, n // 3)
     yield "tome, a layer", one_step, lambda: tome(x, keys, sizes, n // 24, class_token=True)
     yield "illava, a layer", 2 * all_x - all_x // 6, lambda: illava(x, attention, n // 6)
     yield from _of_the_decoder(shape, device)

@@ -75,7 +75,8 @@ class Family(ABC):
     def widths(self, model_config: ModelConfig) -> Widths:
         """Of what is reduced, for kernels that are compiled before a server serves."""
         vision = model_config.hf_config.vision_config
-        return Widths(vision.hidden_size, vision.hidden_size // vision.num_attention_heads)
+        head = vision.hidden_size // vision.num_attention_heads
+        return Widths(vision.hidden_size, head, embedding=self.row_width(model_config))
 
     @abstractmethod
     def encode(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> Sequence[Survivors]:

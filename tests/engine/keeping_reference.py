@@ -52,12 +52,12 @@ class Keeping(Reference):
         pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
         seeded = plan.with_seed(crc32(pixels[0].numpy().tobytes())) if plan.method == "random" else plan
         entering = None if plan.cells is None else plan.cells.places()
-        tokens, source = self.tower.survivors(pixels, seeded.grids[0], entering)
-        features = self.model.model.multi_modal_projector(tokens)[0]
+        projector = self.model.model.multi_modal_projector
+        tokens, source = self.tower.survivors(pixels, seeded.grids[0], projector, entering)
         if not plan.keeps_positions:
-            return features, list(range(plan.kept))
+            return tokens[0], list(range(plan.kept))
         order = sorted(range(plan.kept), key=source[0].tolist().__getitem__)
-        return features[order], source[0, order].tolist()
+        return tokens[0, order], source[0, order].tolist()
 
     def place(self, prompt: str, images: Sequence[Image.Image], reductions: Sequence[dict[str, object]]) -> list[int]:
         """Writes the table for a prompt, and returns its positions: text goes on from the full length of an image."""

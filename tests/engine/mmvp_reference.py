@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from zlib import crc32
@@ -41,13 +42,16 @@ class MmvpReference(KeepingWithdrawingReference):
         clip = self.model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2][:, 1:]
         placed: list[tuple[int, Tensor]] = []
         for first, (name, features) in enumerate({"clip": clip, "dino": self.dino(pixels)}.items()):
-            tokens, source = after_tower(features, torch.arange(features.shape[1])[None], seeded.grids[0])
-            hidden = F.gelu(self.linear(f"multi_modal_projector.{name}.linear_1", tokens[0]))
-            embeds = self.linear(f"multi_modal_projector.{name}.linear_2", hidden)
-            placed += [(2 * place + first, embed) for place, embed in zip(source[0].tolist(), embeds, strict=True)]
+            project, places = partial(self.project, name), torch.arange(features.shape[1])[None]
+            tokens, source = after_tower(features, places, seeded.grids[0], project)
+            placed += [(2 * place + first, embed) for place, embed in zip(source[0].tolist(), tokens[0], strict=True)]
         placed.sort(key=lambda it: it[0])
         positions = [place for place, _ in placed] if plan.keeps_positions else list(range(len(placed)))
         return torch.stack([embed for _, embed in placed]), positions
+
+    def project(self, name: str, tokens: Tensor) -> Tensor:
+        hidden = F.gelu(self.linear(f"multi_modal_projector.{name}.linear_1", tokens))
+        return self.linear(f"multi_modal_projector.{name}.linear_2", hidden)
 
     def dino(self, pixels: Tensor) -> Tensor:
         """(1, 3, H, W) -> (1, patches, C)."""

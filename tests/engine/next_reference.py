@@ -83,7 +83,7 @@ class NextReference(WithdrawingReference):
         tiles = self.tiles(pixels[:1] if plan.base_only else pixels, plan)
         newline = self.model.model.image_newline
         whole, source = self.reduced(tiles[0], seeded.grids[0])
-        out, positions = list(self.project(whole)), source.tolist()
+        out, positions = list(whole), source.tolist()
         if plan.base_only:
             out, positions = [*out, newline], [*positions, plan.encoded - 1]
         else:
@@ -92,7 +92,7 @@ class NextReference(WithdrawingReference):
             rest, source = self.reduced(mosaic.flatten(0, 1), seeded.grids[1])
             for y in range(rows):
                 row = len(tiles[0]) + y * (columns + 1)
-                out += [*self.project(rest[source // columns == y]), newline]
+                out += [*rest[source // columns == y], newline]
                 positions += [row + int(place) % columns for place in source if place // columns == y] + [row + columns]
         order = sorted(range(len(out)), key=positions.__getitem__) if plan.keeps_positions else range(len(out))
         places = [positions[i] for i in order] if plan.keeps_positions else list(order)
@@ -113,13 +113,13 @@ class NextReference(WithdrawingReference):
         return torch.stack([torch.stack([tiles[tile, token] for tile, token in row]) for row in places])
 
     def project(self, tokens: Tensor) -> Tensor:
-        """What is left of a grid."""
+        """Token by token."""
         projected: Tensor = self.model.model.multi_modal_projector(tokens)
         return projected
 
     def reduced(self, grid: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-        """(n, C) -> (kept, C), and the place that each stands for."""
-        tokens, source = after_tower(grid[None], torch.arange(len(grid))[None], plan)
+        """(n, C) -> (kept, hidden), and the place that each stands for."""
+        tokens, source = after_tower(grid[None], torch.arange(len(grid))[None], plan, self.project)
         return tokens[0], source[0]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import isqrt
 from typing import Any, NamedTuple
 
@@ -18,7 +19,15 @@ from foldserve.reducers.plan import Plan
 from foldserve.reducers.prumerge import most_attended, prumerge
 from foldserve.reducers.random import draw
 from foldserve.reducers.tome import tome, turbo
+from tests.engine import plain_diversity
 from tests.reducers.naive import naive_visionzip
+
+Project = Callable[[Tensor], Tensor]
+"""Tokens (1, n, C) -> (1, n, hidden)"""
+
+
+def as_they_are(tokens: Tensor) -> Tensor:
+    return tokens
 
 
 class Seen(NamedTuple):
@@ -42,18 +51,22 @@ class PlainTower:
         self.model, self.class_token = getattr(model, "vision_model", model), class_token
         self.layers = self.model.encoder.layers[: -1 if layers is None else layers]
 
-    def features(self, pixels: Tensor, plan: Plan, entering: Tensor | None = None) -> Tensor:
-        """(B, 3, H, W) -> (B, plan.kept, C); B = 1 but for iLLaVA and `downsample`."""
-        return self.survivors(pixels, plan, entering)[0]
+    def features(
+        self, pixels: Tensor, plan: Plan, project: Project = as_they_are, entering: Tensor | None = None
+    ) -> Tensor:
+        """(B, 3, H, W) -> (B, plan.kept, hidden); B = 1 but for iLLaVA and `downsample`."""
+        return self.survivors(pixels, plan, project, entering)[0]
 
     @torch.no_grad()
-    def survivors(self, pixels: Tensor, plan: Plan, entering: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(1, 3, H, W) -> (1, plan.kept, C), and the token of the whole image that each of them stands for.
+    def survivors(
+        self, pixels: Tensor, plan: Plan, project: Project = as_they_are, entering: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """(1, 3, H, W) -> (1, plan.kept, hidden), and the token of the whole image that each of them stands for.
 
         Of the patches only those `entering`, if they are given.
         """
         features, source, _ = self._walk(pixels, plan, entering)
-        tokens, source = after_tower(features, source, plan)
+        tokens, source = after_tower(features, source, plan, project)
         return tokens, source if entering is None else entering[source]
 
     @torch.no_grad()
@@ -173,8 +186,24 @@ def attend(layer: Any, hidden: Tensor, bias: Tensor) -> tuple[Tensor, Seen]:
     return hidden + attention.out_proj(attended), Seen(query, key, probability)
 
 
-def after_tower(features: Tensor, source: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """(1, n, C), n = plan.encoded unless tokens went before -> (1, plan.kept, C), and what each of them stands for."""
+def after_tower(features: Tensor, source: Tensor, plan: Plan, project: Project = as_they_are) -> tuple[Tensor, Tensor]:
+    """(1, n, C), n = plan.encoded unless tokens went before -> (1, plan.kept, hidden), and what each stands for."""
+    if plan.method in plain_diversity.METHODS:
+        return _of_projected(project(features)[0], plan)
+    tokens, source = _of_tower(features, source, plan)
+    return project(tokens), source
+
+
+def _of_projected(tokens: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """(n, hidden) -> (1, plan.kept, hidden)"""
+    geometry, rest = plan.options if plan.method == "divprune" else ("plain", "drop")
+    groups = plain_diversity.groups(plan.method, tokens.numpy(), plan.kept, str(geometry), str(rest))
+    means = torch.stack([tokens[members].mean(dim=0) for _, members in groups])
+    return means[None], torch.tensor([[own for own, _ in groups]])
+
+
+def _of_tower(features: Tensor, source: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
+    """As `after_tower`, (1, plan.kept, C)."""
     side = isqrt(plan.encoded)
     if plan.method == "folder":
         reduced = folder(features, plan.folds, scale="official" if "official" in plan.options else "none")

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from foldserve.reducers.downsample import grid_for
-from tests.engine import qwen_tower_reference
+from tests.engine import plain_diversity, qwen_tower_reference
 from tests.engine.withdrawal.reference import Merge, chosen
 from tests.reducers.naive import ACROSS_FRAMES, naive_pixelprune
 
@@ -212,7 +212,11 @@ class QwenReference:
             return Left(levels, [(0, *token.at) for token in kept], max(rows, columns))
         if method == "pool":
             return self._pooled(levels, grid, n - removed, positions)
-        if method.partition("+")[0] == "folder":
+        if method in plain_diversity.METHODS:
+            geometry = {"plain": "plain", "centered": "standardized"}[asked.get("geometry", "plain")]
+            tokens, rest = levels[0].numpy(), asked.get("rest", "drop")
+            groups = plain_diversity.groups(method, tokens, n - removed, geometry, rest)
+        elif method.partition("+")[0] == "folder":
             groups = folder_groups(levels[0].numpy(), removed)
         else:
             assert method == "random"

@@ -62,7 +62,8 @@ class Reference:
         pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
         seeded = plan.with_seed(crc32(pixels[0].numpy().tobytes())) if plan.method == "random" else plan
         entering = None if plan.cells is None else plan.cells.places()
-        return self.model.model.multi_modal_projector(self.tower.features(pixels, seeded.grids[0], entering))[0]
+        projector = self.model.model.multi_modal_projector
+        return self.tower.features(pixels, seeded.grids[0], projector, entering)[0]
 
     def prompt_ids(self, prompt: str, plans: Sequence[ItemPlan]) -> list[int]:
         """Token ids with plan.kept placeholders per image."""

@@ -39,6 +39,10 @@ ANY_TOWER: list[dict[str, object]] = [
     {"method": "visionzip", "ratio": 0.7},
     {"method": "pixelprune", "tau": 60, "positions": "renumber"},
     {"method": "pixelprune+folder", "tau": 30, "ratio": 0.7, "positions": "renumber"},
+    {"method": "divprune", "ratio": 0.66},
+    {"method": "divprune", "ratio": 0.75, "rest": "merge"},
+    {"method": "divprune", "ratio": 0.5, "geometry": "centered"},
+    {"method": "cdpruner", "ratio": 0.8},
 ]
 WITH_CLASS_TOKEN: list[dict[str, object]] = [
     {"method": "folder_cls", "ratio": 0.66},

@@ -96,6 +96,9 @@ BEFORE_THE_DECODER = [
     one_image(*SIZES[0], method="downsample", ratio=0.5),
     one_image(*SIZES[1], method="downsample", ratio=0.9),  # fewer pixels than an image may have of its own
     one_image(*SIZES[1], method="downsample", ratio=0.75, positions="keep"),
+    one_image(*SIZES[0], method="divprune", ratio=0.6),
+    one_image(*SIZES[1], method="divprune", ratio=0.6, geometry="centered", positions="renumber"),
+    two_images({"method": "cdpruner", "ratio": 0.8}, {"method": "divprune", "ratio": 0.5, "rest": "merge"}),
     two_images({"method": "downsample", "ratio": 0.66}, {"ratio": 0.5}),
     two_images({}, {"method": "downsample", "ratio": 0.5}),
     Case(ask("hello there")),

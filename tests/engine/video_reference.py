@@ -62,11 +62,12 @@ class VideoLlavaReference(WithdrawingReference):
             left, places = self.film(pixels, self.seeded(plan, pixels))
         else:
             pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values_images"]
-            tokens, source = self.tower.survivors(pixels, self.seeded(plan, pixels).grids[0])
+            grid_plan = self.seeded(plan, pixels).grids[0]
+            tokens, source = self.tower.survivors(pixels, grid_plan, self.model.model.multi_modal_projector)
             left, places = [*tokens[0]], source[0].tolist()
         order = sorted(range(len(left)), key=places.__getitem__) if plan.keeps_positions else range(len(left))
         found = [places[i] for i in order] if plan.keeps_positions else list(order)
-        return self.model.model.multi_modal_projector(torch.stack([left[i] for i in order])), found
+        return torch.stack([left[i] for i in order]), found
 
     def seeded(self, plan: ItemPlan, pixels: Tensor) -> ItemPlan:
         return plan.with_seed(crc32(pixels[0].numpy().tobytes())) if plan.is_seeded else plan
@@ -74,18 +75,18 @@ class VideoLlavaReference(WithdrawingReference):
     def film(self, pixels: Tensor, plan: ItemPlan) -> tuple[list[Tensor], list[int]]:
         out: list[Tensor] = []
         places: list[int] = []
-        frames = self.frames(pixels)
+        frames, project = self.frames(pixels), self.model.model.multi_modal_projector
         choose = ACROSS_FRAMES.get(plan.grids[0].method)
         stay = choose(frames[:, self.first :].flatten(0, 1), len(frames), plan.grids[0].kept) if choose else []
         for i, frame in enumerate(frames):
             grid, start = frame[self.first :], i * len(frame)
             if choose:
                 own = [*range(self.first), *(self.first + j % len(grid) for j in stay if j // len(grid) == i)]
-                out += [frame[j] for j in own]
+                out += [*project(frame[own])]
                 places += [start + j for j in own]
                 continue
-            left, source = after_tower(grid[None], torch.arange(len(grid))[None], plan.grids[0])
-            out += [*frame[: self.first], *left[0]]
+            left, source = after_tower(grid[None], torch.arange(len(grid))[None], plan.grids[0], project)
+            out += [*project(frame[: self.first]), *left[0]]
             places += [*range(start, start + self.first), *(source[0] + start + self.first).tolist()]
         return out, places
 

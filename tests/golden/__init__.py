@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests.golden.case import Case, Row, Unsupported, load_cases, load_tables
+from tests.golden.diversity import check_cdpruner, check_centered, check_divprune
 from tests.golden.folder import check_fold_schedule, check_folder, check_folder_cls, check_ratio
 from tests.golden.illava import (
     check_fastv,
@@ -34,6 +35,9 @@ FRONTIER = HERE / "frontier"
 
 CHECKS: Mapping[str, Callable[[Case], None]] = {
     "evs": check_evs,
+    "cdpruner": check_cdpruner,
+    "divprune": check_divprune,
+    "divprune_centered": check_centered,
     "fastv": check_fastv,
     "folder": check_folder,
     "folder_cls": check_folder_cls,

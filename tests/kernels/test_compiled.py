@@ -13,12 +13,20 @@ from torch import Tensor
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from foldserve.kernels import groups, matching, rows, selection
+from foldserve.kernels import groups, matching, picking, rows, selection
 from tests.kernels.no_gpu import gpu
 
 AMPERE, HOPPER = 80, 90
 
-KERNELS = {"match": 3, "place": 1, "group_mean": 2, "group_sum": 2, "lowest_into_one": 1, "kv_slots": 1}
+KERNELS = {
+    "match": 3,
+    "place": 1,
+    "group_mean": 2,
+    "group_sum": 2,
+    "lowest_into_one": 1,
+    "farthest_first": 1,
+    "kv_slots": 1,
+}
 """Launches of a call."""
 
 
@@ -38,6 +46,10 @@ def calls(dtype: torch.dtype) -> dict[str, Callable[[], object]]:
         "group_mean of sizes": partial(groups.group_mean, x, ints(2, 577), 192, ints(2, 577)),
         "group_sum": partial(groups.group_sum, x, ints(2, 577), ints(2, 192), scores),
         "lowest_into_one": partial(selection.lowest_into_one, scores, 92),
+        "farthest_first": partial(picking.farthest_first, torch.zeros(2, 576, 576), ints(2, 1), 144),
+        "farthest_first of weights": partial(
+            picking.farthest_first, torch.zeros(2, 576, 576), ints(2, 1), 144, scores[:, 1:]
+        ),
         "kv_slots": partial(rows.kv_slots, ints(2, 64).int(), ints(600), ints(600), 16, 640),
     }
 

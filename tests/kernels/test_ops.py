@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, LlavaConfig
 
-from foldserve.kernels import groups, matching, ops, rows, selection
+from foldserve.kernels import groups, matching, ops, picking, rows, selection
 from foldserve.kernels.warm_up import Widths
 from foldserve.loadtest.micro.kernels import main
 from foldserve.reducers.ops import Op
@@ -27,6 +27,7 @@ TWINS = {
         groups.group_mean,
         groups.group_sum,
         selection.lowest_into_one,
+        picking.farthest_first,
         rows.kv_slots,
     )
 }
@@ -91,13 +92,17 @@ def test_the_model_chooses_for_its_device_and_compiles_before_it_is_built(monkey
                         compilation_config=SimpleNamespace(cudagraph_mm_encoder=False),
                         lora_config=None,
                         model_config=SimpleNamespace(
-                            hf_config=config, dtype=torch.bfloat16, multimodal_config=None, is_hybrid=False
+                            hf_config=config,
+                            dtype=torch.bfloat16,
+                            multimodal_config=None,
+                            is_hybrid=False,
+                            get_inputs_embeds_size=lambda: 64,
                         ),
                         additional_config={"foldserve": {"withdraw_layer": layer}},
                     )
                 )
             assert in_use() == expected
-            compiled = [(Widths(96, 24, decoder=decoder), torch.bfloat16, torch.device("cuda"))]
+            compiled = [(Widths(96, 24, embedding=64, decoder=decoder), torch.bfloat16, torch.device("cuda"))]
             assert warmed == (compiled if expected is TWINS else [])
             warmed.clear()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from foldserve.kernels import ops
 from foldserve.kernels.warm_up import Widths, warm_up
 from foldserve.reducers import METHODS
 from foldserve.reducers.attention import LayerAttention
-from foldserve.reducers.method import AfterTower, InTower, ScoringDecoder
+from foldserve.reducers.method import AfterProjector, AfterTower, InTower, ScoringDecoder
 from foldserve.reducers.ops import Op
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 from foldserve.server.engine.withdrawal.batch import BatchMaps
@@ -25,7 +26,7 @@ from tests.engine.withdrawal.test_metadata import BLOCK, IMAGE, TEXT, common
 from tests.kernels.no_gpu import gpu
 from tests.kernels.test_ops import TWINS
 
-WIDTHS = Widths(tower=64, head=16, decoder=48)
+WIDTHS = Widths(tower=64, head=16, embedding=80, decoder=48)
 CPU = torch.device("cpu")
 Variant = tuple[str, str]
 
@@ -61,6 +62,12 @@ def variants(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], set[Varia
         op.use(None)
 
 
+OPTIONS: dict[str, list[dict[str, Any]]] = {
+    "illava": [{"layers": [0, 2]}],
+    "divprune": [{}, {"rest": "merge"}, {"geometry": "centered"}],
+}
+
+
 def served(dtype: torch.dtype) -> None:
     """Each method, by several ratios and in batches of several sizes, of towers with and without a class token."""
     for class_token in (True, False):
@@ -69,8 +76,7 @@ def served(dtype: torch.dtype) -> None:
             for name, method in METHODS.items():
                 if isinstance(method, ScoringDecoder):
                     reduce_in_decoder(method, tokens, dtype)
-                options: dict[str, Any] = {"layers": [0, 2]} if name == "illava" else {}
-                for ratio in (0.1, 0.4, 0.66, 0.9):
+                for options, ratio in product(OPTIONS.get(name, [{}]), (0.1, 0.4, 0.66, 0.9)):
                     try:
                         plan = make_plan(Reduction.parse({"method": name, "ratio": ratio, **options}), geometry)
                     except InvalidReduction:
@@ -82,7 +88,8 @@ def served(dtype: torch.dtype) -> None:
 def reduce(plan: Plan, geometry: VisionGeometry, images: int, dtype: torch.dtype) -> None:
     method = plan.reducer
     if isinstance(method, AfterTower):
-        whole = torch.randn(images, geometry.tokens + geometry.class_token, WIDTHS.tower).to(dtype)
+        width = WIDTHS.embedding if isinstance(method, AfterProjector) else WIDTHS.tower
+        whole = torch.randn(images, geometry.tokens + geometry.class_token, width or 0).to(dtype)
         method.reduce(torch.stack(list(whole[:, int(geometry.class_token) :])), plan)
     if isinstance(method, InTower):
         x = torch.randn(images, geometry.tokens + geometry.class_token, WIDTHS.tower).to(dtype)
@@ -122,6 +129,6 @@ def test_nothing_is_left_to_a_request(variants: Callable[[], set[Variant]], dtyp
     steps()
     launched = variants()
     assert launched == warmed  # no more, and none in vain
-    assert len({name for name, _ in launched}) == 8
-    warm_up(Widths(tower=72, head=16, decoder=48), dtype, CPU)
+    assert len({name for name, _ in launched}) == 9
+    warm_up(Widths(tower=72, head=16, embedding=80, decoder=48), dtype, CPU)
     assert not launched <= variants()

@@ -90,6 +90,43 @@ def naive_visionzip(
     return [[i] for i in chosen] + members, [x[i] for i in chosen] + merged
 
 
+def naive_divprune(x: Tensor, kept: int, geometry: str) -> list[int]:
+    """(n, d) -> tokens in the order of picking."""
+    n = len(x)
+    y = x if geometry != "standardized" else x / (x.var(dim=0, correction=0) + 1e-6).sqrt()
+    weight = [1.0] * n
+    if geometry != "plain":
+        unlike = [-sum(_cosine(y[i], y[j]) for j in range(n) if j != i) / (n - 1) for i in range(n)]
+        mean = sum(unlike) / n
+        deviation = (sum((g - mean) ** 2 for g in unlike) / n) ** 0.5
+        weight = [(g - min(unlike)) / (max(unlike) - min(unlike) + 1e-6) for g in unlike]
+        if geometry == "standardized":
+            weight = [1 / (1 + math.exp(-(g - mean) / (deviation + 1e-6))) for g in unlike]
+        y = y - y.mean(dim=0)
+    far = [[1 - _cosine(a, b) for b in y] for a in y]
+    picks = [max(range(n), key=lambda j: min(far[i][j] for i in range(n) if i != j))]
+    while len(picks) < kept:
+        left = [j for j in range(n) if j not in picks]
+        picks.append(max(left, key=lambda j: weight[j] * min(far[i][j] for i in picks)))
+    return picks
+
+
+def naive_cdpruner(x: Tensor, kept: int, relevance: Tensor) -> list[int]:
+    """(n, d), (n,) -> tokens in the order of picking: determinants, from scratch for each."""
+    cosines = torch.stack([torch.stack([F.cosine_similarity(a, b, dim=0) for b in x]) for a in x])
+    kernel = relevance[:, None] * cosines * relevance
+    picks: list[int] = []
+    while len(picks) < kept:
+        left = [j for j in range(len(x)) if j not in picks]
+        volume = {j: float(torch.linalg.det(kernel[[*picks, j]][:, [*picks, j]])) for j in left}
+        picks.append(max(left, key=lambda j: volume[j]))
+    return picks
+
+
+def _cosine(a: Tensor, b: Tensor) -> float:
+    return float(F.cosine_similarity(a, b, dim=0))
+
+
 def _fold(tokens: list[Token], k: int, *, spared: int | None, weight: float, best_first: bool = False) -> list[Token]:
     """Remaining even tokens, in their order or by score, then all the odd ones."""
     even, odd = tokens[0::2], tokens[1::2]

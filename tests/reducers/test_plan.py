@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any
 
 import pytest
@@ -70,6 +71,17 @@ def test_plan_round_trip(method: str, count: tuple[int, int], official: bool, se
     assert Plan.from_ints(list(plan.to_ints()), clip(n)) == plan
     assert len(plan.to_ints()) == len(Plan("none", 1).to_ints())
     assert plan.options == (() if plan.is_identity else reduction.option_values)
+
+
+def test_all_options_of_a_method_in_one_integer() -> None:
+    words = [("geometry", word) for word in ("plain", "centered", "standardized")]
+    asked = [
+        Reduction("divprune", options=(one, ("rest", rest)), ratio=0.5) for one in words for rest in ("drop", "merge")
+    ]
+    plans = [make_plan(reduction, clip(576)) for reduction in asked]
+    assert [Plan.from_ints(plan.to_ints(), clip(576)) for plan in plans] == plans
+    assert len({plan.to_ints() for plan in plans}) == 6
+    assert all(prod(option.count for option in method.options) <= 1 << 63 for method in METHODS.values())
 
 
 @pytest.mark.parametrize("method", METHODS_OF_ANY_COUNT)

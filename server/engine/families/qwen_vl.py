@@ -332,6 +332,7 @@ def _any_size(model_config: ModelConfig) -> VisionGeometry:
         varies=True,
         takes_cells=takes_cells,
         windowed_layers=windowed,
+        merges_patches=True,
     )
 
 

@@ -1,0 +1,179 @@
+"""DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models, and its geometry of centered tokens.
+
+Tokens are picked so that the closest two of them are as far apart as can be: greedily, each time the one whose nearest
+pick is farthest. "Centering before Pruning" measures from the image's mean token, and weighs by how unlike the others a
+token is.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor
+
+from foldserve.reducers import cosines
+from foldserve.reducers.cosines import Rows
+from foldserve.reducers.fold import Fold, Reduced, at_least_fp32, group_sizes, merge, unit_rows
+from foldserve.reducers.geometry import VisionGeometry
+from foldserve.reducers.method import ONLY_TOKENS, AfterProjector, Seen
+from foldserve.reducers.ops import Op
+from foldserve.reducers.options import Choice, Value
+from foldserve.reducers.random import keep
+
+if TYPE_CHECKING:
+    from foldserve.reducers.plan import Plan
+
+Geometry = Literal["plain", "centered", "standardized"]
+Rest = Literal["drop", "merge"]
+
+_EPS = 1e-6  # the paper of the centered geometry names none
+
+
+def divprune(
+    x: Tensor,
+    kept: int,
+    *,
+    metric: Tensor | None = None,
+    geometry: Geometry = "plain",
+    rest: Rest = "drop",
+) -> Reduced:
+    """Keep tokens that are far from each other, in position order.
+
+    Args:
+        x: (B, n, d), any float dtype.
+        kept: of them stay, 1 <= kept <= n.
+        metric: (B, n, d_m), what tokens are compared by; None: the tokens themselves.
+        geometry: "plain": cosines of the tokens; "centered": of what they are beside their mean, weighted;
+            "standardized": that of channels divided by their deviation, as the paper does for Qwen2.5-VL.
+        rest: "merge" averages each of the others into the pick that is nearest.
+    """
+    metric = x if metric is None else metric
+    found = [_choose(some, kept, geometry, rest) for some in torch.split(metric, cosines.together(x.shape[1]))]
+    source = torch.cat([own for own, _ in found])
+    if rest == "drop":
+        return keep(x, source)
+    group = torch.cat([own for _, own in found])
+    return merge(x, [Fold(group, group_sizes(group, kept), source)])
+
+
+def _choose(metric: Tensor, kept: int, geometry: Geometry, rest: Rest) -> tuple[Tensor, Tensor]:
+    """(B, kept) int64 tokens that stay, ascending, and (B, n) int64 which of them each token goes to."""
+    unit, weight = (unit_rows(metric), None) if geometry == "plain" else _centered(metric, geometry)
+    source = farthest(unit, kept, weight).sort(dim=-1).values
+    return source, _nearest(unit, source) if rest == "merge" else source
+
+
+def _centered(metric: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
+    """(B, n, d) -> units of the centered tokens (B, n, d), and the weight of each (B, n)."""
+    y = at_least_fp32(metric)
+    if geometry == "standardized":
+        y = y / (y.var(dim=1, correction=0, keepdim=True) + _EPS).sqrt()
+    distinct = _distinct(unit_rows(y))
+    if geometry == "standardized":
+        deviation = distinct.std(dim=1, correction=0, keepdim=True)
+        weight = ((distinct - distinct.mean(dim=1, keepdim=True)) / (deviation + _EPS)).sigmoid()
+    else:
+        low, high = distinct.aminmax(dim=1, keepdim=True)
+        weight = (distinct - low) / (high - low + _EPS)
+    return unit_rows(y - y.mean(dim=1, keepdim=True)), weight
+
+
+def _distinct(unit: Tensor) -> Tensor:
+    """(B, n, d) -> (B, n): minus the mean cosine of each token to the others."""
+    to_all = (unit * unit.sum(dim=1, keepdim=True)).sum(dim=-1)
+    to_itself: Tensor = unit.norm(dim=-1).square()
+    return (to_itself - to_all) / max(1, unit.shape[1] - 1)
+
+
+def farthest(unit: Tensor, kept: int, weight: Tensor | None = None) -> Tensor:
+    """Picks first the token whose nearest other is farthest, then always the one whose nearest pick is.
+
+    Args:
+        unit: (B, n, d) of norm 1 or 0, at least fp32; distances are 1 - cosine.
+        weight: (B, n), what distances are multiplied by after the first pick; None: 1.
+
+    Returns:
+        (B, kept) int64 different tokens in the order of picking, of equals the first: the first k of them are what
+        k tokens would be.
+    """
+    if not cosines.holds_matrix(unit.shape[1]):
+        weights = [None] * len(unit) if weight is None else torch.split(weight, 1)
+        images = zip(torch.split(unit, 1), weights, strict=True)
+        return torch.cat([_chain(cosines.rows_made(own), _first(own), kept, of_own) for own, of_own in images])
+    matrix = cosines.matrix(unit)
+    matrix.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+    return farthest_first(matrix, _isolated(matrix.amax(dim=2)), kept, weight)
+
+
+@Op
+def farthest_first(matrix: Tensor, first: Tensor, kept: int, weight: Tensor | None = None) -> Tensor:
+    """All picks but the `first` of `farthest`, which come behind it.
+
+    Args:
+        matrix: (B, n, n), cosines between tokens; to themselves -inf, or anything.
+        first: (B, 1) int64.
+        weight: (B, n).
+    """
+    return _chain(cosines.rows_of(matrix), first, kept, weight)
+
+
+def _chain(rows: Rows, first: Tensor, kept: int, weight: Tensor | None) -> Tensor:
+    """See `farthest_first`. Nothing is read back: a pick stays where the next one is made."""
+    picks, distance = [first], 1 - rows(first)
+    for _ in range(1, kept):
+        distance.scatter_(1, picks[-1], -torch.inf)
+        score = distance if weight is None else (distance * weight).masked_fill_(distance == -torch.inf, -torch.inf)
+        picks.append(score.argmax(dim=1, keepdim=True))
+        distance = torch.fmin(distance, 1 - rows(picks[-1]))  # what is not a number would end the picks' -inf
+    return torch.cat(picks, dim=1)
+
+
+def _first(unit: Tensor) -> Tensor:
+    """`_isolated` of tokens (B, n, d), part by part."""
+    nearest, start = [], 0
+    for part in cosines.by_parts(unit, unit):
+        part.diagonal(offset=start, dim1=1, dim2=2).fill_(-torch.inf)
+        nearest.append(part.amax(dim=2))
+        start += part.shape[1]
+    return _isolated(torch.cat(nearest, dim=1))
+
+
+def _isolated(nearest: Tensor) -> Tensor:
+    """(B, n) cosines to each token's nearest other -> (B, 1), the token for which that is farthest."""
+    return (1 - nearest).argmax(dim=1, keepdim=True)
+
+
+def _nearest(unit: Tensor, source: Tensor) -> Tensor:
+    """(B, n) int64: which of the tokens in `source` (B, kept) each token is nearest to; those themselves."""
+    picked = unit.gather(1, source.unsqueeze(2).expand(-1, -1, unit.shape[2]))
+    group = torch.cat([part.argmax(dim=2) for part in cosines.by_parts(unit, picked)], dim=1)
+    slots = torch.arange(source.shape[1], device=source.device).expand_as(source)
+    return group.scatter(1, source, slots)
+
+
+class DivPrune(AfterProjector):
+    """By cosines of projected tokens, which the authors of both papers find better than the tower's."""
+
+    name = "divprune"
+    summary = "Keeps vision tokens that are as unlike each other as can be; works with any tower."
+    paper = "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models"
+    options = (
+        Choice(
+            "geometry",
+            "plain",
+            "'centered' measures from the image's mean token (arXiv 2608.30263), on Qwen-VL by 'standardized' channels",
+            ("plain", "centered", "standardized"),
+        ),
+        Choice("rest", "drop", "'merge' averages the other tokens into the nearest that stays", ("drop", "merge")),
+    )
+    geometry: Geometry
+    rest: Rest
+
+    def settled(self, geometry: VisionGeometry, *, keeps_positions: bool) -> tuple[Value, ...]:
+        """The form of the centered geometry that its paper has for the model."""
+        is_standardized = self.geometry == "centered" and geometry.merges_patches
+        return ("standardized" if is_standardized else self.geometry, self.rest)
+
+    def reduce(self, x: Tensor, plan: Plan, width: int | None = None, seen: Seen = ONLY_TOKENS) -> Reduced:
+        return divprune(x, plan.kept, metric=x[..., :width], geometry=self.geometry, rest=self.rest)
