@@ -55,6 +55,8 @@ CASES: dict[str, list[dict[str, object]]] = {
         {"method": "tome", "ratio": 0.66},
     ],
     "visionzip 0.75": [{"method": "visionzip", "ratio": 0.75}],
+    "divprune 0.66": [{"method": "divprune", "ratio": 0.66}],
+    "cdpruner 0.8": [{"method": "cdpruner", "ratio": 0.8}],
 }
 
 

@@ -19,7 +19,7 @@ SOME = ("no image", "turbo 0.75", "folder 0.5, fastv 0.5, keep", "two images, wi
 def test_the_file_is_what_the_script_asks() -> None:
     known = References.load()
     images, asked = cases()
-    assert list(known.cases) == asked and len(asked) == len(CASES) == 25
+    assert list(known.cases) == asked and len(asked) == len(CASES) == 27
     assert [image.tobytes() for image in known.images] == [image.tobytes() for image in images]
     assert known.withdraw_layer == withdraw_layer()
     assert len(images) == IMAGES and all(len(answer.ids) == TOKENS for answer in known.answers)
