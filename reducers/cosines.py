@@ -34,9 +34,13 @@ def together(tokens: int) -> int:
 
 
 def matrix(unit: Tensor) -> Tensor:
-    """(B, n, d) of norm 1 or 0 -> (B, n, n)."""
+    """(B, n, d) of norm 1 or 0 -> (B, n, n), image by image: a product of several may be rounded differently."""
+    batch, n, _ = unit.shape
+    out = unit.new_empty(batch, n, n)
     with true_fp32():
-        return unit @ unit.mT
+        for own, product in zip(unit, out, strict=True):
+            torch.mm(own, own.mT, out=product)
+    return out
 
 
 def rows_of(matrix: Tensor) -> Rows:

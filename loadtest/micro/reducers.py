@@ -3,7 +3,8 @@
 Encoders have the shape of published towers up to the layer that LLaVA reads, and random weights. Both are timed in one
 process, in turns; medians are reported, on a CPU of the process's CPU time, since a busy machine stretches wall time. A
 method inside the tower counts with all its steps and what they ask of their layers' attention, but not with what the
-layers after save; `downsample` with the smaller image and its position embeddings.
+layers after save; `downsample` with the smaller image and its position embeddings; a method after the projector with
+the projection of the tokens that go, which other methods save.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, 
 from foldserve.reducers import METHODS
 from foldserve.reducers.attention import LayerAttention
 from foldserve.reducers.downsample import interpolate_positions, resize
-from foldserve.reducers.method import AfterTower, BeforeTower, InTower
+from foldserve.reducers.method import AfterProjector, AfterTower, BeforeTower, InTower
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -40,6 +41,7 @@ class Tower:
         tiles: images that make up one, whose tokens methods after the tower see at once; the tower and methods inside
             see a batch of them.
         layers: that run.
+        embedding: width of the decoder, and of what LLaVA's projector gives.
     """
 
     name: str
@@ -51,6 +53,7 @@ class Tower:
     heads: int
     patch: int
     class_token: bool
+    embedding: int = 4096
 
     @property
     def geometry(self) -> VisionGeometry:
@@ -81,7 +84,7 @@ TOWERS = {
     tower.whole.tokens: tower
     for tower in (
         Tower("CLIP-L/14-336", 24, 1, 23, 1024, 4096, 16, 14, class_token=True),
-        Tower("SigLIP-so400m/14-384", 27, 1, 26, 1152, 4304, 16, 14, class_token=False),
+        Tower("SigLIP-so400m/14-384", 27, 1, 26, 1152, 4304, 16, 14, class_token=False, embedding=3584),
         Tower("CLIP-L/14-336, 5 tiles", 24, 5, 23, 1024, 4096, 16, 14, class_token=True),
     )
 }
@@ -103,18 +106,28 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Random stand-ins for what a tower gives: hidden states (tiles, n, width), projections (tiles, n, 3 width)."""
+    """Random stand-ins for what a tower gives: hidden states (tiles, n, width), projections (tiles, n, 3 width).
+
+    Attributes:
+        embedded: (1, tiles * patches, embedding), what the projector makes of them.
+    """
 
     tower: Tower
     pixels: Tensor
     hidden: Tensor
     qkv: Tensor
+    embedded: Tensor
+    projector: nn.Module
 
     @classmethod
     def draw(cls, tower: Tower, dtype: torch.dtype, device: str) -> Inputs:
         n = tower.side**2 + tower.class_token
         shapes = [(3, tower.side * tower.patch, tower.side * tower.patch), (n, tower.width), (n, 3 * tower.width)]
-        return cls(tower, *(torch.randn(tower.tiles, *shape, device=device).to(dtype) for shape in shapes))
+        pixels, hidden, qkv = (torch.randn(tower.tiles, *shape, device=device).to(dtype) for shape in shapes)
+        embedded = torch.randn(1, tower.whole.tokens, tower.embedding, device=device).to(dtype)
+        inner, last = nn.Linear(tower.width, tower.embedding), nn.Linear(tower.embedding, tower.embedding)
+        projector = nn.Sequential(inner, nn.GELU(), last).to(device, dtype)
+        return cls(tower, pixels, hidden, qkv, embedded, projector)
 
     def attention(self, n: int) -> LayerAttention:
         """Of a layer with n tokens; like vLLM's, a view of the fused projections."""
@@ -122,13 +135,17 @@ class Inputs:
         return LayerAttention(query, key, key.shape[-1] ** -0.5, class_token=self.tower.class_token)
 
 
-def calls(inputs: Inputs, ratios: tuple[float, ...]) -> Iterator[tuple[str, int, Callable[[], object]]]:
+def calls(
+    inputs: Inputs, ratios: tuple[float, ...], methods: Collection[str] = METHODS
+) -> Iterator[tuple[str, int, Callable[[], object]]]:
     """(method, tokens kept, call) of everything that works before the decoder on this tower."""
     tower = inputs.tower
-    for method in METHODS.values():
+    for method in (METHODS[name] for name in methods):
         geometry = tower.whole if isinstance(method, AfterTower) else tower.geometry
         for plan in plans(method.name, geometry, ratios):
-            if isinstance(method, AfterTower):
+            if isinstance(method, AfterProjector):
+                yield method.name, plan.kept, partial(after_projector, method, inputs, plan)
+            elif isinstance(method, AfterTower):
                 tokens = inputs.hidden[:, int(tower.class_token) :].reshape(1, geometry.tokens, -1)
                 yield method.name, plan.kept, partial(method.reduce, tokens, plan)
             elif isinstance(method, InTower):
@@ -157,6 +174,12 @@ def in_tower(method: InTower, inputs: Inputs, plan: Plan) -> Tensor:
     return x
 
 
+def after_projector(method: AfterProjector, inputs: Inputs, plan: Plan) -> object:
+    """With the projection of as many tokens as go."""
+    gone = inputs.hidden[:, int(inputs.tower.class_token) :].flatten(0, 1)[: plan.removed]
+    return inputs.projector(gone), method.reduce(inputs.embedded, plan)
+
+
 def before_tower(inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor]:
     """The smaller image and its position embeddings."""
     assert plan.grid is not None
@@ -180,11 +203,19 @@ def time_ms(call: Callable[[], object], device: str) -> float:
 
 
 @torch.inference_mode()
-def measure(tower: Tower, dtype: str, *, ratios: tuple[float, ...], rounds: int, device: str) -> list[Row]:
-    """All methods and ratios on one tower in one dtype; the first run of each is not counted."""
+def measure(
+    tower: Tower,
+    dtype: str,
+    *,
+    ratios: tuple[float, ...],
+    rounds: int,
+    device: str,
+    methods: Collection[str] = METHODS,
+) -> list[Row]:
+    """Methods and ratios on one tower in one dtype; the first run of each is not counted."""
     encoder = tower.build().to(device, DTYPES[dtype])
     inputs = Inputs.draw(tower, DTYPES[dtype], device)
-    cases = list(calls(inputs, ratios))
+    cases = list(calls(inputs, ratios, methods))
     encoder(inputs.pixels)
     for *_, call in cases:
         call()
@@ -213,6 +244,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there too")
     parser.add_argument("--dtype", choices=DTYPES, nargs="+", default=["fp32"])
     parser.add_argument("--tokens", type=int, choices=TOWERS, nargs="+", default=list(TOWERS))
+    parser.add_argument("--methods", choices=METHODS, nargs="+", default=list(METHODS), metavar="METHOD")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.75, 0.9])
     parser.add_argument("--rounds", type=int, default=3, help="runs of the encoder per table (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -221,7 +253,14 @@ def main() -> None:
     print(f"{args.device}, {torch.get_num_threads()} threads, medians of {args.rounds} rounds")
     for tokens in args.tokens:
         for dtype in args.dtype:
-            found = measure(TOWERS[tokens], dtype, ratios=tuple(args.ratios), rounds=args.rounds, device=args.device)
+            found = measure(
+                TOWERS[tokens],
+                dtype,
+                ratios=tuple(args.ratios),
+                rounds=args.rounds,
+                device=args.device,
+                methods=args.methods,
+            )
             print(f"\n{tokens} tokens, {TOWERS[tokens].name}, {dtype}: encoder {found[0].encoder_ms:.0f} ms\n")
             print("| method | ratio | kept | reduction ms | share of the encoder |\n|---|---|---|---|---|")
             print(*map(render, found), sep="\n", flush=True)

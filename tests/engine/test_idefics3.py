@@ -83,6 +83,7 @@ MIXED = [
     one_image(*SIZES[0], ratio=0.25),
     one_image(*SIZES[1], keep_tokens=41),
     one_image(*SIZES[2], method="random", ratio=0.6),
+    one_image(*SIZES[2], method="divprune", ratio=0.6),
     one_image(*SIZES[3], method="pool", ratio=0.75),
     one_image(*SIZES[1], ratio=0.6, **KEEP),
     one_image(*SIZES[3], method="random", ratio=0.6, **KEEP),

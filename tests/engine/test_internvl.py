@@ -138,6 +138,7 @@ MIXED: list[Case] = [
     one_image(*SIZES[0], ratio=0.25),
     one_image(*SIZES[1], keep_tokens=61),
     one_image(*SIZES[2], method="random", ratio=0.6),
+    one_image(*SIZES[2], method="divprune", ratio=0.6),
     one_image(*SIZES[4], method="pool", ratio=0.75),
     one_image(*SIZES[1], ratio=0.6, positions="keep"),
     one_image(*SIZES[4], method="random", ratio=0.6, positions="keep"),

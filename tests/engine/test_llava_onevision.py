@@ -122,6 +122,7 @@ PLAIN = [*(one_image(*size) for size in SIZES), one_video(3), one_video(2), both
 BEFORE_THE_DECODER = [
     *(one_image(*size, ratio=ratio) for size, ratio in zip(SIZES, (0.5, 0.77, 0.25, 0.77, 0.5, 0.25), strict=True)),
     one_image(*SIZES[3], method="random", ratio=0.9),
+    one_image(*SIZES[0], method="divprune", ratio=0.6),
     one_image(*SIZES[1], keep_tokens=60),
     one_image(*SIZES[3], method="base_only"),
     one_image(*SIZES[1], method="base_only+folder", ratio=0.6),

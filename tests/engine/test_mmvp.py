@@ -66,6 +66,7 @@ def test_ratios_and_methods_in_one_batch(llm: Any, reference: MmvpReference) -> 
     cases += [
         one_image(2, keep_tokens=100),
         one_image(3, method="random", ratio=0.6),
+        one_image(3, method="divprune", ratio=0.66, rest="merge"),
         one_image(3, method="pool", keep_tokens=72),
         one_image(4, ratio=0.5, withdraw=True),
         one_image(4, withdraw=True),

@@ -91,6 +91,7 @@ VIDEOS = [
     *(one_video(frames) for frames in (1, 2, 4)),
     *(one_video(frames, ratio=ratio) for frames, ratio in ((1, 0.5), (4, 0.77), (2, 0.25), (3, 0.5))),
     one_video(3, method="random", ratio=0.6),
+    one_video(3, method="divprune", ratio=0.6, rest="merge"),
     one_video(4, method="pool", ratio=0.75),
     one_video(3, keep_tokens=40),
     one_video(3, method="evs", ratio=0.5),

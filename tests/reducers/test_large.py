@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from foldserve.reducers import fold
 from foldserve.reducers.attention import LayerAttention
+from foldserve.reducers.cdpruner import cdpruner
+from foldserve.reducers.divprune import divprune
 from foldserve.reducers.folder import folder, folder_cls
 from foldserve.reducers.illava import illava
 from foldserve.reducers.pool import pool
@@ -55,6 +57,9 @@ REDUCE: dict[str, Callable[[Tensor], fold.Reduced]] = {
     "tome": lambda x: tome(x, x[..., :64], torch.ones(x.shape[:2], dtype=torch.int64), 90, class_token=False),
     "illava": lambda x: illava(x, x[..., 0], 90),
     "visionzip": lambda x: visionzip(x, x[..., 0], x[..., :64], 100, 30),
+    "divprune": lambda x: divprune(x, 60, rest="merge"),
+    "divprune centered": lambda x: divprune(x, 60, geometry="centered"),
+    "cdpruner": lambda x: cdpruner(x, 60),
     "pool": lambda x: pool(x, (15, 20), (5, 5)),
     "pool with a rest": lambda x: pool(x, (15, 20), (4, 4)),
 }
@@ -89,7 +94,7 @@ class Peak(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return out
 
 
-@pytest.mark.parametrize("name", ["folder deepstack", "illava", "tome"])
+@pytest.mark.parametrize("name", ["folder deepstack", "illava", "tome", "divprune", "divprune centered", "cdpruner"])
 def test_memory_grows_with_the_tokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the scores alone four times as many bytes are the price of twice the tokens."""
 
