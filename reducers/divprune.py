@@ -7,6 +7,7 @@ token is.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -100,10 +101,10 @@ def farthest(unit: Tensor, kept: int, weight: Tensor | None = None) -> Tensor:
     if not cosines.holds_matrix(unit.shape[1]):
         weights = [None] * len(unit) if weight is None else torch.split(weight, 1)
         images = zip(torch.split(unit, 1), weights, strict=True)
-        return torch.cat([_chain(cosines.rows_made(own), _first(own), kept, of_own) for own, of_own in images])
+        firsts = (_isolated(cosines.by_parts(own, own)) for own in torch.split(unit, 1))
+        return torch.cat([_chain(cosines.rows_made(own), next(firsts), kept, of_own) for own, of_own in images])
     matrix = cosines.matrix(unit)
-    matrix.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
-    return farthest_first(matrix, _isolated(matrix.amax(dim=2)), kept, weight)
+    return farthest_first(matrix, _isolated([matrix]), kept, weight)
 
 
 @Op
@@ -111,7 +112,7 @@ def farthest_first(matrix: Tensor, first: Tensor, kept: int, weight: Tensor | No
     """All picks but the `first` of `farthest`, which come behind it.
 
     Args:
-        matrix: (B, n, n), cosines between tokens; to themselves -inf, or anything.
+        matrix: (B, n, n), cosines between tokens; to themselves anything.
         first: (B, 1) int64.
         weight: (B, n).
     """
@@ -129,18 +130,24 @@ def _chain(rows: Rows, first: Tensor, kept: int, weight: Tensor | None) -> Tenso
     return torch.cat(picks, dim=1)
 
 
-def _first(unit: Tensor) -> Tensor:
-    """`_isolated` of tokens (B, n, d), part by part."""
-    nearest, start = [], 0
-    for part in cosines.by_parts(unit, unit):
+def _isolated(parts: Iterable[Tensor]) -> Tensor:
+    """The token whose nearest other is farthest, (B, 1).
+
+    Often two tokens are: each other's nearest. Their cosines are two elements of the matrix, which may be rounded
+    differently, so that each takes the larger one.
+
+    Args:
+        parts: rows of the matrix of cosines, (B, some, n), to which -inf is written for each token beside itself.
+    """
+    of_rows: list[Tensor] = []
+    of_columns: list[Tensor] = []
+    start = 0
+    for part in parts:
         part.diagonal(offset=start, dim1=1, dim2=2).fill_(-torch.inf)
-        nearest.append(part.amax(dim=2))
+        of_rows.append(part.amax(dim=2))
+        of_columns.append(part.amax(dim=1))
         start += part.shape[1]
-    return _isolated(torch.cat(nearest, dim=1))
-
-
-def _isolated(nearest: Tensor) -> Tensor:
-    """(B, n) cosines to each token's nearest other -> (B, 1), the token for which that is farthest."""
+    nearest = torch.maximum(torch.cat(of_rows, dim=1), torch.stack(of_columns).amax(dim=0))
     return (1 - nearest).argmax(dim=1, keepdim=True)
 
 

@@ -36,6 +36,10 @@ PINNED: list[tuple[dict[str, Any], str]] = [
     ({"method": "random", "keep_tokens": 36}, "f354b8b2a5ba4faf0d000775aa90af931719dc602f06de1a82262b0657c4b95d"),
     ({"method": "pool", "ratio": 0.75}, "c22ca8d06fda6263c50aa03c1c64ce727a7f681fe79a8fd4beae4a52ce780a7a"),
     ({"method": "illava_decoder", "ratio": 0.25}, "cat~illava_decoder:108"),
+    (
+        {"method": "divprune", "ratio": 0.5, "geometry": "centered", "rest": "merge"},
+        "bae6e4d6d554f8db9a458bc0eb670b08737e88b51fc25697f3f76ea55fc0f238",
+    ),
 ]
 """What is asked for an image named "cat" -> its identity: a change of one empties every deployment's caches."""
 
