@@ -14,7 +14,7 @@ from torch import Tensor
 from foldserve.reducers import cosines
 from foldserve.reducers.cosines import Rows
 from foldserve.reducers.fold import Reduced, true_fp32, unit_rows
-from foldserve.reducers.method import ONLY_TOKENS, AfterProjector, Seen
+from foldserve.reducers.method import ONLY_TOKENS, AfterProjector, Kind, Seen
 from foldserve.reducers.options import Choice
 from foldserve.reducers.random import keep
 from foldserve.reducers.refusal import InvalidReduction
@@ -109,6 +109,7 @@ class CDPruner(AfterProjector):
     name = "cdpruner"
     summary = "Keeps vision tokens that span the largest volume (a DPP), whatever the question; works with any tower."
     paper = "Beyond Attention or Similarity: Maximizing Conditional Diversity for Token Pruning in MLLMs"
+    kind = Kind.DROP
     options = (_Relevance("relevance", "none", "tokens weigh alike: no text is looked at", ("none",)),)
     relevance: str
 

@@ -17,7 +17,7 @@ from foldserve.reducers import cosines
 from foldserve.reducers.cosines import Rows
 from foldserve.reducers.fold import Fold, Reduced, at_least_fp32, group_sizes, merge, unit_rows
 from foldserve.reducers.geometry import VisionGeometry
-from foldserve.reducers.method import ONLY_TOKENS, AfterProjector, Seen
+from foldserve.reducers.method import ONLY_TOKENS, AfterProjector, Kind, Seen
 from foldserve.reducers.ops import Op
 from foldserve.reducers.options import Choice, Value
 from foldserve.reducers.random import keep
@@ -165,6 +165,7 @@ class DivPrune(AfterProjector):
     name = "divprune"
     summary = "Keeps vision tokens that are as unlike each other as can be; works with any tower."
     paper = "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models"
+    kind = Kind.DROP
     options = (
         Choice(
             "geometry",
