@@ -19,6 +19,7 @@ from foldserve.reducers.folder import Folder, FolderCls
 from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.illava import Illava, IllavaDecoder
 from foldserve.reducers.method import Method
+from foldserve.reducers.mmtok import MMTok
 from foldserve.reducers.options import Value
 from foldserve.reducers.pixelprune import PixelPrune
 from foldserve.reducers.pool import Pool
@@ -52,6 +53,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             CDPruner(),
             VisionZip(),
             PixelPrune(),
+            MMTok(),
             VidCom2(),
             EVS(),  # a new one comes last: plans' codes, and so the keys of caches, go by the order
         )

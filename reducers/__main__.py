@@ -14,6 +14,7 @@ def table() -> str:
 
 def _row(method: Method) -> str:
     fields = [option.name for option in method.options] + ["decoder"] * (method.decoder_half is not None)
+    fields += ["query"] * method.takes_query
     paper = f" *{method.paper}*" if method.paper else ""
     works = method.stage.value.replace("_", " ")
     return f"| `{method.name}` | {works} | {method.summary}{paper} | {', '.join(f'`{name}`' for name in fields)} |"

@@ -31,6 +31,7 @@ class VisionGeometry:
         any_resolution: the model lays the tokens of its tiles out as squares, so that a square number has to stay.
         projector: name of the method that is trained into the checkpoint's projector, or None.
         takes_cells: the tower can run on some of the tokens alone, each from pixels of its own.
+        shows_tower: what enters the projector is known too, beside what it gives.
         merges_patches: the tower ends in Qwen-VL's merger, which makes one token of 2 x 2 patches.
         windowed_layers: encoder layers that attend within windows, where an image's tokens can't be compared.
         frames: of a video whose tokens, frame by frame, are reduced as one grid; 0 of other grids.
@@ -45,6 +46,7 @@ class VisionGeometry:
     any_resolution: bool = False
     projector: str | None = None
     takes_cells: bool = False
+    shows_tower: bool = False
     merges_patches: bool = False
     windowed_layers: tuple[int, ...] = ()
     frames: int = 0

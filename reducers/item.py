@@ -178,6 +178,12 @@ class ItemPlan:
         """The method draws at random, seeded by the image."""
         return any(plan.is_seeded for plan in self.grids)
 
+    @property
+    def query_method(self) -> Method | None:
+        """The method that chooses by a query, if there is one."""
+        methods = (plan.reducer for plan in self.grids)
+        return next((method for method in methods if method is not None and method.takes_query), None)
+
     def with_seed(self, seed: int) -> ItemPlan:
         """The same plan for an image of this seed."""
         return replace(self, grids=tuple(plan.with_seed(seed) if plan.is_seeded else plan for plan in self.grids))
@@ -272,7 +278,6 @@ def _works_on_tiles(method: Method) -> bool:
     return method.stage in (Stage.BEFORE_TOWER, Stage.IN_TOWER)
 
 
-@lru_cache(maxsize=4096)
 def plan_item(reduction: Reduction, layout: Layout, cells: Cells | None = None) -> ItemPlan:
     """Turn what was asked into counts for an image; a random method's seed is added where the pixels are.
 
@@ -287,6 +292,11 @@ def plan_item(reduction: Reduction, layout: Layout, cells: Cells | None = None) 
     Raises:
         InvalidReduction: the image has too few tokens for it, or the model is not one that the method works with.
     """
+    return _plan_item(reduction if reduction.query is None else replace(reduction, query=None), layout, cells)
+
+
+@lru_cache(maxsize=4096)
+def _plan_item(reduction: Reduction, layout: Layout, cells: Cells | None) -> ItemPlan:
     base_only = reduction.base_only and _base(layout).tokens < layout.tokens
     if isinstance(METHODS[reduction.method], AcrossFrames):
         check_method(METHODS[reduction.method], layout)

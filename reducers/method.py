@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ONLY_TOKENS",
+    "QUERY_TOKENS",
     "AcrossFrames",
     "AfterLastLayer",
     "AfterProjector",
@@ -38,6 +39,10 @@ __all__ = [
     "Stage",
     "Step",
 ]
+
+
+QUERY_TOKENS = 64
+"""Of a query, that count: its first ones."""
 
 
 class Kind(Enum):
@@ -74,6 +79,7 @@ class Method(ABC):
         seeded: its plans carry a seed that comes from the image.
         keeps_grid: the tokens that stay are a smaller grid.
         keeps_positions: tokens that stay keep their positions unless something else is asked for.
+        takes_query: it chooses by the text that is asked about the image, which `query_texts` prepares.
         decoder_half: name of the Decoder method that `decoder: true` adds, if it has one.
     """
 
@@ -86,6 +92,7 @@ class Method(ABC):
     seeded: ClassVar[bool] = False
     keeps_grid: ClassVar[bool] = False
     keeps_positions: ClassVar[bool] = False
+    takes_query: ClassVar[bool] = False
     decoder_half: ClassVar[str | None] = None
 
     def __init__(self, *values: Value) -> None:
@@ -126,6 +133,10 @@ class Method(ABC):
     def schedule(self, geometry: VisionGeometry, removed: int) -> tuple[Step, ...]:
         """The steps, in order; they remove `removed` tokens together."""
         return (Step(removed),)
+
+    def query_texts(self, query: str) -> list[str]:
+        """What of a query is to be tokenized, text by text, of methods with `takes_query`."""
+        return [query]
 
 
 class Preselection(Method):
@@ -266,11 +277,12 @@ class AcrossFrames(AfterTower):
 
 
 class Seen(NamedTuple):
-    """What a method after the projector may look at beside the projected tokens; None: it does not ask for it.
+    """What a method after the projector may look at beside the projected tokens; None of what it does not ask for.
 
     Attributes:
         tower: (B, n, C), what enters the projector; of a merger, the mean of the patches that it makes one token of.
-        queries: of each image, (m, D): the decoder's embeddings of the tokens of its query; m may be 0.
+        queries: of each image, (m, D): the decoder's embeddings of the tokens of its query; m may be 0, and is for all
+            images where this is None.
     """
 
     tower: Tensor | None = None
@@ -285,12 +297,19 @@ class AfterProjector(AfterTower):
     """Removes tokens by what the projector makes of them: all are projected, also where others go before it.
 
     Attributes:
-        needs_tower: `Seen.tower` is given.
-        needs_queries: `Seen.queries` is given.
+        needs_tower: `Seen.tower` is given; so is `Seen.queries` to methods with `takes_query`.
     """
 
     needs_tower: ClassVar[bool] = False
-    needs_queries: ClassVar[bool] = False
+
+    def check(self, geometry: VisionGeometry) -> None:
+        super().check(geometry)
+        if self.needs_tower and not geometry.shows_tower:
+            raise InvalidReduction(
+                f"method {self.name!r} also compares what enters the projector, which of this model is not known here: "
+                "choose another method",
+                "method",
+            )
 
     @abstractmethod
     def reduce(self, x: Tensor, plan: Plan, width: int | None = None, seen: Seen = ONLY_TOKENS) -> Reduced:

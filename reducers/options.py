@@ -83,6 +83,26 @@ class Flag(Field[bool]):
         return {"type": "boolean"}
 
 
+@dataclass(frozen=True)
+class Text(Field[str]):
+    """A text of the user's."""
+
+    longest: int
+
+    def parse(self, value: object) -> str:
+        if not isinstance(value, str):
+            raise self.refusal("a text", value)
+        if len(value) > self.longest:
+            raise InvalidReduction(
+                f"{self.name} has {len(value)} characters, and may have {self.longest}: send the part that matters",
+                self.name,
+            )
+        return value
+
+    def values(self) -> dict[str, Any]:
+        return {"type": "string", "maxLength": self.longest}
+
+
 class Option(Field[_T]):
     """A field that only some methods take: an integer on its way to the model."""
 

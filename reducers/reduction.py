@@ -11,13 +11,16 @@ from typing import Any, Literal, get_args
 from foldserve.reducers import METHODS, configured
 from foldserve.reducers.base_only import BaseOnly
 from foldserve.reducers.method import AfterTower, Decoder, Method, Preselection
-from foldserve.reducers.options import Choice, Count, Field, Flag, Option, Share, Value, parse_options, to_json
+from foldserve.reducers.options import Choice, Count, Field, Flag, Option, Share, Text, Value, parse_options, to_json
 from foldserve.reducers.pixelprune import PixelPrune
 from foldserve.reducers.refusal import InvalidReduction
 
 __all__ = ["FIELDS", "MIN_KEPT", "InvalidReduction", "Positions", "Reduction"]
 
 Positions = Literal["renumber", "keep"]
+
+MAX_QUERY = 4096
+"""Characters of a query."""
 
 MIN_KEPT = 2  # a fold needs two sides
 _DEFAULT_METHOD = "folder"
@@ -50,6 +53,13 @@ _METHOD = _Methods(
     "a method, or one before the decoder and one in it, joined by `+` (also behind `base_only+` or `pixelprune+`): "
     + ", ".join(METHODS),
 )
+_QUERY = Text(
+    "query",
+    None,
+    "what the tokens that stay are chosen by, of a method that asks for it; default: the text of the message that the "
+    "image is in",
+    MAX_QUERY,
+)
 _RATIO = Share("ratio", None, "share of tokens removed")
 _VALUES: tuple[Field[Any], ...] = (
     _RATIO,
@@ -61,6 +71,7 @@ _VALUES: tuple[Field[Any], ...] = (
         get_args(Positions),
     ),
     Share("decoder_ratio", None, "share of an image's remaining tokens that the method in the decoder removes"),
+    _QUERY,
 )
 """Fields that are attributes of `Reduction`, None where they are left out."""
 _WITHDRAW = Flag("withdraw", False, "short for `+withdraw` in `method`")
@@ -87,6 +98,7 @@ class Reduction:
         ratio: as in `FIELDS`, like those below; 0 is kept as None. With a preselection an amount is what `method` is
             to leave of the whole image at most; with `pixelprune` alone, which is a `method` then, at least.
         decoder_ratio: None also if the decoder's method leaves no choice.
+        query: what a method that `takes_query` chooses by; None where the message that the image is in says it.
 
     Raises:
         InvalidReduction: a field is wrong, or two of them contradict each other.
@@ -100,6 +112,7 @@ class Reduction:
     positions: Positions | None = None
     decoder_ratio: float | None = None
     first: str | None = None
+    query: str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(_known(self.method), Decoder):
@@ -117,10 +130,9 @@ class Reduction:
             raise InvalidReduction("ratio and keep_tokens came together: give one of them", "ratio")
         self._settle_decoder()
         given: dict[str, object] = dict(self.options)
-        for name in given:
-            if name not in {option.name for option in self._own_options}:
-                takes = ", ".join([*_COMMON, *(option.name for option in self._own_options)])
-                raise InvalidReduction(f"method {self._methods!r} takes no {name}, only {takes}", name)
+        for name in [*given, *([] if self.query is None else [_QUERY.name])]:
+            if name not in (takes := self._fields):
+                raise InvalidReduction(f"method {self._methods!r} takes no {name}, only {', '.join(takes)}", name)
         object.__setattr__(self, "options", parse_options(self._own_options, given))
         if self.ratio == 0:
             self._settle_ratio_0()
@@ -198,6 +210,12 @@ class Reduction:
     def _methods(self) -> str:
         """Before the decoder, as a request names them."""
         return f"{self.first}+{self.method}" if self.first else self.method
+
+    @property
+    def _fields(self) -> list[str]:
+        """What `reduction` may hold with these methods."""
+        common = [name for name in _COMMON if name != _QUERY.name or METHODS[self.method].takes_query]
+        return [*common, *(option.name for option in self._own_options)]
 
     @property
     def _own_options(self) -> tuple[Option[Any], ...]:

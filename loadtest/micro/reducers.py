@@ -25,7 +25,8 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, 
 from foldserve.reducers import METHODS
 from foldserve.reducers.attention import LayerAttention
 from foldserve.reducers.downsample import interpolate_positions, resize
-from foldserve.reducers.method import AfterProjector, AfterTower, BeforeTower, InTower
+from foldserve.reducers.fold import Reduced
+from foldserve.reducers.method import AfterProjector, AfterTower, BeforeTower, InTower, Seen
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -58,12 +59,13 @@ class Tower:
     @property
     def geometry(self) -> VisionGeometry:
         """Of one tile."""
-        return VisionGeometry(self.side**2, (self.side, self.side), self.layers, self.class_token)
+        return VisionGeometry(self.side**2, (self.side, self.side), self.layers, self.class_token, shows_tower=True)
 
     @property
     def whole(self) -> VisionGeometry:
         """Of all tiles, one below the other."""
-        return VisionGeometry(self.tiles * self.side**2, (self.tiles * self.side, self.side), self.layers)
+        grid = (self.tiles * self.side, self.side)
+        return VisionGeometry(grid[0] * grid[1], grid, self.layers, shows_tower=True)
 
     def build(self) -> nn.Module:
         """The encoder, random weights; (tiles, 3, H, W) -> `last_hidden_state`."""
@@ -147,7 +149,7 @@ def calls(
                 yield method.name, plan.kept, partial(after_projector, method, inputs, plan)
             elif isinstance(method, AfterTower):
                 tokens = inputs.hidden[:, int(tower.class_token) :].reshape(1, geometry.tokens, -1)
-                yield method.name, plan.kept, partial(method.reduce, tokens, plan)
+                yield method.name, plan.kept, partial(after_tower, tokens, plan)
             elif isinstance(method, InTower):
                 yield method.name, tower.tiles * plan.kept, partial(in_tower, method, inputs, plan)
             elif isinstance(method, BeforeTower):
@@ -163,6 +165,15 @@ def plans(method: str, geometry: VisionGeometry, ratios: tuple[float, ...]) -> I
             yield make_plan(Reduction.parse({"method": method, **amount}), geometry)
         except InvalidReduction:  # the method does not work on this tower
             return
+
+
+def after_tower(tokens: Tensor, plan: Plan) -> Reduced:
+    """Where the method looks at more than these tokens, they stand for that too; a query has eight."""
+    method = plan.reducer
+    assert isinstance(method, AfterTower)
+    if isinstance(method, AfterProjector):
+        return method.reduce(tokens, plan, None, Seen(tokens, [tokens[0, :8]]))
+    return method.reduce(tokens, plan)
 
 
 def in_tower(method: InTower, inputs: Inputs, plan: Plan) -> Tensor:

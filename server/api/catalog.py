@@ -10,7 +10,8 @@ from foldserve.reducers import METHODS, Method
 from foldserve.reducers.base_only import BaseOnly
 from foldserve.reducers.item import Layout, check_method, plan_item
 from foldserve.reducers.method import AcrossFrames, Decoder, Preselection, Projector
-from foldserve.reducers.reduction import Reduction
+from foldserve.reducers.options import Field
+from foldserve.reducers.reduction import FIELDS, Reduction
 from foldserve.reducers.refusal import InvalidReduction
 
 if TYPE_CHECKING:
@@ -48,12 +49,16 @@ def describe(chat: FoldServingChat) -> dict[str, object]:
                 "paper": method.paper,
                 "stage": method.stage.value,
                 "modalities": _modalities(method, family),
-                "options": {option.name: option.schema() for option in method.options},
+                "options": {option.name: option.schema() for option in _own_fields(method)},
                 "max_removed_tokens": _max_removed(method, largest) if largest else 0,
             }
             for method in methods
         ],
     }
+
+
+def _own_fields(method: Method) -> list[Field[Any]]:
+    return [*method.options, *([FIELDS["query"]] if method.takes_query else [])]
 
 
 def _limits(chat: FoldServingChat) -> dict[str, dict[str, float | None]]:

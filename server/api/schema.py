@@ -25,6 +25,7 @@ from foldserve.server.api.usage import VisionTokens
 from foldserve.server.auto import Choice
 from foldserve.server.engine.fair_queue import KEY
 from foldserve.server.engine.family import Modality
+from foldserve.server.engine.query import text_of, with_query
 
 _SHARE_OR_AUTO = {"anyOf": [FIELDS["ratio"].values(), {"type": "string", "const": auto.AUTO}]}
 _REDUCTION_SCHEMA: dict[str, Any] = {
@@ -63,6 +64,7 @@ class Progress:
     Attributes:
         details: `detail` of each image and each video.
         images: names of the images, where they have any: URLs, which may hold them, or uuids.
+        texts: of the message that each image and each video is in.
         arrived: by `time.perf_counter`.
         vision: what its images and videos cost, once they are planned.
         on_its_way: to the engine, with images that it may hold later.
@@ -78,6 +80,7 @@ class Progress:
 
     details: dict[Modality, list[str]] = field(default_factory=dict)
     images: list[str | None] = field(default_factory=list)
+    texts: dict[Modality, list[str]] = field(default_factory=dict)
     arrived: float = field(default_factory=time.perf_counter)
     vision: VisionTokens | None = None
     on_its_way: OnItsWay | None = None
@@ -103,19 +106,20 @@ class FoldChatRequest(ChatCompletionRequest):
 
     @model_validator(mode="wrap")
     @classmethod
-    def _read_details(cls, data: Any, handler: Any) -> Any:
-        """Notes each image's and video's `detail` before validation turns message content into one-shot iterators."""
-        details, images = _details(data) if isinstance(data, dict) else ({}, [])
+    def _read_parts(cls, data: Any, handler: Any) -> Any:
+        """Notes what is said of images and videos before validation turns message content into one-shot iterators."""
+        media = _read_media(data) if isinstance(data, dict) else _Media()
         request = handler(data)
         if request.reduction is not None and request.reduction_ratio is not None:
             raise InvalidRequest(
                 "both `reduction` and `reduction_ratio` came: the latter is short for `reduction.ratio`, send one",
                 "reduction_ratio",
             )
-        request._progress.details = details
-        request._progress.body = data if details else None
+        progress = request._progress
+        progress.details, progress.texts = media.details, media.texts
+        progress.body = data if media.details else None
         if isinstance(request.asked, AutoRatio):
-            request._progress.images = images
+            progress.images = media.images
         return request
 
     def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
@@ -148,6 +152,8 @@ class FoldChatRequest(ChatCompletionRequest):
     ) -> dict[Modality, list[Reduction]]:
         """One per image and per video, in prompt order: the explicit one, or else what its `detail` says.
 
+        Where the request names no query for a method that takes one, it is the text of the message that the item is in.
+
         Args:
             default: where nothing is said.
             low: with `detail: "low"`.
@@ -157,26 +163,36 @@ class FoldChatRequest(ChatCompletionRequest):
         reductions: dict[Modality, list[Reduction]] = {}
         for modality, details in self._progress.details.items():
             by_detail = _by_detail(default[modality], low[modality])
-            reductions[modality] = [by_detail[detail] if explicit is None else explicit for detail in details]
+            asked = [by_detail[detail] if explicit is None else explicit for detail in details]
+            reductions[modality] = [*map(with_query, asked, self._progress.texts[modality])]
         return reductions
 
 
-def _details(body: Mapping[str, Any]) -> tuple[dict[Modality, list[str]], list[str | None]]:
-    """The `detail` of every image and video part of a raw chat body, and the images' names; unknown shapes are left to
-    validation.
-    """
-    details: dict[Modality, list[str]] = {}
-    images: list[str | None] = []
+@dataclass(frozen=True, slots=True)
+class _Media:
+    """What a raw chat body says of images and videos; see `Progress`."""
+
+    details: dict[Modality, list[str]] = field(default_factory=dict)
+    texts: dict[Modality, list[str]] = field(default_factory=dict)
+    images: list[str | None] = field(default_factory=list)
+
+
+def _read_media(body: Mapping[str, Any]) -> _Media:
+    """Unknown shapes are left to validation."""
+    media = _Media()
     messages = body.get("messages")
     for m, message in enumerate(messages if isinstance(messages, list) else []):
         content = message.get("content") if isinstance(message, dict) else None
-        for p, part in enumerate(content if isinstance(content, list) else []):
-            if isinstance(part, dict) and (modality := media_of(part)) is not None:
+        parts = [part if isinstance(part, dict) else {} for part in (content if isinstance(content, list) else ())]
+        text = text_of(parts)
+        for p, part in enumerate(parts):
+            if (modality := media_of(part)) is not None:
                 detail = _detail(part, URL_FIELDS[modality], f"messages[{m}].content[{p}]")
-                details.setdefault(modality, []).append(detail)
+                media.details.setdefault(modality, []).append(detail)
+                media.texts.setdefault(modality, []).append(text)
                 if modality == "image":
-                    images.append(_name(part))
-    return details, images
+                    media.images.append(_name(part))
+    return media
 
 
 def _name(part: Mapping[str, Any]) -> str | None:

@@ -29,6 +29,9 @@ MODALITIES: Sequence[Modality] = get_args(Modality)
 PLAN_FIELDS: Mapping[Modality, str] = MappingProxyType({"image": "image_plan", "video": "video_plan"})
 """Multimodal fields that carry `ItemPlan.to_ints()` of each image or video to the model, on the CPU."""
 
+QUERY_FIELDS: Mapping[Modality, str] = MappingProxyType({"image": "image_query", "video": "video_query"})
+"""Multimodal fields that carry the token ids of each item's query, of items whose plans ask for one."""
+
 FRAME_OPTIONS = frozenset({"fps", "num_frames", "do_sample_frames"})
 """Options of an HF processor that choose a video's frames while it is processed."""
 
@@ -79,21 +82,27 @@ class Family(ABC):
         return Widths(vision.hidden_size, head, embedding=self.row_width(model_config))
 
     @abstractmethod
-    def encode(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> Sequence[Survivors]:
+    def encode(
+        self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan], queries: Sequence[Tensor] = ()
+    ) -> Sequence[Survivors]:
         """Tower, projector and reduction: embeddings (plan.kept, hidden) of each image, each by its plan.
 
         Args:
             model: vLLM's model.
             inputs: what vLLM's `embed_multimodal` takes, of one image per plan; pixels as the tower takes them.
             plans: of which some remove tokens before the decoder.
+            queries: of each image, see `Seen`; none where no image has one.
         """
 
     @abstractmethod
-    def left(self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan) -> Sequence[Survivors]:
+    def left(
+        self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan, queries: Sequence[Tensor] = ()
+    ) -> Sequence[Survivors]:
         """What is left of one image's grids: of those `regions` that are encoded, in their order.
 
         Args:
             plan: removes tokens before the decoder.
+            queries: the image's, where it has one.
         """
 
     def regions(self, plan: ItemPlan, modality: Modality, size: tuple[int, int], info: Any) -> list[Region]:
@@ -193,7 +202,13 @@ class Family(ABC):
         """
         if ratio is None and self.largest.tiling is not None:
             return replace(
-                default, method=Reduction().method, options=(), ratio=None, keep_tokens=None, first="base_only"
+                default,
+                method=Reduction().method,
+                options=(),
+                ratio=None,
+                keep_tokens=None,
+                first="base_only",
+                query=None,
             )
         return default.with_ratio(LOW_DETAIL_RATIO if ratio is None else ratio)
 
@@ -253,15 +268,21 @@ class AfterTowerFamily(Family):
             (plan.kept, hidden); `source` counts the embeddings of the unreduced image.
         """
 
-    def encode(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> Sequence[Survivors]:
-        grids = iter(self._left(model, inputs, plans))
+    def encode(
+        self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan], queries: Sequence[Tensor] = ()
+    ) -> Sequence[Survivors]:
+        grids = iter(self._left(model, inputs, plans, queries))
         counts = [sum(part.count for part in plan.laid_out.parts) for plan in plans]
         return [self.pack(model, list(islice(grids, n)), plan) for n, plan in zip(counts, plans, strict=True)]
 
-    def left(self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan) -> Sequence[Survivors]:
-        return self._left(model, inputs, [plan])
+    def left(
+        self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan, queries: Sequence[Tensor] = ()
+    ) -> Sequence[Survivors]:
+        return self._left(model, inputs, [plan], queries)
 
-    def _left(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> list[Survivors]:
+    def _left(
+        self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan], queries: Sequence[Tensor]
+    ) -> list[Survivors]:
         """What is left of the grids of all images, of the decoder's width."""
         whole: list[Survivors] = []
         grid_plans: list[Plan] = []
@@ -269,7 +290,14 @@ class AfterTowerFamily(Family):
             for features, grid_plan in zip(parts, plan.grids, strict=True):
                 whole += untouched(features)
                 grid_plans += [grid_plan] * len(features)
-        return reduce_features(whole, grid_plans, partial(self.project, model), self.deciding_columns(model))
+        project, deciding = partial(self.project, model), self.deciding_columns(model)
+        own_queries = of_each_grid(queries, [sum(part.count for part in plan.laid_out.parts) for plan in plans])
+        return reduce_features(whole, grid_plans, project, deciding, queries=own_queries)
+
+
+def of_each_grid(queries: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
+    """The query of each grid, of images of so many grids."""
+    return [query for query, count in zip(queries, counts, strict=False) for _ in range(count)]
 
 
 class EqualGridsFamily(AfterTowerFamily):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 import torch
+from torch import Tensor
 from vllm.config import VllmConfig
+from vllm.lora.layers import VocabParallelEmbeddingWithLoRA
 from vllm.model_executor.models.interfaces import MultiModalEmbeddings, SupportsMultiModal
 from vllm.transformers_utils.processor import cached_image_processor_from_config
 
@@ -20,7 +22,7 @@ from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import positions, withdrawal
 from foldserve.server.engine.encoder_budget import batches, encoder_budget
 from foldserve.server.engine.families.registry import family_of
-from foldserve.server.engine.family import PLAN_FIELDS, Family
+from foldserve.server.engine.family import PLAN_FIELDS, QUERY_FIELDS, Family, Modality
 from foldserve.server.engine.pixels import Normalize
 from foldserve.server.engine.processor import DUMMY_FIELD
 from foldserve.server.engine.refused_options import check_options
@@ -31,8 +33,8 @@ class FoldModel(SupportsMultiModal):
     """Mixin before a family's model class of vLLM. Modifications:
 
     - images may come as bytes;
-    - `embed_multimodal` reduces each image by the plan that the processor sent with it, and refuses what the rest of
-      the engine would not do: keep positions, or remove tokens in the decoder;
+    - `embed_multimodal` reduces each image by the plan and query that the processor sent with it, and refuses what the
+      rest of the engine would not do: keep positions, or remove tokens in the decoder;
     - the tower and the projector run on no more than the profile run did, which tries the server's default reduction
       too;
     - with a withdrawal layer configured, the decoder is the withdrawing one, made of the checkpoint's own;
@@ -71,8 +73,7 @@ class FoldModel(SupportsMultiModal):
         vLLM's own path, bit for bit, when nothing is reduced.
         """
         is_dummy = kwargs.pop(DUMMY_FIELD, None) is not None
-        fields = [kwargs.pop(name, None) for name in PLAN_FIELDS.values()]  # a batch has one modality
-        rows_of_plans = next((field for field in fields if field is not None), None)
+        rows_of_plans, ids = _popped(kwargs, PLAN_FIELDS), _popped(kwargs, QUERY_FIELDS)
         family = self.family
         if rows_of_plans is None or family is None:
             return super().embed_multimodal(**kwargs)
@@ -85,13 +86,15 @@ class FoldModel(SupportsMultiModal):
             defaults = [self._default_plan(plan.layout) for plan in plans]
             if defaults != plans:
                 self._embed(family, kwargs, defaults)
+        queries = self._query_embeds(ids)
         together = batches(plans, [plan.encoded for plan in plans], self._tokens_at_once)
         if len(together) == 1:
-            return self._embed(family, kwargs, plans)
+            return self._embed(family, kwargs, plans, queries)
         embeds: dict[int, torch.Tensor] = {}
         for places in together:
             inputs = family.select(kwargs, places)
-            embeds |= zip(places, self._embed(family, inputs, [plans[i] for i in places]), strict=True)
+            own_queries = [queries[i] for i in places] if queries else []
+            embeds |= zip(places, self._embed(family, inputs, [plans[i] for i in places], own_queries), strict=True)
         return [embeds[i] for i in range(len(plans))]
 
     def token_groups(self, **kwargs: Any) -> list[tuple[list[int], list[int]] | None]:
@@ -104,22 +107,38 @@ class FoldModel(SupportsMultiModal):
             Of each grid, see `Family.left`: (group of each token, source of each group); None where all stay.
         """
         kwargs.pop(DUMMY_FIELD, None)
-        (row,) = [rows[0] for name in PLAN_FIELDS.values() if (rows := kwargs.pop(name, None)) is not None]
+        (row,), queries = _popped(kwargs, PLAN_FIELDS), self._query_embeds(_popped(kwargs, QUERY_FIELDS))
         family = self.family
         assert family is not None, "who asks has a plan"
-        grids = family.left(self, self._pixels(family, kwargs), family.read_plan(row.tolist()))
+        grids = family.left(self, self._pixels(family, kwargs), family.read_plan(row.tolist()), queries)
         return [None if grid.trail is None else (grid.trail.group().tolist(), grid.source.tolist()) for grid in grids]
 
     def unreduced(self, **inputs: Any) -> MultiModalEmbeddings:
         """What vLLM's own model gives."""
         return super().embed_multimodal(**inputs)
 
-    def _embed(self, family: Family, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> MultiModalEmbeddings:
+    def _query_embeds(self, ids: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        """Token ids of each image's query, on the device -> their embeddings (m, hidden) in the decoder."""
+        if ids is None:
+            return []
+        embeds: Tensor = self._lookup(torch.cat([*ids]))
+        return embeds.split_with_sizes([len(own) for own in ids])
+
+    @cached_property
+    def _lookup(self) -> Callable[[Tensor], Tensor]:
+        """The decoder's own embedding table: an adapter's rows go by the tokens of a step, and caches are for all."""
+        decoder = self.get_language_model()
+        wrapped = (module for module in decoder.modules() if isinstance(module, VocabParallelEmbeddingWithLoRA))
+        return next((module.base_layer for module in wrapped), decoder.embed_input_ids)
+
+    def _embed(
+        self, family: Family, inputs: Mapping[str, Any], plans: Sequence[ItemPlan], queries: Sequence[Tensor] = ()
+    ) -> MultiModalEmbeddings:
         """Embeddings of images that share a batch."""
         inputs = self._pixels(family, inputs)
         if all(plan.is_identity for plan in plans):
             return self.unreduced(**inputs)
-        images = family.encode(self, inputs, plans)
+        images = family.encode(self, inputs, plans, queries)
         return [
             positions.attach(image.features, image.source) if plan.keeps_positions else image.features
             for image, plan in zip(images, plans, strict=True)
@@ -159,6 +178,12 @@ class FoldModel(SupportsMultiModal):
         return Normalize(
             image_processor, self._vllm_config.model_config.dtype, next(self.vision_tower.parameters()).device
         )
+
+
+def _popped(kwargs: dict[str, Any], names: Mapping[Modality, str]) -> Any:
+    """What a batch, which has one modality, has under these names."""
+    fields = [kwargs.pop(name, None) for name in names.values()]
+    return next((field for field in fields if field is not None), None)
 
 
 def _choose_kernels(config: VllmConfig) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, lru_cache
-from itertools import chain, groupby
+from itertools import chain, groupby, islice
 from typing import Any, cast
 from zlib import crc32
 
@@ -26,12 +26,13 @@ from vllm.multimodal.processing import (
 from vllm.utils.cache import LRUCache
 
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
+from foldserve.reducers.method import QUERY_TOKENS, Method
 from foldserve.reducers.pixelprune import Cells
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import positions
 from foldserve.server.engine.cells import Mask, Seen
 from foldserve.server.engine.families.registry import family_of
-from foldserve.server.engine.family import PLAN_FIELDS, Family, Modality
+from foldserve.server.engine.family import PLAN_FIELDS, QUERY_FIELDS, Family, Modality
 from foldserve.server.engine.identity import ItemIdentity
 from foldserve.server.engine.pixels import Normalize, leaving_bytes
 
@@ -72,12 +73,14 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
     """Mixin before a family's multimodal processor of vLLM. Modifications:
 
     - takes `mm_processor_kwargs["foldserve"]` before the HF processor sees it;
-    - adds each image's plan to its multimodal data, and says of dummies that they are;
+    - adds each image's plan to its multimodal data, and the tokens of its query where the plan's method asks for them,
+      and says of dummies that they are;
     - where an image's pixels decide how much of it stays, has it processed before all else, once, and remembers that;
     - has images without text or options of their own processed by the image part of the HF processor alone: the rest
       sorts keyword arguments, which takes longer than the image. They stay bytes where they can, see `pixels`;
-    - makes the plan part of the image's identity (`ItemIdentity`), hence of the processor, encoder and prefix caches,
-      unless it removes nothing: then everything is as in vLLM. Refuses a client's uuid that reads as a plan's.
+    - makes the plan, with the query, part of the image's identity (`ItemIdentity`), hence of the processor, encoder and
+      prefix caches, unless it removes nothing: then everything is as in vLLM. Refuses a client's uuid that reads as a
+      plan's.
     """
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
@@ -142,6 +145,9 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         for modality, plans in planned.items():
             items = zip(plans, self._planned_family.pixels(processed, modality), strict=True)
             seeded = [plan.with_seed(self._seed(pixels)) if plan.is_seeded else plan for plan, pixels in items]
+            queries = self._queries(plans, hf_kwargs, modality)
+            if any(queries):
+                processed[QUERY_FIELDS[modality]] = [torch.tensor(ids, dtype=torch.int64) for ids in queries]
             # (ints,) each: more of them where cells are chosen
             processed[PLAN_FIELDS[modality]] = [torch.tensor(plan.to_ints()) for plan in seeded]
         if DUMMY_FIELD in hf_kwargs and "image" in planned:
@@ -170,6 +176,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         own = {
             name: MultiModalFieldConfig.batched(modality, keep_on_cpu=True) for modality, name in PLAN_FIELDS.items()
         }
+        own |= {name: MultiModalFieldConfig.batched(modality) for modality, name in QUERY_FIELDS.items()}
         return fields | own | {DUMMY_FIELD: MultiModalFieldConfig.batched("image", keep_on_cpu=True)}
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
@@ -179,7 +186,9 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         for h in chain.from_iterable(hashes.values()):
             ItemIdentity(h)  # a client's own could ask for what no plan says
         for modality, plans in planned.items():
-            hashes[modality] = [self._identity(h, plan) for h, plan in zip(hashes[modality], plans, strict=True)]
+            queries = self._queries(plans, inputs.hf_processor_mm_kwargs, modality)
+            each = zip(hashes[modality], plans, queries, strict=True)
+            hashes[modality] = [self._identity(h, plan, query) for h, plan, query in each]
         is_dummy = DUMMY_FIELD in inputs.hf_processor_mm_kwargs
         if is_dummy and "image" in planned:  # a white image of a client's is another one
             hashes["image"] = [f"{DUMMY_FIELD}-{h}" for h in hashes["image"]]
@@ -206,14 +215,38 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
             seen = seen.of(tuple(i for i, hit in enumerate(mm_is_cached["image"]) if not hit))
         return {**kwargs, KWARG: {**asked, **missing}, _SEEN: seen}
 
-    def _identity(self, image_hash: str, plan: ItemPlan) -> str:
+    def _identity(self, image_hash: str, plan: ItemPlan, query: tuple[int, ...]) -> str:
         if not plan.is_identity:
             algorithm = self.info.ctx.get_mm_config().mm_hasher_algorithm
-            image_hash = MultiModalHasher.hash_kwargs(algorithm, image=image_hash, plan=repr(plan.to_ints()))
+            asked = {"plan": repr(plan.to_ints())} | ({"query": repr(query)} if query else {})
+            image_hash = MultiModalHasher.hash_kwargs(algorithm, image=image_hash, **asked)
         full_length = plan.encoded if plan.keeps_positions else None
         if plan.decoder == "none":
             return str(ItemIdentity(image_hash, full_length))
         return str(ItemIdentity(image_hash, full_length, plan.decoder, plan.kept_deep))
+
+    def _queries(self, plans: Sequence[ItemPlan], kwargs: _Kwargs, modality: Modality) -> list[tuple[int, ...]]:
+        """Token ids of the query of each item; none where its plan asks for none, or it has no query."""
+        methods = [plan.query_method for plan in plans]
+        if not any(methods):
+            return [()] * len(plans)
+        reductions = parse_reductions(_by_modality(kwargs.get(KWARG)).get(modality), len(plans), modality)
+        return [
+            self._token_ids(method, reduction.query) if method and reduction.query else ()
+            for method, reduction in zip(methods, reductions, strict=True)
+        ]
+
+    @cached_property
+    def _token_ids(self) -> Callable[[Method, str], tuple[int, ...]]:
+        return lru_cache(maxsize=1024)(self._tokenized)  # asked for several times per request
+
+    def _tokenized(self, method: Method, query: str) -> tuple[int, ...]:
+        """The first `QUERY_TOKENS` tokens, without special ones before or behind; all are in the embedding table."""
+        texts = method.query_texts(query)[:QUERY_TOKENS]
+        each = self.info.get_tokenizer()(texts, add_special_tokens=False)["input_ids"] if texts else []
+        rows = self.info.ctx.model_config.get_vocab_size()
+        known = (token for token in chain.from_iterable(each) if token < rows)
+        return tuple(islice(known, QUERY_TOKENS))
 
     def _all_plans(
         self, mm_items: MultiModalDataItems, kwargs: _Kwargs, uuids: _Uuids | None = None

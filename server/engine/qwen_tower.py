@@ -43,10 +43,27 @@ def encode_reducing(
     Returns:
         What is left of each image in raster order; deepstack levels are the last columns of the features.
     """
+    return _walked(visual, pixels, grid, plan, cells).finish()
+
+
+def encode_showing_patches(
+    visual: Any, pixels: Tensor, grid: Sequence[int], plan: Plan, cells: Cells | None = None
+) -> tuple[list[Survivors], list[Tensor]]:
+    """Images of one grid through the tower, with a plan that acts behind it.
+
+    Returns:
+        images: as of `encode_reducing`, whole.
+        means: (n, C) of each, in raster order: of the patches that the merger makes a token of.
+    """
+    walk = _walked(visual, pixels, grid, plan, cells)
+    return walk.finish(), [*walk.means()]
+
+
+def _walked(visual: Any, pixels: Tensor, grid: Sequence[int], plan: Plan, cells: Cells | None) -> Walk:
     walk = Walk(visual, pixels, grid, plan, cells)
     for index, layer in enumerate(visual.blocks):
         walk.through(layer, index)
-    return walk.finish()
+    return walk
 
 
 class _Windows(NamedTuple):
@@ -146,6 +163,12 @@ class Walk:
     def sizes(self) -> Tensor:
         """(B, n) int64, tokens in each, in raster order as `finish` gives them."""
         return self._sizes.gather(1, self._raster[self._source].argsort(dim=1))
+
+    def means(self) -> Tensor:
+        """(B, n, C), fp32: of each token's patches, in raster order."""
+        means = self._tokens.unflatten(-1, (self._patches, -1)).mean(dim=2, dtype=torch.float32)
+        order = self._raster[self._source].argsort(dim=1)
+        return means.gather(1, order.unsqueeze(-1).expand_as(means))
 
     def finish(self) -> list[Survivors]:
         hidden = self._flat()

@@ -157,7 +157,7 @@ def reduce_features(
         project: that the tower's output is still to go through.
         width: see `AfterTower.reduce`.
         tower: of each grid, `Seen.tower` (n, C); None: what is projected. Needed if a method asks for it.
-        queries: of each grid, see `Seen`; needed if a method asks for them.
+        queries: of each grid, see `Seen`; none where no image has one.
     """
 
     def run(is_projected_first: bool, members: list[int]) -> Sequence[Survivors]:
@@ -192,7 +192,7 @@ def _reduced(
         batch = _batch([image.features for image in group])
         if isinstance(method, AfterProjector):
             of_tower = _batch([tower[i] for i in members]) if method.needs_tower else None
-            own_queries = [queries[i] for i in members] if method.needs_queries else None
+            own_queries = [queries[i] for i in members] if method.takes_query and queries else None
             reduced = method.reduce(batch, plan, width, Seen(of_tower, own_queries))
         else:
             reduced = method.reduce(batch, plan, width)

@@ -165,6 +165,32 @@ def test_images_of_earlier_turns_count(client: openai.OpenAI) -> None:
     assert vision_tokens(answer)["encoded"] == 2 * ENCODED
 
 
+def test_a_query_is_the_text_beside_the_image_or_the_requests(client: openai.OpenAI) -> None:
+    """Of all images of a message, and in later turns too."""
+    first = [image_part(3), image_part(4), {"type": "text", "text": "Where is the red car?"}]
+    turns: list[Any] = [{"role": "user", "content": first}]
+    later = [*turns, {"role": "assistant", "content": "Left."}, {"role": "user", "content": "Which animal is on it?"}]
+
+    def chosen(messages: list[Any], **query: str) -> list[float]:
+        """By what the answer's probabilities are."""
+        answer: Any = client.chat.completions.create(
+            model="tiny",
+            messages=messages,
+            max_tokens=4,
+            temperature=0,
+            logprobs=True,
+            extra_body={"reduction": {"method": "mmtok", "ratio": 0.9, **query}},
+        )
+        assert vision_tokens(answer) == expected(129, "mmtok") | {"encoded": 2 * ENCODED, "kept": 30}
+        return [token.logprob for token in answer.choices[0].logprobs.content]
+
+    for messages in (turns, later):
+        of_the_message = chosen(messages, query="Where is the red car?")
+        assert chosen(messages) == pytest.approx(of_the_message, abs=1e-5)
+        for other in ("Which animal is on it?", ""):
+            assert chosen(messages, query=other) != pytest.approx(of_the_message, abs=1e-4)
+
+
 def test_text_only(client: openai.OpenAI) -> None:
     answer = ask(client, extra={"reduction_ratio": 0.5})
     assert "vision_tokens" not in answer.usage.model_extra
@@ -196,6 +222,8 @@ BAD_REDUCTIONS: list[tuple[dict[str, Any], str]] = [
         {"reduction": {"method": "visionzip", "ratio": 0.5, "class_token": True, "positions": "keep"}},
         "reduction.class_token",
     ),
+    ({"reduction": {"ratio": 0.5, "query": "where?"}}, "reduction.query"),
+    ({"reduction": {"method": "mmtok", "query": "x" * 4097}}, "reduction.query"),
     ({"reduction": []}, "reduction"),
     ({"reduction": 0.5}, "reduction"),
     ({"reduction": {"withdraw": 1}}, "reduction.withdraw"),
@@ -268,6 +296,8 @@ def test_catalog(server_url: str) -> None:
     assert catalog["low_detail"] == {"ratio": 0.75}
     assert catalog["default_reduction"] == {}
     assert catalog["withdraw_layer"] == 2
+    fields = {method["id"]: method["options"] for method in catalog["data"]}
+    assert fields["mmtok"]["query"]["maxLength"] == 4096 and "query" not in fields["folder"]
     assert catalog["calibration"] is None  # K was given by number
 
 

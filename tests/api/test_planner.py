@@ -20,6 +20,7 @@ from foldserve.server.engine.withdrawal import Room
 from foldserve.server.settings import Settings
 
 CLIP = VisionGeometry(576, (24, 24), layers=23, class_token=True)
+SHOWN = replace(CLIP, shows_tower=True)
 SIGLIP = VisionGeometry(729, (27, 27), layers=26)
 
 
@@ -255,6 +256,49 @@ def test_what_acts_on_tiles_is_checked_before_they_are_known(method: str) -> Non
     with pytest.raises(InvalidReduction, match="laid out in tiles") as caught:
         planner().check(request("auto", reduction={"method": "base_only"}))
     assert caught.value.param == "method"
+
+
+def image(name: str) -> dict[str, Any]:
+    return {"type": "image_url", "image_url": {"url": f"http://x/{name}.png"}}
+
+
+def text(words: str) -> dict[str, Any]:
+    return {"type": "text", "text": words}
+
+
+TURNS: list[dict[str, Any]] = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": [text("Look:"), image("a"), image("b"), text("which is red?")]},
+    {"role": "assistant", "content": "The first."},
+    {"role": "user", "content": "And the other?"},
+    {"role": "user", "content": [image("c")]},
+]
+
+
+def queries(turns: list[dict[str, Any]], planner: Planner, **fields: Any) -> list[str | None]:
+    return [one.query for one in planner.check(FoldChatRequest(messages=turns, **fields))["image"]]
+
+
+def test_an_image_is_asked_about_by_the_message_that_it_is_in() -> None:
+    """Whatever later turns say, unless the request has a query of its own; methods that take none get none."""
+    covering = {"method": "mmtok", "ratio": 0.5}
+    served = planner(SHOWN)
+    of_the_turn = "Look:\nwhich is red?"
+    assert queries(TURNS[:2], served, reduction=covering) == [of_the_turn] * 2
+    assert queries(TURNS, served, reduction=covering) == [of_the_turn, of_the_turn, ""]
+    assert queries(TURNS, served, reduction=covering | {"query": "cat"}) == ["cat"] * 3
+    assert queries(TURNS, served, reduction=covering | {"query": ""}) == [""] * 3
+    assert queries(TURNS, served, reduction={"ratio": 0.5}) == queries(TURNS, served) == [None] * 3
+    by_default = planner(SHOWN, default_reduction=Reduction.parse(covering))
+    assert queries(TURNS[:2], by_default) == [of_the_turn] * 2
+    assert queries(TURNS[:2], by_default, reduction_ratio=0.9) == [None] * 2
+    long = [{"role": "user", "content": [image("a"), text("x" * 5000)]}]
+    assert queries(long, served, reduction=covering) == ["x" * 4096]
+
+
+def test_low_detail_leaves_the_servers_query_to_methods_that_take_it() -> None:
+    default = Reduction.parse({"method": "base_only+mmtok", "ratio": 0.5, "query": "cat"})
+    assert asked(anyres(default_reduction=default), "low") == [Reduction(first="base_only")]
 
 
 @pytest.mark.parametrize(

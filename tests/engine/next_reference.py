@@ -20,13 +20,15 @@ from foldserve.reducers.item import ItemPlan, Layout, Part, plan_item
 from foldserve.reducers.plan import Plan, Reduction
 from tests.engine.keeping_reference import Answer, Keeping
 from tests.engine.plain_tower import after_tower
+from tests.engine.reference import KEYWORDS
 from tests.engine.withdrawal.reference import WithdrawingReference
+from tests.reducers.naive import naive_mmtok
 
 
 class NextReference(WithdrawingReference):
     """Modifications to the reference: an image is a tile and a mosaic, each reduced by itself; newlines stay.
 
-    Tiles that are reduced in the tower, or made smaller before it, are squares of fewer tokens.
+    Tiles that are reduced in the tower, or made smaller before it, are squares of fewer tokens. A prompt has one query.
     """
 
     model_class: Any = LlavaNextForConditionalGeneration
@@ -36,6 +38,7 @@ class NextReference(WithdrawingReference):
         self.tile = replace(self.geometry, any_resolution=True)
 
     def plans(self, images: Sequence[Any], reductions: Sequence[dict[str, object]]) -> list[ItemPlan]:
+        self.words = next((KEYWORDS[str(asked["query"])] for asked in reductions if "query" in asked), [])
         return [
             plan_item(Reduction.parse(reduction), self.layout(image))
             for image, reduction in zip(images, reductions, strict=True)
@@ -50,7 +53,10 @@ class NextReference(WithdrawingReference):
 
     def of_squares(self, shape: tuple[int, ...], side: int) -> Layout:
         rows, columns = self.mosaic_grid(shape, side)
-        whole, mosaic = VisionGeometry(side**2, (side, side)), VisionGeometry(rows * columns, (rows, columns))
+        whole, mosaic = (
+            VisionGeometry(down * across, (down, across), shows_tower=True)
+            for down, across in ((side, side), (rows, columns))
+        )
         return Layout((Part(whole, name="base"), Part(mosaic, separators=rows, name="mosaic")), shape, self)
 
     def mosaic_grid(self, shape: tuple[int, ...], side: int) -> tuple[int, int]:
@@ -119,6 +125,10 @@ class NextReference(WithdrawingReference):
 
     def reduced(self, grid: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """(n, C) -> (kept, hidden), and the place that each stands for."""
+        if plan.method == "mmtok":
+            projected = self.project(grid)
+            picks = naive_mmtok(projected, grid, self.embedded(self.words), plan.kept, 0.02)
+            return projected[picks], torch.tensor(picks)
         tokens, source = after_tower(grid[None], torch.arange(len(grid))[None], plan, self.project)
         return tokens[0], source[0]
 

@@ -21,7 +21,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from foldserve.reducers.downsample import grid_for
 from tests.engine import plain_diversity, qwen_tower_reference
 from tests.engine.withdrawal.reference import Merge, chosen
-from tests.reducers.naive import ACROSS_FRAMES, naive_pixelprune
+from tests.reducers.naive import ACROSS_FRAMES, naive_mmtok, naive_pixelprune
 
 Answer = tuple[list[int], list[float]]
 Place = tuple[int, int, int]
@@ -216,6 +216,15 @@ class QwenReference:
             geometry = {"plain": "plain", "centered": "standardized"}[asked.get("geometry", "plain")]
             tokens, rest = levels[0].numpy(), asked.get("rest", "drop")
             groups = plain_diversity.groups(method, tokens, n - removed, geometry, rest)
+        elif method == "mmtok":
+            whole = qwen_tower_reference.encode(
+                self.model.model.visual, pixels, (rows, columns), 0, {"method": "illava"}
+            )
+            means = torch.stack([token.patches.mean(0) for token in whole])
+            question = f"Question: {asked['query']}" if asked.get("query") else ""
+            ids = self.processor.tokenizer(question, add_special_tokens=False)["input_ids"][:64]
+            text = self.model.model.language_model.embed_tokens(torch.tensor(ids, dtype=torch.int64))
+            groups = [(i, [i]) for i in naive_mmtok(levels[0], means, text, n - removed, 0.01)]
         elif method.partition("+")[0] == "folder":
             groups = folder_groups(levels[0].numpy(), removed)
         else:

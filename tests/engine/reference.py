@@ -14,9 +14,16 @@ from transformers import AutoProcessor, CLIPVisionConfig, LlavaForConditionalGen
 
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
 from foldserve.reducers.pixelprune import Cells
-from foldserve.reducers.plan import Reduction, VisionGeometry
+from foldserve.reducers.plan import Plan, Reduction, VisionGeometry
 from tests.engine.plain_tower import PlainTower
-from tests.reducers.naive import naive_pixelprune
+from tests.reducers.naive import naive_mmtok, naive_pixelprune
+
+KEYWORDS = {
+    "": [],
+    "What is the color of the car on the left?": ["color", "of", "car", "on", "left"],
+    "Where is it?": ["Where", "is", "it?"],
+}
+"""Queries, and what MMTok looks for."""
 
 
 class Reference:
@@ -32,7 +39,7 @@ class Reference:
         vision = self.config.vision_config
         side, class_token = vision.image_size // vision.patch_size, isinstance(vision, CLIPVisionConfig)
         layers = vision.num_hidden_layers + 1 + self.config.vision_feature_layer
-        self.geometry = VisionGeometry(side**2, (side, side), layers, class_token, takes_cells=True)
+        self.geometry = VisionGeometry(side**2, (side, side), layers, class_token, takes_cells=True, shows_tower=True)
         self.tower = PlainTower(getattr(self.model.model, self.tower_name), layers, class_token=class_token)
 
     def plan(self, reduction: dict[str, object]) -> ItemPlan:
@@ -65,6 +72,20 @@ class Reference:
         projector = self.model.model.multi_modal_projector
         return self.tower.features(pixels, seeded.grids[0], projector, entering)[0]
 
+    def covering(self, image: Image.Image, plan: ItemPlan, words: Sequence[str]) -> Tensor:
+        """The same of MMTok, by what is to be looked for."""
+        pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
+        whole = self.tower.features(pixels, Plan("none", self.geometry.tokens))
+        projected: Tensor = self.model.model.multi_modal_projector(whole)[0]
+        return projected[naive_mmtok(projected, whole[0], self.embedded(words), plan.kept, 0.02)]
+
+    def embedded(self, words: Sequence[str]) -> Tensor:
+        """The decoder's embeddings of their tokens."""
+        tokenizer = self.processor.tokenizer
+        ids = [token for word in words for token in tokenizer(word, add_special_tokens=False)["input_ids"]]
+        embeds: Tensor = self.model.get_input_embeddings()(torch.tensor(ids, dtype=torch.int64))
+        return embeds
+
     def prompt_ids(self, prompt: str, plans: Sequence[ItemPlan]) -> list[int]:
         """Token ids with plan.kept placeholders per image."""
         ids: list[int] = []
@@ -83,7 +104,12 @@ class Reference:
         ids = torch.tensor(self.prompt_ids(prompt, plans))
         embeds = self.model.get_input_embeddings()(ids)
         if images:
-            features = [self.image_features(image, plan) for image, plan in zip(images, plans, strict=True)]
+            features = [
+                self.covering(image, plan, KEYWORDS[str(asked.get("query", ""))])
+                if plan.method == "mmtok"
+                else self.image_features(image, plan)
+                for image, plan, asked in zip(images, plans, reductions, strict=True)
+            ]
             embeds[ids == self.config.image_token_index] = torch.cat(features)
         out: list[int] = []
         logprobs: list[float] = []

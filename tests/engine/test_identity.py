@@ -40,6 +40,11 @@ PINNED: list[tuple[dict[str, Any], str]] = [
         {"method": "divprune", "ratio": 0.5, "geometry": "centered", "rest": "merge"},
         "bae6e4d6d554f8db9a458bc0eb670b08737e88b51fc25697f3f76ea55fc0f238",
     ),
+    ({"method": "mmtok", "ratio": 0.5}, "8bc902ec717d86c4d8e44aaaf74ca8ae2158a1cec2b3f938c6f34d6d1988ef99"),
+    (
+        {"method": "mmtok", "ratio": 0.5, "query": "the left car"},
+        "a57f7277436326898f41368a3aa9355370bb6d23b851587ec17b6dfc22c1a89f",
+    ),
 ]
 """What is asked for an image named "cat" -> its identity: a change of one empties every deployment's caches."""
 
@@ -80,6 +85,47 @@ def test_what_pixels_decide_is_part_of_the_identity(processor: Any) -> None:
     assert ["@144" in one for one in found] == [True, True, True, False, True, True]
     kept = ItemIdentity.parse(of(tau=60, method="pixelprune+fastv", decoder_ratio=0.5)).kept
     assert 2 <= kept < 72  # half of what pixels leave
+
+
+def test_queries_are_told_apart_by_what_counts_of_them(processor: Any) -> None:
+    def identity(query: str | None, **fields: Any) -> str:
+        asked = {"method": "mmtok", "ratio": 0.5} | fields | ({} if query is None else {"query": query})
+        (found,) = identities(processor, "cat", foldserve=asked)
+        return found
+
+    of_the_car = identity("the left car")
+    assert identity("Where is the left car?") == of_the_car  # keywords
+    assert identity("the red car") != of_the_car
+    assert identity("the left car", query_form="question") != identity("Where is the left car?", query_form="question")
+    assert identity("") == identity("  ") == identity(None) != of_the_car
+    words = [f"word{number}" for number in range(100)]
+    assert identity(" ".join(words)) == identity(" ".join(words[:70])) != identity(" ".join(words[:9]))
+    assert identity("cat", ratio=0) == "cat"  # nothing is removed
+
+
+def test_each_image_has_its_query_in_the_cache_too(processor: Any) -> None:
+    """What was not processed before is processed with its own query, whatever is found in the cache."""
+    from vllm.multimodal.cache import MultiModalProcessorOnlyCache
+
+    cache = MultiModalProcessorOnlyCache(processor.info.ctx.model_config)
+    prompt = processor.info.get_tokenizer().encode("<image> <image> x")
+    asked = [{"method": "mmtok", "ratio": 0.5, "query": query} for query in ("red car", "blue", "")]
+
+    def sent(*reductions: dict[str, Any]) -> list[list[int] | None]:
+        items = processor.info.parse_mm_data({"image": [photo(1), photo(2)]})
+        made = processor(prompt, items, hf_processor_mm_kwargs={"foldserve": list(reductions)}, cache=cache)
+        found = made["mm_kwargs"]["image"]
+        return [item["image_query"].data.tolist() if "image_query" in item else None for item in found]
+
+    tokenizer = processor.info.get_tokenizer()
+    red, blue = (
+        [token for word in words for token in tokenizer(word, add_special_tokens=False)["input_ids"]]
+        for words in (["red", "car"], ["blue"])
+    )
+    assert sent(asked[0], asked[1]) == [red, blue]
+    assert sent(asked[0], asked[2]) == [red, None]
+    assert sent(asked[1], asked[0]) == [blue, red]
+    assert sent({"ratio": 0.5}, {}) == [None, None]
 
 
 @pytest.mark.parametrize("uuid", LOOK_ALIKES)

@@ -128,6 +128,7 @@ def test_sizes_ratios_and_methods_in_one_batch(llm: Any, reference: NextReferenc
         one_image(300, 200, keep_tokens=100),
         one_image(333, 337, method="random", ratio=0.6),
         one_image(333, 337, method="divprune", ratio=0.6, rest="merge"),
+        one_image(333, 337, method="mmtok", ratio=0.6, query="What is the color of the car on the left?"),
         one_image(120, 480, ratio=0.5, withdraw=True),
         one_image(640, 130, withdraw=True),
         one_image(60, 60, method="folder+fastv", ratio=0.5),

@@ -43,6 +43,9 @@ ANY_TOWER: list[dict[str, object]] = [
     {"method": "divprune", "ratio": 0.75, "rest": "merge"},
     {"method": "divprune", "ratio": 0.5, "geometry": "centered"},
     {"method": "cdpruner", "ratio": 0.8},
+    {"method": "mmtok", "ratio": 0.5, "query": "What is the color of the car on the left?"},
+    {"method": "mmtok", "ratio": 0.5, "query": "Where is it?"},
+    {"method": "mmtok", "keep_tokens": 20},
 ]
 WITH_CLASS_TOKEN: list[dict[str, object]] = [
     {"method": "folder_cls", "ratio": 0.66},
@@ -146,7 +149,7 @@ def test_the_reference_tells_methods_apart(expected: dict[str, Expect]) -> None:
 
 
 def geometry_of(side: int, layers: int, *, class_token: bool) -> VisionGeometry:
-    return VisionGeometry(side**2, (side, side), layers, class_token)
+    return VisionGeometry(side**2, (side, side), layers, class_token, shows_tower=True)
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,8 @@ SIZES = ((280, 196), (168, 336), (256, 256))
 """(width, height)"""
 
 K = 4  # of 8 layers; Qwen3-VL's first three add deepstack levels
+QUERY = "How many people are waiting for the bus, and what does the sign behind them say? Take your time."
+"""Of more than 64 tokens."""
 KEEP, RENUMBER = {"positions": "keep"}, {"positions": "renumber"}
 
 CUT: dict[str, Any] = {
@@ -101,6 +103,9 @@ BEFORE_THE_DECODER = [
     two_images({"method": "cdpruner", "ratio": 0.8}, {"method": "divprune", "ratio": 0.5, "rest": "merge"}),
     two_images({"method": "downsample", "ratio": 0.66}, {"ratio": 0.5}),
     two_images({}, {"method": "downsample", "ratio": 0.5}),
+    one_image(*SIZES[0], method="mmtok", ratio=0.6, query=QUERY),
+    one_image(*SIZES[1], method="mmtok", ratio=0.6, query=QUERY, positions="renumber"),
+    two_images({"method": "mmtok", "ratio": 0.5}, {"method": "mmtok", "ratio": 0.5, "query": QUERY}),
     Case(ask("hello there")),
 ]
 IN_THE_DECODER = [
@@ -231,6 +236,7 @@ CACHED: list[dict[str, Any]] = [
     {"ratio": 0.5, "withdraw": True},
     {"method": "pixelprune", "tau": 35},
 ]
+COVERING: dict[str, Any] = {"method": "mmtok", "ratio": 0.5, "query": "what is it?"}
 BLOCK, FEW = 32, 3
 
 
@@ -269,7 +275,7 @@ def test_prefixes_that_end_inside_an_image_and_behind_it(
     assert start >= end and images == 0
 
 
-@pytest.mark.parametrize("reduction", CACHED, ids=str)
+@pytest.mark.parametrize("reduction", [*CACHED, COVERING], ids=str)
 def test_later_turns_of_a_conversation(llm: Any, reference: QwenReference, reduction: dict[str, Any]) -> None:
     """They read from the cache what was said before, answers included; an image is encoded once."""
     forget(llm)

@@ -71,6 +71,7 @@ OTHERS = [
     two_images({}, {}),
     two_images({"ratio": 0.77}, {"ratio": 0.5, **RENUMBER}),
     one_image(*SIZES[0], method="random", ratio=0.6),
+    one_image(*SIZES[1], method="mmtok", ratio=0.6, query="what is it?"),
     one_image(*SIZES[2], method="pool", ratio=0.7),
     one_image(*SIZES[0], method="pool", ratio=0.7, positions="keep"),
     one_image(*SIZES[0], keep_tokens=10),

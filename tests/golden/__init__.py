@@ -19,6 +19,7 @@ from tests.golden.illava import (
     check_illava_removed,
     check_illava_vit,
 )
+from tests.golden.mmtok import check_mmtok, check_mmtok_keywords
 from tests.golden.pixelprune import check_pixelprune, check_pixelprune_image
 from tests.golden.pooling import check_pooling
 from tests.golden.prumerge import check_prumerge
@@ -46,6 +47,7 @@ CHECKS: Mapping[str, Callable[[Case], None]] = {
     "illava_vit": check_illava_vit,
     "pixelprune": check_pixelprune,
     "pixelprune_image": check_pixelprune_image,
+    "mmtok": check_mmtok,
     "pooling": check_pooling,
     "prumerge": check_prumerge,
     "stf": check_stf,
@@ -62,6 +64,7 @@ TABLES: Mapping[str, Callable[[Row], None]] = {
     "fastv_keep_round": check_fastv_kept,
     "folder_fold_schedule": check_fold_schedule,
     "illava_r_round": check_illava_removed,
+    "mmtok_keywords": check_mmtok_keywords,
     "ratio_to_r_int": check_ratio,
     "tome_parse_r": check_tome_schedule,
     "visionzip_split": check_split,

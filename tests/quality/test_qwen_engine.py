@@ -54,17 +54,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_answers_are_the_references(checkpoint: Path, reference: QwenReference) -> None:
-    model, reduction = AnsweringModel(str(checkpoint), VLLMS), Reduction(ratio=0.5)
+    """A method that chooses by a query has each image's own question for it."""
+    model, methods = AnsweringModel(str(checkpoint), VLLMS), ("folder", "mmtok")
     layouts = model.layouts(PHOTOS)
     assert tuple(layout.tokens for layout in layouts) == TOKENS
     content = [[{"type": "image_pil", "image_pil": image}, {"type": "text", "text": QUESTION}] for image in PHOTOS]
     dialogues: list[Any] = [[{"role": "user", "content": parts}] for parts in content]
     with model.engine(None) as engine:
-        replies = engine.ask(dialogues, reduction, plan_all(reduction, layouts), 1)
-    for image, reply in zip(PHOTOS, replies, strict=True):
-        tokens, logprobs = reference.generate(PROMPT, [image], [{"ratio": 0.5}], 1)
-        assert int(reply.first.argmax()) == tokens[0]
-        assert float(reply.first[tokens[0]]) == pytest.approx(logprobs[0], abs=2e-5)
+        each = [Reduction(method, ratio=0.5) for method in methods]
+        replies = [engine.ask(dialogues, reduction, plan_all(reduction, layouts), 1) for reduction in each]
+    for method, own in zip(methods, replies, strict=True):
+        for image, reply in zip(PHOTOS, own, strict=True):
+            asked = {"method": method, "ratio": 0.5, "query": QUESTION}
+            tokens, logprobs = reference.generate(PROMPT, [image], [asked], 1)
+            assert int(reply.first.argmax()) == tokens[0]
+            assert float(reply.first[tokens[0]]) == pytest.approx(logprobs[0], abs=2e-5)
 
 
 def test_a_card(checkpoint: Path, data: Path, tmp_path: Path) -> None:

@@ -127,6 +127,24 @@ def _cosine(a: Tensor, b: Tensor) -> float:
     return float(F.cosine_similarity(a, b, dim=0))
 
 
+def naive_mmtok(projected: Tensor, tower: Tensor, text: Tensor, kept: int, temperature: float) -> list[int]:
+    """(n, D), (n, C), (m, D), in fp64 -> the tokens that stay, in position order."""
+    projected, tower, text = projected.double(), tower.double(), text.double()
+    n, targets = len(projected), []
+    for word in text:
+        targets.append((F.cosine_similarity(word[None], projected) / temperature).softmax(0) / len(text))
+    for token in tower:
+        targets.append((F.cosine_similarity(token[None], tower) / 0.2).softmax(0) * 0.5 / n)
+    covered = torch.zeros(len(targets), dtype=torch.float64)
+    rows, picked = torch.stack(targets), list[int]()
+    for _ in range(kept):
+        gains = (rows - covered[:, None]).clamp_min(0).sum(0).tolist()
+        best = max((i for i in range(n) if i not in picked), key=lambda i: (gains[i], -i))
+        picked.append(best)
+        covered = torch.maximum(covered, rows[:, best])
+    return sorted(picked)
+
+
 def _fold(tokens: list[Token], k: int, *, spared: int | None, weight: float, best_first: bool = False) -> list[Token]:
     """Remaining even tokens, in their order or by score, then all the odd ones."""
     even, odd = tokens[0::2], tokens[1::2]

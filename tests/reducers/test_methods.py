@@ -14,16 +14,27 @@ from foldserve.reducers import METHODS
 from foldserve.reducers.attention import LayerAttention
 from foldserve.reducers.base_only import BaseOnly
 from foldserve.reducers.item import Layout, plan_item
-from foldserve.reducers.method import AcrossFrames, AfterLastLayer, AfterTower, Decoder, InTower, Kind, Projector
+from foldserve.reducers.method import (
+    AcrossFrames,
+    AfterLastLayer,
+    AfterProjector,
+    AfterTower,
+    Decoder,
+    InTower,
+    Kind,
+    Projector,
+    Seen,
+)
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 from tests.reducers.check import draw
 
-CLIP = VisionGeometry(576, (24, 24), 23, class_token=True)
+CLIP = VisionGeometry(576, (24, 24), 23, class_token=True, shows_tower=True)
 SIGLIP = VisionGeometry(729, (27, 27), 26)
 QWEN2_5 = VisionGeometry(
     256, (16, 16), 32, windowed_layers=tuple(layer for layer in range(32) if layer % 8 < 7), varies=True
 )
 ALL_WINDOWS = replace(QWEN2_5, windowed_layers=tuple(range(32)))
+LARGE = VisionGeometry(4225, (65, 65), 32, varies=True, shows_tower=True)
 NO_GRID = VisionGeometry(577, None, 23, class_token=True)
 STF = VisionGeometry(144, projector="stf", stages=frozenset())
 FREE = [name for name, method in METHODS.items() if not isinstance(method, BaseOnly | Decoder | Projector)]
@@ -32,7 +43,8 @@ FREE = [name for name, method in METHODS.items() if not isinstance(method, BaseO
 @st.composite
 def geometries(draw_: st.DrawFn) -> VisionGeometry:
     grid = draw_(st.tuples(st.integers(2, 12), st.integers(2, 12)))
-    return VisionGeometry(grid[0] * grid[1], grid, draw_(st.integers(1, 12)), draw_(st.booleans()))
+    layers, class_token = draw_(st.integers(1, 12)), draw_(st.booleans())
+    return VisionGeometry(grid[0] * grid[1], grid, layers, class_token, shows_tower=True)
 
 
 @given(geometries(), st.sampled_from(FREE), st.data())
@@ -96,7 +108,8 @@ def run(plan: Plan, geometry: VisionGeometry) -> int:
     first = int(geometry.class_token and isinstance(method, InTower))
     (x,) = draw(plan.removed, (2, geometry.tokens + first, 8))
     if isinstance(method, AfterTower):
-        reduced = method.reduce(x, plan)
+        seen: dict[str, Any] = {"seen": Seen(x)} if isinstance(method, AfterProjector) else {}
+        reduced = method.reduce(x, plan, **seen)
         assert_distinct(reduced.source)
         assert reduced.sizes.shape == reduced.source.shape == reduced.tokens.shape[:2]
         return reduced.tokens.shape[1]
@@ -155,6 +168,14 @@ REFUSED: list[tuple[VisionGeometry, dict[str, Any], str, str]] = [
         "'renumber'",
     ),
     (CLIP, {"method": "visionzip", "ratio": 0.5, "class_token": 1}, "class_token", "true or false"),
+    (SIGLIP, {"method": "mmtok", "ratio": 0.5}, "method", "compares what enters the projector"),
+    (
+        LARGE,
+        {"method": "mmtok", "ratio": 0.5},
+        "method",
+        "takes too long of 4225: send an image of 4096 tokens or less",
+    ),
+    (CLIP, {"method": "mmtok", "ratio": 0.5, "query_form": "words"}, "query_form", "'keywords' or 'question'"),
     (CLIP, {"method": "pool", "ratio": 0.5}, "ratio", r"0.75 \(144 tokens\) or 0.8889 \(64 tokens\)"),
     (CLIP, {"method": "pool", "keep_tokens": 143}, "keep_tokens", "144 tokens"),
     (CLIP, {"method": "pool", "ratio": 0.7, "window": "row"}, "ratio", "0.5 .288 tokens"),
@@ -215,7 +236,7 @@ def test_the_default_layers_are_the_same_plan_as_these_by_name() -> None:
         (SIGLIP, {}, False),
         (QWEN2_5, {"positions": "keep"}, False),
     ],
-    ids=str,
+    ids=lambda value: f"{value.tokens} tokens" if isinstance(value, VisionGeometry) else str(value),
 )
 def test_visionzips_class_token(geometry: VisionGeometry, asked: dict[str, Any], in_prompt: bool) -> None:
     """Kept tokens are as many either way."""

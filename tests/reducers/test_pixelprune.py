@@ -177,7 +177,9 @@ REFUSED: list[tuple[dict[str, object], Layout, str, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("asked", "layout", "param", "message"), REFUSED, ids=str)
+@pytest.mark.parametrize(
+    ("asked", "layout", "param", "message"), REFUSED, ids=lambda value: "" if isinstance(value, Layout) else str(value)
+)
 def test_refused(asked: dict[str, object], layout: Layout, param: str, message: str) -> None:
     with pytest.raises(InvalidReduction, match=message) as refusal:
         reduction = Reduction.parse(asked)

@@ -27,7 +27,9 @@ def reductions(draw: st.DrawFn) -> dict[str, Any]:
     """Valid JSON forms."""
     method = draw(st.sampled_from(sorted(name for name, m in METHODS.items() if not isinstance(m, BaseOnly | Decoder))))
     optional: dict[str, st.SearchStrategy[Any]] = {"withdraw": st.booleans()}
-    optional |= {option.name: st.just(option.default) for option in METHODS[method].options}
+    optional |= {o.name: st.just(o.default) for o in METHODS[method].options if o.default is not None}
+    if METHODS[method].takes_query:
+        optional["query"] = st.text(max_size=9)
     if method == "illava":
         optional["layers"] = st.sampled_from([[5, 6, 7, 8], [0, 62]])  # by default the model's
     if method == "visionzip":
@@ -107,6 +109,12 @@ REFUSED = [
     ({"decoder": "true"}, "decoder"),
     ({"withdraw": 1}, "withdraw"),
     ({"withdraw": "true"}, "withdraw"),
+    ({"ratio": 0.5, "query": "where?"}, "query"),
+    ({"method": "fastv", "query": "where?"}, "query"),
+    ({"method": "base_only", "query": "where?"}, "query"),
+    ({"method": "mmtok", "query": ["where?"]}, "query"),
+    ({"method": "mmtok", "query": "x" * 4097}, "query"),
+    ({"method": "mmtok", "query": None}, "query"),
     ({"rate": 0.5}, "rate"),
     ({"": 0.5}, ""),
     ({1: 0.5}, "1"),
@@ -123,6 +131,16 @@ def test_refused(value: object, param: str) -> None:
         Reduction.parse(value)
     assert refusal.value.param == param
     assert str(refusal.value)
+
+
+def test_a_query_is_for_methods_that_take_one() -> None:
+    asked = {"method": "mmtok", "ratio": 0.5, "query": "x" * 4096}
+    assert Reduction.parse(asked).to_json() == asked
+    with pytest.raises(InvalidReduction, match="takes no query, only method, ratio, keep_tokens") as refusal:
+        Reduction.parse(asked | {"method": "folder"})
+    assert "only" in str(refusal.value) and "query" not in str(refusal.value).partition("only")[2]
+    with pytest.raises(InvalidReduction, match="4097 characters, and may have 4096"):
+        Reduction.parse(asked | {"query": "x" * 4097})
 
 
 def test_constructor_is_as_strict() -> None:

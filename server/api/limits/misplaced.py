@@ -15,7 +15,7 @@ from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.limits.strict_json import Path, to_text
 from foldserve.server.engine.family import Modality
 
-ORDINARY_WORDS = frozenset({"decoder", "layers", "method", "positions", "ratio", "scale", "window"})
+ORDINARY_WORDS = frozenset({"decoder", "layers", "method", "positions", "query", "ratio", "scale", "window"})
 """Fields of `reduction` that mean other things elsewhere: refused at the top of the body and beside media only."""
 
 _SHORT_FORM = '`"reduction_ratio": 0.5`'

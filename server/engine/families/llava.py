@@ -56,14 +56,18 @@ class LlavaFamily(Family):
         takes_cells = Stage.BEFORE_TOWER in geometry.stages
         return cls(replace(geometry, takes_cells=takes_cells), hf_config.vision_feature_select_strategy)
 
-    def encode(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> Sequence[Survivors]:
+    def encode(
+        self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan], queries: Sequence[Tensor] = ()
+    ) -> Sequence[Survivors]:
         grids = [plan.grids[0] for plan in plans]
         cells = [plan.cells for plan in plans]
         images = encode_images(model.vision_tower, checked_pixels(model, inputs), grids, self._select_strategy, cells)
-        return reduce_features(images, grids, partial(project_together, model.multi_modal_projector))
+        return reduce_features(images, grids, partial(project_together, model.multi_modal_projector), queries=queries)
 
-    def left(self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan) -> Sequence[Survivors]:
-        return self.encode(model, inputs, [plan])
+    def left(
+        self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan, queries: Sequence[Tensor] = ()
+    ) -> Sequence[Survivors]:
+        return self.encode(model, inputs, [plan], queries)
 
     def box(self, size: tuple[int, int], info: Any) -> Box:
         return seen(info.get_hf_processor().image_processor, size)
@@ -150,7 +154,7 @@ def _geometry(
     tokens: int, *, layers: int, class_token: bool, stages: frozenset[Stage], is_grid: bool
 ) -> VisionGeometry:
     grid = (isqrt(tokens), isqrt(tokens)) if is_grid else None
-    return VisionGeometry(tokens, grid, layers, class_token, stages)
+    return VisionGeometry(tokens, grid, layers, class_token, stages, shows_tower=True)
 
 
 def _last(layer: int | list[int]) -> int:

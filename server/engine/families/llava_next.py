@@ -84,11 +84,11 @@ class LlavaNextFamily(AfterTowerFamily):
 
     def base(self, shape: tuple[int, ...]) -> Layout | None:
         """As the model lays out an image without a mosaic."""
-        return Layout((Part(grid_geometry(self._side, self._side), separators=1),), shape, self)
+        return Layout((Part(self._grid(self._side, self._side), separators=1),), shape, self)
 
     def of_squares(self, shape: tuple[int, ...], side: int) -> Layout:
         rows, columns = self._mosaic_grid(shape, side)
-        whole, tiles = grid_geometry(side, side), grid_geometry(rows, columns)
+        whole, tiles = self._grid(side, side), self._grid(rows, columns)
         parts = Part(whole, name="the base tile"), Part(tiles, separators=rows, name="the mosaic of tiles")
         return Layout(parts, shape, self)
 
@@ -112,9 +112,14 @@ class LlavaNextFamily(AfterTowerFamily):
             torch.cat([whole.source, with_newlines.source + self._side**2]),
         )
 
-    def left(self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan) -> Sequence[Survivors]:
+    def _grid(self, rows: int, columns: int) -> VisionGeometry:
+        return grid_geometry(rows, columns, shows_tower=True)
+
+    def left(
+        self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan, queries: Sequence[Tensor] = ()
+    ) -> Sequence[Survivors]:
         if plan.tile is None or plan.tile.is_identity:
-            return super().left(model, inputs, plan)
+            return super().left(model, inputs, plan, queries)
         tiles, (count,) = self._pixels(model, inputs, [plan])
         return self._tiles_left(model, tiles, [plan.tile] * count)
 
@@ -256,6 +261,6 @@ class FoldLlavaNextForConditionalGeneration(FoldModel, LlavaNextForConditionalGe
 
 
 @lru_cache(maxsize=4096)
-def grid_geometry(rows: int, columns: int) -> VisionGeometry:
+def grid_geometry(rows: int, columns: int, *, shows_tower: bool = False) -> VisionGeometry:
     """Of a grid behind the tower."""
-    return VisionGeometry(rows * columns, (rows, columns), stages=_STAGES)
+    return VisionGeometry(rows * columns, (rows, columns), stages=_STAGES, shows_tower=shows_tower)

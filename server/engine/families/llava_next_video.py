@@ -43,7 +43,7 @@ class LlavaNextVideoFamily(AfterTowerFamily):
 
     def __init__(self, side: int, context: int) -> None:
         stages = frozenset({Stage.AFTER_TOWER, Stage.DECODER})
-        self._frame, self._context = VisionGeometry(side**2, (side, side), stages=stages), context
+        self._frame, self._context = VisionGeometry(side**2, (side, side), stages=stages, shows_tower=True), context
         self.largest = self.layout((1,))
 
     @classmethod

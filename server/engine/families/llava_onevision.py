@@ -28,6 +28,7 @@ from vllm.multimodal.parse import ImageSize, MultiModalDataItems
 from vllm.multimodal.processing import BaseMultiModalProcessor
 
 from foldserve.kernels.warm_up import Widths
+from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part
 from foldserve.reducers.reduction import Reduction
 from foldserve.server.engine.families.llava import ImageTokens
@@ -73,7 +74,7 @@ class LlavaOnevisionFamily(LlavaNextFamily):
     def of_squares(self, shape: tuple[int, ...], side: int) -> Layout:
         if not _is_video(shape):
             return super().of_squares(shape, side)
-        frame = grid_geometry(ceil(side / 2), ceil(side / 2))
+        frame = self._grid(ceil(side / 2), ceil(side / 2))
         return Layout((Part(frame, shape[0], separators=1, joinable=True),), shape, self)
 
     @cached_property
@@ -105,6 +106,9 @@ class LlavaOnevisionFamily(LlavaNextFamily):
 
     def project(self, model: Any, features: Sequence[Tensor]) -> Sequence[Tensor]:
         return features  # has been
+
+    def _grid(self, rows: int, columns: int) -> VisionGeometry:
+        return grid_geometry(rows, columns)  # of projected tokens
 
     def _features(self, model: Any, tiles: Tensor, counts: list[int], plans: Sequence[ItemPlan]) -> Sequence[Tensor]:
         return [model.multi_modal_projector(item) for item in super()._features(model, tiles, counts, plans)]

@@ -203,7 +203,8 @@ def mmvp_geometry(hf_config: PretrainedConfig) -> VisionGeometry:
 
 @lru_cache(maxsize=64)  # one object per model, which the plans' caches are keyed by
 def _geometry(side: int) -> VisionGeometry:
-    return VisionGeometry(side**2, (side, side), stages=frozenset({Stage.AFTER_TOWER, Stage.DECODER}))
+    stages = frozenset({Stage.AFTER_TOWER, Stage.DECODER})
+    return VisionGeometry(side**2, (side, side), stages=stages, shows_tower=True)
 
 
 def _side(vision: CLIPVisionConfig) -> int:

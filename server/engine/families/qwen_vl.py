@@ -28,7 +28,7 @@ from foldserve.reducers import METHODS
 from foldserve.reducers.downsample import Downsample
 from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part
-from foldserve.reducers.method import BeforeTower, InTower
+from foldserve.reducers.method import AfterProjector, BeforeTower, InTower
 from foldserve.reducers.pixelprune import Cells
 from foldserve.reducers.plan import Plan
 from foldserve.reducers.reduction import InvalidReduction, Positions, Reduction
@@ -37,12 +37,13 @@ from foldserve.server.engine.family import (
     PIXEL_FIELDS,
     EqualGridsFamily,
     Modality,
+    of_each_grid,
     refuse_cells_of_video,
     refuse_choice_in_pieces,
 )
 from foldserve.server.engine.mrope import Grid, GridPositions, positions_taken
 from foldserve.server.engine.processor import ShortenedRuns
-from foldserve.server.engine.qwen_tower import encode_reducing
+from foldserve.server.engine.qwen_tower import encode_reducing, encode_showing_patches
 from foldserve.server.engine.vision import Survivors, in_groups, reduce_features, rows
 
 _GRIDS: Mapping[Modality, str] = {"image": "image_grid_thw", "video": "video_grid_thw"}
@@ -128,32 +129,49 @@ class QwenVLFamily(EqualGridsFamily):
         hidden, heads = super().row_width(model_config), model_config.hf_config.vision_config.num_heads
         return Widths(self.row_width(model_config), hidden // heads, deciding=hidden)
 
-    def encode(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> Sequence[Survivors]:
-        """What loses tokens before or in the tower goes through it by itself, images or frames of one size and plan
-        together."""
+    def encode(
+        self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan], queries: Sequence[Tensor] = ()
+    ) -> Sequence[Survivors]:
+        """Images or frames of one size and plan go through the tower by themselves where vLLM's own way does not do.
+
+        That is where tokens go before or in it, and where what enters its merger is to be compared.
+        """
         after_tower = super().encode
 
         def encode(group: _Group | None, members: list[int]) -> Sequence[Survivors]:
             own = inputs if len(members) == len(plans) else self.select(inputs, members)
+            own_queries = [queries[i] for i in members] if queries else []
             if group is None:
-                return after_tower(model, own, [plans[i] for i in members])
-            frames = iter(self._walked(model, own, group))
-            left = [(plans[i], list(islice(frames, plans[i].layout.parts[0].count))) for i in members]
+                return after_tower(model, own, [plans[i] for i in members], own_queries)
+            counts = [plans[i].layout.parts[0].count for i in members]
+            frames = iter(self._walked(model, own, group, of_each_grid(own_queries, counts)))
+            left = [(plans[i], list(islice(frames, count))) for i, count in zip(members, counts, strict=True)]
             return [self.pack(model, own_frames, plan) for plan, own_frames in left]
 
         return in_groups(plans, _group, encode)
 
-    def left(self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan) -> Sequence[Survivors]:
+    def left(
+        self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan, queries: Sequence[Tensor] = ()
+    ) -> Sequence[Survivors]:
         group = _group(plan)
-        return super().left(model, inputs, plan) if group is None else self._walked(model, inputs, group)
+        if group is None:
+            return super().left(model, inputs, plan, queries)
+        return self._walked(model, inputs, group, of_each_grid(queries, [plan.layout.parts[0].count]))
 
-    def _walked(self, model: Any, inputs: Mapping[str, Any], group: _Group) -> list[Survivors]:
+    def _walked(
+        self, model: Any, inputs: Mapping[str, Any], group: _Group, queries: Sequence[Tensor]
+    ) -> list[Survivors]:
         """What is left of images or videos of one size; a video's frames are images to the tower."""
         modality: Modality = "image" if _GRIDS["image"] in inputs else "video"
         _, height, width = inputs[_GRIDS[modality]][0].tolist()
         grid, pixels = (1, height, width), inputs[PIXEL_FIELDS[modality]]
-        walked = encode_reducing(model.visual, pixels, grid, group.plan, group.cells)
-        return reduce_features(walked, [group.plan] * len(walked), width=self.deciding_columns(model))
+        means: list[Tensor] | None = None
+        if _compares_patches(group.plan):
+            walked, means = encode_showing_patches(model.visual, pixels, grid, group.plan, group.cells)
+        else:
+            walked = encode_reducing(model.visual, pixels, grid, group.plan, group.cells)
+        plans, deciding = [group.plan] * len(walked), self.deciding_columns(model)
+        return reduce_features(walked, plans, width=deciding, tower=means, queries=queries)
 
     def deciding_columns(self, model: Any) -> int:
         return self._model_config.get_inputs_embeds_size()
@@ -169,7 +187,7 @@ class QwenVLFamily(EqualGridsFamily):
 
     def low_detail(self, default: Reduction, ratio: float | None) -> Reduction:
         """A smaller image, which saves the tower's time too."""
-        return replace(super().low_detail(default, ratio), method=Downsample.name, options=(), first=None)
+        return replace(super().low_detail(default, ratio), method=Downsample.name, options=(), first=None, query=None)
 
     def default_positions(self, reduction: Reduction) -> Positions:
         return "renumber" if METHODS[reduction.method].keeps_grid else "keep"
@@ -298,7 +316,7 @@ def _grid(
 
 
 class _Group(NamedTuple):
-    """What images that go through the tower together have in common."""
+    """What images that go through the tower's layers together have in common."""
 
     grid: tuple[int, int]
     plan: Plan
@@ -306,12 +324,17 @@ class _Group(NamedTuple):
 
 
 def _group(plan: ItemPlan) -> _Group | None:
-    """None of plans of which all tokens go through the tower."""
+    """None if vLLM's own tower will do."""
     (grid_plan,) = plan.grids
     (part,) = plan.layout.parts
     assert part.geometry.grid is not None
-    acts = plan.cells is not None or isinstance(grid_plan.reducer, InTower)
+    acts = plan.cells is not None or isinstance(grid_plan.reducer, InTower) or _compares_patches(grid_plan)
     return _Group(part.geometry.grid, grid_plan, plan.cells) if acts else None
+
+
+def _compares_patches(plan: Plan) -> bool:
+    """The plan's method looks at what enters the merger."""
+    return isinstance(plan.reducer, AfterProjector) and plan.reducer.needs_tower
 
 
 def _any_size(model_config: ModelConfig) -> VisionGeometry:
@@ -332,6 +355,7 @@ def _any_size(model_config: ModelConfig) -> VisionGeometry:
         varies=True,
         takes_cells=takes_cells,
         windowed_layers=windowed,
+        shows_tower=True,
         merges_patches=True,
     )
 

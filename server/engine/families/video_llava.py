@@ -24,7 +24,7 @@ from foldserve.server.engine.families.video_llava_model import (
     VideoLlavaMultiModalProcessor,
     VideoLlavaProcessingInfo,
 )
-from foldserve.server.engine.family import asks_for_frames
+from foldserve.server.engine.family import asks_for_frames, of_each_grid
 from foldserve.server.engine.model import FoldModel
 from foldserve.server.engine.vision import Survivors, one_after_another, project_together, reduce_features, untouched
 
@@ -44,7 +44,7 @@ class VideoLlavaFamily(LlavaFamily):
     def __init__(self, geometry: VisionGeometry, trained_frames: int) -> None:
         super().__init__(geometry, "default")
         self._frame = VisionGeometry(
-            geometry.tokens, geometry.grid, stages=frozenset({Stage.AFTER_TOWER, Stage.DECODER})
+            geometry.tokens, geometry.grid, stages=frozenset({Stage.AFTER_TOWER, Stage.DECODER}), shows_tower=True
         )
         self._trained_frames = trained_frames
         self.largest = replace(self.largest, shape=(0,))
@@ -75,21 +75,25 @@ class VideoLlavaFamily(LlavaFamily):
     def most_frames(self, reduction: Reduction) -> int:
         return self._trained_frames
 
-    def encode(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> Sequence[Survivors]:
+    def encode(
+        self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan], queries: Sequence[torch.Tensor] = ()
+    ) -> Sequence[Survivors]:
         if VIDEO not in inputs:
-            return super().encode(model, inputs, plans)
+            return super().encode(model, inputs, plans, queries)
         features = model.frame_features(inputs[VIDEO])  # (frames, 1 + patches, C)
-        left = iter(_reduced(model, features, plans))
+        left = iter(_reduced(model, features, plans, queries))
         class_tokens = _each(model.multi_modal_projector(features[:, :1]), plans)
         return [
             _packed(own, [*islice(left, plan.laid_out.parts[0].count)], plan)
             for own, plan in zip(class_tokens, plans, strict=True)
         ]
 
-    def left(self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan) -> Sequence[Survivors]:
+    def left(
+        self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan, queries: Sequence[torch.Tensor] = ()
+    ) -> Sequence[Survivors]:
         if VIDEO not in inputs:
-            return super().left(model, inputs, plan)
-        return _reduced(model, model.frame_features(inputs[VIDEO]), [plan])
+            return super().left(model, inputs, plan, queries)
+        return _reduced(model, model.frame_features(inputs[VIDEO]), [plan], queries)
 
 
 def _each(features: torch.Tensor, plans: Sequence[ItemPlan]) -> Sequence[torch.Tensor]:
@@ -98,7 +102,9 @@ def _each(features: torch.Tensor, plans: Sequence[ItemPlan]) -> Sequence[torch.T
     return videos
 
 
-def _reduced(model: Any, features: torch.Tensor, plans: Sequence[ItemPlan]) -> list[Survivors]:
+def _reduced(
+    model: Any, features: torch.Tensor, plans: Sequence[ItemPlan], queries: Sequence[torch.Tensor]
+) -> list[Survivors]:
     """(frames of all videos, 1 + patches, C) -> what is left of each frame, or of a video as one grid."""
     whole: list[Survivors] = []
     of_grids: list[Plan] = []
@@ -106,7 +112,9 @@ def _reduced(model: Any, features: torch.Tensor, plans: Sequence[ItemPlan]) -> l
         count = plan.laid_out.parts[0].count
         whole += untouched(video[:, 1:].reshape(count, -1, video.shape[-1]))
         of_grids += [plan.grids[0]] * count
-    return reduce_features(whole, of_grids, partial(project_together, model.multi_modal_projector))
+    own_queries = of_each_grid(queries, [plan.laid_out.parts[0].count for plan in plans])
+    project = partial(project_together, model.multi_modal_projector)
+    return reduce_features(whole, of_grids, project, queries=own_queries)
 
 
 def _packed(class_tokens: torch.Tensor, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:

@@ -24,6 +24,7 @@ from foldserve.server.engine import withdrawal
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.plugin import register
 from foldserve.server.engine.processor import KWARG
+from foldserve.server.engine.query import text_of, with_query
 from foldserve.server.engine.withdrawal import Room, admit, prompt_items
 from foldserve.server.engine.worker import WORKERS, device
 from foldserve.server.settings import CONFIG_KEY
@@ -139,6 +140,17 @@ class AnsweringModel(OfflineModel):
             llm.llm_engine.engine_core.shutdown()
 
 
+def _asked(reduction: Reduction, dialogues: Sequence[Messages]) -> list[Reduction]:
+    """Of the image of each dialogue, with its question."""
+    return [with_query(reduction, _question(dialogue)) for dialogue in dialogues]
+
+
+def _question(dialogue: Messages) -> str:
+    """The text beside its image."""
+    contents = (message["content"] for message in dialogue if isinstance(message["content"], list))
+    return next((text_of(content) for content in contents if any("image_pil" in part for part in content)), "")
+
+
 class AnsweringEngine:
     """A running engine."""
 
@@ -159,8 +171,8 @@ class AnsweringEngine:
         """
         first = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, flat_logprobs=True, detokenize=False)
         answer = SamplingParams(temperature=0, max_tokens=max_tokens)
-        each = [*zip(dialogues, plans, strict=True)]
-        outputs = self._run([(*one, params, ()) for params in (first, answer) for one in each], reduction)
+        each = [*zip(dialogues, _asked(reduction, dialogues), plans, strict=True)]
+        outputs = self._run([(*one, params, ()) for params in (first, answer) for one in each])
         told = [output.outputs[0] for output in outputs]
         pairs = zip(told[: len(dialogues)], told[len(dialogues) :], strict=True)
         return [Reply(answered.text, self._log_probabilities(begun)) for begun, answered in pairs]
@@ -169,7 +181,7 @@ class AnsweringEngine:
         """Token ids of the greedy answers with all vision tokens, the one that ends an answer among them."""
         params = SamplingParams(temperature=0, max_tokens=max_tokens, detokenize=False)
         each = zip(dialogues, plans, strict=True)
-        outputs = self._run([(messages, plan, params, ()) for messages, plan in each], Reduction())
+        outputs = self._run([(messages, Reduction(), plan, params, ()) for messages, plan in each])
         return [list(output.outputs[0].token_ids) for output in outputs]
 
     def changed(
@@ -184,24 +196,23 @@ class AnsweringEngine:
         One prefill each: the answer stands behind the prompt, and has changed if one of its tokens isn't the likeliest.
         """
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        each = zip(dialogues, plans, answers, strict=True)
-        outputs = self._run([(messages, plan, params, answer) for messages, plan, answer in each], reduction)
+        each = zip(dialogues, _asked(reduction, dialogues), plans, answers, strict=True)
+        outputs = self._run([(messages, own, plan, params, answer) for messages, own, plan, answer in each])
         return [
             any(_rank(place) != 1 for place in output.prompt_logprobs[-len(answer) :])
             for output, answer in zip(outputs, answers, strict=True)
         ]
 
     def _run(
-        self,
-        requests: Sequence[tuple[Messages, ItemPlan, SamplingParams, Sequence[int]]],
-        reduction: Reduction,
+        self, requests: Sequence[tuple[Messages, Reduction, ItemPlan, SamplingParams, Sequence[int]]]
     ) -> list[Any]:
-        """What comes of each request, in their order: a dialogue, its image's plan, and the answer's first tokens."""
+        """What comes of each request, in their order: a dialogue, what is asked of its image and comes of that, and the
+        answer's first tokens.
+        """
         engine = self._llm.llm_engine
-        extras = {"mm_processor_kwargs": {KWARG: reduction.to_json()}}
         ids = []
-        for messages, plan, params, answer in requests:
-            prompt = render(self._llm, messages, prompt_extras=dict(extras))
+        for messages, reduction, plan, params, answer in requests:
+            prompt = render(self._llm, messages, prompt_extras={"mm_processor_kwargs": {KWARG: reduction.to_json()}})
             self._check(prompt, plan)
             prompt["prompt_token_ids"] = [*prompt["prompt_token_ids"], *answer]
             params = params.clone()

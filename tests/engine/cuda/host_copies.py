@@ -33,7 +33,7 @@ from foldserve.reducers.plan import Plan, Reduction, VisionGeometry, make_plan
 from foldserve.reducers.stf import StfConfig, StfProjector, fusion_input
 from foldserve.reducers.withdraw import take_rows
 from foldserve.server.engine.positions import Chunk, SequencePositions, attach, moves
-from foldserve.server.engine.qwen_tower import encode_reducing
+from foldserve.server.engine.qwen_tower import encode_reducing, encode_showing_patches
 from foldserve.server.engine.vision import Survivors, reduce_features
 from foldserve.server.engine.withdrawal.batch import BatchMaps
 from foldserve.server.engine.withdrawal.choose import choose, last_token_scores
@@ -44,7 +44,7 @@ from tests.engine.withdrawal.test_choose import PROMPTS, batch
 from tests.engine.withdrawal.test_metadata import BLOCK, IMAGE, TEXT, common
 
 META = torch.device("meta")
-CLIP = VisionGeometry(144, (12, 12), 4, class_token=True)
+CLIP = VisionGeometry(144, (12, 12), 4, class_token=True, shows_tower=True)
 OnDevice = Callable[[], AbstractContextManager[None]]
 
 
@@ -109,7 +109,8 @@ def run(plan: Plan) -> int:
     """Tokens that are left of two images."""
     method = plan.reducer
     if isinstance(method, AfterTower):
-        left = reduce_features([Survivors(meta(144, WIDTH), torch.arange(144, device=META))] * 2, [plan, plan])
+        images = [Survivors(meta(144, WIDTH), torch.arange(144, device=META))] * 2
+        left = reduce_features(images, [plan, plan], queries=[meta(5, WIDTH), meta(0, WIDTH)])
         return len(left[0].features)
     if isinstance(method, BeforeTower):
         assert plan.grid is not None
@@ -190,6 +191,13 @@ def test_a_tower_that_sees_some_cells(on_device: OnDevice) -> None:
     with on_device():
         left = encode_reducing(visual, meta(2 * 96, 8), [1, 8, 12], Plan("none", 16), cells)
     assert [image.features.shape for image in left] == [(16, 4 * 8)] * 2
+
+
+def test_what_enters_the_merger_of_a_tower_with_windows(on_device: OnDevice) -> None:
+    with on_device():
+        images, means = encode_showing_patches(QwenVision(), meta(2 * 96, 8), [1, 8, 12], Plan("none", 24))
+    assert [image.features.shape for image in images] == [(24, 4 * 8)] * 2
+    assert [mean.shape for mean in means] == [(24, 8)] * 2
 
 
 def test_positions_of_a_step(on_device: OnDevice) -> None:
