@@ -28,6 +28,7 @@ PROMPT = "USER: <image>\nWhat is in the picture? ASSISTANT:"
 REDUCED = [
     Case(PROMPT, [photo(1)], [{"method": "folder_cls", "ratio": 0.5}]),
     Case(PROMPT, [photo(2)], [{"ratio": 0.75}]),
+    Case(PROMPT, [photo(2)], [{"method": "mmtok", "ratio": 0.75, "query": "Where is it?"}]),
 ]
 IN_DECODER = [
     AskedCase(PROMPT, (3,), asked='{"withdraw": true}'),
@@ -69,6 +70,7 @@ def qwen(path: Path) -> None:
         one_image(*SIZES[0]),
         one_image(*SIZES[1], method="downsample", ratio=0.5),
         one_image(*SIZES[2], method="tome", ratio=0.5),
+        one_image(*SIZES[2], method="mmtok", ratio=0.5, query="what is it?"),
         two_images({}, {"ratio": 0.75}),
         two_images({"method": "illava", "layers": [1, 2], "ratio": 0.5}, {}),
     ]
