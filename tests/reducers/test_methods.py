@@ -74,13 +74,15 @@ def test_a_method_leaves_what_its_plan_says(geometry: VisionGeometry, method: st
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_does_with_tokens_what_its_kind_says(name: str) -> None:
     """One that drops leaves the others as they were; one that merges loses none."""
-    method, geometry = METHODS[name], VisionGeometry(144, (12, 12), 6, class_token=True)
+    method, geometry = METHODS[name], VisionGeometry(144, (12, 12), 6, class_token=True, shows_tower=True)
     if isinstance(method, AcrossFrames):
         geometry = VisionGeometry(144, frames=4)
     if isinstance(method, AfterTower):
         plan = make_plan(Reduction.parse({"method": name, "ratio": 0.75}), geometry)
         (x,) = draw(1, (1, geometry.tokens, 8))
-        reduced = method.reduce(x, plan)
+        seen: dict[str, Any] = {"seen": Seen(x)} if isinstance(method, AfterProjector) else {}
+        assert isinstance(plan.reducer, AfterTower)
+        reduced = plan.reducer.reduce(x, plan, **seen)
         is_dropped = bool((reduced.group == -1).any())
         assert method.kind == (Kind.DROP if is_dropped else Kind.MERGE)
         if is_dropped:

