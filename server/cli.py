@@ -16,6 +16,7 @@ Serve vision-language models with fewer vision tokens: every request chooses how
 
   foldserve serve                               the small demo model on port 8000
   foldserve serve llava-hf/llava-1.5-7b-hf      a real model
+  foldserve batch -i IN -o OUT MODEL            answer a file of requests, without a server
   foldserve doctor MODEL                        whether and how it would run here, in seconds
   foldserve gpu-check                           whether a GPU computes what it should, in minutes
   foldserve calibrate MODEL --data DIR          find the layer where vision tokens may be withdrawn
@@ -33,7 +34,7 @@ Serve vision-language models with fewer vision tokens: every request chooses how
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command that `argv` (by default the process's arguments) names; a server under a guardian."""
     if argv is None and guardian.is_wanted(sys.argv[1:]):
-        sys.exit(guardian.guard([sys.executable, *sys.orig_argv[1:]]))
+        sys.exit(guardian.guard([sys.executable, *sys.orig_argv[1:]], sys.argv[1]))
     argv = sys.argv[1:] if argv is None else argv
     parser = _parser(next((word for word in argv if word in commands.ALL), None))
     args, rest = parser.parse_known_args(argv)

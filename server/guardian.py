@@ -31,7 +31,8 @@ _RUN_DIR = "FOLDSERVE_RUN_DIR"
 """Names the directory of one run: whoever finds it set has a guardian."""
 _LISTENS = "listens"
 _FAILURE = "failure"
-_ERROR = "foldserve serve: error: "  # as argparse begins it
+_GUARDED = ("serve", "batch")
+_ERROR = "foldserve {}: error: {}"  # as argparse begins it
 _LOADING_S = 3.0
 """For a server that is not listening yet to end by itself."""
 _ENDS_WITHIN_S = 30.0
@@ -62,9 +63,9 @@ def die_with_parent() -> None:
 
 
 def is_wanted(arguments: Sequence[str]) -> bool:
-    """Whether a process with these arguments is to guard a server instead of being one."""
+    """Whether a process with these arguments is to guard a server, or a batch, instead of being one."""
     asks_for_help = any(argument == "-h" or argument.startswith("--help") for argument in arguments)
-    return arguments[:1] == ["serve"] and not asks_for_help and not is_guarded()
+    return bool(arguments) and arguments[0] in _GUARDED and not asks_for_help and not is_guarded()
 
 
 def report_listening(drain_s: float) -> None:
@@ -89,7 +90,7 @@ def report_failure(reason: str) -> bool:
         False where another process was first, whose reason it says.
     """
     if not is_guarded():
-        print(f"{_ERROR}{reason}", file=sys.stderr)
+        print(_ERROR.format("serve", reason), file=sys.stderr)
         return True
     try:
         with Path(os.environ[_RUN_DIR], _FAILURE).open("x") as file:
@@ -99,8 +100,11 @@ def report_failure(reason: str) -> bool:
     return True
 
 
-def guard(command: Sequence[str]) -> int:
-    """Runs a server to its end.
+def guard(command: Sequence[str], name: str = "serve") -> int:
+    """Runs a server, or a batch, to its end.
+
+    Args:
+        name: of the command; a batch may end by itself.
 
     Returns:
         The exit status: 0 after an end that was asked for, 128 + the signal's number where a signal ended it.
@@ -108,11 +112,12 @@ def guard(command: Sequence[str]) -> int:
     output.install()
     _prctl(_SET_CHILD_SUBREAPER, 1)  # what loses its parent becomes our child
     with TemporaryDirectory(prefix="foldserve-") as folder:
-        return _Guarded(command, Path(folder)).run()
+        return _Guarded(command, Path(folder), name).run()
 
 
 class _Guarded:
-    def __init__(self, command: Sequence[str], folder: Path) -> None:
+    def __init__(self, command: Sequence[str], folder: Path, name: str) -> None:
+        self._name = name
         self._listens, self._failure = folder / _LISTENS, folder / _FAILURE
         self._signals = {*_ASKS, signal.SIGCHLD}
         self._asked_as: signal.Signals | None = None
@@ -162,13 +167,14 @@ class _Guarded:
         if self._asked_as is not None and not self._drains:
             return 128 + self._asked_as
         if self._asked_as is None and self._failure.exists():
-            print(f"{_ERROR}{self._failure.read_text()}", file=sys.stderr)
+            print(_ERROR.format(self._name, self._failure.read_text()), file=sys.stderr)
         if code < 0:
             if self._asked_as is None:
                 why = ": by the system, if memory ran out" if code == -signal.SIGKILL else ""
-                print(f"foldserve: the server was ended by {signal.Signals(-code).name}{why}", file=sys.stderr)
+                what = "server" if self._name == "serve" else self._name
+                print(f"foldserve: the {what} was ended by {signal.Signals(-code).name}{why}", file=sys.stderr)
             return 128 - code
-        if code == 0 and self._asked_as is None:
+        if code == 0 and self._asked_as is None and self._name == "serve":
             print("foldserve: the server ended although nobody asked it to: its log says why", file=sys.stderr)
             return 1
         return code

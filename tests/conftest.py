@@ -23,6 +23,7 @@ from xdist.scheduler import LoadFileScheduling
 
 _ON_ONE_SERVER = (
     "bad_inputs",
+    "batch",
     "chat",
     "dialects",
     "front",

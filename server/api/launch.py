@@ -43,7 +43,8 @@ _CPU_KV_CACHE_GIB = 4
 _CPU_IMAGE_CACHE_GIB = 1
 
 
-def _say(message: str, options: Sequence[str] = ()) -> None:
+def say(message: str, options: Sequence[str] = ()) -> None:
+    """Tells whoever started the command."""
     print("foldserve:", message, *options, file=sys.stderr, flush=True)
 
 
@@ -71,7 +72,7 @@ def serve(argv: list[str], settings: Settings | SettingsFor, environment: Enviro
     with preflight.explained():
         preflight.check(args)
         with preflight.claimed_address(args):
-            _say(f"loading {args.model_tag or args.model}")
+            say(f"loading {args.model_tag or args.model}")
             announce_when_ready(args)
             ServeSubcommand().cmd(args)
     shared: Shared = getattr(args, SHARED)
@@ -112,20 +113,27 @@ def serve_args(
     small_model: Path,
     *,
     parser_class: type[FlexibleArgumentParser] = FlexibleArgumentParser,
-    say: Say = _say,
+    say: Say = say,
+    command: str = "serve",
+    refused: Sequence[str] = (),
 ) -> Namespace:
     """vLLM's parsed arguments, completed where the user left the choice.
 
     Args:
         parser_class: its `error` ends whatever is refused.
         say: gets what was chosen.
+        command: of `foldserve` that was given.
+        refused: names of vLLM's options that mean nothing to it.
     """
     parser = parser_class(prog="foldserve")
     options = ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
-    options.usage = "foldserve serve [MODEL] [options]"
+    options.prog, options.usage = f"foldserve {command}", f"foldserve {command} [MODEL] [options]"
     defaults = {name: options.get_default(name) for name in _OURS_TO_CHOOSE}
     options.set_defaults(**dict.fromkeys(_OURS_TO_CHOOSE), subparser="serve", h11_max_incomplete_event_size=HEAD_BYTES)
     args: Namespace = options.parse_args(argv)
+    for name in refused:
+        if getattr(args, name) != options.get_default(name):
+            options.error(f"--{name.replace('_', '-')} has no meaning for foldserve {command}: leave it out")
 
     choices: dict[str, object] = {}
     small = args.model_tag is None and args.model is None

@@ -2,6 +2,7 @@
 
 ALL = {
     "serve": "start the server",
+    "batch": "answer a file of requests, without a server",
     "doctor": "say whether and how a server with these options would run here",
     "gpu-check": "say whether this machine's GPU computes what it should, and what reduction gains there",
     "calibrate": "find the withdrawal layer of a model",

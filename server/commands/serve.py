@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from foldserve.server.access import Access
@@ -26,6 +26,8 @@ Every option of `vllm serve` works here too: --help=all lists them, --help=WORD 
 _RUNNERS = {"v1": "0", "v2": "1"}
 """Values of `VLLM_USE_V2_MODEL_RUNNER`."""
 _WHERE_IT_WRITES = Path()
+_NONE_IS_SENT_AWAY = 1_000_000
+"""Answers that may wait: all that a batch has in flight."""
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -37,6 +39,14 @@ def add(parser: ArgumentParser) -> None:
 
 def declare_options(parser: ArgumentParser, command: str) -> None:
     """The options of a command that takes all arguments of a server."""
+    _declare_engine(parser, command)
+    access = parser.add_argument_group("access and life cycle", "docs/lifecycle.md")
+    add_options(access, Access)
+    _declare_logs(access)
+
+
+def _declare_engine(parser: ArgumentParser, command: str) -> None:
+    """What requests are answered with, and what one may cost."""
     parser.usage = f"foldserve {command} [MODEL] [options] [any option of vllm serve]"
     parser.add_argument(
         "-h", "--help", nargs="?", const="", metavar="WORD", help="show this; with WORD, vLLM's options"
@@ -72,20 +82,29 @@ def declare_options(parser: ArgumentParser, command: str) -> None:
     )
     limits = parser.add_argument_group("limits of one request", "docs/security.md says what each is good for")
     add_options(limits, Limits)
-    access = parser.add_argument_group("access and life cycle", "docs/lifecycle.md")
-    add_options(access, Access)
-    access.add_argument(
+    parser.set_defaults(takes_engine_options=True, usage=parser.format_help, fail=parser.error)
+
+
+def declare_batch_options(parser: ArgumentParser) -> None:
+    """Those of a command that answers requests to which nobody connects."""
+    _declare_engine(parser, "batch")
+    _declare_logs(parser.add_argument_group("logs"))
+    nobody = dict.fromkeys(field.name for field in fields(Access))
+    parser.set_defaults(**nobody | {"max_queue": _NONE_IS_SENT_AWAY})
+
+
+def _declare_logs(group: _ArgumentGroup) -> None:
+    group.add_argument(
         "--log-format", choices=("text", "json"), default="text", help="of standard output (default: %(default)s)"
     )
-    access.add_argument(
+    group.add_argument(
         "--log-level",
         choices=_LEVELS,
         help="of all lines (default: VLLM_LOGGING_LEVEL, or else INFO; of vLLM's own WARNING in text)",
     )
-    access.add_argument(
+    group.add_argument(
         "--verbose", action="store_true", help="vLLM's own lines too: arguments, routes, throughput every 10 s"
     )
-    parser.set_defaults(takes_engine_options=True, usage=parser.format_help, fail=parser.error)
 
 
 def _access(args: Namespace) -> Access:

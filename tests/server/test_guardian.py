@@ -186,6 +186,8 @@ def test_the_guardian_is_small() -> None:
         (["serve", "--help"], False),
         (["serve", "--help=all"], False),
         (["serve", "model", "-h"], False),
+        (["batch", "-i", "in"], True),
+        (["batch", "--help"], False),
         (["loadtest", "serve"], False),
         ([], False),
     ],
@@ -195,3 +197,10 @@ def test_what_is_guarded(arguments: list[str], wanted: bool, monkeypatch: pytest
     assert guardian.is_wanted(arguments) == wanted
     monkeypatch.setenv("FOLDSERVE_RUN_DIR", "/run")
     assert not guardian.is_wanted(arguments)
+
+
+@pytest.mark.parametrize(("name", "status", "expected"), [("batch", 0, 0), ("serve", 0, 1), ("batch", 3, 3)])
+def test_only_a_batch_may_end_by_itself(name: str, status: int, expected: int) -> None:
+    command = [sys.executable, "-c", f"exit({status})"]
+    code = f"import sys; from foldserve.server import guardian; sys.exit(guardian.guard({command}, {name!r}))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == expected

@@ -1,0 +1,154 @@
+"""The output file: one whole line per answered line of the input, at whatever moment the run is killed."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jiter
+
+from foldserve.server.api.batch.options import Existing
+from foldserve.server.api.batch.survey import Survey
+
+_PREFIX = "batch_req_"
+
+
+@dataclass(slots=True)
+class Totals:
+    """What the lines of the output come to."""
+
+    lines: int = 0
+    refused: int = 0
+    encoded: int = 0
+    kept: int = 0
+
+    def add(self, *, is_answer: bool, encoded: int, kept: int) -> None:
+        self.lines += 1
+        self.refused += not is_answer
+        self.encoded += encoded
+        self.kept += kept
+
+
+class Results:
+    """The output of a run, which no other run writes at the same time.
+
+    A line is appended by one write when its answer is complete, so that a killed process leaves whole lines and at most
+    one that is cut off; the next start removes that, and its request is answered again. `sync` is not needed for this,
+    only so that a machine that loses power costs few answers: they are computed again, none is lost or doubled.
+
+    Args:
+        path: of the output.
+        survey: of the input.
+
+    Raises:
+        ValueError: another run writes there, results are there and neither resumed nor overwritten, or they are not
+            those of this input.
+        OSError: the file can't be written.
+    """
+
+    def __init__(self, path: Path, survey: Survey, existing: Existing) -> None:
+        self._path = path
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self.totals = Totals()
+        self._done = bytearray(survey.last + 1)  # by number
+        try:
+            self._lock()
+            self._begin(survey, existing)
+        except BaseException:
+            os.close(self._file)
+            raise
+
+    def __enter__(self) -> Results:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.sync()
+        os.close(self._file)
+
+    def __contains__(self, number: int) -> bool:
+        return bool(self._done[number])
+
+    def add(self, line: bytes, *, is_answer: bool, encoded: int = 0, kept: int = 0) -> None:
+        """Appends a result; `line` is one of `answer` and `failure`."""
+        rest = memoryview(line)
+        while rest:
+            rest = rest[os.write(self._file, rest) :]
+        self.totals.add(is_answer=is_answer, encoded=encoded, kept=kept)
+
+    def sync(self) -> None:
+        """Returns when all that was added is on the disk."""
+        os.fsync(self._file)
+
+    def _lock(self) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(
+                f"{self._path}: another run writes there: wait for its end, or name another file"
+            ) from error
+
+    def _begin(self, survey: Survey, existing: Existing) -> None:
+        if existing == "overwrite":
+            os.ftruncate(self._file, 0)
+        elif existing == "refuse" and os.fstat(self._file).st_size:
+            raise ValueError(f"{self._path} has results: --resume answers the missing lines, --overwrite begins anew")
+        self._read(survey)
+
+    def _read(self, survey: Survey) -> None:
+        """Notes what is answered, and removes a line that was cut off."""
+        whole = 0
+        with open(os.dup(self._file), "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                self._note(line, number, survey)
+                whole += len(line)
+        os.ftruncate(self._file, whole)
+
+    def _note(self, line: bytes, at: int, survey: Survey) -> None:
+        try:
+            result = jiter.from_json(line, cache_mode="none")
+            number = int(result["id"].removeprefix(_PREFIX))
+            is_ours = survey.has(number, result["custom_id"])
+            is_answer, encoded, kept = _counts(result)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self._path}, line {at}, is no result of a batch: name another file") from error
+        if not is_ours or number in self:
+            raise ValueError(
+                f"{self._path}, line {at}, answers {result['custom_id']!r:.100}, which "
+                + ("has been answered before" if is_ours else f"is not what line {number} of the input asks")
+                + ": resume with the input that the results belong to, or --overwrite them"
+            )
+        self._done[number] = 1
+        self.totals.add(is_answer=is_answer, encoded=encoded, kept=kept)
+
+
+def answer(number: int, custom_id: str | None, status: int, request_id: str, body: bytes) -> bytes:
+    """The line of a request that the application answered, a refusal too; `body` is compact JSON."""
+    head = _head(number, custom_id) | {"response": {"status_code": status, "request_id": request_id}}
+    return json.dumps(head).encode()[:-2] + b', "body": ' + body + b'}, "error": null}\n'
+
+
+def failure(number: int, custom_id: str | None, error: dict[str, str | None]) -> bytes:
+    """The line of one that was no request."""
+    return json.dumps(_head(number, custom_id) | {"response": None, "error": error}).encode() + b"\n"
+
+
+def _head(number: int, custom_id: str | None) -> dict[str, Any]:
+    return {"id": f"{_PREFIX}{number}", "custom_id": custom_id}
+
+
+def _counts(result: dict[str, Any]) -> tuple[bool, int, int]:
+    """Whether a result is an answer, and its vision tokens."""
+    response = result["response"]
+    if response is None or response["status_code"] != 200:
+        return False, 0, 0
+    vision = (response["body"].get("usage") or {}).get("vision_tokens") or {}
+    return True, vision.get("encoded", 0), vision.get("kept", 0)

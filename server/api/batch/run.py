@@ -1,0 +1,269 @@
+"""A batch from its first line to its last: how much is in flight, what is written, what the user sees."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import uvloop
+from tqdm import tqdm
+from vllm.logger import configure_logging_from_args
+
+from foldserve.server.api import launch, preflight
+from foldserve.server.api.batch import results
+from foldserve.server.api.batch.files import LocalFiles
+from foldserve.server.api.batch.front import Front, Reply, open_front
+from foldserve.server.api.batch.lines import Line, longest_line, read_lines, read_request
+from foldserve.server.api.batch.options import Options
+from foldserve.server.api.batch.results import Results
+from foldserve.server.api.batch.survey import Survey
+from foldserve.server.api.errors import FoldserveError, render
+from foldserve.server.limits import Limits
+from foldserve.server.settings import Environment, Settings
+
+_QUEUED = 4
+"""Beside this many that the engine works on, one waits, prepared: it never runs dry."""
+_TRIES = 10
+"""At a line that the server has no room for at the moment."""
+_SYNC_S = 5.0
+_BAR_S, _LOG_S = 0.5, 10.0
+"""Between two pictures of the bar, on a terminal and in a log."""
+_COUNTS = re.compile(r"encoded=(\d+), kept=(\d+)")
+_HEADER = "x-foldserve-vision-tokens"
+_NOT_FOR_A_BATCH = (
+    "api_server_count", "data_parallel_external_lb", "data_parallel_hybrid_lb", "data_parallel_multi_port_external_lb",
+    "data_parallel_rank", "data_parallel_start_rank", "grpc", "headless", "host", "middleware", "port", "root_path",
+    "ssl_certfile", "ssl_keyfile", "uds",
+)  # fmt: skip
+"""vLLM's options for whoever listens, or shares its engines with others."""
+
+
+class EngineEnded(RuntimeError):
+    """The engine is gone, and with it the run; what is written stays."""
+
+    def __init__(self) -> None:
+        super().__init__("the engine has ended: what is written stays, and --resume answers the rest")
+
+
+def batch(
+    argv: list[str],
+    options: Options,
+    settings: Settings | launch.SettingsFor,
+    environment: Environment,
+    small_model: Path,
+) -> None:
+    """Answers a file of requests; the other arguments are those of `launch.serve`.
+
+    Raises:
+        SystemExit: arguments that vLLM's parser or we refuse.
+        CannotStart: what `preflight` refuses.
+        ValueError, OSError: an input or output that can't be used.
+    """
+    launch.prepare_process(environment)
+    args = launch.serve_args(argv, settings, environment, small_model, command="batch", refused=_NOT_FOR_A_BATCH)
+    args.model = args.model_tag or args.model
+    configure_logging_from_args(args)
+    limits = Settings.from_config(args.additional_config).limits
+    files = None
+    if args.allowed_local_media_path:
+        files, args.allowed_local_media_path = LocalFiles(Path(args.allowed_local_media_path), limits), ""
+    preflight.check(args)
+    survey = Survey(options.input, longest_line(limits))
+    with Results(options.output, survey, options.existing) as found, preflight.explained():
+        if found.totals.lines < len(survey):
+            launch.say(f"loading {args.model}")
+            uvloop.run(_answer_all(args, options, limits, files, survey, found))
+    totals = found.totals
+    saved = f", {totals.encoded - totals.kept:,} of {totals.encoded:,} vision tokens saved" if totals.encoded else ""
+    launch.say(f"{totals.lines:,} lines answered, {totals.refused:,} of them with an error{saved}: {options.output}")
+
+
+async def _answer_all(
+    args: Namespace, options: Options, limits: Limits, files: LocalFiles | None, survey: Survey, found: Results
+) -> None:
+    async with open_front(args) as front:
+        with options.input.open("rb") as file, Progress(len(survey), found) as progress:
+            lines = (
+                line
+                for line in read_lines(file, longest_line(limits))
+                if line.number <= survey.last and line.number not in found
+            )
+            run = Run(front, lines, limits, files, found, progress)
+            await run.answer(options.concurrency or front.runs_at_once + -(-front.runs_at_once // _QUEUED))
+
+
+class Run:
+    """Answers lines, some at a time, each whole in the output as soon as it is answered.
+
+    Args:
+        front: answers.
+        lines: that have no result yet.
+        limits: of each.
+        files: those that lines may name; None for none.
+        found: gets the results.
+        progress: hears of them.
+    """
+
+    def __init__(
+        self,
+        front: Front,
+        lines: Iterator[Line],
+        limits: Limits,
+        files: LocalFiles | None,
+        found: Results,
+        progress: Progress,
+    ) -> None:
+        self._front, self._lines, self._limits = front, lines, limits
+        self._files, self._found, self._progress = files, found, progress
+        self._urls = front.urls
+        self._room = _ByteRoom(limits.max_unread_bytes)
+
+    async def answer(self, at_once: int) -> None:
+        """Returns when all lines have a result.
+
+        Raises:
+            EngineEnded: some have none.
+        """
+        try:
+            async with asyncio.TaskGroup() as all_tasks:
+                syncs = all_tasks.create_task(self._sync())
+                async with asyncio.TaskGroup() as workers:
+                    for _ in range(at_once):
+                        workers.create_task(self._work())
+                syncs.cancel()
+        except BaseExceptionGroup as error:
+            raise _first(error) from None
+
+    async def _work(self) -> None:
+        while (line := await self._room.next(self._lines)) is not None:
+            size = len(line.content)
+            try:
+                await self._answer(line)
+            finally:
+                self._room.give(size)
+
+    async def _answer(self, line: Line) -> None:
+        number, custom_id = line.number, line.custom_id
+        try:
+            url, body = read_request(line, self._urls, self._limits)
+        except FoldserveError as error:
+            shown = {"code": error.code, "message": str(error), "param": error.param}
+            self._write(results.failure(number, custom_id, shown), is_answer=False)
+            return
+        del line
+        try:
+            if self._files is not None:
+                await asyncio.to_thread(self._files.put_into, body)
+        except FoldserveError as error:
+            refusal = render(error)
+            reply = Reply(refusal.status_code, {}, bytearray(refusal.body))
+        else:
+            reply = await self._post(url, body)
+        self._write(
+            results.answer(number, custom_id, reply.status, reply.headers.get("x-request-id", ""), bytes(reply.body)),
+            is_answer=reply.status == 200,
+            **_counts(reply),
+        )
+
+    async def _post(self, url: str, body: dict[str, object]) -> Reply:
+        """The reply; a server that has no room at the moment is asked again.
+
+        Raises:
+            EngineEnded: there can't be one.
+        """
+        content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+        body.clear()
+        for wait_s in range(1, _TRIES + 1):
+            reply = await self._front.post(url, content)
+            if reply.status >= 500 and self._front.has_failed:
+                raise EngineEnded
+            if reply.status != 503:
+                break
+            await asyncio.sleep(wait_s)
+        return reply
+
+    def _write(self, line: bytes, *, is_answer: bool, encoded: int = 0, kept: int = 0) -> None:
+        self._found.add(line, is_answer=is_answer, encoded=encoded, kept=kept)
+        self._progress.step()
+
+    async def _sync(self) -> None:
+        while True:
+            await asyncio.sleep(_SYNC_S)
+            await asyncio.to_thread(self._found.sync)
+
+
+class Progress:
+    """The bar: lines that have a result, vision tokens saved, time left.
+
+    Args:
+        lines: of the input.
+        found: the results, which may be some already.
+    """
+
+    def __init__(self, lines: int, found: Results) -> None:
+        self._found = found
+        every_s = _BAR_S if sys.stderr.isatty() else _LOG_S
+        self._bar = tqdm(
+            total=lines, initial=found.totals.lines, desc="foldserve batch", unit="line", mininterval=every_s
+        )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bar.close()
+
+    def step(self) -> None:
+        """One more has a result."""
+        totals = self._found.totals
+        self._bar.set_postfix_str(
+            f"{totals.encoded - totals.kept:,} vision tokens saved, {totals.refused:,} errors", refresh=False
+        )
+        self._bar.update()
+
+
+class _ByteRoom:
+    """Bounds the bytes of the lines in flight.
+
+    Args:
+        most: of them; a single line may have more.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._held, self._most = 0, most
+        self._turn = asyncio.Lock()
+        self._given = asyncio.Event()
+
+    async def next(self, lines: Iterator[Line]) -> Line | None:
+        """The next line, once there is room for it; one at a time waits for that."""
+        async with self._turn:
+            line = next(lines, None)
+            if line is None:
+                return None
+            size = len(line.content)
+            while self._held and self._held + size > self._most:
+                self._given.clear()
+                await self._given.wait()
+            self._held += size
+            return line
+
+    def give(self, size: int) -> None:
+        self._held -= size
+        self._given.set()
+
+
+def _counts(reply: Reply) -> Mapping[str, int]:
+    """Vision tokens of a reply."""
+    found = _COUNTS.match(reply.headers.get(_HEADER, ""))
+    return {"encoded": int(found[1]), "kept": int(found[2])} if found and reply.status == 200 else {}
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
