@@ -49,7 +49,7 @@ test-pages: setup ## the playground in a browser (installs Playwright; needs Chr
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(VENV)-pages -r tests/pages/requirements.txt
 	@PYTHONPATH=$(CURDIR)/$(VENV)-pages $(BIN)/python -m pytest tests/pages $(TESTS)
 
-test-deploy: setup ## routing, data parallel, Prometheus and image steps on real programs (fetches Prometheus, vllm-router)
+test-deploy: setup ## routing, data parallel, Ray, Prometheus and image steps on real programs (fetches Prometheus, vllm-router, Ray)
 	@tests/deploy/live/tools.sh $(VENV)
 	@$(BIN)/python -m pytest tests/deploy/live $(TESTS)
 

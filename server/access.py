@@ -9,6 +9,9 @@ from typing import Any
 
 from foldserve.server.options import option
 
+UNBOUNDED_QUEUE = 1_000_000
+"""`max_queue` where nobody is to be sent away."""
+
 
 def _absolute(path: str) -> Path:
     return Path(path).absolute()

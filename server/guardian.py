@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 
 import psutil
 
@@ -60,6 +60,11 @@ def die_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if is_guarded() and parent is not None and parent.pid is not None:
         _die_with(parent.pid)
+
+
+def bind_children() -> None:
+    """Lets processes that vLLM starts from this one end with it, where it has no guardian."""
+    os.environ.setdefault(_RUN_DIR, mkdtemp(prefix="foldserve-"))
 
 
 def is_wanted(arguments: Sequence[str]) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 
-from foldserve.server.access import Access
+from foldserve.server.access import UNBOUNDED_QUEUE, Access
 from foldserve.server.commands.parser import add_options, argument, describe, read_options
 from foldserve.server.limits import Limits
 from foldserve.server.settings import Environment, Settings, parse_withdraw_layer
@@ -26,8 +26,6 @@ Every option of `vllm serve` works here too: --help=all lists them, --help=WORD 
 _RUNNERS = {"v1": "0", "v2": "1"}
 """Values of `VLLM_USE_V2_MODEL_RUNNER`."""
 _WHERE_IT_WRITES = Path()
-_NONE_IS_SENT_AWAY = 1_000_000
-"""Answers that may wait: all that a batch has in flight."""
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -90,7 +88,7 @@ def declare_batch_options(parser: ArgumentParser) -> None:
     _declare_engine(parser, "batch")
     _declare_logs(parser.add_argument_group("logs"))
     nobody = dict.fromkeys(field.name for field in fields(Access))
-    parser.set_defaults(**nobody | {"max_queue": _NONE_IS_SENT_AWAY})
+    parser.set_defaults(**nobody | {"max_queue": UNBOUNDED_QUEUE})
 
 
 def _declare_logs(group: _ArgumentGroup) -> None:

@@ -18,8 +18,8 @@ from foldserve.server.api.batch import lines, results, run, survey
 from foldserve.server.api.batch.files import LocalFiles
 from foldserve.server.api.batch.front import Reply
 from foldserve.server.api.batch.lines import Line, read_lines, read_request
-from foldserve.server.api.batch.results import Results
-from foldserve.server.api.batch.run import EngineEnded, Progress, Run
+from foldserve.server.api.batch.results import Result, Results
+from foldserve.server.api.batch.run import Answers, EngineEnded, Progress, Run
 from foldserve.server.api.batch.survey import Survey
 from foldserve.server.api.errors import FoldserveError
 from foldserve.server.limits import Limits
@@ -93,7 +93,7 @@ def asked(tmp_path: Path) -> Survey:
 
 def add(found: Results, number: int, custom_id: str | None) -> None:
     body = b'{"usage":{"vision_tokens":{"encoded":10,"kept":4}}}'
-    found.add(results.answer(number, custom_id, 200, "", body), is_answer=True, encoded=10, kept=4)
+    found.add(Result(results.answer(number, custom_id, 200, "", body), is_answer=True, encoded=10, kept=4))
 
 
 def test_a_line_cut_off_anywhere_is_answered_again(asked: Survey, tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_line_cut_off_anywhere_is_answered_again(asked: Survey, tmp_path: Path
     path = tmp_path / "out"
     with Results(path, asked, "refuse") as found:
         add(found, 1, "a")
-        found.add(results.failure(3, None, {"code": "x", "message": "y", "param": None}), is_answer=False)
+        found.add(Result(results.failure(3, None, {"code": "x", "message": "y", "param": None})))
         whole = path.stat().st_size
         add(found, 2, "b")
     content = path.read_bytes()
@@ -162,7 +162,7 @@ def answer_all(path: Path, output: Path, front: Any, at_once: int = 8, limits: L
     seen = Survey(path, lines.longest_line(limits))
     with Results(output, seen, "resume") as found, path.open("rb") as file, Progress(len(seen), found) as bar:
         missing = (line for line in read_lines(file, lines.longest_line(limits)) if line.number not in found)
-        asyncio.run(Run(front, missing, limits, None, found, bar).answer(at_once))
+        asyncio.run(Run(Answers(front, limits), missing, limits.max_unread_bytes, found, bar).answer(at_once))
 
 
 def test_killed_at_random_each_line_is_answered_once(tmp_path: Path) -> None:

@@ -18,6 +18,16 @@ from foldserve.server.api.batch.survey import Survey
 _PREFIX = "batch_req_"
 
 
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A line of the output, and what it adds to the totals."""
+
+    line: bytes
+    is_answer: bool = False
+    encoded: int = 0
+    kept: int = 0
+
+
 @dataclass(slots=True)
 class Totals:
     """What the lines of the output come to."""
@@ -27,11 +37,11 @@ class Totals:
     encoded: int = 0
     kept: int = 0
 
-    def add(self, *, is_answer: bool, encoded: int, kept: int) -> None:
+    def add(self, result: Result) -> None:
         self.lines += 1
-        self.refused += not is_answer
-        self.encoded += encoded
-        self.kept += kept
+        self.refused += not result.is_answer
+        self.encoded += result.encoded
+        self.kept += result.kept
 
 
 class Results:
@@ -75,12 +85,12 @@ class Results:
     def __contains__(self, number: int) -> bool:
         return bool(self._done[number])
 
-    def add(self, line: bytes, *, is_answer: bool, encoded: int = 0, kept: int = 0) -> None:
-        """Appends a result; `line` is one of `answer` and `failure`."""
-        rest = memoryview(line)
+    def add(self, result: Result) -> None:
+        """Appends a result."""
+        rest = memoryview(result.line)
         while rest:
             rest = rest[os.write(self._file, rest) :]
-        self.totals.add(is_answer=is_answer, encoded=encoded, kept=kept)
+        self.totals.add(result)
 
     def sync(self) -> None:
         """Returns when all that was added is on the disk."""
@@ -117,7 +127,7 @@ class Results:
             result = jiter.from_json(line, cache_mode="none")
             number = int(result["id"].removeprefix(_PREFIX))
             is_ours = survey.has(number, result["custom_id"])
-            is_answer, encoded, kept = _counts(result)
+            counts = _counts(result)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self._path}, line {at}, is no result of a batch: name another file") from error
         if not is_ours or number in self:
@@ -127,7 +137,7 @@ class Results:
                 + ": resume with the input that the results belong to, or --overwrite them"
             )
         self._done[number] = 1
-        self.totals.add(is_answer=is_answer, encoded=encoded, kept=kept)
+        self.totals.add(Result(line, *counts))
 
 
 def answer(number: int, custom_id: str | None, status: int, request_id: str, body: bytes) -> bytes:

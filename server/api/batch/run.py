@@ -20,7 +20,7 @@ from foldserve.server.api.batch.files import LocalFiles
 from foldserve.server.api.batch.front import Front, Reply, open_front
 from foldserve.server.api.batch.lines import Line, longest_line, read_lines, read_request
 from foldserve.server.api.batch.options import Options
-from foldserve.server.api.batch.results import Results
+from foldserve.server.api.batch.results import Result, Results
 from foldserve.server.api.batch.survey import Survey
 from foldserve.server.api.errors import FoldserveError, render
 from foldserve.server.limits import Limits
@@ -35,7 +35,7 @@ _BAR_S, _LOG_S = 0.5, 10.0
 """Between two pictures of the bar, on a terminal and in a log."""
 _COUNTS = re.compile(r"encoded=(\d+), kept=(\d+)")
 _HEADER = "x-foldserve-vision-tokens"
-_NOT_FOR_A_BATCH = (
+NOT_FOR_A_BATCH = (
     "api_server_count", "data_parallel_external_lb", "data_parallel_hybrid_lb", "data_parallel_multi_port_external_lb",
     "data_parallel_rank", "data_parallel_start_rank", "grpc", "headless", "host", "middleware", "port", "root_path",
     "ssl_certfile", "ssl_keyfile", "uds",
@@ -65,7 +65,7 @@ def batch(
         ValueError, OSError: an input or output that can't be used.
     """
     launch.prepare_process(environment)
-    args = launch.serve_args(argv, settings, environment, small_model, command="batch", refused=_NOT_FOR_A_BATCH)
+    args = launch.serve_args(argv, settings, environment, small_model, command="batch", refused=NOT_FOR_A_BATCH)
     args.model = args.model_tag or args.model
     configure_logging_from_args(args)
     limits = Settings.from_config(args.additional_config).limits
@@ -93,35 +93,79 @@ async def _answer_all(
                 for line in read_lines(file, longest_line(limits))
                 if line.number <= survey.last and line.number not in found
             )
-            run = Run(front, lines, limits, files, found, progress)
+            run = Run(Answers(front, limits, files), lines, limits.max_unread_bytes, found, progress)
             await run.answer(options.concurrency or front.runs_at_once + -(-front.runs_at_once // _QUEUED))
+
+
+class Answers:
+    """Answers single lines.
+
+    Args:
+        front: answers requests.
+        limits: of each.
+        files: those that lines may name; None for none.
+    """
+
+    def __init__(self, front: Front, limits: Limits, files: LocalFiles | None = None) -> None:
+        self._front, self._limits, self._files = front, limits, files
+        self._urls = front.urls
+
+    async def answer(self, line: Line) -> Result:
+        """The result of a line, whatever is wrong with it.
+
+        Raises:
+            EngineEnded: there is none.
+        """
+        number, custom_id = line.number, line.custom_id
+        try:
+            url, body = read_request(line, self._urls, self._limits)
+        except FoldserveError as error:
+            shown = {"code": error.code, "message": str(error), "param": error.param}
+            return Result(results.failure(number, custom_id, shown))
+        del line
+        try:
+            if self._files is not None:
+                await asyncio.to_thread(self._files.put_into, body)
+        except FoldserveError as error:
+            refusal = render(error)
+            reply = Reply(refusal.status_code, {}, bytearray(refusal.body))
+        else:
+            reply = await self._post(url, body)
+        request_id = reply.headers.get("x-request-id", "")
+        content = results.answer(number, custom_id, reply.status, request_id, bytes(reply.body))
+        return Result(content, reply.status == 200, **_counts(reply))
+
+    async def _post(self, url: str, body: dict[str, object]) -> Reply:
+        """The reply; a server that has no room at the moment is asked again."""
+        content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+        body.clear()
+        for wait_s in range(1, _TRIES + 1):
+            reply = await self._front.post(url, content)
+            if reply.status >= 500 and self._front.has_failed:
+                raise EngineEnded
+            if reply.status != 503:
+                break
+            await asyncio.sleep(wait_s)
+        return reply
 
 
 class Run:
     """Answers lines, some at a time, each whole in the output as soon as it is answered.
 
     Args:
-        front: answers.
+        answers: of single lines.
         lines: that have no result yet.
-        limits: of each.
-        files: those that lines may name; None for none.
+        most_bytes: of lines in flight.
         found: gets the results.
         progress: hears of them.
     """
 
     def __init__(
-        self,
-        front: Front,
-        lines: Iterator[Line],
-        limits: Limits,
-        files: LocalFiles | None,
-        found: Results,
-        progress: Progress,
+        self, answers: Answers, lines: Iterator[Line], most_bytes: int, found: Results, progress: Progress
     ) -> None:
-        self._front, self._lines, self._limits = front, lines, limits
-        self._files, self._found, self._progress = files, found, progress
-        self._urls = front.urls
-        self._room = _ByteRoom(limits.max_unread_bytes)
+        self._answers, self._lines = answers, lines
+        self._found, self._progress = found, progress
+        self._room = _ByteRoom(most_bytes)
 
     async def answer(self, at_once: int) -> None:
         """Returns when all lines have a result.
@@ -143,53 +187,10 @@ class Run:
         while (line := await self._room.next(self._lines)) is not None:
             size = len(line.content)
             try:
-                await self._answer(line)
+                self._found.add(await self._answers.answer(line))
+                self._progress.step()
             finally:
                 self._room.give(size)
-
-    async def _answer(self, line: Line) -> None:
-        number, custom_id = line.number, line.custom_id
-        try:
-            url, body = read_request(line, self._urls, self._limits)
-        except FoldserveError as error:
-            shown = {"code": error.code, "message": str(error), "param": error.param}
-            self._write(results.failure(number, custom_id, shown), is_answer=False)
-            return
-        del line
-        try:
-            if self._files is not None:
-                await asyncio.to_thread(self._files.put_into, body)
-        except FoldserveError as error:
-            refusal = render(error)
-            reply = Reply(refusal.status_code, {}, bytearray(refusal.body))
-        else:
-            reply = await self._post(url, body)
-        self._write(
-            results.answer(number, custom_id, reply.status, reply.headers.get("x-request-id", ""), bytes(reply.body)),
-            is_answer=reply.status == 200,
-            **_counts(reply),
-        )
-
-    async def _post(self, url: str, body: dict[str, object]) -> Reply:
-        """The reply; a server that has no room at the moment is asked again.
-
-        Raises:
-            EngineEnded: there can't be one.
-        """
-        content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
-        body.clear()
-        for wait_s in range(1, _TRIES + 1):
-            reply = await self._front.post(url, content)
-            if reply.status >= 500 and self._front.has_failed:
-                raise EngineEnded
-            if reply.status != 503:
-                break
-            await asyncio.sleep(wait_s)
-        return reply
-
-    def _write(self, line: bytes, *, is_answer: bool, encoded: int = 0, kept: int = 0) -> None:
-        self._found.add(line, is_answer=is_answer, encoded=encoded, kept=kept)
-        self._progress.step()
 
     async def _sync(self) -> None:
         while True:

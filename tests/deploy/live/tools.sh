@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Puts what these tests need into a virtual environment: vllm-router from PyPI; prometheus and promtool from PATH or from
+# Puts what these tests need into a virtual environment: vllm-router and Ray from PyPI; prometheus and promtool from PATH or from
 # the package of Debian or Ubuntu, which is unpacked, not installed.
 set -euo pipefail
 cd "$(dirname "$0")/../../.."
 bin=$(cd "$1/bin" && pwd)
 
 version=$(sed -n 's/^ARG VLLM_ROUTER_VERSION=//p' deploy/Dockerfile.router)
-"$bin/python" -m pip install --quiet --disable-pip-version-check "vllm-router==$version"
+"$bin/python" -m pip install --quiet --disable-pip-version-check "vllm-router==$version" "ray[data]>=2.60"
 
 unpack() {
   local folder
