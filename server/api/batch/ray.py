@@ -12,9 +12,7 @@ from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
-
-import ray.data
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from foldserve.server import guardian
 from foldserve.server.access import UNBOUNDED_QUEUE, Access
@@ -24,6 +22,9 @@ from foldserve.server.api.batch.lines import Line
 from foldserve.server.api.batch.run import NOT_FOR_A_BATCH, Answers
 from foldserve.server.api.batch.survey import digest
 from foldserve.server.settings import CONFIG_KEY, Environment, Settings
+
+if TYPE_CHECKING:
+    import ray.data  # an extra
 
 LINE, RESULT = "line", "result"
 """Columns: a request as in a batch file, and what the output of a batch would say of it."""
