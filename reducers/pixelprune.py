@@ -178,14 +178,14 @@ class PixelPrune(Preselection):
     options = (
         Number("tau", 0, "largest difference, in levels, of pixels that are alike", 0, 255),
         Choice(
-            "prediction",
+            "predictor",
             "anchored",
             "from what a decoder would show, so that no error is above tau, or from the neighbours' own pixels",
             ("anchored", "sliding"),
         ),
     )
     tau: int
-    prediction: Prediction
+    predictor: Prediction
 
     def check(self, geometry: VisionGeometry) -> None:
         super().check(geometry)
@@ -205,7 +205,7 @@ class PixelPrune(Preselection):
             cells: (rows, columns, values) uint8, on the CPU.
             at_least: how many have to stay.
         """
-        stays, difference = predict(cells, self.tau, self.prediction)
+        stays, difference = predict(cells, self.tau, self.predictor)
         if int(stays.sum()) < at_least:
             rank = difference.int().masked_fill(stays, 256).flatten()
             most = rank.flip(0).argsort(descending=True, stable=True)[:at_least]

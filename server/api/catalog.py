@@ -48,7 +48,7 @@ def describe(chat: FoldServingChat) -> dict[str, object]:
                 "summary": method.summary,
                 "paper": method.paper,
                 "stage": method.stage.value,
-                "modalities": _modalities(method, family),
+                "modalities": modalities_of(method, family),
                 "options": {option.name: option.schema() for option in _own_fields(method)},
                 "max_removed_tokens": _max_removed(method, largest) if largest else 0,
             }
@@ -91,10 +91,10 @@ def served_card(model: str) -> dict[str, Any] | None:
 
 def served_methods(family: Family | None) -> list[Method]:
     """Methods that models of this family have what they need for; None: no image can be reduced."""
-    return [method for method in METHODS.values() if _modalities(method, family)]
+    return [method for method in METHODS.values() if modalities_of(method, family)]
 
 
-def _modalities(method: Method, family: Family | None) -> list[Modality]:
+def modalities_of(method: Method, family: Family | None) -> list[Modality]:
     """What it reduces on models of this family."""
     return [] if family is None else [each for each in family.modalities if _works_with(method, family, each)]
 

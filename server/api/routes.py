@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from http import HTTPStatus
 from importlib.metadata import version
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -110,8 +111,16 @@ async def _answer(request: FoldChatRequest, raw_request: Request) -> ChatComplet
     take_further_places(raw_request.scope, (request.n or 1) - 1)
     answer = await serving.create_chat_completion(request, raw_request)
     if isinstance(answer, ErrorResponse):
-        raise from_vllm(answer)
+        _refuse_with(answer)
     return answer
+
+
+def _refuse_with(answer: ErrorResponse) -> NoReturn:
+    """Raises vLLM's error; of a request that was broken off nobody waits for it, and asyncio would log it."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+    raise from_vllm(answer)
 
 
 def _headers(request: FoldChatRequest) -> dict[str, str]:
@@ -152,7 +161,7 @@ async def map_reduction(request: FoldChatRequest, raw_request: Request) -> Respo
     """
     answer = await _prepared(request, raw_request).map_tokens(request)
     if isinstance(answer, ErrorResponse):
-        raise from_vllm(answer)
+        _refuse_with(answer)
     return JSONResponse(answer)
 
 

@@ -112,5 +112,6 @@ def test_the_catalog(server: Live) -> None:
     assert catalog["vision_tokens_per_image"] is None
     assert catalog["limits"]["image"] == {"max_tokens": 7 * 36}
     offered = {method["id"] for method in catalog["data"]}
-    assert offered == {"base_only", "folder", "random", "pool", "withdraw", "fastv", "illava_decoder"}
+    before = {"base_only", "folder", "random", "pool", "divprune", "cdpruner"}
+    assert offered == before | {"withdraw", "fastv", "illava_decoder"}
     assert catalog["low_detail"] == {"method": "base_only"}

@@ -69,6 +69,7 @@ def error(status: int, code: str, answer: Any) -> None:
 ROUTES = [
     ("POST", CHAT),
     ("POST", RESPONSES),
+    ("POST", "/v1/reductions/map"),
     ("GET", "/v1/reducers"),
     ("GET", "/v1/models"),
     ("GET", "/v1/models/{model}"),

@@ -130,5 +130,7 @@ def test_the_catalog(server: Live) -> None:
     assert catalog["low_detail"] == {"method": "base_only"}
     removed = {method["id"]: method["max_removed_tokens"] for method in catalog["data"]}
     in_the_decoder = {"withdraw", "fastv", "illava_decoder"}
-    assert removed.keys() == {"base_only", "downsample", "illava", "folder", "random", "pool"} | in_the_decoder
+    of_videos = {"vidcom2", "evs"}
+    of_images = {"base_only", "downsample", "illava", "folder", "random", "pool", "divprune", "cdpruner"}
+    assert removed.keys() == of_images | of_videos | in_the_decoder
     assert removed["base_only"] == 999 - BASE

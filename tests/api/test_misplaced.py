@@ -27,6 +27,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionReque
 from vllm.renderers.chat_utils import CustomChatCompletionMessageParam
 
 from foldserve.reducers.reduction import FIELDS
+from foldserve.server.api.auto import AUTO_FIELDS
 from foldserve.server.api.errors import InvalidRequest
 from foldserve.server.api.limits import misplaced
 from foldserve.server.api.limits.body import check_body
@@ -196,7 +197,8 @@ def test_every_field_in_every_spelling(name: str, spell: Any) -> None:
 
 def test_ordinary_words_are_fields() -> None:
     assert FIELDS.keys() > misplaced.ORDINARY_WORDS
-    assert FIELDS.keys() == FoldChatRequest.model_json_schema()["properties"]["reduction"]["properties"].keys()
+    properties = FoldChatRequest.model_json_schema()["properties"]["reduction"]["properties"]
+    assert {*FIELDS, *AUTO_FIELDS} == properties.keys()
 
 
 # Compared with the installed packages: what they know is theirs.

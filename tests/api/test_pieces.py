@@ -70,12 +70,13 @@ def test_a_mark_in_a_text_is_text(client: OpenAI, mark: str) -> None:
 def test_methods_in_the_decoder(kind: str, server: Live, client: OpenAI) -> None:
     """What no option of the server would change is told before what one would."""
     offered = {method["id"] for method in server.ask("GET", "/v1/reducers").json["data"]}
+    before_the_decoder = {"folder", "random", "pool", "divprune", "cdpruner"}
     if kind == "idefics3":
-        assert offered == {"folder", "random", "pool", "withdraw"}
+        assert offered == before_the_decoder | {"withdraw"}
         vision = ask(client, reduction={"ratio": 0.5, "withdraw": True})["vision_tokens"]
         assert vision["withdrawn"] == vision["kept"] == TOKENS["idefics3"] // 2
     else:
-        assert offered == {"folder", "random", "pool"}
+        assert offered == before_the_decoder
         with pytest.raises(BadRequestError, match="attend to each other in both directions") as caught:
             ask(client, reduction={"withdraw": True})
         assert caught.value.param == "reduction.withdraw"

@@ -149,8 +149,9 @@ def test_the_catalog(server: Live) -> None:
     assert catalog["positions"] == {"default": "keep", "can_keep": True}
     offered = {method["id"] for method in catalog["data"]}
     in_the_decoder = {"withdraw", "fastv", "illava_decoder"}
-    before_it = {"downsample", "illava", "tome", "visionzip", "folder", "random", "pool", "pixelprune"}
-    assert offered == before_it | in_the_decoder
+    in_the_tower = {"downsample", "illava", "tome", "visionzip", "pixelprune"}
+    behind_it = {"folder", "random", "pool", "divprune", "cdpruner", "mmtok"}
+    assert offered == in_the_tower | behind_it | in_the_decoder
 
 
 VIDEO = videos.video(40, 256, 128)  # four seconds; the largest frames that the tiny model takes

@@ -179,7 +179,7 @@ class QwenReference:
         (rows, columns), process = grid, self.processor.image_processor
         raw = process(images=[image], return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"]
         values = raw.int().view(rows, columns, -1).tolist()
-        stay = naive_pixelprune(values, asked.get("tau", 0), anchored=asked.get("prediction") != "sliding")
+        stay = naive_pixelprune(values, asked.get("tau", 0), anchored=asked.get("predictor") != "sliding")
         pixels = process(images=[image], return_tensors="pt")["pixel_values"]
         kept = qwen_tower_reference.encode(self.model.model.visual, pixels, grid, 0, asked, stay)
         levels = [torch.stack(level) for level in zip(*(token.levels for token in kept), strict=True)]

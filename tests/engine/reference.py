@@ -57,7 +57,7 @@ class Reference:
         raw = process(image, return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"][0]
         rows = [row.split(patch, dim=2) for row in raw.int().split(patch, dim=1)]
         cells = [[cell.flatten().tolist() for cell in row] for row in rows]
-        anchored = reduction.get("prediction") != "sliding"
+        anchored = reduction.get("predictor") != "sliding"
         stays = torch.zeros(self.geometry.tokens, dtype=torch.bool)
         stays[naive_pixelprune(cells, int(str(reduction.get("tau", 0))), anchored=anchored)] = True
         cells_kept = None if stays.all() else Cells.of(stays)

@@ -29,6 +29,7 @@ from tests.engine.conftest import MAX_TOKENS, Case, by_uuid_alone, greedy, start
 from tests.engine.gemma3_reference import Gemma3Reference, attention, crops
 from tests.engine.keeping_reference import Answer
 from tests.engine.maps import engine_maps, members
+from tests.engine.method_table import assert_documented
 from tests.engine.watch import watch
 from tests.images import photo
 
@@ -270,3 +271,7 @@ def test_the_map_shows_the_whole_image_and_then_its_crops(llm: Any) -> None:
     assert [found.region.name for found in maps] == ["base", *(f"tile {i}" for i in range(1, len(maps)))]
     assert maps[1].region.box == pytest.approx((0, 0, 1 / (len(maps) - 1), 1))  # side by side in a wide image
     assert members(maps[0]) != members(maps[1])
+
+
+def test_the_page_says_which_methods_work(llm: Any) -> None:
+    assert_documented("Gemma-3", llm)

@@ -30,6 +30,7 @@ from tests import idefics3_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, by_uuid_alone, greedy, start_engine
 from tests.engine.idefics3_reference import Idefics3Reference, tiling
 from tests.engine.maps import engine_maps, members
+from tests.engine.method_table import assert_documented
 from tests.engine.watch import forget, watch
 from tests.images import photo
 
@@ -287,3 +288,7 @@ def test_the_map_shows_each_tile_and_then_the_whole_image(llm: Any) -> None:
     assert [found.region.name for found in maps] == [*(f"tile {i + 1}" for i in range(columns * rows)), "base"]
     assert maps[0].region.box == pytest.approx((0, 0, 1 / columns, 1 / rows))
     assert members(maps[0]) != members(maps[-1])
+
+
+def test_the_page_says_which_methods_work(llm: Any) -> None:
+    assert_documented("Idefics3", llm)

@@ -79,7 +79,7 @@ def test_what_pixels_decide_is_part_of_the_identity(processor: Any) -> None:
 
     assert of() == of(tau=1) == of(tau=60, ratio=0) == "cat"  # of a photo nothing goes
     found = [of(tau=60), of(tau=40), of(tau=60, keep_tokens=130), of(tau=60, positions="renumber")]
-    found += [of(tau=60, prediction="sliding"), of(tau=60, method="pixelprune+folder", ratio=0.9)]
+    found += [of(tau=60, predictor="sliding"), of(tau=60, method="pixelprune+folder", ratio=0.9)]
     assert len(set(found)) == len(found)
     assert of(tau=60) == found[0] == of(tau=60, keep_tokens=10) == of(tau=60, method="pixelprune+folder", ratio=0.01)
     assert ["@144" in one for one in found] == [True, True, True, False, True, True]

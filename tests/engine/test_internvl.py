@@ -27,6 +27,7 @@ from tests.engine.conftest import MAX_TOKENS, Case, by_uuid_alone, greedy, start
 from tests.engine.intern_reference import Film, InternReference, tiling
 from tests.engine.keeping_reference import Answer
 from tests.engine.maps import engine_maps, members
+from tests.engine.method_table import assert_documented
 from tests.engine.qwen_reference import folder_groups
 from tests.engine.watch import forget, watch
 from tests.images import photo
@@ -366,3 +367,7 @@ def test_the_map_shows_each_frame(llm: Any, served: Served) -> None:
     frames = [engine_maps(llm, "<video>", [pictures[i : i + 1]], [{"ratio": 0.5}], "video")[0][0] for i in range(3)]
     assert [members(found) for found in maps] == [members(found) for found in frames]
     assert members(maps[0]) != members(maps[1])
+
+
+def test_the_page_says_which_methods_work(llm: Any) -> None:
+    assert_documented("InternVL", llm)

@@ -25,6 +25,7 @@ from foldserve.server.engine.families.registry import family_of
 from tests import next_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, by_uuid_alone, greedy, start_engine
 from tests.engine.maps import engine_maps, members
+from tests.engine.method_table import assert_documented
 from tests.engine.next_reference import KeepingNextReference, NextReference
 from tests.engine.qwen_reference import folder_groups
 from tests.engine.watch import forget
@@ -339,3 +340,7 @@ def test_the_map_of_a_base_tile_alone_drops_the_mosaic(llm: Any) -> None:
     ((base, mosaic),) = engine_maps(llm, "<image>", [photo(9, 300, 200)], [{"method": "base_only"}])
     assert members(base) == [[i] for i in range(len(base.group))]
     assert members(mosaic) == [] and set(mosaic.group) == {-1}
+
+
+def test_the_page_says_which_methods_work(llm: Any) -> None:
+    assert_documented("NeXT", llm)

@@ -29,6 +29,7 @@ from tests import onevision_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
 from tests.engine.keeping_reference import Answer
 from tests.engine.maps import engine_maps, members
+from tests.engine.method_table import assert_documented
 from tests.engine.onevision_reference import KeepingOnevisionReference, OnevisionReference, Video
 from tests.engine.watch import forget, watch
 from tests.images import photo
@@ -378,3 +379,7 @@ def test_the_map_of_what_acts_in_the_tower_shows_a_frame_before_it_is_pooled(llm
     side = vision.image_size // vision.patch_size
     (frames,) = engine_maps(llm, "<video>", [video(2)], [ILLAVA | {"ratio": 0.4}], "video", counted=False)
     assert [(found.region.rows, found.region.columns, len(found.sizes)) for found in frames] == [(side, side, 49)] * 2
+
+
+def test_the_page_says_which_methods_work(llm: Any) -> None:
+    assert_documented("OneVision", llm)

@@ -20,6 +20,7 @@ from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeo
 from tests import siglip_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
 from tests.engine.maps import engine_maps, members
+from tests.engine.method_table import assert_documented
 from tests.engine.reference import Reference
 from tests.images import photo
 
@@ -247,3 +248,8 @@ def test_the_prompt_holds_what_is_planned(
     assert len(output.prompt_token_ids) == len(
         plain.prompt_ids(case.prompt, [plan_item(asked, Layout.single(plain.geometry))])
     )
+
+
+@pytest.mark.parametrize(("tower", "model"), [("clip", "LLaVA-1.5"), ("siglip", "with SigLIP")])
+def test_the_page_says_which_methods_work(tower: str, model: str, engines: dict[str, Any]) -> None:
+    assert_documented(model, engines[tower])

@@ -20,6 +20,7 @@ from foldserve.server.engine.vision import Survivors
 from tests import mmvp_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
 from tests.engine.maps import engine_maps, members
+from tests.engine.method_table import assert_documented
 from tests.engine.mmvp_reference import MmvpReference
 from tests.images import photo
 
@@ -186,3 +187,7 @@ def test_the_map_shows_both_towers(llm: Any) -> None:
     ((clip, dino),) = engine_maps(llm, "<image>", [photo(3)], [{"ratio": 0.5}])
     assert (clip.region.name, dino.region.name) == ("CLIP", "DINOv2")
     assert members(clip) != members(dino)
+
+
+def test_the_page_says_which_methods_work(llm: Any) -> None:
+    assert_documented("MMVP", llm)

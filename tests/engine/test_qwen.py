@@ -30,6 +30,7 @@ from tests.engine import qwen_tower_reference
 from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
 from tests.engine.cuda.processes import run
 from tests.engine.maps import engine_maps, members
+from tests.engine.method_table import assert_documented
 from tests.engine.qwen_reference import Answer, Film, QwenReference, folder_groups
 from tests.engine.watch import forget, watch
 from tests.images import page, photo
@@ -128,7 +129,7 @@ def one_page(width: int, height: int, **reduction: object) -> Case:
 PRUNED: dict[str, Any] = {"method": "pixelprune", "tau": 3}
 BY_PIXELS = [
     *(one_page(*size, **PRUNED) for size in SIZES),
-    one_page(*SIZES[0], **PRUNED, prediction="sliding", positions="renumber"),
+    one_page(*SIZES[0], **PRUNED, predictor="sliding", positions="renumber"),
     one_page(*SIZES[1], method="pixelprune"),  # the noise leaves nothing that is exactly alike
     one_page(*SIZES[2], **PRUNED | {"method": "pixelprune+folder"}, ratio=0.75),
     one_page(*SIZES[2], **PRUNED | {"method": "pixelprune+folder"}, ratio=0.01),  # fewer stay of themselves
@@ -661,3 +662,9 @@ def test_the_map_of_a_smaller_image(llm: Any, reference: QwenReference) -> None:
         for y in range(rows)
         for x in range(columns)
     ]
+
+
+def test_the_page_says_which_methods_work(checkpoint: Path, llm: Any) -> None:
+    assert_documented(
+        {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}[checkpoint.name], llm
+    )

@@ -23,6 +23,7 @@ from foldserve.server.engine.kv_cost import KvCost, kv_cost
 from foldserve.server.engine.plugin import register
 from tests.engine import gated_delta
 from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
+from tests.engine.method_table import assert_documented
 from tests.engine.qwen_reference import Answer, QwenReference
 from tests.engine.test_qwen import (  # fixtures among them
     FILMS,
@@ -216,3 +217,7 @@ def test_in_bf16_ratio_0_is_vllms_own_bit_for_bit(checkpoint: Path) -> None:
     assert greedy(ours, [replace(case, reductions=()) for case in plain]) == expected
     forget(ours)
     assert greedy(ours, plain) == expected
+
+
+def test_the_page_says_which_methods_work(llm: Any) -> None:
+    assert_documented("Qwen3.5", llm)

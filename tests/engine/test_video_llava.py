@@ -30,6 +30,7 @@ from tests import video_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
 from tests.engine.keeping_reference import Answer
 from tests.engine.maps import engine_maps, members
+from tests.engine.method_table import assert_documented
 from tests.engine.video_reference import (
     KeepingNextVideoReference,
     KeepingVideoReference,
@@ -359,3 +360,7 @@ def test_the_map_shows_each_frame(llm: Any, checkpoint: Path) -> None:
     if has_images(checkpoint):
         ((image,),) = engine_maps(llm, "<image>", [photo(3)], [{"method": "tome", "ratio": 0.5}])
         assert sorted(token for group in members(image) for token in group) == list(range(len(image.group)))
+
+
+def test_the_page_says_which_methods_work(checkpoint: Path, llm: Any) -> None:
+    assert_documented("Video-LLaVA" if has_images(checkpoint) else "NeXT-Video", llm)
