@@ -146,7 +146,7 @@ def calls(
         geometry = tower.whole if isinstance(method, AfterTower) else tower.geometry
         for plan in plans(method.name, geometry, ratios):
             if isinstance(method, AfterProjector):
-                yield method.name, plan.kept, partial(after_projector, method, inputs, plan)
+                yield method.name, plan.kept, partial(after_projector, inputs, plan)
             elif isinstance(method, AfterTower):
                 tokens = inputs.hidden[:, int(tower.class_token) :].reshape(1, geometry.tokens, -1)
                 yield method.name, plan.kept, partial(after_tower, tokens, plan)
@@ -168,11 +168,8 @@ def plans(method: str, geometry: VisionGeometry, ratios: tuple[float, ...]) -> I
 
 
 def after_tower(tokens: Tensor, plan: Plan) -> Reduced:
-    """Where the method looks at more than these tokens, they stand for that too; a query has eight."""
     method = plan.reducer
     assert isinstance(method, AfterTower)
-    if isinstance(method, AfterProjector):
-        return method.reduce(tokens, plan, None, Seen(tokens, [tokens[0, :8]]))
     return method.reduce(tokens, plan)
 
 
@@ -185,10 +182,12 @@ def in_tower(method: InTower, inputs: Inputs, plan: Plan) -> Tensor:
     return x
 
 
-def after_projector(method: AfterProjector, inputs: Inputs, plan: Plan) -> object:
-    """With the projection of as many tokens as go."""
-    gone = inputs.hidden[:, int(inputs.tower.class_token) :].flatten(0, 1)[: plan.removed]
-    return inputs.projector(gone), method.reduce(inputs.embedded, plan)
+def after_projector(inputs: Inputs, plan: Plan) -> object:
+    """With the projection of as many tokens as go; a query has eight."""
+    method, tokens = plan.reducer, inputs.hidden[:, int(inputs.tower.class_token) :].reshape(1, plan.encoded, -1)
+    assert isinstance(method, AfterProjector)
+    seen = Seen(tokens, [inputs.embedded[0, :8]])
+    return inputs.projector(tokens[0, : plan.removed]), method.reduce(inputs.embedded, plan, None, seen)
 
 
 def before_tower(inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,17 @@ def test_the_calibration_is_shown(server: Live) -> None:
     assert (shown["groups"], shown["target"], shown["bounds"]) == ({"ocr": 9, "color_at": 1}, 0.05, [0, 0.75])
 
 
+def settle(server: Live) -> None:
+    """Until all answers of earlier tests are checked."""
+
+    def is_settled() -> bool:
+        before = server.metrics("foldserve_checked_answers_total")
+        time.sleep(0.5)
+        return server.metrics("foldserve_checked_answers_total") == before
+
+    server.wait(is_settled)
+
+
 @pytest.mark.parametrize(
     ("fields", "labels"),
     [
@@ -224,6 +236,7 @@ def test_reduced_answers_are_checked_against_those_with_all_tokens(
 
     changed = reduced != full
     server.wait(lambda: checked(changed) > 0)
+    settle(server)
     before, other = checked(changed), checked(not changed)
     nats = server.metrics("foldserve_checked_kl_nats_count", **labels)
     server.ask("POST", "/v1/chat/completions", body | fields)
@@ -236,6 +249,7 @@ def test_reduced_answers_are_checked_against_those_with_all_tokens(
 
 def test_answers_with_all_tokens_are_not_checked_and_drawn_ones_tell_nothing_of_a_change(server: Live) -> None:
     body = {name: value for name, value in example().items() if not name.startswith("reduction")}
+    settle(server)
     total = server.metrics("foldserve_checked_answers_total")
     server.ask("POST", "/v1/chat/completions", body)
     drawn = server.metrics("foldserve_checked_answers_total", changed="sampled")

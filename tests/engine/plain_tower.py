@@ -70,24 +70,13 @@ class PlainTower:
         return tokens, source if entering is None else entering[source]
 
     @torch.no_grad()
-    def members(self, pixels: Tensor, plan: Plan) -> list[list[int]]:
+    def members(
+        self, pixels: Tensor, plan: Plan, project: Project = as_they_are, entering: Tensor | None = None
+    ) -> list[list[int]]:
         """Of each token that stays, in order, the tokens of the whole image that are in it."""
-        features, _, held = self._walk(pixels, plan)
-        side = isqrt(plan.encoded)
-        if plan.method == "folder":
-            group = folder(features, plan.folds).group[0].tolist()
-        elif plan.method == "random":
-            kept = draw(plan.encoded, plan.kept, plan.seed).tolist()
-            group = [kept.index(i) if i in kept else -1 for i in range(plan.encoded)]
-        elif plan.grid is not None:  # of windows, or of places in a smaller image
-            rows, columns = plan.grid
-            group = [
-                int((i // side + 0.5) * rows / side) * columns + int((i % side + 0.5) * columns / side)
-                for i in range(plan.encoded)
-            ]
-        else:
-            return held
-        return [[i for i, one in enumerate(group) if one == kept] for kept in range(plan.kept)]
+        features, _, held = self._walk(pixels, plan, entering)
+        found = _groups(features, plan, held, project)
+        return found if entering is None else [[int(entering[i]) for i in own] for own in found]
 
     def _walk(
         self, pixels: Tensor, plan: Plan, entering: Tensor | None = None
@@ -155,6 +144,27 @@ class PlainTower:
         return tome(x, seen.key.mean(2), sizes, r, class_token=self.class_token)
 
 
+def _groups(features: Tensor, plan: Plan, held: list[list[int]], project: Project) -> list[list[int]]:
+    """What a method after the tower puts into each token that stays; or what is in it already."""
+    side = isqrt(plan.encoded)
+    if plan.method in plain_diversity.METHODS:
+        return [members for _, members in _diverse(project(features)[0], plan)]
+    if plan.method == "folder":
+        group = folder(features, plan.folds).group[0].tolist()
+    elif plan.method == "random":
+        kept = draw(plan.encoded, plan.kept, plan.seed).tolist()
+        group = [kept.index(i) if i in kept else -1 for i in range(plan.encoded)]
+    elif plan.grid is not None:  # of windows, or of places in a smaller image
+        rows, columns = plan.grid
+        group = [
+            int((i // side + 0.5) * rows / side) * columns + int((i % side + 0.5) * columns / side)
+            for i in range(plan.encoded)
+        ]
+    else:
+        return held
+    return [[i for i, one in enumerate(group) if one == kept] for kept in range(plan.kept)]
+
+
 def joined(held: list[list[int]], group: Tensor) -> list[list[int]]:
     """What is in each token once those of a batch of one went into `group` (1, n)."""
     after: dict[int, list[int]] = {}
@@ -196,10 +206,15 @@ def after_tower(features: Tensor, source: Tensor, plan: Plan, project: Project =
 
 def _of_projected(tokens: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
     """(n, hidden) -> (1, plan.kept, hidden)"""
-    geometry, rest = plan.options if plan.method == "divprune" else ("plain", "drop")
-    groups = plain_diversity.groups(plan.method, tokens.numpy(), plan.kept, str(geometry), str(rest))
+    groups = _diverse(tokens, plan)
     means = torch.stack([tokens[members].mean(dim=0) for _, members in groups])
     return means[None], torch.tensor([[own for own, _ in groups]])
+
+
+def _diverse(tokens: Tensor, plan: Plan) -> list[tuple[int, list[int]]]:
+    """(n, hidden) -> see `plain_diversity.groups`."""
+    geometry, rest = plan.options if plan.method == "divprune" else ("plain", "drop")
+    return plain_diversity.groups(plan.method, tokens.numpy(), plan.kept, str(geometry), str(rest))
 
 
 def _of_tower(features: Tensor, source: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:

@@ -74,10 +74,25 @@ class Reference:
 
     def covering(self, image: Image.Image, plan: ItemPlan, words: Sequence[str]) -> Tensor:
         """The same of MMTok, by what is to be looked for."""
+        projected, stay = self.covered(image, plan, words)
+        return projected[stay]
+
+    def covered(self, image: Image.Image, plan: ItemPlan, words: Sequence[str]) -> tuple[Tensor, list[int]]:
+        """All tokens, projected, and those that stay."""
         pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
         whole = self.tower.features(pixels, Plan("none", self.geometry.tokens))
         projected: Tensor = self.model.model.multi_modal_projector(whole)[0]
-        return projected[naive_mmtok(projected, whole[0], self.embedded(words), plan.kept, 0.02)]
+        return projected, naive_mmtok(projected, whole[0], self.embedded(words), plan.kept, 0.02)
+
+    def members(self, image: Image.Image, reduction: dict[str, object]) -> list[list[int]]:
+        """Of each token that stays, in order, the patches that are in it."""
+        (plan,) = self.plans([image], [reduction])
+        if plan.method == "mmtok":
+            return [[i] for i in self.covered(image, plan, KEYWORDS[str(reduction.get("query", ""))])[1]]
+        pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
+        seeded = plan.with_seed(crc32(pixels[0].numpy().tobytes())).grids[0]
+        entering = None if plan.cells is None else plan.cells.places()
+        return self.tower.members(pixels, seeded, self.model.model.multi_modal_projector, entering)
 
     def embedded(self, words: Sequence[str]) -> Tensor:
         """The decoder's embeddings of their tokens."""
