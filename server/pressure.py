@@ -8,6 +8,10 @@ _FULL, _FREE = 0.9, 0.7
 """Share of the KV cache in use, above which it is full, and below which it is free."""
 _RISES_AFTER_S = 5.0
 _FALLS_AFTER_S = 30.0
+_DIP_S = 1.0
+"""Chats that end together free their blocks for the step in which others begin: it is full all the same."""
+_IDLE_AFTER_S = 5.0
+"""Without news of a step nobody waits, as where all clients have hung up."""
 
 
 class Pressure:
@@ -17,14 +21,19 @@ class Pressure:
 
     def __init__(self) -> None:
         self._level = 0
-        self._direction, self._since = 0, 0.0
+        self._direction, self._since = -1, 0.0
+        self._heard_at, self._full_at = 0.0, -_DIP_S
 
     def observe(self, waiting: int, kv_usage: float, now: float) -> None:
         """Takes what a step of the engine has shown, which holds until the next one."""
         self._advance(now)
-        direction = 1 if waiting and kv_usage > _FULL else -1 if kv_usage < _FREE else 0
-        if direction != self._direction:
-            self._direction, self._since = direction, now
+        self._heard_at = now
+        if waiting and kv_usage > _FULL:
+            self._full_at = now
+        if now - self._full_at < _DIP_S:
+            self._turn(1, now)
+        else:
+            self._turn(-1 if kv_usage < _FREE else 0, now)
 
     def level(self, now: float) -> int:
         """0 to `MOST`."""
@@ -32,10 +41,21 @@ class Pressure:
         return self._level
 
     def _advance(self, now: float) -> None:
+        idle_from = self._heard_at + _IDLE_AFTER_S
+        if now > idle_from:
+            self._count(idle_from)
+            self._turn(-1, idle_from)
+        self._count(now)
+
+    def _turn(self, direction: int, now: float) -> None:
+        if direction != self._direction:
+            self._direction, self._since = direction, now
+
+    def _count(self, now: float) -> None:
         if self._direction == 0:
             return
         wait = _RISES_AFTER_S if self._direction > 0 else _FALLS_AFTER_S
-        steps = int((now - self._since) / wait)
+        steps = max(0, int((now - self._since) / wait))
         self._since += steps * wait
         self._level = min(MOST, max(0, self._level + self._direction * steps))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -309,38 +309,55 @@ def test_the_calibrated_method_may_be_named() -> None:
     assert (reductions, choice.step) == ([Reduction(ratio=0.75)] * 2, 4)
 
 
-def levels(*seen: tuple[float, int, float], until: float) -> list[int]:
-    """Levels each second, of a server that shows (time, waiting, KV use)."""
+Steps = Callable[[float], tuple[int, float]]
+"""What a step at a time shows: requests that wait, and the share of the KV cache in use."""
+
+
+def levels(shows: Steps, until: float, ends: float | None = None) -> list[int]:
+    """Levels each second of a server with ten steps a second, until it `ends` to have any."""
     pressure, found = Pressure(), []
-    for second in range(int(until) + 1):
-        for when, waiting, usage in seen:
-            if second <= when < second + 1:
-                pressure.observe(waiting, usage, when)
-        found.append(pressure.level(float(second)))
+    for tenth in range(int(10 * until) + 1):
+        now = tenth / 10
+        if ends is None or now < ends:
+            pressure.observe(*shows(now), now)
+        if tenth % 10 == 0:
+            found.append(pressure.level(now))
     return found
 
 
 def test_pressure_rises_while_requests_wait_for_a_full_cache_and_falls_slowly() -> None:
-    found = levels((0, 3, 0.95), (30, 0, 0.5), until=160)
+    found = levels(lambda now: (3, 0.95) if now < 30 else (0, 0.5), until=160)
     assert found[:30] == [0] * 5 + [1] * 5 + [2] * 5 + [3] * 5 + [4] * 10
-    assert [found.index(level, 30) for level in (3, 2, 1, 0)] == [60, 90, 120, 150]
+    assert [found.index(level, 30) for level in (3, 2, 1, 0)] == [61, 91, 121, 151]  # full a second longer
+
+
+def test_chats_that_end_together_make_no_room() -> None:
+    """Seen on a pool of 23 blocks with 64 chats of one length: free for a step in four."""
+    assert levels(lambda now: (52, 0.35) if int(10 * now) % 4 == 0 else (53, 0.957), until=22)[-1] == 4
 
 
 @pytest.mark.parametrize(
-    "seen",
+    "shows",
     [
-        [(0, 0, 0.99)],  # full, and nobody waits
-        [(0, 9, 0.8)],  # they wait for something else
-        [(t, 3, 0.95 if t % 4 else 0.85) for t in range(60)],  # never full for five seconds
+        lambda now: (0, 0.99),  # full, and nobody waits
+        lambda now: (9, 0.8),  # they wait for something else
+        lambda now: (3, 0.95 if now % 4 < 2 else 0.85),  # never full for five seconds
     ],
+    ids=range(3),
 )
-def test_pressure_that_is_none(seen: list[tuple[float, int, float]]) -> None:
-    assert set(levels(*seen, until=60)) == {0}
+def test_pressure_that_is_none(shows: Steps) -> None:
+    assert set(levels(shows, until=60)) == {0}
 
 
 def test_pressure_does_not_swing_between_its_two_bounds() -> None:
-    seen = [(0, 3, 0.95)] + [(t, 3, 0.75 if t % 2 else 0.89) for t in range(11, 100)]
-    assert set(levels(*seen, until=100)[11:]) == {2}
+    found = levels(lambda now: (3, 0.95 if now < 10.5 else 0.89 if int(now) % 2 else 0.75), until=100)
+    assert set(found[12:]) == {2}
+
+
+def test_a_server_whose_clients_have_hung_up_is_free() -> None:
+    """No step says so: the last one was full."""
+    found = levels(lambda now: (3, 0.95), until=160, ends=12)
+    assert max(found) == 3 and found[-1] == 0
 
 
 def test_an_image_keeps_its_first_count_under_pressure(monkeypatch: pytest.MonkeyPatch) -> None:
