@@ -23,6 +23,7 @@ from foldserve.server.api import catalog
 from foldserve.server.api.auth.guard import cache_salts
 from foldserve.server.api.auth.route import FoldRoute, GuardedRoute, MetricsRoute, take_further_places
 from foldserve.server.api.dialects import schemas, written_messages, written_responses
+from foldserve.server.api.dialects.blocks import StreamWriter
 from foldserve.server.api.dialects.route import MessagesRoute, ResponsesRoute, read_chat, translation_of
 from foldserve.server.api.errors import NoSuchModel, UnsupportedRoute, from_vllm, render
 from foldserve.server.api.lifecycle.health import health
@@ -81,11 +82,7 @@ async def create_chat_completion(request: FoldChatRequest, raw_request: Request)
 @load_aware_call
 async def create_response(request: Annotated[FoldChatRequest, Depends(read_chat)], raw_request: Request) -> Response:
     """The same in the form of OpenAI's Responses API; answers are not kept."""
-    answer = await _answer(request, raw_request)
-    translation = translation_of(raw_request)
-    if isinstance(answer, ChatCompletionResponse):
-        return _whole(written_responses.write(answer, translation), request)
-    return _stream(written_responses.Writer(translation).written(answer), request, raw_request)
+    return await _written(written_responses.Writer, request, raw_request)
 
 
 @messages.post(
@@ -98,12 +95,15 @@ async def create_response(request: Annotated[FoldChatRequest, Depends(read_chat)
 @load_aware_call
 async def create_message(request: Annotated[FoldChatRequest, Depends(read_chat)], raw_request: Request) -> Response:
     """The same in the form of Anthropic's Messages API."""
-    answer = await _answer(request, raw_request)
+    return await _written(written_messages.Writer, request, raw_request)
+
+
+async def _written(writer: type[StreamWriter], request: FoldChatRequest, raw_request: Request) -> Response:
+    """The chat's answer in another form."""
+    answer, translation = await _answer(request, raw_request), translation_of(raw_request)
     if isinstance(answer, ChatCompletionResponse):
-        return _whole(written_messages.write(answer), request)
-    writer = written_messages.Writer(translation_of(raw_request))
-    writer.vision = request.progress.vision
-    return _stream(writer.written(answer), request, raw_request)
+        return _whole(writer.whole(answer, translation), request)
+    return _stream(writer(translation, request.progress.vision).written(answer), request, raw_request)
 
 
 async def _answer(request: FoldChatRequest, raw_request: Request) -> ChatCompletionResponse | AsyncGenerator[str, None]:

@@ -198,8 +198,7 @@ def _read_media(body: Mapping[str, Any]) -> _Media:
 def _name(part: Mapping[str, Any]) -> str | None:
     source = part.get(URL_FIELDS["image"])
     url = source.get("url") if isinstance(source, dict) else source
-    found = next((name for name in (url, part.get("uuid")) if isinstance(name, str)), None)
-    return found
+    return next((name for name in (url, part.get("uuid")) if isinstance(name, str)), None)
 
 
 def _detail(part: Mapping[str, Any], field: str, path: str) -> str:

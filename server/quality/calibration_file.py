@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -11,12 +12,51 @@ FILE_NAME = "withdrawal.json"
 _SAMPLED_BYTES = 1 << 20
 
 
-class Calibration(BaseModel):
-    """Result of a search for the withdrawal layer.
+class OfModel(BaseModel):
+    """A file with what was found for one model.
 
     Attributes:
         model: name or directory, as it was given.
         model_hash: `model_hash` of its files.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    read_by: ClassVar[str]
+    """The option of `serve` that reads it."""
+
+    model: str
+    model_hash: str
+
+    def write(self, file: Path) -> None:
+        """Writes `file`, whose folder is made if need be."""
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def read(cls, file: Path, advice: str) -> Self:
+        """What is in `file`.
+
+        Raises:
+            ValueError: no such file, or another one; `advice` says how to get it.
+        """
+        try:
+            return cls.model_validate_json(file.read_text())
+        except FileNotFoundError as error:
+            raise ValueError(f"{cls.read_by} needs a calibration, and there is no {file}: {advice}") from error
+        except ValidationError as error:
+            raise ValueError(f"{file} is not a calibration for {cls.read_by}: {error}") from error
+
+    def check_weights(self, model: str, revision: str | None, file: Path, advice: str) -> None:
+        """Raises ValueError if this, read from `file`, is of other weights."""
+        if self.model_hash != model_hash(model_folder(model, revision)):
+            raise ValueError(f"the calibration in {file} is of {self.model} with other weights: {advice}")
+
+
+class Calibration(OfModel):
+    """Result of a search for the withdrawal layer.
+
+    Attributes:
         layers: N, the decoder layers.
         withdraw_layer: K, the first layer without vision tokens; None if no layer met eta.
         eta: largest mean KL divergence accepted, in nats.
@@ -25,21 +65,14 @@ class Calibration(BaseModel):
         kl: mean KL(P_withdrawn || P_full) in nats for every K that was looked at.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    read_by = "--withdraw-layer auto"
 
-    model: str
-    model_hash: str
     layers: int
     withdraw_layer: int | None
     eta: float
     samples: int
     answer_tokens: int = 1
     kl: dict[int, float]
-
-    def write(self, file: Path) -> None:
-        """Writes `file`, whose folder is made if need be."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(self.model_dump_json(indent=2) + "\n")
 
     def summary(self) -> dict[str, float | int]:
         """For `/v1/reducers`: how it was looked for, and the mean KL (nats) at the layer; only where one was found."""
@@ -55,18 +88,12 @@ def read_for(model: str, revision: str | None, file: Path) -> Calibration:
         ValueError: no such file, not a calibration, of other weights, or one that found no layer.
     """
     advice = f"run `foldserve calibrate {model} --data DIR`, or give --withdraw-layer a number"
-    try:
-        calibration = Calibration.model_validate_json(file.read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"--withdraw-layer auto needs a calibration, and there is no {file}: {advice}") from error
-    except ValidationError as error:
-        raise ValueError(f"{file} is not a calibration: {error}") from error
+    calibration = Calibration.read(file, advice)
     if calibration.withdraw_layer is None:
         raise ValueError(
             f"the calibration in {file} found no layer with a mean KL of {calibration.eta} or less: {advice}"
         )
-    if calibration.model_hash != model_hash(model_folder(model, revision)):
-        raise ValueError(f"the calibration in {file} is of {calibration.model} with other weights: {advice}")
+    calibration.check_weights(model, revision, file, advice)
     return calibration
 
 

@@ -206,10 +206,10 @@ def test_tool_calls_in_whole_answers(arguments: str) -> None:
     """A call that the request chose ends with "stop". Arguments may have been cut."""
     call = {"id": "call_0", "type": "function", "function": {"name": "look", "arguments": arguments}}
     chat = answer({"reasoning": "hm", "tool_calls": [call]}, finish_reason="stop")
-    response = Response.model_validate(written_responses.write(chat, Translation(Limits())))
+    response = Response.model_validate(written_responses.Writer.whole(chat, Translation(Limits())))
     assert [item.type for item in response.output] == ["reasoning", "function_call"]
     assert response.output[1].arguments == arguments  # type: ignore[union-attr]
-    message = Message.model_validate(written_messages.write(chat))
+    message = Message.model_validate(written_messages.Writer.whole(chat, Translation(Limits())))
     assert [block.type for block in message.content] == ["thinking", "tool_use"]
     assert message.content[1].input == ({"at": 1} if arguments == '{"at": 1}' else {})  # type: ignore[union-attr]
     assert message.stop_reason == "tool_use"
@@ -217,8 +217,8 @@ def test_tool_calls_in_whole_answers(arguments: str) -> None:
 
 def test_an_answer_that_says_nothing() -> None:
     for chat in (answer({"content": None}), answer({"content": ""}, stop_reason=2)):
-        assert Response.model_validate(written_responses.write(chat, Translation(Limits()))).output_text == ""
-        message = written_messages.write(chat)
+        assert Response.model_validate(written_responses.Writer.whole(chat, Translation(Limits()))).output_text == ""
+        message = written_messages.Writer.whole(chat, Translation(Limits()))
         assert message["content"] == [{"type": "text", "text": ""}]
         assert (message["stop_reason"], message["stop_sequence"]) == ("end_turn", None)
 

@@ -35,27 +35,27 @@ FRONTIER = HERE / "frontier"
 """Newer methods, in a folder of their own."""
 
 CHECKS: Mapping[str, Callable[[Case], None]] = {
-    "evs": check_evs,
     "cdpruner": check_cdpruner,
     "divprune": check_divprune,
     "divprune_centered": check_centered,
+    "evs": check_evs,
     "fastv": check_fastv,
     "folder": check_folder,
     "folder_cls": check_folder_cls,
     "folder_tower": check_folder_tower,
     "illava_llm": check_illava_llm,
     "illava_vit": check_illava_vit,
+    "mmtok": check_mmtok,
     "pixelprune": check_pixelprune,
     "pixelprune_image": check_pixelprune_image,
-    "mmtok": check_mmtok,
     "pooling": check_pooling,
     "prumerge": check_prumerge,
     "stf": check_stf,
     "tome": check_tome,
     "turbo": check_turbo,
+    "vidcom2": check_vidcom2,
     "visionzip": check_visionzip,
     "visionzip_tower": check_visionzip_tower,
-    "vidcom2": check_vidcom2,
     "vtw": check_vtw,
 }
 
@@ -67,8 +67,8 @@ TABLES: Mapping[str, Callable[[Row], None]] = {
     "mmtok_keywords": check_mmtok_keywords,
     "ratio_to_r_int": check_ratio,
     "tome_parse_r": check_tome_schedule,
-    "visionzip_split": check_split,
     "vidcom2_count": check_vidcom2_count,
+    "visionzip_split": check_split,
 }
 
 

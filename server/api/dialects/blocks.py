@@ -12,6 +12,7 @@ from typing import Any, Literal
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 
 from foldserve.server.api.dialects.translation import Translation
+from foldserve.server.api.usage import VisionTokens
 
 Json = dict[str, Any]
 _EVENT, _END = "data: ", "[DONE]"
@@ -75,10 +76,12 @@ class StreamWriter(ABC):
 
     Args:
         translation: of the request.
+        vision: what its images cost, if it has any.
     """
 
-    def __init__(self, translation: Translation) -> None:
+    def __init__(self, translation: Translation, vision: VisionTokens | None = None) -> None:
         self.translation = translation
+        self.vision = vision
         self.blocks: list[Block] = []
         self._started = False
         self._call: int | None = None
@@ -93,6 +96,11 @@ class StreamWriter(ABC):
                 text = "".join(self._write(json.loads(line)) for line in lines if line and line != _END)
                 if text:
                     yield text
+
+    @staticmethod
+    @abstractmethod
+    def whole(answer: ChatCompletionResponse, translation: Translation) -> Json:
+        """The object of an answer that is no stream."""
 
     @abstractmethod
     def begin(self, chunk: Mapping[str, Any]) -> str:

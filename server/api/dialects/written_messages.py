@@ -9,7 +9,7 @@ from typing import Any
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 
 from foldserve.server.api.dialects.blocks import Block, Ended, Json, StreamWriter, blocks_of, ended, event, own_id
-from foldserve.server.api.usage import VisionTokens
+from foldserve.server.api.dialects.translation import Translation
 
 _ERRORS = {
     "body_too_large": "request_too_large",
@@ -31,22 +31,15 @@ def error_body(body: Mapping[str, Json]) -> Json:
     return {"type": "error", "error": _error(body["error"])}
 
 
-def write(answer: ChatCompletionResponse) -> Json:
-    """The object of a whole answer."""
-    message = _message(answer.id, answer.model)
-    blocks = blocks_of(answer)
-    how, content = ended(answer, blocks), [_block(block) for block in blocks]
-    return message | {"content": content, "usage": _usage(how.usage)} | _stopped(how)
-
-
 class Writer(StreamWriter):
-    """Writes the events of a stream.
+    """Writes an answer, or the events of a stream; clients that put it together take `usage` from the first event."""
 
-    Attributes:
-        vision: of the request's images: clients that put the message together take them from the first event.
-    """
-
-    vision: VisionTokens | None = None
+    @staticmethod
+    def whole(answer: ChatCompletionResponse, translation: Translation) -> Json:
+        message = _message(answer.id, answer.model)
+        blocks = blocks_of(answer)
+        how, content = ended(answer, blocks), [_block(block) for block in blocks]
+        return message | {"content": content, "usage": _usage(how.usage)} | _stopped(how)
 
     def begin(self, chunk: Mapping[str, Any]) -> str:
         usage = _usage(chunk["usage"] | ({} if self.vision is None else {"vision_tokens": self.vision.to_json()}))

@@ -10,6 +10,7 @@ from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRespo
 
 from foldserve.server.api.dialects.blocks import Block, Ended, Json, StreamWriter, blocks_of, ended, event, own_id
 from foldserve.server.api.dialects.translation import Translation
+from foldserve.server.api.usage import VisionTokens
 
 _PREFIXES = {"reasoning": "rs", "text": "msg", "tool_call": "fc"}
 _COMPLETED, _INCOMPLETE, _IN_PROGRESS = "completed", "incomplete", "in_progress"
@@ -26,20 +27,19 @@ _BY_DEFAULT: Mapping[str, Any] = {
 }
 
 
-def write(answer: ChatCompletionResponse, translation: Translation) -> Json:
-    """The object of a whole answer."""
-    blocks = blocks_of(answer)
-    response = _Response(own_id("resp", answer.id), answer.created, answer.model, translation.echo)
-    return response.finished(blocks, ended(answer, blocks))
-
-
 class Writer(StreamWriter):
-    """Writes the events of a stream, numbered."""
+    """Writes an answer, or the events of a stream, numbered."""
 
-    def __init__(self, translation: Translation) -> None:
-        super().__init__(translation)
+    def __init__(self, translation: Translation, vision: VisionTokens | None = None) -> None:
+        super().__init__(translation, vision)
         self._number = -1
         self._response = _Response("", 0, "", {})
+
+    @staticmethod
+    def whole(answer: ChatCompletionResponse, translation: Translation) -> Json:
+        blocks = blocks_of(answer)
+        response = _Response(own_id("resp", answer.id), answer.created, answer.model, translation.echo)
+        return response.finished(blocks, ended(answer, blocks))
 
     def begin(self, chunk: Mapping[str, Any]) -> str:
         sent = self.translation.echo

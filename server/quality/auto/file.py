@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from foldserve.reducers.ladder import STEPS
-from foldserve.server.quality.calibration_file import default_folder, model_folder, model_hash
+from foldserve.server.quality.calibration_file import OfModel, default_folder
 
 FILE_NAME = "auto.json"
 
@@ -32,12 +32,10 @@ class Group(BaseModel):
     bound: tuple[float, ...]
 
 
-class AutoCalibration(BaseModel):
+class AutoCalibration(OfModel):
     """Result of `foldserve calibrate --auto`.
 
     Attributes:
-        model: name or directory, as it was given.
-        model_hash: `model_hash` of its files.
         reduction: JSON form of the reduction, without an amount.
         target: share of answers that may change.
         answer_tokens: how much of each answer was compared, at most.
@@ -49,10 +47,8 @@ class AutoCalibration(BaseModel):
         together: what a single group of all samples would have got.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    read_by = "--auto"
 
-    model: str
-    model_hash: str
     reduction: Mapping[str, Any]
     target: float = Field(gt=0, lt=1)
     answer_tokens: int
@@ -62,11 +58,6 @@ class AutoCalibration(BaseModel):
     steps: tuple[Annotated[int, Field(ge=1, lt=STEPS)], ...] = Field(min_length=1)
     groups: Mapping[str, Group] = Field(min_length=1)
     together: Group
-
-    def write(self, file: Path) -> None:
-        """Writes `file`, whose folder is made if need be."""
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(self.model_dump_json(indent=2) + "\n")
 
     @property
     def kept(self) -> float:
@@ -82,14 +73,8 @@ def read_for(model: str, revision: str | None, file: Path) -> AutoCalibration:
         ValueError: no such file, not a calibration, or of other weights.
     """
     advice = f"run `foldserve calibrate {model} --auto --data requests.jsonl`"
-    try:
-        calibration = AutoCalibration.model_validate_json(file.read_text())
-    except FileNotFoundError as error:
-        raise ValueError(f"there is no {file}: {advice}") from error
-    except ValidationError as error:
-        raise ValueError(f"{file} is not a calibration of `calibrate --auto`: {error}") from error
-    if calibration.model_hash != model_hash(model_folder(model, revision)):
-        raise ValueError(f"the calibration in {file} is of {calibration.model} with other weights: {advice}")
+    calibration = AutoCalibration.read(file, advice)
+    calibration.check_weights(model, revision, file, advice)
     return calibration
 
 
