@@ -33,7 +33,7 @@ export class Setting {
     this.shareLine = make("label", {}, "there remove", make("span", { className: "slider" }, this.share, this.shownShare));
     const decoderLine = make("label", {}, "in decoder", this.decoder);
     const why = catalog.withdraw_layer === null
-      ? [make("p", { className: "hint" }, "tokens leave the decoder where the server has --withdraw-layer K")] : [];
+      ? [make("p", { className: "hint" }, "for a server with ", make("code", {}, "--withdraw-layer K"))] : [];
     this.decoder.disabled = catalog.withdraw_layer === null;
     this.fieldset.append(
       make("label", {}, "method", this.method), this.ratioLine, this.options, decoderLine, this.shareLine, ...why,
