@@ -409,6 +409,46 @@ def test_every_text_that_a_template_may_use(special: SpecialTokens) -> None:
     assert readable(text).count("<##IMAGE##>") == 12
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        '{"a": "\\u003cimage>"}',
+        '{"a": "\\u003C\\u0069mage\\u003e", "b": [{"c": "<\\/s>"}]}',
+        '{"<\\/s>": 1}',
+        '{"a": 1, "a": "\\u003c/s>"}',
+        '{"a": NaN, "b": "\\u003c/s>"}',
+    ],
+)
+def test_special_tokens_that_arguments_hold_as_escapes(arguments: str, special: SpecialTokens) -> None:
+    """vLLM reads the JSON of a tool call's arguments, and gives the template what comes out."""
+    body = called(arguments)
+    special.neutralise_body(body, 100)
+    read = json.dumps(json.loads(body["messages"][0]["tool_calls"][0]["function"]["arguments"]), ensure_ascii=False)
+    assert not any(token in read for token in special._texts)
+    assert readable(read) == json.dumps(json.loads(arguments), ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    "arguments", ['{"a": "\\n\\u00e9", "b": 1e400}', '{"a"\\', '{ "a":  "\\\\" }', "\\u003cimage>"]
+)
+def test_arguments_without_special_tokens_stay_as_they_are(arguments: str, special: SpecialTokens) -> None:
+    body = called(arguments)
+    special.neutralise_body(body, 100)
+    assert body == called(arguments)
+
+
+def test_arguments_that_are_no_tool_calls_are_texts_too(special: SpecialTokens) -> None:
+    body = {"tools": [{"function": {"name": "f", "arguments": '{"a": "\\n</s>", "a": 1}'}}]}
+    special.neutralise_body(body, 100)
+    assert "</s>" not in json.dumps(body, ensure_ascii=False)
+
+
+def test_arguments_that_only_a_lenient_reader_takes_may_not_be_deep(special: SpecialTokens) -> None:
+    deep = '{"a": 1, "a": ' + "[" * 900 + '"\\u003c/s>"' + "]" * 900 + "}"
+    with pytest.raises(LimitExceeded, match="nested too deeply"):
+        special.neutralise_body(called(deep), 100)
+
+
 @given(JSON, st.text("</s>image", max_size=4), st.booleans())
 def test_no_special_token_is_overlooked(special: SpecialTokens, value: Any, text: str, ascii_only: bool) -> None:
     body = chat({"type": "text", "text": text}, value)

@@ -6,6 +6,7 @@ it. So such a text gets an invisible character after its first one: it reads the
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Sequence
 from itertools import accumulate, islice
@@ -114,15 +115,30 @@ class SpecialTokens:
         if isinstance(value, str):
             return self.neutralise([value], allowance)[0]
         if isinstance(value, dict):
-            return {
-                self._in(key, allowance): inner
-                if key in _NOT_TEXT and isinstance(inner, str | dict)
-                else self._in(inner, allowance)
-                for key, inner in value.items()
-            }
+            return {self._in(key, allowance): self._in_field(key, inner, allowance) for key, inner in value.items()}
         if isinstance(value, list):
             return self._in_list(value, allowance)
         return value
+
+    def _in_field(self, key: str, value: Any, allowance: Allowance) -> Any:
+        if key in _NOT_TEXT and isinstance(value, str | dict):
+            return value
+        if key == "arguments" and isinstance(value, str) and "\\" in value:
+            return self._in_json(value, allowance)
+        return self._in(value, allowance)
+
+    def _in_json(self, text: str, allowance: Allowance) -> str:
+        """Of a tool call's arguments vLLM gives the template the value: `\\u003c` and `<\\/` are letters by then."""
+        try:
+            value = json.loads(text)
+            safe = self._in(value, allowance)
+            if safe != value:
+                text = json.dumps(safe, ensure_ascii=False)
+        except ValueError:  # vLLM takes it for no arguments
+            pass
+        except RecursionError as error:
+            raise LimitExceeded("the arguments of a tool call are nested too deeply", "messages") from error
+        return self.neutralise([text], allowance)[0]  # where a template shows it as it is
 
     def _in_list(self, parts: list[Any], allowance: Allowance) -> list[Any]:
         """Neighbouring texts of one message may be put together by a template."""
