@@ -68,12 +68,14 @@ class AutoRatio:
         group: that it names.
         bounds: least and most of the tokens that go, if it says so.
         under_load: whether the server's load may lower the count; None: as the server has it.
+        query: that tokens are chosen by, if it says so.
     """
 
     fields: Mapping[str, Any]
     group: str | None = None
     bounds: tuple[float, float] | None = None
     under_load: bool | None = None
+    query: str | None = None
 
 
 def parse(value: object) -> Reduction | AutoRatio:
@@ -85,8 +87,9 @@ def parse(value: object) -> Reduction | AutoRatio:
             if name in value:
                 raise InvalidReduction(f'{name} goes with "ratio": "auto" alone: leave it out', name)
         return Reduction.parse(value)
-    own = {field.name: field.parse(value[field.name]) for field in AUTO_FIELDS.values() if field.name in value}
-    fields = {name: given for name, given in value.items() if name not in {*AUTO_FIELDS, "ratio"}}
+    taken = {**AUTO_FIELDS, "query": FIELDS["query"]}
+    own = {name: field.parse(value[name]) for name, field in taken.items() if name in value}
+    fields = {name: given for name, given in value.items() if name not in {*taken, "ratio"}}
     if "keep_tokens" in fields:
         raise InvalidReduction("ratio and keep_tokens came together: give one of them", "ratio")
     return AutoRatio(fields, **own)
@@ -119,7 +122,7 @@ class Chooser:
             images: their names, where they have any.
 
         Raises:
-            InvalidReduction: nothing was calibrated, or it was for something else.
+            InvalidReduction: nothing was calibrated, or it was for something else, or takes no query.
         """
         settings, policy = self._settings, self._settings.auto
         if policy is None:
@@ -134,6 +137,7 @@ class Chooser:
                 f"ratio 'auto' was calibrated for {calibrated} on this server: leave {', '.join(asked.fields)} out",
                 next(iter(asked.fields)),
             )
+        asked_for = policy.reduction if asked.query is None else replace(policy.reduction, query=asked.query)
         group = settings.auto_groups.of(asked.group, owner, model)
         least, most = bounds = asked.bounds or settings.auto_bounds
         under_load = settings.auto_under_load if asked.under_load is None else asked.under_load
@@ -144,10 +148,10 @@ class Chooser:
                 "bounds",
             )
         if not under_load:
-            return [replace(policy.reduction, ratio=choice.ratio)] * len(images), choice
+            return [replace(asked_for, ratio=choice.ratio)] * len(images), choice
         now = pressure.level(time.monotonic())
         each = [self._first(policy, image, group, bounds, now) for image in images]
-        reductions = [replace(policy.reduction, ratio=one.ratio) for one in each]
+        reductions = [replace(asked_for, ratio=one.ratio) for one in each]
         return reductions, each[-1] if each else choice
 
     def _first(

@@ -18,6 +18,7 @@ from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.engine.encoder_budget import EncoderBudget
 from foldserve.server.engine.family import LOW_DETAIL_RATIO, Family, Modality
 from foldserve.server.engine.positions import CANNOT_KEEP, refuse_positions
+from foldserve.server.engine.query import with_query
 from foldserve.server.engine.withdrawal import Room, refuse_request
 from foldserve.server.settings import Settings
 
@@ -67,6 +68,8 @@ class Planner:
     def check(self, request: FoldChatRequest) -> dict[Modality, list[Reduction]]:
         """One reduction per image and per video, in prompt order; nothing has been fetched yet.
 
+        Where the request names no query for a method that takes one, it is the text of the message that the item is in.
+
         Raises:
             InvalidRequest, InvalidReduction: the server can't do what is asked, whatever the images are.
         """
@@ -74,7 +77,11 @@ class Planner:
             asked = self._automatic(request, request.asked)
         else:
             asked = request.reductions(self._defaults(request), self.low_detail)
-        reductions = {modality: [self._with_positions(one) for one in each] for modality, each in asked.items()}
+        texts = request.progress.texts
+        reductions = {
+            modality: [self._with_positions(with_query(*pair)) for pair in zip(each, texts[modality], strict=True)]
+            for modality, each in asked.items()
+        }
         for modality, each in reductions.items():
             self._check_modality(modality, each, request)
         self._check_withdrawal(request, [*chain.from_iterable(reductions.values())])  # which an option may change

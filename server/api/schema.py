@@ -25,7 +25,7 @@ from foldserve.server.api.usage import VisionTokens
 from foldserve.server.auto import Choice
 from foldserve.server.engine.fair_queue import KEY
 from foldserve.server.engine.family import Modality
-from foldserve.server.engine.query import text_of, with_query
+from foldserve.server.engine.query import text_of
 
 _SHARE_OR_AUTO = {"anyOf": [FIELDS["ratio"].values(), {"type": "string", "const": auto.AUTO}]}
 _REDUCTION_SCHEMA: dict[str, Any] = {
@@ -152,8 +152,6 @@ class FoldChatRequest(ChatCompletionRequest):
     ) -> dict[Modality, list[Reduction]]:
         """One per image and per video, in prompt order: the explicit one, or else what its `detail` says.
 
-        Where the request names no query for a method that takes one, it is the text of the message that the item is in.
-
         Args:
             default: where nothing is said.
             low: with `detail: "low"`.
@@ -163,8 +161,7 @@ class FoldChatRequest(ChatCompletionRequest):
         reductions: dict[Modality, list[Reduction]] = {}
         for modality, details in self._progress.details.items():
             by_detail = _by_detail(default[modality], low[modality])
-            asked = [by_detail[detail] if explicit is None else explicit for detail in details]
-            reductions[modality] = [*map(with_query, asked, self._progress.texts[modality])]
+            reductions[modality] = [by_detail[detail] if explicit is None else explicit for detail in details]
         return reductions
 
 

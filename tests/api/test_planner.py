@@ -14,6 +14,7 @@ from foldserve.server.api.errors import InvalidRequest, LimitExceeded
 from foldserve.server.api.limits.checks import shares
 from foldserve.server.api.planner import Planner, as_asked
 from foldserve.server.api.schema import FoldChatRequest
+from foldserve.server.auto import AutoPolicy
 from foldserve.server.engine.encoder_budget import EncoderBudget
 from foldserve.server.engine.family import Family, Modality
 from foldserve.server.engine.withdrawal import Room
@@ -294,6 +295,19 @@ def test_an_image_is_asked_about_by_the_message_that_it_is_in() -> None:
     assert queries(TURNS[:2], by_default, reduction_ratio=0.9) == [None] * 2
     long = [{"role": "user", "content": [image("a"), text("x" * 5000)]}]
     assert queries(long, served, reduction=covering) == ["x" * 4096]
+
+
+@pytest.mark.parametrize("under_load", [False, True])
+def test_auto_asks_about_an_image_as_a_number_does(under_load: bool) -> None:
+    policy = AutoPolicy(Reduction(method="mmtok"), 0.05, (4, 8), {"default": 4})
+    served = planner(SHOWN, auto=policy)
+    asked = {"ratio": "auto", "under_load": under_load}
+    of_the_turn = "Look:\nwhich is red?"
+    assert queries(TURNS, served, reduction=asked) == [of_the_turn, of_the_turn, ""]
+    assert queries(TURNS[:2], served, reduction_ratio="auto") == [of_the_turn] * 2
+    assert queries(TURNS, served, reduction=asked | {"method": "mmtok", "query": "cat"}) == ["cat"] * 3
+    other = planner(SHOWN, auto=AutoPolicy(Reduction(), 0.05, (4, 8), {"default": 4}))
+    assert queries(TURNS, other, reduction=asked) == [None] * 3
 
 
 def test_low_detail_leaves_the_servers_query_to_methods_that_take_it() -> None:

@@ -275,6 +275,7 @@ def test_bounds_that_are_none(wrong: str) -> None:
         ({"ratio": "auto", "bounds": [0.5, 1]}, "ratio", "share"),
         ({"ratio": "auto", "bounds": [0.5, 0.2]}, "bounds", "least and the most"),
         ({"ratio": "Auto"}, "ratio", "a number"),
+        ({"ratio": "auto", "query": 5}, "query", "a text"),
     ],
 )
 def test_requests_that_are_refused(value: object, param: str, message: str) -> None:
@@ -290,6 +291,7 @@ def test_requests_that_are_refused(value: object, param: str, message: str) -> N
         (POLICY, {"method": "pool"}, "method", "was calibrated for .*folder.*: leave method out"),
         (POLICY, {"withdraw": True}, "withdraw", "leave withdraw out"),
         (POLICY, {"bounds": [0.6, 0.7]}, "bounds", "widen them"),
+        (POLICY, {"query": "cat"}, "query", "'folder' takes no query"),
     ],
 )
 def test_what_was_not_calibrated_is_refused(
