@@ -3,7 +3,7 @@
 #   docker build -t foldserve .
 #   docker run --gpus all --ipc host -p 8000:8000 -v foldserve-models:/home/vllm/.cache/huggingface \
 #     foldserve llava-hf/llava-1.5-7b-hf --max-model-len 4096
-# docs/operations.md has the rest; deploy/Dockerfile.cpu is the same without a GPU.
+# docs/guides/operations.md has the rest; deploy/Dockerfile.cpu is the same without a GPU.
 ARG VLLM_VERSION=0.32.0
 # The Python of that image, so that a wheel which it would refuse isn't built.
 ARG PYTHON_VERSION=3.12

@@ -39,7 +39,7 @@ test-next: setup ## engine, API and server on the Python of the next vLLM (downl
 	@env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m tools.next_vllm $(BIN)/python -m pytest -n 3 --dist loadfile \
 		--no-loadscope-reorder $(or $(TESTS),tests/engine tests/api tests/server)
 
-test-clients: setup ## docs/clients.md with the real clients (installs them; needs a JDK)
+test-clients: setup ## docs/guides/clients.md with the real clients (installs them; needs a JDK)
 	@tests/clients/tools.sh $(BIN)/python $(VENV)-clients
 	@$(BIN)/python -m pytest tests/clients $(TESTS)
 

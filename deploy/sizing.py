@@ -1,4 +1,4 @@
-"""How many requests a GPU holds at once: prints the table of docs/operations.md. Standard library only.
+"""How many requests a GPU holds at once: prints the table of docs/guides/operations.md. Standard library only.
 
     python deploy/sizing.py                                  # the table
     python deploy/sizing.py --text 1024 --images 2           # for other requests

@@ -255,7 +255,7 @@ def _all_cores(env: Mapping[str, str]) -> dict[str, str]:
     """All cores of a small machine compute.
 
     vLLM keeps one back for its scheduler, which needs a twentieth of it: of two that is half of the speed, see
-    docs/log.md.
+    docs/explanation/log.md.
     """
     if len(os.sched_getaffinity(0)) > _FEW_CORES or any(env.get(name) for name in _SAYS_WHICH_CORES):
         return {}
@@ -266,7 +266,7 @@ def _short_wait(env: Mapping[str, str]) -> dict[str, str]:
     """Threads that wait for the next operation soon sleep, where they share their cores with the API process.
 
     By itself libgomp has them turn 300,000 times, on a core that would bring tokens out and requests in. With 10,000
-    answers came sooner one at a time, and as fast with eight, see docs/log.md.
+    answers came sooner one at a time, and as fast with eight, see docs/explanation/log.md.
     """
     if any(env.get(name) for name in _SAYS_HOW_TO_WAIT):
         return {}
@@ -277,8 +277,8 @@ def _kept_memory(env: Mapping[str, str]) -> dict[str, str]:
     """glibc keeps what a process frees, for its next tensor of that size.
 
     It gives large blocks back otherwise, always or depending on what lies behind them, and a page touched for the first
-    time costs more than to add to it: up to a third of a step, see docs/log.md. This holds for processes that are
-    started, not for the calling one.
+    time costs more than to add to it: up to a third of a step, see docs/explanation/log.md. This holds for
+    processes that are started, not for the calling one.
     """
     if any(env.get(name) for name in (*_SAYS_WHICH_ALLOCATOR, *_KEEP_MEMORY)):
         return {}

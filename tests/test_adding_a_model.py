@@ -1,4 +1,4 @@
-"""docs/adding-a-model.md quotes a family that tests/engine/test_llava_next.py runs: the quotes have to be true."""
+"""docs/guides/adding-a-model.md quotes a family that tests/engine/test_llava_next.py runs: the quotes must be true."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 def test_the_page_quotes_the_family_line_by_line() -> None:
     family = _lines((ROOT / "server/engine/families/llava_next.py").read_text())
-    quotes = re.findall(r"```python\n(.*?)```", (ROOT / "docs/adding-a-model.md").read_text(), re.DOTALL)
+    quotes = re.findall(r"```python\n(.*?)```", (ROOT / "docs/guides/adding-a-model.md").read_text(), re.DOTALL)
     assert len(quotes) == 5
     for quote in quotes:
         assert _lines(quote) in family
 
 
 def test_every_name_on_the_page_exists() -> None:
-    page = (ROOT / "docs/adding-a-model.md").read_text()
+    page = (ROOT / "docs/guides/adding-a-model.md").read_text()
     sources = [(ROOT / name).read_text() for name in ("server/engine/family.py", "reducers/item.py")]
     sources += [file.read_text() for file in (ROOT / "server/engine/families").glob("*.py")]
     names = (

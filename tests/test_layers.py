@@ -140,7 +140,7 @@ def test_kernels_is_no_regular_package() -> None:
 
 def test_the_picture_of_the_arrows() -> None:
     page = PAGE.read_text()
-    assert page == redrawn(page), "docs/design.md shows other arrows than the imports: run `python -m tools.arrows`"
+    assert page == redrawn(page), f"{PAGE} shows other arrows than the imports: run `python -m tools.arrows`"
 
 
 @pytest.mark.parametrize(

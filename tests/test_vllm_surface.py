@@ -2,7 +2,8 @@
 
     python -m tests.test_vllm_surface > tests/vllm_surface.txt
 
-writes it anew. Where a new vLLM changes a line, the override named in it is to be read again (docs/upgrading-vllm.md).
+writes it anew. Where a new vLLM changes a line, the override named in it is to be read again
+(docs/guides/upgrading-vllm.md).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which part of foldserve imports which, read from the source: the picture of docs/design.md.
+"""Which part of foldserve imports which, read from the source: the picture of docs/explanation/design.md.
 
 `python -m tools.arrows` draws it anew.
 """
@@ -11,7 +11,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs" / "design.md"
+PAGE = ROOT / "docs" / "explanation" / "design.md"
 PACKAGE = "foldserve"
 FOLDERS = ("server", "reducers", "kernels", "loadtest", "deploy")
 SOURCES = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))

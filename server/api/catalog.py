@@ -62,7 +62,7 @@ def _own_fields(method: Method) -> list[Field[Any]]:
 
 
 def _limits(chat: FoldServingChat) -> dict[str, dict[str, float | None]]:
-    """Of an image, and of a video where the model takes any: which frames are taken, see docs/video.md."""
+    """Of an image, and of a video where the model takes any: which frames are taken, see docs/guides/video.md."""
     family, limits = chat.planner.family, chat.checks.limits
     found: dict[str, dict[str, float | None]] = {}
     if family is not None and "image" in family.modalities:

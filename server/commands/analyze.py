@@ -10,7 +10,7 @@ from foldserve.server.quality.analysis.options import AnalysisOptions
 _DESCRIPTION = """\
 Shows, without labels, where a model can do with fewer vision tokens: how much of the tower's energy few tokens can hold
 after each block, how far the tower's output moves when tokens are merged in each block, and how much attention each
-decoder layer pays to the image. docs/evaluation.md says how to read it.
+decoder layer pays to the image. docs/guides/evaluation.md says how to read it.
 
 MODEL is a Hugging Face name or a local directory and comes first. Engine options of `vllm serve` work here too.
 """

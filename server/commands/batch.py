@@ -13,7 +13,7 @@ from foldserve.server.settings import Environment
 _DESCRIPTION = """\
 Answers a file of requests in OpenAI's batch format, one a line, without a server: the same checks, plans, refusals and
 `usage.vision_tokens` as over HTTP. A killed run goes on with --resume, and each line of the input comes to stand in the
-output exactly once. docs/batch.md says more.
+output exactly once. docs/guides/batch.md says more.
 
 MODEL is a Hugging Face name or a local directory (default: the small demo model). Every option of `vllm serve` that is
 the engine's works here too: --help=all lists them, --help=WORD searches them.

@@ -11,7 +11,7 @@ _DESCRIPTION = """\
 Asks a model questions about images, through the engine that serves it, under every method and amount, and writes a
 quality card: accuracy by kind of question, KL of the first answer token and agreement with ratio 0, all against the
 vision tokens that a decoder layer sees. The controls random and downsample are always measured at the same counts.
-What the output folder holds already is not measured again. docs/evaluation.md says how to read it.
+What the output folder holds already is not measured again. docs/guides/evaluation.md says how to read it.
 
 MODEL is a Hugging Face name or a local directory and comes first. Engine options of `vllm serve` work here too.
 """

@@ -18,7 +18,7 @@ _DESCRIPTION = """\
 Says in minutes whether foldserve computes on this machine's GPU what it should, and what it gains there: every method
 on the demo model against plain PyTorch, ratio 0 against vLLM bit for bit, CUDA graphs, waits for the GPU, Triton
 kernels, a burst of images, and a load table on the shape of LLaVA-1.5-7B. Each stage is a process with a time limit and
-prints one line; docs/gpu-check.md says what each shows. Needs nothing but an installed foldserve.
+prints one line; docs/guides/gpu-check.md says what each shows. Needs nothing but an installed foldserve.
 
 Status 0: nothing failed. 1: a stage failed. 3: there is no GPU to check.
 """

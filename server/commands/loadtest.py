@@ -12,7 +12,7 @@ from foldserve.server.commands.parser import declare
 _DESCRIPTION = """\
 Measures throughput and latency against the reduction ratio, with `vllm bench serve` as the client: methods x ratios x
 withdrawal x loads, in rounds that run forwards and backwards, against ratio 0 and against plain `vllm serve` of the
-same checkpoint. What the output folder holds already is not measured again. docs/loadtest.md says how to read it.
+same checkpoint. What the output folder holds already is not measured again. How to read it: docs/guides/loadtest.md.
 
 MODEL is a Hugging Face name or a local directory and comes first (default: the small demo model); servers are started
 for it with any further option of `vllm serve`. With --url a running server is measured instead.

@@ -10,7 +10,7 @@ from foldserve.server.quality.maps.options import MapOptions
 _DESCRIPTION = """\
 Draws over an image where its vision tokens go: those that become one share a colour and an outline, dropped ones are
 dim. The model's own tower and reducers decide, in an engine that is started for it; `foldserve serve` has the same at
-POST /v1/reductions/map, and on the page /playground. docs/playground.md says how to read it.
+POST /v1/reductions/map, and on the page /playground. docs/guides/playground.md says how to read it.
 
 Engine options of `vllm serve` work here too.
 """

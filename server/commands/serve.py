@@ -17,7 +17,7 @@ _DESCRIPTION = """\
 Starts vLLM's OpenAI-compatible server with per-request vision-token reduction.
 
 MODEL is a Hugging Face name or a local directory and comes first. Without it a small model is served that foldserve
-brings along: it answers questions about drawn scenes of coloured shapes and numbers (docs/demo-model.md).
+brings along: it answers questions about drawn scenes of coloured shapes and numbers (docs/explanation/demo-model.md).
 
 Every option of `vllm serve` works here too: --help=all lists them, --help=WORD searches them.
 """
@@ -38,7 +38,7 @@ def add(parser: ArgumentParser) -> None:
 def declare_options(parser: ArgumentParser, command: str) -> None:
     """The options of a command that takes all arguments of a server."""
     _declare_engine(parser, command)
-    access = parser.add_argument_group("access and life cycle", "docs/lifecycle.md")
+    access = parser.add_argument_group("access and life cycle", "docs/guides/lifecycle.md")
     add_options(access, Access)
     _declare_logs(access)
 
@@ -78,7 +78,7 @@ def _declare_engine(parser: ArgumentParser, command: str) -> None:
         default="auto",
         help="vLLM's model runner; auto: its own choice, which is v2 on a GPU and v1 on a CPU (default: auto)",
     )
-    limits = parser.add_argument_group("limits of one request", "docs/security.md says what each is good for")
+    limits = parser.add_argument_group("limits of one request", "docs/guides/security.md says what each is good for")
     add_options(limits, Limits)
     parser.set_defaults(takes_engine_options=True, usage=parser.format_help, fail=parser.error)
 

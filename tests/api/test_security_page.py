@@ -1,4 +1,4 @@
-"""docs/security.md: every threat names its tests, and these exist."""
+"""docs/guides/security.md: every threat names its tests, and these exist."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 FOLDERS = (FOLDER, FOLDER.with_name("engine"), FOLDER.with_name("server"))
-PAGE = (FOLDER.parents[1] / "docs" / "security.md").read_text()
+PAGE = (FOLDER.parents[1] / "docs" / "guides" / "security.md").read_text()
 SHORT = {
     "bad_inputs": "test_bad_inputs",
     "drain": "test_lifecycle_drain",

@@ -1,4 +1,4 @@
-"""The examples of docs/clients.md, as the page shows them."""
+"""The examples of docs/guides/clients.md, as the page shows them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE = ROOT / "docs" / "clients.md"
+PAGE = ROOT / "docs" / "guides" / "clients.md"
 URL = "http://localhost:8000"
 """Of the server, in the examples."""
 

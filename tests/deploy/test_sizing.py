@@ -43,4 +43,4 @@ def test_whole_blocks_are_counted(sizing: ModuleType) -> None:
 
 def test_the_documentation_has_the_table() -> None:
     printed = subprocess.run([sys.executable, DEPLOY / "sizing.py"], capture_output=True, text=True, check=True).stdout
-    assert printed in (ROOT / "docs" / "operations.md").read_text()
+    assert printed in (ROOT / "docs" / "guides" / "operations.md").read_text()

@@ -186,13 +186,13 @@ def test_the_prometheus_rule_of_kubernetes_is_the_same_file() -> None:
 
 def test_every_alert_has_a_runbook_and_a_unit_test() -> None:
     alerts = {rule["alert"]: rule for rule in rules() if "alert" in rule}
-    headings = re.findall(r"^### (\w+)$", (ROOT / "docs" / "operations.md").read_text(), re.MULTILINE)
+    headings = re.findall(r"^### (\w+)$", (ROOT / "docs" / "guides" / "operations.md").read_text(), re.MULTILINE)
     assert headings == list(alerts)
     cases = yaml.safe_load((DEPLOY / "prometheus" / "tests" / "foldserve.yaml").read_text())["tests"]
     fired = {case["alertname"] for test in cases for case in test.get("alert_rule_test", []) if case["exp_alerts"]}
     assert fired == set(alerts)
     for name, rule in alerts.items():
-        assert rule["annotations"]["runbook_url"] == f"docs/operations.md#{name.lower()}"
+        assert rule["annotations"]["runbook_url"] == f"docs/guides/operations.md#{name.lower()}"
         assert rule["labels"]["severity"] in ("critical", "warning")
 
 

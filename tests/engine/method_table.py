@@ -1,4 +1,4 @@
-"""The table of methods and models in docs/families.md: `python -m tests.engine.method_table` writes it anew.
+"""The table of methods and models in docs/reference/families.md: `python -m tests.engine.method_table` writes it anew.
 
 The tests of each family compare its column with what the family says.
 """
@@ -31,7 +31,7 @@ from tests import (
     video_checkpoint,
 )
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "families.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "families.md"
 START, END = "<!-- python -m tests.engine.method_table -->\n", "<!-- end of the table -->\n"
 
 Write = Callable[[Path, Path], object]

@@ -1,4 +1,4 @@
-"""docs/adding-a-field.md, followed to the letter on a copy of the package."""
+"""docs/guides/adding-a-field.md, followed to the letter on a copy of the package."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def apply(diff: str, package: Path) -> None:
     before = "".join(f"{line[1:]}\n" for line in lines if line[0] == " ")
     after = "".join(f"{line[1:]}\n" for line in lines)
     source = file.read_text()
-    assert source.count(before) == 1, f"{file.name} has changed, docs/adding-a-field.md has not:\n{before}"
+    assert source.count(before) == 1, f"{file.name} has changed, docs/guides/adding-a-field.md has not:\n{before}"
     file.write_text(source.replace(before, after))
 
 
 def test_the_example_of_the_docs(tmp_path: Path) -> None:
-    diffs = re.findall(r"```diff\n(.*?)```", (ROOT / "docs/adding-a-field.md").read_text(), re.DOTALL)
+    diffs = re.findall(r"```diff\n(.*?)```", (ROOT / "docs/guides/adding-a-field.md").read_text(), re.DOTALL)
     assert sum(len(re.findall(r"^\+", diff, re.MULTILINE)) for diff in diffs) == 5, "the docs promise few lines"
     package = tmp_path / "foldserve"
     for folder in ("reducers", "server"):

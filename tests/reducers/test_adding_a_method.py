@@ -1,4 +1,4 @@
-"""docs/adding-a-method.md, followed to the letter on a copy of the package."""
+"""docs/guides/adding-a-method.md, followed to the letter on a copy of the package."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ print("worked")
 
 
 def test_the_example_of_the_docs(tmp_path: Path) -> None:
-    file, line = re.findall(r"```python\n(.*?)```", (ROOT / "docs/adding-a-method.md").read_text(), re.DOTALL)
+    file, line = re.findall(r"```python\n(.*?)```", (ROOT / "docs/guides/adding-a-method.md").read_text(), re.DOTALL)
     assert len(file.splitlines()) <= 34, "the docs promise a short example"
     package = tmp_path / "foldserve"
     shutil.copytree(ROOT / "reducers", package / "reducers", ignore=shutil.ignore_patterns("__pycache__"))

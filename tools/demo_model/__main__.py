@@ -17,7 +17,7 @@ _DESCRIPTION = """\
 Trains the demo model from nothing, in about 80 minutes on two CPU cores or some minutes on a GPU.
 
 DIR gets the training's state every few minutes, its log, and in the end the checkpoint in DIR/checkpoint. The same
-command on the same DIR continues where it was stopped. docs/demo-model.md says what is trained on what.
+command on the same DIR continues where it was stopped. docs/explanation/demo-model.md says what is trained on what.
 """
 
 

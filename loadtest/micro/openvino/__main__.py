@@ -1,6 +1,7 @@
 """OpenVINO GenAI beside us on one Qwen2.5-VL checkpoint and one CPU: `python -m foldserve.loadtest.micro.openvino`.
 
-It needs `openvino-genai` beside foldserve; `docs/benchmarks/openvino-cpu.md` has the commands that export a checkpoint.
+It needs `openvino-genai` beside foldserve; `docs/explanation/benchmarks/openvino-cpu.md` has the commands that export a
+checkpoint.
 Both engines run in processes of their own, with the same threads, images, prompts and precision, and measure in turn.
 """
 

@@ -1,7 +1,7 @@
 """Answers beside those that they should be.
 
 The likeliest token of a trained model often has a probability of nearly 1, whatever was done to the image: what tells a
-wrong reduction is its margin, by how much it leads over the next token. docs/gpu-check.md has the figures.
+wrong reduction is its margin, by how much it leads over the next token. docs/guides/gpu-check.md has the figures.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from foldserve.server.quality.gpu_check.references import REFERENCES, References
 _MOST_SILU_ERROR = 1e-2
 _REQUESTS = 40
 _FOLLOWED, _MARGIN = 0.8, 0.3
-"""Of fp16 beside fp16; fp16 beside fp32 has 0.9 and 0.04, see docs/gpu-check.md."""
+"""Of fp16 beside fp16; fp16 beside fp32 has 0.9 and 0.04, see docs/guides/gpu-check.md."""
 
 
 def machine(bench: Bench) -> Passed:

@@ -1,4 +1,4 @@
-// What docs/clients.md says that goes wrong with openai-node and Vercel's ai.
+// What docs/guides/clients.md says that goes wrong with openai-node and Vercel's ai.
 import assert from "node:assert";
 import { readFileSync } from "node:fs";
 import { test } from "node:test";

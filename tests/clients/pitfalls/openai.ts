@@ -1,4 +1,4 @@
-// What docs/clients.md says that openai-node's types refuse; compiled, never run.
+// What docs/guides/clients.md says that openai-node's types refuse; compiled, never run.
 import OpenAI from "openai";
 
 const client = new OpenAI();
