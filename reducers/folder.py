@@ -15,7 +15,8 @@ from torch import Tensor
 from foldserve.reducers.fold import Fold, Reduced, at_least_fp32, fold, group_sum, merge
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import AfterTower, InTower, Kind, Step
-from foldserve.reducers.options import Choice
+from foldserve.reducers.options import Choice, FlagOption
+from foldserve.reducers.refusal import InvalidReduction
 from foldserve.reducers.schedule import fold_schedule
 
 if TYPE_CHECKING:
@@ -108,14 +109,34 @@ class Folder(AfterTower):
     paper = _PAPER
     options = (
         Choice("scale", "none", "'official' multiplies by 1 + ln(size) as the authors do", ("none", "official")),
+        FlagOption(
+            "match_class_token",
+            False,
+            "the class token in front of each of Video-LLaVA's frames counts as a token of the frame that can't merge, "
+            "which moves all pairs by one place, as in the authors' code",
+        ),
     )
     scale: Literal["none", "official"]
+    match_class_token: bool
+
+    @property
+    def takes_class_token(self) -> bool:
+        return self.match_class_token
+
+    def check(self, geometry: VisionGeometry) -> None:
+        super().check(geometry)
+        if self.match_class_token and not geometry.behind_class_token:
+            raise InvalidReduction(
+                "match_class_token needs tokens behind a class token that stays, as the frames of Video-LLaVA's videos "
+                "have: leave it out",
+                "match_class_token",
+            )
 
     def schedule(self, geometry: VisionGeometry, removed: int) -> tuple[Step, ...]:
-        return tuple(Step(k) for k in fold_schedule(geometry.tokens, removed))
+        return tuple(Step(k) for k in fold_schedule(geometry.tokens + self.match_class_token, removed))
 
     def reduce(self, x: Tensor, plan: Plan, width: int | None = None) -> Reduced:
-        return folder(x, plan.folds, metric=x[..., :width], scale=self.scale)
+        return folder(x, plan.folds, metric=x[..., :width], scale=self.scale, class_token=self.match_class_token)
 
 
 class FolderCls(InTower):

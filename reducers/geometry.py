@@ -34,6 +34,7 @@ class VisionGeometry:
         shows_tower: what enters the projector is known too, beside what it gives.
         merges_patches: the tower ends in Qwen-VL's merger, which makes one token of 2 x 2 patches.
         windowed_layers: encoder layers that attend within windows, where an image's tokens can't be compared.
+        behind_class_token: the tower's class token stands in front of the grid in the prompt, and stays.
         frames: of a video whose tokens, frame by frame, are reduced as one grid; 0 of other grids.
     """
 
@@ -49,6 +50,7 @@ class VisionGeometry:
     shows_tower: bool = False
     merges_patches: bool = False
     windowed_layers: tuple[int, ...] = ()
+    behind_class_token: bool = False
     frames: int = 0
 
     @property

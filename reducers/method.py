@@ -237,9 +237,14 @@ class AfterTower(Method):
 
     stage = Stage.AFTER_TOWER
 
+    @property
+    def takes_class_token(self) -> bool:
+        """`reduce` gets the class token that the grid is behind, too, and gives it back, both times first."""
+        return False
+
     @abstractmethod
     def reduce(self, x: Tensor, plan: Plan, width: int | None = None) -> Reduced:
-        """(B, n, d) without a class token -> plan.kept tokens.
+        """(B, n, d) -> plan.kept tokens; without a class token, but see `takes_class_token`.
 
         Args:
             width: columns of x that decide; those behind go the way of their token. None: all decide.

@@ -17,6 +17,7 @@ from vllm import EngineArgs, ModelRegistry
 from vllm.model_executor.models.llava_next_video import LlavaNextVideoPooler
 from vllm.multimodal import MULTIMODAL_REGISTRY
 
+from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.item import plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import withdrawal
@@ -126,7 +127,16 @@ IMAGES = [
     several({"ratio": 0.5}, {"method": "evs", "ratio": 0.4}, {"ratio": 0.3}, {"method": "vidcom2", "ratio": 0.5}),
     several({"ratio": 0.5}, {"ratio": 0.25}, {"method": "illava", "layers": [1, 2], "ratio": 0.5}, {"ratio": 0.77}),
 ]
+MATCHED: dict[str, object] = {"match_class_token": True}
+CLASS_TOKENS = [
+    *(one_video(frames, ratio=ratio, **MATCHED) for frames, ratio in ((1, 0.25), (3, 0.49), (4, 0.77))),
+    one_video(2, ratio=0.5, scale="official", **MATCHED),
+    one_video(2, ratio=0.5),  # the same frames, matched without it
+    one_video(3, keep_tokens=40, **MATCHED),
+    several({"ratio": 0.5}, {"ratio": 0.4, **MATCHED}, {"ratio": 0.3}, {"ratio": 0.6, **MATCHED}),
+]
 IMAGES_IN_THE_DECODER = [
+    one_video(3, ratio=0.4, withdraw=True, **MATCHED),
     one_image(9, withdraw=True),
     one_image(10, method="folder+fastv", ratio=0.5, decoder_ratio=0.3),
     several({}, {"ratio": 0.5, "withdraw": True}, {"ratio": 0.5}, {}),
@@ -164,7 +174,7 @@ def llm(checkpoint: Path, options: dict[str, Any]) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def cases(checkpoint: Path) -> list[Case]:
-    return [*VIDEOS, *(IMAGES if has_images(checkpoint) else ())]
+    return [*VIDEOS, *([*IMAGES, *CLASS_TOKENS] if has_images(checkpoint) else ())]
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +215,7 @@ def test_kept_positions_are_those_of_the_whole_video(llm: Any, checkpoint: Path)
         kept = [
             *KEPT,
             one_image(4, ratio=0.5, positions="keep"),
+            one_video(3, ratio=0.4, positions="keep", **MATCHED),
             several({"ratio": 0.5}, {"ratio": 0.5, **keep}, {"ratio": 0.3, **keep}, {}),
         ]
     assert_same(llm, lambda case: keeping.generate(case.prompt, case.images, case.reductions, MAX_TOKENS), kept)
@@ -301,6 +312,20 @@ def test_the_reference_tells_class_tokens_in_another_place(
 
 
 @pytest.mark.parametrize("checkpoint", ["video_llava"], indirect=True)
+def test_only_frames_behind_a_class_token_can_be_matched_with_it(llm: Any) -> None:
+    with pytest.raises(InvalidReduction, match="as the frames of Video-LLaVA's videos have: leave it out"):
+        llm.generate([one_image(1, ratio=0.5, **MATCHED).to_vllm()], use_tqdm=False)
+    family = VideoLlavaFamily(VisionGeometry(144, (12, 12)), 8)
+    plain, matched = (
+        plan_item(Reduction(ratio=0.5, options=options), family.layout((3,)))
+        for options in ((), (("match_class_token", True),))
+    )
+    assert family.read_plan(matched.to_ints()) == matched
+    assert matched.kept == plain.kept
+    assert (plain.grids[0].folds, matched.grids[0].folds) == ((71, 1), (72,))  # half of what is one token longer
+
+
+@pytest.mark.parametrize("checkpoint", ["video_llava"], indirect=True)
 def test_a_video_that_is_not_reduced_may_be_sampled_by_the_processor(checkpoint: Path) -> None:
     """As an operator may have it; placeholders are counted after that."""
     options: dict[str, Any] = {"mm_processor_kwargs": {"do_sample_frames": True, "num_frames": 2}}
@@ -358,6 +383,13 @@ def test_the_map_shows_each_frame(llm: Any, checkpoint: Path) -> None:
     assert [found.region.name for found in frames] == ["frame 1", "frame 2"]
     assert members(frames[0]) != members(frames[1])
     if has_images(checkpoint):
+        (matched,) = engine_maps(llm, "<video>", [video(2)], [{"ratio": 0.25, **MATCHED}], "video")
+        for found in matched:
+            merged = [group for group in members(found) if len(group) > 1]
+            evens = [sum(patch % 2 == 0 for patch in group) for group in merged]
+            assert merged and evens == [1] * len(
+                merged
+            )  # one at an odd place takes others up: behind a class token even
         ((image,),) = engine_maps(llm, "<image>", [photo(3)], [{"method": "tome", "ratio": 0.5}])
         assert sorted(token for group in members(image) for token in group) == list(range(len(image.group)))
 

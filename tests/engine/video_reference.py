@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlavaNextVideoForConditionalGeneration, VideoLlavaForConditionalGeneration
 
+from foldserve.reducers.folder import folder
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part, plan_item
 from foldserve.reducers.reduction import Reduction
@@ -43,7 +44,8 @@ class VideoLlavaReference(WithdrawingReference):
     def layout(self, image: Any) -> Layout:
         if not isinstance(image, np.ndarray):
             return Layout((Part(self.geometry),), (0,))
-        frame, count = VisionGeometry(self.side**2, (self.side, self.side)), len(image)
+        grid, count = (self.side, self.side), len(image)
+        frame = VisionGeometry(self.side**2, grid, behind_class_token=bool(self.first))
         return Layout((Part(frame, count, separators=self.first * count, joinable=True),), (count,))
 
     @property
@@ -84,6 +86,11 @@ class VideoLlavaReference(WithdrawingReference):
                 own = [*range(self.first), *(self.first + j % len(grid) for j in stay if j // len(grid) == i)]
                 out += [*project(frame[own])]
                 places += [start + j for j in own]
+                continue
+            if True in plan.grids[0].options:
+                matched = folder(frame[None], plan.grids[0].folds, scale=plan.grids[0].options[0], class_token=True)
+                out += [*project(matched.tokens[0])]
+                places += (matched.source[0] + start).tolist()
                 continue
             left, source = after_tower(grid[None], torch.arange(len(grid))[None], plan.grids[0], project)
             out += [*project(frame[: self.first]), *left[0]]

@@ -14,6 +14,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part
+from foldserve.reducers.method import AfterTower
 from foldserve.reducers.plan import Plan
 from foldserve.reducers.reduction import Reduction
 from foldserve.server.engine.families.llava import ImageTokens, LlavaFamily, geometry_of
@@ -44,7 +45,11 @@ class VideoLlavaFamily(LlavaFamily):
     def __init__(self, geometry: VisionGeometry, trained_frames: int) -> None:
         super().__init__(geometry, "default")
         self._frame = VisionGeometry(
-            geometry.tokens, geometry.grid, stages=frozenset({Stage.AFTER_TOWER, Stage.DECODER}), shows_tower=True
+            geometry.tokens,
+            geometry.grid,
+            stages=frozenset({Stage.AFTER_TOWER, Stage.DECODER}),
+            shows_tower=True,
+            behind_class_token=True,
         )
         self._trained_frames = trained_frames
         self.largest = replace(self.largest, shape=(0,))
@@ -110,11 +115,23 @@ def _reduced(
     of_grids: list[Plan] = []
     for video, plan in zip(_each(features, plans), plans, strict=True):
         count = plan.laid_out.parts[0].count
-        whole += untouched(video[:, 1:].reshape(count, -1, video.shape[-1]))
+        seen = video if _takes_class_token(plan.grids[0]) else video[:, 1:]
+        whole += untouched(seen.reshape(count, -1, video.shape[-1]))
         of_grids += [plan.grids[0]] * count
     own_queries = of_each_grid(queries, [plan.laid_out.parts[0].count for plan in plans])
     project = partial(project_together, model.multi_modal_projector)
-    return reduce_features(whole, of_grids, project, queries=own_queries)
+    left = reduce_features(whole, of_grids, project, queries=own_queries)
+    return [_patches(grid) if _takes_class_token(plan) else grid for grid, plan in zip(left, of_grids, strict=True)]
+
+
+def _takes_class_token(plan: Plan) -> bool:
+    return isinstance(plan.reducer, AfterTower) and plan.reducer.takes_class_token
+
+
+def _patches(frame: Survivors) -> Survivors:
+    """What is left of a frame behind its class token, which it begins with."""
+    trail = None if frame.trail is None else frame.trail._replace(leading=(1, 1))
+    return Survivors(frame.features[1:], frame.source[1:] - 1, trail)
 
 
 def _packed(class_tokens: torch.Tensor, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
