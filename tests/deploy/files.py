@@ -19,6 +19,8 @@ DEPLOY = ROOT / "deploy"
 COMPOSE = DEPLOY / "compose" / "compose.yaml"
 RULES = DEPLOY / "prometheus" / "rules" / "foldserve.yaml"
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "foldserve.json"
+CUSTOM = {"PrometheusRule", "ScaledObject", "ServiceMonitor"}
+"""Kinds of Prometheus' operator and KEDA: no schema of Kubernetes."""
 OVERLAYS = ("cpu-demo", "gpu-single", "replicas")
 PROFILES = ("cpu", "gpu", "router", "router-cpu")
 DOCKERFILES = ("Dockerfile", "deploy/Dockerfile.cpu", "deploy/Dockerfile.router")

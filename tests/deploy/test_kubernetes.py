@@ -12,10 +12,7 @@ from typing import Any
 import kubernetes_validate
 import pytest
 
-from tests.deploy.files import DEPLOY, OVERLAYS, RULES, manifests, of_kind, rendered
-
-CUSTOM = {"ServiceMonitor", "ScaledObject"}
-"""Kinds of Prometheus' operator and KEDA: no schema of Kubernetes."""
+from tests.deploy.files import CUSTOM, DEPLOY, OVERLAYS, RULES, manifests, of_kind, rendered
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
