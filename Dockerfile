@@ -4,17 +4,15 @@
 #   docker run --gpus all --ipc host -p 8000:8000 -v foldserve-models:/home/vllm/.cache/huggingface \
 #     foldserve llava-hf/llava-1.5-7b-hf --max-model-len 4096
 # docs/guides/operations.md has the rest; deploy/Dockerfile.cpu is the same without a GPU.
-ARG VLLM_VERSION=0.32.0
-# The Python of that image, so that a wheel which it would refuse isn't built.
-ARG PYTHON_VERSION=3.12
 
-FROM python:${PYTHON_VERSION}-slim AS wheel
+# The Python of vLLM's image, so that a wheel which it would refuse isn't built.
+FROM python:3.12-slim AS wheel
 WORKDIR /src
 COPY . .
 RUN python3 -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
-FROM vllm/vllm-openai:v${VLLM_VERSION}
-ARG VLLM_VERSION
+FROM vllm/vllm-openai:v0.32.0
+ARG VLLM_VERSION=0.32.0
 ARG FOLDSERVE_VERSION=0.1.0
 ARG REVISION=unknown
 ARG CREATED=unknown

@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 	$$p tools/setup.py --check-python >/dev/null 2>&1 && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve gpu-check test test-runners test-next test-clients test-deploy test-pages soak check clean
+.PHONY: help setup serve gpu-check test test-runners test-next test-clients test-deploy test-pages soak check pin-images clean
 
 help: ## show this
 	@echo "make COMMAND, where COMMAND is"
@@ -63,6 +63,9 @@ check: setup ## lint, formatting, types
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy src/foldserve tests tools
+
+pin-images: setup ## write the digests of the images that deploy/ names by tag (ARGS=--check: say what is not pinned or has moved)
+	@$(BIN)/python -m tools.pin_images $(ARGS)
 
 clean: ## remove what was built, .venv included
 	@rm -rf $(VENV) $(VENV)-clients $(VENV)-pages .next-vllm build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

