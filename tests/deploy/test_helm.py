@@ -154,6 +154,15 @@ def test_another_namespace_reaches_all_that_names_it() -> None:
         assert trigger["metadata"]["serverAddress"] == "http://prometheus.observability:9090"
 
 
+def test_the_operator_finds_monitors_and_rules_by_labels() -> None:
+    values = example("replicas") | {"monitoring": {"enabled": True, "labels": {"release": "prometheus"}}}
+    found = {
+        key for key, item in chart_objects(values).items() if item["metadata"]["labels"].get("release") == "prometheus"
+    }
+    monitors = {("ServiceMonitor", "foldserve"), ("ServiceMonitor", "foldserve-router")}
+    assert found == monitors | {("PrometheusRule", "foldserve")}
+
+
 @pytest.mark.parametrize(
     ("values", "said"),
     [
