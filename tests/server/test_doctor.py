@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -141,6 +142,12 @@ def test_the_demo_model_over_the_command_line(written: dict[str, Any]) -> None:
     assert (engine["prefix_caching"], engine["chunked_prefill"], engine["async_scheduling"]) == (True, True, False)
     assert written["decoder_methods"] == ["withdraw", "illava_decoder", "fastv"]
     assert "folder" in written["methods"] and "withdraw" not in written["methods"]
+
+
+def test_the_example_in_the_documentation_has_the_methods_of_today(written: dict[str, Any]) -> None:
+    pages = (Path(__file__).resolve().parents[2] / "docs" / "guides" / "operations.md").read_text()
+    shown = re.search(r"^  methods +(.*?)\n  positions", pages, re.MULTILINE | re.DOTALL)
+    assert shown is not None and re.split(r",\s+", shown[1]) == written["methods"]
 
 
 def test_memory_of_the_demo_model(written: dict[str, Any]) -> None:
