@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import LlavaNextVideoForConditionalGeneration, VideoLlavaForConditionalGeneration
 
-from foldserve.reducers.folder import folder
+from foldserve.reducers.folder import Scale, folder
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part, plan_item
 from foldserve.reducers.reduction import Reduction
@@ -87,8 +87,9 @@ class VideoLlavaReference(WithdrawingReference):
                 out += [*project(frame[own])]
                 places += [start + j for j in own]
                 continue
-            if True in plan.grids[0].options:
-                matched = folder(frame[None], plan.grids[0].folds, scale=plan.grids[0].options[0], class_token=True)
+            if self.first and True in plan.grids[0].options:  # `match_class_token`
+                scale: Scale = "official" if "official" in plan.grids[0].options else "none"
+                matched = folder(frame[None], plan.grids[0].folds, scale=scale, class_token=True)
                 out += [*project(matched.tokens[0])]
                 places += (matched.source[0] + start).tolist()
                 continue
