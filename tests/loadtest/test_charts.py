@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 
 from foldserve.loadtest.micro.openvino.engines import Contender
-from foldserve.loadtest.micro.openvino.report import Cell
+from foldserve.loadtest.micro.openvino.report import Cell, read_results, results
 from foldserve.loadtest.micro.openvino.report import charts as openvino_charts
 from foldserve.loadtest.micro.openvino.runs import Run
 from foldserve.loadtest.plots import charts
@@ -28,6 +29,7 @@ from foldserve.loadtest.summary import Row
 from tests.loadtest.made_up import about, rows
 from tests.loadtest.readable import check, unreadable
 
+BENCHMARKS = Path(__file__).parents[2] / "docs/explanation/benchmarks"
 METHODS = ("folder", "folder_cls", "tome", "turbo", "prumerge", "pool", "visionzip", "illava_decoder")
 
 
@@ -93,7 +95,9 @@ def test_engines_beside_each_other_can_be_read() -> None:
     names = [("foldserve", "folder"), ("foldserve", "folder + withdraw"), ("openvino", "pruning_ratio")]
     contenders = [Contender(e, n if r else "none", r, 784) for e, n in names for r in (0.0, 0.5)]
     cells = [Cell(c, n, [Run(2 + i, (0.1,), 0)]) for n in (1, 8) for i, c in enumerate(dict.fromkeys(contenders))]
-    for chart in openvino_charts(cells):
+    for chart in openvino_charts(results(cells)):
+        check(chart)
+    for chart in openvino_charts(read_results(BENCHMARKS / "openvino-cpu.json")):
         check(chart)
 
 

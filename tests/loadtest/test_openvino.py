@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
 from foldserve.loadtest.micro.openvino.__main__ import contenders
 from foldserve.loadtest.micro.openvino.engines import PROMPT, Contender, Foldserve, Setup
 from foldserve.loadtest.micro.openvino.older import write_older
-from foldserve.loadtest.micro.openvino.report import Cell, charts, tables
+from foldserve.loadtest.micro.openvino.report import Cell, charts, read_results, results, tables
 from foldserve.loadtest.micro.openvino.runs import Load, Remote, Run, noise
 from foldserve.loadtest.report.charts import together
 from foldserve.reducers.plan import Reduction
 from tests import qwen_checkpoint
 
+BENCHMARKS = Path(__file__).parents[2] / "docs/explanation/benchmarks"
 LAYERS, WITHDRAW_LAYER, BLOCK, PX = 8, 4, 32, 224
 TOKEN_BYTES = 2 * 2 * 32 * 2  # per layer: a key and a value, two heads of 32, 16 bits
 
@@ -76,17 +79,35 @@ def test_the_table_compares_within_rounds() -> None:
         Cell(each, 8, [Run(speed * machine, (0.1, 0.3, 0.2), 5 << 20) for machine in (1.0, 0.5, 2.0)])
         for each, speed in zip(contenders(0.5, 784), (3.0, 2.0, 4.0, 1.0, 1.0), strict=True)
     ]
-    (table,) = tables(cells)
+    (table,) = tables(results(cells))
     folder, theirs, *_ = table.cells
     assert folder[:5] == ["0.5", "ours", "folder", "3.00 [1.50, 6.00]", "1.50 [1.50, 1.50]"]
     assert theirs[1:3] == ["OpenVINO", "pruning_ratio"] and theirs[4] == "-"
     assert folder[5:] == ["200 [200, 200]", "5"]
 
 
+def test_the_page_the_data_and_the_picture_agree() -> None:
+    """The data are the page's figures: what they were made from was not saved."""
+    saved = read_results(BENCHMARKS / "openvino-cpu.json")
+    page, picture = ((BENCHMARKS / f"openvino-cpu.{kind}").read_text() for kind in ("md", "svg"))
+    for table in tables(saved):
+        assert table.markdown() in page
+    shown = ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}title")
+    drawn = ElementTree.fromstring(together(charts(saved), 2).svg()).iter("{http://www.w3.org/2000/svg}title")
+    assert [title.text for title in shown] == [title.text for title in drawn]
+
+
+def test_what_was_saved_is_read_as_it_was(tmp_path: Path) -> None:
+    cells = [Cell(each, 8, [Run(2.0, (0.1, 0.3), 5 << 20)] * 3) for each in contenders(0.5, 784)]
+    (tmp_path / "figures.json").write_text(json.dumps({"results": [asdict(each) for each in results(cells)]}))
+    again = read_results(tmp_path / "figures.json")
+    assert [table.cells for table in tables(again)] == [table.cells for table in tables(results(cells))]
+
+
 def test_the_picture_has_a_panel_for_each_load_and_figure() -> None:
     none = [Cell(each, n, [Run(1, (0.1,), 0)]) for n in (1, 8) for each in contenders(0, 784)]
     some = [Cell(each, n, [Run(2, (0.1,), 0)]) for n in (1, 8) for each in contenders(0.5, 784)]
-    figure = together(charts([*none, *some]), 2).figure
+    figure = together(charts(results([*none, *some])), 2).figure
     assert [len(axes.get_lines()) > 0 for axes in figure.axes] == [True] * 4
     assert Contender("openvino", "none", 0, 784) in [cell.contender for cell in none]
 

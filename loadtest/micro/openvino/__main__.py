@@ -19,10 +19,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from foldserve.loadtest.micro.openvino.engines import Contender, Engine, Foldserve, OpenVino, Setup
-from foldserve.loadtest.micro.openvino.report import Cell, charts, tables
+from foldserve.loadtest.micro.openvino.report import Cell, draw, results, tables
 from foldserve.loadtest.micro.openvino.runs import Load, Remote
 from foldserve.loadtest.micro.withdrawal import machine
-from foldserve.loadtest.report.charts import together, write
 
 _UNIT_PX = 28  # one token of Qwen2.5-VL: 2 x 2 patches of 14
 
@@ -92,16 +91,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)
     load = [os.getloadavg()[0]]
     cells = measure(args)
+    figures = results(cells)
     load.append(os.getloadavg()[0])
-    for table in tables(cells):
+    for table in tables(figures):
         print(f"\n{table.title}\n\n{table.markdown()}")
     settings = {name: str(value) for name, value in vars(args).items()}
     print(f"\n{machine()}, load average before and after {load}")
     if args.json:
-        figures = {"settings": settings, "machine": machine(), "load": load, "cells": [asdict(cell) for cell in cells]}
-        args.json.write_text(json.dumps(figures, indent=1) + "\n")
+        measured = {"results": [asdict(each) for each in figures], "cells": [asdict(cell) for cell in cells]}
+        about = {"settings": settings, "machine": machine(), "load": load}
+        args.json.write_text(json.dumps(about | measured, indent=1) + "\n")
     if args.plot:
-        write(together(charts(cells), 2), args.plot)
+        draw(figures, args.plot)
 
 
 if __name__ == "__main__":

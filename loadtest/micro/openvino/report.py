@@ -1,16 +1,23 @@
-"""Figures, tables and the picture of what both engines took."""
+"""Figures, tables and the picture of what both engines took.
+
+`python -m foldserve.loadtest.micro.openvino.report RESULTS PICTURE` draws saved figures again.
+"""
 
 from __future__ import annotations
 
+import json
+from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from foldserve.loadtest.micro.openvino.engines import Contender
 from foldserve.loadtest.micro.openvino.runs import Run
-from foldserve.loadtest.micro.pairs import ratio
-from foldserve.loadtest.report.charts import Axis, Chart, Line, Panel, Point, line_chart
+from foldserve.loadtest.micro.pairs import Ratio, ratio
+from foldserve.loadtest.report.charts import Axis, Chart, Line, Panel, Point, line_chart, together, write
 from foldserve.loadtest.report.estimates import Estimate, estimate
 from foldserve.loadtest.report.tables import NONE, Table
 
@@ -32,56 +39,103 @@ class Cell:
         return estimate([read(run) for run in self.runs], lambda values: np.median(values, axis=-1))
 
 
-def tables(cells: Sequence[Cell]) -> list[Table]:
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The figures of a contender under a load.
+
+    Attributes:
+        to_openvino: requests/s to those of OpenVINO's own way at the same ratio; None of that way itself.
+    """
+
+    engine: str
+    method: str
+    ratio: float
+    concurrency: int
+    requests_per_s: Estimate
+    to_openvino: Ratio | None
+    ttft_ms: Estimate
+    kv_mib: float
+
+
+def results(cells: Sequence[Cell]) -> list[Result]:
+    return [_result(cell, cells) for cell in cells]
+
+
+def read_results(file: Path) -> list[Result]:
+    """Of what `--json` wrote."""
+    return [_read_result(**saved) for saved in json.loads(file.read_text())["results"]]
+
+
+def _read_result(
+    requests_per_s: Any, to_openvino: Any, ttft_ms: Any, engine: str, method: str, **numbers: Any
+) -> Result:
+    own = None if to_openvino is None else Ratio(**to_openvino)
+    figures = {"requests_per_s": Estimate(**requests_per_s), "to_openvino": own, "ttft_ms": Estimate(**ttft_ms)}
+    return Result(engine, method, **figures, **numbers)
+
+
+def tables(results: Sequence[Result]) -> list[Table]:
     """One per concurrency."""
-    levels = dict.fromkeys(cell.concurrency for cell in cells)
     return [
-        Table(f"{level} at once", _HEADINGS, [_line(cell, cells) for cell in cells if cell.concurrency == level], 3)
-        for level in levels
+        Table(f"{level} at once", _HEADINGS, [_cells(each) for each in results if each.concurrency == level], 3)
+        for level in _levels(results)
     ]
 
 
-def charts(cells: Sequence[Cell]) -> list[Chart]:
+def charts(results: Sequence[Result]) -> list[Chart]:
     """Requests/s and TTFT against the ratio, a panel per concurrency."""
     return [
         _chart(
             "throughput",
             "How many requests a second?",
-            cells,
-            lambda run: run.requests_per_s,
+            results,
+            lambda result: result.requests_per_s,
             Axis("requests/s", low=0),
         ),
-        _chart("ttft", "How long until the first token?", cells, _ttft_ms, Axis("TTFT p50, ms", digits=0, low=0)),
+        _chart(
+            "ttft",
+            "How long until the first token?",
+            results,
+            lambda result: result.ttft_ms,
+            Axis("TTFT p50, ms", digits=0, low=0),
+        ),
     ]
 
 
-def _chart(stem: str, title: str, cells: Sequence[Cell], read: Callable[[Run], float], y: Axis) -> Chart:
-    levels = dict.fromkeys(cell.concurrency for cell in cells)
+def draw(results: Sequence[Result], picture: Path) -> None:
+    write(together(charts(results), 2), picture)
+
+
+def _levels(results: Sequence[Result]) -> list[int]:
+    return list(dict.fromkeys(result.concurrency for result in results))
+
+
+def _chart(stem: str, title: str, results: Sequence[Result], read: Callable[[Result], Estimate], y: Axis) -> Chart:
     panels = [
-        Panel(f"{level} at once", _curves([cell for cell in cells if cell.concurrency == level], read))
-        for level in levels
+        Panel(f"{level} at once", _curves([each for each in results if each.concurrency == level], read))
+        for level in _levels(results)
     ]
     return line_chart(
         stem, title, panels, Axis("share of the image's tokens that goes"), y, columns=2, same_scale=False
     )
 
 
-def _curves(cells: Sequence[Cell], read: Callable[[Run], float]) -> list[Line]:
+def _curves(results: Sequence[Result], read: Callable[[Result], Estimate]) -> list[Line]:
     return [
         Line(
-            f"{'OpenVINO GenAI' if engine == 'openvino' else engine}: {name}",
+            f"{'OpenVINO GenAI' if engine == 'openvino' else engine}: {method}",
             [
-                Point(cell.contender.ratio, cell.figure(read), f"ratio {cell.contender.ratio:g}")
-                for cell in cells
-                if cell.contender.engine == engine and cell.contender.name in (name, "none")
+                Point(result.ratio, read(result), f"ratio {result.ratio:g}")
+                for result in results
+                if result.engine == engine and result.method in (method, "none")
             ],
             colour,
         )
-        for colour, (engine, name) in enumerate(_LINES)
+        for colour, (engine, method) in enumerate(_LINES)
     ]
 
 
-def _line(cell: Cell, cells: Sequence[Cell]) -> list[str]:
+def _result(cell: Cell, cells: Sequence[Cell]) -> Result:
     contender = cell.contender
     theirs = next(
         other
@@ -91,16 +145,37 @@ def _line(cell: Cell, cells: Sequence[Cell]) -> list[str]:
         and other.contender.engine == "openvino"
     )
     pairs = [(a.requests_per_s, b.requests_per_s) for a, b in zip(cell.runs, theirs.runs, strict=True)]
-    return [
-        f"{contender.ratio:g}",
-        "OpenVINO" if contender.engine == "openvino" else "ours",
+    return Result(
+        contender.engine,
         contender.name,
-        cell.figure(lambda run: run.requests_per_s).show(),
-        NONE if cell is theirs else ratio(pairs).show(),
-        cell.figure(_ttft_ms).show(0),
-        f"{max(run.kv_bytes for run in cell.runs) / _MIB:.0f}",
+        contender.ratio,
+        cell.concurrency,
+        requests_per_s=cell.figure(lambda run: run.requests_per_s),
+        to_openvino=None if cell is theirs else ratio(pairs),
+        ttft_ms=cell.figure(lambda run: 1e3 * float(np.median(run.ttft_s))),
+        kv_mib=max(run.kv_bytes for run in cell.runs) / _MIB,
+    )
+
+
+def _cells(result: Result) -> list[str]:
+    return [
+        f"{result.ratio:g}",
+        "OpenVINO" if result.engine == "openvino" else "ours",
+        result.method,
+        result.requests_per_s.show(),
+        NONE if result.to_openvino is None else result.to_openvino.show(),
+        result.ttft_ms.show(0),
+        f"{result.kv_mib:.0f}",
     ]
 
 
-def _ttft_ms(run: Run) -> float:
-    return 1e3 * float(np.median(run.ttft_s))
+def main() -> None:
+    parser = ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path, metavar="RESULTS", help="what --json wrote")
+    parser.add_argument("picture", type=Path, metavar="PICTURE")
+    args = parser.parse_args()
+    draw(read_results(args.results), args.picture)
+
+
+if __name__ == "__main__":
+    main()
