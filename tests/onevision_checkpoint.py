@@ -48,8 +48,8 @@ def config(side: int = SIDE, layers: int = 4, image: int = 0, video: int = 0, **
     )
 
 
-def write(path: Path) -> Path:
-    """Makes one: a tower of 4 layers, 4 decoder layers; canvases of up to 6 x 6 tiles."""
+def write(path: Path, layers: int = 4) -> Path:
+    """Makes one: a tower of so many layers, 4 decoder layers; canvases of up to 6 x 6 tiles."""
     vocabulary = {letter: i for i, letter in enumerate(sorted(ByteLevel.alphabet()))}
     marks = ["<|im_start|>", "<|im_end|>", "<image>", "<video>"]
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], additional_special_tokens=marks)
@@ -58,7 +58,8 @@ def write(path: Path) -> Path:
     text = {"vocab_size": 288, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 4}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192}
     ends = {"eos_token_id": ids["<|im_end|>"], "pad_token_id": tokenizer.pad_token_id, "bos_token_id": None}
-    model = LlavaOnevisionForConditionalGeneration(config(image=ids["<image>"], video=ids["<video>"], **text, **ends))
+    whole = config(layers=layers, image=ids["<image>"], video=ids["<video>"], **text, **ends)
+    model = LlavaOnevisionForConditionalGeneration(whole)
     _draw_weights(model)
     model.save_pretrained(path)
     _rename(path)

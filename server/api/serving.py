@@ -28,13 +28,13 @@ from foldserve.server.api.image_cache import OnItsWay, SentImages
 from foldserve.server.api.lifecycle.state import Lifecycle
 from foldserve.server.api.limits import forms, template
 from foldserve.server.api.limits.checks import ChatChecks
-from foldserve.server.api.media.guard import MediaGuard, Sizes
+from foldserve.server.api.media.guard import Decoded, DecodedMedia, MediaGuard
 from foldserve.server.api.planner import Planner, as_asked
 from foldserve.server.api.quality_guard import Answer, QualityGuard, Score
 from foldserve.server.api.schema import FoldChatRequest, Progress
 from foldserve.server.api.usage import VisionTokens, vision_tokens
 from foldserve.server.engine.family import Modality
-from foldserve.server.engine.grid_map import grid_maps, needs_engine
+from foldserve.server.engine.grid_map import grid_maps, needs_engine, seconds_of
 from foldserve.server.engine.kv_cost import KvCost
 from foldserve.server.engine.processor import KWARG, PLANS
 
@@ -168,12 +168,12 @@ class FoldServingChat(OpenAIServingChat):
         reduction_map.check(request)
         request.progress.body = None  # nothing is scored
         render = partial(self.online_renderer.render_chat, skip_mm_cache=True)  # the engine has to be sent all pixels
-        _, prompt, sizes = await self._planned(request, render)
+        _, prompt, decoded = await self._planned(request, render)
         vision, fields = request.progress.vision, dict(prompt)
         if vision is None or self.planner.family is None:
             raise InvalidRequest("this model's images can't be reduced: there is no map of them", "messages")
         made: Mapping[Modality, Sequence[MultiModalKwargsItem]] = fields["mm_kwargs"]
-        waiting = {modality: iter(zip(made[modality], own, strict=True)) for modality, own in sizes.items()}
+        waiting = {modality: iter(zip(made[modality], own, strict=True)) for modality, own in decoded.items()}
         items = [
             await self._mapped(modality, plan, *next(waiting[modality]))
             for modality, plan in zip(vision.modalities, vision.plans, strict=True)
@@ -189,19 +189,21 @@ class FoldServingChat(OpenAIServingChat):
         }
 
     async def _mapped(
-        self, modality: Modality, plan: ItemPlan, item: MultiModalKwargsItem, size: tuple[int, int]
+        self, modality: Modality, plan: ItemPlan, item: MultiModalKwargsItem, decoded: Decoded
     ) -> dict[str, object]:
         """The map of one image or video."""
         family, info = self.planner.family, self.renderer.get_mm_processor().info
         assert family is not None
-        regions = family.regions(plan, modality, size, info)
+        regions = family.regions(plan, modality, decoded.size, info)
         found = await self.token_groups.of(item) if needs_engine(regions) else []
         grids = [grid.to_json() for grid in grid_maps(regions, found)]
-        return {"modality": modality, "method": plan.method, "width": size[0], "height": size[1], "grids": grids}
+        width, height = decoded.size
+        entry = {"modality": modality, "method": plan.method, "width": width, "height": height, "grids": grids}
+        return entry | ({"seconds": seconds_of(decoded.times, len(grids))} if modality == "video" else {})
 
     async def _planned(
         self, request: FoldChatRequest, render: _Render
-    ) -> tuple[list[ConversationMessage], EngineInput, Sizes]:
+    ) -> tuple[list[ConversationMessage], EngineInput, DecodedMedia]:
         """What goes to the engine, planned and checked."""
         reductions = self.planner.check(request)
         if any(reduction != _NOTHING for reduction in chain.from_iterable(reductions.values())):
@@ -209,7 +211,7 @@ class FoldServingChat(OpenAIServingChat):
             request.mm_processor_kwargs = {KWARG: asked}
         request.progress.form = await forms.build(request, self.engine_client)
         media = self.media.loaded(request.messages, request.progress.owner, request.progress.image_salt)
-        async with media as sizes:
+        async with media as decoded:
             try:
                 rendered = await render(request)
             except VLLMValidationError as error:
@@ -226,7 +228,7 @@ class FoldServingChat(OpenAIServingChat):
         self.planner.check_positions([*chain.from_iterable(planned.values())], len(fields["prompt_token_ids"]), request)
         layer, room = self.planner.settings.withdraw_layer, self.planner.room
         request.progress.vision = vision_tokens(planned, prompt, layer, room, request.progress.auto)
-        return conversation, prompt, sizes
+        return conversation, prompt, decoded
 
     async def _heard(
         self, request: FoldChatRequest, outputs: AsyncIterator[RequestOutput]

@@ -101,6 +101,16 @@ def grid_maps(regions: Sequence[Region], found: Sequence[Groups | None]) -> list
     return maps
 
 
+def seconds_of(times: Sequence[float], grids: int) -> list[float]:
+    """When each grid of a video begins to be shown.
+
+    Args:
+        times: of the pictures that were taken; some models make one grid of two of them.
+    """
+    pictures = -(-len(times) // grids)
+    return [round(time, 3) for time in times[::pictures]]
+
+
 def _by_region(regions: Sequence[Region], found: Sequence[Groups | None]) -> Iterator[Groups | None]:
     """What was found for each region that is encoded; that of a video whose frames are one grid is divided."""
     encoded = (region for region in regions if region.plan is not None)

@@ -14,7 +14,7 @@ import pytest
 from openai import BadRequestError, OpenAI
 
 from tests import qwen_checkpoint, videos
-from tests.api.live import Live
+from tests.api.live import Live, chat
 from tests.images import data_uri, page, photo
 
 SMALL, WIDE = (64, 64), (480, 256)
@@ -164,6 +164,14 @@ def test_a_video_has_the_frames_that_the_server_takes(client: OpenAI) -> None:
     assert whole["vision_tokens"]["videos"] == [entry(4 * GROUP, 4 * GROUP)]
     assert half["vision_tokens"]["videos"] == [entry(4 * GROUP, 4 * GROUP // 2, "folder")]
     assert whole["prompt_tokens"] - half["prompt_tokens"] == 4 * GROUP // 2
+
+
+def test_a_map_says_when_the_frames_of_a_video_are_shown(server: Live) -> None:
+    """Two pictures make a frame: of those taken, 0, 8, 16, 25, 33, 42, 50 and 59, every second one."""
+    body = chat("what?", clip(videos.video(60)), image(SMALL), reduction={"ratio": 0.5})
+    of_video, of_image = server.ask("POST", "/v1/reductions/map", body).json["items"]
+    assert of_video["seconds"] == [0.0, 1.6, 3.3, 5.0] and len(of_video["grids"]) == 4
+    assert "seconds" not in of_image
 
 
 def test_a_video_and_images_in_one_chat(client: OpenAI) -> None:

@@ -17,6 +17,7 @@ from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, 
 from foldserve.server.api.errors import EngineStopped, InvalidRequest
 from foldserve.server.api.lifecycle.state import Phase
 from foldserve.server.api.reduction_map import TokenGroups
+from foldserve.server.engine.grid_map import seconds_of
 from tests.api.live import CHAT, chat
 from tests.images import data_uri, photo
 
@@ -123,6 +124,15 @@ def test_what_is_refused(server_url: str, body: dict[str, Any], param: str, code
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert (error["param"], error["code"]) == (param, code)
+
+
+@pytest.mark.parametrize(
+    ("times", "grids", "seconds"),
+    [((0, 0.5, 1.0), 3, [0, 0.5, 1.0]), ((0, 0.5, 1.0, 1.5, 2.00049), 3, [0, 1.0, 2.0]), ((0,), 1, [0])],
+    ids=["a grid a frame", "two frames a grid, of an odd number", "one frame"],
+)
+def test_when_each_grid_of_a_video_is_shown(times: Sequence[float], grids: int, seconds: Sequence[float]) -> None:
+    assert seconds_of(times, grids) == seconds
 
 
 class FakeEngine:

@@ -1,10 +1,12 @@
-"""One demo server and one browser for the folder. What a page complains of, or asks of another host, fails its test."""
+"""A server for each model and one browser for the folder. What a page complains of, or asks of another host, fails its
+test."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from tests import onevision_checkpoint
 from tests.api.live import Live
 
 SHOTS = "FOLDSERVE_SHOTS"
@@ -40,9 +43,32 @@ def browser() -> Iterator[Browser]:
         browser.close()
 
 
+@pytest.fixture(scope="session")
+def onevision(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """Takes images in tiles, and videos, of which it takes 8 frames; its tower has the layers that iLLaVA merges in."""
+    folder = tmp_path_factory.mktemp("onevision")
+    checkpoint = onevision_checkpoint.write(folder / "model", layers=9)
+    server = Live(checkpoint, folder, "--max-model-len", "2048", "--withdraw-layer", "2", "--video-frames", "8")
+    yield server
+    server.end()
+
+
 @pytest.fixture
 def open_page(server: Live, browser: Browser) -> Iterator[Open]:
     """Opens the playground, and waits until both settings have their map."""
+    with _opening(server, browser) as opened:
+        yield opened
+
+
+@pytest.fixture
+def open_onevision(onevision: Live, browser: Browser) -> Iterator[Open]:
+    """The same, of a server with tiles and videos."""
+    with _opening(onevision, browser) as opened:
+        yield opened
+
+
+@contextmanager
+def _opening(server: Live, browser: Browser) -> Iterator[Open]:
     faults: list[str] = []
     contexts: list[Any] = []
     host = f"http://127.0.0.1:{server.port}/"
@@ -75,10 +101,10 @@ def open_page(server: Live, browser: Browser) -> Iterator[Open]:
     assert faults == []
 
 
-def picture(page: Page, name: str) -> None:
-    """Where pictures are wanted, of the whole page."""
+def picture(page: Page, name: str, of: str = "body") -> None:
+    """Where pictures are wanted, of the whole page or of one element."""
     if folder := os.environ.get(SHOTS):
         file = Path(folder) / f"{name}.png"
-        page.screenshot(path=file, full_page=True)
+        page.locator(of).screenshot(path=file)
         Image.open(file).save(file.with_suffix(".webp"), quality=70, method=6)
         file.unlink()

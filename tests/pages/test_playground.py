@@ -140,6 +140,7 @@ def test_the_map_has_borders_between_groups_alone(open_page: Open, server: Live)
                 assert found == [0, 0, 0], (row, column)
                 borders += 1
     assert borders > 20 and inside > 10
+    picture(page, "token-map", "#canvas")
     page.locator("button", has_text="map of B").click()
     page.wait_for_timeout(200)
     assert pixel(page, 1 / columns, 0.5 / rows) == [0, 0, 0]  # every token is its own there

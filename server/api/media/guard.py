@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 from vllm.config import ModelConfig
 from vllm.multimodal.media import ImageMediaIO
@@ -30,8 +30,20 @@ from foldserve.server.engine.family import Modality
 from foldserve.server.limits import Limits
 from foldserve.server.video.decoder import VideoDecoder
 
-Sizes: TypeAlias = Mapping[Modality, Sequence[tuple[int, int]]]
-"""(width, height) in pixels of each image and each video."""
+
+class Decoded(NamedTuple):
+    """What an image or a video was found to be.
+
+    Attributes:
+        size: (width, height) in pixels, upright; of a large image after it was shrunk.
+        times: of a video's frames, in seconds since the first of the file.
+    """
+
+    size: tuple[int, int]
+    times: tuple[float, ...] = ()
+
+
+DecodedMedia: TypeAlias = Mapping[Modality, Sequence[Decoded]]
 _T = TypeVar("_T")
 _DECODED_PER_S, _READ_PER_S = 20e6, 200e6  # pixels and bytes, roughly: for the order in a queue
 
@@ -70,10 +82,8 @@ class MediaGuard:
     @asynccontextmanager
     async def loaded(
         self, messages: Sequence[Any], owner: str | None = None, salt: str | None = None
-    ) -> AsyncIterator[Sizes]:
+    ) -> AsyncIterator[DecodedMedia]:
         """While it is entered, each part of `messages` with a URL is one that vLLM takes a decoded image or video from.
-
-        Gives the sizes as they were decoded: upright, and of large ones shrunk.
 
         After that an empty URL stands there: pixels are not kept while the answer is generated.
 
@@ -94,7 +104,7 @@ class MediaGuard:
                 items = await self._load_all(places, turn)
                 for place, item in zip(places, items, strict=True):
                     _put(place, item, salt)
-                yield _sizes(places, items)
+                yield _decoded(places, items)
             except BaseException:
                 if items and self._processor is not None:  # it may be at work still, and takes one thing after another
                     share.hold_for(self._processor.submit(_let_go, items))
@@ -204,12 +214,15 @@ def _reading(place: Place, content: bytes | None) -> _Expected:
     return _Expected(len(place.url if content is None else content) / _READ_PER_S)
 
 
-def _sizes(places: Sequence[Place], items: Sequence[Any]) -> Sizes:
-    sizes: dict[Modality, list[tuple[int, int]]] = {}
+def _decoded(places: Sequence[Place], items: Sequence[Any]) -> DecodedMedia:
+    found: dict[Modality, list[Decoded]] = {}
     for place, item in zip(places, items, strict=True):
-        size = item.frames.pixels.shape[2:0:-1] if isinstance(item, LoadedVideo) else item.media.size
-        sizes.setdefault(place.modality, []).append((int(size[0]), int(size[1])))
-    return sizes
+        if isinstance(item, LoadedVideo):
+            each = Decoded((item.chosen.width, item.chosen.height), item.chosen.times)
+        else:
+            each = Decoded(item.media.size)
+        found.setdefault(place.modality, []).append(each)
+    return found
 
 
 def _put(place: Place, item: Any, salt: str | None) -> None:

@@ -1,4 +1,4 @@
-// The page: two settings asked about one image, side by side.
+// The page: two settings asked about one image or video, side by side.
 
 import * as api from "./api.js";
 import * as charts from "./charts.js";
@@ -9,8 +9,10 @@ import { Setting } from "./settings.js";
 import { snippet } from "./snippets.js";
 
 const WAIT_MS = 250; // for a slider to come to rest
+const SMALL_SIDE = 240; // of a part's picture, in pixels
 const EXAMPLE = "what number is shown?";
-const state = { catalog: null, media: null, view: "a", part: 0, turns: [], results: {}, running: null, waiting: {}, lit: null };
+const state = { catalog: null, media: null, view: "a", part: 0, turns: [], results: {}, running: null, waiting: {}, lit: null, cursor: null,
+  loads: 0, drawings: 0 };
 const settings = {
   a: new Setting($("setting-a"), "a", { method: "folder", ratio: 0.5 }, changed),
   b: new Setting($("setting-b"), "b", { method: "none", ratio: 0.5 }, changed),
@@ -33,11 +35,11 @@ function bodyOf(name, question) {
 
 // --- maps -------------------------------------------------------------------------------------------------------
 
-function changed(setting) {
+function changed(setting, wait = WAIT_MS) {
   clearTimeout(state.waiting[setting.name]?.timer);
   state.waiting[setting.name]?.abort?.abort();
   const abort = new AbortController();
-  const timer = setTimeout(() => fetchMap(setting, abort.signal), WAIT_MS);
+  const timer = setTimeout(() => fetchMap(setting, abort.signal), wait);
   state.waiting[setting.name] = { timer, abort };
   writeSnippet();
 }
@@ -48,7 +50,7 @@ async function fetchMap(setting, signal) {
   const content = [mediaFiles.part(state.media), text($("question").value || EXAMPLE)];
   try {
     setting.take(await api.map({ model, reduction, messages: [{ role: "user", content }] }, signal), null);
-    show($("media-error"), "");
+    show($("media-error"), state.media.note ?? "");
   } catch (error) {
     if (error.name === "AbortError") return;
     const isOfMedia = String(error.param ?? "").startsWith("messages");
@@ -60,17 +62,58 @@ async function fetchMap(setting, signal) {
 
 const shownMap = () => (state.view === "image" ? null : settings[state.view].map);
 
+// A video without a map over it is shown frame by frame too.
+function shownParts() {
+  const map = shownMap() ?? (state.media.kind === "video" ? settings.a.map ?? settings.b.map : null);
+  return map ? tokenMap.parts(map) : [];
+}
+
 async function drawImage() {
   if (!state.media) return;
-  const map = shownMap(), parts = map ? tokenMap.parts(map) : [];
-  $("grid-label").hidden = parts.length < 2;
-  if (parts.length !== $("grid").length) {
-    $("grid").replaceChildren(...parts.map(({ name }, i) => make("option", { value: String(i) }, name)));
-    state.part = 0;
-  }
-  const picture = await state.media.frame(state.part, Math.max(1, parts.length));
-  state.shown = { picture, grids: parts[state.part]?.grids ?? null };
+  const { media } = state, parts = shownParts(), drawing = ++state.drawings;
+  const isLate = () => drawing !== state.drawings;
+  state.part = Math.min(state.part, Math.max(0, parts.length - 1));
+  const gridsOf = (part) => (shownMap() ? part.grids : null);
+  const picture = await media.frame(parts[state.part]?.seconds ?? 0);
+  if (isLate()) return;
+  const grids = parts.length ? gridsOf(parts[state.part]) : null;
+  Object.assign(state, { shown: { picture, grids }, lit: null, cursor: null });
   redraw();
+  const strip = partButtons(parts.length > 1 ? parts.map((part) => partText(part, gridsOf(part))) : []);
+  for (const [i, button] of strip.entries()) {
+    const small = await media.frame(parts[i].seconds ?? 0);
+    if (isLate()) return;
+    tokenMap.draw(button.firstChild, small, gridsOf(parts[i]), null, SMALL_SIDE);
+  }
+}
+
+function partText({ name, seconds }, grids) {
+  const when = seconds === undefined ? name : `${name} · ${number(seconds, 1)}\u00a0s`;
+  if (!grids) return [when];
+  const { encoded, kept } = tokenMap.counts(grids);
+  return [when, `${number(kept)} of ${number(encoded)}`];
+}
+
+function partButtons(texts) {
+  const strip = $("parts");
+  strip.hidden = !texts.length;
+  while (strip.childElementCount > texts.length) strip.lastChild.remove();
+  while (strip.childElementCount < texts.length) {
+    const place = strip.childElementCount;
+    const button = make("button", { type: "button" }, make("canvas", { width: 0, height: 0 }), make("span"), make("b"));
+    button.addEventListener("click", () => {
+      state.part = place;
+      drawImage();
+    });
+    strip.append(button);
+  }
+  for (const [i, [name, count = ""]] of texts.entries()) {
+    const button = strip.children[i];
+    button.setAttribute("aria-pressed", String(i === state.part));
+    button.children[1].textContent = name;
+    button.children[2].textContent = count;
+  }
+  return [...strip.children];
 }
 
 function redraw() {
@@ -78,7 +121,7 @@ function redraw() {
   tokenMap.draw($("canvas"), picture, grids, state.lit);
   $("canvas").ariaLabel = grids
     ? `token map of setting ${state.view.toUpperCase()}: ${settings[state.view].kept.textContent}; arrow keys go from token to token`
-    : "the image";
+    : `the ${state.media.kind}`;
 }
 
 function light(token) {
@@ -91,7 +134,7 @@ $("canvas").addEventListener("pointermove", (event) => {
   const { left, top, width, height } = $("canvas").getBoundingClientRect();
   const token = tokenMap.tokenAt(state.shown.grids, (event.clientX - left) / width, (event.clientY - top) / height);
   $("tip").textContent = tokenMap.describe(token);
-  if (token?.group !== state.lit?.group) light(token);
+  if (token?.grid !== state.lit?.grid || token?.group !== state.lit?.group) light(token);
 });
 $("canvas").addEventListener("pointerleave", () => {
   $("tip").textContent = "";
@@ -99,46 +142,44 @@ $("canvas").addEventListener("pointerleave", () => {
 });
 $("canvas").addEventListener("keydown", (event) => {
   const step = { ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0] }[event.key];
-  const grid = state.shown?.grids?.at(-1);
-  if (!step || !grid) return;
+  const grids = state.shown?.grids;
+  if (!step || !grids) return;
   event.preventDefault();
-  const at = state.cursor ?? { row: 0, column: -1 };
-  const row = Math.min(Math.max(at.row + step[0], 0), grid.rows - 1);
-  const column = Math.min(Math.max(at.column + step[1], 0), grid.columns - 1);
-  state.cursor = { row, column };
-  const token = { grid, row, column, group: grid.group[row * grid.columns + column] };
-  $("tip").textContent = tokenMap.describe(token);
-  light(token);
+  state.cursor = state.cursor ? tokenMap.beside(grids, state.cursor, step) ?? state.cursor : tokenMap.first(grids);
+  $("tip").textContent = tokenMap.describe(state.cursor);
+  light(state.cursor);
 });
 for (const button of document.querySelectorAll(".view")) {
   button.addEventListener("click", () => {
     state.view = button.dataset.view;
-    state.lit = null;
     for (const other of document.querySelectorAll(".view")) other.setAttribute("aria-pressed", String(other === button));
     drawImage();
   });
 }
-$("grid").addEventListener("change", () => {
-  state.part = Number($("grid").value);
-  drawImage();
-});
 
-// --- image ------------------------------------------------------------------------------------------------------
+// --- image or video ----------------------------------------------------------------------------------------------
 
 async function use(load) {
+  const turn = ++state.loads;
+  let media = null;
   try {
-    state.media = await load();
+    media = await load();
   } catch (error) {
     show($("media-error"), error.message);
     return;
   }
-  show($("media-error"), "");
-  Object.assign(state, { part: 0, cursor: null });
+  if (turn !== state.loads) return; // another was chosen meanwhile
+  show($("media-error"), media.note ?? "");
+  Object.assign(state, { media, part: 0 });
   clear();
-  for (const setting of Object.values(settings)) setting.map = null;
+  $("media-title").textContent = media.kind === "video" ? "Video" : "Image";
+  document.querySelector(".view[data-view=image]").textContent = media.kind;
+  for (const setting of Object.values(settings)) {
+    setting.take(null, null);
+    setting.offer(media.kind);
+    changed(setting, 0);
+  }
   await drawImage();
-  await Promise.all(Object.values(settings).map((setting) => fetchMap(setting)));
-  writeSnippet();
 }
 
 const useFile = (file) => file && use(() => mediaFiles.fromFile(file));
@@ -265,6 +306,7 @@ async function start() {
   const { catalog } = state, takes = Object.keys(catalog.limits);
   $("model").textContent = catalog.model;
   $("file").accept = takes.map((kind) => `${kind}/*`).join(",") || "image/*";
+  if (takes.includes("video")) $("paste").textContent = "or drop, or paste an image or a video";
   for (const setting of Object.values(settings)) setting.build(catalog);
   clear();
   $("question").value = EXAMPLE;

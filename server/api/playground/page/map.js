@@ -4,16 +4,17 @@ const LONG_SIDE = 960;
 const GOLDEN = 0.618034;
 const REST = 0.3; // share of a grid from which a group is grey: it would hide the others
 
-// The grids that are drawn together: `parts` of a map, each a name and its grids.
+// The grids that are drawn together: `parts` of a map, each a name and its grids, and of a video when it is shown.
 export function parts(map) {
-  const { grids } = map.items[0];
+  const { grids, seconds } = map.items[0];
+  if (seconds) return grids.map((grid, i) => ({ name: grid.name, grids: [grid], seconds: seconds[i] }));
   const tiles = grids.filter(({ name }) => /^(tile|mosaic)/.test(name));
   const others = grids.filter((grid) => !tiles.includes(grid)).map((grid) => ({ name: grid.name || "image", grids: [grid] }));
   return tiles.length ? [...others, { name: tiles.length > 1 ? "tiles" : tiles[0].name, grids: tiles }] : others;
 }
 
-export function draw(canvas, picture, grids, lit = null) {
-  const scale = LONG_SIDE / Math.max(picture.width, picture.height);
+export function draw(canvas, picture, grids, lit = null, longSide = LONG_SIDE) {
+  const scale = longSide / Math.max(picture.width, picture.height);
   canvas.width = Math.round(picture.width * scale);
   canvas.height = Math.round(picture.height * scale);
   const pen = canvas.getContext("2d");
@@ -88,6 +89,22 @@ export function tokenAt(grids, x, y) {
     }
   }
   return null;
+}
+
+export const first = ([grid]) => ({ grid, row: 0, column: 0, group: grid.group[0] });
+
+// The token that lies `down` and `across` from another, in its grid or the next; null beyond the edge.
+export function beside(grids, { grid, row, column }, [down, across]) {
+  const [left, top, right, bottom] = grid.box;
+  const x = left + (right - left) * (column + across + 0.5) / grid.columns;
+  const y = top + (bottom - top) * (row + down + 0.5) / grid.rows;
+  return tokenAt(grids, x, y);
+}
+
+// Of several grids together.
+export function counts(grids) {
+  const sum = (read) => grids.reduce((total, grid) => total + read(grid), 0);
+  return { encoded: sum(({ group }) => group.length), kept: sum(({ sizes }) => sizes.length) };
 }
 
 export function describe(token) {

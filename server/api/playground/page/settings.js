@@ -12,15 +12,12 @@ export class Setting {
 
   build(catalog) {
     this.catalog = catalog;
-    const before = catalog.data.filter(({ stage }) => !["decoder", "projector"].includes(stage));
-    const deep = catalog.data.filter(({ stage }) => stage === "decoder");
     this.methods = new Map(catalog.data.map((method) => [method.id, method]));
-    const choices = [NONE, ...before.map(({ id }) => id)];
-    this.method = select(choices, choices.includes(this.start.method) ? this.start.method : choices.at(-1));
+    this.method = make("select");
     this.ratio = make("input", { type: "range", min: "0", max: "0.95", step: "0.01", value: String(this.start.ratio) });
     this.ratio.ariaLabel = `share of tokens removed, setting ${this.name.toUpperCase()}`;
     this.shown = make("output");
-    this.decoder = select([NONE, ...deep.map(({ id }) => id)], NONE);
+    this.decoder = make("select");
     this.share = make("input", { type: "range", min: "0.05", max: "0.95", step: "0.05", value: "0.5" });
     this.options = make("div");
     this.summary = make("p", { className: "summary" });
@@ -41,7 +38,15 @@ export class Setting {
     );
     this.method.onchange = () => { this.buildOptions(); this.changed(); };
     for (const input of [this.ratio, this.decoder, this.share]) input.oninput = () => this.changed();
-    this.buildOptions();
+  }
+
+  // The methods that work on images, or on videos.
+  offer(kind) {
+    const works = this.catalog.data.filter(({ modalities }) => modalities.includes(kind));
+    const before = works.filter(({ stage }) => !["decoder", "projector"].includes(stage)), chosen = this.method.value;
+    fill(this.method, [NONE, ...before.map(({ id }) => id)], this.start.method);
+    fill(this.decoder, [NONE, ...works.filter(({ stage }) => stage === "decoder").map(({ id }) => id)], NONE);
+    if (this.method.value !== chosen) this.buildOptions();
     this.refresh();
   }
 
@@ -94,6 +99,7 @@ export class Setting {
     this.kept.textContent = "";
     this.strip.replaceChildren();
     this.stripText.textContent = "";
+    delete this.fieldset.dataset.kept;
     if (!map) return;
     this.fieldset.dataset.kept = String(tokens(map).kept);
     const { encoded, kept, withdrawn } = tokens(map);
@@ -115,7 +121,14 @@ export function tokens(map) {
   return { encoded: sum("encoded"), kept: sum("kept"), withdrawn: sum("withdrawn") };
 }
 
+// Keeps what was chosen, where it is still among the values.
+function fill(element, values, otherwise) {
+  const chosen = [element.value, otherwise].find((value) => values.includes(value)) ?? values.at(-1);
+  element.replaceChildren(...values.map((value) => make("option", { value, selected: value === chosen }, value)));
+}
+
 function select(values, chosen) {
-  const options = values.map((value) => make("option", { value, selected: value === chosen }, value));
-  return make("select", {}, ...options);
+  const element = make("select");
+  fill(element, values, chosen);
+  return element;
 }

@@ -1,4 +1,4 @@
-// The request of a setting, as a program would send it; the image is a file there.
+// The request of a setting, as a program would send it; the image or video is a file there.
 
 import { address } from "./api.js";
 
@@ -9,8 +9,8 @@ export function snippet(language, body, media, usesKey) {
 }
 
 const PLACE = "@@DATA@@";
-const fileOf = (media) => (media.kind === "video" ? "video.mp4" : "image.png");
 const typeOf = (media) => media.url.slice(5, media.url.indexOf(";"));
+const fileOf = (media) => `${media.kind}.${media.extension}`;
 
 function shorten(body, media) {
   return JSON.parse(JSON.stringify(body), (name, value) => (name === "url" && value === media.url ? PLACE : value));
