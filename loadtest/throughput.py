@@ -89,8 +89,19 @@ def _page(report: Report, drawn: Sequence[Chart]) -> str:
 
 
 def _lead(report: Report) -> str:
-    """Machine and date; reports of earlier versions have no date."""
-    return ". ".join(report.settings[name] for name in ("machine", "date") if name in report.settings)
+    """The gain, machine and date; reports of earlier versions have no date."""
+    gain = _gain(report.rows)
+    about = [report.settings[name] for name in ("machine", "date") if name in report.settings]
+    return ". ".join([*([gain] if gain else []), *about])
+
+
+def _gain(rows: Sequence[Row]) -> str:
+    """The most that reduction brings; empty where nothing was reduced."""
+    gains = [(row.to_ratio_0["requests_per_s"], row) for row in rows if row.variant.method and row.to_ratio_0]
+    if not gains:
+        return ""
+    most, row = max(gains, key=lambda gain: gain[0].value)
+    return f"Up to {most.show()} times the requests/s of ratio 0: {row.variant.label}, {row.load}"
 
 
 def _markdown(report: Report) -> str:

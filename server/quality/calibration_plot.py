@@ -18,16 +18,12 @@ def can_plot() -> bool:
 def plot(calibration: Calibration, file: Path) -> None:
     """Draws mean KL over K, eta and the layer found; the suffix of `file` chooses the format."""
     curve = [Point.exact(float(layer), kl, f"K={layer}") for layer, kl in calibration.kl.items()]
-    lines = [Line("mean KL", curve, 0)]
+    lines = [Line(f"mean KL, {calibration.samples} samples", curve, 0)]
     if calibration.withdraw_layer is not None:
         found = calibration.withdraw_layer
         lines.append(Line(f"K={found}", [point for point in curve if point.x == found], 1))
     least = min(calibration.kl.values())
-    panel = Panel(
-        f"{calibration.samples} samples, {calibration.layers} layers",
-        lines,
-        [Level("eta", Estimate(*[calibration.eta] * 3))],
-    )
+    panel = Panel(_found(calibration), lines, [Level("most accepted (eta)", Estimate(*[calibration.eta] * 3))])
     chart = line_chart(
         "calibration",
         "From which decoder layer on can vision tokens go?",
@@ -37,3 +33,9 @@ def plot(calibration: Calibration, file: Path) -> None:
     )
     file.parent.mkdir(parents=True, exist_ok=True)
     write(chart.whole(), file)
+
+
+def _found(calibration: Calibration) -> str:
+    if calibration.withdraw_layer is None:
+        return f"Vision tokens can leave none of {calibration.layers} layers"
+    return f"Vision tokens can go from layer {calibration.withdraw_layer} of {calibration.layers} on"

@@ -251,6 +251,7 @@ def test_the_report_stands_alone_and_shows_every_interval(tmp_path: Path) -> Non
     page = (tmp_path / "index.html").read_text()
     assert page.count("<svg") == 5 and "&lt;model&gt;" in page and "What does speed cost in right answers?" in page
     assert "folder, ratio 0.5: " in page
+    assert "Up to 1.00 [1.00, 1.00] times the requests/s of ratio 0: folder 0.5, 2 at once. 2 CPUs" in page
     main = (tmp_path / "report.md").read_text().split("## ")[1]
     assert f"| 2 at once | folder 0.5 | {rows[2].figures['requests_per_s'].show(3)} | 1.00 [1.00, 1.00] |" in main
     again = read_report(tmp_path)

@@ -41,7 +41,8 @@ def write_page(results: Results, folder: Path) -> None:
 
 
 def html(results: Results, drawn: Sequence[Chart]) -> str:
-    lead = results.verdict() + (f". {_ON_CPU}" if results.device == "cpu" else "")
+    failed = [f"{result.stage} failed" for result in results.stages if result.status == "FAIL"]
+    lead = ". ".join([results.verdict(), *failed, *([_ON_CPU] if results.device == "cpu" else [])])
     tables = filter(None, [_load(results), _steps(results)])
     return page("GPU check", lead=lead, facts=results.facts, first=[_stages(results)], charts=drawn, tables=tables)
 

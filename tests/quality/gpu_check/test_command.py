@@ -173,6 +173,7 @@ def test_files(found: Found, tmp_path: Path) -> None:
     for chart in charts({"": results}) + charts({"one": results, "other": results}):
         check(chart)
     html = (tmp_path / "out" / "index.html").read_text()
+    assert "2 passed, 1 failed, 0 skipped. ratio-0 failed" in html
     assert "<dt>GPU 0</dt><dd>one | two</dd>" in html and html.index("ratio-0") < html.index("<svg")
 
 
