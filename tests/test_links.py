@@ -14,7 +14,7 @@ FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 
 def targets(page: str) -> list[str]:
     """Relative ones, out of code."""
-    return re.findall(r"\]\((?!https?://|mailto:)([^)\s]+)\)", FENCED.sub("", page))
+    return re.findall(r'(?:\]\(|src=")(?!https?://|mailto:)([^)\s"]+)[)"]', FENCED.sub("", page))
 
 
 def anchors(page: str) -> set[str]:

@@ -101,6 +101,12 @@ def test_engines_beside_each_other_can_be_read() -> None:
         check(chart)
 
 
+def test_the_panel_in_the_readme_is_the_last_of_its_page() -> None:
+    whole, last = ((BENCHMARKS / f"serving-cpu{part}.svg").read_text() for part in ("", "-64"))
+    cut = whole.replace('width="1056pt"', 'width="352pt"').replace('viewBox="0 0 1056 262"', 'viewBox="704 0 352 262"')
+    assert last == cut != whole
+
+
 def test_the_check_sees_what_is_wrong() -> None:
     figure = Figure(figsize=(4, 3))
     axes = figure.add_axes((0.1, 0.2, 0.4, 0.4))
