@@ -10,9 +10,9 @@ from argparse import ArgumentParser
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from foldserve.loadtest.micro.openvino.engines import Contender
 from foldserve.loadtest.micro.openvino.runs import Run
@@ -63,15 +63,7 @@ def results(cells: Sequence[Cell]) -> list[Result]:
 
 def read_results(file: Path) -> list[Result]:
     """Of what `--json` wrote."""
-    return [_read_result(**saved) for saved in json.loads(file.read_text())["results"]]
-
-
-def _read_result(
-    requests_per_s: Any, to_openvino: Any, ttft_ms: Any, engine: str, method: str, **numbers: Any
-) -> Result:
-    own = None if to_openvino is None else Ratio(**to_openvino)
-    figures = {"requests_per_s": Estimate(**requests_per_s), "to_openvino": own, "ttft_ms": Estimate(**ttft_ms)}
-    return Result(engine, method, **figures, **numbers)
+    return TypeAdapter(list[Result]).validate_python(json.loads(file.read_text())["results"])
 
 
 def tables(results: Sequence[Result]) -> list[Table]:
