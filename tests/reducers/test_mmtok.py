@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from foldserve.reducers import mmtok
 from foldserve.reducers.fold import Reduced
@@ -106,6 +109,44 @@ def test_picks_are_nested_and_excluded_tokens_come_last() -> None:
         chosen = most_covering(covers, kept, excluded)[0].tolist()
         assert len(chosen) == len(set(chosen)) == kept
         assert [i for i in chosen if i in excluded] == excluded[: max(0, kept - 29)]
+
+
+@few
+@given(st.integers(3, 90), st.integers(0, 40), st.sampled_from(["any", "twins", "one colour"]), st.data())
+def test_lazy_picks_are_those_of_the_greedy_choice(n: int, words: int, kind: str, data: st.DataObject) -> None:
+    """In the order of picking, with equal tokens too; `torch.topk` may take any of these first."""
+    x, tower, (text,) = drawn(data.draw(st.integers(0, 2**31)), n, (words,))
+    index = {"any": torch.arange(n), "twins": torch.arange(n) // 2, "one colour": torch.zeros(n, dtype=torch.int64)}
+    x, tower = x[0, index[kind]], tower[0, index[kind]]
+    covers = coverage(x, tower, text, text_temperature=0.02)[None]
+    exclude = data.draw(st.sets(st.integers(0, n - 1), max_size=n - 2))
+    kept = data.draw(st.integers(1, n - len(exclude)))
+    picks = mmtok._greedily(covers, kept, sorted(exclude))
+    for together in (mmtok._PARALLEL, 3 * covers.shape[2]):  # rows at once: all, and two
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(mmtok, "_PARALLEL", together)
+            assert torch.equal(mmtok._lazily(covers, kept, sorted(exclude)), picks)
+
+
+class _Largest(TorchDispatchMode):
+    """Elements of the largest tensor that an operator makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            sizes = [each.numel() for each in tree_leaves(made) if isinstance(each, Tensor)]
+            self.elements = max(self.elements, *sizes, 0)
+        return made
+
+
+@pytest.mark.parametrize(("n", "batch"), [(100, 3), (300, 1), (300, 2)])
+def test_no_step_of_a_choice_on_a_cpu_is_split_between_threads(n: int, batch: int) -> None:
+    covers = draw(4, (batch, n, n + 64))[0].abs()
+    with _Largest() as largest:
+        most_covering(covers, n // 4)
+    assert largest.elements < 32768
 
 
 def test_half_precision_covers_as_well() -> None:
