@@ -175,7 +175,7 @@ class QwenReference:
         return self._reduced(levels, whole, asked, seed, pixels)
 
     def _pruned(self, image: Image.Image, grid: tuple[int, int], asked: Mapping[str, Any]) -> Left:
-        """Cells one by one, then the tower on those that stay; FOLDER behind it has no more than its amount left."""
+        """Cells one by one, then the tower on those that stay; a method behind it has no more than its amount left."""
         (rows, columns), process = grid, self.processor.image_processor
         raw = process(images=[image], return_tensors="pt", do_rescale=False, do_normalize=False)["pixel_values"]
         values = raw.int().view(rows, columns, -1).tolist()
@@ -184,9 +184,10 @@ class QwenReference:
         kept = qwen_tower_reference.encode(self.model.model.visual, pixels, grid, 0, asked, stay)
         levels = [torch.stack(level) for level in zip(*(token.levels for token in kept), strict=True)]
         places = [(0, *token.at) for token in kept]
-        if asked["method"] == "pixelprune+folder":
-            most = rows * columns - int(rows * columns * asked["ratio"])
-            groups = folder_groups(levels[0].numpy(), max(0, len(kept) - most))
+        most = rows * columns - int(rows * columns * asked.get("ratio", 0.0))
+        second = asked["method"].partition("+")[2]
+        if second and len(kept) > most:
+            groups = self._groups(second, levels[0], kept, most, asked)
             levels = [torch.stack([level[members].mean(0) for _, members in groups]) for level in levels]
             places = [places[i] for i, _ in groups]
         if asked.get("positions") == "renumber":
@@ -212,29 +213,43 @@ class QwenReference:
             return Left(levels, [(0, *token.at) for token in kept], max(rows, columns))
         if method == "pool":
             return self._pooled(levels, grid, n - removed, positions)
-        if method in plain_diversity.METHODS:
-            geometry = {"plain": "plain", "centered": "standardized"}[asked.get("geometry", "plain")]
-            tokens, rest = levels[0].numpy(), asked.get("rest", "drop")
-            groups = plain_diversity.groups(method, tokens, n - removed, geometry, rest)
-        elif method == "mmtok":
-            whole = qwen_tower_reference.encode(
-                self.model.model.visual, pixels, (rows, columns), 0, {"method": "illava"}
-            )
-            means = torch.stack([token.patches.mean(0) for token in whole])
-            question = f"Question: {asked['query']}" if asked.get("query") else ""
-            ids = self.processor.tokenizer(question, add_special_tokens=False)["input_ids"][:64]
-            text = self.model.model.language_model.embed_tokens(torch.tensor(ids, dtype=torch.int64))
-            groups = [(i, [i]) for i in naive_mmtok(levels[0], means, text, n - removed, 0.01)]
-        elif method.partition("+")[0] == "folder":
-            groups = folder_groups(levels[0].numpy(), removed)
-        else:
-            assert method == "random"
+        if method == "random":
             drawn = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[: n - removed]
             groups = [(int(i), [int(i)]) for i in drawn.sort().values]
+        else:
+            visual, untouched = self.model.model.visual, {"method": "illava"}
+            tower = qwen_tower_reference.encode(visual, pixels, grid, 0, untouched) if method == "mmtok" else ()
+            groups = self._groups(method.partition("+")[0], levels[0], tower, n - removed, asked)
         levels = [torch.stack([level[members].mean(0) for _, members in groups]) for level in levels]
         if positions == "renumber":
             return Left(levels, [(i, i, i) for i in range(len(groups))], len(groups))
         return Left(levels, [(0, i // columns, i % columns) for i, _ in groups], max(rows, columns))
+
+    def _groups(
+        self,
+        method: str,
+        tokens: Tensor,
+        tower: Sequence[qwen_tower_reference.Token],
+        kept: int,
+        asked: Mapping[str, Any],
+    ) -> list[tuple[int, list[int]]]:
+        """Of each token that a method after the tower leaves: its own number, and all that are in it.
+
+        Args:
+            tokens: (n, hidden).
+            tower: what enters the merger, for MMTok.
+        """
+        if method in plain_diversity.METHODS:
+            geometry = {"plain": "plain", "centered": "standardized"}[asked.get("geometry", "plain")]
+            return plain_diversity.groups(method, tokens.numpy(), kept, geometry, asked.get("rest", "drop"))
+        if method == "mmtok":
+            question = f"Question: {asked['query']}" if asked.get("query") else ""
+            ids = self.processor.tokenizer(question, add_special_tokens=False)["input_ids"][:64]
+            text = self.model.model.language_model.embed_tokens(torch.tensor(ids, dtype=torch.int64))
+            means = torch.stack([token.patches.mean(0) for token in tower])
+            return [(i, [i]) for i in naive_mmtok(tokens, means, text, kept, 0.01)]
+        assert method == "folder"
+        return folder_groups(tokens.numpy(), len(tokens) - kept)
 
     def _pooled(self, levels: list[Tensor], grid: tuple[int, int], most: int, positions: str | None) -> Left:
         """The smallest windows that leave at most so many; the last of a row or column may be smaller."""

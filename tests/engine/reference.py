@@ -78,20 +78,22 @@ class Reference:
         return projected[stay]
 
     def covered(self, image: Image.Image, plan: ItemPlan, words: Sequence[str]) -> tuple[Tensor, list[int]]:
-        """All tokens, projected, and those that stay."""
+        """All tokens that enter the tower, projected, and those of them that stay."""
         pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
-        whole = self.tower.features(pixels, Plan("none", self.geometry.tokens))
-        projected: Tensor = self.model.model.multi_modal_projector(whole)[0]
-        return projected, naive_mmtok(projected, whole[0], self.embedded(words), plan.kept, 0.02)
+        entering = None if plan.cells is None else plan.cells.places()
+        features = self.tower.features(pixels, Plan("none", self.geometry.tokens), entering=entering)
+        projected: Tensor = self.model.model.multi_modal_projector(features)[0]
+        return projected, naive_mmtok(projected, features[0], self.embedded(words), plan.kept, 0.02)
 
     def members(self, image: Image.Image, reduction: dict[str, object]) -> list[list[int]]:
         """Of each token that stays, in order, the patches that are in it."""
         (plan,) = self.plans([image], [reduction])
-        if plan.method == "mmtok":
-            return [[i] for i in self.covered(image, plan, KEYWORDS[str(reduction.get("query", ""))])[1]]
+        entering = None if plan.cells is None else plan.cells.places()
+        if plan.grids[0].method == "mmtok":
+            _, stay = self.covered(image, plan, KEYWORDS[str(reduction.get("query", ""))])
+            return [[i if entering is None else int(entering[i])] for i in stay]
         pixels = self.processor.image_processor(image, return_tensors="pt")["pixel_values"]
         seeded = plan.with_seed(crc32(pixels[0].numpy().tobytes())).grids[0]
-        entering = None if plan.cells is None else plan.cells.places()
         return self.tower.members(pixels, seeded, self.model.model.multi_modal_projector, entering)
 
     def embedded(self, words: Sequence[str]) -> Tensor:
@@ -121,7 +123,7 @@ class Reference:
         if images:
             features = [
                 self.covering(image, plan, KEYWORDS[str(asked.get("query", ""))])
-                if plan.method == "mmtok"
+                if plan.grids[0].method == "mmtok"
                 else self.image_features(image, plan)
                 for image, plan, asked in zip(images, plans, reductions, strict=True)
             ]

@@ -39,6 +39,8 @@ ANY_TOWER: list[dict[str, object]] = [
     {"method": "visionzip", "ratio": 0.7},
     {"method": "pixelprune", "tau": 60, "positions": "renumber"},
     {"method": "pixelprune+folder", "tau": 30, "ratio": 0.7, "positions": "renumber"},
+    {"method": "pixelprune+divprune", "tau": 30, "ratio": 0.75, "positions": "renumber"},
+    {"method": "pixelprune+mmtok", "tau": 30, "ratio": 0.75, "query": "Where is it?", "positions": "renumber"},
     {"method": "divprune", "ratio": 0.66},
     {"method": "divprune", "ratio": 0.75, "rest": "merge"},
     {"method": "divprune", "ratio": 0.5, "geometry": "centered"},

@@ -143,6 +143,22 @@ BY_PIXELS = [
 ]
 
 
+BEHIND_PIXELS: dict[str, dict[str, Any]] = {
+    "divprune": PRUNED | {"method": "pixelprune+divprune", "ratio": 0.75},
+    "mmtok": PRUNED | {"method": "pixelprune+mmtok", "ratio": 0.75, "query": QUERY},
+}
+PIXELS_FIRST = [
+    *(one_page(*SIZES[2], **asked) for asked in BEHIND_PIXELS.values()),
+    one_page(*SIZES[0], **BEHIND_PIXELS["divprune"], positions="renumber"),
+    one_page(*SIZES[0], **BEHIND_PIXELS["mmtok"], positions="renumber"),
+    Case(
+        ask("first ", IMAGE, "then", IMAGE, "and", IMAGE, "?"),
+        [page(1, *SIZES[0]), photo(2, *SIZES[1]), page(3, *SIZES[2])],
+        [BEHIND_PIXELS["mmtok"], {"ratio": 0.5}, BEHIND_PIXELS["divprune"]],
+    ),
+]
+
+
 LAYERS = {"qwen2_vl": [0, 1], "qwen2_5_vl": [1, 3], "qwen3_vl": [1, 2]}
 """In which iLLaVA may work: Qwen2.5-VL's that see no windows; Qwen3-VL's taps are before, between and behind them."""
 
@@ -209,6 +225,13 @@ def test_pixels_decide_what_enters_the_tower(llm: Any, expect: Callable[[Case], 
     """Beside others, and again from the caches."""
     for _ in range(2):
         assert_same(llm, expect, BY_PIXELS + BEFORE_THE_DECODER[:5])
+
+
+def test_pixels_decide_what_others_choose_from(llm: Any, expect: Callable[[Case], Answer]) -> None:
+    """Alone, then beside others, some of which are in the caches by then."""
+    for case in PIXELS_FIRST:
+        assert_same(llm, expect, [case])
+    assert_same(llm, expect, PIXELS_FIRST + BY_PIXELS[:6] + BEFORE_THE_DECODER[:5])
 
 
 def test_ratio_0_is_vllms_own_bit_for_bit(
