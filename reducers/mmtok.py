@@ -125,8 +125,8 @@ def _lazily(covers: Tensor, kept: int, exclude: Sequence[int]) -> Tensor:
     """The picks of `_greedily` for one image on a CPU (Minoux, Accelerated greedy algorithms, 1978).
 
     The more is reached, the less a token can add, also after rounding: what it would have added before is a bound, and
-    only tokens whose bound is as high as the best gain are looked at again. Steps are too small for more than one
-    thread: a pick that waits for threads whose cores others use takes a hundred times as long.
+    only tokens whose bound is as high as the best gain are looked at again. No step is split between threads: on a
+    machine that others use too, each pick would wait for a core several times.
     """
     (covers,) = covers
     n, targets = covers.shape
@@ -135,7 +135,8 @@ def _lazily(covers: Tensor, kept: int, exclude: Sequence[int]) -> Tensor:
     at_once = max(1, (_PARALLEL - 1) // targets)
 
     def gains(tokens: Tensor) -> Tensor:
-        return (covers[tokens] - reached).clamp_(min=0).sum(dim=-1)
+        rows = covers.index_select(0, tokens)  # `covers[tokens]` is split between threads however few they are
+        return rows.sub_(reached).clamp_(min=0).sum(dim=-1)
 
     picks = []
     for left in range(n - len(exclude), n - len(exclude) - kept, -1):

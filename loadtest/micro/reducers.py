@@ -1,10 +1,14 @@
 """What reduction costs against the vision encoder: `python -m foldserve.loadtest.micro.reducers`.
 
-Encoders have the shape of published towers up to the layer that LLaVA reads, and random weights. Both are timed in one
+Encoders have the shape of published towers up to the layer that LLaVA reads, and random weights. All are timed in one
 process, in turns; medians are reported, on a CPU of the process's CPU time, since a busy machine stretches wall time. A
 method inside the tower counts with all its steps and what they ask of their layers' attention, but not with what the
-layers after save; `downsample` with the smaller image and its position embeddings; a method after the projector with
-the projection of the tokens that go, which other methods save.
+layers after save; `downsample` with the smaller image and its position embeddings. Methods after the projector need the
+projection of the tokens that go too, which others save: it has a row of its own. An encoder of several tiles counts as
+often as it has tiles, and is run on one.
+
+`least` is the time of the products without which a method can't compare or pick (`least_flops`), at the speed of one
+product of square matrices of 1024 in fp32.
 """
 
 from __future__ import annotations
@@ -16,12 +20,13 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
 
+from foldserve.loadtest.report.estimates import Estimate, estimate
 from foldserve.reducers import METHODS
 from foldserve.reducers.attention import LayerAttention
 from foldserve.reducers.downsample import interpolate_positions, resize
@@ -31,6 +36,11 @@ from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeo
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 REDUCTIONS_PER_ENCODING = 3  # they take a small part of the time
+QUERY = 8  # tokens
+PROJECTION = "projection of what goes"
+HEAD = "| method | ratio | kept | ms | share of the encoder | least ms (times that) |\n|---|---|---|---|---|---|"
+PRODUCT = 1024
+"""Rows and columns of the matrices whose product is the machine's speed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +78,7 @@ class Tower:
         return VisionGeometry(grid[0] * grid[1], grid, self.layers, shows_tower=True)
 
     def build(self) -> nn.Module:
-        """The encoder, random weights; (tiles, 3, H, W) -> `last_hidden_state`."""
+        """The encoder, random weights; (any, 3, H, W) -> `last_hidden_state`."""
         shape = {
             "hidden_size": self.width,
             "intermediate_size": self.mlp,
@@ -88,13 +98,19 @@ TOWERS = {
         Tower("CLIP-L/14-336", 24, 1, 23, 1024, 4096, 16, 14, class_token=True),
         Tower("SigLIP-so400m/14-384", 27, 1, 26, 1152, 4304, 16, 14, class_token=False, embedding=3584),
         Tower("CLIP-L/14-336, 5 tiles", 24, 5, 23, 1024, 4096, 16, 14, class_token=True),
+        Tower("SigLIP-so400m/14-384, 12 tiles", 27, 12, 26, 1152, 4304, 16, 14, class_token=False, embedding=3584),
     )
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Medians; share: reduction time / encoder time."""
+    """Medians.
+
+    Attributes:
+        share: reduction time / encoder time.
+        least_ms: see `least_flops`; 0 where nothing is known.
+    """
 
     tower: str
     tokens: int
@@ -102,8 +118,9 @@ class Row:
     method: str
     kept: int
     encoder_ms: float
-    reduction_ms: float
+    reduction_ms: Estimate
     share: float
+    least_ms: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,14 +159,16 @@ def calls(
 ) -> Iterator[tuple[str, int, Callable[[], object]]]:
     """(method, tokens kept, call) of everything that works before the decoder on this tower."""
     tower = inputs.tower
+    if any(isinstance(METHODS[name], AfterProjector) for name in methods):
+        for plan in plans("divprune", tower.whole, ratios):
+            yield PROJECTION, plan.kept, partial(project, inputs, plan.removed)
     for method in (METHODS[name] for name in methods):
         geometry = tower.whole if isinstance(method, AfterTower) else tower.geometry
         for plan in plans(method.name, geometry, ratios):
             if isinstance(method, AfterProjector):
                 yield method.name, plan.kept, partial(after_projector, inputs, plan)
             elif isinstance(method, AfterTower):
-                tokens = inputs.hidden[:, int(tower.class_token) :].reshape(1, geometry.tokens, -1)
-                yield method.name, plan.kept, partial(after_tower, tokens, plan)
+                yield method.name, plan.kept, partial(after_tower, _features(inputs), plan)
             elif isinstance(method, InTower):
                 yield method.name, tower.tiles * plan.kept, partial(in_tower, method, inputs, plan)
             elif isinstance(method, BeforeTower):
@@ -182,12 +201,21 @@ def in_tower(method: InTower, inputs: Inputs, plan: Plan) -> Tensor:
     return x
 
 
-def after_projector(inputs: Inputs, plan: Plan) -> object:
-    """With the projection of as many tokens as go; a query has eight."""
-    method, tokens = plan.reducer, inputs.hidden[:, int(inputs.tower.class_token) :].reshape(1, plan.encoded, -1)
+def project(inputs: Inputs, tokens: int) -> Tensor:
+    features: Tensor = inputs.projector(_features(inputs)[0, :tokens])
+    return features
+
+
+def after_projector(inputs: Inputs, plan: Plan) -> Reduced:
+    method = plan.reducer
     assert isinstance(method, AfterProjector)
-    seen = Seen(tokens, [inputs.embedded[0, :8]])
-    return inputs.projector(tokens[0, : plan.removed]), method.reduce(inputs.embedded, plan, None, seen)
+    seen = Seen(_features(inputs), [inputs.embedded[0, :QUERY]])
+    return method.reduce(inputs.embedded, plan, None, seen)
+
+
+def _features(inputs: Inputs) -> Tensor:
+    """(1, tokens of all tiles, width)"""
+    return inputs.hidden[:, int(inputs.tower.class_token) :].reshape(1, inputs.tower.whole.tokens, -1)
 
 
 def before_tower(inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -196,6 +224,23 @@ def before_tower(inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor]:
     side = inputs.tower.side
     positions = interpolate_positions(inputs.hidden[0], (side, side), *plan.grid)
     return resize(inputs.pixels, *plan.grid, patch=inputs.tower.patch), positions
+
+
+def least_flops(method: str, tower: Tower, kept: int) -> int:
+    """Of the products that a method can't do without: each cosine that it needs once, since cosines are symmetric.
+
+    0 where that is not known.
+    """
+    n, width, embedding = tower.whole.tokens, tower.width, tower.embedding
+    if method == "divprune":  # the first pick needs all
+        return n**2 * embedding
+    if method == "cdpruner":  # those of the picks, and the rows of a Cholesky factor
+        return (2 * n - kept) * kept * embedding + kept**2 * n
+    if method == "mmtok":
+        return n**2 * width + 2 * n * QUERY * embedding
+    if method == "folder":  # of the first fold, even tokens to odd ones
+        return n**2 * width // 2
+    return 2 * (n - kept) * (width + embedding) * embedding if method == PROJECTION else 0
 
 
 def time_ms(call: Callable[[], object], device: str) -> float:
@@ -226,27 +271,35 @@ def measure(
     encoder = tower.build().to(device, DTYPES[dtype])
     inputs = Inputs.draw(tower, DTYPES[dtype], device)
     cases = list(calls(inputs, ratios, methods))
-    encoder(inputs.pixels)
-    for *_, call in cases:
+    square = torch.randn(PRODUCT, PRODUCT, device=device)
+    encode, multiply = partial(encoder, inputs.pixels[:1]), partial(torch.mm, square, square)
+    for call in (encode, multiply, *(call for *_, call in cases)):
         call()
-    encoder_ms: list[float] = []
+    tile_ms: list[float] = []
+    product_ms: list[float] = []
     reduction_ms: list[list[float]] = [[] for _ in cases]
     for _ in range(rounds):
-        encoder_ms.append(time_ms(lambda: encoder(inputs.pixels), device))
+        tile_ms.append(time_ms(encode, device))
         for _ in range(REDUCTIONS_PER_ENCODING):
+            product_ms.append(time_ms(multiply, device))
             for times, (*_, call) in zip(reduction_ms, cases, strict=True):
                 times.append(time_ms(call, device))
-    whole = median(encoder_ms)
-    return [
-        Row(tower.name, tower.whole.tokens, dtype, method, kept, whole, median(times), median(times) / whole)
-        for times, (method, kept, _) in zip(reduction_ms, cases, strict=True)
-    ]
+    encoder_ms, ms_per_flop = tower.tiles * float(np.median(tile_ms)), float(np.median(product_ms)) / (2 * PRODUCT**3)
+    found = []
+    for times, (method, kept, _) in zip(reduction_ms, cases, strict=True):
+        taken = estimate(times, lambda values: np.median(values, axis=-1))
+        least = least_flops(method, tower, kept) * ms_per_flop
+        share = taken.value / encoder_ms
+        found.append(Row(tower.name, tower.whole.tokens, dtype, method, kept, encoder_ms, taken, share, least))
+    return found
 
 
 def render(row: Row) -> str:
     """One line of a Markdown table."""
-    ratio = 1 - row.kept / row.tokens
-    return f"| `{row.method}` | {ratio:.2f} | {row.kept} | {row.reduction_ms:.1f} | {row.share:.2%} |"
+    ratio, least = 1 - row.kept / row.tokens, "-"
+    if row.least_ms:
+        least = f"{row.least_ms:.1f} ({row.reduction_ms.value / row.least_ms:.1f})"
+    return f"| `{row.method}` | {ratio:.2f} | {row.kept} | {row.reduction_ms.show(1)} | {row.share:.2%} | {least} |"
 
 
 def main() -> None:
@@ -272,7 +325,7 @@ def main() -> None:
                 methods=args.methods,
             )
             print(f"\n{tokens} tokens, {TOWERS[tokens].name}, {dtype}: encoder {found[0].encoder_ms:.0f} ms\n")
-            print("| method | ratio | kept | reduction ms | share of the encoder |\n|---|---|---|---|---|")
+            print(HEAD)
             print(*map(render, found), sep="\n", flush=True)
             rows += found
     if args.json:
