@@ -1,4 +1,5 @@
-"""The table of methods and models in docs/reference/families.md: `python -m tests.engine.method_table` writes it anew.
+"""The table of methods and models in docs/reference/families.md, and in short in the README: `python -m
+tests.engine.method_table` writes both anew.
 
 The tests of each family compare its column with what the family says.
 """
@@ -6,7 +7,7 @@ The tests of each family compare its column with what the family says.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -31,7 +32,8 @@ from tests import (
     video_checkpoint,
 )
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "families.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE, README = ROOT / "docs" / "reference" / "families.md", ROOT / "README.md"
 START, END = "<!-- python -m tests.engine.method_table -->\n", "<!-- end of the table -->\n"
 
 Write = Callable[[Path, Path], object]
@@ -68,10 +70,36 @@ def assert_documented(model: str, llm: Any) -> None:
 
 
 def _documented(model: str) -> list[str]:
-    lines = PAGE.read_text().partition(START)[2].partition(END)[0].strip().splitlines()
-    head, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    head, *rows = _cells()
     assert [row[0] for row in rows] == [f"`{name}`" for name in METHODS]
     return [row[head.index(model)] for row in rows]
+
+
+def _cells() -> list[list[str]]:
+    """The page's table, its head first."""
+    head, _, *rows = between_marks(PAGE).splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, *rows)]
+
+
+def between_marks(page: Path) -> str:
+    return page.read_text().partition(START)[2].partition(END)[0].strip()
+
+
+def in_short() -> str:
+    """The page's table with one row for methods that work alike, one column for models, and no empty row."""
+    columns = _merged(list(zip(*_cells(), strict=True)))
+    rows = _merged(list(zip(*columns, strict=True)))
+    head, *others = [row for row in rows if set(row[1:]) != {"-"}]
+    lines = [head, ["---"] * len(head), *others]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _merged(lines: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Lines that differ in their name alone, which comes first, are one with all names."""
+    names: dict[tuple[str, ...], list[str]] = {}
+    for name, *cells in lines:
+        names.setdefault(tuple(cells), []).append(name)
+    return [[", ".join(own), *cells] for cells, own in names.items()]
 
 
 def table(folder: Path) -> str:
@@ -93,9 +121,14 @@ def main() -> int:
     register()
     with TemporaryDirectory() as folder:
         made = table(Path(folder))
-    before, _, rest = PAGE.read_text().partition(START)
-    PAGE.write_text(f"{before}{START}\n{made}\n{END}{rest.partition(END)[2]}")
+    _put(PAGE, made)
+    _put(README, in_short())
     return 0
+
+
+def _put(page: Path, made: str) -> None:
+    before, _, rest = page.read_text().partition(START)
+    page.write_text(f"{before}{START}\n{made}\n{END}{rest.partition(END)[2]}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeo
 from tests import siglip_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
 from tests.engine.maps import engine_maps, members
-from tests.engine.method_table import assert_documented
+from tests.engine.method_table import README, assert_documented, between_marks, in_short
 from tests.engine.reference import Reference
 from tests.images import photo
 
@@ -253,3 +253,7 @@ def test_the_prompt_holds_what_is_planned(
 @pytest.mark.parametrize(("tower", "model"), [("clip", "LLaVA-1.5"), ("siglip", "with SigLIP")])
 def test_the_page_says_which_methods_work(tower: str, model: str, engines: dict[str, Any]) -> None:
     assert_documented(model, engines[tower])
+
+
+def test_the_readme_says_it_in_short() -> None:
+    assert between_marks(README) == in_short().strip(), "run `python -m tests.engine.method_table`"

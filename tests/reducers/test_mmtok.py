@@ -146,7 +146,7 @@ class _Split(TorchDispatchMode):
         return made
 
 
-@pytest.mark.parametrize(("n", "batch"), [(100, 3), (300, 1), (300, 2)])
+@pytest.mark.parametrize(("n", "batch"), [(100, 3), (300, 1), (300, 2), (mmtok.MOST_TOKENS, 1)])
 def test_no_step_of_a_choice_on_a_cpu_is_split_between_threads(n: int, batch: int) -> None:
     covers = draw(4, (batch, n, n + 64))[0].abs()
     with _Split() as split:
