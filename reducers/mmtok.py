@@ -97,7 +97,7 @@ def most_covering(covers: Tensor, kept: int, exclude: Sequence[int] = ()) -> Ten
     free = min(kept, covers.shape[1] - len(exclude))
     if covers.is_cpu:
         pick = _lazily if covers[0].numel() >= _PARALLEL else _greedily
-        picks = torch.cat([pick(own, free, exclude) for own in covers.split(1)])
+        picks = torch.cat([pick(own, free, exclude) for own in torch.split(covers, 1)])
     else:
         picks = _greedily(covers, free, exclude)
     rest = torch.tensor(sorted(exclude)[: kept - free], dtype=torch.int64, device=covers.device)
@@ -141,7 +141,7 @@ def _lazily(covers: Tensor, kept: int, exclude: Sequence[int]) -> Tensor:
     picks = []
     for left in range(n - len(exclude), n - len(exclude) - kept, -1):
         best = gains(bound.topk(min(_TRIED_FIRST, at_once, left)).indices).max()
-        for some in (bound >= best).nonzero().squeeze(1).split(at_once):
+        for some in torch.split((bound >= best).nonzero().squeeze(1), at_once):
             bound[some] = gains(some)
         pick = bound.argmax()
         bound[pick] = -torch.inf

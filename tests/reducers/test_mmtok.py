@@ -130,11 +130,11 @@ def test_lazy_picks_are_those_of_the_greedy_choice(n: int, words: int, kind: str
             assert torch.equal(mmtok._lazily(covers, kept, exclude), picks)
 
 
-class _Split(TorchDispatchMode):
+class _Split(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes operators that torch splits between threads on a CPU: by their size, or always."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.seen: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
