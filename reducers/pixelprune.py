@@ -96,6 +96,11 @@ def predict(cells: Tensor, tau: int, prediction: Prediction = "anchored") -> Pre
     return _anchored(cells, tau)
 
 
+def unpredicted(cells: Tensor, levels: int) -> int:
+    """How many cells of an image, see `predict`, are further than `levels` from their neighbours' own pixels."""
+    return int(predict(cells, levels, "sliding").stays.sum())
+
+
 def largest_difference(a: Tensor, b: Tensor) -> Tensor:
     """(..., values) uint8 -> (...) uint8."""
     return (torch.maximum(a, b) - torch.minimum(a, b)).amax(dim=-1)

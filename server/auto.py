@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from foldserve.reducers.ladder import STEPS, ratio_of, steps_within
+from foldserve.reducers.ladder import STEPS, Allowance, PixelCap, Settled, ratio_of, steps_within
 from foldserve.reducers.plan import Reduction
 
 DEFAULT_GROUP = "default"
@@ -18,16 +18,18 @@ BOUNDS = (0.0, 0.75)
 
 
 class Choice(NamedTuple):
-    """What one request gets.
+    """What one image gets.
 
     Attributes:
-        step: of the ladder.
-        group: that it belongs to.
+        step: of the ladder; with a cap that is not settled yet, the lowest that it can get.
+        group: that its request belongs to.
         target: share of answers that may change; None where nothing is promised: of a group that the calibration does
             not hold, which gets the step of the group that needs most, within bounds that allow too few tokens, and
             under pressure.
         pressure: steps that the server's load took off; None where it may not.
         is_calibrated: the calibration holds the group.
+        cap: that the image's pixels settle; None where they have no say.
+        unpredicted: cells that they do not predict, once the cap is settled.
     """
 
     step: int
@@ -35,6 +37,8 @@ class Choice(NamedTuple):
     target: float | None
     pressure: int | None = None
     is_calibrated: bool = True
+    cap: PixelCap | None = None
+    unpredicted: int | None = None
 
     @property
     def label(self) -> str:
@@ -45,10 +49,28 @@ class Choice(NamedTuple):
     def ratio(self) -> float:
         return ratio_of(self.step)
 
+    def settled(self, by: Settled) -> Choice:
+        """With what the image's pixels came to."""
+        return self._replace(
+            step=by.step, unpredicted=by.unpredicted, target=self.target if by.is_enough else None, cap=None
+        )
+
+    @classmethod
+    def together(cls, each: Sequence[Choice]) -> Choice | None:
+        """Of a request's images the last one's, with the cells of all; nothing is promised that is not of each.
+
+        None without images.
+        """
+        if not each:
+            return None
+        targets, cells = [one.target for one in each], [one.unpredicted for one in each if one.unpredicted is not None]
+        return each[-1]._replace(target=None if None in targets else targets[-1], unpredicted=sum(cells) or None)
+
     def to_json(self) -> dict[str, object]:
         """As `usage.vision_tokens` has it."""
         load = {} if self.pressure is None else {"pressure": self.pressure}
-        return {"policy": "auto", "group": self.group, "step": self.step, "target": self.target, **load}
+        cells = {} if self.unpredicted is None else {"u": self.unpredicted}
+        return {"policy": "auto", "group": self.group, "step": self.step, "target": self.target, **load, **cells}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,25 +118,34 @@ class AutoPolicy:
     Attributes:
         reduction: the calibrated one, without an amount.
         target: share of answers that may change.
-        steps: that were calibrated, ascending.
+        steps: that were calibrated, ascending, below `STEPS`.
         groups: the step of each.
+        pixel_cap: levels by which pixels of like cells may differ; None: pixels have no say.
+        uncapped: groups that keep all of their tokens, whatever the pixels are.
 
     Raises:
-        ValueError: no groups, or steps out of their bounds.
+        ValueError: no groups, or steps out of their bounds, or an uncapped group that keeps fewer.
     """
 
     reduction: Reduction
     target: float
     steps: tuple[int, ...]
     groups: Mapping[str, int]
+    pixel_cap: int | None = None
+    uncapped: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         if not self.groups or not {*self.groups.values()} <= {*self.steps, STEPS}:
             raise ValueError(f"groups with steps of {[*self.steps, STEPS]} are needed, not {dict(self.groups)}")
+        if any(self.groups.get(group) != STEPS for group in self.uncapped):
+            raise ValueError(
+                f"groups without a cap keep all tokens: not {sorted(self.uncapped)} of {dict(self.groups)}"
+            )
 
     def __str__(self) -> str:
         kept = ", ".join(f"{name} {step}/{STEPS}" for name, step in self.groups.items())
-        return f"{kept} of the vision tokens stay, at most {self.target:.1%} of the answers change"
+        capped = "" if self.pixel_cap is None else " at most, fewer where an image's pixels are predictable"
+        return f"{kept} of the vision tokens stay{capped}, at most {self.target:.1%} of the answers change"
 
     def choose(
         self, group: str, bounds: tuple[float, float], pressure: int | None = None, *, more: int = 0
@@ -126,21 +157,29 @@ class AutoPolicy:
             more: calibrated steps that are put on.
         """
         steps = (*self.steps, STEPS)
-        found = steps.index(self.groups.get(group, max(self.groups.values())))
-        wanted = steps[min(found + more, len(steps) - 1)]
-        allowed = [step for step in steps if step in steps_within(*bounds)]
+        allowed = tuple(step for step in steps if step in steps_within(*bounds))
         if not allowed:
             return None
-        place = next((place for place, step in enumerate(allowed) if step >= wanted), len(allowed) - 1)
-        step = allowed[max(0, place - (pressure or 0))]
+        allowance = Allowance(steps, allowed, more, pressure or 0)
         is_calibrated = group in self.groups
-        return Choice(step, group, self.target if step >= wanted and is_calibrated else None, pressure, is_calibrated)
+        of_groups = {group} if is_calibrated else self.groups.keys()
+        needed = max(self.groups[name] for name in of_groups)
+        promised = self.target if is_calibrated else None
+        if self.pixel_cap is not None and not self.uncapped & of_groups and allowed[0] < STEPS:
+            cap = PixelCap(self.pixel_cap, needed, allowance)
+            return Choice(cap.least, group, promised, pressure, is_calibrated, cap)
+        return Choice(0, group, promised, pressure, is_calibrated).settled(allowance.settle(needed))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> AutoPolicy:
         """Of what `to_config` gave."""
         return cls(
-            Reduction.parse(config["reduction"]), config["target"], tuple(config["steps"]), dict(config["groups"])
+            Reduction.parse(config["reduction"]),
+            config["target"],
+            tuple(config["steps"]),
+            dict(config["groups"]),
+            config["pixel_cap"],
+            frozenset(config["uncapped"]),
         )
 
     def to_config(self) -> dict[str, Any]:
@@ -150,6 +189,8 @@ class AutoPolicy:
             "target": self.target,
             "steps": list(self.steps),
             "groups": dict(self.groups),
+            "pixel_cap": self.pixel_cap,
+            "uncapped": sorted(self.uncapped),
         }
 
 

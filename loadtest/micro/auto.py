@@ -2,14 +2,14 @@
 
 DIR holds what `foldserve calibrate --auto --group-field kind` measured on the demo model's scenes. The demo model is
 asked held-out questions, with the counts that its groups get at several targets, and with the one that a single group
-gets.
+gets; with `--pixel-cap` those that a calibration with it would find.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from foldserve.loadtest.report.journal import RESULTS_FILE
@@ -17,7 +17,7 @@ from foldserve.loadtest.report.tables import Table
 from foldserve.reducers.item import Layout, plan_item
 from foldserve.reducers.ladder import STEPS, ratio_of
 from foldserve.reducers.plan import Reduction
-from foldserve.server.quality.auto.command import SEED, by_group, group_of
+from foldserve.server.quality.auto.command import SEED, by_group, caps_of, group_of
 from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 from foldserve.server.quality.engine.offline import AnsweringEngine, AnsweringModel
 from foldserve.server.quality.evaluation.questions import Question, load_questions
@@ -33,21 +33,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, metavar="DIR")
     parser.add_argument("--questions", type=int, default=1200, metavar="N")
+    parser.add_argument("--pixel-cap", type=int, metavar="LEVELS", help="as of foldserve calibrate --auto")
     args = parser.parse_args()
     changed = _losses(args.results / RESULTS_FILE)
     calibrated = load_questions(None, len(changed), "", seed=SEED)
     asked = load_questions(None, args.questions, "")
     cells = []
     model = AnsweringModel(str(CHECKPOINT), ("--max-model-len", "1024"))
-    whole = {question.kind: STEPS for question in asked}
+    layout = model.family.largest
+    caps, own_caps = (
+        caps_of(model, each, [layout] * len(each), _ALL_STEPS, args.pixel_cap) for each in (calibrated, asked)
+    )
     with model.engine(None) as engine:
-        full = _ask(engine, model.family.largest, asked, whole)
+        whole = [STEPS] * len(asked)
+        full = _ask(engine, layout, asked, whole)
         cells.append(_row("all tokens", asked, whole, full, full))
         for target in _TARGETS:
-            groups = {name: group.step for name, group in by_group(calibrated, changed, _ALL_STEPS, target).items()}
-            one = dict.fromkeys(groups, group_of(changed, _ALL_STEPS, target).step)
-            for name, steps in (("by kind", groups), ("one group", one)):
-                answers = _ask(engine, model.family.largest, asked, steps)
+            groups = by_group(calibrated, changed, _ALL_STEPS, target, caps)
+            one = dict.fromkeys(groups, group_of(changed, _ALL_STEPS, target, caps))
+            for name, found in (("by kind", groups), ("one group", one)):
+                own = [found[question.kind] for question in asked]
+                steps = [
+                    min(group.step, cap) if group.is_capped else group.step
+                    for group, cap in zip(own, own_caps or whole, strict=True)
+                ]
+                answers = _ask(engine, layout, asked, steps)
                 cells.append(_row(f"target {target:.0%}, {name}", asked, steps, answers, full))
     headings = ("", "tokens kept, %", "answers changed, %", "right, %")
     print(Table("", headings, cells).markdown())
@@ -63,11 +73,11 @@ def _losses(file: Path) -> list[list[bool]]:
     return [list(flags) for flags in zip(*(steps[str(step)] for step in _ALL_STEPS), strict=True)]
 
 
-def _ask(engine: AnsweringEngine, layout: Layout, questions: Sequence[Question], steps: Mapping[str, int]) -> list[str]:
+def _ask(engine: AnsweringEngine, layout: Layout, questions: Sequence[Question], steps: Sequence[int]) -> list[str]:
     """The answers, in the order of the questions; those of a step are asked together."""
     answers: dict[int, str] = {}
-    for step in sorted(set(steps.values())):
-        places = [i for i, question in enumerate(questions) if steps[question.kind] == step]
+    for step in sorted(set(steps)):
+        places = [i for i, own in enumerate(steps) if own == step]
         reduction = Reduction(ratio=ratio_of(step))
         for start in range(0, len(places), _AT_ONCE):
             these = places[start : start + _AT_ONCE]
@@ -78,9 +88,9 @@ def _ask(engine: AnsweringEngine, layout: Layout, questions: Sequence[Question],
 
 
 def _row(
-    name: str, questions: Sequence[Question], steps: Mapping[str, int], answers: Sequence[str], full: Sequence[str]
+    name: str, questions: Sequence[Question], steps: Sequence[int], answers: Sequence[str], full: Sequence[str]
 ) -> list[str]:
-    kept = sum(steps[question.kind] for question in questions) / (STEPS * len(questions))
+    kept = sum(steps) / (STEPS * len(questions))
     changed = sum(own != whole for own, whole in zip(answers, full, strict=True)) / len(questions)
     right = sum(is_right(own, question.answers) for own, question in zip(answers, questions, strict=True))
     return [name, f"{100 * kept:.0f}", f"{100 * changed:.1f}", f"{100 * right / len(questions):.1f}"]

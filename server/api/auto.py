@@ -113,8 +113,8 @@ class Chooser:
 
     def choose(
         self, asked: AutoRatio, owner: str | None, model: str | None, images: Sequence[str | None]
-    ) -> tuple[list[Reduction], Choice]:
-        """The reduction of each image, and why: of several images that have different counts, of the last one.
+    ) -> tuple[list[Reduction], list[Choice]]:
+        """The reduction of each image, of the fewest tokens where its pixels are still to settle them, and why.
 
         Args:
             owner: name of the key that asks.
@@ -147,12 +147,11 @@ class Chooser:
                 f"no sixteenth of the tokens that was calibrated lies between the bounds [{least}, {most}]: widen them",
                 "bounds",
             )
-        if not under_load:
-            return [replace(asked_for, ratio=choice.ratio)] * len(images), choice
-        now = pressure.level(time.monotonic())
-        each = [self._first(policy, image, group, bounds, now) for image in images]
-        reductions = [replace(asked_for, ratio=one.ratio) for one in each]
-        return reductions, each[-1] if each else choice
+        each = [choice] * len(images)
+        if under_load:
+            now = pressure.level(time.monotonic())
+            each = [self._first(policy, image, group, bounds, now) for image in images]
+        return [replace(asked_for, ratio=one.ratio) for one in each], each
 
     def _first(
         self, policy: AutoPolicy, image: str | None, group: str, bounds: tuple[float, float], now: int

@@ -39,7 +39,8 @@ class Planner:
         chooser: of counts where `ratio` is "auto".
 
     Raises:
-        ValueError: the operator wants base tiles of a model whose images have none.
+        ValueError: the operator wants base tiles of a model whose images have none, or a pixel cap where pixels can't
+            be compared.
     """
 
     family: Family | None
@@ -51,6 +52,7 @@ class Planner:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "chooser", Chooser(self.settings))
+        self._check_cap()
         if self.settings.several_images == "tiles":
             return
         if self.family is None or self.family.largest.tiling is None:
@@ -86,6 +88,16 @@ class Planner:
             self._check_modality(modality, each, request)
         self._check_withdrawal(request, [*chain.from_iterable(reductions.values())])  # which an option may change
         return reductions
+
+    def _check_cap(self) -> None:
+        policy = self.settings.auto
+        if policy is None or policy.pixel_cap is None:
+            return
+        if self.family is None or not self.family.takes_cells:
+            raise ValueError(
+                "--auto was calibrated with a pixel cap, which this model can't have: calibrate it with "
+                "`--pixel-cap none`"
+            )
 
     def _automatic(self, request: FoldChatRequest, asked: AutoRatio) -> dict[Modality, list[Reduction]]:
         """What `ratio: "auto"` comes to, which is noted."""

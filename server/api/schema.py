@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Annotated, Any, ClassVar
@@ -73,7 +73,7 @@ class Progress:
         form: of the answer, once it is known that it can be made.
         image_salt: divides the caches of images, see `cache_salts`.
         failure: why its outputs ended, as clients are to be told.
-        auto: what its `ratio: "auto"` came to.
+        auto: what its `ratio: "auto"` came to, of each image.
         body: as it was sent, until it is known whether the answer is to be checked.
         answer: to be checked.
     """
@@ -89,7 +89,7 @@ class Progress:
     form: StructuredOutputsParams | None = None
     image_salt: str | None = None
     failure: Exception | None = None
-    auto: Choice | None = None
+    auto: Sequence[Choice] = ()
     body: Mapping[str, Any] | None = None
     answer: Answer | None = None
 

@@ -33,10 +33,11 @@ from foldserve.server.api.planner import Planner, as_asked
 from foldserve.server.api.quality_guard import Answer, QualityGuard, Score
 from foldserve.server.api.schema import FoldChatRequest, Progress
 from foldserve.server.api.usage import VisionTokens, vision_tokens
+from foldserve.server.auto import Choice
 from foldserve.server.engine.family import Modality
 from foldserve.server.engine.grid_map import grid_maps, needs_engine, seconds_of
 from foldserve.server.engine.kv_cost import KvCost
-from foldserve.server.engine.processor import KWARG, PLANS
+from foldserve.server.engine.processor import CAPS, KWARG, PLANS, SETTLED
 
 _NOTHING = Reduction()
 _NOT_SCORED = frozenset(
@@ -209,6 +210,8 @@ class FoldServingChat(OpenAIServingChat):
         if any(reduction != _NOTHING for reduction in chain.from_iterable(reductions.values())):
             asked = {modality: [one.to_json() for one in each] for modality, each in reductions.items()}
             request.mm_processor_kwargs = {KWARG: asked}
+            if caps := [choice.cap for choice in request.progress.auto if choice.cap is not None]:
+                request.mm_processor_kwargs[CAPS] = caps
         request.progress.form = await forms.build(request, self.engine_client)
         media = self.media.loaded(request.messages, request.progress.owner, request.progress.image_salt)
         async with media as decoded:
@@ -226,8 +229,10 @@ class FoldServingChat(OpenAIServingChat):
         self.checks.check_prompt(prompt, planned)
         self.planner.check_sizes(planned)
         self.planner.check_positions([*chain.from_iterable(planned.values())], len(fields["prompt_token_ids"]), request)
-        layer, room = self.planner.settings.withdraw_layer, self.planner.room
-        request.progress.vision = vision_tokens(planned, prompt, layer, room, request.progress.auto)
+        layer, room, choices = self.planner.settings.withdraw_layer, self.planner.room, request.progress.auto
+        if settled := fields.get(SETTLED):
+            choices = [choice.settled(by) for choice, by in zip(choices, settled, strict=True)]
+        request.progress.vision = vision_tokens(planned, prompt, layer, room, Choice.together(choices))
         return conversation, prompt, decoded
 
     async def _heard(

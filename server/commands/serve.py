@@ -178,8 +178,6 @@ def _calibrated(
         layer: K is the calibrated one.
         auto_file: None: requests with `ratio: "auto"` are refused.
     """
-    from foldserve.reducers.reduction import Reduction
-    from foldserve.server.auto import AutoPolicy
     from foldserve.server.quality import calibration_file
     from foldserve.server.quality.auto import file as auto
 
@@ -191,10 +189,7 @@ def _calibrated(
             found = replace(found, withdraw_layer=calibration.withdraw_layer, calibration=calibration.summary())
         if auto_file is not None:
             file = auto.default_file(model, environment.cache_dir) if auto_file == _WHERE_IT_WRITES else auto_file
-            steps = auto.read_for(model, revision, file)
-            groups = {name: group.step for name, group in steps.groups.items()}
-            policy = AutoPolicy(Reduction.parse(steps.reduction), steps.target, steps.steps, groups)
-            found = replace(found, auto=policy)
+            found = replace(found, auto=auto.read_for(model, revision, file).policy())
         return found
 
     return settings

@@ -1,9 +1,10 @@
-"""Which cells of a request's images the tower is to see: their pixels decide, before all else is planned."""
+"""What the pixels of a request's images decide before all else is planned: which cells the tower is to see, or how many
+tokens are needed at most.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from torch import Tensor, uint8
 from transformers import BatchFeature
@@ -11,12 +12,13 @@ from vllm.inputs import MultiModalHashes
 from vllm.multimodal.parse import MultiModalDataItems
 
 from foldserve.reducers.item import Layout, at_least
-from foldserve.reducers.pixelprune import Cells, PixelPrune
+from foldserve.reducers.pixelprune import Cells, PixelPrune, unpredicted
 from foldserve.reducers.reduction import InvalidReduction, Reduction
 
 
-class Mask(NamedTuple):
-    """All that decides which cells of an image stay, so that they need to be chosen once.
+@dataclass(frozen=True, slots=True)
+class Mask:
+    """All that decides which cells of an image stay.
 
     Attributes:
         image: vLLM's hash of it.
@@ -35,15 +37,42 @@ class Mask(NamedTuple):
         pruning = reduction.pruning
         return None if pruning is None else cls(image, layout, pruning, at_least(reduction, layout))
 
-    def choose(self, cells: Tensor) -> Cells | None:
+    def answer(self, cells: Tensor) -> Cells | None:
         """Of (rows, columns, values); None if all stay. Raises InvalidReduction where values are no bytes."""
-        if cells.dtype != uint8:
-            raise InvalidReduction(
-                f"method {self.pruning.name!r} compares bytes, and this server's options or its checkpoint's image "
-                "processor leave none of an image: choose another method",
-                "method",
-            )
+        _check_bytes(cells, f"method {self.pruning.name!r} compares bytes", "choose another method", "method")
         return self.pruning.choose(cells, self.least)
+
+
+@dataclass(frozen=True, slots=True)
+class Unpredicted:
+    """All that decides how many cells of an image its pixels do not predict.
+
+    Attributes:
+        image: vLLM's hash of it.
+        levels: see `unpredicted`.
+    """
+
+    image: str
+    layout: Layout
+    levels: int
+
+    def answer(self, cells: Tensor) -> int:
+        """Of (rows, columns, values). Raises InvalidReduction where values are no bytes."""
+        advice = "give a number, or have the operator run `foldserve calibrate` with `--pixel-cap none`"
+        _check_bytes(cells, "ratio 'auto' was calibrated with a pixel cap, which compares bytes", advice, "ratio")
+        return unpredicted(cells, self.levels)
+
+
+Question = Mask | Unpredicted
+"""What an image's pixels are asked; equal ones have equal answers, so that each needs to be asked once."""
+
+
+def _check_bytes(cells: Tensor, what: str, advice: str, param: str) -> None:
+    if cells.dtype != uint8:
+        raise InvalidReduction(
+            f"{what}, and this server's options or its checkpoint's image processor leave none of an image: {advice}",
+            param,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,11 @@ class Family(ABC):
         """Of the image, see `unit`, that has the most tokens. A family whose images are all alike sets it."""
         raise NotImplementedError
 
+    @property
+    def takes_cells(self) -> bool:
+        """Pixels can decide how much stays of an image: its cells are its tokens, see `cells`."""
+        return self.largest.parts[0].geometry.takes_cells
+
     def row_width(self, model_config: ModelConfig) -> int:
         """Columns of an embedding in the encoder cache, without those of `positions.attach`."""
         return int(model_config.get_inputs_embeds_size())

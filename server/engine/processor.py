@@ -25,12 +25,14 @@ from vllm.multimodal.processing import (
 )
 from vllm.utils.cache import LRUCache
 
+from foldserve.reducers import METHODS
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
-from foldserve.reducers.method import QUERY_TOKENS, Method
+from foldserve.reducers.ladder import PixelCap, Settled, ratio_of
+from foldserve.reducers.method import QUERY_TOKENS, BeforeTower, Method
 from foldserve.reducers.pixelprune import Cells
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import positions
-from foldserve.server.engine.cells import Mask, Seen
+from foldserve.server.engine.cells import Mask, Question, Seen, Unpredicted
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.family import PLAN_FIELDS, QUERY_FIELDS, Family, Modality
 from foldserve.server.engine.identity import ItemIdentity
@@ -43,8 +45,14 @@ either by modality: `{"image": ..., "video": ...}`."""
 DUMMY_FIELD = "vision_dummy"
 """Multimodal field, and key in the kwargs of the processor, of the images that vLLM makes for its profile run."""
 
+CAPS = "foldserve_caps"
+"""Key in `mm_processor_kwargs` beside `KWARG`: for each image a `PixelCap`, which settles its reduction's ratio."""
+
 PLANS = "foldserve_plans"
 """Key in what the processor returns: the plans by modality, for whoever answers the request."""
+
+SETTLED = "foldserve_settled"
+"""Key beside `PLANS`, of images with a cap: what each `Settled` to."""
 
 _NOT_REDUCED: Mapping[Modality, str] = {
     "image": "only images can be reduced, by a tower that is known, not embeddings",
@@ -61,7 +69,7 @@ _NOT_SEEN = (
     "the image with its uuid"
 )
 _MOST_SHAPES = 65_536  # a hundred bytes each
-_MOST_MASKS = 4_096  # of 2 KiB at most
+_MOST_ANSWERS = 4_096  # masks of 2 KiB at most
 _SEEN = "foldserve_seen"
 """Key in `mm_processor_kwargs` from `apply` on, where pixels decide what stays of an image: a `Seen`."""
 
@@ -75,7 +83,8 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
     - takes `mm_processor_kwargs["foldserve"]` before the HF processor sees it;
     - adds each image's plan to its multimodal data, and the tokens of its query where the plan's method asks for them,
       and says of dummies that they are;
-    - where an image's pixels decide how much of it stays, has it processed before all else, once, and remembers that;
+    - where an image's pixels decide how much of it stays, or settle the ratio of its reduction, has it processed before
+      all else, once, and remembers what they say;
     - has images without text or options of their own processed by the image part of the HF processor alone: the rest
       sorts keyword arguments, which takes longer than the image. They stay bytes where they can, see `pixels`;
     - makes the plan, with the query, part of the image's identity (`ItemIdentity`), hence of the processor, encoder and
@@ -92,6 +101,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         Raises:
             InvalidReduction: an image can't be reduced so, or kept positions go beyond those of the model.
         """
+        inputs, settled = self._with_caps(inputs)
         inputs = self._with_cells(inputs)
         planned = self._all_plans(inputs.mm_data_items, inputs.hf_processor_mm_kwargs, inputs.mm_uuid_items)
         processed = super().apply(inputs, timing_ctx)
@@ -99,7 +109,45 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
             beyond = sum(map(self._planned_family.positions_beyond_tokens, chain.from_iterable(planned.values())))
             limit = positions.trained(self.info.ctx.model_config)
             positions.refuse_positions(len(processed["prompt_token_ids"]), beyond, 1, limit)
-        return cast(MultiModalInput, {**processed, PLANS: planned})
+        return cast(MultiModalInput, {**processed, PLANS: planned, SETTLED: settled})
+
+    def unpredicted(self, images: Sequence[Any], levels: int) -> list[int]:
+        """How many cells of each image its pixels do not predict; raises InvalidReduction where there is no telling."""
+        items = MultiModalDataItems({"image": ImageProcessorItems(images)})
+        plans = self.plans(items, {})
+        family = self._planned_family
+        pixels = family.pixels(self._processed(items, {"image": plans}, {}), "image")
+        each = zip(pixels, [plan.layout for plan in plans], strict=True)
+        return [Unpredicted("", layout, levels).answer(family.cells(own, layout)) for own, layout in each]
+
+    def _with_caps(self, inputs: ProcessorInputs) -> tuple[ProcessorInputs, list[Settled]]:
+        """The inputs with the ratios that their images' pixels settle, and what they settled.
+
+        Raises:
+            InvalidReduction: as `plans`, or an image's pixels don't come as bytes.
+        """
+        kwargs, items = dict(inputs.hf_processor_mm_kwargs), inputs.mm_data_items
+        caps: Sequence[PixelCap] = kwargs.pop(CAPS, ())
+        inputs = replace(inputs, hf_processor_mm_kwargs=kwargs)
+        if not caps:
+            return inputs, []
+        asked = self._asked(items, kwargs, "image")
+        whole = self.plans(items, without_ours(kwargs), "image", inputs.mm_uuid_items)
+        if not whole:  # embeddings: refused, as of every reduction
+            self.plans(items, kwargs, "image", inputs.mm_uuid_items)
+        hashes = self._stock_hashes(inputs)
+        questions = [
+            Unpredicted(image_hash, plan.layout, cap.levels)
+            for image_hash, plan, cap in zip(hashes["image"], whole, caps, strict=True)
+        ]
+        counts, seen = self._ask(inputs, questions, hashes, whole)
+        if any(isinstance(METHODS[reduction.method], BeforeTower) for reduction in asked):
+            seen = replace(seen, processed=None)  # they may make the image smaller before it is processed
+        settled = [cap.settle(count, plan.encoded) for cap, count, plan in zip(caps, counts, whole, strict=True)]
+        ratios = [ratio_of(one.step) for one in settled]
+        reductions = [replace(one, ratio=ratio).to_json() for one, ratio in zip(asked, ratios, strict=True)]
+        of_all = {**_by_modality(kwargs.get(KWARG)), "image": reductions}
+        return replace(inputs, hf_processor_mm_kwargs={**kwargs, KWARG: of_all, _SEEN: seen}), settled
 
     def _with_cells(self, inputs: ProcessorInputs) -> ProcessorInputs:
         """The inputs, with what their images' pixels decide under `_SEEN`.
@@ -117,24 +165,39 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
             Mask.of(image_hash, plan.layout, reduction)
             for image_hash, plan, reduction in zip(hashes["image"], plans, asked, strict=True)
         ]
-        known = {mask: self._chosen[mask] for mask in masks if mask in self._chosen}
-        unknown = [(i, mask) for i, mask in enumerate(masks) if mask is not None and mask not in known]
-        images, processed = [items["image"].get(i) for i, _ in unknown], None
+        cells, seen = self._ask(inputs, masks, hashes, plans)
+        return replace(inputs, hf_processor_mm_kwargs={**kwargs, _SEEN: replace(seen, cells=tuple(cells))})
+
+    def _ask(
+        self,
+        inputs: ProcessorInputs,
+        questions: Sequence[Question | None],
+        hashes: MultiModalHashes,
+        plans: Sequence[ItemPlan],
+    ) -> tuple[list[Any], Seen]:
+        """The answers of each image's pixels, None where there is no question, and what was seen for it.
+
+        Raises:
+            InvalidReduction: pixels are needed that were not sent, or don't come as bytes.
+        """
+        known = {one: self._answers[one] for one in questions if one in self._answers}
+        unknown = [(i, one) for i, one in enumerate(questions) if one is not None and one not in known]
+        images, processed = [inputs.mm_data_items["image"].get(i) for i, _ in unknown], None
         if any(image is None for image in images):
             raise InvalidReduction(_NOT_SEEN, param="")
         if images:
             data = MultiModalDataItems({"image": ImageProcessorItems(images)})
-            processed = self._processed(data, {"image": [plans[i] for i, _ in unknown]}, without_ours(kwargs))
+            stock = without_ours(inputs.hf_processor_mm_kwargs)
+            processed = self._processed(data, {"image": [plans[i] for i, _ in unknown]}, stock)
             pixels = self._planned_family.pixels(processed, "image")
-            for (_, mask), own in zip(unknown, pixels, strict=True):
-                known[mask] = self._chosen[mask] = mask.choose(self._planned_family.cells(own, mask.layout))
-        cells = tuple(None if mask is None else known[mask] for mask in masks)
-        seen = Seen(cells, hashes, processed, tuple(i for i, _ in unknown))
-        return replace(inputs, hf_processor_mm_kwargs={**kwargs, _SEEN: seen})
+            for (_, one), own in zip(unknown, pixels, strict=True):
+                known[one] = self._answers[one] = one.answer(self._planned_family.cells(own, one.layout))
+        answers = [None if one is None else known[one] for one in questions]
+        return answers, Seen((None,) * len(questions), hashes, processed, tuple(i for i, _ in unknown))
 
     @cached_property
-    def _chosen(self) -> LRUCache[Mask | None, Cells | None]:
-        return LRUCache(capacity=_MOST_MASKS)
+    def _answers(self) -> LRUCache[Question | None, Any]:
+        return LRUCache(capacity=_MOST_ANSWERS)
 
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: _Kwargs) -> BatchFeature:
         planned = self._all_plans(mm_items, hf_kwargs)

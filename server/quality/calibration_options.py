@@ -8,7 +8,17 @@ from pathlib import Path
 from foldserve.server.options import flag, option, positional
 
 _OF_LAYERS = ("eta", "min_layer", "plot")
-_OF_AUTO = ("target", "method", "group_field", "batch", "results")
+_OF_AUTO = ("target", "method", "group_field", "pixel_cap", "batch", "results")
+
+
+def parse_pixel_cap(text: str) -> int | None:
+    """Reads `LEVELS` or `none`; ValueError where it is neither."""
+    if text == "none":
+        return None
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(f"a number of levels or none is needed, not {text!r}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +59,13 @@ class CalibrationOptions:
     group_field: str | None = option(
         None, "NAME", "field of a JSONL line that names a request's group; kind for the built-in scenes (default: one)"
     )
+    pixel_cap: int | None = option(
+        None,
+        "LEVELS|none",
+        "keep no more tokens of an image than it has cells of pixels that differ from their neighbours by more levels, "
+        "0 to 255; none: pixels have no say (default: none)",
+        parse=parse_pixel_cap,
+    )
     batch: int = option(64, "N", "prompts handed over at once")
     results: Path = option(Path("auto"), "DIR", "what was measured, and the page; a stopped run goes on from there")
 
@@ -58,6 +75,8 @@ class CalibrationOptions:
             raise ValueError(f"at least one sample is needed, not {self.samples}")
         if not 0 < self.target < 1:
             raise ValueError(f"--target is a share of the answers, between 0 and 1, not {self.target}")
+        if self.pixel_cap is not None and not 0 <= self.pixel_cap <= 255:
+            raise ValueError(f"--pixel-cap is a number of levels, 0 to 255, or none, not {self.pixel_cap}")
         if self.batch < 1:
             raise ValueError(f"--batch must be at least 1, not {self.batch}")
         if not self.eta > 0:

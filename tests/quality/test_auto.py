@@ -307,8 +307,8 @@ def test_what_was_not_calibrated_is_refused(
 def test_the_calibrated_method_may_be_named() -> None:
     parsed = auto.parse({"ratio": "auto", "method": "folder", "group": "ocr"})
     assert isinstance(parsed, AutoRatio)
-    reductions, choice = Chooser(Settings(auto=POLICY)).choose(parsed, None, "tiny", ["a", "b"])
-    assert (reductions, choice.step) == ([Reduction(ratio=0.75)] * 2, 4)
+    reductions, choices = Chooser(Settings(auto=POLICY)).choose(parsed, None, "tiny", ["a", "b"])
+    assert (reductions, [choice.step for choice in choices]) == ([Reduction(ratio=0.75)] * 2, [4, 4])
 
 
 Steps = Callable[[float], tuple[int, float]]
@@ -370,8 +370,8 @@ def test_an_image_keeps_its_first_count_under_pressure(monkeypatch: pytest.Monke
     def steps(images: list[str | None], **fields: object) -> tuple[list[float | None], dict[str, object]]:
         parsed = auto.parse({"ratio": "auto", "group": "count", **fields})
         assert isinstance(parsed, AutoRatio)
-        reductions, choice = chooser.choose(parsed, None, "tiny", images)
-        return [reduction.ratio for reduction in reductions], choice.to_json()
+        reductions, choices = chooser.choose(parsed, None, "tiny", images)
+        return [reduction.ratio for reduction in reductions], choices[-1].to_json()
 
     usage: dict[str, object] = {"policy": "auto", "group": "count"}
     assert steps(["a"]) == ([0.25], usage | {"step": 12, "target": 0.05, "pressure": 0})

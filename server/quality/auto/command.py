@@ -7,19 +7,31 @@ from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean
+from typing import TYPE_CHECKING
 
 from foldserve.loadtest.report.journal import run_identity
-from foldserve.reducers.ladder import STEPS
+from foldserve.reducers.item import Layout
+from foldserve.reducers.ladder import STEPS, step_for
 from foldserve.reducers.plan import InvalidReduction
 from foldserve.server.auto import DEFAULT_GROUP
-from foldserve.server.quality.auto.file import FILE_NAME, AutoCalibration, Group, default_file
+from foldserve.server.quality.auto.file import FILE_NAME, AutoCalibration, Group, default_file, mean_share
 from foldserve.server.quality.auto.measure import StepJournal, measure, takable
 from foldserve.server.quality.auto.page import html, text
-from foldserve.server.quality.auto.rule import chosen_step, risk_bounds, samples_needed, shares_changed
+from foldserve.server.quality.auto.rule import (
+    capped,
+    chosen_step,
+    monotone,
+    risk_bounds,
+    samples_needed,
+    shares_changed,
+)
 from foldserve.server.quality.calibration_file import model_folder, model_hash
 from foldserve.server.quality.calibration_options import CalibrationOptions
 from foldserve.server.quality.evaluation.questions import ALL, Question, data_hash, load_questions
 from foldserve.server.quality.evaluation.variants import Spec, parse_specs
+
+if TYPE_CHECKING:
+    from foldserve.server.quality.engine.offline import AnsweringModel
 
 SEED = 4
 """Of the built-in scenes: others than an evaluation, and a search for K, ask about."""
@@ -39,6 +51,8 @@ def run(options: CalibrationOptions, cache_dir: Path, engine_options: Sequence[s
     model = AnsweringModel(options.model, engine_options, "calibrate")
     layouts = model.layouts(question.open() for question in questions)
     plans = takable(spec, layouts)
+    steps = tuple(plans)
+    caps = caps_of(model, questions, layouts, steps, options.pixel_cap)
     weights, asked = model_hash(model_folder(model.model, model.revision)), data_hash(questions)
     engine = {"vLLM": version("vllm"), "Options": " ".join(engine_options)}
     reduction = dict(spec.fields)
@@ -58,30 +72,78 @@ def run(options: CalibrationOptions, cache_dir: Path, engine_options: Sequence[s
         data="built-in scenes" if options.data is None else options.data.name,
         data_hash=asked,
         tokens=fmean(layout.tokens for layout in layouts),
-        steps=tuple(plans),
-        groups=by_group(questions, changed, tuple(plans), options.target),
-        together=group_of(changed, tuple(plans), options.target),
+        steps=steps,
+        groups=by_group(questions, changed, steps, options.target, caps),
+        together=group_of(changed, steps, options.target, caps),
+        pixel_cap=options.pixel_cap,
+        kept_uncapped=None if caps is None else mean_share(by_group(questions, changed, steps, options.target)),
     )
     return _write(calibration, options, cache_dir)
 
 
+def caps_of(
+    model: AnsweringModel,
+    questions: Sequence[Question],
+    layouts: Sequence[Layout],
+    steps: Sequence[int],
+    levels: int | None,
+) -> list[int] | None:
+    """The step that each question's image gets at most by its pixels; None without a cap.
+
+    Raises:
+        ValueError: the model's tokens are not cells of pixels, or its options leave no bytes of an image.
+    """
+    if levels is None:
+        return None
+    if not model.family.takes_cells:
+        raise ValueError(
+            f"--pixel-cap {levels} needs a model whose tokens are cells of an image's pixels, as LLaVA-1.5's and "
+            "Qwen-VL's are, and this model's are not: leave it out"
+        )
+    counts = model.unpredicted((question.open() for question in questions), levels)
+    return [step_for(count, layout.tokens, (*steps, STEPS)) for count, layout in zip(counts, layouts, strict=True)]
+
+
 def by_group(
-    questions: Sequence[Question], changed: Sequence[Sequence[bool]], steps: Sequence[int], target: float
+    questions: Sequence[Question],
+    changed: Sequence[Sequence[bool]],
+    steps: Sequence[int],
+    target: float,
+    caps: Sequence[int] | None = None,
 ) -> Mapping[str, Group]:
-    """What each group may have, in the order of the names."""
-    flags: dict[str, list[Sequence[bool]]] = {}
-    for question, own in zip(questions, changed, strict=True):
-        flags.setdefault(question.kind, []).append(own)
-    return {name: group_of(flags[name], steps, target) for name in sorted(flags)}
+    """What each group may have, in the order of the names; see `group_of`."""
+    places: dict[str, list[int]] = {}
+    for place, question in enumerate(questions):
+        places.setdefault(question.kind, []).append(place)
+    return {
+        name: group_of([changed[i] for i in own], steps, target, None if caps is None else [caps[i] for i in own])
+        for name, own in sorted(places.items())
+    }
 
 
-def group_of(changed: Sequence[Sequence[bool]], steps: Sequence[int], target: float) -> Group:
-    """What samples whose answers changed so may have; see `chosen_step`."""
+def group_of(
+    changed: Sequence[Sequence[bool]], steps: Sequence[int], target: float, caps: Sequence[int] | None = None
+) -> Group:
+    """What samples whose answers changed so may have; see `chosen_step`.
+
+    Args:
+        caps: the step that each sample gets at most; None: without a cap.
+    """
+    if caps is None:
+        measured, bounds = changed, risk_bounds(changed)
+        step, kept = chosen_step(changed, steps, target), None
+    else:
+        # What counts as changed without a cap does so with it: a request's bounds may lift an image above its cap.
+        measured, losses = capped(changed, steps, caps), capped([monotone(own) for own in changed], steps, caps)
+        bounds, step = risk_bounds(losses), chosen_step(losses, (*steps, STEPS), target)
+        kept = fmean(min(step, cap) for cap in caps) / STEPS if bounds[-1] <= target else None
     return Group(
         samples=len(changed),
-        step=chosen_step(changed, steps, target),
-        changed=tuple(shares_changed(changed)),
-        bound=tuple(risk_bounds(changed)),
+        step=step,
+        changed=tuple(shares_changed(measured)),
+        bound=tuple(bounds),
+        is_capped=kept is not None,
+        kept=kept,
     )
 
 

@@ -32,6 +32,7 @@ def html(calibration: AutoCalibration) -> str:
         "Requests": f"{calibration.data}, {sum(group.samples for group in calibration.groups.values())}",
         "Answers compared": f"their first {calibration.answer_tokens} tokens",
         "Target": f"{calibration.target:.1%} of the answers may change",
+        "Pixel cap": "none" if calibration.pixel_cap is None else f"cells alike within {calibration.pixel_cap} levels",
     }
     charts = [chart(calibration)] if find_spec("matplotlib") else []
     lead = " ".join([_lead(calibration), *_notes(calibration)])
@@ -41,12 +42,18 @@ def html(calibration: AutoCalibration) -> str:
 
 
 def _lead(calibration: AutoCalibration) -> str:
-    one = calibration.together.step / STEPS
+    one = calibration.together.share
     compared = f"; a single group for all would keep {one:.0%}" if len(calibration.groups) > 1 else ""
     return (
         f"At most {calibration.target:.1%} of the answers may change: {calibration.kept:.0%} of the vision tokens "
-        f"stay{compared}."
+        f"stay{compared}{_without_cap(calibration)}."
     )
+
+
+def _without_cap(calibration: AutoCalibration) -> str:
+    if calibration.kept_uncapped is None:
+        return ""
+    return f"; without the pixel cap {calibration.kept_uncapped:.0%} would"
 
 
 def _table(calibration: AutoCalibration) -> Table:
@@ -62,13 +69,13 @@ def _table(calibration: AutoCalibration) -> Table:
 
 def _row(name: str, group: Group, calibration: AutoCalibration) -> tuple[str, ...]:
     measured, bound = "0 %", "-"
-    if group.step < STEPS:
-        place = calibration.steps.index(group.step)
+    if group.step < STEPS or group.is_capped:
+        place = (*calibration.steps, STEPS).index(group.step)
         measured, bound = f"{group.changed[place]:.1%}", f"{group.bound[place]:.1%}"
     return (
         name,
         str(group.samples),
-        f"{group.step}/{STEPS}",
+        f"{'at most ' if group.is_capped else ''}{group.step}/{STEPS}",
         str(_tokens(group, calibration)),
         f"{calibration.tokens:.0f}",
         measured,
@@ -107,8 +114,9 @@ def chart(calibration: AutoCalibration) -> Chart:
 
 
 def _lines(group: Group, calibration: AutoCalibration) -> list[Line]:
-    steps = (*calibration.steps, STEPS)
-    bound, changed = (*group.bound, 1 / (group.samples + 1)), (*group.changed, 0.0)
+    steps, bound, changed = (*calibration.steps, STEPS), group.bound, group.changed
+    if calibration.pixel_cap is None:  # with all tokens no answer changes
+        bound, changed = (*bound, 1 / (group.samples + 1)), (*changed, 0.0)
     return [
         Line(
             name,
@@ -123,5 +131,5 @@ def _lines(group: Group, calibration: AutoCalibration) -> list[Line]:
 
 
 def _tokens(group: Group, calibration: AutoCalibration) -> int:
-    """Of a mean image, at the group's step."""
-    return ceil(calibration.tokens * group.step / STEPS)
+    """Of a mean image."""
+    return ceil(calibration.tokens * group.share)

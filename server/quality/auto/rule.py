@@ -30,7 +30,19 @@ def risk_bounds(changed: Sequence[Sequence[bool]]) -> list[float]:
 
     (sum of losses + 1) / (samples + 1), where a sample whose answer changed at a step has changed at all below it.
     """
-    return [(sum(column) + 1) / (len(changed) + 1) for column in zip(*map(_monotone, changed), strict=True)]
+    return [(sum(column) + 1) / (len(changed) + 1) for column in zip(*map(monotone, changed), strict=True)]
+
+
+def capped(changed: Sequence[Sequence[bool]], steps: Sequence[int], caps: Sequence[int]) -> list[list[bool]]:
+    """For each sample, whether its answer changes at each of the steps and at `STEPS` if it gets no more than its cap.
+
+    Args:
+        changed: without caps, see `chosen_step`; with all tokens no answer changes.
+        caps: a step for each sample, `STEPS` or one of the steps.
+    """
+    rungs = (*steps, STEPS)
+    each = zip(changed, map(rungs.index, caps), strict=True)
+    return [[(*own, False)[min(place, cap)] for place in range(len(rungs))] for own, cap in each]
 
 
 def shares_changed(changed: Sequence[Sequence[bool]]) -> list[float]:
@@ -43,6 +55,6 @@ def samples_needed(target: float) -> int:
     return ceil(1 / target - 1 - 1e-9)
 
 
-def _monotone(changed: Sequence[bool]) -> list[bool]:
+def monotone(changed: Sequence[bool]) -> list[bool]:
     """A larger count may not be worse: changed from the largest step that changed on down."""
     return [any(changed[place:]) for place in range(len(changed))]

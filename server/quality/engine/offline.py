@@ -89,6 +89,11 @@ class OfflineModel:
         info = MULTIMODAL_REGISTRY.create_processor(self._args.create_model_config()).info
         return [family.layout(family.shape(ImageProcessorItems([image]), 0, info, {})) for image in images]
 
+    def unpredicted(self, images: Iterable[Image], levels: int) -> list[int]:
+        """How many cells of each image its pixels do not predict; raises InvalidReduction where there is no telling."""
+        processor: Any = MULTIMODAL_REGISTRY.create_processor(self._args.create_model_config())
+        return [count for image in images for count in processor.unpredicted([image], levels)]
+
 
 def render(llm: LLM, messages: Messages, **options: Any) -> Any:
     """A dialogue as the engine takes it, through the model's chat template and processor, to be answered next."""
