@@ -251,7 +251,7 @@ def test_the_file_says_whether_there_is_a_cap(tmp_path: Path) -> None:
     read = AutoCalibration.read(tmp_path / "auto.json", "")
     assert read == made
     policy = read.policy()
-    assert (policy.pixel_cap, policy.groups, policy.uncapped) == (4, {"count": 16, "ocr": 1}, {"count"})
+    assert (policy.pixel_cap, policy.groups, policy.uncapped) == (4, {"count": 16, "ocr": 1}, frozenset({"count"}))
     assert AutoPolicy.from_config(json.loads(json.dumps(policy.to_config()))) == policy
 
 

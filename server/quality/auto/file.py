@@ -73,7 +73,7 @@ class AutoCalibration(OfModel):
     steps: tuple[Annotated[int, Field(ge=1, lt=STEPS)], ...] = Field(min_length=1)
     groups: Mapping[str, Group] = Field(min_length=1)
     together: Group
-    pixel_cap: int | None = Field(None, ge=0, le=255)
+    pixel_cap: int | None = Field(default=None, ge=0, le=255)
     kept_uncapped: float | None = None
 
     @property
