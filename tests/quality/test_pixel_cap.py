@@ -20,11 +20,12 @@ from foldserve.server.api import auto
 from foldserve.server.api.auto import AutoRatio, Chooser
 from foldserve.server.auto import AutoPolicy, Choice
 from foldserve.server.pressure import Pressure
-from foldserve.server.quality.auto.command import by_group, caps_of, group_of
+from foldserve.server.quality.auto.command import by_group, caps_of, group_of, write_all
 from foldserve.server.quality.auto.file import AutoCalibration
 from foldserve.server.quality.auto.page import chart, html, text
 from foldserve.server.quality.auto.rule import capped, monotone
 from foldserve.server.quality.calibration_options import CalibrationOptions
+from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 from foldserve.server.quality.engine.offline import AnsweringModel
 from foldserve.server.quality.evaluation.questions import Question
 from foldserve.server.settings import Settings
@@ -292,6 +293,17 @@ def test_levels_that_are_none(options: dict[str, Any], message: str) -> None:
         CalibrationOptions("m", **options)
 
 
+def test_a_group_that_pixels_alone_reduce_is_reduced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = CalibrationOptions(str(tmp_path), auto=True, results=tmp_path / "results")
+    pages = group_of([flags(11)] * 30, ALL_STEPS, 0.05, [12] * 30)
+    photos = group_of([flags(15)] * 30, ALL_STEPS, 0.05, [16] * 30)
+    assert (photos.step, photos.is_capped) == (16, True)
+    both = page_calibration().model_copy(update={"groups": {"pages": pages}})
+    assert write_all(both, asked, tmp_path) == 0
+    assert write_all(both.model_copy(update={"groups": {"photos": photos}}), asked, tmp_path) == 1
+    assert "No group can be reduced" in capsys.readouterr().out
+
+
 def test_a_model_that_lays_images_out_in_tiles_has_no_cap(tiny_llava: Path, tmp_path: Path) -> None:
     model = AnsweringModel(str(next_checkpoint.write(tmp_path / "tiny-next", tiny_llava)), command="calibrate")
     asked = [Question(page(1), "")]
@@ -306,28 +318,22 @@ def test_pixels_that_are_no_bytes_calibrate_nothing(tiny_llava: Path) -> None:
         model.unpredicted([page(1)], 2)
 
 
-def test_another_cap_asks_nothing_anew(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_cap_asks_nothing_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the real engine: what is measured holds for every cap; the file says which one it is for."""
-    lines = []
-    for number in range(6):
-        (page(number) if number % 2 else photo(number)).save(tmp_path / f"{number}.png")
-        kind = "page" if number % 2 else "photo"
-        lines.append(json.dumps({"image": f"{number}.png", "question": "what is it?", "kind": kind}))
-    (tmp_path / "asked.jsonl").write_text("\n".join(lines))
-    command = ["calibrate", str(tiny_llava), "--auto", "--data", str(tmp_path / "asked.jsonl"), "--group-field", "kind"]
-    command += ["--target", "0.9", "--answer-tokens", "4", "--max-model-len", "512", "--dtype", "float32"]
+    command = ["calibrate", str(CHECKPOINT), "--auto", "--samples", "10", "--target", "0.5", "--answer-tokens", "4"]
     command += ["--results", str(tmp_path / "results"), "--output", str(tmp_path / "auto.json")]
+    command += ["--max-model-len", "512", "--dtype", "float32"]
 
-    def run(*options: str) -> AutoCalibration:
-        cli.main([*command, *options])
+    def run(cap: str) -> AutoCalibration:
+        cli.main([*command, "--pixel-cap", cap])
         return AutoCalibration.read(tmp_path / "auto.json", "")
 
-    with_cap = run("--pixel-cap", "2")
+    with_cap = run("24")
     measured = (tmp_path / "results" / "results.jsonl").read_text()
     monkeypatch.setattr(AnsweringModel, "engine", lambda *args: pytest.fail("nothing is left to be asked"))
-    without, other, again = run("--pixel-cap", "none"), run("--pixel-cap", "255"), run("--pixel-cap", "2")
+    without, again = run("none"), run("24")
     assert (tmp_path / "results" / "results.jsonl").read_text() == measured
-    assert (with_cap.pixel_cap, without.pixel_cap, other.pixel_cap) == (2, None, 255)
-    assert again == with_cap and without.kept_uncapped is None
-    assert {len(group.changed) for group in with_cap.groups.values()} == {16}
-    assert {len(group.changed) for group in without.groups.values()} == {15}
+    assert again == with_cap and (with_cap.pixel_cap, without.pixel_cap) == (24, None)
+    assert with_cap.kept_uncapped == without.kept and without.kept_uncapped is None
+    (capped_group,), (plain_group,) = with_cap.groups.values(), without.groups.values()
+    assert (len(capped_group.changed), len(plain_group.changed)) == (16, 15)

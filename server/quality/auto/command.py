@@ -78,7 +78,7 @@ def run(options: CalibrationOptions, cache_dir: Path, engine_options: Sequence[s
         pixel_cap=options.pixel_cap,
         kept_uncapped=None if caps is None else mean_share(by_group(questions, changed, steps, options.target)),
     )
-    return _write(calibration, options, cache_dir)
+    return write_all(calibration, options, cache_dir)
 
 
 def caps_of(
@@ -172,13 +172,14 @@ def _questions(options: CalibrationOptions) -> list[Question]:
     return [replace(question, kind=DEFAULT_GROUP if question.kind == ALL else question.kind) for question in found]
 
 
-def _write(calibration: AutoCalibration, options: CalibrationOptions, cache_dir: Path) -> int:
+def write_all(calibration: AutoCalibration, options: CalibrationOptions, cache_dir: Path) -> int:
+    """Writes the file and the page and says what was found; exit status 1 if no group can be reduced."""
     served = options.output or default_file(options.model, cache_dir)
     for file in dict.fromkeys([options.results / FILE_NAME, served]):
         calibration.write(file)
     (options.results / "index.html").write_text(html(calibration))
     print(f"{text(calibration)}\nWritten to {options.results}; the calibration to {served}.")
-    if all(group.step == STEPS for group in calibration.groups.values()):
+    if calibration.kept == 1:
         needed = samples_needed(calibration.target)
         print(
             f"No group can be reduced: at --target {calibration.target:g} each needs {needed} samples at least, and at "
