@@ -162,13 +162,14 @@ class AutoPolicy:
             return None
         allowance = Allowance(steps, allowed, more, pressure or 0)
         is_calibrated = group in self.groups
-        of_groups = {group} if is_calibrated else self.groups.keys()
-        needed = max(self.groups[name] for name in of_groups)
+        as_of = {group} if is_calibrated else self.groups.keys()
+        needed = max(self.groups[name] for name in as_of)
         promised = self.target if is_calibrated else None
-        if self.pixel_cap is not None and not self.uncapped & of_groups and allowed[0] < STEPS:
-            cap = PixelCap(self.pixel_cap, needed, allowance)
-            return Choice(cap.least, group, promised, pressure, is_calibrated, cap)
-        return Choice(0, group, promised, pressure, is_calibrated).settled(allowance.settle(needed))
+        if self.pixel_cap is None or self.uncapped & as_of or allowed[0] == STEPS:
+            step, is_enough, _ = allowance.settle(needed)
+            return Choice(step, group, promised if is_enough else None, pressure, is_calibrated)
+        cap = PixelCap(self.pixel_cap, needed, allowance)
+        return Choice(cap.least, group, promised, pressure, is_calibrated, cap)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> AutoPolicy:

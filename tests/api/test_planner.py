@@ -310,6 +310,15 @@ def test_auto_asks_about_an_image_as_a_number_does(under_load: bool) -> None:
     assert queries(TURNS, other, reduction=asked) == [None] * 3
 
 
+def test_a_pixel_cap_needs_a_model_whose_tokens_are_cells() -> None:
+    policy = AutoPolicy(Reduction(), 0.05, (4, 8), {"default": 16}, pixel_cap=2)
+    with pytest.raises(ValueError, match="`--pixel-cap none`"):
+        planner(SHOWN, auto=policy)
+    served = planner(replace(SHOWN, takes_cells=True), auto=policy, positions="keep")
+    with pytest.raises(InvalidRequest, match="keep positions"):  # some tokens may go, so that positions matter
+        served.check(request("auto", reduction_ratio="auto"))
+
+
 def test_low_detail_leaves_the_servers_query_to_methods_that_take_it() -> None:
     default = Reduction.parse({"method": "base_only+mmtok", "ratio": 0.5, "query": "cat"})
     assert asked(anyres(default_reduction=default), "low") == [Reduction(first="base_only")]

@@ -56,24 +56,21 @@ class Processor:
         cut = np.asarray(image).reshape(rows, self.side, columns, self.side, 3).swapaxes(1, 2)
         return len(naive_pixelprune(cut.reshape(rows, columns, -1).tolist(), levels, anchored=False))
 
-    def __call__(
-        self, images: Sequence[Any], caps: Sequence[PixelCap] | None, asked: Any = ASKED, **more: Any
-    ) -> tuple[list[int], list[str], Any]:
-        """Placeholders and identities of the images, and what they settled to."""
+    def inputs(self, images: Sequence[Any], caps: Sequence[PixelCap] | None, asked: Any = ASKED, **more: Any) -> Any:
+        """What the processor gives."""
         items = self.made.info.parse_mm_data({"image": [*images]}, validate=False)
         prompt = self.made.info.get_tokenizer().encode(self.prompt * len(images))
         uuids = {"image": more.pop("uuids", [None] * len(images))}
         kwargs = {"foldserve": asked} | ({} if caps is None else {"foldserve_caps": caps})
-        inputs = self.made(prompt, items, uuids, hf_processor_mm_kwargs=kwargs, **more)
-        places = [place.length for place in inputs["mm_placeholders"]["image"]]
-        for item, kept in zip(inputs["mm_kwargs"]["image"], self.kept(inputs), strict=True):
-            plan = self.made._family.read_plan(item["image_plan"].data.tolist())
-            assert plan.kept == kept  # the engine's plan
-        return self.kept(inputs), inputs["mm_hashes"]["image"], inputs[SETTLED] if places else []
+        return self.made(prompt, items, uuids, hf_processor_mm_kwargs=kwargs, **more)
 
-    @staticmethod
-    def kept(inputs: Any) -> list[int]:
-        return [place.get_num_embeds() for place in inputs["mm_placeholders"]["image"]]
+    def __call__(self, *args: Any, **more: Any) -> tuple[list[int], list[str], Any]:
+        """Placeholders and identities of the images, and what they settled to."""
+        inputs = self.inputs(*args, **more)
+        kept = [place.get_num_embeds() for place in inputs["mm_placeholders"]["image"]]
+        for item, count in zip(inputs["mm_kwargs"]["image"], kept, strict=True):
+            assert self.made._family.read_plan(item["image_plan"].data.tolist()).kept == count  # the engine's plan
+        return kept, inputs["mm_hashes"]["image"], inputs[SETTLED]
 
 
 def qwen(model_type: str, side: int) -> Callable[[Path, Path], Processor]:
@@ -159,10 +156,15 @@ def test_images_are_processed_once_and_what_their_pixels_say_is_remembered(
 
 def test_a_smaller_image_is_looked_at_as_it_came(processor: Processor) -> None:
     """`downsample` may make it smaller before it is processed: its cells are those of the whole."""
-    image = processor.page(1)
-    kept, _, (settled,) = processor([image], [CAP], {"method": "downsample", "ratio": 0.75})
+    image, asked = processor.page(1), {"method": "downsample"}
+    capped = processor.inputs([image], [CAP], asked | {"ratio": 0.75})
+    (settled,) = capped[SETTLED]
     _, _, (folded,) = processor([image], [CAP])
-    assert settled == folded and kept[0] <= sixteenths(processor.tokens, settled.step)
+    assert settled == folded
+    plain = processor.inputs([image], None, asked | {"ratio": (STEPS - settled.step) / STEPS})
+    assert capped["mm_hashes"] == plain["mm_hashes"]
+    sent, expected = (made["mm_kwargs"]["image"][0]["pixel_values"].data for made in (capped, plain))
+    assert sent.shape == expected.shape and (sent == expected).all()
 
 
 def test_bytes_are_needed(tiny_llava: Path) -> None:

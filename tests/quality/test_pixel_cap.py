@@ -276,6 +276,9 @@ def test_the_page_says_what_the_cap_does() -> None:
     assert "| count | 60 | 16/16 | 144 | 144 | 0 % | - |" in told
     assert "| ocr | 62 | at most 1/16 | 9 | 144 | 3.2% | 4.8% |" in told
     assert "cells alike within 4 levels" in html(page_calibration())
+    count: Any = chart(page_calibration()).panels[0]
+    ends = [(line.points[-1].x, line.points[-1].estimate.value) for line in count.panel.lines]
+    assert ends == [(100, 1 / 61), (100, 0)]  # with all of its tokens, as it is served
     check(chart(page_calibration()))
     assert "without the pixel cap" not in text(calibration())
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from foldserve.reducers.item import ItemPlan, Layout, Part, at_least, plan_item
-from foldserve.reducers.pixelprune import Cells, PixelPrune, Prediction, predict
+from foldserve.reducers.pixelprune import Cells, PixelPrune, Prediction, predict, unpredicted
 from foldserve.reducers.plan import InvalidReduction, Reduction, VisionGeometry
 from tests.reducers.check import few
 from tests.reducers.naive import naive_pixelprune
@@ -60,6 +60,12 @@ def test_errors_creep_where_cells_are_compared_with_their_neighbours() -> None:
     gradient = torch.arange(9, dtype=torch.uint8).view(1, 9, 1)
     assert places(predict(gradient, 1, "sliding").stays) == [0]
     assert places(predict(gradient, 1, "anchored").stays) == [0, 2, 4, 6, 8]
+    assert (unpredicted(gradient, 1), unpredicted(gradient, 0)) == (1, 9)
+
+
+@given(grids, taus)
+def test_cells_that_are_not_predicted_are_counted(cells: Tensor, levels: int) -> None:
+    assert unpredicted(cells, levels) == len(naive_pixelprune(cells.tolist(), levels, anchored=False))
 
 
 def test_large_differences_do_not_wrap_around() -> None:

@@ -114,9 +114,10 @@ def chart(calibration: AutoCalibration) -> Chart:
 
 
 def _lines(group: Group, calibration: AutoCalibration) -> list[Line]:
-    steps, bound, changed = (*calibration.steps, STEPS), group.bound, group.changed
-    if calibration.pixel_cap is None:  # with all tokens no answer changes
-        bound, changed = (*bound, 1 / (group.samples + 1)), (*changed, 0.0)
+    below, steps = len(calibration.steps), (*calibration.steps, STEPS)
+    bound, changed = group.bound, group.changed
+    if not group.is_capped:  # with all tokens no answer changes
+        bound, changed = (*bound[:below], 1 / (group.samples + 1)), (*changed[:below], 0.0)
     return [
         Line(
             name,
