@@ -96,7 +96,8 @@ def test_what_always_holds(drawn: tuple[PixelCap, int, int]) -> None:
     cap, tokens, unpredicted = drawn
     found, without = cap.settle(unpredicted, tokens), cap.allowance.settle(cap.needed)
     assert found.step in cap.allowance.allowed and cap.least <= found.step <= without.step
-    assert cap.settle(tokens, tokens) == without._replace(unpredicted=tokens)  # nothing is predicted
+    if tokens >= STEPS:  # of fewer a lower step may keep all too
+        assert cap.settle(tokens, tokens) == without._replace(unpredicted=tokens)  # nothing is predicted
     assert cap.settle(max(1, unpredicted - 1), tokens).step <= found.step
     if not cap.allowance.pressure and cap.allowance.allowed == cap.allowance.steps:
         kept = -(-tokens * found.step // STEPS)
