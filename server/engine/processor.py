@@ -52,7 +52,7 @@ PLANS = "foldserve_plans"
 """Key in what the processor returns: the plans by modality, for whoever answers the request."""
 
 SETTLED = "foldserve_settled"
-"""Key beside `PLANS`, of images with a cap: what each `Settled` to."""
+"""Key beside `PLANS`: the `Settled` of each image that came with a cap."""
 
 _NOT_REDUCED: Mapping[Modality, str] = {
     "image": "only images can be reduced, by a tower that is known, not embeddings",
