@@ -72,11 +72,13 @@ reference: setup ## docs/reference from the code: API, command line, metrics, me
 
 docs: setup ## the documentation as a site, in build/site (installs mkdocs-material)
 	@tools/docs/tools.sh $(BIN)/python $(VENV)-docs
-	@$(VENV)-docs/bin/mkdocs build --quiet
+	@NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --quiet
 
-check-docs: setup ## the site again, where a broken link, an unknown anchor or a page without a place is an error
+check-docs: setup ## the same, strictly: broken links, unknown anchors, pages without a place, other hosts
 	@tools/docs/tools.sh $(BIN)/python $(VENV)-docs
-	@$(VENV)-docs/bin/mkdocs build --strict
+	@NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
+	@! grep --recursive --include '*.html' --extended-regexp '<(script|link|img)[^>]+(src|href)="?(https?:)?//' build/site || \
+		{ echo "check-docs: these pages have readers ask another host" >&2; exit 1; }
 
 clean: ## remove what was built, .venv included
 	@rm -rf $(VENV) $(VENV)-clients $(VENV)-pages $(VENV)-docs .next-vllm build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

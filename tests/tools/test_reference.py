@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from foldserve.reducers import METHODS
@@ -26,3 +29,9 @@ def test_all_are_written(made: dict[str, str]) -> None:
     assert "\n| `foldserve_requests_rejected_total` |" in made["metrics.md"]  # of the API
     assert "\n| `POST /v1/messages` |" in made["api.md"]
     assert "\n| `ratio` | number, at least 0, below 1 or `" in made["api.md"]
+
+
+def test_the_readme_names_every_method() -> None:
+    readme = Path(__file__).resolve().parents[2] / "README.md"
+    rows = re.findall(r"^\| (`.*?`) \|", readme.read_text().partition("\n## Methods\n")[2], re.MULTILINE)
+    assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row)) == sorted(METHODS)

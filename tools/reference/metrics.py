@@ -31,4 +31,4 @@ def ours() -> list[MetricWrapperBase]:
 
 def _row(metric: MetricWrapperBase) -> list[str]:
     name = f"{metric._name}_total" if metric._type == "counter" else metric._name
-    return [code(name), metric._type, ", ".join(map(code, metric._labelnames)), prose(metric._documentation)]
+    return [code(name), str(metric._type), ", ".join(map(code, metric._labelnames)), prose(metric._documentation)]
