@@ -22,6 +22,7 @@ MARKS = (
     STARTS_A_SERVER,
     "downloads",
     "needs a GPU",
+    "needs a cluster",
     "needs containers",
     "takes minutes to hours",
     "with a model of yours",

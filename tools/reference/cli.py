@@ -51,14 +51,16 @@ def _usage(parser: argparse.ArgumentParser) -> str:
 
 
 def _groups(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Tables of options, as the help groups them."""
+    """Tables of options, as the help groups them; arguments and options without a title stand in one."""
+    rows: dict[str, list[tuple[str, str]]] = {}
     for group in parser._action_groups:
+        title = "" if group.title in ("positional arguments", "options") else f"**{group.title}**"
+        shown = f"{title}: {group.description}" if group.description else title
         actions = [action for action in group._group_actions if not _is_elsewhere(action)]
-        if actions:
-            title = "" if group.title in ("positional arguments", "options") else f"**{group.title}**"
-            text = f"{title}: {group.description}" if group.description else title
-            rows = [(code(_name(parser, action)), prose(_help(parser, action))) for action in actions]
-            yield (f"{text}\n\n" if text else "") + table(["Option", "What it says"], rows)
+        rows.setdefault(shown, []).extend((code(_name(parser, each)), prose(_help(parser, each))) for each in actions)
+    for title, options in rows.items():
+        if options:
+            yield (f"{title}\n\n" if title else "") + table(["Option", "What it says"], options)
 
 
 def _is_elsewhere(action: argparse.Action) -> bool:
