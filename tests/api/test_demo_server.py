@@ -99,7 +99,7 @@ def test_the_openai_client_prints_what_its_page_says(
     (example,) = [example for example in examples() if example.name == "openai-python"]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(openai, "OpenAI", lambda **options: client)
-    exec(compile(example.code, "clients.md", "exec"), {})
+    exec(compile(example.code, "clients.md", "exec", dont_inherit=True), {})
     assert capsys.readouterr().out == example.output
 
 
