@@ -13,7 +13,7 @@ RUN python3 -m pip wheel --no-cache-dir --no-deps --wheel-dir /wheels .
 
 FROM vllm/vllm-openai:v0.32.0
 ARG VLLM_VERSION=0.32.0
-ARG FOLDSERVE_VERSION=0.1.0
+ARG FOLDSERVE_VERSION=0.2.0
 ARG REVISION=unknown
 ARG CREATED=unknown
 LABEL org.opencontainers.image.title="foldserve" \

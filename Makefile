@@ -13,7 +13,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3 p
 	$$p tools/setup.py --check-python >/dev/null 2>&1 && echo $$p && break; done)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve gpu-check test test-runners test-next test-clients test-deploy test-pages soak check pin-images clean
+.PHONY: help setup serve gpu-check test test-runners test-next test-clients test-deploy test-pages soak check pin-images reference docs check-docs clean
 
 help: ## show this
 	@echo "make COMMAND, where COMMAND is"
@@ -67,6 +67,19 @@ check: setup ## lint, formatting, types
 pin-images: setup ## write the digests of the images that deploy/ names by tag (ARGS=--check: say what is not pinned or has moved)
 	@$(BIN)/python -m tools.pin_images $(ARGS)
 
+reference: setup ## docs/reference from the code: API, command line, metrics, methods
+	@$(BIN)/python -m tools.reference
+
+docs: setup ## the documentation as a site, in build/site (installs mkdocs-material)
+	@tools/docs/tools.sh $(BIN)/python $(VENV)-docs
+	@NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --quiet
+
+check-docs: setup ## the same, strictly: broken links, unknown anchors, pages without a place, other hosts
+	@tools/docs/tools.sh $(BIN)/python $(VENV)-docs
+	@NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --strict
+	@! grep --recursive --include '*.html' --extended-regexp '<(script|link|img)[^>]+(src|href)="?(https?:)?//' build/site || \
+		{ echo "check-docs: these pages have readers ask another host" >&2; exit 1; }
+
 clean: ## remove what was built, .venv included
-	@rm -rf $(VENV) $(VENV)-clients $(VENV)-pages .next-vllm build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) $(VENV)-clients $(VENV)-pages $(VENV)-docs .next-vllm build dist src/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -36,15 +36,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if argv is None and guardian.is_wanted(sys.argv[1:]):
         sys.exit(guardian.guard([sys.executable, *sys.orig_argv[1:]], sys.argv[1]))
     argv = sys.argv[1:] if argv is None else argv
-    parser = _parser(next((word for word in argv if word in commands.ALL), None))
+    parser = build_parser(next((word for word in argv if word in commands.ALL), None))
     args, rest = parser.parse_known_args(argv)
     if rest and not args.takes_engine_options:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     args.run(args, rest)
 
 
-def _parser(asked: str | None) -> argparse.ArgumentParser:
-    """Declares the options of one command only: those of `serve` need torch, which takes seconds."""
+def build_parser(asked: str | None) -> argparse.ArgumentParser:
+    """Declares the options of one command, `asked`, only: those of `serve` need torch, which takes seconds."""
     parser = argparse.ArgumentParser(
         "foldserve", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -90,7 +90,7 @@ class Settings:
         Groups(),
         "JSON",
         'group of requests with "ratio": "auto" that name none, by the name of their key or model: '
-        '{"keys": {"scanner": "ocr"}, "models": {}}',
+        '{"keys": {"scanner": "ocr"}, "models": {}} (default: none)',
         parse=Groups.parse,
     )
     auto_under_load: bool = option(

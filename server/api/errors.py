@@ -11,6 +11,7 @@
     ├── Forbidden           403  invalid_request_error  insufficient_permissions
     ├── UnsupportedRoute    404  invalid_request_error  unsupported_route
     ├── TooManyRequests     429  invalid_request_error  rate_limit_exceeded
+    │   └── TooManyAtOnce       429                         concurrency_limit_exceeded
     └── Unavailable         503  server_error           overloaded
         ├── ShuttingDown    503                         shutting_down
         └── EngineStopped   503                         engine_stopped
@@ -46,7 +47,9 @@ _REJECTED = Counter(
 
 
 class FoldserveError(Exception):
-    """Base of the tree.
+    """The server is at fault.
+
+    Base of the tree.
 
     Args:
         message: what was wrong, what came, what to do.
@@ -108,6 +111,7 @@ class MalformedHttp(FoldserveError):
         status: 400; 408 for one that came too slowly, 431 for headers that are too large.
     """
 
+    status = HTTPStatus.BAD_REQUEST
     code = "invalid_http"
 
     def __init__(self, message: str, status: int) -> None:
@@ -178,6 +182,12 @@ class TooManyRequests(_TryLater):
 
     status = HTTPStatus.TOO_MANY_REQUESTS
     code = "rate_limit_exceeded"
+
+
+class TooManyAtOnce(TooManyRequests):
+    """A key has as many answers in flight as it may have."""
+
+    code = "concurrency_limit_exceeded"
 
 
 class Unavailable(_TryLater):

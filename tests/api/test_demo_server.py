@@ -19,6 +19,7 @@ from foldserve.server.quality.auto.file import AutoCalibration, Group
 from foldserve.server.quality.calibration_file import model_hash
 from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 from tests.api.live import Live, chat
+from tests.clients.page import examples
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENS = 414  # that the tokenizer knows; the model has 448 rows
@@ -92,14 +93,14 @@ def test_a_stream_begins_with_the_first_word(server: Live) -> None:
     assert tokens == [" a", " cyan", " star", "</s>"]
 
 
-def test_the_script_prints_what_the_readme_says(
+def test_the_openai_client_prints_what_its_page_says(
     client: openai.OpenAI, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script, _, printed = readme("```python\n", "\n## Request fields").partition("```\n```\n")
+    (example,) = [example for example in examples() if example.name == "openai-python"]
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(openai, "OpenAI", lambda **options: client)
-    exec(compile(script, "README.md", "exec"), {})
-    assert capsys.readouterr().out == printed.strip().removesuffix("```")
+    exec(compile(example.code, "clients.md", "exec", dont_inherit=True), {})
+    assert capsys.readouterr().out == example.output
 
 
 CHOICES = {"color": {"enum": ["cyan", "red", "blue"]}, "shape": {"enum": ["circle", "star"]}}

@@ -240,5 +240,5 @@ def test_every_kind_has_its_own_code() -> None:
         return [kind, *(inner for sub in kind.__subclasses__() for inner in kinds(sub))]
 
     public = [kind for kind in kinds(FoldserveError) if not kind.__name__.startswith("_")]
-    assert len({kind.code for kind in public}) == len(public) == 16
+    assert len({kind.code for kind in public}) == len(public) == 17
     assert all(HTTPStatus(kind.status) >= 400 for kind in public)

@@ -160,7 +160,7 @@ def test_ci_runs_the_tests_that_make_test_leaves_out() -> None:
     commands = {step.get("run") for job in jobs.values() for step in job["steps"]}
     assert {".ci/run", "make test-runners", "make test-deploy", "make test-next"} <= commands
     in_ci = {re.split("[&|]", line)[0].strip() for line in CI.read_text().splitlines()}
-    assert {"make check", "make test", "make test-clients", "make test-pages"} <= in_ci
+    assert {"make check", "make check-docs", "make test", "make test-clients", "make test-pages"} <= in_ci
     (loaded,) = re.findall(r"kind load docker-image (\S+)", WORKFLOW.read_text())
     assert loaded == container("cpu-demo", "foldserve")["image"]
 

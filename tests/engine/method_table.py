@@ -1,4 +1,4 @@
-"""The table of methods and models in docs/reference/families.md, and in short in the README: `python -m
+"""The table of methods and models in docs/reference/methods.md, and in short in the README: `python -m
 tests.engine.method_table` writes both anew.
 
 The tests of each family compare its column with what the family says.
@@ -33,7 +33,7 @@ from tests import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGE, README = ROOT / "docs" / "reference" / "families.md", ROOT / "README.md"
+PAGE, README = ROOT / "docs" / "reference" / "methods.md", ROOT / "README.md"
 START, END = "<!-- python -m tests.engine.method_table -->\n", "<!-- end of the table -->\n"
 
 Write = Callable[[Path, Path], object]

@@ -15,7 +15,14 @@ from starlette.datastructures import Headers
 from foldserve.server.api.auth.counters import SharedCounters
 from foldserve.server.api.auth.keyring import Keyring
 from foldserve.server.api.auth.keys import Key, Scope
-from foldserve.server.api.errors import Forbidden, InvalidRequest, TooManyRequests, Unauthorized, Unavailable
+from foldserve.server.api.errors import (
+    Forbidden,
+    InvalidRequest,
+    TooManyAtOnce,
+    TooManyRequests,
+    Unauthorized,
+    Unavailable,
+)
 
 _LONGEST_KEY = 512
 _IN_FLIGHT = "in flight"
@@ -194,6 +201,4 @@ def _presented(headers: Headers, header: str | None) -> str:
 def _full(key: Key | None, most: int) -> Exception:
     if key is None:
         return Unavailable("the server has too much to do: try again later")
-    error = TooManyRequests(f"this API key may have {most} answers in flight")
-    error.code = "concurrency_limit_exceeded"
-    return error
+    return TooManyAtOnce(f"this API key may have {most} answers in flight")

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+import re
+
+from foldserve.reducers import METHODS
+from foldserve.reducers.method import Method
+from tests.engine.method_table import END, PAGE, START
+from tools.reference.markdown import code, table
+
+_PAGE = """\
+# Methods
+
+Values of `reduction.method`. `a+b` joins a method that works before the decoder with one in it; `base_only+a` and
+`pixelprune+a` reduce what these two leave. Which one to take: [choosing](../guides/choosing.md). What it costs:
+[right answers](../explanation/quality/quality.md), [time](../explanation/benchmarks/reducers-cpu.md).
+
+{methods}
+## Methods and models
+
+`i`: images, `v`: videos, `-`: not with this model. A server says the same of its model: `modalities` in
+`GET /v1/reducers`. What is particular to a model: [families](families.md).
+
+{models}"""
+
+
+def page() -> str:
+    head = ["Method", "Works", "What it does", "Its own fields"]
+    return _PAGE.format(methods=table(head, map(_row, METHODS.values())), models=_models())
+
+
+def _row(method: Method) -> list[str]:
+    fields = [option.name for option in method.options] + ["decoder"] * (method.decoder_half is not None)
+    fields += ["query"] * method.takes_query
+    paper = f" *{method.paper}*" if method.paper else ""
+    works = method.stage.value.replace("_", " ")
+    return [code(method.name), works, f"{method.summary}{paper}", ", ".join(map(code, fields))]
+
+
+def _models() -> str:
+    """As it stands: it takes a checkpoint of each family to write, and their tests hold it."""
+    found = re.search(f"{re.escape(START)}.*{re.escape(END)}", PAGE.read_text(), re.DOTALL)
+    assert found, f"{PAGE} has no table of models: see tests/engine/method_table.py"
+    return found[0]
