@@ -1,1 +1,1 @@
-"""Who asks and how much of it: keys, their rates, and the check that every guarded route makes."""
+"""Keys, their rates, and the check of every guarded route."""

@@ -21,10 +21,8 @@ class _Slot(ctypes.Structure):
 class SharedCounters(Storage):
     """Named counters in memory that processes inherit when they are spawned: pass the object among their arguments.
 
-    `limits` itself offers memory of one process, or a server such as Redis. A slot is free when it has expired.
-
-    Args:
-        clock: seconds; the same in all processes.
+    `limits` itself offers only memory of one process, or a server such as Redis. A slot is free once it has expired.
+    `clock` must be the same in all processes.
     """
 
     STORAGE_SCHEME = None  # made by hand, not by a URL
@@ -48,7 +46,7 @@ class SharedCounters(Storage):
             return True
 
     def give(self, name: str, number: int = 1) -> None:
-        """Takes back one `take`."""
+        """Undoes a `take`."""
         with self._lock:
             slot = self._slot(name)
             slot.count -= number
@@ -85,11 +83,7 @@ class SharedCounters(Storage):
         return True
 
     def _slot(self, name: str) -> _Slot:
-        """The slot of a name, by linear probing; with the lock held.
-
-        Raises:
-            OverflowError: all slots are in use.
-        """
+        """The slot of a name, by linear probing; the caller holds the lock. Raises OverflowError if none is free."""
         wanted = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest()) or 1
         now = self._clock()
         free = None

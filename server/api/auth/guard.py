@@ -1,4 +1,4 @@
-"""The check of every guarded route: who asks, may they, and is there room."""
+"""The check of every guarded route: who asks, is it allowed, and is there room."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class Guard:
         keyring: the valid keys; None lets everybody in.
         counters: shared with the other API processes.
         capacity: answers that the server works on at once, running and waiting.
-        concurrent: of them for each key whose entry says nothing; None for any number.
-        open_scopes: what needs no key.
+        concurrent: default for keys that set no number of answers in flight; None for any number.
+        open_scopes: need no key.
     """
 
     def __init__(
@@ -56,14 +56,11 @@ class Guard:
         self._concurrent = concurrent
 
     def identify(self, headers: Headers, scope: Scope, header: str | None = None) -> Key | None:
-        """The key that a request brings; None where no keys are asked for.
-
-        Args:
-            header: that may hold it instead of `Authorization`.
+        """The key that a request brings, in `Authorization` or in `header`; None if no key is needed.
 
         Raises:
-            Unauthorized: no key, or not one that is known.
-            Forbidden: the key does not open this.
+            Unauthorized: no key, or an unknown one.
+            Forbidden: the key lacks the scope.
         """
         if self._keyring is None or scope in self._open_scopes:
             return None
@@ -91,7 +88,7 @@ class Guard:
         """Holds places for the answers of a request beyond its first one.
 
         Raises:
-            InvalidRequest: it asks for more than there can ever be.
+            InvalidRequest: more answers than there can ever be.
             Unavailable, TooManyRequests: as for `admit`.
         """
         self._refuse_impossible(key, answers + 1)
@@ -100,10 +97,9 @@ class Guard:
             yield
 
     def refuse_if_full(self, key: Key | None) -> None:
-        """Spares a client, and us, a body that would be refused; the place is not held.
+        """Refuses a request early, before its body is sent; holds no place and does not count towards the rate.
 
-        Raises:
-            Unavailable, TooManyRequests: as for `admit`, but for the rate.
+        Raises Unavailable and TooManyRequests as `admit`.
         """
         with self._places(key):
             pass
@@ -146,25 +142,20 @@ class Guard:
 
 @dataclass(frozen=True, slots=True)
 class CacheSalts:
-    """What the caches that a request uses are divided by; None where everybody shares one.
-
-    Attributes:
-        blocks: of the prefix cache.
-        images: prepared and encoded ones.
-    """
+    """Salts that divide the prefix cache (`blocks`) and the caches of prepared and encoded images; None shares them."""
 
     blocks: str | None
     images: str | None
 
 
 def cache_salts(key: Key | None, chosen: str | None) -> CacheSalts:
-    """Each key has caches of its own. Without keys only the prefix cache is divided, as by vLLM's own `cache_salt`.
+    """Each key has caches of its own. Without keys, `chosen` divides only the prefix cache, as in vLLM.
 
     Args:
         chosen: the client's own `cache_salt`, which divides further.
 
     Raises:
-        InvalidRequest: the client's own salt holds other characters than those of a URL.
+        InvalidRequest: `chosen` holds other characters than those of a URL.
     """
     if chosen is not None and not _SALT.fullmatch(chosen):
         raise InvalidRequest("cache_salt must be 1 to 128 letters, digits or one of ._~-", "cache_salt")
@@ -175,10 +166,8 @@ def cache_salts(key: Key | None, chosen: str | None) -> CacheSalts:
 
 
 def _presented(headers: Headers, header: str | None) -> str:
-    """The bearer token (RFC 6750, section 2.1), or the value of `header`.
-
-    Raises:
-        Unauthorized: there is not exactly one, or it can't be a key.
+    """The bearer token (RFC 6750, section 2.1), or the value of `header`; raises Unauthorized unless there is exactly
+    one.
     """
     sent = headers.getlist("authorization")
     plain = [] if header is None else headers.getlist(header)

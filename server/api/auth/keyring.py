@@ -1,4 +1,4 @@
-"""The keys that are valid now: the file is read again when it changes."""
+"""The currently valid keys: the file is read again when it changes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ _log = logging.getLogger(__name__)
 
 
 class Keyring:
-    """Keys of a file, reloaded within a second of a change; a file that has become unreadable changes nothing.
+    """Keys of a file, reloaded within a second of a change; a file that has become invalid changes nothing.
 
-    Raises:
-        ValueError: the file can't be used.
+    Raises ValueError if the file is invalid at the start.
     """
 
     def __init__(self, path: Path, now: Callable[[], float] = time.monotonic) -> None:
@@ -30,7 +29,7 @@ class Keyring:
         self._next_look = now() + _LOOK_EVERY_S
 
     def find(self, presented: str) -> Key | None:
-        """The key whose hash is that of `presented`, compared with every one of them in the same time."""
+        """The key whose hash is that of `presented`; always compares all of them, in constant time."""
         self._reload_if_changed()
         wanted = digest(presented)
         found = None
@@ -56,7 +55,7 @@ class Keyring:
 
 
 def _version(path: Path) -> tuple[int, ...] | None:
-    """Changes with the file; None while there is none."""
+    """A value that changes with the file; None while there is none."""
     try:
         status = os.stat(path)
     except OSError:

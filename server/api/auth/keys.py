@@ -7,7 +7,7 @@
     concurrent = 32               # optional
     scopes = ["api", "metrics"]   # optional, ["api"] by default
 
-A key is 256 random bits, so that one round of SHA-256 keeps it: slow hashes are for secrets that can be guessed.
+A key is 256 random bits, so one round of SHA-256 is enough: slow hashes are for secrets that can be guessed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationErr
 Scope = Literal["api", "metrics"]
 
 MOST_KEYS = 1000
-"""Keys in one file; each takes a slot or two of `SharedCounters`."""
+"""Most keys in one file; each takes a slot or two of `SharedCounters`."""
 _PREFIX = "fsk-"
 
 
@@ -64,10 +64,8 @@ class Key:
 
     Attributes:
         name: of its owner, for logs.
-        digest: SHA-256 of the key.
-        rate: answers it may ask for in a time; None for any.
-        concurrent: answers it may have in flight; None for as many as the server lets a key have.
-        scopes: what it opens.
+        rate: answers per time; None for any number.
+        concurrent: answers in flight; None for the server's default.
     """
 
     name: str
@@ -77,30 +75,24 @@ class Key:
     scopes: frozenset[Scope] = frozenset({"api"})
 
     def cache_salt(self, chosen: str | None) -> str:
-        """The salt of this key's prompts and images in caches: nobody else's can hit them, whatever salt they send.
+        """The salt of this key's entries in caches, which no other key can hit, whatever salt its client sends.
 
-        Args:
-            chosen: the client's own `cache_salt`, which divides the key's caches further.
+        The client's own `cache_salt`, `chosen`, divides the key's entries further.
         """
         return hmac.new(self.digest, f"cache_salt:{chosen or ''}".encode(), hashlib.sha256).hexdigest()
 
 
 def new_key() -> str:
-    """A key that nobody can guess."""
     return _PREFIX + secrets.token_urlsafe(32)
 
 
 def digest(key: str) -> bytes:
-    """What is kept of a key."""
+    """The hash under which a key is stored."""
     return hashlib.sha256(key.encode()).digest()
 
 
 def read_keys(path: Path) -> tuple[Key, ...]:
-    """The keys of a file.
-
-    Raises:
-        ValueError: the file can't be read, or says something that can't be meant.
-    """
+    """The keys of a file; raises ValueError if it can't be read, or holds invalid entries."""
     try:
         entries = _File.model_validate(tomllib.loads(path.read_text(encoding="utf-8"))).key
     except OSError as error:
@@ -121,11 +113,7 @@ def read_keys(path: Path) -> tuple[Key, ...]:
 
 
 def entry(name: str, key: str, *, rate: str | None, concurrent: int | None, scopes: list[Scope]) -> str:
-    """The lines that let a key in, for the end of a key file.
-
-    Raises:
-        ValueError: they would not be accepted.
-    """
+    """The lines for a key, to append to a key file; raises ValueError if they would not be accepted."""
     fields: dict[str, object] = {"name": name, "sha256": digest(key).hex(), "scopes": scopes}
     fields |= {"rate": rate} if rate is not None else {}
     fields |= {"concurrent": concurrent} if concurrent is not None else {}
@@ -137,6 +125,6 @@ def entry(name: str, key: str, *, rate: str | None, concurrent: int | None, scop
 
 
 def _first(errors: list[Any]) -> str:
-    """The first error, without the value that came: it may be a key pasted where its hash belongs."""
+    """The first error, without the rejected value: it may be a key pasted instead of its hash."""
     place = ".".join(str(part) for part in errors[0]["loc"])
     return f"{place}: {errors[0]['msg']}"

@@ -1,7 +1,7 @@
-"""The kinds of routes: what each asks of a request before it reads the body.
+"""The kinds of routes: what each checks before it reads the body.
 
-A check belongs to the route that was matched: the text of a path can be bent by a header (CVE-2026-48746). FastAPI
-would run a dependency only after it has read and parsed the body, which a stranger could make large.
+A check belongs to the matched route, because a header can bend the text of a path (CVE-2026-48746). A FastAPI
+dependency would run only after the body, which a stranger could make large, was read and parsed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class FoldRoute(APIRoute):
-    """A route whose errors, those of validation too, are rendered by `errors.render`; HEAD where GET is open."""
+    """A route that renders its errors, also those of validation, by `errors.render`, and allows HEAD where it allows
+    GET.
+    """
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         return super().matches({**scope, "method": "GET"} if self._is_head(scope) else scope)
@@ -52,17 +54,16 @@ class FoldRoute(APIRoute):
         return rendered
 
     def explain(self, error: Exception, request: Request) -> Exception:
-        """The error to show for one that a request ended in."""
+        """The error to show for an error that ended a request."""
         shown: Exception = request.app.state.foldserve_lifecycle.explain(error)
         return shown
 
     def render(self, error: Exception) -> Response:
-        """The answer that shows an error."""
         return render(error)
 
 
 class OpenRoute(FoldRoute):
-    """A route for everybody, whose successes are not worth a line in the log."""
+    """A route for everybody, whose successful requests are not logged."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope.setdefault("state", {})["foldserve_quiet"] = True
@@ -70,11 +71,11 @@ class OpenRoute(FoldRoute):
 
 
 class GuardedRoute(FoldRoute):
-    """A route that needs a key where the server has keys, and a server that is not about to end."""
+    """A route that needs a key if the server has keys, and a server that is not shutting down."""
 
     key_scope: ClassVar[KeyScope] = "api"
     key_header: ClassVar[str | None] = None
-    """Of the key, where it need not be `Authorization`."""
+    """Header that may hold the key instead of `Authorization`."""
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
         state = scope["app"].state
@@ -89,10 +90,8 @@ class GuardedRoute(FoldRoute):
             await super().handle(scope, receive, send)
 
     def admit(self, held: ExitStack, state: State, key: Key | None, scope: Scope) -> None:
-        """Enters into `held` what the request occupies until its answer has been sent.
-
-        Raises:
-            FoldserveError: there is no room.
+        """Enters into `held` what the request occupies until its answer has been sent; raises FoldserveError if there
+        is no room.
         """
         held.enter_context(state.foldserve_lifecycle.request())
 
@@ -100,8 +99,8 @@ class GuardedRoute(FoldRoute):
 class WorkRoute(GuardedRoute):
     """A guarded route that makes the model work: it counts towards a key's rate, and takes a place in the queue.
 
-    It does so once its body is whole (`take_place`): a client that sends slowly keeps nobody else out. The places are
-    free when the last of the answer is sent: a client that has it may ask again at once, another API process too.
+    It takes the place once its body is whole (`take_place`), so that a slow client keeps nobody out. It frees the place
+    when the last of the answer is sent, so that the client may ask again at once, even another API process.
     """
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -121,22 +120,14 @@ class WorkRoute(GuardedRoute):
 
 
 def take_place(scope: Scope) -> None:
-    """Holds the place of a `WorkRoute`'s request until the last of its answer is sent.
-
-    Raises:
-        FoldserveError: there is no room.
-    """
+    """Holds a `WorkRoute` request's place until the last of its answer is sent; raises FoldserveError if it is full."""
     state = scope["state"]
     guard: Guard = scope["app"].state.foldserve_guard
     state[_PLACES].enter_context(guard.admit(state["foldserve_key"]))
 
 
 def take_further_places(scope: Scope, answers: int) -> None:
-    """The same for the answers that a request asks for beyond the first.
-
-    Raises:
-        FoldserveError: there is no room, or can't ever be.
-    """
+    """Holds places for the answers beyond the first; raises FoldserveError if there is no room, or can't ever be."""
     if answers:
         state = scope["state"]
         guard: Guard = scope["app"].state.foldserve_guard
@@ -144,7 +135,7 @@ def take_further_places(scope: Scope, answers: int) -> None:
 
 
 class MetricsRoute(GuardedRoute):
-    """A route for whoever watches the server, to its last moment."""
+    """A route for monitoring, open until the server's end."""
 
     key_scope = "metrics"
 
@@ -153,4 +144,4 @@ class MetricsRoute(GuardedRoute):
         await super().handle(scope, receive, send)
 
     def admit(self, held: ExitStack, state: State, key: Key | None, scope: Scope) -> None:
-        """Nothing: a scrape must not hold up the end, nor be refused on the way there."""
+        """Enters nothing: a scrape must not delay shutdown, nor be refused during it."""
