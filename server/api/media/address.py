@@ -22,8 +22,8 @@ _LABEL = r"[a-z0-9_](?:[a-z0-9_-]{0,61}[a-z0-9_])?"
 _NAME = re.compile(rf"(?=.{{1,253}}\Z){_LABEL}(?:\.{_LABEL})*", re.IGNORECASE)
 _NUMBER = re.compile(r"[0-9]+|0x[0-9a-f]*", re.IGNORECASE)
 
-# IPv6 has one block of global unicast addresses (RFC 4291, IANA's registry), and these inside it are not hosts of the
-# internet or hide an IPv4 address: protocol assignments with Teredo, documentation, 6to4. NAT64 lies outside.
+# IPv6 has one block of global unicast addresses (RFC 4291, IANA's registry). These networks inside it are not hosts of
+# the internet, or hide an IPv4 address: protocol assignments with Teredo, documentation, 6to4. NAT64 lies outside.
 _GLOBAL_V6 = IPv6Network("2000::/3")
 _NOT_GLOBAL_V6 = tuple(map(IPv6Network, ("2001::/23", "2001:db8::/32", "2002::/16", "3fff::/20")))
 _RELAYS_V4 = ipaddress.IPv4Network("192.88.99.0/24")  # 6to4, RFC 7526
@@ -48,20 +48,14 @@ def is_public(text: str) -> bool:
 class Policy:
     """The operator's choice of hosts.
 
-    Attributes:
-        domains: the only hosts that may be asked; empty for all.
-        private_hosts: hosts that may have an address which is not public.
+    `domains` are the only hosts that may be asked (empty: all). `private_hosts` may have addresses that are not public.
     """
 
     domains: Collection[str] = ()
     private_hosts: Collection[str] = ()
 
     def check(self, text: str) -> URL:
-        """The parsed URL of an image.
-
-        Raises:
-            RefusedUrl: not a plain http(s) URL of a permitted host.
-        """
+        """Parses the URL of an image; raises RefusedUrl unless it is a plain http(s) URL of a permitted host."""
         url = _parse(text)
         host = _host(url)
         if self.domains and host not in self.domains:
@@ -71,19 +65,14 @@ class Policy:
         return url
 
     def permits(self, host: str, address: str) -> bool:
-        """Whether a connection to `address`, which `host` resolves to, may be opened."""
+        """Whether a connection to `address`, to which `host` resolves, may be opened."""
         return is_public(address) or host.removesuffix(".").lower() in self.private_hosts
 
 
 def join(base: URL, location: str) -> str:
-    """The URL that a redirect from `base` leads to, still to be checked.
+    """The URL that a redirect leads to, not yet checked; raises RefusedUrl if it is not a URL.
 
-    Args:
-        base: of the redirect.
-        location: the header, a relative or absolute URL; servers leave spaces and other scripts in paths unescaped.
-
-    Raises:
-        RefusedUrl: not a URL.
+    `location` is the header, relative or absolute; servers leave spaces and other scripts in paths unescaped.
     """
     authority, path = _AUTHORITY.fullmatch(location).groups()  # type: ignore[union-attr]  # anything matches
     escaped = _UNESCAPED.sub(
@@ -114,7 +103,7 @@ def _read(text: str) -> URL:
     if _NEVER_IN_A_URL.search(text):
         raise RefusedUrl("the URL holds a space, a backslash or a control character: percent-encode them")
     try:
-        url = URL(text, encoded=text.isascii())  # as it is, so that signatures stay valid; other scripts are encoded
+        url = URL(text, encoded=text.isascii())  # unchanged, so that signatures stay valid; other scripts are encoded
         _ = url.raw_host, url.port  # parsed when first asked for
     except (ValueError, IndexError) as error:  # IndexError: yarl on "http://[]@/"
         raise RefusedUrl("this is not a valid URL") from error
@@ -126,7 +115,7 @@ def _host(url: URL) -> str:
     host = str(url.raw_host).lower().removesuffix(".")
     if _is_literal(host):
         return host
-    # What ends in a number is an IPv4 address to many parsers: 127.1, 0x7f.1, 2130706433. One spelling is enough.
+    # Many parsers read what ends in a number as an IPv4 address: 127.1, 0x7f.1, 2130706433. One spelling is enough.
     if not _NAME.fullmatch(host) or _NUMBER.fullmatch(host.rpartition(".")[2]):
         raise RefusedUrl("the URL's host is neither a name nor an address in its usual spelling")
     return host

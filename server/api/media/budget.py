@@ -1,4 +1,4 @@
-"""What all images and videos of one request may cost together."""
+"""Limits over all images and videos of one request."""
 
 from __future__ import annotations
 
@@ -19,12 +19,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Budget:
-    """Counts down over the images and videos of one request, which several threads read.
+    """Counts over the images and videos of one request, which several threads read.
 
-    Attributes:
-        limits: the bounds.
-        bytes_used: size of the files so far.
-        pixels_used: width x height so far, of images and of frames that are taken, from the files' headers.
+    `pixels_used` is width x height of images and of frames that are taken, from the files' headers.
     """
 
     limits: Limits
@@ -35,14 +32,12 @@ class Budget:
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def most_bytes(self, modality: Modality) -> int:
-        """Of one file."""
         return self.limits.max_image_bytes if modality == "image" else self.limits.max_video_bytes
 
     def check_file(self, size: int, modality: Modality = "image") -> None:
-        """Refuses a file of `size` bytes, before they are read where the size is announced.
+        """Refuses a file of `size` bytes, before it is read if the size is announced.
 
-        Raises:
-            LimitExceeded: too large alone, or together with the images before.
+        Raises LimitExceeded if it is too large, alone or together with the files before.
         """
         if size > self.most_bytes(modality):
             most = f"{self.most_bytes(modality) / 1e6:g} MB"
@@ -51,11 +46,7 @@ class Budget:
             raise self._too_large()
 
     def spend_bytes(self, size: int) -> None:
-        """Counts bytes that have come.
-
-        Raises:
-            LimitExceeded: too many.
-        """
+        """Counts received bytes; raises LimitExceeded if there are too many."""
         with self._lock:
             self.bytes_used += size
         if self.bytes_used > self.limits.max_media_bytes:
@@ -65,21 +56,16 @@ class Budget:
         return LimitExceeded(f"the request's files are larger than {self.limits.max_media_mb:g} MB together")
 
     def admit_frames(self, count: int, width: int, height: int) -> None:
-        """Checks a video's frames, each like an image, and counts their pixels.
-
-        Raises:
-            LimitExceeded: too small, too long, or too much for one request.
-        """
+        """Checks a video's frames, each like an image, and counts their pixels; raises LimitExceeded as `admit`."""
         self._check_shape(width, height)
         self._count(count * width * height)
         with self._lock:
             self._held_pixels += count * width * height
 
     def admit(self, file: ImageFile) -> ImageFile:
-        """Checks an image by its header and counts its pixels; one that is too large may come back to be scaled down.
+        """Checks an image by its header and counts its pixels; `--oversized scale` scales a too large one down.
 
-        Raises:
-            LimitExceeded: too small, too large, too long, or too much for one request.
+        Raises LimitExceeded for an image that is too small, too large, too long, or too much for one request.
         """
         if self.limits.oversized == "refuse" or self._excess(*file.size) is None:
             self.spend_pixels(*file.size)
@@ -98,18 +84,14 @@ class Budget:
         return scaled
 
     def spend_pixels(self, width: int, height: int) -> None:
-        """Checks an image's size, as its header gives it, and counts it.
-
-        Raises:
-            LimitExceeded: too small, too large, too long, or too much for one request.
-        """
+        """Checks an image's size from its header, and counts it; raises LimitExceeded as `admit`."""
         self._check_shape(width, height)
         if excess := self._excess(width, height):
             raise LimitExceeded(f"{_named(width, height)}: {excess}")
         self._count(width * height)
 
     def _check_shape(self, width: int, height: int) -> None:
-        """What scaling down doesn't mend."""
+        """Checks what scaling down can't mend."""
         limits = self.limits
         short, long = sorted((width, height))
         if short < limits.min_image_side:
@@ -120,7 +102,7 @@ class Budget:
             )
 
     def _excess(self, width: int, height: int) -> str | None:
-        """What is too large about it, with a remedy."""
+        """What is too large about an image, with a remedy; None if nothing is."""
         limits = self.limits
         if width * height > limits.max_image_pixels:
             return f"too many pixels, more than {limits.max_image_megapixels:g} megapixels; make it smaller"
@@ -139,7 +121,7 @@ class Budget:
 
     @property
     def room_pixels(self) -> int:
-        """What they need of a `Room`, decoded one after the other."""
+        """Pixels of a `Room` for all of them, decoded one after the other."""
         return self._held_pixels + self._decoding_pixels
 
     def _hold(self, file: ImageFile) -> None:

@@ -1,7 +1,7 @@
-"""Hands videos that the guard has loaded to vLLM, in the place of what would fetch them.
+"""Gives vLLM the videos that the guard has loaded, through a media connector that fetches nothing.
 
-vLLM has a form of a message's part for a decoded image, but none for a decoded video: only a URL, which its media
-connector fetches. The connector that is registered here knows the URLs that the guard has made up, and fetches nothing.
+vLLM takes a decoded image as part of a message, but a video only as a URL for its media connector. The connector
+registered here knows the URLs that the guard makes up.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from foldserve.server.api.errors import FoldserveError
 
 _SCHEME = "foldserve-loaded:"
 _loaded: dict[str, Any] = {}
-"""Of requests that are being rendered: vLLM makes a connector for each, and gives it nothing of ours."""
+"""Of requests that are being rendered. A global, since vLLM makes a connector for each and gives it nothing of ours."""
 
 
 def lend(video: Any) -> str:
-    """A URL under which vLLM gets this video, until it is taken back."""
+    """A URL under which vLLM gets this video, until `take_back`."""
     url = _SCHEME + secrets.token_hex(16)
     _loaded[url] = video
     return url
 
 
 def take_back(url: str) -> None:
-    """Ends a loan; another URL than `lend` gave may come too."""
+    """Ends a loan; ignores URLs that `lend` did not give."""
     _loaded.pop(url, None)
 
 
 class LoadedMedia(MediaConnector):
-    """Knows what has been lent. Everything else is refused: what a client names is loaded under the server's limits."""
+    """Serves lent videos and refuses everything else, since media of clients are loaded under the server's limits."""
 
     async def fetch_video_async(self, video_url: str, **_: Any) -> Any:
         if video_url not in _loaded:
@@ -46,5 +46,5 @@ class LoadedMedia(MediaConnector):
 
 
 def register() -> None:
-    """Takes the place of vLLM's connector, in this process; again changes nothing."""
+    """Replaces vLLM's connector in this process. Idempotent."""
     MEDIA_CONNECTOR_REGISTRY.register("http")(LoadedMedia)

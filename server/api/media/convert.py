@@ -1,4 +1,4 @@
-"""Pixels in the mode that the model wants, as vLLM converts them, but for the memory: strip by strip."""
+"""Converts pixels to the model's mode as vLLM does, but strip by strip, to save memory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ Colour = tuple[int, int, int]
 
 
 def converted(image: Image.Image, mode: str | None, background: Colour) -> Image.Image:
-    """The image itself where there is nothing to convert.
+    """The image itself if there is nothing to convert.
 
     Args:
-        image: decoded.
         mode: Pillow's; None keeps the image's own.
         background: RGB colour behind transparent pixels.
     """
@@ -33,9 +32,9 @@ def converted(image: Image.Image, mode: str | None, background: Colour) -> Image
 
 
 def _with_alpha(image: Image.Image) -> Image.Image:
-    """An image whose colour key, if Pillow's later steps would miss it, has become an alpha channel.
+    """Turns a colour key that Pillow's later steps would miss into an alpha channel.
 
-    Shades of 16 bits are scaled to 8: Pillow's own conversion clips them to white.
+    Scales 16-bit shades to 8 bits, which Pillow's own conversion clips to white.
     """
     key = image.info.get("transparency")
     if image.mode == "RGB" and key is not None:

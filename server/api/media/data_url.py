@@ -1,4 +1,4 @@
-"""`data:` URLs (RFC 2397): a media type, parameters that change nothing, base64 with its padding."""
+"""`data:` URLs (RFC 2397): a media type, parameters without effect, base64 with padding."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _LONGEST_HEAD = 4096
 _PERCENT = ord("%")
 _HEX = np.array([int(chr(c), 16) if chr(c) in "0123456789abcdefABCDEF" else 255 for c in range(256)], np.uint8)
 
-# Tokens are RFC 2045's. What stands in a parameter is taken as browsers do, anything up to the next semicolon or comma;
-# in quotes these too. The quantifiers don't give back: whatever comes, one pass tells.
+# Tokens are RFC 2045's. Parameters are read as browsers do: anything up to the next semicolon or comma, in quotes these
+# too. The quantifiers are possessive, so one pass is enough for any input.
 _TOKEN = r"[!#$%&'*+\-.^_`{|}~0-9a-z]++"
 _VALUE = r'(?:"(?:[^"\\\x00-\x1f\x7f]|\\[^\x00-\x1f\x7f])*+"|[^";,\x00-\x1f\x7f]*+)'
 _PICTURES = re.compile(r"data:video/jpe?g;", re.IGNORECASE)
@@ -32,15 +32,15 @@ def is_data_url(url: str) -> bool:
 
 
 def is_pictures(url: str) -> bool:
-    """Whether this is a video as a list of pictures: `data:video/jpeg;base64,` and their data, with commas between."""
+    """Whether this is a video as a list of pictures: `data:video/jpeg;base64,`, then data, separated by commas."""
     return _PICTURES.match(url) is not None
 
 
 def read(url: str, budget: Budget, modality: Modality = "image") -> bytes:
-    """The bytes that the URL holds.
+    """The decoded bytes of a URL.
 
     Raises:
-        InvalidImage: another form than `data:image/TYPE;base64,DATA`, with or without parameters.
+        InvalidImage: not of the form `data:image/TYPE;base64,DATA`, with or without parameters.
         LimitExceeded: too large.
     """
     return _decoded(url[_data(url, modality) :], budget, modality)
@@ -50,8 +50,8 @@ def read_pictures(url: str, budget: Budget, most: int) -> list[bytes]:
     """The files in a list of pictures.
 
     Raises:
-        InvalidImage: one is no base64, or there are more than `most`.
-        LimitExceeded: too large.
+        InvalidImage: one is not base64.
+        LimitExceeded: more than `most`, or too large.
     """
     data = url[_data(url, "video") :]
     count = data.count(",") + 1
@@ -61,7 +61,7 @@ def read_pictures(url: str, budget: Budget, most: int) -> list[bytes]:
 
 
 def _data(url: str, modality: Modality) -> int:
-    """Where they begin."""
+    """Offset of the base64 data."""
     head = _HEADS[modality].match(url, 0, _LONGEST_HEAD)
     if head is None:
         raise InvalidImage(f"a data: URL must have the form data:{modality}/TYPE;base64,DATA")
@@ -82,10 +82,9 @@ def _decoded(text: str, budget: Budget, modality: Modality) -> bytes:
 
 
 def _unescaped(data: bytes) -> bytes:
-    """Percent escapes replaced: some clients write + / = so. By arrays, for there may be ten million of them.
+    """Replaces percent escapes, in which some clients write + / =; raises ValueError for a sign without two digits.
 
-    Raises:
-        ValueError: a percent sign without two hexadecimal digits.
+    Uses arrays, since there may be ten million.
     """
     if _PERCENT not in data:
         return data

@@ -1,4 +1,4 @@
-"""From an image file to RGB pixels, as vLLM would make them, for the formats of the web only."""
+"""Decodes image files of the web's formats to RGB pixels, as vLLM would."""
 
 from __future__ import annotations
 
@@ -21,15 +21,14 @@ from foldserve.server.api.media import jpeg, png, webp
 from foldserve.server.api.media.bare import BareFile
 from foldserve.server.api.media.convert import Colour, converted
 
-_BYTES_OF_MODE = {"1": 1, "L": 1, "P": 1, "I;16": 2}  # a pixel, in Pillow's memory; 4 in all others
-_WEBP_CANVAS_BYTES = 16  # two of them, the frame, and what lossless decoding needs
-_JPEG_SCALES = (2, 4, 8)
-"""libjpeg decodes at these fractions of the size, for less memory and time."""
+_BYTES_OF_MODE = {"1": 1, "L": 1, "P": 1, "I;16": 2}  # bytes a pixel in Pillow's memory; 4 in all others
+_WEBP_CANVAS_BYTES = 16  # two canvases, the frame, and what lossless decoding needs
+_JPEG_SCALES = (2, 4, 8)  # libjpeg decodes at these fractions of the size, for less memory and time
 
 
 @dataclass(frozen=True, slots=True)
 class _Format:
-    """A format of the web: how to tell it, what of a file makes pixels, and who decodes it."""
+    """A format of the web: its first bytes, its part that makes pixels, and its decoder."""
 
     magic: bytes
     bare: Callable[[bytes], BareFile]
@@ -50,11 +49,10 @@ class ImageFile:
     """A file whose header has been read.
 
     Attributes:
-        content: the bytes.
-        bare: what of them makes pixels.
+        bare: the part of `content` that makes pixels.
         image: not decoded yet.
         size: width and height in the header.
-        largest: what the decoded image is scaled down to; None leaves it as it is.
+        largest: size to which the decoded image is scaled down; None: not scaled.
     """
 
     content: bytes
@@ -68,7 +66,7 @@ class ImageFile:
         """Reads the header.
 
         Raises:
-            InvalidImage: not one of the formats, or damaged.
+            InvalidImage: another format, or damaged.
             LimitExceeded: more pixels than Pillow finds safe.
         """
         format = next((format for format in _FORMATS if content.startswith(format.magic)), None)
@@ -87,13 +85,13 @@ class ImageFile:
 
     @property
     def decoded_pixels(self) -> int:
-        """What a decoder holds at once."""
+        """Pixels that a decoder holds at once."""
         width, height = self.size if self.bare.has_scans else self.image.size
         return width * height
 
     @property
     def decoding_bytes(self) -> int:
-        """Memory at the widest, when the result is there and what it was made of still too."""
+        """Peak memory, while both the result and its source exist."""
         width, height = self.image.size
         source = _BYTES_OF_MODE.get(self.image.mode, 4)
         beside = _WEBP_CANVAS_BYTES if isinstance(self.image, WebPImageFile) else 0
@@ -104,7 +102,7 @@ class ImageFile:
         return decoding
 
     def scaled(self, width: int, height: int) -> ImageFile:
-        """The same file, decoded to this size at most; a JPEG without ever holding a larger one, if possible."""
+        """The same file, decoded to at most this size; a JPEG, if possible, without ever holding a larger one."""
         if isinstance(self.image, JpegImageFile):
             full = self.size
             fitting = (s for s in _JPEG_SCALES if -(-full[0] // s) <= width and -(-full[1] // s) <= height)
@@ -113,7 +111,7 @@ class ImageFile:
         return replace(self, largest=(width, height))
 
     def decode(self, mode: str | None = "RGB", background: Colour = (255, 255, 255)) -> Any:
-        """The pixels of the first frame, upright, with vLLM's wrapper that gives them the identity of the file.
+        """The upright pixels of the first frame, in vLLM's wrapper, which identifies them by the file.
 
         Args:
             mode: Pillow's; None keeps the file's own.
@@ -139,7 +137,6 @@ class ImageFile:
             raise _damaged() from error
 
     def _upright(self, image: Image.Image) -> Image.Image:
-        """Turned as the file says."""
         if self.bare.orientation == 1:
             return image
         image.getexif()[ExifTags.Base.Orientation] = self.bare.orientation

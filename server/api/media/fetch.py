@@ -1,4 +1,4 @@
-"""Images and videos over HTTP. Names are resolved once, and only addresses that passed the check are connected to."""
+"""Fetches images and videos by HTTP. Resolves names once, and connects only to addresses that passed the check."""
 
 from __future__ import annotations
 
@@ -24,16 +24,10 @@ _HEADERS = {"Accept-Encoding": "identity", "User-Agent": "foldserve"}
 
 
 class CheckedResolver(AbstractResolver):
-    """Resolves a name and refuses it if any of its addresses is one that may not be asked.
+    """Resolves a name, and refuses it if any of its addresses may not be asked.
 
-    Any, not all: an answer that mixes public and private addresses is an attack or a mistake.
-
-    Args:
-        policy: what is permitted.
-        resolver: does the work; by default the system's.
-
-    Attributes:
-        permitted: the addresses that passed.
+    Any, not all: an answer that mixes public and private addresses is an attack or a mistake. `permitted` collects the
+    addresses that passed. The default resolver is the system's.
     """
 
     def __init__(self, policy: Policy, resolver: AbstractResolver | None = None) -> None:
@@ -57,12 +51,9 @@ class CheckedResolver(AbstractResolver):
 
 
 class Fetcher:
-    """Fetches the files of one request. Make it with `open_fetcher`.
+    """Fetches the files of one request. Made by `open_fetcher`.
 
-    Args:
-        session: without redirects, decompression, cookies and proxies of its own.
-        policy: which hosts may be asked.
-        budget: of the request.
+    `session` must have no redirects, decompression, cookies or proxies of its own.
     """
 
     def __init__(self, session: aiohttp.ClientSession, policy: Policy, budget: Budget) -> None:
@@ -75,7 +66,7 @@ class Fetcher:
 
         Raises:
             RefusedUrl: the URL, or one that it redirects to, may not be asked.
-            ImageUnavailable: no answer, or another than a whole file.
+            ImageUnavailable: no answer, or not a whole file.
             LimitExceeded: too large.
         """
         most = self._budget.limits.max_media_redirects
@@ -90,7 +81,7 @@ class Fetcher:
         raise ImageUnavailable(f"the image's server redirects more than {most} times")
 
     async def _ask(self, target: URL, modality: Modality) -> bytes | str:
-        """The file, or where it is instead."""
+        """The file, or the location of a redirect."""
         try:
             headers = {"Accept": f"{modality}/*", **_HEADERS}
             async with self._session.get(target, headers=headers, allow_redirects=False) as response:
@@ -122,12 +113,12 @@ class Fetcher:
 
 @asynccontextmanager
 async def open_fetcher(policy: Policy, budget: Budget, names: AbstractResolver | None = None) -> AsyncIterator[Fetcher]:
-    """A fetcher whose connections end with the request: nothing is shared between users."""
+    """A fetcher whose connections end with the request, so that users share none."""
 
     resolver = CheckedResolver(policy, names)
 
     def checked_socket(info: Any) -> socket.socket:
-        """The second check, of the address itself, where every connection passes whatever led to it."""
+        """Checks the address itself again, since every connection comes through here."""
         family, kind, protocol, _, (address, *_) = info
         if address not in resolver.permitted and not policy.permits(address, address):
             raise PermissionError("not a permitted address")
@@ -140,7 +131,7 @@ async def open_fetcher(policy: Policy, budget: Budget, names: AbstractResolver |
             connector=connector,
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None),  # the guard's own bound covers all images
+            timeout=aiohttp.ClientTimeout(total=None),  # the guard's own limit covers all images
             trust_env=False,
         ) as session,
     ):
@@ -149,7 +140,7 @@ async def open_fetcher(policy: Policy, budget: Budget, names: AbstractResolver |
 
 @contextmanager
 def _blaming_redirect(redirects: int) -> Iterator[None]:
-    """Errors from inside say so if it was not the request's own URL that they are about."""
+    """Makes errors say that they are about a redirect, unless they are about the request's own URL."""
     try:
         yield
     except (RefusedUrl, ImageUnavailable) as error:
@@ -159,7 +150,7 @@ def _blaming_redirect(redirects: int) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, in words of our own: the libraries' name addresses."""
+    """The fault in our own words, since those of the libraries name addresses."""
     if isinstance(error, aiohttp.ClientSSLError):
         return "the image's server has no valid TLS certificate for its host name"
     if isinstance(error, aiohttp.ClientConnectorDNSError):

@@ -1,4 +1,4 @@
-"""A chat's images and videos: loaded under the request's budget and put into its messages; vLLM fetches nothing."""
+"""Loads a chat's images and videos under the request's budget, and puts them into its messages; vLLM fetches none."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from foldserve.server.video.decoder import VideoDecoder
 
 
 class Decoded(NamedTuple):
-    """What an image or a video was found to be.
+    """Size and times of a decoded image or video.
 
-    Attributes:
-        size: (width, height) in pixels, upright; of a large image after it was shrunk.
-        times: of a video's frames, in seconds since the first of the file.
+    `size` is (width, height) in pixels, upright and, of a large image, after scaling down. `times` are those of a
+    video's
+    frames, in seconds since the first of the file.
     """
 
     size: tuple[int, int]
@@ -45,17 +45,16 @@ class Decoded(NamedTuple):
 
 DecodedMedia: TypeAlias = Mapping[Modality, Sequence[Decoded]]
 _T = TypeVar("_T")
-_DECODED_PER_S, _READ_PER_S = 20e6, 200e6  # pixels and bytes, roughly: for the order in a queue
+_DECODED_PER_S, _READ_PER_S = 20e6, 200e6  # pixels and bytes, roughly, to order a queue
 
 
 class MediaGuard:
     """Loads images and videos for all requests of a process.
 
     Args:
-        limits: bounds of one request.
-        domains: the only hosts that they may come from, vLLM's `--allowed-media-domains`; empty for all.
+        domains: the only hosts to load from, vLLM's `--allowed-media-domains`; empty for all.
         media_io_kwargs: vLLM's `--media-io-kwargs`, of which `image` counts.
-        processor: the one thread in which vLLM works on them next.
+        processor: vLLM's single thread that processes media next.
     """
 
     def __init__(
@@ -75,7 +74,7 @@ class MediaGuard:
         self._processor = processor
         self._videos = VideoDecoder()
         self._names = NamesInTurn(SystemResolver())
-        options = ImageMediaIO(**{"image_mode": "RGB", **(media_io_kwargs or {}).get("image", {})})  # checks them
+        options = ImageMediaIO(**{"image_mode": "RGB", **(media_io_kwargs or {}).get("image", {})})  # validates
         self._mode: str | None = options.image_mode
         self._background: tuple[int, int, int] = options.rgba_background_color
 
@@ -83,18 +82,17 @@ class MediaGuard:
     async def loaded(
         self, messages: Sequence[Any], owner: str | None = None, salt: str | None = None
     ) -> AsyncIterator[DecodedMedia]:
-        """While it is entered, each part of `messages` with a URL is one that vLLM takes a decoded image or video from.
+        """Replaces each media URL in `messages` by the decoded image or video, as long as the context is entered.
 
-        After that an empty URL stands there: pixels are not kept while the answer is generated.
+        Afterwards an empty URL stands there, so that no pixels are kept while the answer is generated.
 
         Args:
-            messages: of the chat.
-            owner: name of the key that asks; images of one are decoded in turn with those of others.
-            salt: becomes part of each image's and video's identity, by which all caches go; None leaves images vLLM's.
+            owner: name of the key that asks; its images are decoded in turn with those of other owners.
+            salt: becomes part of each item's identity in all caches; None keeps vLLM's identity.
 
         Raises:
-            InvalidRequest: one that can't be had or is refused; `param` names its URL.
-            Unavailable: those of other requests leave no room.
+            InvalidRequest: an item can't be loaded or is refused; `param` names its URL.
+            Unavailable: other requests leave no room.
         """
         places = list(places_of_media(messages))
         async with self._room.share() as share:
@@ -106,7 +104,7 @@ class MediaGuard:
                     _put(place, item, salt)
                 yield _decoded(places, items)
             except BaseException:
-                if items and self._processor is not None:  # it may be at work still, and takes one thing after another
+                if items and self._processor is not None:  # it may still be at work, and does one thing after another
                     share.hold_for(self._processor.submit(_let_go, items))
                 raise
             else:
@@ -116,7 +114,7 @@ class MediaGuard:
                     _remove(place)
 
     async def _load_all(self, places: Sequence[Place], turn: Turn) -> list[Any]:
-        """All of them, before one is put into the messages: a refusal leaves no pixels there."""
+        """Loads all before one is put into the messages, so that a refusal leaves no pixels there."""
         if not places:
             return []
         budget = Budget(self._limits)
@@ -127,7 +125,7 @@ class MediaGuard:
         return [await self._decode(place, files.pop(0), turn) for place in places]  # none is kept once it is decoded
 
     async def _load_one(self, place: Place, budget: Budget, turn: Turn) -> Any:
-        """The usual one, an image in one visit to a thread where there is room: each visit costs 0.1 ms."""
+        """Loads a single image in one visit to a thread if there is room: each visit costs 0.1 ms."""
         content = None
         if not data_url.is_data_url(place.url):
             names = self._names.of_request(turn.owner)
@@ -151,7 +149,7 @@ class MediaGuard:
         return budget.admit(ImageFile.open(content))
 
     def _load_here(self, place: Place, content: bytes | None, budget: Budget, turn: Turn) -> Any:
-        """The pixels; or their file if there are many, or where there is no room for them yet."""
+        """The pixels; or the file if it is large, or if there is no room yet."""
         file = self._open_here(place, content, budget)
         if is_large(budget.room_pixels) or not turn.share.take_now(budget.room_pixels):
             return file
@@ -168,7 +166,6 @@ class MediaGuard:
         return [await self._open(place, content, budget, turn) for place, content in zip(places, contents, strict=True)]
 
     async def _fetch(self, place: Place, fetcher: Fetcher | None) -> bytes | None:
-        """None for a `data:` URL."""
         if fetcher is None or data_url.is_data_url(place.url):
             return None
         with place.named():
@@ -186,7 +183,7 @@ class MediaGuard:
 
     @asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:
-        """Bounds the seconds that all files of a request may take to come."""
+        """Bounds the time in which all files of a request must arrive."""
         seconds = self._limits.max_media_seconds
         try:
             async with asyncio.timeout(seconds):
@@ -200,7 +197,7 @@ class MediaGuard:
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
-    """How much work something is."""
+    """The expected work of a job."""
 
     seconds: float
     is_large: bool = False
@@ -226,7 +223,7 @@ def _decoded(places: Sequence[Place], items: Sequence[Any]) -> DecodedMedia:
 
 
 def _put(place: Place, item: Any, salt: str | None) -> None:
-    """As a part that vLLM takes it from."""
+    """Puts a loaded item into its message, in a form that vLLM takes."""
     if isinstance(item, LoadedVideo):
         place.put({"type": "video_url", "video_url": {"url": connector.lend(item.for_vllm(salt))}})
         return
@@ -236,7 +233,7 @@ def _put(place: Place, item: Any, salt: str | None) -> None:
 
 
 def _remove(place: Place) -> None:
-    """An empty URL instead."""
+    """Replaces a loaded item by an empty URL."""
     field = URL_FIELDS[place.modality]
     part = place.parts[place.index]
     if place.modality == "video" and isinstance(part[field], dict):
@@ -245,7 +242,7 @@ def _remove(place: Place) -> None:
 
 
 def _let_go(items: Sequence[Any]) -> None:
-    """Frees the pixels: vLLM's renderer leaves the images in a cycle, for Python's garbage collection to find."""
+    """Frees the pixels now: vLLM's renderer leaves images in a cycle that waits for garbage collection."""
     for item in items:
         if isinstance(item, LoadedVideo):
             item.frames.release()
@@ -255,7 +252,7 @@ def _let_go(items: Sequence[Any]) -> None:
 
 
 async def _all(tasks: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
-    """The results in order; the first failure ends the other tasks, and is raised."""
+    """The results in order; the first failure cancels the other tasks, and is raised."""
     try:
         async with asyncio.TaskGroup() as group:
             running = [group.create_task(task) for task in tasks]
@@ -265,11 +262,7 @@ async def _all(tasks: Sequence[Coroutine[Any, Any, _T]]) -> list[_T]:
 
 
 def media_guard(model: ModelConfig, limits: Limits, processor: Executor | None = None) -> MediaGuard:
-    """The guard for a served model, with what vLLM's own options say about images; videos go through it alone.
-
-    Raises:
-        ValueError: an option that would be ignored.
-    """
+    """The guard for a served model, with vLLM's options for images; raises ValueError for one that it would ignore."""
     if model.allowed_local_media_path:
         raise ValueError("--allowed-local-media-path: images are never read from the server's disk, leave it out")
     config = model.multimodal_config

@@ -1,4 +1,4 @@
-"""JPEG files: their scans, and what of them makes pixels."""
+"""JPEG files: their scans, and their parts that make pixels."""
 
 from __future__ import annotations
 
@@ -17,16 +17,13 @@ _MARKER = re.compile(rb"\xff[^\x00\x01\xd0-\xd7\xff]")
 _SOI, _EOI, _SOS, _COM = 0xD8, 0xD9, 0xDA, 0xFE
 _APP0, _APP1, _APP14, _APP15 = 0xE0, 0xE1, 0xEE, 0xEF
 _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
-_OF_PIXELS = {_APP0: b"JFIF\0", _APP14: b"Adobe"}  # libjpeg reads from them how colours are stored
+_OF_PIXELS = {_APP0: b"JFIF\0", _APP14: b"Adobe"}  # libjpeg reads from these how colours are stored
 
 
 def bare(content: bytes) -> BareFile:
-    """The file without the metadata before its first scan.
+    """The file without the metadata before its first scan; raises InvalidImage for too many scans or segments.
 
-    Only its first image is looked at: behind its end may come a video, a gain map, further images.
-
-    Raises:
-        InvalidImage: too many scans or segments.
+    Only the first image is read: a video, a gain map or further images may follow it.
     """
     cutter, exif, xmp = Cutter(content), bytearray(), b""
     scans = segments = 0
@@ -42,7 +39,7 @@ def bare(content: bytes) -> BareFile:
         elif not scans and _is_metadata(code, content, start):
             cutter.drop(found.start(), at)
             if code == _APP1 and content.startswith(_EXIF, start) and len(exif) < _MOST_EXIF_BYTES:
-                exif += content[start + len(_EXIF) : at]  # may go on in the next segment
+                exif += content[start + len(_EXIF) : at]  # may continue in the next segment
             elif code == _APP1 and content.startswith(_XMP, start):
                 xmp = content[start:at]
     return BareFile(cutter.result(), orientation(bytes(exif), xmp), has_scans=scans > 1)

@@ -1,4 +1,4 @@
-"""Memory that a flood of images has taken is given back to the operating system."""
+"""Returns the memory of a flood of images to the operating system."""
 
 from __future__ import annotations
 
@@ -15,20 +15,17 @@ _MOST_PAUSES = 3
 
 
 def _malloc_trim() -> Callable[[int], Any] | None:
-    """glibc's; other C libraries have none."""
+    """glibc's function; other C libraries have none."""
     return getattr(ctypes.CDLL(None), "malloc_trim", None)
 
 
 class Trimmer:
-    """Has glibc give back what was freed: by itself it keeps most of it, in each thread's arena.
+    """Makes glibc return freed memory: by itself it keeps most of it, in each thread's arena.
 
-    It takes a fraction of a second for gigabytes, in a thread, without Python's lock. What steady traffic frees it soon
-    takes again, so that is left alone until no more comes, it is much, or half a minute has passed: every two seconds,
-    or in each lull between bursts, 45 ms were 1.0 to 1.2 ms of each request's 14.7.
-
-    Args:
-        trim: does it.
-        pause_s: without anything freed before this; a third of the longest wait.
+    Trimming gigabytes takes a fraction of a second, in a thread, without the GIL. Memory that steady traffic frees is
+    soon
+    used again, so trimming waits until nothing was freed for `pause_s`, there is much, or three pauses have passed.
+    Trimmed every two seconds, or in each lull between bursts, 45 ms cost 1.0 to 1.2 ms of each request's 14.7.
     """
 
     def __init__(self, trim: Callable[[int], Any] | None = None, pause_s: float = _PAUSE_S) -> None:
@@ -39,7 +36,7 @@ class Trimmer:
         self._waits = False
 
     def freed(self, count: int) -> None:
-        """Notes bytes; any thread may call."""
+        """Notes freed bytes; thread-safe."""
         with self._lock:
             self._freed += count
             if self._waits or self._trim is None or self._freed < _ENOUGH_BYTES:

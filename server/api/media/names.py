@@ -1,4 +1,4 @@
-"""Names of hosts are looked up without threads: one whose DNS server is silent costs nobody else anything."""
+"""Resolves host names without threads, so that a silent DNS server delays only its own requests."""
 
 from __future__ import annotations
 
@@ -15,11 +15,7 @@ _OF_A_REQUEST, _OF_A_KEY = 2, 8
 
 
 class SystemResolver(AbstractResolver):
-    """The DNS servers of `/etc/resolv.conf` and `/etc/hosts`, asked by c-ares; other sources of names are not.
-
-    Args:
-        servers: DNS servers to ask instead.
-    """
+    """The DNS servers of `/etc/resolv.conf` (or `servers`) and `/etc/hosts`, through c-ares; no other sources."""
 
     def __init__(self, servers: Sequence[str] | None = None) -> None:
         self._servers = servers
@@ -41,18 +37,13 @@ class SystemResolver(AbstractResolver):
 
 
 class NamesInTurn:
-    """Bounds how many names are looked up at once, for one request and for one key.
-
-    Args:
-        resolver: does the work.
-    """
+    """Bounds how many names are resolved at once, for one request and for one key."""
 
     def __init__(self, resolver: AbstractResolver) -> None:
         self._resolver = resolver
         self._of_keys: dict[str, asyncio.Semaphore] = {}  # which are few
 
     def of_request(self, owner: str | None) -> AbstractResolver:
-        """A resolver for one request of a key."""
         turns = [asyncio.Semaphore(_OF_A_REQUEST)]
         if owner is not None:
             turns.append(self._of_keys.setdefault(owner, asyncio.Semaphore(_OF_A_KEY)))
@@ -73,4 +64,4 @@ class _InTurn(AbstractResolver):
             return await self._resolver.resolve(host, port, family)
 
     async def close(self) -> None:
-        """The resolver is everybody's."""
+        """Does nothing, since the resolver is shared."""

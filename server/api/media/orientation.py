@@ -1,4 +1,4 @@
-"""Which way up an image is, from EXIF or XMP, without reading the rest of them."""
+"""An image's orientation from EXIF or XMP, without parsing the rest of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def orientation(exif: bytes, xmp: bytes) -> int:
 
 
 def _in_exif(exif: bytes) -> int | None:
-    """The tag's value in the first directory, where the number stands in the entry itself."""
+    """The tag's value in the first directory, if the number stands in the entry itself."""
     tiff = exif.removeprefix(b"Exif\0\0").removeprefix(b"Exif\0\0")
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
     if order is None:

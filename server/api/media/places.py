@@ -1,4 +1,4 @@
-"""Where images and videos stand in a chat's messages."""
+"""Places of images and videos in a chat's messages."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ class Place:
     """The place of one image or video.
 
     Attributes:
-        modality: which of both.
         parts: the message's content.
-        index: of its part in it.
+        index: of the item's part.
         url: http(s) or data.
         param: JSON path of the URL.
     """
@@ -35,9 +34,8 @@ class Place:
 
     @contextmanager
     def named(self) -> Iterator[None]:
-        """Errors from inside name this URL as what is wrong, unless it is the server that can't.
-
-        What fetches files speaks of images; of a video the same is said.
+        """Names this URL in errors that are the request's fault, and says "video" of a video, where loaders say
+        "image".
         """
         try:
             yield
@@ -49,15 +47,13 @@ class Place:
             raise
 
     def put(self, part: dict[str, Any]) -> None:
-        """Replaces the part."""
         self.parts[self.index] = part
 
 
 def places_of_media(messages: Sequence[Any]) -> Iterator[Place]:
-    """The media of validated messages, in order; their content becomes lists, since pydantic's is a one-shot iterator.
+    """The media of validated messages, in order; raises InvalidRequest for a part of no known type.
 
-    Raises:
-        InvalidRequest: a part that no type of content fits.
+    Turns content into lists, since pydantic's is a one-shot iterator.
     """
     for m, message in enumerate(messages):
         content = message.get("content")

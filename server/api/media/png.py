@@ -1,4 +1,4 @@
-"""PNG files: what of them makes pixels."""
+"""PNG files: their parts that make pixels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from foldserve.server.api.media.bare import BareFile, Cutter, check_parts
 from foldserve.server.api.media.orientation import orientation
 
 _FIRST_CHUNK = 8
-_ANCILLARY = 0x20  # a bit of the first letter: who doesn't know the chunk may ignore it
+_ANCILLARY = 0x20  # a bit of the first letter: a decoder that doesn't know the chunk may ignore it
 _DEPTH, _COLOUR = 24, 25  # offsets in the file
 _GREY, _RGB, _PALETTE = 0, 2, 3  # types of colour
 _KEY_BYTES = {_GREY: range(2, 3), _RGB: range(6, 7), _PALETTE: range(1, 257)}  # decoders ignore tRNS of other lengths
@@ -23,7 +23,7 @@ _EXIF_AS_HEX = b"Raw profile type exif"
 
 
 def bare(content: bytes) -> BareFile:
-    """The image itself, which of an animation is the first frame; chunks that a decoder may ignore are left out."""
+    """The image, or an animation's first frame, without the chunks that a decoder may ignore."""
     cutter, metadata = Cutter(content), dict[bytes, bytes]()
     depth, colour = content[_DEPTH : _COLOUR + 1].ljust(2, b"\xff")
     colour_key, chunks, at, kind = None, 0, _FIRST_CHUNK, b""
@@ -42,14 +42,14 @@ def bare(content: bytes) -> BareFile:
 
 
 def _is_sound(content: bytes, start: int, end: int) -> bool:
-    """Whether a chunk is whole and has the checksum that it says."""
+    """Whether a chunk is complete and its checksum is right."""
     return end <= len(content) and zlib.crc32(content[start + 4 : end - 4]) == int.from_bytes(content[end - 4 : end])
 
 
 def _colour_key(depth: int, colour: int, data: bytes) -> int | tuple[int, ...] | None:
-    """The transparent colour, as Pillow scales the samples: to 8 bits, but for grey of 16."""
+    """The transparent colour in Pillow's scale of samples: 8 bits, but 16 for 16-bit grey."""
     if colour == _PALETTE or depth not in _DEPTHS:
-        return None  # Pillow's own reading is right, or its error
+        return None  # Pillow's own reading is right, or raises
     samples = [value & ((1 << depth) - 1) for value in struct.unpack(f">{len(data) // 2}H", data)]
     if colour == _GREY:
         return samples[0] if depth == 16 else samples[0] * 255 // ((1 << depth) - 1)
@@ -78,7 +78,7 @@ def _orientation(metadata: dict[bytes, bytes]) -> int:
 
 
 def _text(chunk: bytes) -> bytes:
-    """A text chunk's text, uncompressed; empty if that is damaged or too large."""
+    """A text chunk's text, uncompressed; empty if it is damaged or too large."""
     kind, data = chunk[:4], chunk[4:]
     if kind == b"iTXt":
         compressed, data = data[:1] == b"\1", data[2:].split(b"\0", 2)[-1]

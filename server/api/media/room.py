@@ -1,4 +1,4 @@
-"""The memory that images of all requests have at once, in pixels of four bytes."""
+"""The memory of all requests' images at once, in pixels of four bytes."""
 
 from __future__ import annotations
 
@@ -23,12 +23,9 @@ def is_large(pixels: int) -> bool:
 
 
 class Share:
-    """What one request holds of a `Room`; it gives that back when it is closed and no thread works on it any more.
+    """One request's part of a `Room`, given back once it is closed and no thread works on it any more.
 
-    Attributes:
-        pixels: held.
-        large_pixels: of these, taken as a large request.
-        closed: it takes nothing any more.
+    `large_pixels` of its `pixels` were taken as a large request. Once `closed`, it takes nothing any more.
     """
 
     def __init__(self, room: Room) -> None:
@@ -39,20 +36,16 @@ class Share:
         self._threads = 0
 
     def take_now(self, pixels: int) -> bool:
-        """Whether there was room at once; any thread may ask, also one whose request has ended meanwhile."""
+        """Takes pixels if they are free; thread-safe, even after the request has ended."""
         return self._room.lend(self, pixels, ahead=False)
 
     async def take(self, pixels: int) -> None:
-        """Waits until there is room.
-
-        Raises:
-            Unavailable: there was none in time.
-        """
+        """Waits until there is room; raises Unavailable if there is none in time."""
         if not self.take_now(pixels):
             await self._room.wait(self, pixels)
 
     def hold_for(self, work: Future[Any]) -> None:
-        """Stays held until this is done, also if nobody waits for it any more."""
+        """Holds the share until `work` is done, even if nobody waits for it any more."""
         with self._room.lock:
             self._threads += 1
         work.add_done_callback(lambda _: self._done())
@@ -79,15 +72,15 @@ class _Waiting:
 
 
 class Room:
-    """Pixels of all requests that one process holds in memory at once.
+    """Pixels that all requests of one process hold in memory at once.
 
-    Large requests leave an eighth of it to small ones. Whoever waits is served in order, small and large each; one that
-    asks for more than there is gets all that large ones may have.
+    Large requests leave an eighth of it to small ones. Each kind is served in order. A request for more than there is
+    gets
+    all that a large one may have.
 
     Args:
-        pixels: how many.
         seconds: how long a request waits for others.
-        when_freed: is called with the pixels that came back, in any thread.
+        when_freed: called with the pixels that came back, in any thread.
     """
 
     def __init__(self, pixels: int, seconds: float, when_freed: Callable[[int], None] = lambda _: None) -> None:
@@ -101,7 +94,7 @@ class Room:
 
     @asynccontextmanager
     async def share(self) -> AsyncIterator[Share]:
-        """What a request takes while this is entered, it gives back at the end."""
+        """A share whose pixels are given back on exit."""
         self._loop = asyncio.get_running_loop()
         share = Share(self)
         try:
@@ -110,7 +103,7 @@ class Room:
             share.close()
 
     def lend(self, share: Share, pixels: int, ahead: bool) -> bool:
-        """Gives pixels to a share if they are free, and nobody like it waits for them unless it goes `ahead`."""
+        """Gives free pixels to a share. Unless it goes `ahead`, none if a request of its kind waits for them."""
         large = is_large(pixels)
         pixels = min(pixels, self._most_large if large else self._all)
         with self.lock:
@@ -126,7 +119,7 @@ class Room:
             return True
 
     def settle(self, share: Share) -> None:
-        """Takes back what a share has held, once it is over; any thread may call."""
+        """Takes back a share's pixels, once it is over; thread-safe."""
         with self.lock:
             if not share.is_over() or not share.pixels:
                 return
@@ -141,11 +134,7 @@ class Room:
         self._when_freed(pixels)
 
     async def wait(self, share: Share, pixels: int) -> None:
-        """Lends as soon as there is room.
-
-        Raises:
-            Unavailable: there was none in time.
-        """
+        """Lends as soon as there is room; raises Unavailable if there is none in time."""
         waiting = _Waiting(share, pixels, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._serve()
@@ -161,7 +150,7 @@ class Room:
                 self._serve()
 
     def _serve(self) -> None:
-        """Lends to those who wait; one that doesn't fit holds up those like it, so that it gets its turn."""
+        """Lends to those who wait. One that does not fit holds up others of its kind, so that it gets its turn."""
         held_up = set[bool]()
         for waiting in list(self._waiting):
             kind = is_large(waiting.pixels)

@@ -1,4 +1,6 @@
-"""Threads that read and decode images, in turn: one of an owner at a time, and none waits for all of another's."""
+"""Threads that read and decode images in turn: one job of an owner at a time, so that no owner waits for all of
+another's.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,13 @@ _RETRY_AFTER_S = 2
 
 @dataclass(eq=False, slots=True)
 class Turn:
-    """A request's place among the others.
+    """A request's turn among the others.
 
     Attributes:
         share: of the memory, held while a thread works for the request.
         seconds_left: of work for it.
         owner: name of the key that asks; without keys each request is its own owner.
-        served_until: when the owner's work would be done if each had one of the threads to itself.
+        served_until: when the owner's work would be done if each owner had one thread to itself.
     """
 
     share: Share
@@ -35,7 +37,7 @@ class Turn:
 
 @dataclass(eq=False, slots=True)
 class _Job:
-    """Knows neither the work nor its result: an image in a cycle would wait for Python's garbage collection."""
+    """Holds neither the work nor its result: an image in a reference cycle would wait for garbage collection."""
 
     turn: Turn
     large: bool
@@ -54,13 +56,12 @@ class _Waiting:
 
 
 class Threads:
-    """A pool of threads with fair queueing: who has had least comes first, by the seconds that work should take.
+    """A pool of threads with fair queueing: the owner with the least expected work so far comes first.
 
     Large images leave one thread to small ones.
 
     Args:
-        count: of threads.
-        seconds: how long a request waits for one, and how long they work for it.
+        seconds: how long a request waits for a thread, and how long they work for it.
     """
 
     def __init__(self, count: int, seconds: float) -> None:
@@ -111,7 +112,6 @@ class Threads:
         return until
 
     def _start(self) -> None:
-        """Starts what may run now."""
         busy = {job.owner for job in self._running}
         for waiting in sorted(self._waiting, key=lambda waiting: waiting.job.until):
             if len(self._running) >= self._count:

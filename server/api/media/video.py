@@ -1,4 +1,4 @@
-"""Videos: from a file, or a list of pictures, to frames under the request's budget."""
+"""Videos, from a file or a list of pictures, as frames under the request's budget."""
 
 from __future__ import annotations
 
@@ -22,31 +22,29 @@ _RETRY_AFTER_S = 2
 
 
 class Source(Protocol):
-    """A video whose size is known, and counted."""
+    """A video whose size is known and counted."""
 
     @property
     def decoded_pixels(self) -> int:
         """Of all frames."""
 
     def decode(self, mode: str | None, background: Colour) -> LoadedVideo:
-        """The frames; raises InvalidRequest. Pictures with transparency get the background behind them."""
+        """The frames; raises InvalidRequest. `background` goes behind transparent pictures."""
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedVideo:
-    """Frames, and what tells them from all others.
-
-    Attributes:
-        identity: of the file and of the rule by which its frames were chosen.
-    """
+    """The frames of a video; `identity` is a hash of the file and of the rule that chose its frames."""
 
     frames: Frames
     chosen: Chosen
     identity: bytes
 
     def for_vllm(self, salt: str | None) -> Any:
-        """As vLLM's own loader gives it. Its caches go by the bytes beside the frames: the salt is part of them."""
-        digest = sha256(self.identity + (salt or "").encode()).digest()  # shorter than any frame, so that it counts
+        """As vLLM's own loader gives it. vLLM's caches identify it by the bytes beside the frames, which include the
+        salt.
+        """
+        digest = sha256(self.identity + (salt or "").encode()).digest()  # shorter than any frame: vLLM hashes it
         return MediaWithBytes((self.frames.pixels, self.chosen.metadata()), digest)
 
 
@@ -64,7 +62,7 @@ class VideoFile:
         """Reads the container, and counts the frames that will be taken.
 
         Raises:
-            InvalidImage: no video, or damaged.
+            InvalidImage: not a video, or damaged.
             LimitExceeded: too large.
         """
         with _translated():
@@ -85,7 +83,7 @@ class VideoFile:
 
 @dataclass(frozen=True, slots=True)
 class Pictures:
-    """A list of pictures, one a second; their headers have been read."""
+    """A list of pictures, one a second, whose headers have been read."""
 
     files: Sequence[ImageFile]
 
@@ -94,7 +92,7 @@ class Pictures:
         """Reads the headers, and counts the pixels.
 
         Raises:
-            InvalidImage: no picture, or another size than the first.
+            InvalidImage: not a picture, or of another size than the first.
             LimitExceeded: too large.
         """
         files = [budget.admit(ImageFile.open(content)) for content in contents]
@@ -122,7 +120,7 @@ class Pictures:
 
 @contextmanager
 def _translated() -> Iterator[None]:
-    """Errors of a decoder, as the tree has them."""
+    """Converts a decoder's errors into those of the tree."""
     try:
         yield
     except DamagedVideo as error:

@@ -1,4 +1,4 @@
-"""WebP files: what of them makes pixels."""
+"""WebP files: their parts that make pixels."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from foldserve.server.api.media.bare import BareFile, Cutter, check_parts
 from foldserve.server.api.media.orientation import orientation
 
 _FIRST_CHUNK = 12
-_FLAGS = 20  # offset of the extended header's
+_FLAGS = 20  # offset in the extended header
 _METADATA_FLAGS = 0x2C  # colour profile, EXIF, XMP
 _OF_PIXELS = (b"VP8X", b"ANIM", b"ANMF", b"ALPH", b"VP8 ", b"VP8L")
 
@@ -32,7 +32,7 @@ def bare(content: bytes) -> BareFile:
 
 
 def _without_flags(content: bytes) -> bytes:
-    """A file that neither announces the metadata nor their bytes."""
+    """Corrects the header of a file whose metadata was cut out: its length and flags."""
     result = bytearray(content)
     struct.pack_into("<L", result, 4, len(content) - 8)
     result[_FLAGS] &= ~_METADATA_FLAGS
