@@ -1,4 +1,4 @@
-"""Refusals that the body's JSON alone decides, before any model of it is built."""
+"""Refusals that depend on the body's JSON alone, before any model of it is built."""
 
 from __future__ import annotations
 
@@ -37,14 +37,7 @@ _SCHEMAS = ("response_format", "structured_outputs", "tools")
 
 @dataclass(slots=True)
 class Contents:
-    """What a chat's messages hold.
-
-    Attributes:
-        images: their number.
-        videos: likewise.
-        parts: of contents, and tool calls.
-        characters: of texts, which all get into the prompt.
-    """
+    """Counts over a chat's messages. `parts` includes tool calls; the text of all `characters` goes into the prompt."""
 
     images: int = 0
     videos: int = 0
@@ -53,10 +46,9 @@ class Contents:
 
 
 def check_body(body: Mapping[str, Any], limits: Limits) -> Contents:
-    """Refuses what clients may not set, what would be ignored, other media than images and videos, and too much.
-
-    Raises:
-        InvalidRequest: with the path as `param`.
+    """Raises InvalidRequest for what clients may not set, what would be ignored, other media than images and videos,
+    and
+    too much.
     """
     for name, reason in _NOT_A_CLIENTS.items():
         if body.get(name) is not None:
@@ -79,7 +71,7 @@ def check_body(body: Mapping[str, Any], limits: Limits) -> Contents:
 
 
 def _longest(limits: Limits) -> Iterator[tuple[str, int]]:
-    """Lists and objects of the body that have a bound: before pydantic, which makes an error of each bad entry."""
+    """Lists and objects of the body that have a bound. Before pydantic, which reports every bad entry."""
     yield "stop", limits.max_stop_strings
     yield "tools", limits.max_tools
     yield "documents", limits.max_parts
@@ -100,7 +92,7 @@ def _check_template_switches(switches: object) -> None:
 
 
 def _check_functions(body: Mapping[str, Any]) -> None:
-    """`functions`, the form that `tools` had until 2023; vLLM does not know it."""
+    """Refuses `functions`, the form that `tools` had until 2023, which vLLM does not know."""
     choice = body.get("function_call")
     if choice == "none" or (choice is None and not body.get("functions")):
         return
@@ -164,7 +156,7 @@ def _check_tool_calls(calls: object, path: Path, contents: Contents, limits: Lim
 
 
 def _check_arguments(arguments: str, path: Path, limits: Limits) -> None:
-    """JSON in a text, which vLLM reads for the template. What is no JSON it takes for no arguments."""
+    """Checks JSON in a text, which vLLM parses for the template; vLLM takes anything else for no arguments."""
     try:
         parse(arguments.encode(), limits)
     except LimitExceeded as error:

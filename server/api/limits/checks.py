@@ -40,18 +40,15 @@ _LONG_TEXT = 100_000
 
 @dataclass(frozen=True, slots=True)
 class ChatChecks:
-    """What the checks depend on beside the request.
+    """What the checks depend on besides the request.
 
     Attributes:
-        limits: the operator's bounds.
-        special_tokens: of the model's tokenizer.
         context: tokens of prompt and answer together.
         longest_token: in characters.
         tokens: ids that the tokenizer knows; the model's vocabulary may be padded beyond them.
-        media_tokens: id of the token that stands for one embedding of an image, and of a video; without those that the
-            model does not take.
-        takes: what the model is given beside text.
-        truncation_side: the tokenizer's own, of prompts that are to be cut.
+        media_tokens: id of the token that stands for one embedding, of each modality that the model takes.
+        takes: modalities that the model takes besides text.
+        truncation_side: the tokenizer's own, for prompts that are cut.
         bounds_thinking: whether the engine can.
     """
 
@@ -66,13 +63,10 @@ class ChatChecks:
     bounds_thinking: bool = False
 
     def read(self, body: bytes, to_chat: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> dict[str, Any]:
-        """A body's JSON, checked, its texts free of special tokens.
+        """Parses and checks a body, and neutralises special tokens in its texts; `to_chat` converts another API's body
+        first.
 
-        Args:
-            to_chat: makes a chat's body of another API's.
-
-        Raises:
-            InvalidRequest: what is wrong, with its path.
+        Raises InvalidRequest with the path of what is wrong.
         """
         value = parse(body, self.limits)
         if not isinstance(value, dict):
@@ -82,7 +76,7 @@ class ChatChecks:
         for modality, count in (("image", contents.images), ("video", contents.videos)):
             if count and modality not in self.takes:
                 raise InvalidRequest(f"this model takes no {modality}s here: leave them out", "messages")
-        # vLLM would say so of the whole prompt, unless it cuts that
+        # vLLM would refuse it too, but only after it tokenized the prompt, unless it cuts that
         if contents.characters > self.context * self.longest_token and value.get("truncate_prompt_tokens") is None:
             raise self._too_long(f"{contents.characters} characters")
         if self.special_tokens.may_be_in(body):
@@ -90,30 +84,25 @@ class ChatChecks:
         return value
 
     def is_long(self, body: bytes) -> bool:
-        """Whether reading a body may take so long that others would wait for it.
+        """Whether reading a body may take so long that it should not block other requests.
 
-        A body without a character that special tokens begin with, such as an image's, takes 10 ms a MB at most.
+        A body without the first character of a special token, such as an image's, takes 10 ms a MB at most.
         """
         return len(body) > _LONG or (len(body) > _LONG_TEXT and self.special_tokens.may_be_in(body))
 
     def check(self, request: FoldChatRequest) -> None:
-        """The fields of a validated request.
-
-        Raises:
-            InvalidRequest: what is wrong, with its path.
-        """
+        """Checks the fields of a validated request; raises InvalidRequest with the path of a bad one."""
         check_fields(request, self.limits, self.context, self.tokens)
         if request.thinking_token_budget is not None and not self.bounds_thinking:
             raise InvalidRequest(of_field("thinking_token_budget"), "thinking_token_budget")
         if request.truncate_prompt_tokens is not None and request.truncation_side is None:
-            request.truncation_side = self.truncation_side  # named, vLLM cuts a long text before it makes tokens of all
+            request.truncation_side = self.truncation_side  # without it, vLLM tokenizes a long text before it cuts it
 
     def check_prompt(self, prompt: EngineInput, planned: Mapping[Modality, Sequence[ItemPlan]]) -> None:
-        """The tokens that go to the engine: room for an answer, for media as many as those have, none from a text.
+        """Checks the prompt's tokens: there is room for an answer, and media tokens come from media only, none from a
+        text.
 
-        Raises:
-            LimitExceeded: the context has no room for an answer.
-            InvalidRequest: more tokens of images or videos, or fewer.
+        Raises LimitExceeded without room for an answer, InvalidRequest for another number of media tokens.
         """
         fields: dict[str, Any] = dict(prompt)
         tokens = list(fields["prompt_token_ids"])
@@ -128,7 +117,7 @@ class ChatChecks:
                 )
 
     def explain(self, error: Exception) -> Exception:
-        """vLLM's refusal of a text that is too long, in words of ours; any other error as it is."""
+        """Replaces vLLM's refusal of a text that is too long by our own; returns any other error as it is."""
         if isinstance(error, VLLMValidationError) and error.parameter in ("input_text", "input_tokens"):
             return self._too_long("too many tokens")
         return error
@@ -142,7 +131,7 @@ class ChatChecks:
 
 
 def shares(planned: Mapping[Modality, Sequence[ItemPlan]], tokens: int, context: int) -> str:
-    """What of a prompt that is too long images and videos have, and the ratio that would fit, if there is one."""
+    """How many tokens of a too long prompt are vision tokens, and the ratio that would fit, if there is one."""
     plans = [*chain.from_iterable(planned.values())]
     if not plans:
         return ""
@@ -167,7 +156,6 @@ def _share(modality: Modality, plan: ItemPlan) -> str:
 
 
 def chat_checks(engine: EngineClient, limits: Limits) -> ChatChecks:
-    """The checks for the model that an engine serves."""
     model = engine.model_config
     tokenizer = engine.renderer.tokenizer
     taken = frozenset(modality for modality, count in items_taken(model).items() if count)
@@ -175,7 +163,7 @@ def chat_checks(engine: EngineClient, limits: Limits) -> ChatChecks:
     placeholders = [*MODALITY_PLACEHOLDERS_MAP.values(), PROMPT_EMBEDS_PLACEHOLDER_TOKEN]
     placeholders += tokenizer.convert_ids_to_tokens([*media_tokens.values()])
     in_prompts = [get_model_cls(model).get_placeholder_str(modality, 1) or "" for modality in sorted(taken)]
-    # InternVL's are no tokens; others hold some, which are kept out anyway
+    # InternVL's placeholders are not tokens. Those of others hold tokens that are kept out anyway.
     placeholders += [text for text in in_prompts if not any(token in text for token in placeholders)]
     special = SpecialTokens(tokenizer, placeholders)
     known = known_tokens(tokenizer, model.get_vocab_size())
@@ -186,13 +174,13 @@ def chat_checks(engine: EngineClient, limits: Limits) -> ChatChecks:
 
 
 def items_taken(model: ModelConfig) -> dict[Modality, int]:
-    """How many of each a prompt may have: of what the model can take, what the operator's vLLM limits leave."""
+    """How many of each modality a prompt may have: what the model takes, within the operator's vLLM limits."""
     limits = MULTIMODAL_REGISTRY.get_processing_info(model).allowed_mm_limits if model.is_multimodal_model else {}
     return {modality: limits.get(modality, 0) for modality in MODALITIES}
 
 
 def _media_tokens(model: ModelConfig, tokenizer: Any) -> dict[Modality, int]:
-    """The token that stands for an embedding in the prompt, of each modality of which one is known."""
+    """The token that stands for an embedding in the prompt, for each modality where it is known."""
     config, family = model.hf_config, family_of(model)
     tokens: dict[Modality, int] = {}
     for modality in MODALITIES:
@@ -206,9 +194,9 @@ def _media_tokens(model: ModelConfig, tokenizer: Any) -> dict[Modality, int]:
 
 
 def known_tokens(tokenizer: Any, vocabulary: int) -> Container[int]:
-    """The ids below `vocabulary`, a model's, that a tokenizer has a text for.
+    """The ids below `vocabulary`, the model's size, for which the tokenizer has a text.
 
-    A model has more where its embeddings are padded to a round number: they were never trained, and vLLM fails on them.
+    A model has more if its embeddings are padded to a round number: they were never trained, and vLLM fails on them.
     """
     texts = tokenizer.convert_ids_to_tokens(list(range(vocabulary)))
     known = frozenset(token for token, text in enumerate(texts) if text is not None)

@@ -1,4 +1,4 @@
-"""Compressed bodies: not taken, since what they hold can't be counted while it comes, and told so."""
+"""Refuses compressed bodies, whose content can't be counted while it arrives."""
 
 from __future__ import annotations
 
@@ -18,21 +18,16 @@ _FIRST_BYTES = {
 
 
 def check_header(values: Iterable[str]) -> None:
-    """Refuses the values of the header `Content-Encoding` that name a compression.
+    """Raises InvalidRequest if `Content-Encoding` names a compression.
 
-    Raises:
-        InvalidRequest: 400, which OpenAI's clients know, and `Accept-Encoding` as RFC 9110, 12.5.3 has it.
+    400, which OpenAI's clients know, with `Accept-Encoding` (RFC 9110, section 12.5.3).
     """
     if (coding := compression(values)) is not None:
         raise _compressed(coding)
 
 
 def check_bytes(body: bytes) -> None:
-    """Refuses a body that begins as a compressed one does, whatever its header says.
-
-    Raises:
-        InvalidRequest: as above.
-    """
+    """Refuses a body that begins like a compressed one, whatever its header says."""
     for first, coding in _FIRST_BYTES.items():
         if body.startswith(first):
             raise _compressed(coding)

@@ -16,13 +16,12 @@ if TYPE_CHECKING:
 
 _LARGEST_TOP_K = 2**31 - 1
 _LARGEST_PATTERN = 1024
-_GREEDY_BELOW = 1e-5
-"""vLLM takes a lower temperature for 0."""
+_GREEDY_BELOW = 1e-5  # vLLM takes a lower temperature for 0
 _NAME = re.compile(r"[A-Za-z0-9._:/=+-]{1,128}")
 
 
 def check_fields(request: FoldChatRequest, limits: Limits, context: int, tokens: Container[int]) -> None:
-    """Refuses what costs too much, or can't be.
+    """Refuses values that cost too much or are impossible.
 
     Args:
         context: tokens of prompt and answer together that the model takes.
@@ -31,7 +30,7 @@ def check_fields(request: FoldChatRequest, limits: Limits, context: int, tokens:
     Raises:
         InvalidRequest, LimitExceeded: with the field as `param`.
     """
-    values = vars(request)  # as attributes, OpenAI's older names warn
+    values = vars(request)  # read as attributes, OpenAI's older names warn
     for name, least, most in (
         ("n", 1, limits.max_choices),
         ("max_tokens", 1, context),
@@ -79,7 +78,7 @@ def _check_together(values: Mapping[str, Any]) -> None:
 
 
 def _check_repetition(detection: RepetitionDetectionParams | None) -> None:
-    """The engine looks for repetitions after each token, of every size that is asked for."""
+    """After each token, the engine looks for repetitions of every size that the request names."""
     for name in ("max_pattern_size", "min_pattern_size", "min_count") if detection else ():
         _check_range(getattr(detection, name), f"repetition_detection.{name}", 0, _LARGEST_PATTERN)
 

@@ -1,7 +1,7 @@
-"""Forms of answers (schemas, regular expressions, grammars) are built in a thread, and not again by vLLM.
+"""Compiles forms of answers (schemas, regular expressions, grammars) in a thread, and lets vLLM skip them.
 
-What: vLLM's check of a request's parameters leaves out a form that `build` has been through.
-Why: vLLM builds it to see whether it can, on the event loop: 0.4 s for 64 kB in which nobody else is served.
+What: vLLM's check of a request's parameters leaves out a form that `build` has compiled.
+Why: vLLM compiles it to check it, on the event loop: 64 kB block all other requests for 0.4 s.
 Upstream: `AsyncLLM.add_request` checks on the loop, in vLLM 0.32.
 Remove when: vLLM checks forms elsewhere.
 """
@@ -26,22 +26,21 @@ _THREADS = ThreadPoolExecutor(2, "form")
 
 
 class _BuiltBefore(SamplingParams):
-    """Parameters whose form is known to be one that can be built."""
+    """Parameters whose form is known to compile."""
 
     def _validate_structured_outputs(self, *args: Any) -> None:
-        """Nothing is left to do; `_backend` of the form says what is to build it in the engine."""
+        """Does nothing; the form's `_backend` names what compiles it in the engine."""
 
 
 def field(request: FoldChatRequest) -> str | None:
-    """The field that asks for a form; None where none does."""
+    """The field that asks for a form, or None."""
     return next((name for name in _FIELDS if getattr(request, name) is not None), None)
 
 
 async def build(request: FoldChatRequest, engine: EngineClient) -> StructuredOutputsParams | None:
-    """The form that a request asks for, for `put`; None where it asks for none.
+    """Compiles the form that a request asks for, for `put`; None if it asks for none.
 
-    Raises:
-        InvalidRequest: it can't be made.
+    Raises InvalidRequest if the form can't be compiled.
     """
     if field(request) is None:
         return None
@@ -59,13 +58,13 @@ async def build(request: FoldChatRequest, engine: EngineClient) -> StructuredOut
 
 
 def put(form: StructuredOutputsParams, params: SamplingParams) -> None:
-    """Gives parameters a form that `build` returned, so that it is not built again."""
+    """Gives parameters a form that `build` returned, so that vLLM does not compile it again."""
     params.structured_outputs = form
     params.__class__ = _BuiltBefore
 
 
 def explain(request: FoldChatRequest, error: Exception) -> Exception:
-    """A refusal of vLLM's, for the form where nothing else is named."""
+    """Translates an error of vLLM; it is the form's if vLLM names no parameter."""
     name = field(request)
     if name is not None and getattr(error, "parameter", None) is None:
         return refusal(name)
@@ -73,5 +72,4 @@ def explain(request: FoldChatRequest, error: Exception) -> Exception:
 
 
 def refusal(name: str) -> InvalidRequest:
-    """What a client is told whose form can't be made, or not be followed."""
     return InvalidRequest(f"an answer in the form that {name} asks for can't be made: simplify it", name)

@@ -1,7 +1,7 @@
-"""Keys that are meant for this server and would be ignored where they stand, and media that the model would not see.
+"""Keys that are meant for this server but would be ignored where they stand, and media that the model would not see.
 
-vLLM passes over keys that it does not know, as clients expect. But a key that can only ask for a reduction, or that
-holds an image or a video which the answer would be made without, is refused, with the place where it belongs.
+vLLM ignores keys that it does not know, as clients expect. But a key that can only ask for a reduction, or that holds
+an image or a video that the answer would not see, is refused, and the error names the right place.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from foldserve.server.api.limits.strict_json import Path, to_text
 from foldserve.server.engine.family import Modality
 
 ORDINARY_WORDS = frozenset({"decoder", "layers", "method", "positions", "query", "ratio", "scale", "window"})
-"""Fields of `reduction` that mean other things elsewhere: refused at the top of the body and beside media only."""
+"""Fields of `reduction` that mean other things elsewhere: refused only at the top of the body and beside media."""
 
 _SHORT_FORM = '`"reduction_ratio": 0.5`'
 _AT_THE_TOP = f"it would be ignored here: write {_SHORT_FORM} or `reduction` at the top of the body, for all its media"
 URL_FIELDS: Mapping[Modality, str] = {"image": "image_url", "video": "video_url"}
-"""Types of parts, and the fields in them that hold the URL."""
+"""Type of part -> the field in it that holds the URL."""
 WITH_ARTICLE: Mapping[Modality, str] = {"image": "an image", "video": "a video"}
 _PER_ITEM = {
     modality: f"{_AT_THE_TOP}; one {modality} has `detail` in its `{field}`" for modality, field in URL_FIELDS.items()
@@ -66,10 +66,9 @@ _NAMED_BY_USERS = ("documents", "functions", "metadata", "response_format", "str
 
 
 def check_top(body: Mapping[str, Any]) -> None:
-    """The keys of the body and of the objects in it, but for messages and objects whose keys users make up.
+    """Checks the keys of the body and of objects in it, except messages and objects whose keys users make up.
 
-    Raises:
-        InvalidRequest: with the path of the key, and what to write instead.
+    Raises InvalidRequest with the path of the key, and what to write instead. So do the checks below.
     """
     for key, value in _unknown(body, "body"):
         folded = _folded(key)
@@ -81,11 +80,7 @@ def check_top(body: Mapping[str, Any]) -> None:
 
 
 def check_message(message: Mapping[str, Any], path: Path) -> None:
-    """The keys of a message but for its content. Keys of nobody may stay: clients send back what they were sent.
-
-    Raises:
-        InvalidRequest: with the path of the key, and what to write instead.
-    """
+    """Checks a message's keys but not its content. Unknown keys may stay: clients send back what they were sent."""
     for key, value in _unknown(message, "message"):
         folded = _folded(key)
         fault = _AT_THE_TOP if folded in _ONLY_OURS else _extra_body(folded, value)
@@ -94,11 +89,6 @@ def check_message(message: Mapping[str, Any], path: Path) -> None:
 
 
 def check_text(part: Mapping[str, Any], path: Path) -> None:
-    """The keys of a text part.
-
-    Raises:
-        InvalidRequest: with the path of the key, and what to write instead.
-    """
     for key, value in _unknown(part, "text"):
         folded = _folded(key)
         fault = _AT_THE_TOP if folded in _ONLY_OURS else _extra_body(folded, value)
@@ -109,11 +99,7 @@ def check_text(part: Mapping[str, Any], path: Path) -> None:
 
 
 def check_media(part: Mapping[str, Any], modality: Modality, path: Path) -> None:
-    """The keys of an image's or a video's part and of its `image_url` or `video_url`.
-
-    Raises:
-        InvalidRequest: with the path of the key, and what to write instead.
-    """
+    """Checks the keys of an image or video part, and of its `image_url` or `video_url`."""
     for key, value in _unknown(part, modality):
         folded = _folded(key)
         fault = _PER_ITEM[modality] if folded in _OURS else _extra_body(folded, value)

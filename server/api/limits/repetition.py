@@ -1,7 +1,7 @@
-"""Nested counted repetition in regular expressions, schemas and grammars: short to write, and dear to follow.
+"""Nested counted repetition in regular expressions, schemas and grammars: short to write, expensive to match.
 
-`((a{0,200}){0,200}){0,200}` has 26 characters and eight million ways to read its answers. The engine bounds the time
-that such a form takes; what can be told from the text alone is refused before. All of it is linear in the text.
+`((a{0,200}){0,200}){0,200}` has 26 characters and eight million ways to match. The engine bounds the time that such a
+form takes; here forms are refused that the text alone gives away. All of it is linear in the text.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _DEEPEST, _MOST = 2, 1000
 _HUGE = 10**9
 
 _TIMES = r"\{(?P<least>\d+)(?P<comma>,(?P<most>\d*))?\}"
-_CLASS = r"\[\^?\]?(?:\\.|[^\]\\])*(?:\]|\Z)"  # what is never closed goes to the end: looked for once
+_CLASS = r"\[\^?\]?(?:\\.|[^\]\\])*(?:\]|\Z)"  # an unclosed class goes to the end: looked for once
 _REGEX = re.compile(rf"(?P<open>\()|(?P<close>\))|{_TIMES}|(?P<atom>\\.|{_CLASS}|.)", re.DOTALL)
 
 
@@ -34,11 +34,11 @@ def _grammar(brackets: str, opening: str, closing: str) -> re.Pattern[str]:
 
 
 _EBNF = _grammar(f"{_CLASS}|", r"\(", r"\)")
-_LARK = _grammar("", r"[(\[]", r"[)\]]")  # whose brackets are an optional group
+_LARK = _grammar("", r"[(\[]", r"[)\]]")  # brackets are an optional group in Lark
 
 
 class Nested(NamedTuple):
-    """How deep counted repetitions lie in each other, and the product of their bounds, at most."""
+    """Deepest nesting of counted repetitions, and the largest product of their bounds."""
 
     depth: int = 0
     product: int = 1
@@ -56,12 +56,9 @@ _Item = tuple[str, object]  # "open", "close", "times" and a bound, "atom" and w
 def check_repetition(form: object, path: Path) -> None:
     """Refuses forms of answers in which counted repetitions are nested too far.
 
-    Args:
-        form: `response_format`, `structured_outputs` or `tools` of a request.
-        path: of it.
-
-    Raises:
-        LimitExceeded: with the path of the text as `param`.
+    `form` is the `response_format`, `structured_outputs` or `tools` of a request, at `path`. Raises LimitExceeded with
+    the
+    path of the text as `param`.
     """
     for text, is_grammar, where in _texts(form, path):
         found = of_grammar(text) if is_grammar else of_regex(text)
@@ -74,12 +71,11 @@ def check_repetition(form: object, path: Path) -> None:
 
 
 def of_regex(text: str) -> Nested:
-    """Of a regular expression."""
     return _evaluate(_items(_REGEX, text), {})
 
 
 def of_grammar(text: str) -> Nested:
-    """Of a grammar in EBNF or Lark's form, through its rules; a rule inside itself counts once."""
+    """Of a grammar in EBNF or Lark's form, through its rules; a recursive rule counts once."""
     rules: dict[str, list[_Item]] = {"": []}
     current = rules[""]
     for kind, value in _items(_EBNF if "::=" in text else _LARK, text):
@@ -97,7 +93,7 @@ def of_grammar(text: str) -> Nested:
 
 
 def _follow(start: str, rules: Mapping[str, list[_Item]], known: dict[str, Nested]) -> None:
-    """Adds a rule to `known`, after all that it leads to."""
+    """Adds a rule to `known`, after all rules that it leads to."""
     begun = {start}
     stack = [(start, _references(rules[start], rules))] if start not in known else []
     while stack:
@@ -116,8 +112,7 @@ def _references(items: list[_Item], rules: Mapping[str, object]) -> Iterator[str
 
 
 def _evaluate(items: Iterator[_Item], rules: Mapping[str, Nested]) -> Nested:
-    """What is nested in a sequence of items."""
-    outer: list[Nested] = []  # of the groups that are open, what came before in each
+    outer: list[Nested] = []  # for each open group, what came before it
     whole, last = Nested(), Nested()
     for kind, value in items:
         if kind == "open":

@@ -1,4 +1,4 @@
-"""The chat route's own way to read a body: counted while it comes, checked before FastAPI makes a model of it."""
+"""The chat route's own way to read a body: counts it while it arrives, and checks it before FastAPI builds a model."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class UnreadBodies:
-    """Bytes of bodies that are on their way; those that are whole have places, which are counted by themselves.
+    """Bytes of bodies that have arrived in part. Whole bodies have places, which are counted elsewhere.
 
-    Args:
-        most: bytes that an API process holds of them at once.
+    `most`: bytes of such bodies that an API process holds at once.
     """
 
     def __init__(self, most: int) -> None:
@@ -31,7 +30,7 @@ class UnreadBodies:
 
     @contextmanager
     def share(self) -> Iterator[_Share]:
-        """What one body takes while this is entered."""
+        """The bytes of one body while the context is entered."""
         share = _Share(self)
         try:
             yield share
@@ -39,11 +38,7 @@ class UnreadBodies:
             self._free += share.taken
 
     def lend(self, size: int) -> None:
-        """Counts bytes.
-
-        Raises:
-            Unavailable: too many.
-        """
+        """Counts bytes; raises Unavailable if there are too many."""
         if size > self._free:
             raise Unavailable("the server receives too much at once: try again later")
         self._free -= size
@@ -62,10 +57,10 @@ class _Share:
 class CheckedRequest(Request):
     """Modifications to Starlette's request:
 
-    - `body` is never compressed, and stops reading at the server's limit, at once where a length is announced;
-    - `json` is strict, and what it returns has passed `ChatChecks.read`;
-    - one body is read in a round of the event loop, and a long one in a thread: a health check must wait neither for a
-      thousand that come at once, nor for a hostile one.
+    - `body` is never compressed; it stops at the server's limit, or at once if a longer one is announced;
+    - `json` is strict, and its value has passed `ChatChecks.read`;
+    - one body is parsed in a round of the event loop, a long one in a thread, so that neither a thousand at once nor a
+      hostile one delays a health check.
     """
 
     async def body(self) -> bytes:
@@ -93,13 +88,12 @@ class CheckedRequest(Request):
                 self._json = await asyncio.get_running_loop().run_in_executor(_LONG, self.read, content)
             else:
                 async with self.app.state.foldserve_turn:
-                    await asyncio.sleep(0)  # the next one's turn comes in another round of the event loop
+                    await asyncio.sleep(0)  # the next body's turn is in another round of the event loop
                     self._json = self.read(content)
             self._body = b""  # not kept while the answer is generated
         return self._json
 
     def read(self, content: bytes) -> Any:
-        """The JSON of a whole body, checked."""
         return self.checks.read(content)
 
     @property
@@ -117,7 +111,7 @@ class CheckedRequest(Request):
 
 
 class ChatRoute(WorkRoute):
-    """A route whose body is read by `CheckedRequest`, or a class of it."""
+    """A route that reads its body by `request_class`."""
 
     request_class: ClassVar[type[CheckedRequest]] = CheckedRequest
 

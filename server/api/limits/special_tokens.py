@@ -1,7 +1,7 @@
 """Keeps texts from becoming control tokens or image placeholders.
 
-A tokenizer turns `</s>` or `<image>` into one special token wherever it stands in the prompt, also where a user typed
-it. So such a text gets an invisible character after its first one: it reads the same, and is tokenized as text.
+A tokenizer turns `</s>` or `<image>` into one special token wherever it stands in the prompt, even if a user typed it.
+Such a text gets an invisible character after its first one: it reads the same, and is tokenized as text.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 from foldserve.server.api.errors import LimitExceeded
 
 _INVISIBLE = ("\u2060", "\u200b", "\u200d", "\ufe0e")  # word joiner, zero-width space, ...
-_RENDERED = ("messages", "tools", "documents")  # what a chat template may put into the prompt
+_RENDERED = ("messages", "tools", "documents")  # a chat template may put these into the prompt
 _NOT_TEXT = ("image_url", "role", "type", "video_url")
 
 
 class Allowance:
-    """How many special tokens a body's texts may still hold."""
+    """The special tokens that a body's texts may still hold."""
 
     def __init__(self, most: int) -> None:
         self._most = self.left = most
 
     def spend(self, number: int) -> None:
-        """Raises LimitExceeded where that is more than is left."""
+        """Raises LimitExceeded if fewer are left."""
         if number > self.left:
             raise LimitExceeded(
                 f"the texts hold more than {self._most} special tokens of the model, which its context has no room for",
@@ -38,18 +38,14 @@ class Allowance:
 class SpecialTokens:
     """The special tokens of one tokenizer.
 
-    Args:
-        tokenizer: vLLM's.
-        placeholders: texts that stand for images in the model's prompts, special tokens or not.
-
-    Raises:
-        ValueError: the tokenizer's normalization undoes what is done here.
+    `placeholders` are texts that stand for images in the model's prompts, special tokens or not.
+    Raises ValueError if the tokenizer's normalization undoes `neutralise`.
     """
 
     def __init__(self, tokenizer: Any, placeholders: Iterable[str] = ()) -> None:
         added = getattr(tokenizer, "added_tokens_decoder", {}).values()
         special = {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)}
-        # One character can't be split: such a token is a letter of its tokenizer's, not a command.
+        # One character can't be split: such a token is a letter of its tokenizer, not a command.
         self._texts = sorted(text for text in special | set(placeholders) if len(text) > 1)
         self._first_bytes = [first.encode() for first in sorted({text[0] for text in self._texts})] + [b"\\u"]
         self._first_letters = re.compile(_first_letters_of(self._texts))
@@ -67,13 +63,11 @@ class SpecialTokens:
         raise ValueError("this tokenizer finds its special tokens in any text: it can't be served to the public")
 
     def neutralise(self, texts: Sequence[str], allowance: Allowance | None = None) -> list[str]:
-        """Texts that follow each other, so that no special token is in them, nor across their borders.
+        """Breaks up every special token in consecutive texts, also across their borders.
 
-        In one pass: behind the first letter of every token, those too that overlap. What is left holds none, since a
-        token's letters were neighbours before.
-
-        Raises:
-            LimitExceeded: they hold more than there is an allowance for.
+        One pass inserts a character after the first letter of each token, overlapping ones included. The result holds
+        none,
+        since a token's letters were neighbours before. Raises LimitExceeded for more tokens than the allowance.
         """
         whole = "".join(texts)
         found = self._first_letters.finditer(whole)
@@ -94,17 +88,13 @@ class SpecialTokens:
         return safe
 
     def may_be_in(self, body: bytes) -> bool:
-        """Whether a chat body as it came holds a character that a special token begins with, perhaps as an escape."""
+        """Whether a raw chat body holds a character that a special token begins with, or an escape that may be one."""
         return any(_holds(body, first) for first in self._first_bytes)
 
     def neutralise_body(self, body: dict[str, Any], most: int) -> None:
-        """The same, in place, for every text of a chat body that may get into the prompt.
+        """Neutralises, in place, every text of a chat body that may get into the prompt.
 
-        Args:
-            most: special tokens that texts may hold; each makes two tokens or more.
-
-        Raises:
-            LimitExceeded: they hold more.
+        Raises LimitExceeded for more than `most` special tokens; each becomes two tokens or more.
         """
         allowance = Allowance(most)
         for name in _RENDERED:
@@ -128,7 +118,7 @@ class SpecialTokens:
         return self._in(value, allowance)
 
     def _in_json(self, text: str, allowance: Allowance) -> str:
-        """Of a tool call's arguments vLLM gives the template the value: `\\u003c` and `<\\/` are letters by then."""
+        """A template gets a tool call's arguments parsed: `\\u003c` and `<\\/` are letters by then."""
         try:
             value = json.loads(text)
             safe = self._in(value, allowance)
@@ -138,10 +128,10 @@ class SpecialTokens:
             pass
         except RecursionError as error:
             raise LimitExceeded("the arguments of a tool call are nested too deeply", "messages") from error
-        return self.neutralise([text], allowance)[0]  # where a template shows it as it is
+        return self.neutralise([text], allowance)[0]  # for templates that show it as it is
 
     def _in_list(self, parts: list[Any], allowance: Allowance) -> list[Any]:
-        """Neighbouring texts of one message may be put together by a template."""
+        """A template may join neighbouring texts of one message."""
         places = [(p, key) for p, part in enumerate(parts) for key in _text_keys(part)]
         done = self.neutralise([parts[p] if key is None else parts[p][key] for p, key in places], allowance)
         by_place = dict(zip(places, done, strict=True))
@@ -159,7 +149,7 @@ class SpecialTokens:
 
 
 def _first_letters_of(texts: Iterable[str]) -> str:
-    """A pattern of the texts' first letters where the rest follows; each letter after it is looked at once."""
+    """A pattern of first letters with the rest as a lookahead; each following letter is read once."""
     tree: dict[str, Any] = {}
     for text in texts:
         node = tree
@@ -170,7 +160,7 @@ def _first_letters_of(texts: Iterable[str]) -> str:
 
 
 def _pattern(tree: dict[str, Any]) -> str:
-    """Of the shortest texts in a tree of letters: a longer one begins where a shorter one does."""
+    """Matches the shortest texts in a tree of letters, since a longer one begins where a shorter one does."""
     if "" in tree:
         return ""
     branches = [re.escape(letter) + _pattern(rest) for letter, rest in tree.items()]
@@ -178,7 +168,7 @@ def _pattern(tree: dict[str, Any]) -> str:
 
 
 def _text_keys(part: object) -> list[str | None]:
-    """Where a part of a message has its text: itself (None), or in fields."""
+    """Where a part of a message has its text: in itself (None), or in these fields."""
     if isinstance(part, str):
         return [None]
     if isinstance(part, dict):
@@ -187,7 +177,7 @@ def _text_keys(part: object) -> list[str | None]:
 
 
 def _holds(body: bytes, part: bytes) -> bool:
-    """`part in body`, at the speed of a search for one byte where, as in an image's base64, its first byte is rare."""
+    """`part in body`, as fast as a search for one byte if the first byte is rare, as in an image's base64."""
     lead = part[:1]
     first = body.find(lead)
     return first >= 0 and body.find(part, first, body.rfind(lead) + len(part)) >= 0

@@ -1,4 +1,4 @@
-"""JSON that means one thing only: UTF-8, no key twice, no NaN, bounded in size and depth (RFC 8259, sections 4-9)."""
+"""JSON with one meaning only: UTF-8, no duplicate key, no NaN, bounded in size and depth (RFC 8259, sections 4-9)."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class _KeyTwice(dict[str, Any]):
 def parse(body: bytes, limits: Limits) -> Any:
     """The value of a body.
 
-    Raises:
-        InvalidRequest: no JSON, or JSON that readers understand differently; `param` is the path where that is known.
-        LimitExceeded: too many values, or too deep.
+    Raises LimitExceeded for too many values or too deep nesting, and InvalidRequest for anything but JSON that all
+    readers
+    understand alike; `param` is the path if it is known.
     """
     most = limits.max_json_items
     if len(body) > most and sum(map(body.count, (b",", b"[", b"{"))) > most:
@@ -44,9 +44,9 @@ def parse(body: bytes, limits: Limits) -> Any:
 
 
 def _is_plain(value: Any, depth: int) -> bool:
-    """Whether a value of the fast parser, which refuses half pairs and keys that come twice, can't be at fault.
+    """Whether a value is certainly valid; if not, `_check` looks closer, as at a large number or at the greatest depth.
 
-    `_check` looks closer where it might: at a large number, or at the greatest depth.
+    The fast parser has already refused half surrogate pairs and duplicate keys.
     """
     if depth < 2:
         return False
@@ -61,7 +61,7 @@ def _is_plain(value: Any, depth: int) -> bool:
 
 
 def _explain(body: bytes, limits: Limits) -> Any:
-    """The value of a body that the fast parser refuses, in the form in which `_check` finds and names what is wrong."""
+    """Parses what the fast parser refused, so that `_check` finds and names the fault."""
     coding.check_bytes(body)
     try:
         return json.loads(body.decode(), object_pairs_hook=_object)

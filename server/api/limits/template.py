@@ -1,4 +1,4 @@
-"""Which message a chat template refuses: vLLM tells the template's words only, and not to the client."""
+"""Finds the message that a chat template refuses: vLLM has only the template's words, and only in its log."""
 
 from __future__ import annotations
 
@@ -12,24 +12,20 @@ from jinja2 import TemplateError
 from foldserve.server.api.errors import InvalidRequest
 
 _RENDERS = "safe_apply_chat_template"
-"""vLLM's function around the template, which holds the `conversation`: the messages as the template sees them."""
+"""vLLM's function around the template. Its local `conversation` holds the messages as the template sees them."""
 _LONGEST_REASON = 200
 
 
 def refusal(error: Exception, messages: int) -> InvalidRequest | None:
-    """The refusal to show if a chat template ended in `error`, else None.
-
-    Args:
-        messages: number of the request's.
-    """
+    """The refusal to show if a chat template ended in `error`, else None. `messages` is the request's count of them."""
     cause = error.__cause__
     conversation = next((f.f_locals.get("conversation") for f in _frames(error) if f.f_code.co_name == _RENDERS), None)
     if cause is None or conversation is None:
         return None
-    # `raise_exception` in a template: words of the model's makers; any other error's are a library's
+    # `raise_exception` of a template quotes the model's makers; any other error is a library's
     reason = f": {cause!s:.{_LONGEST_REASON}}" if type(cause) is TemplateError else ""
     at = _at(cause, conversation)
-    if at is None or len(conversation) != messages:  # system messages may have been put together
+    if at is None or len(conversation) != messages:  # system messages may have been merged
         return InvalidRequest(f"the model's chat template refuses these messages{reason}", "messages")
     role = conversation[at].get("role")
     path = f"messages[{at}]"
@@ -37,7 +33,7 @@ def refusal(error: Exception, messages: int) -> InvalidRequest | None:
 
 
 def _at(cause: BaseException, conversation: Sequence[Mapping[str, Any]]) -> int | None:
-    """The message that the template was at: a variable of its innermost frame that has one."""
+    """The message that the template was at: a variable of its innermost frame that holds one."""
     places = {id(message): place for place, message in enumerate(conversation)}
     found = [places[id(v)] for frame in _frames(cause) for v in frame.f_locals.values() if id(v) in places]
     return found[-1] if found else None
