@@ -1,7 +1,6 @@
-"""`file:` URLs of a batch: read here, under one folder of the operator's, and handed on as `data:` URLs.
+"""Reads the `file:` URLs of a batch, under one folder of the operator's, and passes them on as `data:` URLs.
 
-Everything behind, such as limits and decoding, sees them as it sees those that come over HTTP, where files are never
-read.
+Limits and decoding then treat them like images that come over HTTP, where files are never read.
 """
 
 from __future__ import annotations
@@ -22,18 +21,13 @@ from foldserve.server.limits import Limits
 
 _SCHEME = "file:"
 _TYPES: dict[Modality, str] = {"image": "image/jpeg", "video": "video/mp4"}
-"""Where the name doesn't say; what a file is, its content tells."""
+"""If the name does not tell; decoding goes by the content."""
 
 
 class LocalFiles:
-    """Reads files for the images and videos of a chat.
+    """Reads the image and video files of a chat; raises ValueError if there is no such folder.
 
-    Args:
-        folder: the only one that is read, with those below; links are followed first. An absolute path.
-        limits: of a file's size.
-
-    Raises:
-        ValueError: there is no such folder.
+    `folder` is an absolute path. Only files below it are read, after links are resolved.
     """
 
     def __init__(self, folder: Path, limits: Limits) -> None:
@@ -43,10 +37,9 @@ class LocalFiles:
         self._most: dict[Modality, int] = {"image": limits.max_image_bytes, "video": limits.max_video_bytes}
 
     def put_into(self, body: dict[str, Any]) -> None:
-        """Replaces each `file:` URL in the messages of a chat that has not been validated yet.
+        """Replaces each `file:` URL in the messages of a chat that is not validated yet.
 
-        Raises:
-            InvalidRequest: a file that can't be had; `param` names its URL.
+        Raises InvalidRequest if a file can't be read; `param` names its URL.
         """
         for holder, field, modality, param in _urls(body):
             if holder[field].startswith(_SCHEME):
@@ -74,7 +67,7 @@ class LocalFiles:
 
 
 def _urls(body: dict[str, Any]) -> Iterator[tuple[Any, str, Modality, str]]:
-    """What holds each URL, under which key, of which modality, and its path; unknown shapes are left to validation."""
+    """Holder, key, modality and path of each URL; leaves unknown shapes to validation."""
     messages = body.get("messages")
     for m, message in enumerate(messages if isinstance(messages, list) else []):
         content = message.get("content") if isinstance(message, dict) else None

@@ -1,7 +1,7 @@
-"""The server's own application, called in this process: what a line is answered with is what HTTP would answer.
+"""The server's own application, called in this process, so that a line gets the answer that HTTP would give.
 
-One path for the guard, the limits, the planner, `usage` and the words of refusals. vLLM's `run_batch` calls the chat
-handler itself, behind all of it; it also reads the whole input, starts a task for each line, and writes at the end.
+Guard, limits, planner, `usage` and error messages are the same. vLLM's `run_batch` calls the chat handler behind all of
+them. It also reads the whole input, starts a task for each line, and writes only at the end.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _HEADERS = ((b"host", b"localhost"), (b"content-type", b"application/json"))
 
 @dataclass(slots=True)
 class Reply:
-    """A whole response; names of headers are lower-case."""
+    """A whole response; header names are lower-case."""
 
     status: int = 500
     headers: dict[str, str] = field(default_factory=dict)
@@ -35,12 +35,7 @@ class Reply:
 
 
 class Front:
-    """The application on a running engine.
-
-    Args:
-        app: as vLLM builds it, with our routes.
-        engine: that it asks.
-    """
+    """The application on a running engine, as vLLM builds it, with our routes."""
 
     def __init__(self, app: FastAPI, engine: EngineClient) -> None:
         self._app = app
@@ -53,7 +48,7 @@ class Front:
 
     @property
     def has_failed(self) -> bool:
-        """Whether the engine is gone: nothing will be answered any more."""
+        """Whether the engine is gone, so that nothing will be answered any more."""
         return bool(self._engine.errored)
 
     @property
@@ -63,7 +58,7 @@ class Front:
         return int(config.scheduler_config.max_num_seqs * config.parallel_config.data_parallel_size)
 
     async def post(self, path: str, body: bytes) -> Reply:
-        """The application's response; `body` is let go of once it is read."""
+        """The application's response; drops `body` once it is read."""
         reply = Reply()
         messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
         headers = [*_HEADERS, (b"content-length", str(len(body)).encode())]
@@ -102,14 +97,13 @@ class Front:
 
 @asynccontextmanager
 async def open_front(args: Namespace) -> AsyncIterator[Front]:
-    """Starts the engine, or as many as data parallel asks for, and the application as the server would.
+    """Starts the engine, or several for data parallel, and the application, as the server would.
 
-    Args:
-        args: vLLM's, see `launch.serve_args`.
+    `args` are vLLM's, see `launch.serve_args`.
     """
     async with build_async_engine_client(args, usage_context=UsageContext.OPENAI_BATCH_RUNNER) as engine:
         tasks = await engine.get_supported_tasks()
         app = build_app(args, tasks, engine.model_config)
         await init_app_state(engine, app.state, args, tasks)
-        async with app.router.lifespan_context(app):  # vLLM's: statistics, and the start-up's heap is no more looked at
+        async with app.router.lifespan_context(app):  # vLLM's: statistics, and a frozen heap
             yield Front(app, engine)

@@ -14,21 +14,16 @@ from foldserve.server.limits import Limits
 
 FIELDS = ("custom_id", "method", "url", "body")
 LONGEST_ID = 512
-_ENVELOPE_BYTES = 64 << 10
-"""For what stands beside the body in a line."""
-_HEAD_BYTES = 4096
-"""What is kept of a line that is too long: `custom_id` usually comes first."""
+_ENVELOPE_BYTES = 64 << 10  # for the rest of a line besides its body
+_HEAD_BYTES = 4096  # kept of a line that is too long: `custom_id` usually comes first
 _SKIP_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A line that is not blank.
+    """A line that is not blank. `number` counts from 1, blank lines included.
 
-    Attributes:
-        number: from 1, blank lines counted.
-        content: its bytes, or the first of them.
-        is_whole: all are there.
+    `content` has only the first bytes of a line that is not whole.
     """
 
     number: int
@@ -37,7 +32,7 @@ class Line:
 
     @property
     def custom_id(self) -> str | None:
-        """None where it can't be read."""
+        """None if it can't be read."""
         try:
             value = jiter.from_json(self.content, cache_mode="none", partial_mode=not self.is_whole)
         except ValueError:
@@ -47,12 +42,12 @@ class Line:
 
 
 def longest_line(limits: Limits) -> int:
-    """Bytes of a line whose body is within the limits."""
+    """Most bytes of a line whose body is within the limits."""
     return limits.max_body_bytes + _ENVELOPE_BYTES
 
 
 def read_lines(file: BinaryIO, longest: int) -> Iterator[Line]:
-    """The lines of a file, of which no more than one is held."""
+    """Yields the lines of a file, and holds one at a time."""
     number = 0
     while content := file.readline(longest + 1):
         number += 1
@@ -65,13 +60,9 @@ def read_lines(file: BinaryIO, longest: int) -> Iterator[Line]:
 
 
 def read_request(line: Line, urls: Collection[str], limits: Limits) -> tuple[str, dict[str, Any]]:
-    """The url and the body of a line.
+    """The url and the body of a line; `urls` are those that are served.
 
-    Args:
-        urls: that are served.
-
-    Raises:
-        InvalidRequest, UnsupportedRoute, BodyTooLarge: what is wrong; the line's body was not looked into.
+    Raises InvalidRequest, UnsupportedRoute or BodyTooLarge for an invalid line; its body is not checked.
     """
     if not line.is_whole:
         raise BodyTooLarge(f"the line is longer than a body of {limits.max_body_mb:g} MB (--max-body-mb)")

@@ -1,4 +1,4 @@
-"""What a user asks of one run."""
+"""Options of one batch run."""
 
 from __future__ import annotations
 
@@ -6,22 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-Existing = Literal["refuse", "resume", "overwrite"]
-"""What to do with results that are there already."""
+Existing = Literal["refuse", "resume", "overwrite"]  # for results that exist already
 
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Of one run.
+    """Options of one run; raises ValueError for a file or a number that can't be used.
 
-    Attributes:
-        input: requests, one a line.
-        output: where the results go.
-        existing: what becomes of results that are there.
-        concurrency: requests in flight; None for what keeps the engine busy.
-
-    Raises:
-        ValueError: files that can't be meant.
+    `concurrency` is the number of requests in flight; None for as many as keep the engine busy.
     """
 
     input: Path

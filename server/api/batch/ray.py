@@ -1,7 +1,7 @@
-"""Batches over several machines: Ray Data hands out lines, and each of its actors has an engine and the application.
+"""Batches over several machines: Ray Data distributes lines to actors, each with an engine and the application.
 
-Plain actors, not `ray.data.llm`: its stages render prompts and start vLLM themselves, past the planner, the media guard
-and the refusals.
+Plain actors instead of `ray.data.llm`, whose stages render prompts and start vLLM themselves, without the planner, the
+media guard and our checks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import ray.data  # an extra
 
 LINE, RESULT = "line", "result"
-"""Columns: a request as in a batch file, and what the output of a batch would say of it."""
+"""Columns: a request as in a batch file, and its line in a batch's output."""
 _T = TypeVar("_T")
 
 
@@ -43,20 +43,21 @@ def answered(
 ) -> ray.data.Dataset:
     """The rows of `requests` with a column `result`, in the form of the output of `foldserve batch`.
 
-    An actor that dies is started again and its rows are answered anew. A `CheckpointConfig` in Ray's context, by a
-    column of ids, keeps written blocks when the whole job ends.
+    If an actor dies, Ray starts it again and it answers its rows anew. To keep written blocks when the whole job ends,
+    set
+    a `CheckpointConfig` with a column of ids in Ray's context.
 
     Args:
-        requests: with a column `line`, such as `ray.data.read_text` gives as `text`; others are passed on.
+        requests: with a column `line`, which `ray.data.read_text` calls `text`; other columns are passed on.
         model: a name on the hub, or a directory that all machines have.
         options: engine options of `vllm serve`.
         settings: the server's, with the limits of a request.
-        actors: engines, or the fewest and the most: Ray starts more while lines wait.
-        gpus: of each.
-        rows: that an actor has in flight, at most.
+        actors: number of engines, or the fewest and the most: Ray starts more while lines wait.
+        gpus: of each actor.
+        rows: most rows in flight per actor.
         ray_options: of `map_batches`, such as `num_cpus`.
     """
-    # Small files come as one block, which one actor would answer, and nothing of it would be kept before its end.
+    # Small files come as one block: a single actor would answer it, and keep nothing of it before its end.
     return requests.repartition(target_num_rows_per_block=rows).map_batches(
         Answerer,
         fn_constructor_args=(model, options, settings.to_config()),
@@ -69,13 +70,9 @@ def answered(
 
 
 class Answerer:
-    """An actor's engine; it ends with the actor, however that ends.
+    """An actor's engine, which ends with the actor, however that ends.
 
-    Args:
-        settings: `Settings.to_config`.
-
-    Raises:
-        ValueError: options that vLLM's parser or we refuse.
+    `settings` come from `Settings.to_config`. Raises ValueError for options that vLLM's parser or we refuse.
     """
 
     def __init__(self, model: str, options: Sequence[str], settings: dict[str, Any]) -> None:
@@ -100,7 +97,7 @@ class Answerer:
 
     async def _answer(self, contents: Sequence[bytes]) -> list[str]:
         lines = [Line(0, content) for content in contents]
-        numbered = [Line(digest(line.custom_id), line.content) for line in lines]  # by its id: a row has no number
+        numbered = [Line(digest(line.custom_id), line.content) for line in lines]  # by id: a row has no number
         found = await asyncio.gather(*map(self._answers.answer, numbered))
         return [result.line.decode().rstrip() for result in found]
 

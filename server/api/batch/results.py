@@ -1,4 +1,4 @@
-"""The output file: one whole line per answered line of the input, at whatever moment the run is killed."""
+"""The output file: one whole line per answered line of the input, whenever the run is killed."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PREFIX = "batch_req_"
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A line of the output, and what it adds to the totals."""
+    """A line of the output, and its part of the totals."""
 
     line: bytes
     is_answer: bool = False
@@ -30,8 +30,6 @@ class Result:
 
 @dataclass(slots=True)
 class Totals:
-    """What the lines of the output come to."""
-
     lines: int = 0
     refused: int = 0
     encoded: int = 0
@@ -45,20 +43,16 @@ class Totals:
 
 
 class Results:
-    """The output of a run, which no other run writes at the same time.
+    """The output of a run; no other run can write it at the same time.
 
-    A line is appended by one write when its answer is complete, so that a killed process leaves whole lines and at most
-    one that is cut off; the next start removes that, and its request is answered again. `sync` is not needed for this,
-    only so that a machine that loses power costs few answers: they are computed again, none is lost or doubled.
+    A line is appended by one write once its answer is complete. A killed process leaves whole lines and at most one
+    that is
+    cut off; the next start removes that one and answers its request again. `sync` only limits how many answers a power
+    failure costs: they are computed again, and none is lost or doubled.
 
-    Args:
-        path: of the output.
-        survey: of the input.
-
-    Raises:
-        ValueError: another run writes there, results are there and neither resumed nor overwritten, or they are not
-            those of this input.
-        OSError: the file can't be written.
+    Raises ValueError if another run writes there, or the results are neither resumed nor overwritten, or of another
+    input,
+    and OSError if the file can't be written.
     """
 
     def __init__(self, path: Path, survey: Survey, existing: Existing) -> None:
@@ -86,14 +80,13 @@ class Results:
         return bool(self._done[number])
 
     def add(self, result: Result) -> None:
-        """Appends a result."""
         rest = memoryview(result.line)
         while rest:
             rest = rest[os.write(self._file, rest) :]
         self.totals.add(result)
 
     def sync(self) -> None:
-        """Returns when all that was added is on the disk."""
+        """Returns once all added results are on the disk."""
         os.fsync(self._file)
 
     def _lock(self) -> None:
@@ -141,13 +134,13 @@ class Results:
 
 
 def answer(number: int, custom_id: str | None, status: int, request_id: str, body: bytes) -> bytes:
-    """The line of a request that the application answered, a refusal too; `body` is compact JSON."""
+    """The line of a request that the application answered or refused; `body` is compact JSON."""
     head = _head(number, custom_id) | {"response": {"status_code": status, "request_id": request_id}}
     return json.dumps(head).encode()[:-2] + b', "body": ' + body + b'}, "error": null}\n'
 
 
 def failure(number: int, custom_id: str | None, error: dict[str, str | None]) -> bytes:
-    """The line of one that was no request."""
+    """The line of something that is not a request."""
     return json.dumps(_head(number, custom_id) | {"response": None, "error": error}).encode() + b"\n"
 
 
@@ -156,7 +149,7 @@ def _head(number: int, custom_id: str | None) -> dict[str, Any]:
 
 
 def _counts(result: dict[str, Any]) -> tuple[bool, int, int]:
-    """Whether a result is an answer, and its vision tokens."""
+    """Whether a result is an answer, and its vision tokens: (is_answer, encoded, kept)."""
     response = result["response"]
     if response is None or response["status_code"] != 200:
         return False, 0, 0

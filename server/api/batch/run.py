@@ -1,4 +1,4 @@
-"""A batch from its first line to its last: how much is in flight, what is written, what the user sees."""
+"""Runs a batch: requests in flight, output, progress."""
 
 from __future__ import annotations
 
@@ -27,12 +27,10 @@ from foldserve.server.limits import Limits
 from foldserve.server.settings import Environment, Settings
 
 _QUEUED = 4
-"""Beside this many that the engine works on, one waits, prepared: it never runs dry."""
-_TRIES = 10
-"""At a line that the server has no room for at the moment."""
+"""One request waits, prepared, for this many that the engine works on, so that the engine never runs dry."""
+_TRIES = 10  # for a line, while the server has no room
 _SYNC_S = 5.0
-_BAR_S, _LOG_S = 0.5, 10.0
-"""Between two pictures of the bar, on a terminal and in a log."""
+_BAR_S, _LOG_S = 0.5, 10.0  # between two updates of the bar, on a terminal and in a log
 _COUNTS = re.compile(r"encoded=(\d+), kept=(\d+)")
 _HEADER = "x-foldserve-vision-tokens"
 NOT_FOR_A_BATCH = (
@@ -40,7 +38,7 @@ NOT_FOR_A_BATCH = (
     "data_parallel_rank", "data_parallel_start_rank", "grpc", "headless", "host", "middleware", "port", "root_path",
     "ssl_certfile", "ssl_keyfile", "uds",
 )  # fmt: skip
-"""vLLM's options for whoever listens, or shares its engines with others."""
+"""vLLM's options for servers that listen, or share their engines with others."""
 
 
 class EngineEnded(RuntimeError):
@@ -98,24 +96,14 @@ async def _answer_all(
 
 
 class Answers:
-    """Answers single lines.
-
-    Args:
-        front: answers requests.
-        limits: of each.
-        files: those that lines may name; None for none.
-    """
+    """Answers single lines; None for `files` allows no `file:` URLs."""
 
     def __init__(self, front: Front, limits: Limits, files: LocalFiles | None = None) -> None:
         self._front, self._limits, self._files = front, limits, files
         self._urls = front.urls
 
     async def answer(self, line: Line) -> Result:
-        """The result of a line, whatever is wrong with it.
-
-        Raises:
-            EngineEnded: there is none.
-        """
+        """The result of a line, even an invalid one; raises EngineEnded if the engine is gone."""
         number, custom_id = line.number, line.custom_id
         try:
             url, body = read_request(line, self._urls, self._limits)
@@ -136,7 +124,7 @@ class Answers:
         return Result(content, reply.status == 200, **_counts(reply))
 
     async def _post(self, url: str, body: dict[str, object]) -> Reply:
-        """The reply; a server that has no room at the moment is asked again."""
+        """The reply; retries while the server has no room."""
         content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
         body.clear()
         for wait_s in range(1, _TRIES + 1):
@@ -150,14 +138,9 @@ class Answers:
 
 
 class Run:
-    """Answers lines, some at a time, each whole in the output as soon as it is answered.
+    """Answers several lines at a time, and writes each answer to the output as soon as it is complete.
 
-    Args:
-        answers: of single lines.
-        lines: that have no result yet.
-        most_bytes: of lines in flight.
-        found: gets the results.
-        progress: hears of them.
+    The lines in flight have at most `most_bytes`.
     """
 
     def __init__(
@@ -168,11 +151,7 @@ class Run:
         self._room = _ByteRoom(most_bytes)
 
     async def answer(self, at_once: int) -> None:
-        """Returns when all lines have a result.
-
-        Raises:
-            EngineEnded: some have none.
-        """
+        """Returns once all lines have a result; raises EngineEnded if the engine ended before."""
         try:
             async with asyncio.TaskGroup() as all_tasks:
                 syncs = all_tasks.create_task(self._sync())
@@ -199,12 +178,7 @@ class Run:
 
 
 class Progress:
-    """The bar: lines that have a result, vision tokens saved, time left.
-
-    Args:
-        lines: of the input.
-        found: the results, which may be some already.
-    """
+    """The progress bar: lines with a result, vision tokens saved, time left."""
 
     def __init__(self, lines: int, found: Results) -> None:
         self._found = found
@@ -220,7 +194,6 @@ class Progress:
         self._bar.close()
 
     def step(self) -> None:
-        """One more has a result."""
         totals = self._found.totals
         self._bar.set_postfix_str(
             f"{totals.encoded - totals.kept:,} vision tokens saved, {totals.refused:,} errors", refresh=False
@@ -229,11 +202,7 @@ class Progress:
 
 
 class _ByteRoom:
-    """Bounds the bytes of the lines in flight.
-
-    Args:
-        most: of them; a single line may have more.
-    """
+    """Bounds the bytes of the lines in flight, but lets a single longer line pass."""
 
     def __init__(self, most: int) -> None:
         self._held, self._most = 0, most
@@ -241,7 +210,7 @@ class _ByteRoom:
         self._given = asyncio.Event()
 
     async def next(self, lines: Iterator[Line]) -> Line | None:
-        """The next line, once there is room for it; one at a time waits for that."""
+        """The next line, once there is room for it; callers wait one at a time."""
         async with self._turn:
             line = next(lines, None)
             if line is None:
@@ -259,7 +228,6 @@ class _ByteRoom:
 
 
 def _counts(reply: Reply) -> Mapping[str, int]:
-    """Vision tokens of a reply."""
     found = _COUNTS.match(reply.headers.get(_HEADER, ""))
     return {"encoded": int(found[1]), "kept": int(found[2])} if found and reply.status == 200 else {}
 

@@ -1,4 +1,4 @@
-"""The input before the run: a mistake that concerns all of it shows before anything is computed."""
+"""Checks the input before the run, so that a mistake in it shows before anything is computed."""
 
 from __future__ import annotations
 
@@ -10,27 +10,20 @@ import numpy as np
 
 from foldserve.server.api.batch.lines import read_lines
 
-NO_ID = 0
-"""Stands for a line whose `custom_id` can't be read."""
+NO_ID = 0  # for a line whose `custom_id` can't be read
 
 
 def digest(custom_id: str | None) -> int:
-    """64 bits of an id; 10^6 ids are told apart by less memory than one image takes."""
+    """64 bits of an id: the digests of 10^6 ids take less memory than one image."""
     if custom_id is None:
         return NO_ID
     return int.from_bytes(blake2b(custom_id.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 class Survey:
-    """What is in a batch file: 16 bytes are held per line.
+    """The numbers and ids of a batch file's lines, in 16 bytes per line; `longest` is in bytes.
 
-    Args:
-        path: of the input.
-        longest: bytes of a line.
-
-    Raises:
-        ValueError: a `custom_id` comes twice.
-        OSError: the file can't be read.
+    Raises ValueError if a `custom_id` comes twice, and OSError if the file can't be read.
     """
 
     def __init__(self, path: Path, longest: int) -> None:
@@ -49,11 +42,10 @@ class Survey:
 
     @property
     def last(self) -> int:
-        """The number of the last line."""
         return int(self._numbers[-1]) if len(self) else 0
 
     def has(self, number: int, custom_id: str | None) -> bool:
-        """Whether the line of this number has this id."""
+        """Whether line `number` has this id."""
         at = int(np.searchsorted(self._numbers, np.uint64(number)))
         return at < len(self) and int(self._numbers[at]) == number and int(self._digests[at]) == digest(custom_id)
 
@@ -64,7 +56,7 @@ class Survey:
             self._refuse_equal_ids(several)
 
     def _refuse_equal_ids(self, digests: set[int]) -> None:
-        """Reads the file once more: different ids may have one digest."""
+        """Reads the file again, since different ids may have the same digest."""
         first: dict[str, int] = {}
         with self._path.open("rb") as file:
             for line in read_lines(file, self._longest):
