@@ -1,4 +1,4 @@
-"""What a chat answers, whole or in a stream, as blocks: reasoning, text and tool calls, one after another."""
+"""A chat's answer, whole or streamed, as a sequence of blocks: reasoning, text and tool calls."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ _EVENT, _END = "data: ", "[DONE]"
 
 @dataclass(slots=True)
 class Block:
-    """One of an answer.
+    """One block of an answer.
 
     Attributes:
-        kind: what it is.
-        text: what was said or thought; a tool call's arguments, as JSON.
+        text: the text or reasoning; of a tool call, its arguments as JSON.
         call_id: of a tool call.
-        name: of its function.
+        name: of a tool call's function.
         logprobs: of a text's tokens, as in a chat's answer.
     """
 
@@ -43,8 +42,8 @@ class Ended:
 
     Attributes:
         reason: `finish_reason` of the chat.
-        stop: the text that it stopped at, if the request named it.
-        usage: of the chat, `vision_tokens` among it.
+        stop: the stop string that it ended at, if any.
+        usage: of the chat, with `vision_tokens`.
     """
 
     reason: str | None
@@ -53,7 +52,7 @@ class Ended:
 
 
 def blocks_of(answer: ChatCompletionResponse) -> list[Block]:
-    """Blocks of a whole answer; one that says nothing has an empty text."""
+    """Blocks of a whole answer; an empty answer is one empty text."""
     choice = answer.choices[0]
     message = choice.message
     blocks = [Block("reasoning", message.reasoning)] if message.reasoning else []
@@ -66,17 +65,14 @@ def blocks_of(answer: ChatCompletionResponse) -> list[Block]:
 
 
 def ended(answer: ChatCompletionResponse, blocks: Sequence[Block]) -> Ended:
-    """How a whole answer ended."""
     choice = answer.choices[0]
     return _ended(choice.finish_reason, _stop_text(choice.stop_reason), answer.usage.model_dump(), blocks)
 
 
 class StreamWriter(ABC):
-    """Writes a chat's stream in another form: what happens to blocks, in order.
+    """Writes a chat's stream in another API's form, as events about blocks, in order.
 
-    Args:
-        translation: of the request.
-        vision: what its images cost, if it has any.
+    `vision` is the cost of the request's images, if it has any.
     """
 
     def __init__(self, translation: Translation, vision: VisionTokens | None = None) -> None:
@@ -89,7 +85,7 @@ class StreamWriter(ABC):
         self._stop: str | None = None
 
     async def written(self, pieces: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
-        """The whole stream; what came as one piece stays one."""
+        """The translated stream; one piece of the chat's stream gives one piece."""
         async with aclosing(pieces):
             async for piece in pieces:
                 lines = (line.removeprefix(_EVENT) for line in piece.split("\n\n"))
@@ -100,7 +96,7 @@ class StreamWriter(ABC):
     @staticmethod
     @abstractmethod
     def whole(answer: ChatCompletionResponse, translation: Translation) -> Json:
-        """The object of an answer that is no stream."""
+        """The API's object for an answer that is not streamed."""
 
     @abstractmethod
     def begin(self, chunk: Mapping[str, Any]) -> str:
@@ -108,7 +104,7 @@ class StreamWriter(ABC):
 
     @abstractmethod
     def open_block(self, block: Block) -> str:
-        """Events where a block, the last one, begins."""
+        """Events for the beginning of a block, which is the last one so far."""
 
     @abstractmethod
     def add(self, block: Block, text: str, logprobs: list[Json]) -> str:
@@ -116,15 +112,15 @@ class StreamWriter(ABC):
 
     @abstractmethod
     def close_block(self, block: Block, cut: bool) -> str:
-        """Events where the last block ends. `cut`: the answer had no room for all of it."""
+        """Events for the end of the last block. `cut`: the answer had no room for all of it."""
 
     @abstractmethod
     def end(self, how: Ended) -> str:
-        """Events at the end, behind the last block."""
+        """Events at the end, after the last block."""
 
     @abstractmethod
     def fail(self, error: Json) -> str:
-        """Events of an error, given in OpenAI's shape, with which the stream ends."""
+        """Events of an error, given in OpenAI's shape, which ends the stream."""
 
     def _write(self, chunk: Json) -> str:
         if (error := chunk.get("error")) is not None:
@@ -138,7 +134,7 @@ class StreamWriter(ABC):
             events += self._delta(choice)
             self._reason = choice.get("finish_reason") or self._reason
             self._stop = _stop_text(choice.get("stop_reason")) or self._stop
-        if not chunk["choices"]:  # the last one, with the usage
+        if not chunk["choices"]:  # the last chunk, with the usage
             if not self.blocks:
                 events += self._open(Block("text"))
             events += self.close_block(self.blocks[-1], self._reason == "length")
@@ -177,21 +173,20 @@ class StreamWriter(ABC):
 
 
 def event(name: str, data: Json) -> str:
-    """One event of a stream."""
     return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 def own_id(prefix: str, chat_id: str) -> str:
-    """The id of an answer: the chat's, in whose logs and metrics it is found, with another beginning."""
+    """The answer's id: the chat's id, as in logs and metrics, with another prefix."""
     return f"{prefix}_{chat_id.removeprefix('chatcmpl-')}"
 
 
 def _ended(reason: str | None, stop: str | None, usage: Json, blocks: Sequence[Block]) -> Ended:
-    """vLLM says "stop" of a call that the request chose."""
+    """vLLM reports "stop" for a tool call that the request forced."""
     called = reason == "stop" and stop is None and any(block.kind == "tool_call" for block in blocks)
     return Ended("tool_calls" if called else reason, stop, usage)
 
 
 def _stop_text(reason: object) -> str | None:
-    """vLLM gives the text, or the id of a token."""
+    """The stop string; vLLM gives either a string or a token's id."""
     return reason if isinstance(reason, str) else None

@@ -21,8 +21,7 @@ from foldserve.server.limits import Limits
 _ONLY: Mapping[str, tuple[Collection[Any], str]] = {
     "service_tier": (("auto", "standard_only"), "there is one tier"),
 }
-_HINTS = ("cache_control", "metadata")
-"""They change no answer here: prompts are cached by themselves."""
+_HINTS = ("cache_control", "metadata")  # no effect here, since prompts are always cached
 _OWN = ("max_tokens", "messages", "output_config", "stop_sequences", "system", "thinking", "tool_choice", "tools")
 _KNOWN = frozenset({*SHARED, *_ONLY, *_HINTS, *_OWN})
 _CHOICES = {"any": "required", "auto": "auto", "none": "none"}
@@ -33,15 +32,11 @@ _TYPES = {
     "system": ("text",),
     "tool": ("text", "image"),
 }
-"""Of blocks that a message may hold; `tool` is what a tool_result holds."""
+"""Types of blocks that a message of each role may hold; `tool` is a tool_result."""
 
 
 def to_chat(body: Mapping[str, Any], limits: Limits) -> Translation:
-    """The chat request that asks the same.
-
-    Raises:
-        InvalidRequest: a field or value that is not served, by its name.
-    """
+    """Translates a request to a chat request; raises InvalidRequest for a field or value that is not served."""
     check_fields(body, _KNOWN)
     check_values(body, _ONLY)
     if body.get("max_tokens") is None:
@@ -137,7 +132,7 @@ def _choice(choice: Mapping[str, Any], translation: Translation) -> None:
 
 
 def _message(message: object, path: str, translation: Translation) -> None:
-    """One message; of a user's, each result of a tool is a message of its own in a chat."""
+    """Adds a message; each tool result in a user's message becomes a message of its own."""
     role = object_of(message, path).get("role")
     assert isinstance(message, dict)
     if role not in _ROLES:
@@ -169,7 +164,7 @@ def _blocks(content: object) -> list[Any]:
 
 
 def _content(content: object, role: str, own: str, path: str, translation: Translation) -> str | list[dict[str, Any]]:
-    """The content of the last message; its tool calls and reasoning are put into the message itself."""
+    """The content of the last message; tool calls and reasoning go into the message itself."""
     translation.paths[f"{own}.content"] = path
     if isinstance(content, str):
         return content
@@ -240,7 +235,7 @@ def _call(block: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 
 def _result(block: Mapping[str, Any], path: str, translation: Translation) -> None:
-    """A tool's result as a message; that it is an error is said by its text."""
+    """Adds a tool's result as a message. Only its text says whether it is an error."""
     own = translation.add_message({"role": "tool", "tool_call_id": block.get("tool_use_id")}, path)
     content = block.get("content")
     translation.paths[f"{own}.tool_call_id"] = f"{path}.tool_use_id"

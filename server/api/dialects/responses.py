@@ -1,4 +1,6 @@
-"""OpenAI's Responses API -> chat: `POST /v1/responses`. Answers are not kept: nothing can refer to an earlier one."""
+"""OpenAI's Responses API -> chat: `POST /v1/responses`. Answers are not stored, so no request can refer to an earlier
+one.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,7 @@ _HINTS = (
     "safety_identifier",
     "stream_options",
     "user",
-)
-"""They change no answer here."""
+)  # no effect here
 _OWN = ("include", "input", "instructions", "reasoning", "text", "tool_choice", "tools")
 _AS_IN_CHAT = SHARED | {"parallel_tool_calls", "top_logprobs", "user"}
 _KNOWN = frozenset({*_AS_IN_CHAT, *_ONLY, *_HINTS, *_OWN, "max_output_tokens"})
@@ -60,18 +61,13 @@ _ECHOED = (
 )
 _LOGPROBS = "message.output_text.logprobs"
 _ROLES = ("assistant", "developer", "system", "user")
-_PARTS = ("image_url", "refusal", "text", "video_url")
-"""Types of parts that the chat takes as they are."""
+_PARTS = ("image_url", "refusal", "text", "video_url")  # types of parts that a chat takes as they are
 _OF_ANSWERS = ("annotations", "logprobs")
 _OF_ITEMS = ("content", "id", "phase", "role", "status", "type")
 
 
 def to_chat(body: Mapping[str, Any], limits: Limits) -> Translation:
-    """The chat request that asks the same.
-
-    Raises:
-        InvalidRequest: a field or value that is not served, by its name.
-    """
+    """Translates a request to a chat request; raises InvalidRequest for a field or value that is not served."""
     check_fields(body, _KNOWN)
     check_values(body, _ONLY)
     translation = Translation(limits, echo={name: body[name] for name in _ECHOED if body.get(name) is not None})
@@ -202,7 +198,7 @@ def _message(item: Mapping[str, Any], path: str, translation: Translation) -> No
 
 
 def _before(empty: Collection[str], translation: Translation) -> str | None:
-    """The last message, if it is an assistant's that items before this one began: an answer is several items."""
+    """The path of the last message if it is an assistant's without these fields, since one answer has several items."""
     messages = translation.chat.get("messages", [])
     if not messages or messages[-1]["role"] != "assistant" or any(name in messages[-1] for name in empty):
         return None
@@ -210,7 +206,6 @@ def _before(empty: Collection[str], translation: Translation) -> str | None:
 
 
 def _content(content: object, own: str, path: str, translation: Translation) -> None:
-    """Sets the content of the last message."""
     translation.paths[f"{own}.content"] = path
     if isinstance(content, list):
         parts = translation.entries(content, path)

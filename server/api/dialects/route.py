@@ -1,4 +1,4 @@
-"""The kinds of routes that other APIs have: the chat's, with a body that is translated, and errors that fit it."""
+"""Routes of the other APIs: as the chat's, but they translate the body, and errors name the fields of the API."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from foldserve.server.limits import Limits
 
 
 class TranslatedRequest(CheckedRequest):
-    """A request whose JSON is a chat's, made of what came."""
+    """A request whose JSON is translated to a chat's."""
 
     translation: Translation | None = None
 
@@ -31,15 +31,11 @@ class TranslatedRequest(CheckedRequest):
 
     @staticmethod
     def translate(body: Mapping[str, Any], limits: Limits) -> Translation:
-        """The body of a chat request, of the API's own."""
+        """Translates the API's body to a chat's."""
         raise NotImplementedError
 
     async def chat(self) -> FoldChatRequest:
-        """The chat request.
-
-        Raises:
-            RequestValidationError: its fields can't be read.
-        """
+        """The chat request; raises RequestValidationError if its fields can't be read."""
         try:
             return FoldChatRequest.model_validate(await self.json())
         except ValidationError as error:
@@ -51,13 +47,12 @@ class TranslatedRequest(CheckedRequest):
 
 
 async def read_chat(raw_request: Request) -> FoldChatRequest:
-    """FastAPI's dependency: it would show the chat's fields as the body's otherwise."""
+    """A FastAPI dependency. Otherwise FastAPI would document the chat's fields as the body's."""
     assert isinstance(raw_request, TranslatedRequest)
     return await raw_request.chat()
 
 
 def translation_of(raw_request: Request) -> Translation:
-    """The translation of a request that has been read."""
     assert isinstance(raw_request, TranslatedRequest)
     assert raw_request.translation is not None
     return raw_request.translation
@@ -75,8 +70,6 @@ class _ResponsesRequest(TranslatedRequest):
 
 
 class ResponsesRoute(_TranslatedRoute):
-    """OpenAI's Responses API."""
-
     request_class = _ResponsesRequest
 
 
@@ -85,7 +78,7 @@ class _MessagesRequest(TranslatedRequest):
 
 
 class MessagesRoute(_TranslatedRoute):
-    """Anthropic's Messages API: errors in its shape, and its header for the key."""
+    """Anthropic's Messages API, with errors in its shape, and its header for the key."""
 
     request_class = _MessagesRequest
     key_header = "x-api-key"

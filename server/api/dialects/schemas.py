@@ -1,4 +1,4 @@
-"""What OpenAPI says of the bodies: the fields that most requests have. Both APIs' own documents have the rest."""
+"""OpenAPI's description of the bodies: the most common fields. Both APIs' own documents have the rest."""
 
 from __future__ import annotations
 
@@ -78,5 +78,4 @@ MESSAGES: dict[str, Any] = {
 
 
 def body(schema: dict[str, Any]) -> dict[str, Any]:
-    """The part of an OpenAPI operation that describes its body."""
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}

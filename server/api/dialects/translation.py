@@ -1,4 +1,4 @@
-"""A request of another API as the body of a chat request, and where each of its fields came from."""
+"""A request of another API as the body of a chat request, with the origin of each of its fields."""
 
 from __future__ import annotations
 
@@ -38,19 +38,16 @@ SHARED = frozenset(
         "top_p",
     }
 )
-"""Fields at the top of the body that mean what they mean in a chat; most are vLLM's or ours."""
+"""Fields at the top of the body that mean the same in a chat; most are vLLM's or ours."""
 
 
 @dataclass(slots=True)
 class Translation:
-    """One request.
-
-    Args:
-        limits: of a chat.
+    """One translated request.
 
     Attributes:
         chat: the body of the chat request.
-        echo: what the answer repeats of the request; never its input, which is not kept while the answer is generated.
+        echo: fields that the answer repeats; never the input, which is dropped while the answer is generated.
         paths: JSON paths in `chat` -> those that the client sent, where they differ.
     """
 
@@ -65,11 +62,10 @@ class Translation:
         self._room = limits.max_messages + limits.max_parts + limits.max_tools
 
     def entries(self, value: object, path: str) -> list[Any]:
-        """A list of messages, parts or tools, which all have room in a chat. The chat's own checks say it closer.
+        """Checks a list of messages, parts or tools coarsely, before each is translated; a chat's own checks are exact.
 
-        Raises:
-            InvalidRequest: it is no list.
-            LimitExceeded: there are more, with those of other lists, than it is worth to look at each.
+        Raises InvalidRequest unless it is a list, and LimitExceeded if all lists together have more entries than any
+        chat may.
         """
         if not isinstance(value, list):
             raise InvalidRequest(f"{path} must be a list", path)
@@ -79,7 +75,7 @@ class Translation:
         return value
 
     def add_message(self, message: dict[str, Any], path: str) -> str:
-        """Appends a message of the chat; returns its path there."""
+        """Appends a message to the chat, and returns its path there."""
         messages = self.chat.setdefault("messages", [])
         messages.append(message)
         own = f"messages[{len(messages) - 1}]"
@@ -99,7 +95,7 @@ class Translation:
         return self.paths[head] + param[len(head) :]
 
     def explain(self, error: FoldserveError) -> FoldserveError:
-        """An error of the chat request, with the field at fault as the client named it."""
+        """A chat request's error, with the field as the client named it."""
         sent = self.as_sent(error.param)
         if sent != error.param:
             error.args = (self.words(str(error), error.param),)
@@ -107,31 +103,23 @@ class Translation:
         return error
 
     def words(self, message: str, param: str | None) -> str:
-        """A message with the field's name as the client has it. `messages` stays: it is a word, too."""
+        """A message with the client's name of the field. `messages` stays, since it is also an ordinary word."""
         if param is None or param == "messages":
             return message
         return message.replace(param, str(self.as_sent(param)))
 
 
 def check_fields(body: Mapping[str, Any], known: Collection[str], path: str = "") -> None:
-    """Refuses fields that nothing would be done with.
-
-    Raises:
-        InvalidRequest: the first one that is not `known` and not null.
-    """
+    """Raises InvalidRequest for the first field that would be ignored: neither `known` nor null."""
     for name, value in body.items():
         if value is not None and name not in known:
             raise InvalidRequest(f"{name:.40} is not a field of this API that is served: leave it out", at(path, name))
 
 
 def check_values(body: Mapping[str, Any], only: Mapping[str, tuple[Collection[Any], str]], path: str = "") -> None:
-    """Refuses values that ask for what is not served.
+    """Raises InvalidRequest for the first value that is not served.
 
-    Args:
-        only: name of a field -> the values that it may have beside null, and why no others.
-
-    Raises:
-        InvalidRequest: the first such value.
+    `only`: field -> the values that it may have besides null, and why no others.
     """
     for name, (values, reason) in only.items():
         value = body.get(name)
@@ -143,10 +131,9 @@ def check_values(body: Mapping[str, Any], only: Mapping[str, tuple[Collection[An
 
 
 def image_part(part: Mapping[str, Any], url: object, own: Collection[str]) -> dict[str, Any]:
-    """A chat's part for an image of another API, with the fields that only the chat judges.
+    """A chat's part for an image of another API, with the fields that only the chat checks.
 
-    Args:
-        own: fields of the API that hold the image.
+    `own` are the API's fields that hold the image.
     """
     source = {"url": url} | ({} if part.get("detail") is None else {"detail": part["detail"]})
     others = {name: value for name, value in part.items() if name not in ("detail", "type", *own)}
@@ -154,17 +141,12 @@ def image_part(part: Mapping[str, Any], url: object, own: Collection[str]) -> di
 
 
 def object_of(value: object, path: str) -> dict[str, Any]:
-    """An object.
-
-    Raises:
-        InvalidRequest: it is none.
-    """
+    """`value`, if it is a JSON object; raises InvalidRequest if not."""
     if not isinstance(value, dict):
         raise InvalidRequest(f"{path} must be an object", path)
     return value
 
 
 def at(path: str, name: str) -> str:
-    """The path of a field in an object."""
     key = to_text((None, name)) or ""
     return key if not path else f"{path}{'' if key.startswith('[') else '.'}{key}"

@@ -1,4 +1,4 @@
-"""A chat's answer as Anthropic's Messages API has it: one `message`, its events, or an error."""
+"""A chat's answer in the form of Anthropic's Messages API: one `message`, its events, or an error."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ _ERRORS = {
     "rate_limit_exceeded": "rate_limit_error",
     "shutting_down": "overloaded_error",
 }
-"""`code` -> Anthropic's type; others are as their type in OpenAI's shape."""
+"""`code` -> Anthropic's type; other codes by their type in OpenAI's shape."""
 _OTHERWISE = {"invalid_request_error": "invalid_request_error", "server_error": "api_error"}
 
 
 def error_body(body: Mapping[str, Json]) -> Json:
-    """An error in Anthropic's shape, which keeps `param` and `code` of OpenAI's."""
+    """An error in Anthropic's shape, with OpenAI's `param` and `code` kept."""
     return {"type": "error", "error": _error(body["error"])}
 
 
 class Writer(StreamWriter):
-    """Writes an answer, or the events of a stream; clients that put it together take `usage` from the first event."""
+    """Writes an answer, or the events of a stream. Clients that assemble a stream take `usage` from its first event."""
 
     @staticmethod
     def whole(answer: ChatCompletionResponse, translation: Translation) -> Json:
@@ -92,7 +92,7 @@ def _block(block: Block) -> Json:
 
 
 def _arguments(text: str) -> Json:
-    """A tool's; none of JSON that was cut, or has not come yet."""
+    """A tool call's arguments; empty if their JSON is incomplete."""
     try:
         arguments = json.loads(text)
     except ValueError:
@@ -109,7 +109,7 @@ def _stopped(how: Ended) -> Json:
 
 
 def _usage(usage: Mapping[str, Any]) -> Json:
-    """Input tokens are those that no cache had, where the server tells which."""
+    """Input tokens exclude those from a cache, if the server reports these."""
     written: Json = {"input_tokens": usage["prompt_tokens"], "output_tokens": usage.get("completion_tokens") or 0}
     details = usage.get("prompt_tokens_details") or {}
     for name, theirs in (("cached_tokens", "cache_read"), ("created_cache_tokens", "cache_creation")):

@@ -1,4 +1,4 @@
-"""A chat's answer as OpenAI's Responses API has it: one `response` object, or its events."""
+"""A chat's answer in the form of OpenAI's Responses API: one `response` object, or its events."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BY_DEFAULT: Mapping[str, Any] = {
 
 
 class Writer(StreamWriter):
-    """Writes an answer, or the events of a stream, numbered."""
+    """Writes an answer, or the numbered events of a stream."""
 
     def __init__(self, translation: Translation, vision: VisionTokens | None = None) -> None:
         super().__init__(translation, vision)
@@ -84,7 +84,7 @@ class Writer(StreamWriter):
         return self._event(f"response.{response['status']}", {"response": response})
 
     def fail(self, error: Json) -> str:
-        """OpenAI's clients look for `error`; its documents have the fields beside `type`."""
+        """OpenAI's clients read `error`; its documents have the fields beside `type`."""
         fields = {name: error[name] for name in ("code", "message", "param")}
         return self._event("error", fields | {"error": error})
 
@@ -106,14 +106,7 @@ class Writer(StreamWriter):
 
 
 class _Response:
-    """The object.
-
-    Args:
-        key: its id.
-        created: in seconds.
-        model: that answers.
-        echo: what it repeats of the request.
-    """
+    """The `response` object; `created` is in seconds, `echo` is repeated from the request."""
 
     def __init__(self, key: str, created: int, model: str, echo: Mapping[str, Any]) -> None:
         self._key = key
@@ -122,7 +115,7 @@ class _Response:
         self._echo = echo
 
     def body(self, status: str) -> Json:
-        """Without output."""
+        """The object without output."""
         return {
             **_BY_DEFAULT,
             **self._echo,
@@ -142,7 +135,7 @@ class _Response:
         }
 
     def finished(self, blocks: list[Block], how: Ended) -> Json:
-        """With output; an answer that was cut has its last item incomplete."""
+        """The object with output. If the answer was cut, its last item is incomplete."""
         status = _INCOMPLETE if how.reason == "length" else _COMPLETED
         statuses = [_COMPLETED] * (len(blocks) - 1) + [status]
         output = [self.item(block, i, each) for i, (block, each) in enumerate(zip(blocks, statuses, strict=True))]
