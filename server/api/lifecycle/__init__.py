@@ -1,1 +1,1 @@
-"""How the server begins and ends: readiness, drain, and the death of the engine."""
+"""How the server starts and ends: readiness, drain, and the death of the engine."""

@@ -1,4 +1,4 @@
-"""vLLM's arguments as access and life cycle need them."""
+"""vLLM's arguments, set up for access and life cycle."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from foldserve.server.access import Access
 from foldserve.server.api.auth.counters import SharedCounters
 from foldserve.server.api.logs.config import VARIABLE
 
-SHARED = "foldserve_shared"
-"""The attribute of vLLM's arguments that carries `Shared` to the API processes."""
+SHARED = "foldserve_shared"  # attribute of vLLM's arguments that carries `Shared` to the API processes
 
 _GRACE_S = 10
-"""What vLLM waits longer than we do before it kills a process: to end answers that were cut off, and the engine."""
+"""vLLM kills a process this long after our own timeout: time to end answers that were cut off, and the engine."""
 
 _REFUSED = {
     "api_key": "--api-key: keys come from the file of --api-keys",
@@ -34,12 +33,12 @@ _REFUSED = {
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """What the processes of one server share; it can only travel in the arguments of a process that is spawned.
+    """State that the processes of one server share. It can travel only in the arguments of a spawned process.
 
     Attributes:
         counters: requests in flight, and those that count towards a rate.
         engine_died: set when the engine has ended although nobody asked the server to.
-        heard: by `time.monotonic`, when an API process last had an output of the engine.
+        heard: `time.monotonic` of the last engine output in any API process.
     """
 
     counters: SharedCounters = field(default_factory=SharedCounters)
@@ -48,7 +47,7 @@ class Shared:
 
 
 def prepare(args: Namespace, access: Access, refuse: Callable[[str], NoReturn]) -> Shared:
-    """Fills in vLLM's arguments; one that would undo what the server promises is refused."""
+    """Fills in vLLM's arguments, and refuses those that would undo what the server promises."""
     for name, why in _REFUSED.items():
         if getattr(args, name, None):
             refuse(f"not taken: {why}")

@@ -15,7 +15,7 @@ health = APIRouter(route_class=OpenRoute, tags=["health"])
 
 @health.get("/health/live")
 async def live(raw_request: Request) -> JSONResponse:
-    """200 while this process does its work; 503 when only a new one can."""
+    """200 while this process works; 503 when only a new one can."""
     phase = _phase(raw_request)
     return _answer(phase, phase is not Phase.STOPPED)
 

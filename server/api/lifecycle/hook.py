@@ -1,4 +1,4 @@
-"""Where the life cycle joins the server: vLLM's own lifespan belongs to vLLM, so this listens to it going by."""
+"""Starts and stops the life cycle from vLLM's ASGI lifespan, which it only observes."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from foldserve.server.api.routes import drop_foreign_routes
 
 
 class LifespanHook:
-    """ASGI middleware: once vLLM has set up its signal handlers and server, gives that server our connections, and
+    """ASGI middleware that, once vLLM has set up its signal handlers and server, gives that server our connections and
     starts `app.state.foldserve_lifecycle`.
 
-    uvicorn begins the lifespan after that, and listens only when it has answered.
+    uvicorn runs the lifespan after that setup, and listens only once the lifespan has started.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -1,4 +1,4 @@
-"""The engine's processes, watched from any API process: with several of those, vLLM watches from their parent only."""
+"""Watches the engine's processes from any API process: with several of those, vLLM watches only from their parent."""
 
 from __future__ import annotations
 
@@ -19,18 +19,13 @@ def engine_processes() -> list[int]:
 
 
 class EngineWatch:
-    """Calls back, in the event loop, when one of some processes ends; they need not be children.
-
-    Args:
-        on_end: called once.
-    """
+    """Calls `on_end` once, in the event loop, when one of the watched processes ends; they need not be children."""
 
     def __init__(self, on_end: Callable[[], None]) -> None:
         self._on_end = on_end
         self._handles: list[int] = []
 
     def start(self, processes: Iterable[int]) -> None:
-        """Begins to watch."""
         loop = asyncio.get_running_loop()
         for process in processes:
             handle = os.pidfd_open(process)
@@ -38,7 +33,7 @@ class EngineWatch:
             loop.add_reader(handle, self._ended)  # readable once the process has ended
 
     def stop(self) -> None:
-        """Ends the watch without a call."""
+        """Ends the watch without calling `on_end`."""
         loop = asyncio.get_running_loop()
         for handle in self._handles:
             loop.remove_reader(handle)
@@ -46,7 +41,6 @@ class EngineWatch:
         self._handles.clear()
 
     def kill(self) -> None:
-        """Kills the processes that still run."""
         for handle in self._handles:
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(handle, signal.SIGKILL)
@@ -57,7 +51,7 @@ class EngineWatch:
 
 
 def _engines(parent: psutil.Process | None) -> list[int]:
-    title = f"{envs.VLLM_PROCESS_NAME_PREFIX}::EngineCore"  # which vLLM gives them
+    title = f"{envs.VLLM_PROCESS_NAME_PREFIX}::EngineCore"  # the title that vLLM sets
     return [child.pid for child in (parent.children() if parent else []) if _title(child).startswith(title)]
 
 

@@ -1,10 +1,10 @@
-"""From ready through drain to the end: what this API process answers, and when it goes.
+"""The phases of an API process, from ready through drain to its end.
 
     SERVING --SIGTERM--> DRAINING --all answered, or out of time--> the process ends, status 0
        └-- the engine's process ends, its     --> STOPPED --------> the process ends, status 1
            outputs can't be read, or none come
 
-vLLM's own handler of SIGTERM goes on taking requests, and with several API processes cuts those in flight.
+vLLM's own handler of SIGTERM keeps taking requests, and with several API processes cuts off those in flight.
 """
 
 from __future__ import annotations
@@ -30,11 +30,9 @@ from foldserve.server.api.lifecycle.arguments import Shared
 from foldserve.server.api.lifecycle.processes import EngineWatch, engine_processes
 from foldserve.server.engine.stats import heard
 
-_LAST_WORDS_S = 2.0
-"""For clients to take the error that ends their answer."""
+_LAST_WORDS_S = 2.0  # for clients to read the error that ends their answer
 _RETRY_AFTER_S = 10
-_LOOK_S = 1.0
-"""Between two looks whether the engine gives outputs."""
+_LOOK_S = 1.0  # between two checks for outputs of the engine
 _log = logging.getLogger(__name__)
 
 
@@ -45,13 +43,7 @@ class Phase(Enum):
 
 
 class Lifecycle:
-    """The life of one API process.
-
-    Args:
-        engine: vLLM's client of the engine.
-        access: how long requests have to finish, and the engine to give an output.
-        shared: with the other API processes.
-    """
+    """The life of one API process. `access` has its timeouts; `shared` connects it with the other API processes."""
 
     def __init__(self, engine: AsyncLLM, access: Access, shared: Shared) -> None:
         self._engine = engine
@@ -75,11 +67,10 @@ class Lifecycle:
 
     @property
     def is_idle(self) -> bool:
-        """No request is worked on in this process."""
         return self._in_flight == 0
 
     def start(self, server: uvicorn.Server) -> None:
-        """Takes the signals over from vLLM and watches the engine; called when `server` is about to listen."""
+        """Takes over signals from vLLM and watches the engine; called when `server` is about to listen."""
         self._server = server
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -99,10 +90,8 @@ class Lifecycle:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Holds the end back while a request is worked on.
-
-        Raises:
-            ShuttingDown, EngineStopped: too late for a new one.
+        """Delays the server's end while a request is worked on; raises ShuttingDown or EngineStopped if it comes too
+        late.
         """
         if self.phase is Phase.DRAINING:
             raise ShuttingDown("the server is shutting down: ask another, or try again later", _RETRY_AFTER_S)
@@ -118,11 +107,11 @@ class Lifecycle:
                 self._idle.set()
 
     def explain(self, error: Exception) -> Exception:
-        """The error to show for one that a request ended in: whatever fails once the engine is gone fails for that."""
+        """The error to show for one that ended a request: once the engine is gone, any failure is due to that."""
         return error if isinstance(error, FoldserveError) or self.phase is not Phase.STOPPED else _stopped()
 
     def drain(self) -> None:
-        """Lets requests in flight finish, takes no new ones, then ends the server."""
+        """Refuses new requests, lets those in flight finish, then ends the server."""
         if self._phase is Phase.SERVING:
             self._phase = Phase.DRAINING
             _log.info("draining: %d requests have %g s to finish", self._in_flight, self._timeout_s)
@@ -136,7 +125,7 @@ class Lifecycle:
 
     @contextmanager
     def engine_call(self) -> Iterator[None]:
-        """Held while the engine works on something that gives no outputs, so that it is noticed if it hangs."""
+        """Entered while the engine works on a call without outputs, so that a hang is noticed."""
         self._calls += 1
         try:
             yield
@@ -145,13 +134,13 @@ class Lifecycle:
             self._calls -= 1
 
     def heard(self) -> None:
-        """An output of the engine has come."""
+        """Notes an output of the engine."""
         self._heard.value = time.monotonic()
 
     async def _listen(self) -> None:
         """Ends the server when its engine hangs.
 
-        Silence is counted in looks, not by the clock: a process that was stopped itself has missed nothing by that.
+        Counts silent checks instead of time: a process that was itself stopped has missed no output.
         """
         silent_s = 0.0
         while self._phase is Phase.SERVING:
@@ -167,9 +156,9 @@ class Lifecycle:
                 self._watch.kill()
 
     def _on_outputs_end(self, outputs: asyncio.Task[None]) -> None:
-        """vLLM reads all answers in one task: when that has failed, none can come any more.
+        """vLLM reads all answers in one task: if that fails, no more can come.
 
-        The engine's process goes too, by which the other API processes hear of it: half a server can't serve.
+        Kills the engine's process too, so that the other API processes notice: half a server can't serve.
         """
         self._engine.output_processor.propagate_error(EngineDeadError())  # vLLM itself leaves some errors out
         if self._phase is Phase.SERVING:
@@ -177,7 +166,7 @@ class Lifecycle:
             self._watch.kill()
 
     def _on_engine_end(self, cause: str) -> None:
-        """Every engine is needed: a request in flight on this one would wait forever."""
+        """Ends the server, since it needs every engine: a request in flight on this one would wait forever."""
         if self._phase is Phase.SERVING:
             self._engine_died.set()
             _log.error("%s: the server ends; %d requests fail", cause, self._in_flight)
@@ -192,7 +181,8 @@ class Lifecycle:
     async def _end_answers(self) -> None:
         """Makes every request in flight fail, as vLLM does when it finds its engine dead.
 
-        Not by `AsyncLLM.shutdown`: that also stops the task which would tell them, and they would wait for ever.
+        Does not use `AsyncLLM.shutdown`, which also stops the task that tells the requests, so that they would wait
+        forever.
         """
         loop = asyncio.get_running_loop()
         await loop.run_in_executor(None, partial(self._engine.engine_core.shutdown, timeout=0))
