@@ -1,4 +1,4 @@
-"""One line that says the server is ready and what to try first: vLLM's own log ends in routes, not in an example."""
+"""Prints one line when the server is ready, with a request to try: vLLM's own log ends in a list of routes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _POLL_S = 0.5
 
 
 def announce_when_ready(args: Namespace) -> None:
-    """Prints the line from a background thread once `/health` answers; nothing where plain HTTP is not served."""
+    """Prints the line from a thread once `/health` answers; does nothing where plain HTTP is not served."""
     if args.headless or args.grpc or args.uds or args.ssl_certfile:
         return
     host = "localhost" if args.host in (None, "", "0.0.0.0", "::") else args.host

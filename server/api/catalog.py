@@ -1,4 +1,4 @@
-"""`GET /v1/reducers`: the registry of methods as this server offers it."""
+"""`GET /v1/reducers`: the methods that this server offers."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _own_fields(method: Method) -> list[Field[Any]]:
 
 
 def _limits(chat: FoldServingChat) -> dict[str, dict[str, float | None]]:
-    """Of an image, and of a video where the model takes any: which frames are taken, see docs/guides/video.md."""
+    """Limits of an image, and of a video where the model takes any, see docs/guides/video.md."""
     family, limits = chat.planner.family, chat.checks.limits
     found: dict[str, dict[str, float | None]] = {}
     if family is not None and "image" in family.modalities:
@@ -74,14 +74,14 @@ def _limits(chat: FoldServingChat) -> dict[str, dict[str, float | None]]:
 
 
 def _decoder(chat: FoldServingChat) -> dict[str, int]:
-    """What a token costs in the KV cache; layers with a recurrent state keep none."""
+    """Size of a token in the KV cache; layers with a recurrent state have none."""
     cost = chat.kv_cost
     layers = chat.model_config.get_total_num_hidden_layers()
     return {"layers": layers, "kv_layers": cost.layers, "kv_bytes_per_token_and_layer": cost.token_layer_bytes}
 
 
 def served_card(model: str) -> dict[str, Any] | None:
-    """What `foldserve evaluate` measured on the model in this directory: the `summary` of its quality.json."""
+    """The `summary` of the quality.json that `foldserve evaluate` wrote into this directory; None without one."""
     file = Path(model) / "quality.json"
     if not file.is_file():
         return None
@@ -90,17 +90,16 @@ def served_card(model: str) -> dict[str, Any] | None:
 
 
 def served_methods(family: Family | None) -> list[Method]:
-    """Methods that models of this family have what they need for; None: no image can be reduced."""
+    """Methods that models of this family support; none if `family` is None, whose images can't be reduced."""
     return [method for method in METHODS.values() if modalities_of(method, family)]
 
 
 def modalities_of(method: Method, family: Family | None) -> list[Modality]:
-    """What it reduces on models of this family."""
     return [] if family is None else [each for each in family.modalities if _works_with(method, family, each)]
 
 
 def _works_with(method: Method, family: Family, modality: Modality) -> bool:
-    """The model has what the method needs, whatever options a request has to give on it."""
+    """Whether the model has what the method needs, apart from options that a request has to set."""
     try:
         asked = _alone(method)
         if modality == "image":
@@ -115,14 +114,14 @@ def _works_with(method: Method, family: Family, modality: Modality) -> bool:
 
 
 def _alone(method: Method) -> Reduction:
-    """The method without an amount."""
+    """A reduction by this method alone, without an amount."""
     if isinstance(method, Preselection):
         return Reduction(first=method.name)
     return Reduction(decoder=method.name) if isinstance(method, Decoder) else Reduction(method.name)
 
 
 def _max_removed(method: Method, largest: Layout) -> int:
-    """Of one image's tokens."""
+    """The most tokens that one image can lose."""
     if isinstance(method, BaseOnly):
         return plan_item(Reduction(first="base_only"), largest).removed
     return 0 if isinstance(method, AcrossFrames | Projector) else largest.removable

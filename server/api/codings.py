@@ -1,4 +1,4 @@
-"""Which `Content-Encoding` compresses: of bodies that come, and of images that are fetched."""
+"""Values of `Content-Encoding` that compress, for request bodies and for fetched images."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _COMPRESSIONS = frozenset({"br", "compress", "deflate", "gzip", "x-compress", "x
 
 
 def compression(values: Iterable[str]) -> str | None:
-    """The first coding of the header's values that compresses.
+    """The first coding in the header's values that compresses.
 
     Object stores send others, such as `aws-chunked` or `utf-8`, which say nothing about the bytes.
     """

@@ -1,7 +1,7 @@
-"""HTTP/1.1 as the server speaks it: every byte of a body stays one, and what a stranger may hold is bounded.
+"""The server's HTTP/1.1: a body is never read as a request, and what a client may hold is bounded.
 
-uvicorn's faster parser, httptools, drops a body that comes with an offer to upgrade and reads it as the next request,
-takes trailers for headers, bounds nothing, and does not notice that a client hung up behind a pipelined request.
+uvicorn's faster parser, httptools, drops a body that comes with an offer to upgrade and reads it as the next request.
+It takes trailers for headers, has no bounds, and does not notice a client that hung up behind a pipelined request.
 """
 
 from __future__ import annotations
@@ -19,19 +19,15 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from foldserve.server.api.errors import FoldserveError, MalformedHttp, render
 
 HEAD_BYTES = 64 * 1024
-"""Request line and headers, also trailers, and the head of a chunk; the option --h11-max-incomplete-event-size."""
-_HEAD_S = 10.0
-"""From the first byte of a request to the end of its headers."""
-_BODY_S = 10.0
-"""Between two pieces of a body."""
-_REST_S = 5.0
-"""For the rest of a body that nobody reads, once its answer is sent."""
-_LINGER_S = 2.0
-"""Between a refusal and the end of the connection: closing at once could make the client lose the refusal."""
-_PIPELINED_BYTES = 256 * 1024
-"""Requests that are read ahead of their turn. Behind more, a FIN is not noticed, for it waits behind them."""
-_LOOK_S = 1.0
-"""Between two looks whether a client is still there, while nothing is read from it."""
+"""Most bytes of request line and headers, of trailers, and of a chunk's head; default of
+--h11-max-incomplete-event-size.
+"""
+_HEAD_S = 10.0  # from the first byte of a request to the end of its headers
+_BODY_S = 10.0  # between two pieces of a body
+_REST_S = 5.0  # for the rest of a body that nobody reads, once its answer is sent
+_LINGER_S = 2.0  # from a refusal to the close: closing at once could make the client lose the refusal
+_PIPELINED_BYTES = 256 * 1024  # requests read ahead of their turn; a FIN behind more bytes goes unnoticed
+_LOOK_S = 1.0  # between two checks that a client is still there, while nothing is read from it
 _QUOTE = re.compile(r":? \(?b(?:ytearray\(b)?['\"]")
 
 
@@ -39,7 +35,7 @@ class Connection(h11.Connection):
     """Modifications to h11's connection:
 
     - the number of headers is bounded, and the version is 1.1 or 1.0;
-    - the last refusal stays in `refusal`, whose status uvicorn drops.
+    - `refusal` keeps the last refusal, whose status uvicorn drops.
     """
 
     def __init__(self, max_head_bytes: int, max_headers: int) -> None:
@@ -67,8 +63,8 @@ class Connection(h11.Connection):
 class HttpProtocol(H11Protocol):
     """Modifications to uvicorn's h11 protocol:
 
-    - an offer to upgrade is ignored (RFC 9110, section 7.8): nothing here is served in another protocol;
-    - headers and bodies must come in time, and a body that nobody reads ends with the connection;
+    - an offer to upgrade is ignored (RFC 9110, section 7.8), since no other protocol is served;
+    - headers and bodies must come in time, and a body that nobody reads ends the connection;
     - a hang-up is noticed behind pipelined requests too;
     - a refusal has the form of all errors, and is not lost with the connection.
     """
@@ -89,7 +85,7 @@ class HttpProtocol(H11Protocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._discards or self.conn.their_state is h11.MUST_CLOSE:  # it said that nothing would follow
+        if self._discards or self.conn.their_state is h11.MUST_CLOSE:  # the client said that nothing would follow
             return
         super().data_received(data)
         self._watch()
@@ -114,7 +110,7 @@ class HttpProtocol(H11Protocol):
         return False
 
     def _watch(self) -> None:
-        """Sets the deadline that the connection's state asks for."""
+        """Sets the deadline for the connection's state."""
         if self._discards or self.transport.is_closing():
             return
         state = self.conn.their_state
@@ -130,7 +126,7 @@ class HttpProtocol(H11Protocol):
             self._deadline.clear()
 
     def _look(self) -> None:
-        """Sees a hang-up where bytes that are not read yet hide it."""
+        """Notices a hang-up that unread bytes hide."""
         look = select.poll()
         look.register(self.transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
         if look.poll(0):
@@ -139,7 +135,7 @@ class HttpProtocol(H11Protocol):
             self._deadline.set("hang-up", _LOOK_S, self._look)
 
     def _body_late(self) -> None:
-        if self.flow.read_paused:  # it is not the client that is slow
+        if self.flow.read_paused:  # the server is slow, not the client
             self._deadline.set("body", _BODY_S, self._body_late)
         else:
             self._late("nothing more of the body came", _BODY_S)
@@ -148,7 +144,7 @@ class HttpProtocol(H11Protocol):
         self._refuse(MalformedHttp(f"{what} within {seconds:g} s", 408))
 
     def _refuse(self, error: FoldserveError) -> None:
-        """Answers, where no answer has begun, and ends the connection."""
+        """Answers with the error, unless an answer has begun, and ends the connection."""
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True
             self.cycle.message_event.set()
@@ -169,7 +165,7 @@ class HttpProtocol(H11Protocol):
 
 
 class _Deadline:
-    """One timer, and what it waits for."""
+    """One timer and the name of what it waits for."""
 
     def __init__(self, call_later: Callable[..., Any]) -> None:
         self._call_later = call_later
@@ -177,12 +173,11 @@ class _Deadline:
         self._name: str | None = None
 
     def set(self, name: str, seconds: float, callback: Callable[[], object]) -> None:
-        """Replaces what it waits for."""
         self.clear()
         self._name, self._timer = name, self._call_later(seconds, callback)
 
     def keep(self, name: str, seconds: float, callback: Callable[[], object]) -> None:
-        """The same, unless it waits for that already."""
+        """As `set`, unless it waits for `name` already."""
         if self._name != name:
             self.set(name, seconds, callback)
 
@@ -196,10 +191,10 @@ def _malformed(error: h11.RemoteProtocolError) -> MalformedHttp:
     status = error.error_status_hint
     if status == HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE:
         return MalformedHttp("the request's headers are too large, or too many: send less", status)
-    reason = _QUOTE.split(str(error))[0]  # what came is not repeated
+    reason = _QUOTE.split(str(error))[0]  # the rest quotes the request
     return MalformedHttp(f"this is no valid HTTP/1.1 request: {reason}", HTTPStatus.BAD_REQUEST)
 
 
 def speak_safely(server: uvicorn.Server) -> None:
-    """Makes a server that is about to listen use `HttpProtocol`: vLLM passes no option for it."""
+    """Makes a server that is about to listen use `HttpProtocol`, for which vLLM has no option."""
     server.config.http_protocol_class = HttpProtocol

@@ -1,4 +1,4 @@
-"""One tree of errors and the one place that renders them, in OpenAI's shape.
+"""The tree of errors, and the one place that renders them, in OpenAI's shape.
 
     FoldserveError          500  server_error           internal_error
     ├── InvalidRequest      400  invalid_request_error  invalid_value
@@ -7,16 +7,18 @@
     │   ├── RefusedUrl          400                         refused_image_url
     │   └── ImageUnavailable    400                         image_unavailable
     ├── BodyTooLarge        413  invalid_request_error  body_too_large
+    ├── MalformedHttp       400  invalid_request_error  invalid_http; 408 request_timeout, 431 headers_too_large
     ├── Unauthorized        401  invalid_request_error  invalid_api_key
     ├── Forbidden           403  invalid_request_error  insufficient_permissions
     ├── UnsupportedRoute    404  invalid_request_error  unsupported_route
+    ├── NoSuchModel         404  invalid_request_error  not_found
     ├── TooManyRequests     429  invalid_request_error  rate_limit_exceeded
     │   └── TooManyAtOnce       429                         concurrency_limit_exceeded
     └── Unavailable         503  server_error           overloaded
         ├── ShuttingDown    503                         shutting_down
         └── EngineStopped   503                         engine_stopped
 
-Errors of the libraries underneath (pydantic, vLLM, the reducers) are translated into the tree by `translate`.
+`translate` converts errors of the libraries underneath (pydantic, vLLM, the reducers) into this tree.
 """
 
 from __future__ import annotations
@@ -53,8 +55,7 @@ class FoldserveError(Exception):
 
     Args:
         message: what was wrong, what came, what to do.
-        param: JSON path of the offending field, `reduction.ratio` or `messages[0].content`.
-        headers: sent with the answer.
+        param: JSON path of the offending field, such as `reduction.ratio` or `messages[0].content`.
     """
 
     status = HTTPStatus.INTERNAL_SERVER_ERROR
@@ -74,42 +75,32 @@ class InvalidRequest(FoldserveError):
 
 
 class LimitExceeded(InvalidRequest):
-    """More than one request may ask for, see `Limits`."""
-
     code = "limit_exceeded"
 
 
 class InvalidImage(InvalidRequest):
-    """An image that is no image, or damaged."""
-
     code = "invalid_image"
 
 
 class RefusedUrl(InvalidRequest):
-    """An image's URL that the server will not ask."""
+    """An image's URL that the server refuses to fetch."""
 
     code = "refused_image_url"
 
 
 class ImageUnavailable(InvalidRequest):
-    """An image's server did not deliver it."""
-
     code = "image_unavailable"
 
 
 class BodyTooLarge(FoldserveError):
-    """A body that is not read to its end."""
+    """A body that the server does not read to its end."""
 
     status = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
     code = "body_too_large"
 
 
 class MalformedHttp(FoldserveError):
-    """Bytes that are no HTTP/1.1 request, or do not come in time.
-
-    Args:
-        status: 400; 408 for one that came too slowly, 431 for headers that are too large.
-    """
+    """Bytes that are not an HTTP/1.1 request, or come too slowly."""
 
     status = HTTPStatus.BAD_REQUEST
     code = "invalid_http"
@@ -127,8 +118,6 @@ _HTTP_CODES = {
 
 
 class Unauthorized(FoldserveError):
-    """No key, or none that is known."""
-
     status = HTTPStatus.UNAUTHORIZED
     code = "invalid_api_key"
 
@@ -157,8 +146,6 @@ class UnsupportedRoute(FoldserveError):
 
 
 class NoSuchModel(FoldserveError):
-    """A model that this server does not serve."""
-
     status = HTTPStatus.NOT_FOUND
     code = "not_found"
 
@@ -167,19 +154,13 @@ class NoSuchModel(FoldserveError):
 
 
 class _TryLater(FoldserveError):
-    """The same request may succeed later.
-
-    Args:
-        retry_after_s: whole seconds, at least 1.
-    """
+    """The same request may succeed later, after `retry_after_s`, which is at least 1."""
 
     def __init__(self, message: str, retry_after_s: int = 1) -> None:
         super().__init__(message, headers={"Retry-After": str(retry_after_s)})
 
 
 class TooManyRequests(_TryLater):
-    """A key asks more often than it may."""
-
     status = HTTPStatus.TOO_MANY_REQUESTS
     code = "rate_limit_exceeded"
 
@@ -191,8 +172,6 @@ class TooManyAtOnce(TooManyRequests):
 
 
 class Unavailable(_TryLater):
-    """The server has too much to do."""
-
     status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "overloaded"
 
@@ -216,7 +195,7 @@ def render(error: Exception, shape: Callable[[Body], dict[str, Any]] | None = No
     """Any error as `{"error": {"message", "type", "param", "code"}}` with its status and headers.
 
     Args:
-        shape: makes another API's body of that one.
+        shape: converts that body to another API's.
     """
     known = translate(error)
     _REJECTED.labels(known.code).inc()
@@ -225,7 +204,7 @@ def render(error: Exception, shape: Callable[[Body], dict[str, Any]] | None = No
 
 
 def render_event(error: Exception | ErrorResponse) -> str:
-    """The same as `render`'s body, as the data of an event in a stream."""
+    """The body of `render`, as the data of an event in a stream."""
     if isinstance(error, ErrorResponse):
         error = from_vllm(error)
     known = translate(error)
@@ -234,7 +213,7 @@ def render_event(error: Exception | ErrorResponse) -> str:
 
 
 def translate(error: Exception) -> FoldserveError:
-    """The tree's error for one of a library's; the log alone learns the text of one that is the server's fault."""
+    """Converts a library's error to one of the tree. Only the log gets the text of a server error."""
     if isinstance(error, FoldserveError):
         return error
     if isinstance(error, RequestValidationError):
@@ -259,7 +238,7 @@ def _place(error: Exception) -> str:
 
 
 def from_vllm(response: ErrorResponse) -> FoldserveError:
-    """vLLM's error with its status and field, in words of ours."""
+    """vLLM's error in our own words, with its status and field."""
     status = HTTPStatus(response.error.code)
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
         return Unavailable("the server has too much to do: try again later")
@@ -275,7 +254,7 @@ _FIELDS = {"input_text": "messages", "input_tokens": "messages"}  # what vLLM ca
 
 
 def _from_http(error: HTTPException) -> FoldserveError:
-    """What the router found, in words of ours; a validation error of the framework keeps its own."""
+    """The router's error in our own words."""
     if isinstance(error.__cause__, FoldserveError):
         return error.__cause__  # FastAPI wraps what reading the body raised
     status = HTTPStatus(error.status_code)
@@ -298,7 +277,7 @@ def _with_status(error: FoldserveError, status: HTTPStatus) -> FoldserveError:
 
 
 def _from_pydantic(errors: Sequence[dict[str, object]]) -> FoldserveError:
-    """The first validation error; a union reports one per member, and the first member is the usual one."""
+    """The first validation error. A union reports one per member; the first member is the usual one."""
     if not errors or not isinstance(errors[0], dict):
         return InvalidRequest("the body must be JSON with `Content-Type: application/json`")
     first = errors[0]
@@ -319,7 +298,7 @@ def _reduction_path(param: str) -> str:
 
 
 def _json_path(location: Sequence[object]) -> str:
-    """("messages", 0, "content") -> `messages[0].content`; names of union members are left out."""
+    """("messages", 0, "content") -> `messages[0].content`, without the names of union members."""
     path = ""
     for part in location:
         if isinstance(part, int):

@@ -1,11 +1,11 @@
-"""Which prepared images the engine holds: known from requests that reached it, not from their having been prepared.
+"""Tracks which prepared images the engine holds, by the requests that reached it instead of by preparation.
 
-What: replaces the renderer's notes of the engine's image cache, in a server with one API process.
-Why: vLLM notes an image as held by the engine when it has been prepared; a request that ends before it reaches the
-    engine (its client hangs up, its answer has no room) leaves a note that is wrong, and the next request with that
-    image fails. Measured: 3 of 10,000 requests in a soak where three in ten hang up.
-Upstream: vLLM 0.32 drops the wrong note after that failure, and leaves it to the client to ask again.
-Remove when: vLLM notes an image as sent when it has been sent.
+What: replaces the renderer's record of the engine's image cache, in a server with one API process.
+Why: vLLM records an image as held by the engine once it is prepared. A request that ends before it reaches the engine
+    (its client hangs up, its answer has no room) leaves a wrong record, and the next request with that image fails.
+    Measured: 3 of 10,000 requests in a soak test where three in ten hang up.
+Upstream: vLLM 0.32 drops the wrong record after that failure, and leaves it to the client to retry.
+Remove when: vLLM records an image when it is sent.
 """
 
 from __future__ import annotations
@@ -30,18 +30,19 @@ from vllm.utils.mem_constants import GiB_bytes
 class _Note:
     prompt_updates: Sequence[ResolvedPromptUpdate]
     size: int
-    prepared: int  # the clock, when a request last asked for it
-    reached: int | None = None  # the clock when the last request that is known to have reached the engine was prepared
+    prepared: int  # the clock when a request last asked for it
+    reached: int | None = None  # the clock at preparation of the last request known to have reached the engine
 
 
 class SentImages(BaseMultiModalProcessorCache):
     """Notes of the images that the engine holds.
 
-    The engine drops the image that it has not used for longest, once all take more than its room. The clock here counts
-    the bytes of images that requests asked for, so an image used since less than that room ago is still there. Half of
-    it is left for requests that overtake each other between here and the engine.
+    The engine evicts the least recently used image once all images exceed its room. The clock counts the bytes of
+    images
+    that requests asked for, so an image used less than that room ago is still held. Half of the room is a margin for
+    requests that overtake each other on their way to the engine.
 
-    Images are prepared by one thread. Another tells what reached the engine: it only writes `reached`.
+    One thread prepares images. Another reports what reached the engine; it only writes `reached`.
     """
 
     def __init__(self, room: int) -> None:
@@ -54,7 +55,7 @@ class SentImages(BaseMultiModalProcessorCache):
         self._told = CacheInfo(0, 0)
 
     def reached_engine(self, mm_hashes: Sequence[str], clock: int) -> None:
-        """A request with these images has reached the engine; `clock` was read before it was prepared."""
+        """Notes that a request with these images has reached the engine; `clock` was read before it was prepared."""
         for mm_hash in mm_hashes:
             if (note := self._notes.get(mm_hash)) is not None and (note.reached is None or note.reached < clock):
                 note.reached = clock
@@ -64,7 +65,7 @@ class SentImages(BaseMultiModalProcessorCache):
         return note is not None and note.reached is not None and self.clock - note.reached <= self._reach
 
     def is_cached(self, mm_hashes: list[str]) -> list[bool]:
-        # Here and not below: what was found for a request has to stay until the request has it.
+        # Here and not below: what was found for a request must stay until the request has it.
         while self._notes and self.clock - self._notes[oldest := next(iter(self._notes))].prepared > self._reach:
             del self._notes[oldest]
         return super().is_cached(mm_hashes)
@@ -91,11 +92,11 @@ class SentImages(BaseMultiModalProcessorCache):
             note.reached = None
 
     def touch_sender_cache_item(self, mm_hash: str) -> None:
-        """Nothing: an image counts as used when the request with it has reached the engine."""
+        """No effect: an image counts as used once a request with it has reached the engine."""
 
     def clear_cache(self) -> None:
         self._notes.clear()
-        self.clock += self._reach + 1  # for requests that are on their way: what they bring may be gone again
+        self.clock += self._reach + 1  # the engine may have dropped what requests on their way bring
 
     def make_stats(self, *, delta: bool = False) -> CacheInfo:
         stats = self._stats
@@ -117,15 +118,15 @@ class OnItsWay:
         self.notes.reached_engine(self.mm_hashes, self.clock)
 
     def failed(self) -> None:
-        """The engine gave it up: perhaps because it did not hold the images."""
+        """The engine gave the request up, perhaps because it did not hold the images."""
         for mm_hash in self.mm_hashes:
             self.notes.invalidate(mm_hash)
 
 
 def note_sent_images(renderer: BaseRenderer) -> SentImages | None:
-    """Lets the renderer use `SentImages`, to be called before the first request.
+    """Makes the renderer use `SentImages`; call it before the first request.
 
-    None where the kind of cache can't err in the way described above, or there is none.
+    None if there is no cache, or one that can't err as described above.
     """
     if not isinstance(renderer._mm_processor_cache, LruKeyReplicatedSenderCache):
         return None

@@ -37,30 +37,29 @@ _LOADED_BY_DEFAULT = (
 )
 _SCHEDULER = "foldserve.server.engine.scheduler.make_scheduler"
 _SMALL_MODEL_NAME = "demo"
-# The demo model was never shown JSON: where the grammar takes white space, it writes nothing else until it is cut off.
+# The demo model never saw JSON: where the grammar allows white space, it writes nothing else until it is cut off.
 _SMALL_MODEL_JSON: dict[str, Any] = {"backend": "xgrammar", "disable_any_whitespace": True}
 _CPU_KV_CACHE_GIB = 4
 _CPU_IMAGE_CACHE_GIB = 1
 
 
 def say(message: str, options: Sequence[str] = ()) -> None:
-    """Tells whoever started the command."""
     print("foldserve:", message, *options, file=sys.stderr, flush=True)
 
 
 SettingsFor = Callable[[str, str | None], Settings]
-"""Settings that depend on the model: its name or directory and its revision -> settings; ValueError refuses."""
+"""A model's name or directory, its revision -> settings for it; raises ValueError to refuse."""
 
 Say = Callable[[str, Sequence[str]], None]
-"""Takes a message, and the options that it ends with."""
+"""Prints a message and the options that it ends with."""
 
 
 def serve(argv: list[str], settings: Settings | SettingsFor, environment: Environment, small_model: Path) -> None:
     """Serves until stopped.
 
     Args:
-        argv: the arguments of `vllm serve`; without a model, the one in the directory `small_model` is served.
-        settings: ours, handed to the API processes and the engine in vLLM's additional config.
+        argv: arguments of `vllm serve`; without a model, the one in the directory `small_model` is served.
+        settings: handed to the API processes and the engine in vLLM's additional config.
 
     Raises:
         SystemExit: arguments that vLLM's parser or we refuse.
@@ -81,7 +80,7 @@ def serve(argv: list[str], settings: Settings | SettingsFor, environment: Enviro
 
 
 def prepare_process(environment: Environment) -> None:
-    """Sets the variables that vLLM's processes read, and checks that they can load our plugins."""
+    """Sets the variables that vLLM's processes read, and checks that our plugins can be loaded."""
     _check_plugins()
     os.environ["VLLM_PLUGINS"] = ",".join(plugins_to_load(environment))
     if current_platform.is_cpu():
@@ -91,14 +90,14 @@ def prepare_process(environment: Environment) -> None:
 
 
 def _check_plugins() -> None:
-    """Stops where one can't be loaded: vLLM would only log that, and serve all its routes to everybody."""
+    """Raises if a plugin can't be loaded: vLLM would only log that, and serve all its routes to everybody."""
     for plugin in distribution("foldserve").entry_points:
         if plugin.group.startswith("vllm."):
             plugin.load()
 
 
 def plugins_to_load(environment: Environment) -> list[str]:
-    """The value that `VLLM_PLUGINS` needs: what would be loaded without us, and our plugins."""
+    """The value of `VLLM_PLUGINS`: what would be loaded without us, and our plugins."""
     ours = sorted(plugin.name for plugin in distribution("foldserve").entry_points if plugin.group.startswith("vllm."))
     theirs = environment.vllm_plugins
     if theirs is None:
@@ -117,13 +116,13 @@ def serve_args(
     command: str = "serve",
     refused: Sequence[str] = (),
 ) -> Namespace:
-    """vLLM's parsed arguments, completed where the user left the choice.
+    """vLLM's parsed arguments, with our defaults where the user left the choice.
 
     Args:
-        parser_class: its `error` ends whatever is refused.
-        say: gets what was chosen.
-        command: of `foldserve` that was given.
-        refused: names of vLLM's options that mean nothing to it.
+        parser_class: its `error` ends the command if an argument is refused.
+        say: gets the defaults that were applied.
+        command: the command of `foldserve`.
+        refused: names of vLLM's options that mean nothing to the command.
     """
     parser = parser_class(prog="foldserve")
     options = ServeSubcommand().subparser_init(parser.add_subparsers(dest="subparser"))
@@ -186,14 +185,14 @@ def _settings_for(choose: SettingsFor, args: Namespace, refuse: Callable[[str], 
 
 
 def _add_withdrawal(args: Namespace, layer: int, refuse: Callable[[str], NoReturn]) -> None:
-    """Sets the engine arguments that withdrawal needs; a user's own value for one of them is refused."""
+    """Sets the engine arguments that withdrawal needs; refuses the user's own value for one of them."""
     try:
         withdrawal.apply(args, layer, device=device())
     except ValueError as error:
         refuse(str(error))
 
 
-# Options whose vLLM default is replaced by None while parsing, to tell a user's choice from a default.
+# Options whose vLLM default becomes None while parsing, to tell a user's choice from a default.
 _OURS_TO_CHOOSE = (
     "dtype",
     "enforce_eager",
@@ -207,7 +206,7 @@ _OURS_TO_CHOOSE = (
 
 
 def _cpu_choices(args: Namespace, environment: Environment, small: bool) -> dict[str, object]:
-    """Defaults for a CPU that is not the server's alone; vLLM's would take 92 % of the memory for the KV cache."""
+    """Defaults for a CPU that other programs use too; vLLM's would take 92 % of the memory for the KV cache."""
     choices: dict[str, object] = {"mm_processor_cache_gb": _CPU_IMAGE_CACHE_GIB}
     if small:
         choices["dtype"] = "float32"  # nothing to gain from less at this size
@@ -220,7 +219,7 @@ def _cpu_choices(args: Namespace, environment: Environment, small: bool) -> dict
 
 
 def _complete(args: Namespace, choices: dict[str, object], defaults: dict[str, object], say: Say) -> None:
-    """Fills in what the user left open, by `choices` before vLLM's `defaults`, and says what was chosen."""
+    """Fills in what the user left open, from `choices`, else from vLLM's `defaults`, and says what was chosen."""
     chosen = {name: value for name, value in choices.items() if getattr(args, name) is None}
     for name, default in defaults.items():
         if getattr(args, name) is None:

@@ -1,4 +1,4 @@
-"""foldserve's own Prometheus metrics; vLLM serves them on its `/metrics`, summed over its API servers."""
+"""foldserve's own Prometheus metrics; vLLM serves them on `/metrics`, summed over its API servers."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _RATIO_BOUNDS = (0.25, 0.5, 0.75, 1.0)
 
 
 def ratio_bucket(vision: VisionTokens | None) -> str:
-    """A bounded label: `no_image` (or video), `0`, or the bucket of width 0.25 with the ratio, by its upper bound."""
+    """A bounded label: `no_image` (nor video), `0`, or the upper bound of the ratio's bucket, 0.25 wide."""
     if vision is None:
         return "no_image"
     if vision.kept == vision.encoded:
@@ -70,12 +70,11 @@ def _counters(method: str, modality: Modality) -> list[Counter]:
 
 
 def observe_first_token(vision: VisionTokens | None, seconds: float) -> None:
-    """Records a time to first token."""
     _TTFT.labels(ratio_bucket(vision)).observe(seconds)
 
 
 async def count_dropped_lines() -> None:
-    """Brings the counter up to date each second; not where lines are dropped, which may be in a signal's handler."""
+    """Updates the counter each second. Not where lines are dropped, which may be in a signal handler."""
     counted = 0
     while True:
         dropped = output.dropped_lines()
@@ -85,5 +84,4 @@ async def count_dropped_lines() -> None:
 
 
 def observe_scaled() -> None:
-    """Counts an image that the model sees smaller than it was sent."""
     _SCALED.inc()

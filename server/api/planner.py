@@ -1,4 +1,4 @@
-"""What a request asks of its images and videos, and every refusal that needs to know the server but not them."""
+"""Turns a request into reductions of its images and videos, and refuses what it can without fetching them."""
 
 from __future__ import annotations
 
@@ -27,20 +27,17 @@ _NOTHING = Reduction()
 
 @dataclass(frozen=True, slots=True)
 class Planner:
-    """What plans depend on beside the request. The processor makes them, once it has the images.
+    """What plans depend on besides the request. The processor makes them once it has the images.
+
+    Raises ValueError if the operator wants base tiles of a model whose images have none, or a pixel cap where pixels can't
+    be compared.
 
     Attributes:
         family: of the served model; None where it can't reduce.
-        settings: the server's; what applies where a request says nothing is among them.
         room: that a prompt has in one step of the engine.
         positions: rotary positions that the model was trained for; None where the engine's runner can't keep those of
             the tokens that stay.
         encoder: what the tower takes at once; None where it is not reduced.
-        chooser: of counts where `ratio` is "auto".
-
-    Raises:
-        ValueError: the operator wants base tiles of a model whose images have none, or a pixel cap where pixels can't
-            be compared.
     """
 
     family: Family | None
@@ -62,15 +59,15 @@ class Planner:
 
     @property
     def default_positions(self) -> Positions:
-        """Where a request with the server's default method does not say."""
+        """Positions for requests with the server's default method that do not name any."""
         if self.settings.positions is None and self.family is not None:
             return self.family.default_positions(self.settings.default_reduction)
         return self.settings.positions or "renumber"
 
     def check(self, request: FoldChatRequest) -> dict[Modality, list[Reduction]]:
-        """One reduction per image and per video, in prompt order; nothing has been fetched yet.
+        """One reduction per image and per video, in prompt order; nothing is fetched.
 
-        Where the request names no query for a method that takes one, it is the text of the message that the item is in.
+        If a method takes a query and the request names none, the query is the text of the item's message.
 
         Raises:
             InvalidRequest, InvalidReduction: the server can't do what is asked, whatever the images are.
@@ -100,7 +97,7 @@ class Planner:
             )
 
     def _automatic(self, request: FoldChatRequest, asked: AutoRatio) -> dict[Modality, list[Reduction]]:
-        """What `ratio: "auto"` comes to, which is noted."""
+        """Chooses the reductions for `ratio: "auto"`, and notes the choice in `request.progress`."""
         progress = request.progress
         try:
             if "video" in progress.details:
@@ -128,10 +125,9 @@ class Planner:
             raise as_asked(error, request) from error
 
     def check_sizes(self, planned: Mapping[Modality, Sequence[ItemPlan]]) -> None:
-        """Sees to it that the tower gets nothing whose memory nobody measured, however little of it is kept.
+        """Refuses items for which the tower's memory was not measured, however little of them is kept.
 
-        Raises:
-            LimitExceeded: an image or a video has more tokens before reduction than start-up tried.
+        Raises LimitExceeded if one has more tokens before reduction than start-up tried.
         """
         if self.encoder is None:
             return
@@ -147,13 +143,12 @@ class Planner:
                     )
 
     def check_positions(self, plans: Sequence[ItemPlan], prompt_tokens: int, request: FoldChatRequest) -> None:
-        """Sees to it that no token gets a position that the model was not trained for.
+        """Refuses positions that the model was not trained for.
 
-        Tokens that keep their positions leave gaps, so that the prompt takes more positions than it has tokens. An
-        answer whose length is left open ends where the positions do.
-
-        Raises:
-            InvalidRequest: the prompt, or the answer asked for, goes beyond.
+        Tokens that keep their positions leave gaps, so the prompt takes more positions than it has tokens. An answer
+        without
+        a maximum length ends with the last position. Raises InvalidRequest if the prompt or the requested answer goes
+        beyond.
         """
         if self.family is None or self.positions is None:
             return
@@ -170,11 +165,11 @@ class Planner:
 
     @property
     def low_detail(self) -> Mapping[Modality, Reduction]:
-        """What `detail: "low"` means; a family may have a way of its own for images."""
+        """The reductions for `detail: "low"`; a family may have its own for images."""
         return _low_detail(self.family, self.settings.default_reduction, self.settings.low_detail_ratio)
 
     def _defaults(self, request: FoldChatRequest) -> Mapping[Modality, Reduction]:
-        """Of images and videos that nothing is said of."""
+        """Reductions for images and videos of which the request says nothing."""
         default = self.settings.default_reduction
         defaults: dict[Modality, Reduction] = {"image": _of_images(default), "video": default}
         if self.settings.several_images == "base" and len(request.progress.details.get("image", ())) > 1:
@@ -182,7 +177,9 @@ class Planner:
         return defaults
 
     def _with_positions(self, reduction: Reduction) -> Reduction:
-        """The server's default where the request leaves positions open, or the family's, if anything is removed."""
+        """Fills in positions that the request leaves open, from the server's or the family's default, if tokens are
+        removed.
+        """
         if reduction.positions is None and reduction.acts_before_decoder:
             reduction = replace(reduction, positions=self.settings.positions)
             reduction = reduction if self.family is None else self.family.with_positions(reduction)
@@ -207,14 +204,14 @@ class Planner:
 
 
 def as_asked(error: InvalidReduction, request: FoldChatRequest) -> InvalidRequest | InvalidReduction:
-    """The error with the field at fault as the request has it."""
+    """The error, with the name under which the request has the field."""
     if request.reduction_ratio is None or error.param == "positions":
         return error
     return InvalidRequest(str(error), "reduction_ratio")
 
 
 def _of_images(default: Reduction) -> Reduction:
-    """The server's default without its method where that works on videos alone."""
+    """The server's default, without a method that works only on videos."""
     if not isinstance(METHODS[default.method], AcrossFrames):
         return default
     return replace(default, method=_NOTHING.method, options=(), ratio=None, keep_tokens=None)
@@ -227,7 +224,7 @@ def _low_detail(family: Family | None, default: Reduction, ratio: float | None) 
 
 
 def _check_for(family: Family, reduction: Reduction, layout: Layout) -> None:
-    """Raises InvalidReduction where a plan can't be made: of an image or video of any size, if sizes matter."""
+    """Raises InvalidReduction if a plan can't be made; if sizes matter, for an image or video of any size."""
     if not family.sizes_matter:
         plan_item(reduction, layout)
     elif reduction.acts_before_decoder:

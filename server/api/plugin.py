@@ -1,4 +1,4 @@
-"""The vLLM endpoint plugin: replaces the chat route, adds `/v1/reducers`, refuses what would ignore a reduction."""
+"""The vLLM endpoint plugin: replaces the chat route, adds `/v1/reducers`, refuses routes that ignore a reduction."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ class FoldserveEndpoint:
 
 
 def _init_access(engine_client: EngineClient, state: State, args: Namespace, access: Access) -> None:
-    """Guard and life cycle; under plain `vllm serve` they have no other processes to share with."""
+    """Guard and life cycle; under plain `vllm serve` they share their state with no other process."""
     shared: Shared = getattr(args, SHARED, None) or Shared()
     vllm = engine_client.vllm_config
     capacity = vllm.scheduler_config.max_num_seqs * vllm.parallel_config.data_parallel_size + access.max_queue
@@ -119,7 +119,7 @@ def _init_access(engine_client: EngineClient, state: State, args: Namespace, acc
 
 
 def _renderer(theirs: OnlineRenderer) -> OnlineRenderer:
-    """A copy of vLLM's, which alone may pass processor kwargs: every other route keeps refusing them."""
+    """A copy of vLLM's renderer that may pass processor kwargs; all other routes keep refusing them."""
     ours = copy(theirs)
     ours.trust_request_mm_kwargs = True
     return ours

@@ -1,4 +1,4 @@
-"""Mistakes in how a server is started, found before anything is loaded, and the one line that tells of them."""
+"""Finds mistakes in how a server is started before anything is loaded, and reports each in one line."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ _log = logging.getLogger(__name__)
 
 
 class CannotStart(ValueError):
-    """Says in one line what is wrong, what came and what to do."""
+    """One line that says what is wrong, what came and what to do."""
 
 
 def check(args: Namespace) -> None:
-    """Looks at the files and options that vLLM looks at late, or in another process.
+    """Checks the files and options that vLLM checks late, or in another process.
 
     Raises:
-        CannotStart: a server that is started like that would end after it has loaded, or soon before.
+        CannotStart: a server started like this would end after it has loaded, or shortly before.
     """
     model = args.model_tag or args.model
     try:
@@ -63,12 +63,12 @@ def _check_folder(model: str, args: Namespace) -> None:
 
 
 def _must_be_a_path(model: str) -> bool:
-    """Whether this can be no name on a hub, such as `llava-hf/llava-1.5-7b-hf`."""
+    """Whether this can't be a name on a hub, such as `llava-hf/llava-1.5-7b-hf`."""
     return "://" not in model and (model.startswith(("/", ".", "~")) or model.endswith("/") or model.count("/") > 1)
 
 
 def _check_weights(model: str, args: Namespace) -> None:
-    """Opens each file of weights, which compares its size with its header, and reads nothing else."""
+    """Opens each file of weights, which compares its size with its header and reads nothing else."""
     if not Path(model).is_dir():
         return
     try:
@@ -88,13 +88,10 @@ def _check_weights(model: str, args: Namespace) -> None:
 
 @contextmanager
 def claimed_address(args: Namespace) -> Iterator[None]:
-    """Holds the address that the server will listen on.
+    """Holds the address that the server will listen on; raises CannotStart if it can't be bound.
 
-    vLLM binds it at once and listens when all is loaded: until then a second server may bind it too, and with several
-    API processes, which share it by SO_REUSEPORT, also later.
-
-    Raises:
-        CannotStart: it can't be had.
+    vLLM binds it at once but listens only after loading. Until then a second server may bind it too; with several API
+    processes, which share it by SO_REUSEPORT, even later.
     """
     if args.headless or args.uds or args.port == 0:
         yield
@@ -116,7 +113,7 @@ def claimed_address(args: Namespace) -> Iterator[None]:
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Lets the guardian say at last why the server ended; a mistake in how it was started shows no traceback."""
+    """Gives the guardian the reason why the server ended; for a mistake at start-up, without a traceback."""
     try:
         yield
     except CannotStart:

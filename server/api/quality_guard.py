@@ -1,5 +1,5 @@
-"""Whether answers change by what is removed, measured on the server's own requests: of so many reduced answers one is
-scored with all vision tokens, once nobody waits for an answer.
+"""Measures on the server's own requests whether reduction changes answers: one in so many reduced answers is scored
+with all vision tokens, while nobody waits for an answer.
 """
 
 from __future__ import annotations
@@ -44,22 +44,19 @@ _RAISED = Counter(
 )
 _MOST_WAITING = 16
 _LOOK_S = 0.05
-_WINDOW = 200
-"""Checked answers of a group that decide whether its count is raised."""
+_WINDOW = 200  # checked answers of a group that decide whether its count is raised
 _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
 class Answer:
-    """What was answered to a request that is to be checked.
+    """The answer to a request that is to be checked.
 
     Attributes:
-        body: of the request.
         vision: what was removed.
-        salts: what divides the caches, of blocks and of images, see `cache_salts`.
+        salts: of the caches of blocks and of images, see `cache_salts`.
         is_greedy: each token was the likeliest one.
-        token_ids: of the first choice.
-        logprobs: of those tokens.
+        token_ids: of the first choice, with their `logprobs`.
     """
 
     body: Mapping[str, Any]
@@ -70,7 +67,6 @@ class Answer:
     logprobs: list[float] = field(default_factory=list)
 
     def hear(self, output: RequestOutput) -> None:
-        """Takes an output of the engine: a piece of a stream, or the whole."""
         for choice in output.outputs:
             if choice.index == 0:
                 self.token_ids += choice.token_ids
@@ -82,7 +78,7 @@ def _pairs(token_ids: Sequence[int], logprobs: Any) -> Iterator[tuple[int, Mappi
 
 
 def is_greedy(params: SamplingParams) -> bool:
-    """Whether each token of an answer is the one that the model finds likeliest, nothing else having a say."""
+    """Whether each token is the one that the model finds likeliest, with no other rule in between."""
     return (
         params.temperature == 0
         and params.presence_penalty == params.frequency_penalty == 0
@@ -94,22 +90,17 @@ def is_greedy(params: SamplingParams) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """How an answer's tokens do with all vision tokens.
-
-    Attributes:
-        ranks: of each among all tokens, 1 being the likeliest.
-        logprobs: of each.
-    """
+    """An answer's tokens, scored with all vision tokens; rank 1 is the likeliest token."""
 
     ranks: Sequence[int]
     logprobs: Sequence[float]
 
 
 class QualityGuard:
-    """Checks answers, and raises the count of a group whose answers change too often.
+    """Checks answers, and raises the token count of a group whose answers change too often.
 
     Args:
-        every: how many reduced answers there are for each that is checked; 0: none is.
+        every: reduced answers per checked one; 0: none is checked.
         score: asks the engine; None where the request is not possible with all vision tokens.
         is_idle: nobody waits for an answer.
         raise_count: of a group of `ratio: "auto"`.
@@ -129,12 +120,12 @@ class QualityGuard:
         self._came = asyncio.Event()
 
     def wants(self) -> bool:
-        """Whether the reduced answer that is about to be made is to be checked."""
+        """Whether the next reduced answer should be checked; counts it."""
         self._seen += 1
         return self._every > 0 and self._seen % self._every == 0
 
     def offer(self, answer: Answer) -> None:
-        """Has an answer checked, once there is time; of too many the oldest is let go."""
+        """Queues an answer; a full queue drops its oldest one."""
         if not answer.token_ids:
             return
         if len(self._waiting) == _MOST_WAITING:
@@ -144,7 +135,6 @@ class QualityGuard:
         self._came.set()
 
     async def run(self) -> None:
-        """Checks what is offered, for ever."""
         while True:
             await self._came.wait()
             if not self._is_idle():
@@ -155,7 +145,7 @@ class QualityGuard:
                 self._came.clear()
             try:
                 score = await self._score(answer)
-            except Exception:  # what fails here is no user's request
+            except Exception:  # no user's request fails here
                 _log.warning("a check of an answer failed", exc_info=True)
                 score = None
             if score is None:
@@ -174,7 +164,7 @@ class QualityGuard:
             self._watch(auto, auto.target, changed)
 
     def _watch(self, auto: Choice, target: float, changed: bool) -> None:
-        """Raises a group's count once more of its last answers changed than the target explains by chance."""
+        """Raises a group's count once more of its last answers changed than the target and chance explain."""
         window = self._windows.setdefault(auto.group, deque(maxlen=_WINDOW))
         window.append(changed)
         share = sum(window) / len(window)

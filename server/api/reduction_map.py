@@ -1,8 +1,8 @@
 """`POST /v1/reductions/map`: where each token of an image or video went, computed by the served tower and reducers.
 
-The body is a chat's, and goes the chat's way up to the engine: key, queue, limits, media, plan. Its own step there is
-one run of the vision tower, between two steps of the engine, which wait for it as for an image of a chat. An API
-process has one such run at a time, and a map whose client has gone holds the next one up until its run has ended.
+The body is a chat's and passes what a chat passes: key, queue, limits, media, plan. The map itself takes one run of
+the vision tower between two steps of the engine, which wait for it as for an image of a chat. An API process has one
+such run at a time. If the client hangs up, the run still ends before the next map begins.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LOOK_S = 1.0
 
 
 def check(request: FoldChatRequest) -> None:
-    """Raises InvalidRequest for what a chat may ask for and a map can't give."""
+    """Raises InvalidRequest for fields of a chat that a map can't follow."""
     if request.stream:
         raise InvalidRequest("a map comes whole: leave `stream` out", "stream")
     if (request.n or 1) > 1:
@@ -33,11 +33,9 @@ def check(request: FoldChatRequest) -> None:
 
 
 class TokenGroups:
-    """Asks the engine, for one image after another.
+    """Asks the engine where tokens went, one image at a time.
 
-    Args:
-        engine: vLLM's client of it.
-        lifecycle: knows when it has ended, and takes it for hung where it does not answer.
+    `lifecycle` tells when the engine has ended, and takes it for hung if it does not answer.
     """
 
     def __init__(self, engine: AsyncLLM, lifecycle: Lifecycle) -> None:
@@ -45,11 +43,9 @@ class TokenGroups:
         self._turn = asyncio.Lock()
 
     async def of(self, item: MultiModalKwargsItem) -> Sequence[Groups | None]:
-        """Where the tokens of its grids went, see `MappingWorker.token_groups`.
+        """Where the tokens of the item's grids went, see `MappingWorker.token_groups`.
 
-        Raises:
-            InvalidRequest: this engine can't say.
-            EngineStopped: it has ended.
+        Raises InvalidRequest if this engine can't tell, and EngineStopped once it has ended.
         """
         if not can_map(self._engine.vllm_config):
             raise InvalidRequest(CANNOT_MAP)
@@ -58,7 +54,7 @@ class TokenGroups:
         call.add_done_callback(self._done)
         while not call.done():
             await asyncio.wait({call}, timeout=_LOOK_S)
-            if self._lifecycle.phase is Phase.STOPPED and not call.done():  # vLLM leaves such a call without an answer
+            if self._lifecycle.phase is Phase.STOPPED and not call.done():  # vLLM never answers such a call
                 raise EngineStopped("the model stopped before the map was complete: try again in a while", 10)
         return call.result()
 
@@ -71,4 +67,4 @@ class TokenGroups:
     def _done(self, call: asyncio.Task[Sequence[Groups | None]]) -> None:
         self._turn.release()
         if not call.cancelled():
-            call.exception()  # taken note of, though nobody may be waiting for it any more
+            call.exception()  # retrieves it, since nobody may be waiting for it any more

@@ -1,4 +1,4 @@
-"""The HTTP routes of foldserve, those of vLLM that are kept, and the refusal of the others."""
+"""The HTTP routes: foldserve's own, those of vLLM that are kept, and a refusal of all others."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from foldserve.server.api.serving import FoldServingChat
 CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 MAP = "/v1/reductions/map"
 
-# vLLM's own routes that stay; all others are refused, those too that a later version or a setting of it may add.
+# vLLM's own routes that stay. All others are refused, also those that a later version or a setting adds.
 _KEPT = {
     "/metrics": MetricsRoute,
     "/v1/models": GuardedRoute,
@@ -81,7 +81,7 @@ async def create_chat_completion(request: FoldChatRequest, raw_request: Request)
 @with_cancellation
 @load_aware_call
 async def create_response(request: Annotated[FoldChatRequest, Depends(read_chat)], raw_request: Request) -> Response:
-    """The same in the form of OpenAI's Responses API; answers are not kept."""
+    """Answers in the form of OpenAI's Responses API; answers are not stored."""
     return await _written(written_responses.Writer, request, raw_request)
 
 
@@ -94,12 +94,11 @@ async def create_response(request: Annotated[FoldChatRequest, Depends(read_chat)
 @with_cancellation
 @load_aware_call
 async def create_message(request: Annotated[FoldChatRequest, Depends(read_chat)], raw_request: Request) -> Response:
-    """The same in the form of Anthropic's Messages API."""
+    """Answers in the form of Anthropic's Messages API."""
     return await _written(written_messages.Writer, request, raw_request)
 
 
 async def _written(writer: type[StreamWriter], request: FoldChatRequest, raw_request: Request) -> Response:
-    """The chat's answer in another form."""
     answer, translation = await _answer(request, raw_request), translation_of(raw_request)
     if isinstance(answer, ChatCompletionResponse):
         return _whole(writer.whole(answer, translation), request)
@@ -116,7 +115,7 @@ async def _answer(request: FoldChatRequest, raw_request: Request) -> ChatComplet
 
 
 def _refuse_with(answer: ErrorResponse) -> NoReturn:
-    """Raises vLLM's error; of a request that was broken off nobody waits for it, and asyncio would log it."""
+    """Raises vLLM's error, or CancelledError for a cancelled request, whose error asyncio would log."""
     task = asyncio.current_task()
     if task is not None and task.cancelling():
         raise asyncio.CancelledError
@@ -142,7 +141,7 @@ def _stream(events: AsyncGenerator[str, None], request: FoldChatRequest, raw_req
 
 
 def _prepared(request: FoldChatRequest, raw_request: Request) -> FoldServingChat:
-    """What answers the request, which is checked, and told whose it is."""
+    """The handler of a request that it has checked and that now knows its key."""
     serving: FoldServingChat = raw_request.app.state.foldserve_chat
     key = raw_request.state.foldserve_key
     serving.checks.check(request)
@@ -155,9 +154,9 @@ def _prepared(request: FoldChatRequest, raw_request: Request) -> FoldServingChat
 @work.post(MAP, dependencies=[Depends(validate_json_request)])
 @with_cancellation
 async def map_reduction(request: FoldChatRequest, raw_request: Request) -> Response:
-    """Says where each vision token of the images and videos of a chat would go; fields about the answer change nothing.
+    """Tells where each vision token of a chat's images and videos would go; fields about the answer have no effect.
 
-    Of each grid, in raster order, `group` has the index of the group that a token goes into, or -1 if it is dropped.
+    For each grid, in raster order, `group` has the index of the group that a token goes into, or -1 if it is dropped.
     """
     answer = await _prepared(request, raw_request).map_tokens(request)
     if isinstance(answer, ErrorResponse):
@@ -167,7 +166,7 @@ async def map_reduction(request: FoldChatRequest, raw_request: Request) -> Respo
 
 @router.get("/v1/models/{model:path}", tags=["models"])
 async def retrieve_model(model: str, raw_request: Request) -> JSONResponse:
-    """One of `GET /v1/models`; an id may hold slashes."""
+    """One entry of `GET /v1/models`; an id may hold slashes."""
     served = await raw_request.app.state.openai_serving_models.show_available_models()
     for card in served.data:
         if card.id == model:
@@ -177,25 +176,25 @@ async def retrieve_model(model: str, raw_request: Request) -> JSONResponse:
 
 @router.get("/v1/reducers")
 async def list_reducers(raw_request: Request) -> dict[str, object]:
-    """What can be asked for on this server: methods, parameters, limits and defaults."""
+    """Methods, parameters, limits and defaults of this server."""
     return catalog.describe(raw_request.app.state.foldserve_chat)
 
 
 def replace_routes(app: FastAPI) -> None:
-    """Puts our routes in place of vLLM's: few of those are kept, the others refused."""
+    """Replaces vLLM's routes by ours; keeps a few of them and refuses the others."""
     ours = (work, responses, messages, health, router, playground)
     paths = {route.path for some in ours for route in some.routes if isinstance(route, Route)}
     theirs = [route for route in app.routes if isinstance(route, Route) and route.path not in paths]
     app.router.routes.clear()
     app.title, app.version, app.description = "foldserve", version("foldserve"), _DESCRIPTION
     app.router.redirect_slashes = False  # it would redirect to whatever the header Host says
-    for some in ours:  # first: routes are tried in order, twice a request
+    for some in ours:  # first, since routes are tried in order, twice a request
         app.include_router(some)
     for route in theirs:
         kind = _KEPT.get(route.path)
         endpoint, schema = (route.endpoint, route.include_in_schema) if kind else (_refuse, False)
         app.include_router(_router_of(kind or GuardedRoute, route, endpoint, schema))
-    app.add_exception_handler(HTTPException, _render_http)  # of the router itself: no such path, or method
+    app.add_exception_handler(HTTPException, _render_http)  # the router's own: no such path, or method
 
 
 def _router_of(kind: type[FoldRoute], route: Route, endpoint: Any, schema: bool) -> APIRouter:
@@ -213,7 +212,7 @@ async def _render_http(request: Request, error: Exception) -> Response:
 
 
 def drop_foreign_routes(app: FastAPI) -> None:
-    """Takes away what was added after ours, as vLLM lets SageMaker's handlers be: no check of ours would see it."""
+    """Removes routes that vLLM added after ours (SageMaker's handlers), which would bypass our checks."""
     foreign = [route for route in app.routes if not isinstance(route, FoldRoute)]
     for route in foreign:
         _log.warning("not served, since it was added behind the checks: %s", getattr(route, "path", route))

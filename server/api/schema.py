@@ -1,4 +1,4 @@
-"""The chat request: OpenAI's fields as vLLM knows them, and how much to reduce its images and videos."""
+"""The chat request: OpenAI's fields as vLLM reads them, and how to reduce images and videos."""
 
 from __future__ import annotations
 
@@ -53,27 +53,26 @@ def _parse_ratio(value: object) -> Asked | None:
 
 @lru_cache(maxsize=8)
 def _by_detail(default: Reduction, low: Reduction) -> Mapping[str, Reduction]:
-    """What `detail` asks for."""
     return {"auto": default, "low": low, "high": Reduction(), "original": Reduction()}
 
 
 @dataclass(slots=True)
 class Progress:
-    """What is known of a request while it is worked on.
+    """What is known of a request so far.
 
     Attributes:
         details: `detail` of each image and each video.
-        images: names of the images, where they have any: URLs, which may hold them, or uuids.
+        images: of each image its URL, which may hold the image, or its uuid, if it has any.
         texts: of the message that each image and each video is in.
         arrived: by `time.perf_counter`.
-        vision: what its images and videos cost, once they are planned.
-        on_its_way: to the engine, with images that it may hold later.
-        answered: its last output has come from the engine.
-        owner: name of the key that asks.
-        form: of the answer, once it is known that it can be made.
+        vision: cost of its images and videos, once they are planned.
+        on_its_way: its images, on their way to the engine.
+        answered: the engine has sent its last output.
+        owner: name of its key.
+        form: of the answer, once it is known that the engine can follow it.
         image_salt: divides the caches of images, see `cache_salts`.
-        failure: why its outputs ended, as clients are to be told.
-        auto: what its `ratio: "auto"` came to, of each image.
+        failure: why its outputs ended, in the client's words.
+        auto: the choice for `ratio: "auto"`, of each image.
         body: as it was sent, until it is known whether the answer is to be checked.
         answer: to be checked.
     """
@@ -95,19 +94,19 @@ class Progress:
 
 
 class FoldChatRequest(ChatCompletionRequest):
-    """vLLM's chat request with `reduction` and its short form `reduction_ratio`."""
+    """vLLM's chat request, with `reduction` and its short form `reduction_ratio`."""
 
-    field_names: ClassVar[set[str] | None] = None  # a cache of the base class, which must not be shared with it
+    field_names: ClassVar[set[str] | None] = None  # the base class has a cache of that name, which must not be shared
 
     reduction: Annotated[Asked | None, PlainValidator(_parse_reduction), WithJsonSchema(_REDUCTION_SCHEMA)] = None
     reduction_ratio: Annotated[Asked | None, PlainValidator(_parse_ratio), WithJsonSchema(_RATIO_SCHEMA)] = None
 
-    _progress: Progress = PrivateAttr(default_factory=Progress)  # one: pydantic looks it up slowly
+    _progress: Progress = PrivateAttr(default_factory=Progress)  # one, since pydantic is slow with private ones
 
     @model_validator(mode="wrap")
     @classmethod
     def _read_parts(cls, data: Any, handler: Any) -> Any:
-        """Notes what is said of images and videos before validation turns message content into one-shot iterators."""
+        """Reads images and videos before validation turns message content into one-shot iterators."""
         media = _read_media(data) if isinstance(data, dict) else _Media()
         request = handler(data)
         if request.reduction is not None and request.reduction_ratio is not None:
@@ -123,7 +122,7 @@ class FoldChatRequest(ChatCompletionRequest):
         return request
 
     def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
-        """vLLM's, with the key that asks, whom the scheduler gives a turn, and the form that was built."""
+        """vLLM's parameters, with the key for the scheduler's turns, and the form that was built."""
         params = super().to_sampling_params(*args, **kwargs)
         if self._progress.owner is not None:
             params.extra_args = {KEY: self._progress.owner}
@@ -144,20 +143,16 @@ class FoldChatRequest(ChatCompletionRequest):
 
     @property
     def asked(self) -> Asked | None:
-        """The explicit reduction, in either form."""
         return self.reduction if self.reduction is not None else self.reduction_ratio
 
     def reductions(
         self, default: Mapping[Modality, Reduction], low: Mapping[Modality, Reduction]
     ) -> dict[Modality, list[Reduction]]:
-        """One per image and per video, in prompt order: the explicit one, or else what its `detail` says.
-
-        Args:
-            default: where nothing is said.
-            low: with `detail: "low"`.
+        """One per image and per video, in prompt order: the explicit one, else `low` for `detail: "low"`, else
+        `default`.
         """
         explicit = self.asked
-        assert not isinstance(explicit, AutoRatio)  # which the planner turns into reductions
+        assert not isinstance(explicit, AutoRatio)  # the planner turns it into reductions
         reductions: dict[Modality, list[Reduction]] = {}
         for modality, details in self._progress.details.items():
             by_detail = _by_detail(default[modality], low[modality])
@@ -167,7 +162,7 @@ class FoldChatRequest(ChatCompletionRequest):
 
 @dataclass(frozen=True, slots=True)
 class _Media:
-    """What a raw chat body says of images and videos; see `Progress`."""
+    """Images and videos of a raw chat body; see `Progress`."""
 
     details: dict[Modality, list[str]] = field(default_factory=dict)
     texts: dict[Modality, list[str]] = field(default_factory=dict)
@@ -175,7 +170,7 @@ class _Media:
 
 
 def _read_media(body: Mapping[str, Any]) -> _Media:
-    """Unknown shapes are left to validation."""
+    """Leaves unknown shapes to validation."""
     media = _Media()
     messages = body.get("messages")
     for m, message in enumerate(messages if isinstance(messages, list) else []):
@@ -199,7 +194,7 @@ def _name(part: Mapping[str, Any]) -> str | None:
 
 
 def _detail(part: Mapping[str, Any], field: str, path: str) -> str:
-    """What an item's `detail` says; "" or null, which pydantic would refuse, come from clients that always send it."""
+    """An item's `detail`; drops "" and null, which pydantic would refuse but some clients always send."""
     source = part.get(field)
     for holder in (part, source):
         if isinstance(holder, dict) and holder.get("detail") in (None, ""):

@@ -56,7 +56,7 @@ _NOT_SCORED = frozenset(
         "top_logprobs",
     }
 )
-"""Fields of a request that say nothing of its prompt."""
+"""Fields of a request that do not change its prompt."""
 _Render: TypeAlias = Callable[
     [FoldChatRequest], Awaitable[tuple[list[ConversationMessage], list[EngineInput]] | ErrorResponse]
 ]
@@ -68,17 +68,16 @@ class FoldServingChat(OpenAIServingChat):
     - the request's reductions become one plan per image and video and travel in `mm_processor_kwargs`, which clients
       can't set;
     - images and videos are loaded here, under the server's limits: vLLM sees pixels, never a URL;
-    - `usage.vision_tokens` reports the plans, in the last chunk of a stream too;
+    - `usage.vision_tokens` reports the plans, also in the last chunk of a stream;
     - time to first token and vision tokens are counted;
-    - an error in a stream is rendered as all others are, and so is one that comes of the engine's end.
+    - an error in a stream, or after the engine's end, is rendered as all others are.
 
     Args:
-        planner: makes the plans.
         kv_cost: of the served model, for the metrics.
         checks: refuse what clients may not ask for.
-        media: loads the images.
-        sent_images: gets to know which requests reached the engine.
-        lifecycle: hears of outputs, and knows the error to show for one that a request ended in.
+        media: loads images and videos.
+        sent_images: learns which requests reached the engine.
+        lifecycle: learns of outputs, and knows the error to show where a request failed.
     """
 
     def __init__(
@@ -118,13 +117,15 @@ class FoldServingChat(OpenAIServingChat):
         return rendered
 
     async def _score(self, answer: Answer) -> Score | None:
-        """See `QualityGuard`: one prefill of the request with all its vision tokens, and the answer behind it."""
+        """Scores an answer for `QualityGuard` in one prefill of the request, with all its vision tokens, and the
+        answer.
+        """
         kept = {name: value for name, value in answer.body.items() if name not in _NOT_SCORED}
         request = FoldChatRequest.model_validate(kept | {"reduction_ratio": 0, "max_tokens": 1})
         request.cache_salt, request.progress.image_salt = answer.salts
         try:
             rendered = await self._rendered(request)
-        except (FoldserveError, InvalidReduction):  # with all its tokens it is too long, or its image is gone
+        except (FoldserveError, InvalidReduction):  # too long with all its tokens, or its image is gone
             return None
         if isinstance(rendered, ErrorResponse):
             return None
@@ -147,7 +148,7 @@ class FoldServingChat(OpenAIServingChat):
     async def _rendered(
         self, request: FoldChatRequest
     ) -> tuple[list[ConversationMessage], list[EngineInput]] | ErrorResponse:
-        """The prompt, of which `request.progress` then knows what its media cost."""
+        """Renders the prompt, and notes in `request.progress` what its media cost."""
         if (refusal := await self._check_model(request)) is not None:
             return refusal
         clock = 0 if self.sent_images is None else self.sent_images.clock
@@ -159,16 +160,15 @@ class FoldServingChat(OpenAIServingChat):
         return conversation, [prompt]
 
     async def map_tokens(self, request: FoldChatRequest) -> dict[str, object] | ErrorResponse:
-        """Where the tokens of a request's images and videos go; nothing is generated.
+        """Maps where the tokens of a request's images and videos go; generates nothing.
 
-        Raises:
-            InvalidRequest: as of a chat, or this model or engine has no map.
+        Raises InvalidRequest as for a chat, or if this model or engine has no map.
         """
         if (refusal := await self._check_model(request)) is not None:
             return refusal
         reduction_map.check(request)
         request.progress.body = None  # nothing is scored
-        render = partial(self.online_renderer.render_chat, skip_mm_cache=True)  # the engine has to be sent all pixels
+        render = partial(self.online_renderer.render_chat, skip_mm_cache=True)  # the engine needs all pixels
         _, prompt, decoded = await self._planned(request, render)
         vision, fields = request.progress.vision, dict(prompt)
         if vision is None or self.planner.family is None:
@@ -192,7 +192,6 @@ class FoldServingChat(OpenAIServingChat):
     async def _mapped(
         self, modality: Modality, plan: ItemPlan, item: MultiModalKwargsItem, decoded: Decoded
     ) -> dict[str, object]:
-        """The map of one image or video."""
         family, info = self.planner.family, self.renderer.get_mm_processor().info
         assert family is not None
         regions = family.regions(plan, modality, decoded.size, info)
@@ -205,7 +204,7 @@ class FoldServingChat(OpenAIServingChat):
     async def _planned(
         self, request: FoldChatRequest, render: _Render
     ) -> tuple[list[ConversationMessage], EngineInput, DecodedMedia]:
-        """What goes to the engine, planned and checked."""
+        """Renders the prompt for the engine, with plans, and checks it."""
         reductions = self.planner.check(request)
         if any(reduction != _NOTHING for reduction in chain.from_iterable(reductions.values())):
             asked = {modality: [one.to_json() for one in each] for modality, each in reductions.items()}
@@ -219,9 +218,9 @@ class FoldServingChat(OpenAIServingChat):
                 rendered = await render(request)
             except VLLMValidationError as error:
                 raise template.refusal(error, len(request.messages)) or error from None
-            except InvalidReduction as error:  # an image whose size does not allow what is asked
+            except InvalidReduction as error:  # an image whose size does not allow the reduction
                 raise as_asked(error, request) from error
-        if isinstance(rendered, ErrorResponse):  # the one thing that vLLM refuses in this way here
+        if isinstance(rendered, ErrorResponse):  # vLLM refuses only one thing in this way here
             raise InvalidRequest('this server can\'t call tools: leave `tools` out, or send "none"', "tool_choice")
         conversation, (prompt,) = rendered
         fields: dict[str, Any] = dict(prompt)
@@ -238,7 +237,7 @@ class FoldServingChat(OpenAIServingChat):
     async def _heard(
         self, request: FoldChatRequest, outputs: AsyncIterator[RequestOutput]
     ) -> AsyncGenerator[RequestOutput, None]:
-        """The outputs, of which an answer that is to be checked takes note."""
+        """Passes outputs on, and collects them if the answer is to be checked."""
         answer = request.progress.answer
         async for output in _explained(request, outputs, self.lifecycle):
             if answer is not None:
@@ -264,7 +263,7 @@ class FoldServingChat(OpenAIServingChat):
     async def chat_completion_stream_generator(
         self, request: FoldChatRequest, result_generator: AsyncIterator[RequestOutput], *args: Any, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
-        """Events that come without a wait between them are sent as one: the role with the first text, and the end."""
+        """Sends events that come without a wait between them as one: the role with the first text, and the end."""
         progress = request.progress
         outputs = self._heard(request, result_generator)
         held, first = "", True
@@ -290,10 +289,11 @@ class FoldServingChat(OpenAIServingChat):
 async def _explained(
     request: FoldChatRequest, outputs: AsyncIterator[RequestOutput], lifecycle: Lifecycle
 ) -> AsyncGenerator[RequestOutput, None]:
-    """Passes outputs on; a refusal that comes only now is put into our words, before vLLM logs or sends its own.
+    """Passes outputs on; converts a late refusal into our own error before vLLM logs or sends its own.
 
-    The engine ends a request, and says no more, whose form of answer it can't compile or follow. The first output tells
-    that the request's images are in the engine.
+    The engine aborts a request, without giving a reason, if it can't compile or follow the form of its answer. The
+    first
+    output tells that the request's images are in the engine.
     """
     progress = request.progress
     on_its_way = progress.on_its_way
@@ -319,21 +319,20 @@ async def _explained(
 
 
 def _shown(request: FoldChatRequest, error: Exception, lifecycle: Lifecycle) -> Exception:
-    """The error that a client is told of; the server's own faults are left as they are."""
+    """The error for the client; the server's own faults stay as they are."""
     if (shown := lifecycle.explain(error)) is not error or isinstance(error, FoldserveError):
         return shown
     return forms.explain(request, error) if isinstance(error, VLLMClientError | ValueError | TypeError) else error
 
 
 def _error_in(event: str) -> ErrorResponse:
-    """vLLM's error in an event of its own."""
     return ErrorResponse.model_validate_json(event.removeprefix("data: "))
 
 
 async def _timing_first_token(
     progress: Progress, outputs: AsyncIterator[RequestOutput]
 ) -> AsyncGenerator[RequestOutput, None]:
-    """Passes outputs on; the engine reports the first token's latency since it got the request."""
+    """Passes outputs on; the engine reports the first token's latency from when it got the request."""
     started = time.perf_counter()
     async for output in outputs:
         latency = getattr(output.metrics, "first_token_latency", 0.0)
@@ -343,6 +342,6 @@ async def _timing_first_token(
 
 
 def _with_vision_tokens(event: str, vision: VisionTokens) -> str:
-    """The usage chunk of a stream with `vision_tokens`; put in as text, for no text of a user's is in it."""
+    """The usage chunk of a stream with `vision_tokens`, inserted as text, since the chunk holds no text of a user."""
     tokens = json.dumps(vision.to_json(), separators=(",", ":"))
     return event.replace('"usage":{', f'"usage":{{"vision_tokens":{tokens},', 1)

@@ -1,5 +1,3 @@
-"""Sizes as people read them."""
-
 from __future__ import annotations
 
 

@@ -1,4 +1,4 @@
-"""What an operator needs to know of a server that is about to listen: one table, not vLLM's hundred lines."""
+"""The table that an operator sees when a server is about to listen, instead of vLLM's hundred lines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _log = logging.getLogger(STARTUP)
 
 
 def report(chat: FoldServingChat, limits: Limits, access: Access) -> None:
-    """Logs the table, in the first of several API processes."""
+    """Logs the table; of several API processes, only in the first."""
     config = chat.engine_client.vllm_config
     if config.parallel_config._api_process_rank > 0:
         return
@@ -35,7 +35,6 @@ def report(chat: FoldServingChat, limits: Limits, access: Access) -> None:
 
 
 def facts(chat: FoldServingChat, limits: Limits, access: Access) -> dict[str, str]:
-    """Names and values, in the order in which they are shown."""
     config = chat.engine_client.vllm_config
     name, model = chat.models.base_model_paths[0].name, config.model_config
     page = "/playground, " if access.playground else ""
@@ -54,7 +53,6 @@ def facts(chat: FoldServingChat, limits: Limits, access: Access) -> dict[str, st
 
 
 def _media(chat: FoldServingChat, limits: Limits) -> str:
-    """What a request may have beside text."""
     each = {
         "image": f"{limits.max_images_per_request} images of {limits.max_image_megapixels:g} megapixels",
         "video": f"{limits.max_videos_per_request} videos of {limits.video_frames} frames",
@@ -85,7 +83,7 @@ def _device(config: VllmConfig) -> str:
 
 
 def _engine(chat: FoldServingChat) -> dict[str, str]:
-    """Without attention backends: to ask for them costs the start a tenth of a second, `foldserve doctor` does it."""
+    """Without attention backends, which take a tenth of a second to find: `foldserve doctor` shows them."""
     config, family, cost = chat.engine_client.vllm_config, chat.planner.family, chat.kv_cost
     graphs = config.compilation_config.cudagraph_mode
     engine = f"model runner {model_runner(config)}, graphs {'NONE' if graphs is None else graphs.name}"

@@ -1,4 +1,4 @@
-"""`usage.vision_tokens`: what was really applied to images and videos, read off their plans and the prompt."""
+"""`usage.vision_tokens`: what was really applied to images and videos, read from their plans and the prompt."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class VisionTokens:
 
     Attributes:
         plans: one per image and video, in prompt order.
-        modalities: which of both each is.
+        modalities: of each plan.
         withdrawn_each: tokens of each that leave the decoder at layer K: all, or those that its method removes.
-        withdraw_layer: K of the server, None without withdrawal.
-        auto: why `ratio: "auto"` came to this; None where the ratio was given.
+        withdraw_layer: K of the server; None without withdrawal.
+        auto: the choice for `ratio: "auto"`; None where the ratio was given.
     """
 
     plans: tuple[ItemPlan, ...]
@@ -47,18 +47,18 @@ class VisionTokens:
 
     @property
     def is_reduced(self) -> bool:
-        """Some of them do not reach every layer of the decoder."""
+        """Whether some tokens do not reach every layer of the decoder."""
         return self.kept < self.encoded or self.withdrawn > 0
 
     @property
     def method(self) -> str:
-        """The method of all, or `mixed`."""
+        """The method of all items, or `mixed`."""
         methods = {plan.method for plan in self.plans}
         return methods.pop() if len(methods) == 1 else "mixed"
 
     @property
     def decoder(self) -> str:
-        """The method that works in the decoder, likewise."""
+        """The method in the decoder of all items, or `mixed`."""
         methods = {plan.decoder for plan in self.plans}
         return methods.pop() if len(methods) == 1 else "mixed"
 
@@ -68,8 +68,10 @@ class VisionTokens:
         return 1 - self.kept / self.encoded
 
     def to_json(self) -> dict[str, object]:
-        """The body of `usage.vision_tokens`; `images` lists each image where they were reduced differently, and where
-        there are videos `images` and `videos` list all."""
+        """The body of `usage.vision_tokens`.
+
+        `images` lists each image if they were reduced differently. With videos, `images` and `videos` list all.
+        """
         body = _entry(self.encoded, self.kept, self.withdrawn, self.method)
         if any(plan.keeps_positions for plan in self.plans):
             body["positions"] = "keep"
@@ -85,12 +87,11 @@ class VisionTokens:
 
     @property
     def each(self) -> list[dict[str, object]]:
-        """Of each image and video, in prompt order."""
         counts = zip(self.plans, self.withdrawn_each, strict=True)
         return [_entry(plan.encoded, plan.kept, withdrawn, plan.method) for plan, withdrawn in counts]
 
     def to_header(self) -> str:
-        """The same for the response's headers, all together: `encoded=144, kept=72, ...`."""
+        """`to_json` without its lists, for a response header: `encoded=144, kept=72, ...`."""
         return ", ".join(f"{name}={value}" for name, value in self.to_json().items() if not isinstance(value, list))
 
 
@@ -101,17 +102,17 @@ def vision_tokens(
     room: Room,
     auto: Choice | None = None,
 ) -> VisionTokens | None:
-    """Counts of a rendered prompt; None for one without planned images or videos.
+    """Counts the tokens of a rendered prompt; None if it has no planned images or videos.
 
     Args:
         planned: by modality, each in prompt order.
-        room: that a prompt has in one step of the engine.
-        auto: what the request's `ratio: "auto"` came to.
+        room: of a prompt in one step of the engine.
+        auto: the choice for `ratio: "auto"`.
 
     Raises:
-        InvalidRequest: the prompt does not go with what its plans want in the decoder.
-        FoldserveError: the prompt holds another number of vision tokens than was planned: usage, KV blocks and encoder
-            would drift apart unnoticed.
+        InvalidRequest: the plans can't be followed in the decoder for this prompt.
+        FoldserveError: the prompt has another number of vision tokens than planned; usage, KV blocks and encoder would
+            drift apart unnoticed.
     """
     if not planned:
         return None

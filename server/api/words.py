@@ -52,14 +52,14 @@ _OTHERWISE = "has a value that can't be, or that does not go with the other fiel
 
 
 def of_pydantic(error: Mapping[str, object]) -> str:
-    """The predicate of a sentence about a field, for one of pydantic's errors."""
+    """The predicate of a sentence about a field, for an error of pydantic."""
     kind, context = str(error.get("type")), error.get("ctx")
     template = _BY_TYPE.get(kind) or _BY_KIND.get(kind.partition("_")[0], _OTHERWISE)
     return template.format_map(context if isinstance(context, dict) else {})
 
 
 def of_field(param: str | None) -> str:
-    """A whole sentence about a field that vLLM refused, whose name it may not have told."""
+    """A whole sentence about a field that vLLM refused; None if vLLM did not name it."""
     if param is None:
         return "the request asks for what this server can't do, or its fields don't go together"
     return f"{param} {_BY_FIELD.get(param.partition('.')[0], _OTHERWISE)}"

@@ -1,4 +1,4 @@
-"""Goes the way of `foldserve serve` up to where it would start processes, and notes what stands in it."""
+"""Follows `foldserve serve` up to where it would start processes, and notes what would stop it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PLUGIN = "foldserve"
 
 
 class RefusingParser(FlexibleArgumentParser):
-    """Modification: what it refuses is a ValueError."""
+    """Modification: a refusal is a ValueError."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -49,7 +49,7 @@ class _Found:
 
     @contextmanager
     def noting(self) -> Iterator[None]:
-        """Makes a problem of an error, which `foldserve serve` would end with."""
+        """Turns an error that would end `foldserve serve` into a problem."""
         try:
             yield
         except (ValueError, OSError, RuntimeError, ImportError, VLLMError) as error:
@@ -63,7 +63,7 @@ def examine(
     small_model: Path,
     runner_option: str,
 ) -> Report:
-    """What a server with these arguments would be; they are those of `launch.serve`.
+    """Describes the server that these arguments of `launch.serve` would start.
 
     Args:
         runner_option: the value of `--model-runner`.
@@ -109,7 +109,7 @@ def _look_at_engine(args: Namespace, machine: Machine, runner_option: str, found
 
 
 def machine_problems(machine: Machine, environment: Environment) -> Iterator[Problem]:
-    """What of the machine and the environment stands in the way, whatever the model."""
+    """Problems of the machine and the environment, whatever the model."""
     if machine.platform == "none":
         yield Problem(_no_device(machine))
     if machine.platform == "cuda" and not machine.triton_runs:
@@ -145,7 +145,7 @@ def _no_device(machine: Machine) -> str:
 
 
 def memory_problems(config: VllmConfig, machine: Machine) -> Iterator[Problem]:
-    """More memory asked for than is free, which vLLM's workers would find; the weights are not counted."""
+    """Memory that is asked for but not free, which vLLM's workers would find; does not count the weights."""
     cache, pool = config.cache_config, config.cache_config.kv_cache_memory_bytes
     share = cache.gpu_memory_utilization
     if machine.platform == "cpu":

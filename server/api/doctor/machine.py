@@ -1,4 +1,4 @@
-"""The machine as vLLM sees it; NVML answers for GPUs, so that none is touched."""
+"""The machine as vLLM sees it. Asks NVML about GPUs, so that none is initialized."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHM = Path("/dev/shm")
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """`capability` as in "9.0"; bytes are 0 where the GPU has no memory of its own."""
+    """`capability` as in "9.0"; bytes are 0 if the GPU has no memory of its own."""
 
     name: str
     capability: str
@@ -33,14 +33,14 @@ class Machine:
     """What a server would find here.
 
     Attributes:
-        platform: that vLLM has chosen; "none" if it can run on nothing here.
+        platform: vLLM's choice; "none" if it can't run here.
         cuda_build: CUDA version that torch is built for; None for a CPU build.
-        driver: of NVIDIA; None where NVML finds none.
-        triton_runs: Triton is there and can compile for this platform.
+        driver: version of NVIDIA's driver; None if NVML finds none.
+        triton_runs: Triton is installed and can compile for this platform.
         instructions: sets that matter to vLLM's CPU kernels.
         cpu_count: cores that this process may use.
         ram_free_bytes: of what a container may use.
-        shm_free_bytes: in /dev/shm; None where there is no such directory.
+        shm_free_bytes: in /dev/shm; None if there is no such directory.
     """
 
     platform: Literal["cpu", "cuda", "none"]
@@ -79,7 +79,7 @@ def _platform() -> Literal["cpu", "cuda", "none"]:
 
 
 def _nvml() -> tuple[str | None, tuple[Gpu, ...]]:
-    """Driver and the GPUs that `CUDA_VISIBLE_DEVICES` leaves; (None, ()) without a driver."""
+    """Driver, and the GPUs that `CUDA_VISIBLE_DEVICES` leaves; (None, ()) without a driver."""
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
@@ -95,20 +95,19 @@ def _nvml() -> tuple[str | None, tuple[Gpu, ...]]:
 
 
 def _gpu(name: str) -> Gpu:
-    """By index or UUID, as CUDA takes it."""
     by_index = name.strip().isdecimal()
     handle = pynvml.nvmlDeviceGetHandleByIndex(int(name)) if by_index else pynvml.nvmlDeviceGetHandleByUUID(name)
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
     try:
         memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
         total, free = memory.total, memory.free
-    except pynvml.NVMLError_NotSupported:  # memory that it shares with the CPU
+    except pynvml.NVMLError_NotSupported:  # memory shared with the CPU
         total, free = 0, 0
     return Gpu(pynvml.nvmlDeviceGetName(handle), f"{major}.{minor}", total, free)
 
 
 def _ram() -> tuple[int, int]:
-    """Free and in all; on a CPU of the memory node that the worker takes, by the function that it asks."""
+    """(free, total) bytes; on a CPU those of the worker's memory node, from the function that vLLM uses."""
     if current_platform.is_cpu():
         node = get_memory_node_info(get_visible_memory_node()[0])
         return node.available_memory, node.total_memory

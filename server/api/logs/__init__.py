@@ -1,1 +1,3 @@
-"""Logs: request ids, one line per request, text or JSON. Nothing here imports vllm: the engine's processes load it."""
+"""Logs: request ids, one line per request, text or JSON. Never imports vllm, since the engine's processes load it
+first.
+"""

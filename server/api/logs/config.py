@@ -18,7 +18,7 @@ from pythonjsonlogger.json import JsonFormatter
 from foldserve.server import guardian
 
 VARIABLE = "VLLM_LOGGING_CONFIG_PATH"
-"""Names a file for `logging.config.dictConfig`; every process of vLLM reads it as the first thing."""
+"""Names a file for `logging.config.dictConfig`, which every vLLM process reads first."""
 
 _TEXT = (
     "(%(vllm_process_name)s pid=%(process)d) %(levelname)s %(asctime)s [%(fileinfo)s:%(lineno)d] "
@@ -26,12 +26,11 @@ _TEXT = (
 )
 _ONLY_FOR_TEXT = ("color_message", "fileinfo", "request_tag")
 _HERE = "foldserve.server.api.logs"
-STARTUP = "foldserve.startup"
-"""The logger of what is told once."""
+STARTUP = "foldserve.startup"  # logger of the table at start-up
 
 
 class OurChoices(logging.Filter):
-    """Leaves out vLLM's warnings about what we chose, which an operator can do nothing about; --verbose shows them."""
+    """Drops vLLM's warnings about our own choices, which an operator can't change; --verbose shows them."""
 
     _BEGIN = (
         "CPU backend doesn't allow to use `torch.set_num_threads`",
@@ -50,7 +49,7 @@ class OurChoices(logging.Filter):
 
 
 class OneLineEach(logging.Filter):
-    """Makes one line of what vLLM logs each second with a traceback, while file descriptors are used up."""
+    """Shortens to one line what vLLM logs each second with a traceback while file descriptors are used up."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         if record.msg == "Error accepting a connection" and record.exc_info:
@@ -59,7 +58,7 @@ class OneLineEach(logging.Filter):
 
 
 class TableFormatter(logging.Formatter):
-    """The facts of a record, one a line, under its message."""
+    """The facts of a record, one per line, under its message."""
 
     def format(self, record: logging.LogRecord) -> str:
         facts: dict[str, str] = getattr(record, "facts", {})
@@ -67,7 +66,7 @@ class TableFormatter(logging.Formatter):
 
 
 def json_formatter() -> JsonFormatter:
-    """One object a line: timestamp (ISO 8601, UTC), level, logger, process, request_id, message, and what was added."""
+    """One object a line: timestamp (ISO 8601, UTC), level, logger, process, request_id, message, and extra fields."""
     return JsonFormatter(
         "%(levelname)s %(name)s %(process)d %(message)s",
         rename_fields={"levelname": "level", "name": "logger", "process": "pid", "vllm_process_name": "process"},
@@ -82,8 +81,8 @@ def logging_config(log_format: str, level: str, vllm_level: str, *, color: bool 
     Args:
         log_format: `text` or `json`.
         level: of our loggers.
-        vllm_level: of vLLM's and uvicorn's; others log from WARNING on.
-        color: text for a terminal.
+        vllm_level: of vLLM's and uvicorn's loggers; all others log from WARNING on.
+        color: for text on a terminal.
     """
     is_text = log_format == "text"
     text = {
@@ -105,13 +104,13 @@ def logging_config(log_format: str, level: str, vllm_level: str, *, color: bool 
             "table": {"()": f"{_HERE}.config.TableFormatter"},
         },
         "handlers": {
-            "vllm": {  # the name by which vLLM finds out whether it may draw its logo
+            "vllm": {  # vLLM looks for this name before it draws its logo
                 "class": "logging.StreamHandler",
                 "stream": "ext://sys.stdout",
                 "formatter": "chosen",
                 "filters": ["request_id"],
             },
-            "libraries": {  # a level of its own: uvicorn sets its loggers' to what vLLM's options say
+            "libraries": {  # its own level, since uvicorn sets its loggers' to what vLLM's options say
                 "class": "logging.StreamHandler",
                 "stream": "ext://sys.stdout",
                 "formatter": "chosen",
@@ -137,11 +136,11 @@ def _logger(level: str, *handlers: str) -> dict[str, Any]:
 
 @contextmanager
 def configured(log_format: str, level: str | None, *, verbose: bool, own: bool) -> Iterator[None]:
-    """Makes the processes that are started inside log alike; to be entered before vllm is imported.
+    """Makes processes started inside log alike; enter it before vllm is imported.
 
     Args:
         level: None: what an operator needs, of vLLM only warnings unless `verbose` or in JSON.
-        verbose: vLLM's own lines too.
+        verbose: also vLLM's own lines.
         own: the user has a configuration of their own, which stays.
     """
     if own:

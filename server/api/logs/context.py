@@ -1,4 +1,4 @@
-"""The id of the request that is being worked on, for responses and log lines."""
+"""The id of the current request, for responses and log lines."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _ACCEPTED = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 def choose_request_id(sent: str | None) -> str:
-    """The client's own id where it is harmless in a log and in vLLM's names of requests, or else a new one."""
+    """The client's own id if it is harmless in logs and in vLLM's request names, else a new one."""
     return sent if sent is not None and _ACCEPTED.fullmatch(sent) else uuid.uuid4().hex
 
 
 class RequestIdFilter(logging.Filter):
-    """Adds `request_id` to every record, and `request_tag`, its form for lines of text."""
+    """Adds `request_id` to every record, and `request_tag`, its form for text lines."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         current = request_id.get()

@@ -13,16 +13,12 @@ _LAST_WORDS = ("EngineCore failed to start.", "WorkerProc failed to start.")
 
 
 def report_failure(error: BaseException) -> bool:
-    """Tells the guardian; of several processes that fail the first knows why.
-
-    Returns:
-        Whether this was the first one.
-    """
+    """Tells the guardian; True if no process has told it before. The first process to fail knows the reason."""
     return guardian.report_failure(reason(error))
 
 
 def reason(error: BaseException) -> str:
-    """An error's text as one line, with its type where that says more."""
+    """An error's text in one line, with its type if the text alone says too little."""
     if isinstance(error, ValidationError):
         text = "; ".join(detail["msg"].removeprefix("Value error, ") for detail in error.errors())
     elif isinstance(error, ValueError | OSError | RuntimeError) and str(error):
@@ -34,7 +30,9 @@ def reason(error: BaseException) -> str:
 
 
 class FailureHandler(logging.Handler):
-    """Reports what an engine or worker process logs as its last words: its parent only knows that it has ended."""
+    """Reports an engine or worker process's last log line with its error, since the parent only knows that it has
+    ended.
+    """
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)

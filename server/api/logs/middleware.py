@@ -1,4 +1,4 @@
-"""Gives every request an id and writes one line about it when it ends; never what it says."""
+"""Gives every request an id, and logs one line when it ends; never its content."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ _log = logging.getLogger("foldserve.requests")
 
 
 class RequestLog:
-    """ASGI middleware; vLLM below reads the id that was chosen from the request's header.
+    """ASGI middleware; vLLM below reads the chosen id from the request's header.
 
-    Health checks and scrapes that succeed are logged as DEBUG. Other requests begin one in a round of the event loop: a
-    health check must not wait for a thousand that come at once.
+    Successful health checks and scrapes are logged as DEBUG. Other requests start one per round of the event loop, so
+    that
+    a health check does not wait for a thousand that come at once.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -37,7 +38,7 @@ class RequestLog:
         request_id.set(chosen)
         if not scope["path"].startswith(_AT_ONCE):
             async with self._turn:
-                await asyncio.sleep(0)  # the next one's turn comes in another round of the event loop
+                await asyncio.sleep(0)  # the next request's turn is in another round of the event loop
         status: int | None = None
         gone = False
         started = time.perf_counter()
@@ -51,7 +52,7 @@ class RequestLog:
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
-                status = None if gone else message["status"]  # vLLM's handlers answer a client that has gone, too
+                status = None if gone else message["status"]  # vLLM's handlers also answer a client that has gone
                 MutableHeaders(raw=message["headers"])[_HEADER] = chosen
             await send(message)
 
@@ -62,10 +63,9 @@ class RequestLog:
 
 
 def _report(scope: Scope, status: int | None, seconds: float) -> None:
-    """The route as it is declared, not the path as it came: that may hold anything.
+    """Logs the route as declared, not the path as sent, which may hold anything.
 
-    Args:
-        status: None where the client went away before there was one.
+    `status` is None if the client went away before there was one.
     """
     route = getattr(scope.get("route"), "path", None)
     key = scope.get("state", {}).get("foldserve_key")

@@ -1,4 +1,4 @@
-"""The page and its files. They hold no secret, so that they need no key: the page asks for one where its calls do."""
+"""The page and its files. They hold no secret and need no key: the page asks for one if its calls need it."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ HEADERS: Mapping[str, str] = MappingProxyType(
         "X-Content-Type-Options": "nosniff",
     }
 )
-"""The page loads nothing from elsewhere, runs no script or style of a text, and lies in no frame of another page."""
+"""The page loads nothing from other hosts, runs no inline script or style, and can't be framed by another page."""
 
 playground = APIRouter(route_class=OpenRoute, include_in_schema=False)
 
 
 def _files() -> dict[str, tuple[bytes, str]]:
-    """Content and type of each, by name: nothing is read from the disk when it is asked for."""
+    """Content and type of each file, by name: requests never read from the disk."""
     folder = Path(__file__).parent / "page"
     return {file.name: (file.read_bytes(), _TYPES[file.suffix]) for file in folder.iterdir()}
 
