@@ -1,1 +1,1 @@
-"""Other people's checkpoints into the layout that we serve."""
+"""Converts other people's checkpoints to the layout that foldserve serves."""

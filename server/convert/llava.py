@@ -1,4 +1,4 @@
-"""What checkpoints of all kinds in LLaVA's own layout have in common on their way to that of `llava-hf`."""
+"""The shared part of converting checkpoints from LLaVA's own layout to that of `llava-hf`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from foldserve.server.convert.source import ConversionError, Shape, Weights, rea
 from foldserve.server.folders import new_folder, write_json
 
 _MULTIPLE = 64
-"""Rows of embedding and head are filled up to a multiple, as in the published `llava-hf` checkpoints."""
+"""Embedding and head are padded to a multiple of rows, as in the published `llava-hf` checkpoints."""
 
 _TOWER_FIELDS = (
     "hidden_act",
@@ -35,13 +35,12 @@ _TOWER_FIELDS = (
     "projection_dim",
 )
 
-_NAMED = 5
-"""Tensors that an error names, at most."""
+_NAMED = 5  # most tensors that an error names
 
 
 @dataclass(frozen=True)
 class Part:
-    """A folder of weights, and how it calls its tensors."""
+    """A folder of weights, and the mapping of its tensors' names to ours."""
 
     weights: Weights
     rename: Callable[[str], str | None]
@@ -57,9 +56,8 @@ class LlavaSource:
     """A checkpoint of LLaVA's own code with a CLIP tower and a projector of some kind.
 
     Args:
-        folder: of the checkpoint.
-        vision_tower: folder of the CLIP model, where the checkpoint does not hold it or names another than LLaVA-1.5's.
-        kind: of LLaVA, in errors.
+        vision_tower: folder of the CLIP model, needed if the checkpoint lacks it or names another than LLaVA-1.5's.
+        kind: of LLaVA, for errors.
 
     Raises:
         ConversionError: a config of another layout.
@@ -75,11 +73,10 @@ class LlavaSource:
         return int(self.vision.image_size // self.vision.patch_size) ** 2
 
     def parts(self, rename: Callable[[str], str | None], needed: Mapping[str, str]) -> list[Part]:
-        """The checkpoint, and the tower's own folder where the checkpoint leaves the tower out.
+        """The checkpoint, and the tower's own folder if the checkpoint leaves the tower out.
 
-        Args:
-            rename: from the checkpoint's names to ours.
-            needed: our names that tell this kind from others -> theirs.
+        `rename` maps the checkpoint's names to ours; `needed`, our names that distinguish this kind of LLaVA, to
+        theirs.
         """
         checkpoint = Part(Weights(self.folder), rename)
         shapes = checkpoint.shapes()
@@ -96,12 +93,10 @@ class LlavaSource:
         return [checkpoint, Part(Weights(self.vision_tower), names.clip_name)]
 
     def check(self, parts: Sequence[Part], projector: Callable[[], nn.Module], options: str = "") -> None:
-        """Decoder, tower and projector have every tensor of such a model, and no others.
+        """Checks that decoder, tower and projector have every tensor of such a model, and no others.
 
-        Args:
-            parts: of the three.
-            projector: makes a model without memory of it.
-            options: of the command that decide its shapes, in errors.
+        `projector` makes the module on the meta device; `options` are the command's options that decide its shapes, for
+        errors.
         """
         found = shapes_of(parts)
         expected = self._expected(projector)
@@ -117,10 +112,9 @@ class LlavaSource:
                 )
 
     def write(self, target: Path, parts: Sequence[Part], fields: Mapping[str, object], shard_bytes: int) -> Path:
-        """Writes everything to the new folder `target`; `fields` are the kind's own of config.json.
+        """Writes everything to the new folder `target`; `fields` are this kind's own of config.json.
 
-        Raises:
-            FileExistsError: `target` exists and is not an empty directory.
+        Raises FileExistsError if `target` exists and is not an empty directory.
         """
         tokenizer = load_tokenizer(self.folder)
         image_token = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
@@ -173,7 +167,7 @@ def _some(tensors: list[str]) -> str:
 
 
 def _with_rows(weight: Tensor, rows: int) -> Tensor:
-    """(vocabulary, hidden) -> (rows, hidden): the new rows are the mean, whose logit is never the highest one."""
+    """(vocabulary, hidden) -> (rows, hidden): the new rows are the mean, whose logit is never the highest."""
     new = rows - len(weight)
     mean = weight.float().mean(dim=0, keepdim=True).to(weight.dtype)
     return torch.cat([weight, mean.expand(new, -1)])

@@ -1,4 +1,4 @@
-"""LLaVA's own flat config.json to the nested one of transformers."""
+"""Converts LLaVA's own flat config.json to the nested one of transformers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _OPTIONAL = (
     "tie_word_embeddings",
 )
 
-# What only one kind of LLaVA has; the value, or no such field, is what can be converted.
+# Fields that vary between kinds of LLaVA. Only these values, or no such field, can be converted.
 _ONLY = {
     "mm_patch_merge_type": ("flat",),
     "mm_projector_type": ("mlp2x_gelu",),
@@ -49,8 +49,7 @@ _CLIP_L_336 = "openai/clip-vit-large-patch14-336"
 def text_config(source: Mapping[str, Any]) -> dict[str, Any]:
     """The decoder's fields of LLaVA's config.
 
-    Raises:
-        ConversionError: another layout, a field that is missing, or a kind of LLaVA that is not supported.
+    Raises ConversionError for another layout, a missing field, or an unsupported kind of LLaVA.
     """
     if "text_config" in source:
         raise ConversionError("config.json has a text_config: this checkpoint is in the layout of transformers already")
@@ -73,10 +72,9 @@ def llama_config(text: Mapping[str, Any]) -> LlamaConfig:
 
 
 def vision_config(source: Mapping[str, Any], folder: Path | None) -> CLIPVisionConfig:
-    """The tower's config, from its own folder or, for the tower of LLaVA-1.5, from its name.
+    """The tower's config, from its own folder or, for the tower of LLaVA-1.5, by its name.
 
-    Raises:
-        ConversionError: another tower than CLIP, or one that only its folder can tell about.
+    Raises ConversionError for another tower than CLIP, or for one that needs its folder.
     """
     if folder is None:
         if source.get("mm_vision_tower") != _CLIP_L_336:

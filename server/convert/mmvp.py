@@ -1,4 +1,4 @@
-"""MMVP's LLaVA, from the authors' layout to the one that `server/engine/families/mmvp.py` serves."""
+"""Converts MMVP's LLaVA from the authors' layout to the one that `server/engine/families/mmvp.py` serves."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ _POSITIONS = "dino_tower.embeddings.position_embeddings"
 def convert(
     source: Path, dino: Path, target: Path, *, vision_tower: Path | None = None, shard_bytes: int = SHARD_BYTES
 ) -> Path:
-    """Writes the checkpoint in `source` to the new folder `target`, and returns `target`.
+    """Converts the checkpoint in `source` to the new folder `target`, and returns `target`.
 
     Args:
         source: folder in the layout of LLaVA-1.5's code, with `model.dino_mm_projector` in its weights.
         dino: folder of the DINOv2 that it was trained with, in the layout of transformers: the authors do not train it.
         target: does not exist yet, or is empty; it appears when it is complete.
-        vision_tower: folder of the CLIP model, where `source` does not hold it or names another than LLaVA-1.5's.
-        shard_bytes: size of one file, at most.
+        vision_tower: folder of the CLIP model, needed if `source` lacks it or names another than LLaVA-1.5's.
+        shard_bytes: largest size of one file.
 
     Raises:
-        ConversionError: the checkpoint is no such LLaVA or damaged, or the DINOv2 does not fit it.
+        ConversionError: the checkpoint is another LLaVA or damaged, or the DINOv2 does not fit it.
         FileExistsError: `target` exists and is not an empty directory.
     """
     llava = LlavaSource(source, vision_tower, "MMVP")
@@ -70,7 +70,7 @@ def convert(
 
 @dataclass(frozen=True)
 class DinoPart(Part):
-    """A DINOv2 whose position embeddings are those of an image of `side` x `side` patches."""
+    """A DINOv2 with its position embeddings resampled to an image of `side` x `side` patches."""
 
     side: int
 
@@ -84,9 +84,9 @@ class DinoPart(Part):
 
 
 def resampled(positions: Tensor, side: int) -> Tensor:
-    """(1, 1 + patches, C) -> (1, 1 + side * side, C), as DINOv2's own code does it.
+    """(1, 1 + patches, C) -> (1, 1 + side * side, C), as in DINOv2's own code.
 
-    It adds a tenth of a patch to the side before it says how much smaller the new grid is; transformers does not.
+    Unlike transformers, it adds a tenth of a patch to the side when it computes the scale factor.
     """
     first, patches = positions[:, :1], positions[:, 1:]
     old = isqrt(patches.shape[1])
@@ -108,7 +108,7 @@ def _projectors(width: int, hidden: int) -> nn.Module:
 
 
 def _dino_config(folder: Path, llava: LlavaSource) -> Dinov2Config:
-    """Of a whole DINOv2 that gives as many tokens of the same width as CLIP."""
+    """Loads the DINOv2's config, and checks that it is complete and has CLIP's channels and patch size."""
     kind = read_json(folder / "config.json").get("model_type")
     if kind != "dinov2":
         raise ConversionError(f"{folder} has model_type {kind!r}: a DINOv2 without registers is needed")
@@ -125,7 +125,7 @@ def _dino_config(folder: Path, llava: LlavaSource) -> Dinov2Config:
 
 
 def _check_untrained(checkpoint: Weights, dino: Weights) -> None:
-    """Where a checkpoint holds its DINOv2, it is the one that was given, as its class token tells."""
+    """Raises ConversionError if the checkpoint holds another DINOv2 than the given one, by its class token."""
     name = "model.dino_tower.vision_tower.cls_token"
     if name not in checkpoint.shapes:
         return

@@ -1,4 +1,4 @@
-"""Tensor names: LLaVA's own layout to that of the published `llava-hf` checkpoints."""
+"""Tensor names: from LLaVA's own layout to that of the published `llava-hf` checkpoints."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ TOWER = "vision_tower.vision_model."
 
 
 def stf_name(theirs: str) -> str | None:
-    """Our name of a tensor of LLaVA-STF; None: not needed. Unknown names stay as they are."""
+    """Our name of a tensor of LLaVA-STF; None: not needed. Unknown names stay."""
     return _llava_name(theirs, _STF)
 
 
 def mmvp_name(theirs: str) -> str | None:
-    """Our name of a tensor of MMVP's LLaVA; None: not needed, or of its DINOv2. Unknown names stay as they are."""
+    """Our name of a tensor of MMVP's LLaVA; None: not needed, or of its DINOv2. Unknown names stay."""
     return None if theirs.startswith("model.dino_tower.") else _llava_name(theirs, _MMVP)
 
 

@@ -1,4 +1,4 @@
-"""Writing a checkpoint's tensors in files of bounded size."""
+"""Writes a checkpoint's tensors in files of bounded size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from foldserve.server.folders import write_json
 
 SHARD_BYTES = 2 << 30
-"""What one file holds at most, and so what is in memory; a single larger tensor gets a file of its own."""
+"""Largest size of one file, and so of what is in memory; a single larger tensor gets a file of its own."""
 
 
 class ShardedWriter:
@@ -23,16 +23,16 @@ class ShardedWriter:
         self._shards: list[list[str]] = []
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor; writes a file when enough has come."""
+        """Adds one tensor, and writes a file once it is full."""
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self._shard_bytes:
             self._flush()
-        self._pending[name] = tensor.clone()  # contiguous, and sharing no memory with another one
+        self._pending[name] = tensor.clone()  # contiguous, and not sharing memory with another tensor
         self._pending_bytes += size
         self._total_bytes += size
 
     def finish(self) -> None:
-        """Write what is left, give the files their names, and the index."""
+        """Writes the rest, the final file names and the index."""
         self._flush()
         weight_map: dict[str, str] = {}
         for i, names in enumerate(self._shards):

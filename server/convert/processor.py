@@ -11,7 +11,7 @@ from foldserve.server.convert.source import ConversionError, read_json
 
 IMAGE_TOKEN = "<image>"
 
-# The conversation "v1" of LLaVA-1.5. The template alone writes <s>: the server adds no special tokens to it.
+# The conversation "v1" of LLaVA-1.5. Only the template writes <s>: the server adds no special tokens.
 _CHAT_TEMPLATE = """\
 {%- set system = "A chat between a curious human and an artificial intelligence assistant. The assistant gives \
 helpful, detailed, and polite answers to the human's questions." -%}
@@ -41,13 +41,11 @@ helpful, detailed, and polite answers to the human's questions." -%}
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The checkpoint's tokenizer with one token more, `<image>`, unless it has it.
+    """The checkpoint's tokenizer with `<image>` added, unless it has it; raises ConversionError if none is readable.
 
-    LLaVA splits a prompt at its images and encodes the pieces one by one: with a sentencepiece model, each begins with
-    its own word mark. `legacy` does the same at a special token, and `PreTrainedTokenizerFast` keeps it that way.
-
-    Raises:
-        ConversionError: there is no tokenizer that can be read.
+    LLaVA splits a prompt at its images and encodes each piece on its own: with a sentencepiece model, each begins with
+    its
+    own word mark. `legacy` does the same at a special token, and `PreTrainedTokenizerFast` keeps it that way.
     """
     try:
         found = AutoTokenizer.from_pretrained(folder, local_files_only=True, legacy=True)
@@ -73,10 +71,8 @@ def save_processor(
     """Writes tokenizer, image processor and chat template into `target`.
 
     Args:
-        target: the folder of the converted checkpoint.
-        tokenizer: from `load_tokenizer`.
-        vision: the tower's config.
-        tower: its folder, where a `preprocessor_config.json` may name other colour statistics than CLIP's.
+        tower: folder of the vision tower, whose `preprocessor_config.json` may have other colour statistics than
+            CLIP's.
         pad: pad images to a square instead of cropping them.
     """
     size = vision.image_size

@@ -1,4 +1,4 @@
-"""Reading a checkpoint's folder: its config and, one at a time, its tensors. Nothing that it says is executed."""
+"""Reads a checkpoint's folder: its config and, one at a time, its tensors. Executes nothing from it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,16 @@ _WHOLE = ("model.safetensors", "pytorch_model.bin")
 
 
 class ConversionError(ValueError):
-    """A checkpoint that cannot be converted. The message says what is wrong, what was found and what to do."""
+    """A checkpoint that can't be converted. The message says what is wrong, what was found and what to do."""
 
 
 class Weights:
     """The tensors of a folder with `model.safetensors` or `pytorch_model.bin`, whole or in shards.
 
-    Attributes:
-        shapes: of every tensor, by name.
+    `shapes` has the shape of every tensor, by name.
 
     Raises:
-        ConversionError: no weights, or files that are damaged or hold anything else than tensors.
+        ConversionError: no weights, or files that are damaged or hold anything but tensors.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,21 +38,16 @@ class Weights:
             self.shapes |= _shapes(file)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Name and tensor, file by file; of `safetensors`, only one tensor is in memory."""
+        """Names and tensors, file by file; of `safetensors`, only one tensor is in memory."""
         for file in self._files:
             yield from _tensors(file)
 
     def read(self, name: str) -> Tensor:
-        """One of `shapes`."""
         return next(tensor for file in self._files for found, tensor in _tensors(file, name) if found == name)
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A file that holds one JSON object.
-
-    Raises:
-        ConversionError: it is not there, or holds something else.
-    """
+    """Reads a file with one JSON object; raises ConversionError if it is missing or holds something else."""
     try:
         content = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -103,12 +97,12 @@ def _shapes(file: Path) -> dict[str, Shape]:
 
 
 def _tensors(file: Path, only: str | None = None) -> Iterator[tuple[str, Tensor]]:
-    """Of a file, or the one of this name if it is there."""
+    """The tensors of a file; with `only`, a safetensors file gives just that one."""
     if file.suffix == ".bin":
         yield from _load_bin(file).items()
         return
     with safe_open(file, framework="pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118  # no mapping
+        for name in tensors.keys():  # noqa: SIM118  # not a mapping
             if only in (None, name):
                 yield name, tensors.get_tensor(name)
 

@@ -1,4 +1,4 @@
-"""LLaVA-STF, from the authors' layout to the one that `server/engine/families/llava_stf.py` serves."""
+"""Converts LLaVA-STF from the authors' layout to the one that `server/engine/families/llava_stf.py` serves."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ def convert(
     experts: int = 1,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
-    """Writes the checkpoint in `source` to the new folder `target`, and returns `target`.
+    """Converts the checkpoint in `source` to the new folder `target`, and returns `target`.
 
     Args:
         source: folder in the layout of LLaVA-1.5's code, with `model.mm_projector_crosslayer` in its weights.
         target: does not exist yet, or is empty; it appears when it is complete.
-        vision_tower: folder of the CLIP model, where `source` does not hold it or names another than LLaVA-1.5's.
-        layers: hidden states that the checkpoint fuses, deepest first; no config of theirs says it.
+        vision_tower: folder of the CLIP model, needed if `source` lacks it or names another than LLaVA-1.5's.
+        layers: hidden states that the checkpoint fuses, deepest first; its config does not have them.
         experts: tokens per window that it was trained with; the kernel follows from the weights.
-        shard_bytes: size of one file, at most.
+        shard_bytes: largest size of one file.
 
     Raises:
-        ConversionError: the checkpoint is no LLaVA-STF, or damaged.
+        ConversionError: the checkpoint is not LLaVA-STF, or is damaged.
         FileExistsError: `target` exists and is not an empty directory.
     """
     llava = LlavaSource(source, vision_tower, "LLaVA-STF")
@@ -56,7 +56,7 @@ def convert(
 
 
 def _stf_config(width: int, llava: LlavaSource, layers: Sequence[int], experts: int) -> StfConfig:
-    """k from the width of the second part, k * k * C / E; fits the tower."""
+    """Finds the kernel k from the projector's width, k * k * C / E, and checks that the config fits the tower."""
     channels = llava.vision.hidden_size
     try:
         config = StfConfig(tuple(layers), experts=experts)
