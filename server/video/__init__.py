@@ -1,7 +1,7 @@
-"""Frames of a video file from a stranger, decoded in a process that can do nothing else.
+"""Decodes frames of untrusted video files in processes that can do nothing else.
 
-frames.py   what is asked of a file, and what comes of it
+frames.py   what is asked of a file, and the result
 file.py     a file's frames under bounds; runs in a process of its own
-nursery.py  the process that forks one for each file
+nursery.py  the process that forks one process per file
 decoder.py  asks for frames, in the server's process
 """

@@ -1,4 +1,4 @@
-"""Asks for the frames of a video file, from the server's side."""
+"""The server's side of video decoding: asks for the frames of a file."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ _ANSWER_BYTES = 1 << 20
 
 
 class DecoderUnavailable(RuntimeError):
-    """The process that decodes can't be had: the server's fault, not the file's."""
+    """The decoding process can't be started or does not stay up: the server's fault, not the file's."""
 
 
 class Frames:
-    """Pixels of a video, in memory that can be given back while somebody still holds them.
+    """Pixels of a video, in memory that can be released while somebody still holds them.
 
     Args:
         shape: (count, height, width, 3).
-        file: whose content they are; -1 for new ones, black.
+        file: descriptor with the pixels; -1 for new, black ones.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], file: int = -1) -> None:
@@ -40,12 +40,12 @@ class Frames:
         self.pixels: NDArray[np.uint8] = np.ndarray(shape, np.uint8, self._memory)
 
     def release(self) -> None:
-        """Gives the memory back to the system; the pixels are black then."""
+        """Returns the memory to the system; the pixels are black afterwards."""
         self._memory.madvise(mmap.MADV_REMOVE)
 
 
 class VideoDecoder:
-    """Decodes each file in a process of its own; the one that they are forked from starts with the first."""
+    """Decodes each file in a process of its own. The process that forks them starts with the first file."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -53,11 +53,7 @@ class VideoDecoder:
         self._stop: Callable[[], object] = lambda: None
 
     def measure(self, content: bytes, bounds: Bounds, rule: Rule) -> Chosen:
-        """What `decode` would give; reads the container, decodes nothing.
-
-        Raises:
-            as `decode`.
-        """
+        """What `decode` would give, without decoding: reads the container. Raises as `decode`."""
         with ExitStack() as open_files:
             return self._ask(content, bounds, rule, _memory_file("frames", open_files), decode=False)
 
@@ -65,17 +61,17 @@ class VideoDecoder:
         """Blocks until the frames are there, at most about twice `bounds.work_s`.
 
         Raises:
-            DamagedVideo, VideoTooLarge: as `file.read`, and for a file that its process ended on.
-            DecoderUnavailable: no process could be had.
+            DamagedVideo, VideoTooLarge: as `file.read`, and for a file that ended its process.
+            DecoderUnavailable: no process could be started.
         """
         with ExitStack() as open_files:
             file = _memory_file("frames", open_files)
             chosen = self._ask(content, bounds, rule, file, decode=True)
-            fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)  # who reads behind a file's end is killed
+            fcntl.fcntl(file, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK)  # reading beyond a file's end kills the reader
             return chosen, Frames((chosen.count, chosen.height, chosen.width, 3), file)
 
     def close(self) -> None:
-        """Ends the process; files that are being decoded are decoded to the end."""
+        """Ends the process; files that are being decoded are finished."""
         with self._lock:
             self._end()
 
@@ -91,7 +87,7 @@ class VideoDecoder:
                 raise VideoTooLarge("the video takes too much time or memory to decode: make it shorter or smaller")
             if said:
                 return _result(json.loads(said))
-            with self._lock:  # it ended before the file was begun
+            with self._lock:  # it ended before it began the file
                 self._end()
         raise DecoderUnavailable("the process that decodes videos does not stay up")
 
@@ -107,7 +103,7 @@ class VideoDecoder:
 
     def _send(self, message: bytes, files: list[int]) -> None:
         with self._lock:
-            for _ in range(2):  # one that somebody killed is replaced
+            for _ in range(2):  # replaces one that was killed
                 if self._requests is None:
                     self._start()
                 assert self._requests is not None

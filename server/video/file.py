@@ -22,23 +22,21 @@ _CODECS = frozenset({"av1", "h264", "hevc", "libdav1d", "mpeg4", "vp8", "vp9"})
 _MOST_STREAMS = 32
 
 Pixels = NDArray[np.uint8]
-Put = Callable[[Pixels], None]
-"""Takes a frame, (height, width, 3)."""
+Put = Callable[[Pixels], None]  # (height, width, 3)
 
 
 @dataclass(frozen=True, slots=True)
 class _Packet:
-    """A frame as the container has it, not decoded."""
+    """A frame in the container, not decoded."""
 
     pts: int
     is_key: bool
 
 
 def demuxer(head: bytes) -> str:
-    """FFmpeg's name of what reads a file: no other of its readers, some of which open further files, gets to see it.
+    """FFmpeg's name of the only demuxer that may read the file; some others would open further files.
 
-    Raises:
-        DamagedVideo: neither MP4 nor WebM.
+    Raises DamagedVideo if the file is neither MP4 nor WebM.
     """
     if head[4:8] == b"ftyp":
         return "mov"
@@ -48,12 +46,13 @@ def demuxer(head: bytes) -> str:
 
 
 def read(file: io.BufferedIOBase, bounds: Bounds, rule: Rule, put: Put | None) -> Chosen:
-    """Gives the chosen frames of a file, upright and in RGB, to `put`; without it none is decoded, and only
-    their number and size is found, before they are turned.
+    """Passes the chosen frames of a file to `put`, upright and in RGB.
+
+    Without `put`, decodes nothing and finds only their number and size, as before rotation.
 
     Raises:
         DamagedVideo: not a video, or damaged.
-        VideoTooLarge: beyond the bounds; found in the header where it tells.
+        VideoTooLarge: beyond the bounds; found in the header if that tells.
     """
     head = file.read(8)
     file.seek(0)
@@ -88,7 +87,7 @@ def _read(container: InputContainer, bounds: Bounds, rule: Rule, put: Put | None
 def _decode(
     container: InputContainer, stream: VideoStream, packets: Sequence[_Packet], places: Sequence[int], put: Put
 ) -> tuple[int, int]:
-    """Height and width of the frames that were put."""
+    """Decodes the frames at `places`, and returns their height and width."""
     size = stream.codec_context.width, stream.codec_context.height
     shape: tuple[int, ...] = ()
     for frame in _decoded(container, stream, packets, places):
@@ -115,7 +114,7 @@ def _stream(container: InputContainer) -> VideoStream:
 
 
 def _check_header(container: InputContainer, stream: VideoStream, bounds: Bounds) -> None:
-    """What the container says before anything is decoded."""
+    """Checks what the container says, before anything is decoded."""
     context = stream.codec_context
     width, height = context.width, context.height
     if not width or not height or not stream.time_base:
@@ -130,15 +129,15 @@ def _check_header(container: InputContainer, stream: VideoStream, bounds: Bounds
     if stream.frames > bounds.file_frames:
         raise _too_many(bounds)
     context.thread_count = 1
-    context.options = {"max_pixels": str(bounds.frame_pixels)}  # a stream may say another size than its container
+    context.options = {"max_pixels": str(bounds.frame_pixels)}  # a stream may have another size than its container says
 
 
 def _packets(container: InputContainer, stream: VideoStream, bounds: Bounds) -> list[_Packet]:
-    """Of all frames that are shown, by their time; nothing is decoded."""
+    """All frames that are shown, by their time; decodes nothing."""
     packets: dict[int, _Packet] = {}
     count = 0
     for packet in container.demux(stream):
-        if packet.size == 0:  # the last, for decoders
+        if packet.size == 0:  # the last one, which flushes decoders
             continue
         count += 1
         if count > bounds.file_frames:
@@ -148,7 +147,7 @@ def _packets(container: InputContainer, stream: VideoStream, bounds: Bounds) -> 
         pts = packet.pts if packet.pts is not None else packet.dts
         if pts is not None and not packet.is_discard:
             packets.setdefault(pts, _Packet(pts, packet.is_keyframe))
-    if not packets or count < stream.frames:  # of WebM the header does not say how many there are
+    if not packets or count < stream.frames:  # WebM's header does not say how many there are
         raise _damaged()
     return [packets[pts] for pts in sorted(packets)]
 
@@ -156,10 +155,10 @@ def _packets(container: InputContainer, stream: VideoStream, bounds: Bounds) -> 
 def _decoded(
     container: InputContainer, stream: VideoStream, packets: Sequence[_Packet], places: Sequence[int]
 ) -> Iterator[VideoFrame]:
-    """The frames at these places of `packets`; skips to a key frame where that saves work."""
+    """The frames at these places of `packets`; seeks to a key frame if that saves work."""
     keys = [place for place, packet in enumerate(packets) if packet.is_key]
     key_of = {place: keys[max(0, bisect_right(keys, place) - 1)] if keys else 0 for place in places}
-    at = -1  # the last frame that came
+    at = -1  # the last frame that was decoded
     frames: Iterator[VideoFrame] = iter(())
     for place in places:
         if at < 0 or key_of[place] > at:

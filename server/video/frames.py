@@ -1,4 +1,4 @@
-"""What is asked of a video file, and what comes of it."""
+"""The request for a video file's frames, and its result."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 BEGUN = b"\n"
-"""What a file's process says first: what comes to nothing behind it is the file's fault, not the server's."""
+"""A file's process writes this first: if nothing follows, the fault is the file's, not the server's."""
 _SAME_S = 1e-4  # times that are meant to be equal differ by rounding
-_SAMPLED_AT = 1.0  # frames a second that a list of pictures stands for, as in vLLM
+_SAMPLED_AT = 1.0  # frames a second of a list of pictures, as in vLLM
 
 
 class VideoError(ValueError):
-    """A video that can't be had; the message is for whoever sent it."""
+    """A video that can't be used; the message is for whoever sent it."""
 
 
 class DamagedVideo(VideoError):
-    """No video, of a kind that is not taken, or damaged."""
+    """Not a video, of an unsupported kind, or damaged."""
 
 
 class VideoTooLarge(VideoError):
-    """More than the bounds allow."""
+    """A video beyond the bounds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bounds:
-    """What a file may cost.
+    """Limits of one file.
 
     Attributes:
         seconds: length of the video.
@@ -34,7 +34,7 @@ class Bounds:
         pixels: of all frames that are taken.
         file_frames: frames in the file.
         work_s: processor time, and as much again of waiting for a processor.
-        memory_bytes: beside the file.
+        memory_bytes: besides the file.
     """
 
     seconds: float
@@ -47,11 +47,9 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Which frames are taken: evenly spaced in time, the first and the last among them.
+    """Which frames are taken: evenly spaced in time, the first and the last among them, at most `frames`.
 
-    Attributes:
-        frames: the most.
-        fps: at most so many a second; None for as many as `frames` allows.
+    `fps` is the most frames a second; None for as many as `frames` allows.
     """
 
     frames: int
@@ -60,8 +58,7 @@ class Rule:
     def choose(self, times: Sequence[float]) -> list[int]:
         """Indices of the frames to take, ascending and distinct.
 
-        Args:
-            times: in seconds, at which a file's frames begin to be shown, ascending.
+        `times` are when all frames start, in seconds, ascending.
         """
         first, length = times[0], times[-1] - times[0]
         count = min(self.frames, len(times))
@@ -75,13 +72,10 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """The frames that were taken.
+    """The frames that were taken: `count` of `height` x `width` pixels, upright.
 
     Attributes:
-        count: of them.
-        height: of each, in pixels, upright.
-        width: likewise.
-        times: in seconds since the first frame, at which each is shown.
+        times: start of each, in seconds since the file's first frame.
         file_frames: frames in the file.
         seconds: length of the video.
     """
@@ -95,11 +89,10 @@ class Chosen:
 
     @classmethod
     def of_pictures(cls, count: int, height: int, width: int) -> Chosen:
-        """Of a list of pictures without times."""
         return cls(count, height, width, tuple(i / _SAMPLED_AT for i in range(count)), count, count / _SAMPLED_AT)
 
     def metadata(self) -> dict[str, object]:
-        """As vLLM's loaders give it; a frame's index is its time at the file's mean rate, which may vary."""
+        """In the form of vLLM's loaders. A frame's index is its time at the file's mean rate; the rate may vary."""
         fps = self.file_frames / self.seconds if self.seconds else _SAMPLED_AT
         return {
             "total_num_frames": self.file_frames,

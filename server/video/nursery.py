@@ -1,8 +1,8 @@
-"""The process that forks one for each video file: `python -m foldserve.server.video.nursery FD`.
+"""Forks one process per video file: `python -m foldserve.server.video.nursery FD`.
 
-A decoder is a million lines of C that reads what a stranger sent. The one for a file is forked from a process that has
-the libraries loaded and nothing else, so that it starts in milliseconds. It has limits on memory, processor time and
-what it may write, and can open nothing. It ends with the file, and nothing is left behind.
+A decoder is a million lines of C that reads a stranger's file. Its process is forked from one that has only loaded the
+libraries, so that it starts in milliseconds. It has limits on memory, processor time and output, can open nothing, and
+ends with the file, so that nothing is left behind.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ _PAGE = resource.getpagesize()
 
 def main(argv: Sequence[str]) -> None:
     """Serves requests from the socket until its other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the server's terminal means the server
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # ended ones leave nothing
-    for module in pkgutil.walk_packages(av.__path__, "av."):  # some are imported on use, when no file can be opened
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in the terminal is for the server
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # reaps ended children
+    for module in pkgutil.walk_packages(av.__path__, "av."):  # some are imported on use, when nothing can be opened
         if not module.name.endswith("__main__"):
             importlib.import_module(module.name)
     with socket.socket(fileno=int(argv[0])) as requests:
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _work(message: bytes, content: int, room: int, answer: int) -> NoReturn:
-    """Decodes one file and ends; what it says is JSON, `{"frames": ...}` or `{"damaged" or "too_large": message}`."""
+    """Decodes one file and exits. Writes JSON: `{"frames": ...}`, or `{"damaged" or "too_large": message}`."""
     os.write(answer, BEGUN)
     asked = json.loads(message)
     bounds, rule = Bounds(**asked["bounds"]), Rule(**asked["rule"])
@@ -76,7 +76,7 @@ def _work(message: bytes, content: int, room: int, answer: int) -> NoReturn:
 
 
 def _confine(bounds: Bounds, size: int) -> None:
-    """From here on: no new file or socket, so much memory and time, and a file no larger than the frames may be."""
+    """From here on: no new file or socket, bounded memory and time, and no output larger than the frames may be."""
     with open("/proc/self/statm") as statm:
         used = int(statm.read().split()[0]) * _PAGE
     seconds = max(1, round(bounds.work_s))
@@ -88,7 +88,7 @@ def _confine(bounds: Bounds, size: int) -> None:
         (resource.RLIMIT_NOFILE, 0),
     ):
         resource.setrlimit(limit, (most, most))
-    signal.setitimer(signal.ITIMER_REAL, 2 * seconds)  # waiting for a processor counts; ends the process
+    signal.setitimer(signal.ITIMER_REAL, 2 * seconds)  # waiting for a processor counts too; ends the process
 
 
 if __name__ == "__main__":
