@@ -1,4 +1,4 @@
-"""The commands of `foldserve`, one a file of the same name, whose `add` declares it on its parser."""
+"""The commands of `foldserve`, one per file of the same name, whose `add` declares it on its parser."""
 
 ALL = {
     "serve": "start the server",

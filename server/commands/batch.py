@@ -12,8 +12,8 @@ from foldserve.server.settings import Environment
 
 _DESCRIPTION = """\
 Answers a file of requests in OpenAI's batch format, one a line, without a server: the same checks, plans, refusals and
-`usage.vision_tokens` as over HTTP. A killed run goes on with --resume, and each line of the input comes to stand in the
-output exactly once. docs/guides/batch.md says more.
+`usage.vision_tokens` as over HTTP. --resume continues a killed run; the output has exactly one line for each line of
+the input. docs/guides/batch.md says more.
 
 MODEL is a Hugging Face name or a local directory (default: the small demo model). Every option of `vllm serve` that is
 the engine's works here too: --help=all lists them, --help=WORD searches them.
@@ -24,7 +24,7 @@ def add(parser: ArgumentParser) -> None:
     describe(parser, _DESCRIPTION)
     group = parser.add_argument_group("files")
     group.add_argument("-i", "--input", type=Path, metavar="FILE", help="requests, one JSON object a line")
-    group.add_argument("-o", "--output", type=Path, metavar="FILE", help="the results, in the order of their end")
+    group.add_argument("-o", "--output", type=Path, metavar="FILE", help="the results, in the order in which they are ready")
     again = group.add_mutually_exclusive_group()
     again.add_argument(
         "--resume",

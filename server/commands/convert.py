@@ -38,7 +38,6 @@ class MmvpOptions:
 
 
 def add(parser: ArgumentParser) -> None:
-    """One form for each kind of checkpoint."""
     kinds = parser.add_subparsers(title="kinds", metavar="KIND", required=True)
     stf = kinds.add_parser("stf", help="LLaVA-STF: vision tokens fused by a trained projector")
     declare(stf, StfOptions, _run_stf, _DESCRIPTION.format(kind="LLaVA-STF"))

@@ -25,7 +25,7 @@ weights: vLLM resolves its configuration as it would for the server. Status 0 if
 
 def add(parser: ArgumentParser) -> None:
     describe(parser, _DESCRIPTION)
-    parser.add_argument("--json", action="store_true", help="for programs")
+    parser.add_argument("--json", action="store_true", help="print JSON, for programs")
     declare_options(parser, "doctor")
     parser.set_defaults(run=_run)
 

@@ -55,7 +55,7 @@ def _run(options: GpuCheckOptions, rest: list[str]) -> None:
 
 
 def _missing(machine: Machine, versions: Versions) -> list[str]:
-    """What a CPU build lacks."""
+    """What a CPU build lacks to check a GPU."""
     if machine.platform != "cpu":
         return []
     missing = [f"vLLM for CUDA: this one is for CPUs. pip install vllm=={versions.needed_vllm}"]

@@ -43,7 +43,7 @@ def _run(options: Options, rest: list[str]) -> None:
     from foldserve.server.settings import cpu_variables
 
     if not torch.cuda.is_available():
-        os.environ.update(cpu_variables())  # plain vLLM's server, too, computes as ours does
+        os.environ.update(cpu_variables())  # plain vLLM's server is to compute as ours does
     report = run(options, rest)
     failed = sum(row.failures for row in report.rows)
     print(f"Written to {options.output}: index.html, report.md, report.csv, report.json and pictures.")

@@ -1,4 +1,4 @@
-"""Parsers of commands from dataclasses, whose fields are declared with `option` and `positional`."""
+"""Command parsers built from dataclasses, whose fields are declared with `option` and `positional`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from foldserve.server.options import flag
 
 _T = TypeVar("_T")
 
-_ARGPARSE = ("action", "choices", "metavar", "nargs")
-"""Metadata that goes to argparse as it is."""
+_ARGPARSE = ("action", "choices", "metavar", "nargs")  # metadata passed to argparse unchanged
 
 
 def declare(
@@ -28,8 +27,8 @@ def declare(
     """Declares a command on its parser.
 
     Args:
-        run: gets the options, and those that are vLLM's; what is wrong with them is a ValueError.
-        defaults: stand in for options that were not given, which are None here, before those of the dataclass.
+        run: gets the options, and vLLM's arguments; raises ValueError for bad ones.
+        defaults: values for options that were not given (None here), which go before the dataclass's defaults.
     """
     describe(parser, description)
     add_options(parser, options)
@@ -49,7 +48,7 @@ def describe(parser: argparse.ArgumentParser, description: str | None) -> None:
 
 
 def add_options(parser: argparse._ActionsContainer, options: type) -> None:
-    """Declares the fields of a dataclass that are options; what is not given is left to it."""
+    """Declares a dataclass's fields that are options; the dataclass's defaults apply to those not given."""
     types = get_type_hints(options)
     group = parser
     for field in _options(options):
@@ -66,18 +65,14 @@ def add_options(parser: argparse._ActionsContainer, options: type) -> None:
 
 
 def read_options(options: type[_T], args: argparse.Namespace, **others: Any) -> _T:
-    """The dataclass of what was given; `others` stand in for what was not.
-
-    Raises:
-        ValueError: what the dataclass refuses.
-    """
+    """The dataclass made of the given options, with `others` for those not given; raises the dataclass's ValueError."""
     found = {field.name: getattr(args, field.name) for field in _options(options)}
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in found.items() if v is not None}
     return options(**others | given)
 
 
 def argument(parse: Callable[[str], _T]) -> Callable[[str], _T]:
-    """`parse` as argparse wants it: so that the message of its ValueError is shown."""
+    """Wraps `parse` so that argparse shows the message of its ValueError."""
 
     def parse_argument(text: str) -> _T:
         try:
@@ -93,7 +88,6 @@ def _options(options: type) -> list[Field[Any]]:
 
 
 def _keywords(field: Field[Any], kind: Any) -> dict[str, Any]:
-    """What `add_argument` is told beside the name."""
     metadata = field.metadata
     found = {"default": None, "help": _help(field), **_reader(kind, field)}
     found |= {key: metadata[key] for key in _ARGPARSE if metadata.get(key) is not None}
@@ -118,7 +112,7 @@ def _text(value: object) -> str:
 
 
 def _reader(kind: Any, field: Field[Any]) -> dict[str, Any]:
-    """How argparse reads a value of a type; those of a list have commas between them, or are words of their own."""
+    """How argparse reads a value of a type. Items of a list are separated by commas, or are words of their own."""
     metadata = field.metadata
     if parse := metadata.get("parse"):
         return {"type": argument(parse)}

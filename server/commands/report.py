@@ -18,15 +18,14 @@ of differences with intervals. Nothing is measured.
 """
 
 
-_LONGEST_NAME = 20
-"""Letters of a folder's name that stand in the titles of panels."""
+_LONGEST_NAME = 20  # letters of a folder's name in the titles of panels
 
 
 @dataclass(frozen=True, slots=True)
 class ReportOptions:
-    """Raises ValueError if what is asked can't be done."""
+    """Raises ValueError for more than two folders."""
 
-    folders: tuple[Path, ...] = positional("DIR", "that a command wrote, or two of them", nargs="+")
+    folders: tuple[Path, ...] = positional("DIR", "a folder that a command wrote; two are compared", nargs="+")
     output: Path | None = option(None, "DIR", "(default: that of the results, or report-comparison)")
 
     def __post_init__(self) -> None:
@@ -92,7 +91,7 @@ def _kinds() -> list[_Kind]:
 
 
 def _names(first: Path, second: Path) -> tuple[str, str]:
-    """What the folders are called on the page: the last parts of their paths that differ."""
+    """Names of the folders on the page: the last parts of their paths that differ."""
     parts = first.resolve().parts, second.resolve().parts
     for count in range(1, min(map(len, parts)) + 1):
         one, other = ("/".join(each[-count:])[-_LONGEST_NAME:] for each in parts)

@@ -23,8 +23,7 @@ Every option of `vllm serve` works here too: --help=all lists them, --help=WORD 
 """
 
 
-_RUNNERS = {"v1": "0", "v2": "1"}
-"""Values of `VLLM_USE_V2_MODEL_RUNNER`."""
+_RUNNERS = {"v1": "0", "v2": "1"}  # values of `VLLM_USE_V2_MODEL_RUNNER`
 _WHERE_IT_WRITES = Path()
 _LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
@@ -36,7 +35,7 @@ def add(parser: ArgumentParser) -> None:
 
 
 def declare_options(parser: ArgumentParser, command: str) -> None:
-    """The options of a command that takes all arguments of a server."""
+    """Declares the options of a command that takes all arguments of a server."""
     _declare_engine(parser, command)
     access = parser.add_argument_group("access and life cycle", "docs/guides/lifecycle.md")
     add_options(access, Access)
@@ -44,7 +43,7 @@ def declare_options(parser: ArgumentParser, command: str) -> None:
 
 
 def _declare_engine(parser: ArgumentParser, command: str) -> None:
-    """What requests are answered with, and what one may cost."""
+    """Declares the options about the engine and the limits of one request."""
     parser.usage = f"foldserve {command} [MODEL] [options] [any option of vllm serve]"
     parser.add_argument(
         "-h", "--help", nargs="?", const="", metavar="WORD", help="show this; with WORD, vLLM's options"
@@ -69,8 +68,8 @@ def _declare_engine(parser: ArgumentParser, command: str) -> None:
         nargs="?",
         const=_WHERE_IT_WRITES,
         metavar="FILE",
-        help='take requests with "ratio": "auto", by what `foldserve calibrate --auto` wrote, there or into FILE '
-        "(default: off)",
+        help='serve requests with "ratio": "auto" by what `foldserve calibrate --auto` wrote; FILE: where, if not at its '
+        "default (default: off)",
     )
     parser.add_argument(
         "--model-runner",
@@ -84,7 +83,7 @@ def _declare_engine(parser: ArgumentParser, command: str) -> None:
 
 
 def declare_batch_options(parser: ArgumentParser) -> None:
-    """Those of a command that answers requests to which nobody connects."""
+    """Declares the options of a command that answers requests without a listening server."""
     _declare_engine(parser, "batch")
     _declare_logs(parser.add_argument_group("logs"))
     nobody = dict.fromkeys(field.name for field in fields(Access))
@@ -110,15 +109,14 @@ def _access(args: Namespace) -> Access:
     if access.api_keys is not None:
         from foldserve.server.api.auth.keys import read_keys
 
-        read_keys(access.api_keys)  # the API processes read it again: here a mistake shows before the model is loaded
+        read_keys(access.api_keys)  # the API processes read it again: a mistake shows here, before the model is loaded
     return access
 
 
 def read_settings(args: Namespace, environment: Environment) -> Settings | Callable[[str, str | None], Settings]:
-    """The settings, or how they follow from the model; vLLM is told of the model runner by its variable.
+    """The settings, or a function that computes them from the model. Passes the model runner to vLLM by its variable.
 
-    Raises:
-        ValueError: options that don't go together, or with the environment.
+    Raises ValueError for options that don't go together, or with the environment.
     """
     if environment.own_logging and (args.log_format != "text" or args.log_level or args.verbose):
         raise ValueError("--log-format, --log-level and --verbose exclude a logging configuration of your own")
@@ -140,7 +138,7 @@ def read_settings(args: Namespace, environment: Environment) -> Settings | Calla
 
 
 def help_or_rest(args: Namespace, rest: list[str]) -> list[str] | None:
-    """vLLM's arguments, `--help=WORD` among them; None where `--help` was all that was asked, and is answered."""
+    """vLLM's arguments, with `--help=WORD` if given. None if a plain `--help` was given, which is then answered."""
     if args.help == "":
         print(args.usage(), end="")
         return None
@@ -161,7 +159,7 @@ def _run(args: Namespace, rest: list[str]) -> None:
 
     level = args.log_level or environment.log_level
     with configured(args.log_format, level, verbose=args.verbose, own=environment.own_logging):
-        from foldserve.server.api import launch, preflight  # import vllm, which looks at once how to log
+        from foldserve.server.api import launch, preflight  # import vllm, which sets up its logging at once
 
         try:
             launch.serve(argv, settings, environment, CHECKPOINT)
@@ -172,11 +170,9 @@ def _run(args: Namespace, rest: list[str]) -> None:
 def _calibrated(
     base: Settings, layer_file: Path | None, auto_file: Path | None, environment: Environment, *, layer: bool
 ) -> Callable[[str, str | None], Settings]:
-    """Settings for a model and its revision, which only vLLM's parser can tell from its options.
+    """Settings as a function of a model and its revision, which only vLLM's parser can read from the options.
 
-    Args:
-        layer: K is the calibrated one.
-        auto_file: None: requests with `ratio: "auto"` are refused.
+    `layer`: use the calibrated K. Without `auto_file`, requests with `ratio: "auto"` are refused.
     """
     from foldserve.server.quality import calibration_file
     from foldserve.server.quality.auto import file as auto
