@@ -1,4 +1,4 @@
-"""Who may use the server, how much it takes on, and how it ends: settings of an operator."""
+"""The operator's settings of access, admission and shutdown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from foldserve.server.options import option
 
 UNBOUNDED_QUEUE = 1_000_000
-"""`max_queue` where nobody is to be sent away."""
+"""`max_queue` that turns nobody away."""
 
 
 def _absolute(path: str) -> Path:
@@ -27,14 +27,14 @@ class Access:
     open_metrics: bool = option(
         False, None, "/metrics needs no key (default: with --api-keys, one with the scope `metrics`)"
     )
-    playground: bool = option(True, None, "/playground, a page to try the server with, is not served")
+    playground: bool = option(True, None, "do not serve /playground, a page to try the server with")
     max_queue: int = option(
-        1024, "N", "answers that may wait beside those the engine runs; more are told to come later"
+        1024, "N", "answers that may wait besides those that the engine runs; further requests get 503"
     )
     key_concurrent: int | None = option(
         None,
         "N",
-        "answers that a key may have in flight whose entry says nothing (default: half of what the server holds)",
+        "answers that a key may have in flight if its entry sets no number (default: half of what the server holds)",
     )
     shutdown_timeout_s: int = option(
         30, "S", "seconds that requests in flight have to finish after SIGTERM", flag="--shutdown-timeout"
@@ -58,10 +58,9 @@ class Access:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Access:
-        """Reads what `to_config` wrote; what is missing has its default."""
+        """Inverse of `to_config`; missing settings have their defaults."""
         path = config.get("api_keys")
         return cls(**{**config, "api_keys": None if path is None else Path(path)})
 
     def to_config(self) -> dict[str, object]:
-        """The JSON value that travels to the API servers."""
         return asdict(self) | {"api_keys": None if self.api_keys is None else str(self.api_keys)}

@@ -32,7 +32,7 @@ Serve vision-language models with fewer vision tokens: every request chooses how
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command that `argv` (by default the process's arguments) names; a server under a guardian."""
+    """Runs the command in `argv` (default: the process's arguments); runs a server or a batch under a guardian."""
     if argv is None and guardian.is_wanted(sys.argv[1:]):
         sys.exit(guardian.guard([sys.executable, *sys.orig_argv[1:]], sys.argv[1]))
     argv = sys.argv[1:] if argv is None else argv
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def build_parser(asked: str | None) -> argparse.ArgumentParser:
-    """Declares the options of one command, `asked`, only: those of `serve` need torch, which takes seconds."""
+    """Declares the options of the command `asked` only, since those of `serve` import torch, which takes seconds."""
     parser = argparse.ArgumentParser(
         "foldserve", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -66,9 +66,9 @@ def _versions() -> str:
     return f"foldserve {version('foldserve')} ({vllm})"
 
 
-guardian.die_with_parent()  # a process that multiprocessing starts imports this first, long before vLLM
+guardian.die_with_parent()  # child processes of multiprocessing import this module first, long before vLLM
 if guardian.is_guarded():
     output.install()
-    gc.disable()  # until the plugin is registered: it takes a fifth of the ten seconds of importing, and finds nothing
+    gc.disable()  # until the plugin is registered: collecting takes 2 of the 10 s of imports and finds nothing
 if __name__ == "__main__":
     main()

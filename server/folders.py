@@ -1,4 +1,4 @@
-"""Folders that programs write for other programs: whole, or not there."""
+"""Output folders and files that other programs read."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from pathlib import Path
 
 @contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A hidden folder to write into, renamed to `path` at the end; on an error nothing stays.
+    """Yields a hidden folder, which is renamed to `path` on success and removed on an error.
 
-    Raises:
-        FileExistsError: `path` exists and is not an empty directory.
+    Raises FileExistsError if `path` exists and is not an empty directory.
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists and is not an empty directory; name a new one or remove it")
@@ -31,5 +30,5 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def write_json(file: Path, content: Mapping[str, object]) -> None:
-    """Sorted and indented, so that equal contents are equal files."""
+    """Writes sorted, indented JSON, so that equal contents give equal files."""
     file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

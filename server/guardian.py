@@ -1,11 +1,11 @@
-"""The process that a supervisor sees as `foldserve serve`: it starts the server, passes signals on, and outlives it.
+"""The process that a supervisor sees as `foldserve serve`: it starts the server, forwards signals, and outlives it.
 
-vLLM by itself loses a SIGTERM that comes while it loads, ends with status 0 when a worker was killed, and leaves its
-engine running when its main process is killed. Here
+By itself, vLLM loses a SIGTERM that arrives while it loads, exits with status 0 after a worker was killed, and leaves
+its engine running when its main process is killed. The guardian guarantees:
 
-- status 0 means: ended because it was asked to, with every answer finished or told;
-- a process ends with its parent, at once, whatever killed that (`die_with_parent`); what is left, the guardian ends;
-- until the server listens, SIGTERM ends it within seconds, with status 143.
+- Status 0 means that the server was asked to end, and that every client got its answer or an error.
+- Every process ends as soon as its parent ends (`die_with_parent`); the guardian ends the others.
+- Before the server listens, SIGTERM ends it within seconds, with status 143.
 
 This process imports neither torch nor vLLM.
 """
@@ -28,72 +28,60 @@ import psutil
 from foldserve.server import output
 
 _RUN_DIR = "FOLDSERVE_RUN_DIR"
-"""Names the directory of one run: whoever finds it set has a guardian."""
+"""The directory of one run; set in every process that has a guardian."""
 _LISTENS = "listens"
 _FAILURE = "failure"
 _GUARDED = ("serve", "batch")
 _ERROR = "foldserve {}: error: {}"  # as argparse begins it
-_LOADING_S = 3.0
-"""For a server that is not listening yet to end by itself."""
-_ENDS_WITHIN_S = 30.0
-"""After a drain: for answers to be cut off, and for vLLM to end its engines."""
-_LEFT_S = 2.0
-"""For processes that the server leaves behind to end by themselves."""
+_LOADING_S = 3.0  # for a server that is not listening yet to end by itself
+_ENDS_WITHIN_S = 30.0  # after a drain: to cut off answers and to end vLLM's engines
+_LEFT_S = 2.0  # for processes that the server leaves behind to end by themselves
 _LONGEST_FOR_SOCKETS = 107 - len("/00000000-0000-0000-0000-000000000000")
-"""Of a directory, so that vLLM can bind Unix sockets in it."""
+"""Longest path of a directory in which vLLM can bind its Unix sockets."""
 _SET_PDEATHSIG, _SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 _ASKS = frozenset({signal.SIGTERM, signal.SIGINT, signal.SIGHUP})
 
 
 def is_guarded() -> bool:
-    """Whether this process has a guardian."""
     return _RUN_DIR in os.environ
 
 
 def run_dir() -> str | None:
-    """A directory for this run's files, which the guardian removes; None without one."""
+    """A directory for this run's files, removed by the guardian; None without one."""
     return os.environ.get(_RUN_DIR)
 
 
 def die_with_parent() -> None:
-    """Ends this process when its parent ends, where it has a guardian and was started by Python's multiprocessing."""
+    """Ends this process with its parent, if it has a guardian and multiprocessing started it."""
     parent = multiprocessing.parent_process()
     if is_guarded() and parent is not None and parent.pid is not None:
         _die_with(parent.pid)
 
 
 def bind_children() -> None:
-    """Lets processes that vLLM starts from this one end with it, where it has no guardian."""
+    """Makes processes that vLLM starts from this one end with it, where no guardian does."""
     os.environ.setdefault(_RUN_DIR, mkdtemp(prefix="foldserve-"))
 
 
 def is_wanted(arguments: Sequence[str]) -> bool:
-    """Whether a process with these arguments is to guard a server, or a batch, instead of being one."""
+    """Whether a process with these arguments should guard a server or a batch instead of being one."""
     asks_for_help = any(argument == "-h" or argument.startswith("--help") for argument in arguments)
     return bool(arguments) and arguments[0] in _GUARDED and not asks_for_help and not is_guarded()
 
 
 def report_listening(drain_s: float) -> None:
-    """Lets the guardian know that SIGTERM means a drain from now on.
-
-    Args:
-        drain_s: that a drain takes at most; `_ENDS_WITHIN_S` after that the server is killed.
-    """
+    """Tells the guardian that SIGTERM now means a drain. It kills the server `drain_s` + `_ENDS_WITHIN_S` later."""
     if is_guarded():
         Path(os.environ[_RUN_DIR], _LISTENS).write_text(str(drain_s))
 
 
 def is_listening() -> bool:
-    """Whether a server of this run has come so far."""
+    """Whether a server of this run has begun to listen."""
     return is_guarded() and Path(os.environ[_RUN_DIR], _LISTENS).exists()
 
 
 def report_failure(reason: str) -> bool:
-    """Lets the guardian say at last why the server ended.
-
-    Returns:
-        False where another process was first, whose reason it says.
-    """
+    """Gives the guardian the reason to print when the server ends; False if another process was first."""
     if not is_guarded():
         print(_ERROR.format("serve", reason), file=sys.stderr)
         return True
@@ -106,16 +94,13 @@ def report_failure(reason: str) -> bool:
 
 
 def guard(command: Sequence[str], name: str = "serve") -> int:
-    """Runs a server, or a batch, to its end.
-
-    Args:
-        name: of the command; a batch may end by itself.
+    """Runs a server or a batch (`name`) to its end; a batch may end by itself.
 
     Returns:
-        The exit status: 0 after an end that was asked for, 128 + the signal's number where a signal ended it.
+        The exit status: 0 if it was asked to end, 128 + the signal's number if a signal ended it.
     """
     output.install()
-    _prctl(_SET_CHILD_SUBREAPER, 1)  # what loses its parent becomes our child
+    _prctl(_SET_CHILD_SUBREAPER, 1)  # orphans become our children
     with TemporaryDirectory(prefix="foldserve-") as folder:
         return _Guarded(command, Path(folder), name).run()
 
@@ -138,8 +123,9 @@ class _Guarded:
         env = {**os.environ, _RUN_DIR: str(folder)}
         if len(str(folder)) <= _LONGEST_FOR_SOCKETS:
             env.setdefault("VLLM_RPC_BASE_PATH", str(folder))  # sockets of its processes, gone with the directory
-        # A group of its own: Ctrl-C in a terminal asks this process, not all of them at once. No session of its own, to
-        # which Linux gives its own share of the cores (sched_autogroup): on two, answers came up to four seconds late.
+        # A process group of its own: Ctrl-C in a terminal reaches only this process. Not a session of its own: Linux
+        # gives each session its share of the cores (sched_autogroup), and on two cores answers came up to four seconds
+        # late.
         self._server = subprocess.Popen(command, env=env, preexec_fn=in_child, process_group=0)
 
     def run(self) -> int:
@@ -155,7 +141,7 @@ class _Guarded:
             _reap(self._server)
             return
         if self._asked_as is not None:
-            self._deadline = time.monotonic()  # asked twice: somebody is in a hurry
+            self._deadline = time.monotonic()  # a second signal: end at once
             return
         self._asked_as, self._drains = signal.Signals(got.si_signo), self._listens.exists()
         takes_s = float(self._listens.read_text() or 0) + _ENDS_WITHIN_S if self._drains else _LOADING_S
@@ -186,7 +172,7 @@ class _Guarded:
 
 
 def _end_children(server: subprocess.Popen[bytes]) -> None:
-    """Ends whatever is left of the server's tree."""
+    """Ends all processes that are left of the server's tree."""
     children = psutil.Process().children(recursive=True)
     if server.poll() is not None:
         children = psutil.wait_procs([child for child in children if child.pid != server.pid], _LEFT_S)[1]
@@ -200,7 +186,7 @@ def _end_children(server: subprocess.Popen[bytes]) -> None:
 
 
 def _reap(server: subprocess.Popen[bytes]) -> None:
-    """Takes note of adopted children that have ended, but leaves the server's end to `subprocess`."""
+    """Reaps adopted children; `subprocess` reaps the server."""
     for child in psutil.Process().children():
         if child.pid != server.pid:
             try:

@@ -1,4 +1,4 @@
-"""What one request may cost: bounds that are checked before anything is fetched, decoded or generated.
+"""Limits on one request, checked before anything is fetched, decoded or generated.
 
 Every field is an option of `foldserve serve`: `max_image_mb` is `--max-image-mb`. MB and megapixels are powers of ten.
 """
@@ -13,7 +13,7 @@ from foldserve.server.options import flag, option
 from foldserve.server.video.frames import Bounds, Rule
 
 MOST_PIXELS = 178_956_970
-"""Pillow itself refuses images with more."""
+"""Pillow refuses larger images."""
 
 
 def _bound(default: float, help: str, *, least: float = 1, most: float = float("inf")) -> Any:
@@ -22,11 +22,7 @@ def _bound(default: float, help: str, *, least: float = 1, most: float = float("
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """Bounds on one request; see each field's help.
-
-    Raises:
-        ValueError: a value that can't be a bound.
-    """
+    """Limits on one request; see each field's help. Raises ValueError for a value that can't be a limit."""
 
     max_body_mb: float = _bound(32, "size of a request's body, images in data: URLs included", least=0)
     max_unread_mb: float = _bound(1000, "size of all bodies that an API server has received in part", least=0)
@@ -104,18 +100,20 @@ class Limits:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Limits:
-        """Reads what `to_config` wrote; what is missing has its default."""
+        """Inverse of `to_config`; missing limits have their defaults."""
         values: dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in config.items()}
         return cls(**values)
 
     def to_config(self) -> dict[str, object]:
-        """The JSON value that travels to the API servers."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
     def within(self, *, images: int, videos: int, frames: int | None) -> Limits:
-        """These bounds, or lower ones that a model has; `frames` of a video, None for any number.
+        """These limits, lowered to those of the model.
 
-        Of what a model takes none at all, a request is told in other words: the bound stays.
+        Where a model takes no images or videos (0), the limit stays, since another error refuses them.
+
+        Args:
+            frames: of one video; None: any number.
         """
         return replace(
             self,
@@ -142,7 +140,6 @@ class Limits:
 
     @property
     def video_bounds(self) -> Bounds:
-        """What a video file may cost by itself."""
         return Bounds(
             seconds=self.max_video_seconds,
             frame_pixels=int(self.max_video_megapixels * 1e6),
@@ -153,7 +150,6 @@ class Limits:
 
     @property
     def video_rule(self) -> Rule:
-        """Which frames of a video are taken."""
         return Rule(self.video_frames, self.video_fps or None)
 
     @property

@@ -1,12 +1,12 @@
-"""Standard output and error that never wait for whoever reads them.
+"""Standard output and error that never block the writer.
 
-A pipe whose reader stops (a stuck log driver, `less`, Ctrl-S in a terminal) takes 64 kB and then blocks whoever writes:
-the event loop, and with it the server. Here what a pipe has no room for is left to a thread, and what does not fit into
-the thread's queue is dropped and counted.
+A pipe holds 64 kB. If its reader stops (a stuck log driver, `less`, Ctrl-S in a terminal), the next write blocks the
+event loop, and with it the server. Here a thread writes what the pipe has no room for. What does not fit into the
+thread's queue is dropped and counted.
 
-Both streams are replaced, not only the handlers of logging: once the queue has filled a pipe, a warning or a `print`
-would block just as well. `logging.handlers.QueueListener` also writes through `sys.stdout`, whose lock the interpreter
-takes at its end, and joins its thread without a limit. What C writes (torch, glibc) goes to the descriptor as before.
+Both streams are replaced, not only the handlers of `logging`: on a full pipe, a `print` or a warning blocks as well.
+`logging.handlers.QueueListener` writes through `sys.stdout`, whose lock the interpreter takes at exit, and joins its
+thread without a timeout. What C code writes (torch, glibc) goes to the descriptor as before.
 """
 
 from __future__ import annotations
@@ -28,25 +28,19 @@ from contextlib import suppress
 from itertools import islice
 from typing import Any, TextIO
 
-_QUEUE_BYTES = 1 << 20
-"""Of each stream of a process, beside the pipe's own 64 kB: some thousand lines."""
-_AT_THE_END_S = 1.0
-"""For what is queued when the process ends."""
+_QUEUE_BYTES = 1 << 20  # of each stream, beside the pipe's own 64 kB: some thousand lines
+_AT_THE_END_S = 1.0  # for what is queued when the process ends
 _log = logging.getLogger(__name__)
 
 
 class Queued(io.RawIOBase):
-    """A descriptor that is written at once where that can't wait, and by a thread elsewhere.
+    """A file descriptor, written at once if that can't block, and by a thread otherwise.
 
-    Waking a thread costs as much as some hundred such writes. A terminal always takes the thread: it has no write that
-    refuses to wait.
+    Waking the thread costs as much as a hundred direct writes. A terminal always needs it: it has no non-blocking
+    write.
 
-    Once the queue is full, everything is dropped until all of it is written: one gap instead of many, and a warning in
-    its place.
-
-    Args:
-        descriptor: of a pipe, a terminal or a file; stays open.
-        name: for messages.
+    Once the queue is full, everything is dropped until the queue is empty. That leaves one gap, with a warning in it,
+    instead of many. The descriptor stays open.
     """
 
     def __init__(self, descriptor: int, name: str) -> None:
@@ -57,7 +51,7 @@ class Queued(io.RawIOBase):
         os.register_at_fork(after_in_child=self._reset)
 
     def _reset(self) -> None:
-        self._changed = threading.Condition()  # its lock may be taken again by a signal's handler
+        self._changed = threading.Condition()  # its lock is reentrant: a signal handler may take it again
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
         self._drops = False
@@ -82,14 +76,14 @@ class Queued(io.RawIOBase):
         return len(piece)
 
     def _write_now(self, piece: bytes) -> int:
-        """How many bytes were taken at once; all or none by a pipe."""
+        """Returns how many bytes were written without blocking: to a pipe, all or none."""
         if self._queue or self._failed or self._told < self.dropped_lines or len(piece) > select.PIPE_BUF:
             return 0
         try:
-            if stat.S_ISREG(os.fstat(self._descriptor).st_mode):  # has no reader
+            if stat.S_ISREG(os.fstat(self._descriptor).st_mode):  # has no reader to wait for
                 return os.write(self._descriptor, piece)
             return os.pwritev(self._descriptor, [piece], -1, os.RWF_NOWAIT)
-        except OSError:  # no room, a terminal, a full disk: the thread waits, or tells
+        except OSError:  # no room, a terminal, a full disk: the thread waits, or reports it
             return 0
 
     def _enqueue(self, piece: bytes) -> None:
@@ -104,7 +98,7 @@ class Queued(io.RawIOBase):
             self._changed.notify()
 
     def is_read(self) -> bool:
-        """Whether nothing waits for the reader, as far as can be told."""
+        """Whether everything was read, as far as that can be known."""
         if self._queue:
             return False
         if not stat.S_ISFIFO(os.fstat(self._descriptor).st_mode):
@@ -115,7 +109,7 @@ class Queued(io.RawIOBase):
 
     def _start(self) -> None:
         try:
-            self._unstarted.pop()  # in one step: a signal's handler may come by here
+            self._unstarted.pop()  # atomic, since a signal handler may run this too
         except IndexError:
             return
         try:
@@ -139,11 +133,11 @@ class Queued(io.RawIOBase):
                 missing = 0 if self._queue or not written else self.dropped_lines - self._told
                 self._told += missing
             if missing:
-                with suppress(Exception):  # a filter or handler of somebody else's
+                with suppress(Exception):  # somebody else's filter or handler
                     _log.warning("%s was not read in time: %d lines dropped", self._name, missing)
 
     def _next_pieces(self) -> list[bytes]:
-        """As many as are written to a pipe at once, so that lines of several processes do not mix."""
+        """As many pieces as one write to a pipe keeps together, so that lines of several processes do not mix."""
         pieces = [self._queue[0]]
         size = len(pieces[0])
         for piece in islice(self._queue, 1, None):
@@ -158,7 +152,7 @@ class Queued(io.RawIOBase):
         try:
             while rest:
                 rest = rest[self._write_some(rest) :]
-        except OSError as error:  # a full disk, a reader that has gone
+        except OSError as error:  # a full disk, or no reader any more
             if self._name == "standard output" and not self._failed:
                 print(f"foldserve: {self._name} can't be written, lines are dropped: {error.strerror}", file=sys.stderr)
             self._failed = True
@@ -169,7 +163,7 @@ class Queued(io.RawIOBase):
     def _write_some(self, rest: memoryview) -> int:
         try:
             return os.write(self._descriptor, rest)
-        except BlockingIOError:  # whoever shares the pipe made it so
+        except BlockingIOError:  # another process made the shared pipe non-blocking
             select.select([], [self._descriptor], [])
             return 0
 
@@ -186,12 +180,11 @@ def install() -> None:
 
 
 def dropped_lines() -> int:
-    """Lines that this process has dropped so far."""
     return sum(queued.dropped_lines for queued in _queued)
 
 
 def _queue_stream(stream: TextIO | None, name: str) -> Any:
-    if stream is None:  # closed by whoever started us: its descriptor may be something else by now
+    if stream is None:  # closed by the parent process: its descriptor may be another file by now
         return None
     stream.flush()
     queued = Queued(stream.fileno(), name)
@@ -200,7 +193,7 @@ def _queue_stream(stream: TextIO | None, name: str) -> Any:
 
 
 def _finish() -> None:
-    """Waits for the reader. If it stalls, what C writes from here on (nanobind lists its leaks) goes nowhere."""
+    """Waits for the reader. If it stalls, later output of C code (nanobind lists its leaks) goes to /dev/null."""
     until = time.monotonic() + _AT_THE_END_S
     while not all(queued.is_read() for queued in _queued):
         if time.monotonic() >= until:

@@ -1,22 +1,21 @@
-"""How full a server is: a level that rises while requests wait for the KV cache, and falls slowly when they do not."""
+"""The load of a server: a level that rises while requests wait for the KV cache, and falls slowly when they do not."""
 
 from __future__ import annotations
 
-MOST = 4
-"""The highest level."""
-_FULL, _FREE = 0.9, 0.7
-"""Share of the KV cache in use, above which it is full, and below which it is free."""
+MOST = 4  # the highest level
+_FULL, _FREE = 0.9, 0.7  # share of the KV cache in use: full above the first, free below the second
 _RISES_AFTER_S = 5.0
 _FALLS_AFTER_S = 30.0
 _DIP_S = 1.0
-"""Chats that end together free their blocks for the step in which others begin: it is full all the same."""
-_IDLE_AFTER_S = 5.0
-"""Without news of a step nobody waits, as where all clients have hung up."""
+"""A full cache counts as full for this long: chats that end together free their blocks for the step in which others
+begin.
+"""
+_IDLE_AFTER_S = 5.0  # without a step for so long, nobody waits: all clients may have hung up
 
 
 class Pressure:
     """Rises by 1 for each 5 s in which requests wait and the KV cache is full, and falls by 1 for each 30 s in which it
-    is free: between the two it stays, so that it does not swing. Times are those of `time.monotonic`.
+    is free. In between it stays, so that it does not oscillate. Times are those of `time.monotonic`.
     """
 
     def __init__(self) -> None:
@@ -25,7 +24,7 @@ class Pressure:
         self._heard_at, self._full_at = 0.0, -_DIP_S
 
     def observe(self, waiting: int, kv_usage: float, now: float) -> None:
-        """Takes what a step of the engine has shown, which holds until the next one."""
+        """Takes the state after one step of the engine, which holds until the next one."""
         self._advance(now)
         self._heard_at = now
         if waiting and kv_usage > _FULL:
@@ -61,4 +60,4 @@ class Pressure:
 
 
 pressure = Pressure()
-"""Of the engine that this process has news of: of every step, or with several API processes of its share of them."""
+"""Pressure on this server's engine; each of several API processes sees its share of the steps."""

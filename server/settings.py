@@ -1,4 +1,4 @@
-"""What the operator may choose: one frozen value made at start-up, and the environment, read here and nowhere else."""
+"""The operator's settings, one frozen value made at start-up, and the environment, which only this module reads."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ from foldserve.server.limits import Limits
 from foldserve.server.options import option
 
 CONFIG_KEY = "foldserve"
-"""Our key in vLLM's `--additional-config`, which the API processes and the engine both read."""
+"""Our key in vLLM's `--additional-config`, which the API processes and the engine read."""
 
 
 def parse_reduction(text: str) -> Reduction:
-    """Reads a reduction as written on a command line: a ratio such as `0.5`, or a request's JSON object.
+    """Parses a reduction from a command line: a ratio such as `0.5`, or a request's JSON object.
 
-    Raises:
-        InvalidReduction: neither of the two, or not a reduction that can be done.
+    Raises InvalidReduction for anything else.
     """
     try:
         value = json.loads(text)
@@ -40,16 +39,13 @@ def parse_reduction(text: str) -> Reduction:
 class Settings:
     """The server's own settings; their defaults leave plain vLLM's results unchanged. See also each field's help.
 
+    Raises ValueError for a value out of its bounds.
+
     Attributes:
         withdraw_layer: K, the first decoder layer without vision tokens, at least 1; None builds the model without it.
-        calibration: of a K that `foldserve calibrate` found: its eta, samples, and mean KL in nats; else None.
+        calibration: eta, samples and mean KL (nats) of a K that `foldserve calibrate` found; else None.
         auto: what `foldserve calibrate --auto` found; None where `ratio: "auto"` is refused.
-        limits: what one request may cost.
-        access: who may use the server, how much it takes on, and how it ends.
-        masks_padding_rows: rows of the vocabulary that the tokenizer does not know are never sampled.
-
-    Raises:
-        ValueError: a value outside these bounds.
+        masks_padding_rows: never sample rows of the vocabulary that the tokenizer does not know.
     """
 
     default_reduction: Reduction = option(
@@ -77,8 +73,8 @@ class Settings:
     several_images: Literal["tiles", "base"] = option(
         "tiles",
         None,
-        "of each of several images in a prompt, where the request says nothing and the model lays images out in tiles: "
-        "all of them, or the base tile alone, as LLaVA-OneVision was trained",
+        "tiles of an image in a prompt with several, for requests that do not say and models that lay images out in "
+        "tiles: all of them, or the base tile alone, as LLaVA-OneVision was trained",
     )
     auto_bounds: tuple[float, float] = option(
         BOUNDS,
@@ -102,7 +98,7 @@ class Settings:
     check_answers: int = option(
         500,
         "N",
-        "of so many reduced answers one is scored with all vision tokens, while nobody waits for an answer; 0: none",
+        "score one in N reduced answers with all vision tokens, while nobody waits for an answer; 0: none",
     )
     auto: AutoPolicy | None = None
     masks_padding_rows: bool = True
@@ -126,12 +122,11 @@ class Settings:
 
     @classmethod
     def from_config(cls, additional_config: object) -> Settings:
-        """Reads vLLM's `additional_config`, where `foldserve serve` put what `to_config` gave.
+        """Reads the settings that `to_config` wrote into vLLM's `additional_config`.
 
-        What is missing has its default, but that vLLM without foldserve's server samples as it does.
-
-        Raises:
-            ValueError: a value out of its bounds, or a setting that there is not.
+        Missing settings have their defaults, except `masks_padding_rows`: vLLM without foldserve's server samples as
+        usual.
+        Raises ValueError for a value out of its bounds, or an unknown setting.
         """
         found = additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
         config = {"masks_padding_rows": False, **(found or {})}
@@ -166,11 +161,7 @@ class Settings:
 
 
 def parse_withdraw_layer(text: str) -> int | Literal["auto"]:
-    """Reads a withdrawal layer as written on a command line.
-
-    Raises:
-        ValueError: neither an integer nor `auto`.
-    """
+    """Parses a layer's number or `auto`; raises ValueError for anything else."""
     if text == "auto":
         return "auto"
     try:
@@ -188,17 +179,16 @@ _REFUSED = {
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """The environment variables that matter to us.
+    """The environment variables that foldserve reads.
 
     Attributes:
-        cache_dir: where calibrations of models from a hub are kept.
+        cache_dir: for calibrations of models from a hub.
         vllm_plugins: the names in `VLLM_PLUGINS`; None when unset, which to vLLM means all but endpoint plugins.
         sets_cpu_kv_cache: the user sized the CPU's KV cache by `VLLM_CPU_KVCACHE_SPACE`.
         cxx: the C++ compiler that torch's inductor uses on CPU.
-        log_level: `VLLM_LOGGING_LEVEL`; None when unset.
         own_logging: the user has a logging configuration of their own, or wants none.
         wants_triton: `FOLDSERVE_TRITON=1` asks for Triton kernels on a GPU.
-        refused: names of variables that are set and would undo what the server promises, with what to do instead.
+        refused: variables that would undo what the server promises, each with what to do instead.
     """
 
     cache_dir: Path
@@ -212,11 +202,7 @@ class Environment:
 
     @classmethod
     def read(cls, env: Mapping[str, str] = os.environ) -> Environment:
-        """Reads the variables once.
-
-        Raises:
-            ValueError: one of ours has a value that it can't have.
-        """
+        """Raises ValueError if a variable of ours has an invalid value."""
         plugins = env.get("VLLM_PLUGINS")
         cache_home = env.get("XDG_CACHE_HOME") or Path(env.get("HOME", "~")).expanduser() / ".cache"
         return cls(
@@ -235,7 +221,7 @@ _KEEP_ALIVE = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE"
 
 
 def http_variables(env: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """An idle connection outlives the usual 60 s of a balancer, which would else send a request as it closes."""
+    """Keeps idle connections longer than a load balancer's usual 60 s, so that none closes under a new request."""
     return {} if env.get(_KEEP_ALIVE) else {_KEEP_ALIVE: "75"}
 
 
@@ -247,14 +233,14 @@ _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": 2**40, "MALLOC_TRIM_THRESHOLD_": 2**40
 
 
 def cpu_variables(env: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """Variables with which vLLM's processes compute faster on a CPU, but for what the user says something about."""
+    """Variables that make vLLM's processes faster on a CPU, unless the user has set related ones."""
     return _all_cores(env) | _kept_memory(env)
 
 
 def _all_cores(env: Mapping[str, str]) -> dict[str, str]:
-    """All cores of a small machine compute.
+    """Lets all cores of a small machine compute.
 
-    vLLM keeps one back for its scheduler, which needs a twentieth of it: of two that is half of the speed, see
+    vLLM reserves one for its scheduler, which needs a twentieth of it. On two cores that costs half of the speed, see
     docs/explanation/log.md.
     """
     if len(os.sched_getaffinity(0)) > _FEW_CORES or any(env.get(name) for name in _SAYS_WHICH_CORES):
@@ -263,10 +249,10 @@ def _all_cores(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def _short_wait(env: Mapping[str, str]) -> dict[str, str]:
-    """Threads that wait for the next operation soon sleep, where they share their cores with the API process.
+    """Lets threads that wait for the next operation sleep soon, where they share their cores with the API process.
 
-    By itself libgomp has them turn 300,000 times, on a core that would bring tokens out and requests in. With 10,000
-    answers came sooner one at a time, and as fast with eight, see docs/explanation/log.md.
+    libgomp's default is to spin 300,000 times, on a core that could send tokens and read requests. With 10,000, answers
+    came sooner at concurrency 1 and as fast at 8, see docs/explanation/log.md.
     """
     if any(env.get(name) for name in _SAYS_HOW_TO_WAIT):
         return {}
@@ -274,11 +260,11 @@ def _short_wait(env: Mapping[str, str]) -> dict[str, str]:
 
 
 def _kept_memory(env: Mapping[str, str]) -> dict[str, str]:
-    """glibc keeps what a process frees, for its next tensor of that size.
+    """Makes glibc keep freed memory for the next tensor of that size.
 
-    It gives large blocks back otherwise, always or depending on what lies behind them, and a page touched for the first
-    time costs more than to add to it: up to a third of a step, see docs/explanation/log.md. This holds for
-    processes that are started, not for the calling one.
+    Otherwise it returns large blocks to the system, always or depending on what lies behind them. To touch a page for
+    the
+    first time costs more than to add to it: up to a third of a step, see docs/explanation/log.md. Child processes only.
     """
     if any(env.get(name) for name in (*_SAYS_WHICH_ALLOCATOR, *_KEEP_MEMORY)):
         return {}

@@ -29,8 +29,8 @@ _NOTHING = Reduction()
 class Planner:
     """What plans depend on besides the request. The processor makes them once it has the images.
 
-    Raises ValueError if the operator wants base tiles of a model whose images have none, or a pixel cap where pixels can't
-    be compared.
+    Raises ValueError if the operator wants base tiles of a model whose images have none, or a pixel cap where pixels
+    can't be compared.
 
     Attributes:
         family: of the served model; None where it can't reduce.
