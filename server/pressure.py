@@ -7,9 +7,7 @@ _FULL, _FREE = 0.9, 0.7  # share of the KV cache in use: full above the first, f
 _RISES_AFTER_S = 5.0
 _FALLS_AFTER_S = 30.0
 _DIP_S = 1.0
-"""A full cache counts as full for this long: chats that end together free their blocks for the step in which others
-begin.
-"""
+"""A full cache counts as full for so long: chats that end together free their blocks only for a step."""
 _IDLE_AFTER_S = 5.0  # without a step for so long, nobody waits: all clients may have hung up
 
 

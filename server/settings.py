@@ -125,8 +125,7 @@ class Settings:
         """Reads the settings that `to_config` wrote into vLLM's `additional_config`.
 
         Missing settings have their defaults, except `masks_padding_rows`: vLLM without foldserve's server samples as
-        usual.
-        Raises ValueError for a value out of its bounds, or an unknown setting.
+        usual. Raises ValueError for a value out of its bounds, or an unknown setting.
         """
         found = additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
         config = {"masks_padding_rows": False, **(found or {})}
@@ -263,8 +262,8 @@ def _kept_memory(env: Mapping[str, str]) -> dict[str, str]:
     """Makes glibc keep freed memory for the next tensor of that size.
 
     Otherwise it returns large blocks to the system, always or depending on what lies behind them. To touch a page for
-    the
-    first time costs more than to add to it: up to a third of a step, see docs/explanation/log.md. Child processes only.
+    the first time costs more than to add to it: up to a third of a step, see docs/explanation/log.md. Child processes
+    only.
     """
     if any(env.get(name) for name in (*_SAYS_WHICH_ALLOCATOR, *_KEEP_MEMORY)):
         return {}

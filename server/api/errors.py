@@ -75,10 +75,14 @@ class InvalidRequest(FoldserveError):
 
 
 class LimitExceeded(InvalidRequest):
+    """A value above one of the server's limits."""
+
     code = "limit_exceeded"
 
 
 class InvalidImage(InvalidRequest):
+    """A file that is not an image, or is damaged."""
+
     code = "invalid_image"
 
 
@@ -89,6 +93,8 @@ class RefusedUrl(InvalidRequest):
 
 
 class ImageUnavailable(InvalidRequest):
+    """The image's server did not deliver it."""
+
     code = "image_unavailable"
 
 
@@ -118,6 +124,8 @@ _HTTP_CODES = {
 
 
 class Unauthorized(FoldserveError):
+    """No key, or an unknown one."""
+
     status = HTTPStatus.UNAUTHORIZED
     code = "invalid_api_key"
 
@@ -146,6 +154,8 @@ class UnsupportedRoute(FoldserveError):
 
 
 class NoSuchModel(FoldserveError):
+    """A model that this server does not serve."""
+
     status = HTTPStatus.NOT_FOUND
     code = "not_found"
 
@@ -161,6 +171,8 @@ class _TryLater(FoldserveError):
 
 
 class TooManyRequests(_TryLater):
+    """A key asks more often than it may."""
+
     status = HTTPStatus.TOO_MANY_REQUESTS
     code = "rate_limit_exceeded"
 
@@ -172,6 +184,8 @@ class TooManyAtOnce(TooManyRequests):
 
 
 class Unavailable(_TryLater):
+    """The server has too much to do."""
+
     status = HTTPStatus.SERVICE_UNAVAILABLE
     code = "overloaded"
 

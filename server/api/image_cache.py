@@ -38,9 +38,8 @@ class SentImages(BaseMultiModalProcessorCache):
     """Notes of the images that the engine holds.
 
     The engine evicts the least recently used image once all images exceed its room. The clock counts the bytes of
-    images
-    that requests asked for, so an image used less than that room ago is still held. Half of the room is a margin for
-    requests that overtake each other on their way to the engine.
+    images that requests asked for, so an image used less than that room ago is still held. Half of the room is a margin
+    for requests that overtake each other on their way to the engine.
 
     One thread prepares images. Another reports what reached the engine; it only writes `reached`.
     """

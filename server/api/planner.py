@@ -146,9 +146,8 @@ class Planner:
         """Refuses positions that the model was not trained for.
 
         Tokens that keep their positions leave gaps, so the prompt takes more positions than it has tokens. An answer
-        without
-        a maximum length ends with the last position. Raises InvalidRequest if the prompt or the requested answer goes
-        beyond.
+        without a maximum length ends with the last position. Raises InvalidRequest if the prompt or the requested
+        answer goes beyond.
         """
         if self.family is None or self.positions is None:
             return
@@ -177,9 +176,7 @@ class Planner:
         return defaults
 
     def _with_positions(self, reduction: Reduction) -> Reduction:
-        """Fills in positions that the request leaves open, from the server's or the family's default, if tokens are
-        removed.
-        """
+        """Fills in open positions from the server's or the family's default, if tokens are removed."""
         if reduction.positions is None and reduction.acts_before_decoder:
             reduction = replace(reduction, positions=self.settings.positions)
             reduction = reduction if self.family is None else self.family.with_positions(reduction)

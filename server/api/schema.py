@@ -148,9 +148,7 @@ class FoldChatRequest(ChatCompletionRequest):
     def reductions(
         self, default: Mapping[Modality, Reduction], low: Mapping[Modality, Reduction]
     ) -> dict[Modality, list[Reduction]]:
-        """One per image and per video, in prompt order: the explicit one, else `low` for `detail: "low"`, else
-        `default`.
-        """
+        """One per image and video, in prompt order: the explicit one, `low` for `detail: "low"`, or `default`."""
         explicit = self.asked
         assert not isinstance(explicit, AutoRatio)  # the planner turns it into reductions
         reductions: dict[Modality, list[Reduction]] = {}

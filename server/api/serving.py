@@ -117,9 +117,7 @@ class FoldServingChat(OpenAIServingChat):
         return rendered
 
     async def _score(self, answer: Answer) -> Score | None:
-        """Scores an answer for `QualityGuard` in one prefill of the request, with all its vision tokens, and the
-        answer.
-        """
+        """Scores an answer for `QualityGuard` in one prefill of the request, with all vision tokens, and answer."""
         kept = {name: value for name, value in answer.body.items() if name not in _NOT_SCORED}
         request = FoldChatRequest.model_validate(kept | {"reduction_ratio": 0, "max_tokens": 1})
         request.cache_salt, request.progress.image_salt = answer.salts
@@ -292,8 +290,7 @@ async def _explained(
     """Passes outputs on; converts a late refusal into our own error before vLLM logs or sends its own.
 
     The engine aborts a request, without giving a reason, if it can't compile or follow the form of its answer. The
-    first
-    output tells that the request's images are in the engine.
+    first output tells that the request's images are in the engine.
     """
     progress = request.progress
     on_its_way = progress.on_its_way

@@ -24,7 +24,9 @@ def add(parser: ArgumentParser) -> None:
     describe(parser, _DESCRIPTION)
     group = parser.add_argument_group("files")
     group.add_argument("-i", "--input", type=Path, metavar="FILE", help="requests, one JSON object a line")
-    group.add_argument("-o", "--output", type=Path, metavar="FILE", help="the results, in the order in which they are ready")
+    group.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="the results, in the order in which they are ready"
+    )
     again = group.add_mutually_exclusive_group()
     again.add_argument(
         "--resume",

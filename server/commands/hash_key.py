@@ -21,7 +21,9 @@ file of `foldserve serve --api-keys` goes to standard output:
 @dataclass(frozen=True, slots=True)
 class HashKeyOptions:
     name: str = positional("NAME", "of its owner, for logs")
-    rate: str | None = option(None, "N/PERIOD", "answers it may ask for in a time, such as 600/minute (default: any number)")
+    rate: str | None = option(
+        None, "N/PERIOD", "answers it may ask for in a time, such as 600/minute (default: any number)"
+    )
     concurrent: int | None = option(
         None, "N", "answers it may have in flight (default: as `foldserve serve --key-concurrent` says)"
     )

@@ -68,8 +68,8 @@ def _declare_engine(parser: ArgumentParser, command: str) -> None:
         nargs="?",
         const=_WHERE_IT_WRITES,
         metavar="FILE",
-        help='serve requests with "ratio": "auto" by what `foldserve calibrate --auto` wrote; FILE: where, if not at its '
-        "default (default: off)",
+        help='serve requests with "ratio": "auto" by what `foldserve calibrate --auto` wrote, into FILE or to its '
+        "default place (default: off)",
     )
     parser.add_argument(
         "--model-runner",

@@ -44,8 +44,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The checkpoint's tokenizer with `<image>` added, unless it has it; raises ConversionError if none is readable.
 
     LLaVA splits a prompt at its images and encodes each piece on its own: with a sentencepiece model, each begins with
-    its
-    own word mark. `legacy` does the same at a special token, and `PreTrainedTokenizerFast` keeps it that way.
+    its own word mark. `legacy` does the same at a special token, and `PreTrainedTokenizerFast` keeps it that way.
     """
     try:
         found = AutoTokenizer.from_pretrained(folder, local_files_only=True, legacy=True)

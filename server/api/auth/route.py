@@ -26,9 +26,7 @@ _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class FoldRoute(APIRoute):
-    """A route that renders its errors, also those of validation, by `errors.render`, and allows HEAD where it allows
-    GET.
-    """
+    """A route that renders all errors, also of validation, by `errors.render`; it allows HEAD with GET."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         return super().matches({**scope, "method": "GET"} if self._is_head(scope) else scope)
@@ -90,9 +88,7 @@ class GuardedRoute(FoldRoute):
             await super().handle(scope, receive, send)
 
     def admit(self, held: ExitStack, state: State, key: Key | None, scope: Scope) -> None:
-        """Enters into `held` what the request occupies until its answer has been sent; raises FoldserveError if there
-        is no room.
-        """
+        """Enters into `held` what the request occupies until its answer is sent; raises FoldserveError if it is full."""
         held.enter_context(state.foldserve_lifecycle.request())
 
 

@@ -44,8 +44,7 @@ def answered(
     """The rows of `requests` with a column `result`, in the form of the output of `foldserve batch`.
 
     If an actor dies, Ray starts it again and it answers its rows anew. To keep written blocks when the whole job ends,
-    set
-    a `CheckpointConfig` with a column of ids in Ray's context.
+    set a `CheckpointConfig` with a column of ids in Ray's context.
 
     Args:
         requests: with a column `line`, which `ray.data.read_text` calls `text`; other columns are passed on.

@@ -46,13 +46,11 @@ class Results:
     """The output of a run; no other run can write it at the same time.
 
     A line is appended by one write once its answer is complete. A killed process leaves whole lines and at most one
-    that is
-    cut off; the next start removes that one and answers its request again. `sync` only limits how many answers a power
-    failure costs: they are computed again, and none is lost or doubled.
+    that is cut off; the next start removes that one and answers its request again. `sync` only limits how many answers
+    a power failure costs: they are computed again, and none is lost or doubled.
 
     Raises ValueError if another run writes there, or the results are neither resumed nor overwritten, or of another
-    input,
-    and OSError if the file can't be written.
+    input, and OSError if the file can't be written.
     """
 
     def __init__(self, path: Path, survey: Survey, existing: Existing) -> None:

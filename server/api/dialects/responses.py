@@ -1,6 +1,4 @@
-"""OpenAI's Responses API -> chat: `POST /v1/responses`. Answers are not stored, so no request can refer to an earlier
-one.
-"""
+"""OpenAI's Responses API -> chat: `POST /v1/responses`. Answers are not stored, so requests can't refer to them."""
 
 from __future__ import annotations
 

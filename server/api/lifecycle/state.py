@@ -90,9 +90,7 @@ class Lifecycle:
 
     @contextmanager
     def request(self) -> Iterator[None]:
-        """Delays the server's end while a request is worked on; raises ShuttingDown or EngineStopped if it comes too
-        late.
-        """
+        """Delays the server's end during a request; raises ShuttingDown or EngineStopped if it comes too late."""
         if self.phase is Phase.DRAINING:
             raise ShuttingDown("the server is shutting down: ask another, or try again later", _RETRY_AFTER_S)
         if self.phase is Phase.STOPPED:

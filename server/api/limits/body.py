@@ -46,10 +46,7 @@ class Contents:
 
 
 def check_body(body: Mapping[str, Any], limits: Limits) -> Contents:
-    """Raises InvalidRequest for what clients may not set, what would be ignored, other media than images and videos,
-    and
-    too much.
-    """
+    """Refuses what clients may not set, what would be ignored, media but images and videos, and too much."""
     for name, reason in _NOT_A_CLIENTS.items():
         if body.get(name) is not None:
             raise InvalidRequest(f"{name} can't be set by a request: {reason}", name)

@@ -57,8 +57,7 @@ def check_repetition(form: object, path: Path) -> None:
     """Refuses forms of answers in which counted repetitions are nested too far.
 
     `form` is the `response_format`, `structured_outputs` or `tools` of a request, at `path`. Raises LimitExceeded with
-    the
-    path of the text as `param`.
+    the path of the text as `param`.
     """
     for text, is_grammar, where in _texts(form, path):
         found = of_grammar(text) if is_grammar else of_regex(text)

@@ -66,8 +66,7 @@ class SpecialTokens:
         """Breaks up every special token in consecutive texts, also across their borders.
 
         One pass inserts a character after the first letter of each token, overlapping ones included. The result holds
-        none,
-        since a token's letters were neighbours before. Raises LimitExceeded for more tokens than the allowance.
+        none, since a token's letters were neighbours before. Raises LimitExceeded for more tokens than the allowance.
         """
         whole = "".join(texts)
         found = self._first_letters.finditer(whole)

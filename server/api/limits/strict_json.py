@@ -26,8 +26,7 @@ def parse(body: bytes, limits: Limits) -> Any:
     """The value of a body.
 
     Raises LimitExceeded for too many values or too deep nesting, and InvalidRequest for anything but JSON that all
-    readers
-    understand alike; `param` is the path if it is known.
+    readers understand alike; `param` is the path if it is known.
     """
     most = limits.max_json_items
     if len(body) > most and sum(map(body.count, (b",", b"[", b"{"))) > most:

@@ -1,3 +1,1 @@
-"""Logs: request ids, one line per request, text or JSON. Never imports vllm, since the engine's processes load it
-first.
-"""
+"""Logs: request ids, one line per request, text or JSON. Never imports vllm: the engine's processes load it first."""

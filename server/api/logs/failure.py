@@ -30,9 +30,7 @@ def reason(error: BaseException) -> str:
 
 
 class FailureHandler(logging.Handler):
-    """Reports an engine or worker process's last log line with its error, since the parent only knows that it has
-    ended.
-    """
+    """Reports the error in an engine or worker process's last log line: its parent only knows that it ended."""
 
     def __init__(self) -> None:
         super().__init__(logging.ERROR)

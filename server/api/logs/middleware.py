@@ -20,8 +20,7 @@ class RequestLog:
     """ASGI middleware; vLLM below reads the chosen id from the request's header.
 
     Successful health checks and scrapes are logged as DEBUG. Other requests start one per round of the event loop, so
-    that
-    a health check does not wait for a thousand that come at once.
+    that a health check does not wait for a thousand that come at once.
     """
 
     def __init__(self, app: ASGIApp) -> None:

@@ -35,8 +35,7 @@ class Decoded(NamedTuple):
     """Size and times of a decoded image or video.
 
     `size` is (width, height) in pixels, upright and, of a large image, after scaling down. `times` are those of a
-    video's
-    frames, in seconds since the first of the file.
+    video's frames, in seconds since the first of the file.
     """
 
     size: tuple[int, int]

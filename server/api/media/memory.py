@@ -23,9 +23,8 @@ class Trimmer:
     """Makes glibc return freed memory: by itself it keeps most of it, in each thread's arena.
 
     Trimming gigabytes takes a fraction of a second, in a thread, without the GIL. Memory that steady traffic frees is
-    soon
-    used again, so trimming waits until nothing was freed for `pause_s`, there is much, or three pauses have passed.
-    Trimmed every two seconds, or in each lull between bursts, 45 ms cost 1.0 to 1.2 ms of each request's 14.7.
+    soon used again, so trimming waits until nothing was freed for `pause_s`, there is much, or three pauses have
+    passed. Trimmed every two seconds, or in each lull between bursts, 45 ms cost 1.0 to 1.2 ms of each request's 14.7.
     """
 
     def __init__(self, trim: Callable[[int], Any] | None = None, pause_s: float = _PAUSE_S) -> None:

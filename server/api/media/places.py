@@ -34,9 +34,7 @@ class Place:
 
     @contextmanager
     def named(self) -> Iterator[None]:
-        """Names this URL in errors that are the request's fault, and says "video" of a video, where loaders say
-        "image".
-        """
+        """Names this URL in errors of the request, and says "video" of a video, where loaders say "image"."""
         try:
             yield
         except InvalidRequest as error:

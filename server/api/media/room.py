@@ -75,8 +75,7 @@ class Room:
     """Pixels that all requests of one process hold in memory at once.
 
     Large requests leave an eighth of it to small ones. Each kind is served in order. A request for more than there is
-    gets
-    all that a large one may have.
+    gets all that a large one may have.
 
     Args:
         seconds: how long a request waits for others.

@@ -1,6 +1,4 @@
-"""Threads that read and decode images in turn: one job of an owner at a time, so that no owner waits for all of
-another's.
-"""
+"""Threads that read and decode images in turn, one job of an owner at a time, so that owners share them fairly."""
 
 from __future__ import annotations
 
