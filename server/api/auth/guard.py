@@ -166,7 +166,7 @@ def cache_salts(key: Key | None, chosen: str | None) -> CacheSalts:
 
 
 def _presented(headers: Headers, header: str | None) -> str:
-    """The bearer token (RFC 6750, section 2.1) or the value of `header`; raises Unauthorized unless one came."""
+    """The bearer token (RFC 6750, section 2.1) or the value of `header`; raises Unauthorized unless just one came."""
     sent = headers.getlist("authorization")
     plain = [] if header is None else headers.getlist(header)
     if not sent and not plain:

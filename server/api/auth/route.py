@@ -88,7 +88,7 @@ class GuardedRoute(FoldRoute):
             await super().handle(scope, receive, send)
 
     def admit(self, held: ExitStack, state: State, key: Key | None, scope: Scope) -> None:
-        """Enters into `held` what the request occupies until its answer is sent; raises FoldserveError if it is full."""
+        """Enters into `held` what the request occupies until it is answered; raises FoldserveError without room."""
         held.enter_context(state.foldserve_lifecycle.request())
 
 
@@ -116,7 +116,7 @@ class WorkRoute(GuardedRoute):
 
 
 def take_place(scope: Scope) -> None:
-    """Holds a `WorkRoute` request's place until the last of its answer is sent; raises FoldserveError if it is full."""
+    """Holds a `WorkRoute` request's place until the last of its answer is sent; raises FoldserveError without room."""
     state = scope["state"]
     guard: Guard = scope["app"].state.foldserve_guard
     state[_PLACES].enter_context(guard.admit(state["foldserve_key"]))
