@@ -41,7 +41,7 @@ class LoadedVideo:
     identity: bytes
 
     def for_vllm(self, salt: str | None) -> Any:
-        """In the form of vLLM's loader. vLLM's caches identify it by the bytes beside the frames, which hold the salt."""
+        """In the form of vLLM's loader. Caches identify it by the bytes beside the frames, which hold the salt."""
         digest = sha256(self.identity + (salt or "").encode()).digest()  # shorter than any frame: vLLM hashes it
         return MediaWithBytes((self.frames.pixels, self.chosen.metadata()), digest)
 
