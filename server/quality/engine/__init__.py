@@ -1,1 +1,1 @@
-"""vLLM's engine offline: a model that is asked, and one that is looked into."""
+"""vLLM's offline engine: models that answer questions, and models whose inner states are read."""

@@ -1,6 +1,6 @@
-"""A loaded model that shows what its next-token logits would be with vision tokens withdrawn at any layer.
+"""Next-token logits of a loaded model with vision tokens withdrawn at any layer.
 
-The prompt goes through vLLM's own layers as one dense prefill: no scheduler, no KV cache, weights loaded once.
+The prompt runs through vLLM's own layers as one dense prefill, without scheduler and KV cache.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Prompt:
-    """One prompt as vLLM's processor made it.
+    """One prompt from vLLM's processor.
 
     Attributes:
-        token_ids: placeholders expanded.
+        token_ids: with expanded placeholders.
         images: vLLM's processed items, one per image.
         ranges: half-open token ranges of the images.
     """
@@ -52,29 +52,23 @@ class KLProbe(OfflineModel):
     """A model in this process; `start` loads it."""
 
     def __init__(self, model: str, argv: Sequence[str] = (), command: str = "calibrate") -> None:
-        """See `OfflineModel`."""
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # tensors and functions go to the model as they are
         defaults = {"max_model_len": -1, "max_num_seqs": 1, "kv_cache_memory_bytes": KV_CACHE_BYTES}
         super().__init__(model, argv, command, defaults=defaults, fixed=_engine_options())
         self._args.additional_config = withdrawal.configure(self.first_layer, device=device())["additional_config"]
 
     def start(self) -> None:
-        """Loads the weights.
-
-        Raises:
-            ValueError: options or a decoder that withdrawal does not go with.
-        """
+        """Loads the weights. Raises ValueError if withdrawal does not support the options or the decoder."""
         self._llm = LLM.from_engine_args(self._args)
 
     def logits(self, image: Image, question: str, candidates: range, answer_tokens: int) -> tuple[Tensor, Tensor]:
-        """Logits of the first tokens of the model's own answer, each behind those before it; fp32 on the CPU.
+        """Logits at the first `answer_tokens` tokens of the model's own greedy answer, which may be shorter.
 
         Args:
             candidates: values of K, each in 1..N-1.
-            answer_tokens: how many at most; the answer, greedy and with all tokens, may be shorter.
 
         Returns:
-            (tokens, vocab) with all tokens, (number of candidates, tokens, vocab) withdrawn at each K.
+            fp32 on the CPU: (tokens, vocab) with all vision tokens, (candidates, tokens, vocab) withdrawn at each K.
         """
         prompt = chat_prompt(self._llm, image, question)
         answer = _greedy_answer(self._llm, image, question, answer_tokens - 1) if answer_tokens > 1 else []
@@ -82,14 +76,14 @@ class KLProbe(OfflineModel):
 
 
 def _engine_options() -> dict[str, Any]:
-    """Any K makes vLLM check that the model can be served with withdrawal; the probe itself looks at every K."""
+    """Options of withdrawal at K = 1: with any K, vLLM checks that the model supports withdrawal."""
     options = withdrawal.configure(1, device=device(), async_scheduling=False)
-    options.pop("additional_config")  # K, which the model has a say in
+    options.pop("additional_config")  # set by `KLProbe`, with the least K of the model
     return options | {"enforce_eager": True}
 
 
 def _greedy_answer(llm: Any, image: Image, question: str, tokens: int) -> list[int]:
-    """As the engine serves it, without the token that ends it: what is to be said behind that is nobody's concern."""
+    """Token ids without the end-of-sequence token: logits after it don't matter."""
     sampling = SamplingParams(max_tokens=tokens, temperature=0)
     (output,) = llm.chat(_messages(image, question), sampling, use_tqdm=False)
     answer = output.outputs[0]
@@ -102,7 +96,7 @@ def _messages(image: Image, question: str) -> list[Any]:
 
 
 def chat_prompt(llm: Any, image: Image, question: str) -> Prompt:
-    """One user turn, an image and then a question, through the model's chat template."""
+    """One user turn, the image before the question, in the model's chat template."""
     rendered = render(llm, _messages(image, question), skip_mm_cache=True)
     inclusive = [pair for place in rendered["mm_placeholders"]["image"] for pair in place.extract_embeds_range()]
     return Prompt(
@@ -113,12 +107,9 @@ def chat_prompt(llm: Any, image: Image, question: str) -> Prompt:
 
 
 def probe(llm: Any, prompt: Prompt, candidates: range, answer: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-    """As `KLProbe.logits`, for a prompt and what is answered before the last token that is looked at.
-
-    Every worker of a tensor-parallel model takes part, and all get the same.
-    """
+    """`KLProbe.logits` for a prompt and all tokens of its answer but the last."""
     look = partial(_probe, prompt=prompt, candidates=candidates, answer=answer)
-    results: list[tuple[Tensor, Tensor]] = llm.apply_model(look)
+    results: list[tuple[Tensor, Tensor]] = llm.apply_model(look)  # one per tensor-parallel worker, all equal
     return results[0]
 
 
@@ -142,7 +133,7 @@ def _probe(model: Any, prompt: Prompt, candidates: range, answer: Sequence[int])
 
 
 def embed(model: Any, prompt: Prompt) -> Tensor:
-    """(n, hidden) input of the decoder."""
+    """(n, hidden) input of the decoder; leaves deepstack levels in the model."""
     device = next(model.parameters()).device
     is_vision = torch.zeros(len(prompt.token_ids), dtype=torch.bool)
     for start, end in prompt.ranges:
@@ -156,7 +147,7 @@ def embed(model: Any, prompt: Prompt) -> Tensor:
 
 
 def take_deepstack(model: Any, rows: int) -> list[Tensor]:
-    """(rows, hidden) of each level that `embed` has left in the model."""
+    """Removes the deepstack levels that `embed` left in the model; returns (rows, hidden) of each."""
     if not getattr(model, "use_deepstack", False):
         return []
     levels = [level.clone() for level in model._get_deepstack_input_embeds(rows).tensors.values()]
@@ -177,7 +168,7 @@ def rotary_positions(model: Any, prompt: Prompt) -> Tensor:
 
 
 def _kept_rows(prompt: Prompt) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Rows that the deep layers get when the engine prefills the prompt in one step."""
+    """Rows of the prompt that reach the layers from K on."""
     n = len(prompt.token_ids)
     step = BatchMaps([TokenMap(prompt.ranges, n)]).step(np.array([0]), np.array([n]))
     if step is None or step.rows is None:
@@ -186,7 +177,7 @@ def _kept_rows(prompt: Prompt) -> np.ndarray[Any, np.dtype[np.int64]]:
 
 
 class DenseAttention(Attention):
-    """Modifications: causal attention among the rows that come, without KV cache and forward context."""
+    """Modifications: causal attention among the given rows, without KV cache and forward context."""
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
         """(rows, heads * head_size) each -> (rows, heads * head_size)."""
@@ -200,7 +191,7 @@ class DenseAttention(Attention):
 
 @contextmanager
 def dense(ops: Sequence[Attention], attention: type[DenseAttention] = DenseAttention) -> Iterator[None]:
-    """Attention of vLLM's decoder is dense inside; only the class of each op changes, as in `adopt`."""
+    """Makes the attention ops dense while the context is open, by changing their class, as in `adopt`."""
     own = [type(op) for op in ops]
     try:
         for op in ops:

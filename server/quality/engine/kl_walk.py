@@ -1,4 +1,4 @@
-"""One walk through a decoder that ends once for every layer at which vision tokens may leave it. Pure torch."""
+"""Runs a prompt through a decoder with vision tokens withdrawn at each of several layers. Pure torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Layer: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
-"""(positions, hidden states, residual) -> (hidden states, residual), over a whole prompt; their sum is what goes on."""
+"""(positions, hidden states, residual) -> (hidden states, residual), over a whole prompt."""
 
 Head: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """(hidden states, residual) of the last layer -> logits (rows, vocab)."""
@@ -24,21 +24,19 @@ def last_logits(
     rows: int = 1,
     positions: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Logits at the last positions of a prompt, with all its tokens and with vision tokens withdrawn at each candidate.
+    """Logits at the last `rows` positions of a prompt, with all tokens and with vision tokens withdrawn at each K.
 
-    The prompt passes each layer once; before layer K, for each K of `candidates`, the kept rows branch off and take the
-    rest of the way alone, with the positions they had. One state at a time is held.
+    The full prompt passes each layer once. Before each layer K, the kept rows branch off and pass the remaining layers
+    alone, at their original positions. Only one branch is in memory at a time.
 
     Args:
-        layers: the N layers of the decoder.
         embeds: (n, hidden) input of layer 0.
-        kept: (m,) rows that stay at all layers, ascending; the last `rows` of the prompt are among them.
+        kept: (m,) ascending rows that stay in all layers, among them the last `rows`.
         candidates: values of K, each in 1..N-1.
-        rows: how many positions, the last ones.
         positions: (n,), or (3, n) with M-RoPE; None: 0 to n - 1.
 
     Returns:
-        (rows, vocab) with all tokens, (number of candidates, rows, vocab) withdrawn, by ascending K.
+        (rows, vocab) with all tokens, (candidates, rows, vocab) withdrawn, by ascending K.
     """
 
     def last(hidden: Tensor, residual: Tensor) -> Tensor:

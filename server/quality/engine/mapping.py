@@ -1,4 +1,4 @@
-"""Where an image's vision tokens go, in an engine of one's own."""
+"""Token maps of images, from an engine in this process."""
 
 from __future__ import annotations
 
@@ -21,19 +21,14 @@ if TYPE_CHECKING:
 
 
 class MappingModel(OfflineModel):
-    """A model that shows what becomes of an image."""
+    """Maps an image's vision tokens to the groups they are merged into."""
 
     def __init__(self, model: str, argv: Sequence[str] = ()) -> None:
-        """See `OfflineModel`."""
         defaults = {"kv_cache_memory_bytes": KV_CACHE_BYTES, "enforce_eager": True} if device() == "cpu" else {}
         super().__init__(model, argv, "map", defaults=defaults, fixed={})
 
     def map(self, image: Image, reduction: Reduction, question: str) -> tuple[ItemPlan, list[GridMap]]:
-        """What is done to the image, and where the tokens of each of its grids go.
-
-        Raises:
-            ValueError: the model or its engine can't do so.
-        """
+        """The image's plan and a map per grid; ValueError if this engine can't map."""
         if self._args.worker_cls == "auto" and self._args.pipeline_parallel_size == 1:
             self._args.worker_cls = WORKERS[device()]
         llm = LLM.from_engine_args(self._args)
@@ -53,11 +48,7 @@ class MappingModel(OfflineModel):
 def maps_of(
     llm: LLM, prompt: Mapping[str, Any], modality: Modality, sizes: Sequence[tuple[int, int]]
 ) -> list[tuple[ItemPlan, list[GridMap]]]:
-    """Of each image or video of a processed prompt.
-
-    Args:
-        sizes: (width, height) of each.
-    """
+    """Plan and maps of each image or video of a processed prompt; `sizes` holds their (width, height)."""
     family, info = family_of(llm.model_config), llm.renderer.get_mm_processor().info
     assert family is not None, "a model that is reduced"
     found = []

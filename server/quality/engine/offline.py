@@ -1,4 +1,4 @@
-"""vLLM's offline engine behind the model's own chat template, processor and scheduler: how every study asks a model."""
+"""How studies run a model: vLLM's offline engine with the model's own chat template, processor and scheduler."""
 
 from __future__ import annotations
 
@@ -33,33 +33,30 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 KV_CACHE_BYTES = 2 << 30
-"""Enough to ask one prompt after the other; left to itself, vLLM takes nearly all of a CPU's memory."""
+"""Enough for one prompt at a time; by default, vLLM takes nearly all memory of a CPU machine."""
 
 Messages = list[dict[str, Any]]
-"""A dialogue as OpenAI's chat messages; images are parts `{"type": "image_pil", "image_pil": image}`."""
+"""OpenAI chat messages; images are parts `{"type": "image_pil", "image_pil": image}`."""
 
 
 class OfflineModel:
-    """A checkpoint whose images foldserve reduces, with the engine options that it is served with.
+    """A checkpoint that foldserve can reduce, with its engine options.
 
     Attributes:
-        model: name or directory.
-        revision: on the Hugging Face hub, or None.
-        layers: decoder layers.
+        layers: number of decoder layers.
         first_layer: the least withdrawal layer K.
-        family: that it belongs to.
     """
 
     def __init__(
         self, model: str, argv: Sequence[str], command: str, *, defaults: Mapping[str, Any], fixed: Mapping[str, Any]
     ) -> None:
-        """Reads the model's configuration; nothing is loaded.
+        """Reads the model's configuration without loading weights.
 
         Args:
-            argv: engine options as `vllm serve` takes them.
-            command: of foldserve, for messages.
-            defaults: values of options that `argv` leaves open.
-            fixed: values of options that `argv` may not set.
+            argv: options of `vllm serve`.
+            command: name of the foldserve command, for messages.
+            defaults: option values that `argv` may override.
+            fixed: option values that `argv` may not set.
 
         Raises:
             ValueError: not a model that foldserve can reduce.
@@ -82,7 +79,7 @@ class OfflineModel:
         self.first_layer = withdrawal.first_layer(model_config.hf_config)
 
     def layouts(self, images: Iterable[Image]) -> list[Layout]:
-        """Of each image at ratio 0."""
+        """Layout of each image at ratio 0."""
         family = self.family
         if not family.sizes_matter:
             return [family.largest for _ in images]
@@ -96,7 +93,7 @@ class OfflineModel:
 
 
 def render(llm: LLM, messages: Messages, **options: Any) -> Any:
-    """A dialogue as the engine takes it, through the model's chat template and processor, to be answered next."""
+    """The engine's input for a dialogue, from the model's chat template (with generation prompt) and processor."""
     template = ChatParams(chat_template_kwargs={"add_generation_prompt": True, "tokenize": False})
     renderer = llm.renderer
     tokenizing = renderer.default_chat_tok_params.with_kwargs(add_special_tokens=False)  # the template writes them
@@ -106,12 +103,7 @@ def render(llm: LLM, messages: Messages, **options: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reply:
-    """What the model said.
-
-    Attributes:
-        text: greedy answer.
-        first: (vocab,) fp32 log-probabilities of its first token, over the whole vocabulary.
-    """
+    """A greedy answer, and in `first` the (vocab,) fp32 log-probabilities of its first token."""
 
     text: str
     first: NDArray[np.float32]
@@ -121,17 +113,12 @@ class AnsweringModel(OfflineModel):
     """A model that answers many questions at once; at most one engine of it runs at a time."""
 
     def __init__(self, model: str, argv: Sequence[str] = (), command: str = "evaluate") -> None:
-        """See `OfflineModel`."""
         defaults = {"kv_cache_memory_bytes": KV_CACHE_BYTES, "enforce_eager": True} if device() == "cpu" else {}
         super().__init__(model, argv, command, defaults=defaults, fixed={"max_logprobs": -1})
 
     @contextmanager
     def engine(self, withdraw_layer: int | None) -> Iterator[AnsweringEngine]:
-        """A running engine, with K = `withdraw_layer` or without withdrawal.
-
-        Raises:
-            ValueError: options or a decoder that withdrawal does not go with.
-        """
+        """A running engine; ValueError if withdrawal does not support the options or the decoder."""
         args = copy(self._args)
         if withdraw_layer is not None:
             withdrawal.apply(args, withdraw_layer, device=device())
@@ -146,19 +133,17 @@ class AnsweringModel(OfflineModel):
 
 
 def _asked(reduction: Reduction, dialogues: Sequence[Messages]) -> list[Reduction]:
-    """Of the image of each dialogue, with its question."""
+    """The reduction of each dialogue's image, with its question as query."""
     return [with_query(reduction, _question(dialogue)) for dialogue in dialogues]
 
 
 def _question(dialogue: Messages) -> str:
-    """The text beside its image."""
+    """The text of the message that holds the image."""
     contents = (message["content"] for message in dialogue if isinstance(message["content"], list))
     return next((text_of(content) for content in contents if any("image_pil" in part for part in content)), "")
 
 
 class AnsweringEngine:
-    """A running engine."""
-
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
         self._room: Room = withdrawal.step_room(llm.llm_engine.vllm_config)
@@ -168,11 +153,11 @@ class AnsweringEngine:
     def ask(
         self, dialogues: Sequence[Messages], reduction: Reduction, plans: Sequence[ItemPlan], max_tokens: int
     ) -> list[Reply]:
-        """Answers all dialogues, each with one image, of which its plan is what `reduction` makes.
+        """Answers the dialogues, each with one image; `plans` are what `reduction` makes of the images.
 
         Raises:
-            ValueError: a prompt that the reduction does not go with.
-            RuntimeError: an image that did not get the plan's tokens.
+            ValueError: a prompt that can't be reduced so.
+            RuntimeError: the number of vision tokens differs from the plan.
         """
         first = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, flat_logprobs=True, detokenize=False)
         answer = SamplingParams(temperature=0, max_tokens=max_tokens)
@@ -183,7 +168,7 @@ class AnsweringEngine:
         return [Reply(answered.text, self._log_probabilities(begun)) for begun, answered in pairs]
 
     def answers(self, dialogues: Sequence[Messages], plans: Sequence[ItemPlan], max_tokens: int) -> list[list[int]]:
-        """Token ids of the greedy answers with all vision tokens, the one that ends an answer among them."""
+        """Token ids of the greedy answers at ratio 0, with the end-of-sequence token."""
         params = SamplingParams(temperature=0, max_tokens=max_tokens, detokenize=False)
         each = zip(dialogues, plans, strict=True)
         outputs = self._run([(messages, Reduction(), plan, params, ()) for messages, plan in each])
@@ -196,9 +181,10 @@ class AnsweringEngine:
         plans: Sequence[ItemPlan],
         answers: Sequence[Sequence[int]],
     ) -> list[bool]:
-        """Whether the greedy answers to these dialogues are others than `answers` once their images are reduced.
+        """Whether each greedy answer differs from that of `answers` when the images are reduced.
 
-        One prefill each: the answer stands behind the prompt, and has changed if one of its tokens isn't the likeliest.
+        One prefill per dialogue: the answer is appended to the prompt, and has changed if one of its tokens is not the
+        likeliest.
         """
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
         each = zip(dialogues, _asked(reduction, dialogues), plans, answers, strict=True)
@@ -211,9 +197,7 @@ class AnsweringEngine:
     def _run(
         self, requests: Sequence[tuple[Messages, Reduction, ItemPlan, SamplingParams, Sequence[int]]]
     ) -> list[Any]:
-        """What comes of each request, in their order: a dialogue, what is asked of its image and comes of that, and the
-        answer's first tokens.
-        """
+        """Outputs of the requests, in order; the last field of a request is the beginning of its answer."""
         engine = self._llm.llm_engine
         ids = []
         for messages, reduction, plan, params, answer in requests:
@@ -231,7 +215,7 @@ class AnsweringEngine:
         return [done[request_id] for request_id in ids]
 
     def _check(self, prompt: Any, plan: ItemPlan) -> None:
-        """The prompt holds what was planned, and the scheduler will take it: there, a refusal ends the engine."""
+        """Checks the prompt against its plan, and as the scheduler would: a refusal there ends the engine."""
         items = prompt_items(prompt)
         token_map = admit(items, len(prompt["prompt_token_ids"]), self._room)
         found = [item.mm_position.get_num_embeds() for item in items], token_map.total
@@ -246,6 +230,6 @@ class AnsweringEngine:
 
 
 def _rank(place: Mapping[int, Any]) -> int:
-    """Of the prompt's own token among all, 1 being the likeliest."""
+    """Rank of the prompt's own token at this position; 1 is the likeliest."""
     (token,) = place.values()
     return int(token.rank)

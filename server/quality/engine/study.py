@@ -1,6 +1,6 @@
-"""Looks into a loaded model for the label-free studies: tower states, merging at any block, attention by layer.
+"""What the label-free studies read from a loaded model: tower states, merging in any block, attention by layer.
 
-The model is loaded as for a calibration, and what happens inside is vLLM's own layers; see `kl_probe`.
+All of it runs through vLLM's own layers, as in `kl_probe`.
 """
 
 from __future__ import annotations
@@ -40,25 +40,19 @@ if TYPE_CHECKING:
 
 
 MOST_TOKENS = 2500
-"""Of an image. The earth mover's distance of so many tokens takes seconds, for each block of the tower."""
+"""Most tokens of an image: their earth mover's distance takes seconds for each block of the tower."""
 
 
 class Merged(NamedTuple):
-    """What the tower gives for one image: (n, C) tokens, and (n,) patches that each stands for."""
+    """The tower's output for one image: (n, C) tokens, and (n,) the number of patches in each."""
 
     tokens: Tensor
     sizes: Tensor
 
 
 class Study(KLProbe):
-    """A model in this process, on vLLM."""
-
     def tokens(self, image: Image, ratio: float) -> int:
-        """Vision tokens of an image.
-
-        Raises:
-            ValueError: the studies can't follow them, or this share of them can't go.
-        """
+        """Number of vision tokens; ValueError if the studies can't follow them or `ratio` can't be removed."""
         (layout,) = self.layouts([image])
         if len(layout.parts) > 1 or layout.parts[0].count > 1:
             raise ValueError(
@@ -77,14 +71,15 @@ class Study(KLProbe):
         return self._apply(partial(_energy, prompt=self._prompt(image)))
 
     def merged(self, image: Image, removed: int) -> tuple[Merged, list[Merged]]:
-        """The tower's output as it is, and with `removed` tokens merged in each of its blocks in turn; fp32, CPU."""
+        """The tower's output without merging, and with `removed` tokens merged in each block; fp32, CPU."""
         full, *merged = self._apply(partial(_merged, prompt=self._prompt(image), removed=removed))
         return full, merged
 
     def attention(self, image: Image, question: str) -> Tensor:
-        """(layers, 2, 3) attention of decoder layers to what stands before the image, the image, and what follows.
+        """(layers, 2, 3) shares of attention, mean over heads.
 
-        Mean over heads; of the prompt's last token, and the mean over all tokens that follow the image.
+        From the prompt's last token, and from all tokens behind the image (mean), to the tokens before the image, the
+        image, and the tokens behind it.
         """
         return self._apply(partial(_attention, prompt=self._prompt(image, question)))
 
@@ -92,7 +87,7 @@ class Study(KLProbe):
         return chat_prompt(self._llm, image, question)
 
     def _apply(self, look: Any) -> Any:
-        return self._llm.apply_model(look)[0]  # every worker takes part, and all get the same
+        return self._llm.apply_model(look)[0]  # one result per tensor-parallel worker, all equal
 
 
 def _inputs(model: Any, prompt: Prompt) -> dict[str, Any]:
@@ -107,7 +102,7 @@ def _pixels(model: Any, prompt: Prompt) -> Tensor:
 
 
 def _walk(model: Any) -> tuple[Tower, int]:
-    """The tower, and how many tokens stand before its patches."""
+    """The tower, and the number of tokens before its patches."""
     (part,) = model.family.largest.parts
     return Tower(model.vision_tower, model.config.vision_feature_select_strategy), int(part.geometry.class_token)
 
@@ -127,7 +122,7 @@ def _energy(model: Any, prompt: Prompt) -> Tensor:
 
 @torch.inference_mode()
 def _merged(model: Any, prompt: Prompt, removed: int) -> list[Merged]:
-    """Of the tower as it is, then of each block."""
+    """The output without merging first, then with merging in each block."""
     if isinstance(model.family, QwenVLFamily):
         layers = range(len(model.visual.blocks))
         return [_units_merged_in(model, prompt, block, removed) for block in (None, *layers)]
@@ -142,7 +137,7 @@ def _merged(model: Any, prompt: Prompt, removed: int) -> list[Merged]:
 
 
 def _merged_in(tower: Tower, index: int, hidden: Tensor, removed: int, first: int) -> Merged:
-    """FOLDER's merge by attention keys between attention and MLP of one block; later blocks see fewer tokens."""
+    """FOLDER's merge by attention keys, between attention and MLP of block `index`."""
     hidden, attention = attend(tower.layers[index], hidden, None)
     folds = fold_schedule(hidden.shape[1], removed)
     merged = folder(hidden, folds, metric=attention.keys(), class_token=bool(first))
@@ -169,7 +164,7 @@ class _ByKeys(InTower):
 
 
 class _InBlock(NamedTuple):
-    """What `Walk` asks of a plan: `removed` of `encoded` tokens go in one block of the tower, or none."""
+    """The part of a plan that `Walk` reads: `removed` of `encoded` tokens leave in one block, or in none."""
 
     encoded: int
     removed: int
@@ -184,7 +179,7 @@ class _InBlock(NamedTuple):
 
 
 def _units(model: Any, prompt: Prompt, block: int | None = None, removed: int = 0) -> Walk:
-    """A walk through Qwen's tower, before its first block: what the merger makes one token of is one."""
+    """A walk before the first block of Qwen's tower, in which the patches that become one token move together."""
     inputs = _inputs(model, prompt)
     (grid,) = inputs["image_grid_thw"].tolist()
     plan: Any = _InBlock(grid[1] * grid[2] // model.visual.spatial_merge_unit, removed, block)
@@ -201,7 +196,7 @@ def _energy_of_units(model: Any, prompt: Prompt) -> Tensor:
 
 
 def _units_merged_in(model: Any, prompt: Prompt, block: int | None, removed: int) -> Merged:
-    """Deepstack levels left out: tokens are compared by what the tower gives at its end."""
+    """Without deepstack levels: tokens are compared by the tower's final output."""
     walk = _units(model, prompt, block, removed)
     for index, layer in enumerate(model.visual.blocks):
         walk.through(layer, index)
@@ -211,7 +206,7 @@ def _units_merged_in(model: Any, prompt: Prompt, block: int | None, removed: int
 
 
 class _SeenAttention(DenseAttention):
-    """Modifications: notes, in `seen`, how much attention goes to each part of the prompt; the image is at `image`."""
+    """Modifications: stores in `seen` how much attention goes to each part of the prompt; the image is at `image`."""
 
     image: tuple[int, int]
     seen: Tensor

@@ -1,1 +1,1 @@
-"""The jobs of `foldserve gpu-check`: a module each, with `run(spec)`, and `__main__`, which a process starts with."""
+"""The jobs of `foldserve gpu-check`: one module each, with a function `run(spec)`."""

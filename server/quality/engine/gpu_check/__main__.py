@@ -1,4 +1,4 @@
-"""`python -m foldserve.server.quality.engine.gpu_check JOB ASKED TOLD`: one job, from a JSON file to a JSON file."""
+"""Runs one job: `python -m foldserve.server.quality.engine.gpu_check JOB ASKED TOLD`; ASKED and TOLD are JSON files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Job `answer`: what an engine says to cases."""
+"""Job `answer`: an engine's answers to the cases."""
 
 from __future__ import annotations
 

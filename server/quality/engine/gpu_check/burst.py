@@ -1,4 +1,4 @@
-"""Job `burst`: many images at once, of which so little is kept that a step has room for dozens."""
+"""Job `burst`: many images at once that keep so few tokens that one step has room for dozens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from foldserve.server.quality.gpu_check.jobs import Burst, BurstSeen
 def run(spec: Burst) -> BurstSeen:
     llm = start(spec.engine)
     profiled = encoder_budget(llm.llm_engine.vllm_config).images
-    _ask(llm, profiled, 1, None)  # what is compiled or loaded at first use
+    _ask(llm, profiled, 1, None)  # warm-up
     with _memory() as plain:
         _ask(llm, profiled, 2, None)
     watch = Watch(llm)
@@ -38,7 +38,7 @@ def run(spec: Burst) -> BurstSeen:
 
 
 def _ask(llm: LLM, count: int, seed: int, reduction: dict[str, Any] | None) -> int:
-    """So many requests with an image of noise each; how many were answered."""
+    """Sends `count` requests, each with an image of noise. Returns how many were answered."""
     size = llm.llm_engine.vllm_config.model_config.hf_config.vision_config.image_size
     random = np.random.default_rng(seed)
     prompts = []
@@ -54,7 +54,7 @@ def _ask(llm: LLM, count: int, seed: int, reduction: dict[str, Any] | None) -> i
 
 @contextmanager
 def _encoded(llm: LLM) -> Iterator[list[int]]:
-    """Images of each run of the vision tower."""
+    """Collects the number of images in each run of the vision tower."""
     seen: list[int] = []
     first = model_of(llm).vision_tower.vision_model.embeddings.patch_embedding  # every path goes through it, and once
     hook = first.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
@@ -66,7 +66,7 @@ def _encoded(llm: LLM) -> Iterator[list[int]]:
 
 @contextmanager
 def _memory() -> Iterator[dict[str, int]]:
-    """`bytes` that were allocated at most, above what was allocated before; on a CPU nothing."""
+    """Collects, as `bytes`, the peak of the memory allocated inside, above that before; nothing on a CPU."""
     found: dict[str, int] = {}
     if device() == "cpu":
         yield found

@@ -1,4 +1,4 @@
-"""An engine in this process, and what it does while it is asked."""
+"""An engine in this process, and counts of what its scheduler does."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _SERVES = f"{make_scheduler.__module__}.{make_scheduler.__qualname__}"
 
 
 def start(spec: Engine) -> LLM:
-    """With the classes that `foldserve serve` adds, or with none of ours."""
+    """An engine with the classes that `foldserve serve` adds, or, without `spec.foldserve`, plain vLLM."""
     arguments: dict[str, Any] = {
         "seed": 0,
         "limit_mm_per_prompt": {"image": 2},
@@ -57,9 +57,8 @@ class Watch:
     """Counts what an engine's scheduler does from now on.
 
     Attributes:
-        steps: by the mode of CUDA graphs that they ran in.
-        preemptions: of requests.
-        images: most that one step had to encode.
+        steps: number of steps by CUDA graph mode.
+        images: most images that one step encoded.
     """
 
     def __init__(self, llm: LLM) -> None:

@@ -1,4 +1,4 @@
-"""Job `load`: requests at once and one by one, in this process: no HTTP in front."""
+"""Job `load`: throughput and latency of an engine in this process, without HTTP."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def run(spec: Load) -> LoadRows:
 
 
 class _Measured:
-    """One reduction. Every image is another one, so that nothing comes from a cache."""
+    """Measures one reduction. All images differ, so that nothing comes from a cache."""
 
     def __init__(self, llm: LLM, spec: Load, reduction: dict[str, Any]) -> None:
         self._llm, self._spec, self._reduction = llm, spec, reduction
@@ -50,7 +50,7 @@ class _Measured:
         )
 
     def _at_once(self) -> float:
-        """Requests a second."""
+        """Requests per second."""
         prompts = [self._prompt() for _ in range(self._spec.requests)]
         start = time.perf_counter()
         outputs = self._llm.generate(prompts, self._params(self._spec.tokens), use_tqdm=False)
@@ -60,7 +60,7 @@ class _Measured:
         return len(prompts) / seconds
 
     def _one(self) -> tuple[float, float]:
-        """Seconds to the first token, and between tokens."""
+        """(TTFT, ITL) of one request, in seconds."""
         engine, prompt, params = self._llm.llm_engine, self._prompt(), self._params(self._spec.tokens)
         params.output_kind = RequestOutputKind.DELTA
         self._singles += 1
@@ -88,7 +88,7 @@ class _Measured:
         return prompt | ({"mm_processor_kwargs": {KWARG: self._reduction}} if self._reduction else {})
 
     def _sequences(self, prompt_tokens: int) -> int:
-        """Requests with their answers that the KV cache holds, in whole blocks."""
+        """How many requests with their answers the KV cache holds, in whole blocks."""
         manager = scheduler_of(self._llm).kv_cache_manager
         total = prompt_tokens + self._spec.tokens
         deep = self._spec.words + self._spec.tokens if self._reduction.get("withdraw") else total

@@ -1,4 +1,4 @@
-"""Job `machine`: what the GPU is, and what it reaches."""
+"""Job `machine`: the GPU's name, and the FLOP/s and bandwidth that it reaches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(spec: Machine) -> MachineSeen:
 
 
 def _seconds(call: Callable[[], object]) -> float:
-    """Median of ten, after three to warm up."""
+    """Median of ten calls, after three to warm up."""
     times = []
     for _ in range(13):
         torch.accelerator.synchronize()
