@@ -1,1 +1,1 @@
-"""`foldserve evaluate`: what a reduction costs in answers, measured through the engine that serves them."""
+"""`foldserve evaluate`: what a reduction costs in right answers, measured with the engine that serves."""

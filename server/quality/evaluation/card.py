@@ -1,4 +1,4 @@
-"""The quality card: what was measured on which model, as one JSON value."""
+"""The quality card: the result of an evaluation as one JSON value."""
 
 from __future__ import annotations
 
@@ -17,26 +17,23 @@ from foldserve.server.quality.evaluation.variants import Refusal, Variant, contr
 
 CARD_FILE = "quality.json"
 OCR = "ocr"
-"""Kinds with this in their name are reading: they suffer first, so that they are kept out of the average."""
+"""Kinds with this in their name are reading. They suffer first, so they are not part of the average."""
 
 
 class Result(BaseModel):
-    """One variant.
+    """Result of one variant.
 
     Attributes:
         label: method as named on the command line; "none" at ratio 0.
-        ratio: asked for; None where the method has no amount, or for a control at another method's count.
-        layer: K of the server, or None.
-        reduction: what a request sends.
-        kept: vision tokens of an image that reach the decoder; where images differ, the mean.
-        kept_deep: that its layers from K on see.
-        layer_tokens: that a layer sees, mean over all layers.
+        ratio: None for a method without an amount, and for a control, which is measured at another method's count.
+        layer: withdrawal layer K, or None.
+        reduction: as in a request.
+        kept: vision tokens of an image that reach the decoder, mean over the images.
+        kept_deep: those that layers from K on see.
+        layer_tokens: vision tokens that a decoder layer sees, mean over all layers.
         count: `layer_tokens` as an integer, at which the controls are measured.
-        is_control: it stands for no request but for the count of others.
-        accuracy: over all kinds but OCR; None where no answers are known.
-        ocr: over OCR.
-        kinds: accuracy by kind.
-        lost, gained: questions that were right at ratio 0 and are wrong now, and the other way round.
+        accuracy: over all kinds but OCR; None if no answers are known.
+        lost, gained: questions that are right at ratio 0 only, and in this variant only.
         kl: mean KL(P_variant || P_ratio0) of the answer's first token, in nats.
         agreement: share of questions whose likeliest first token is that of ratio 0.
     """
@@ -62,7 +59,7 @@ class Result(BaseModel):
 
 
 class Refused(BaseModel):
-    """What this model can't do, in the words of the refusal."""
+    """A variant that this model can't run, with the error message as reason."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -73,17 +70,14 @@ class Refused(BaseModel):
 
 
 class Card(BaseModel):
-    """Everything that was measured in a run.
+    """All results of an evaluation.
 
     Attributes:
-        model: as it was named.
-        model_hash, data_hash: identities of weights and questions.
         data: where the questions come from.
-        questions: how many.
-        tokens: vision tokens of an image at ratio 0; where images differ, the mean.
-        layers: L, the decoder's layers.
-        engine: versions, and the engine options that were given.
-        machine, date: where and on which day it was measured; "" in cards of earlier versions.
+        tokens: vision tokens of an image at ratio 0, mean over the images.
+        layers: number of decoder layers.
+        engine: versions and engine options.
+        machine, date: "" in cards of earlier versions.
         results: ratio 0 first.
     """
 
@@ -104,11 +98,11 @@ class Card(BaseModel):
 
     @property
     def reference(self) -> Result:
-        """Ratio 0."""
+        """The result at ratio 0."""
         return self.results[0]
 
     def control(self, name: str, beside: Result) -> Result | None:
-        """The result of a control at another's count, which may keep a few tokens less; None if it is refused."""
+        """The control's result at the count of `beside`, or slightly fewer tokens; None if it was refused."""
         positions = control_positions(name, beside.reduction.get("positions", ""))
         fitting = [
             r
@@ -122,7 +116,7 @@ class Card(BaseModel):
 
     @classmethod
     def read(cls, file: Path) -> Card:
-        """Raises ValueError if the file is no card."""
+        """Raises ValueError if `file` is no card."""
         try:
             fields = json.loads(file.read_text())
             return cls.model_validate({name: value for name, value in fields.items() if name != "summary"})
@@ -130,7 +124,7 @@ class Card(BaseModel):
             raise ValueError(f"{file} is no card of `foldserve evaluate`: {error}") from error
 
     def write(self, file: Path) -> None:
-        """Writes `file` as a whole or not at all; what `/v1/reducers` shows of it stands under `summary`."""
+        """Writes `file` atomically; its `summary` is what `/v1/reducers` shows."""
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f"{file.name}.part")
         fields = self.model_dump(mode="json")
@@ -138,7 +132,7 @@ class Card(BaseModel):
         partial.replace(file)
 
     def summary(self) -> dict[str, Any]:
-        """The figures per method and amount, without intervals and kinds."""
+        """The figures of each result, without intervals and kinds."""
         return {
             "model_hash": self.model_hash,
             "data": self.data,
@@ -165,13 +159,12 @@ def _summary(result: Result) -> dict[str, Any]:
 def results(
     questions: Sequence[Question], base: Variant, variants: Sequence[Variant], journal: OutcomeJournal
 ) -> list[Result]:
-    """What the journal says, ratio 0 first; variants that the engine can't tell apart share their outcomes."""
+    """Results from the journal, ratio 0 first; variants that are the same to the engine share their outcomes."""
     full = journal[base.key]
     return [_result(variant, questions, journal[variant.key], full) for variant in (base, *variants)]
 
 
 def refusals(refused: Sequence[Refusal]) -> list[Refused]:
-    """As they stand in the card."""
     return [Refused(label=r.label, ratio=r.ratio, layer=r.layer, reason=r.reason) for r in refused]
 
 

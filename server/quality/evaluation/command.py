@@ -19,11 +19,7 @@ from foldserve.server.quality.evaluation.variants import complete, default_specs
 
 
 def run(options: EvaluationOptions, engine_options: Sequence[str]) -> None:
-    """Measures what is missing and writes the card in all its forms.
-
-    Raises:
-        ValueError: what is asked cannot be done; nothing was measured.
-    """
+    """Measures what the journal lacks and writes the card; a ValueError comes before anything is measured."""
     specs = complete(parse_specs(options.methods) or default_specs(bool(options.withdraw)), bool(options.withdraw))
     questions = load_questions(options.data, options.limit, options.question)
 
@@ -60,7 +56,7 @@ def run(options: EvaluationOptions, engine_options: Sequence[str]) -> None:
 
 
 def _write(card: Card, options: EvaluationOptions) -> None:
-    """All forms of the card into the output folder, and the card to where it is served from."""
+    """Writes the card's pages to the output folder, and the card there and where `serve` reads it."""
     write_page(card, options.output)
     served = card_file(options)
     for file in dict.fromkeys([options.output / CARD_FILE, served]):
@@ -70,7 +66,7 @@ def _write(card: Card, options: EvaluationOptions) -> None:
 
 
 def card_file(options: EvaluationOptions) -> Path:
-    """Where the card goes beside the output folder."""
+    """The second place that the card is written to, beside the output folder."""
     if options.card is not None:
         return options.card
     return (Path(options.model) if Path(options.model).is_dir() else options.output) / CARD_FILE

@@ -1,4 +1,4 @@
-"""What of a quality card is drawn: the curves of its methods by kind, and which of them when there are too many."""
+"""Curves of a quality card's methods, by kind, and the choice of which to draw."""
 
 from __future__ import annotations
 
@@ -23,17 +23,12 @@ GROUPS: Mapping[Kind | None, str] = {
     Kind.DECODER: "In the decoder",
     None: "Joined methods",
 }
-"""A panel each, with its title; None: two methods that are joined."""
+"""Titles of the panels; None: two joined methods."""
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """The results of a method, or of one at a K, by falling number of layer tokens.
-
-    Attributes:
-        label: as in the card, without K.
-        kind: None of two methods that are joined.
-    """
+    """Results of a method, at one K if it has one, by falling number of layer tokens; joined methods have no kind."""
 
     name: str
     label: str
@@ -43,14 +38,14 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The curves of one kind that are drawn, and the names of those that are not."""
+    """Names of the curves of one kind that are drawn, and of those that are not."""
 
     names: Sequence[str]
     left_out: Sequence[str]
 
 
 def curves(card: Card) -> list[Curve]:
-    """One for each method, with the options that it was named with first; of what works at K, two values of K."""
+    """One curve per method, with its first options only, or two if it has a K: about a third and two thirds deep."""
     found: list[Curve] = []
     known: set[str] = set()
     for label in dict.fromkeys(result.label for result in card.results[1:] if not result.is_control):
@@ -68,7 +63,7 @@ def curves(card: Card) -> list[Curve]:
 
 
 def references(card: Card, beside: Sequence[Result]) -> dict[str, list[Result]]:
-    """What the controls have at the counts of these results."""
+    """Each control's results at the counts of `beside`."""
     found: dict[str, list[Result]] = {}
     for name in CONTROLS:
         controls = [control for result in beside if (control := card.control(name, result)) is not None]
@@ -78,7 +73,7 @@ def references(card: Card, beside: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def choose(cards: Sequence[Card], kind: Kind | None) -> Choice:
-    """The best of a kind, by right answers above those of `random` at the same counts, in the order of the cards."""
+    """The best curves of a kind, by right answers above those of `random` at the same counts, in the cards' order."""
     merits: dict[str, list[float]] = {}
     for card in cards:
         for curve in curves(card):
@@ -89,14 +84,14 @@ def choose(cards: Sequence[Card], kind: Kind | None) -> Choice:
 
 
 def best(card: Card) -> Curve | None:
-    """The default method, else the best of those that were measured at several ratios."""
+    """The default method's curve, else the best of those measured at several ratios."""
     able = [curve for curve in curves(card) if len({result.ratio for result in curve.results}) > 1]
     default = next((curve for curve in able if curve.name == next(iter(METHODS))), None)
     return default or max(able, key=lambda curve: _merit(card, curve), default=None)
 
 
 def withdrawals(card: Card) -> dict[str, list[Result]]:
-    """What is drawn against K: plain withdrawal, and other decoder methods at a middle ratio and at the highest."""
+    """Results to draw against K: plain withdrawal, and other decoder methods at a middle and the highest ratio."""
     found: dict[str, list[Result]] = {}
     for result in card.results:
         method = METHODS.get(result.label)
@@ -110,7 +105,7 @@ def withdrawals(card: Card) -> dict[str, list[Result]]:
 
 
 def differ(estimates: Sequence[Estimate]) -> bool:
-    """Some of the intervals have nothing in common."""
+    """Whether at least two intervals are disjoint."""
     return max(each.low for each in estimates) > min(each.high for each in estimates)
 
 
@@ -119,12 +114,12 @@ def _kind(name: str) -> Kind | None:
 
 
 def _two_of(layers: Sequence[int], total: int) -> list[int]:
-    """Those nearest to a third and two thirds of the decoder."""
+    """The layers nearest to a third and two thirds of the decoder."""
     return sorted({min(layers, key=lambda layer: abs(layer - total * part / 3)) for part in (1, 2)})
 
 
 def _merit(card: Card, curve: Curve) -> float:
-    """Where no answers are known, by KL."""
+    """Mean accuracy above the control's, or minus the KL if no answers are known."""
     scores = []
     for result in curve.results:
         control = card.control(CONTROLS[0], result)

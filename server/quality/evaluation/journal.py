@@ -1,4 +1,4 @@
-"""What has been measured so far, on disk."""
+"""Outcomes measured so far, on disk, so that a stopped evaluation can go on."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ class Outcome(BaseModel):
     """One question under one variant.
 
     Attributes:
-        answer: the model's.
-        right: None where no answer is known.
+        right: None if no answer is known.
         kl: KL(P_variant || P_ratio0) of the answer's first token, in nats.
-        agrees: the likeliest first token is that of ratio 0.
+        agrees: whether the likeliest first token is that of ratio 0.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -35,7 +34,7 @@ class _Line(Line[list[Outcome]]):
 
 
 class OutcomeJournal(Journal[list[Outcome]]):
-    """The outcomes of one run in the order of the questions, by `Variant.key`, and the reference beside them."""
+    """Outcomes of one run by `Variant.key`, in the order of the questions, and the reference distributions."""
 
     line = _Line
 
@@ -44,11 +43,11 @@ class OutcomeJournal(Journal[list[Outcome]]):
         self._reference = folder / f"reference-{run}.npy"
 
     def load_reference(self) -> NDArray[np.float32] | None:
-        """(questions, vocab) log-probabilities of the first token at ratio 0, if they are there."""
+        """(questions, vocab) log-probabilities of the first token at ratio 0, or None if not saved."""
         return np.load(self._reference) if self._reference.is_file() else None
 
     def save_reference(self, first: NDArray[np.float32]) -> None:
-        """Keeps them for the next run; half a file never lies under the name."""
+        """Atomic."""
         partial = self._reference.with_suffix(".part.npy")
         np.save(partial, first)
         partial.replace(self._reference)

@@ -28,15 +28,11 @@ _LEAST_KL = 1e-4
 _KL = Axis("KL against ratio 0, nats", digits=4, low=_LEAST_KL, is_log=True)
 _MEASURES: Mapping[str, Read] = {"All but OCR": attrgetter("accuracy"), "OCR": attrgetter("ocr")}
 _ASKED = {"count": "How many answers stay right: counting", "caption": "How many answers stay right: captions"}
-"""Kinds of questions with charts of their own, by a word in their name: reduction costs them more than others."""
+"""Kinds of questions that get their own chart, by a word in their name: they lose more to reduction than others."""
 
 
 def plots(cards: Mapping[str, Card]) -> list[Chart]:
-    """In the order in which they are to be read; what has no figures is left out.
-
-    Args:
-        cards: by the name that its panels have; "" where there is only one.
-    """
+    """Charts in reading order, without empty ones; `cards` are keyed by the name for their panels, "" if only one."""
     return [chart for chart in _charts(cards) if chart is not None]
 
 
@@ -77,7 +73,7 @@ def _by_tokens(stem: str, title: str, cards: Mapping[str, Card], read: Read, y: 
 
 
 def _precision(panels: Sequence[Panel], y: Axis) -> str:
-    """How sure the drawn values are."""
+    """Note on the precision of the values."""
     shown = [point.estimate for panel in panels for line in panel.lines for point in line.points]
     if y.is_log:
         return f"What is below {_LEAST_KL:g} is drawn there."
@@ -87,7 +83,7 @@ def _precision(panels: Sequence[Panel], y: Axis) -> str:
 
 
 def _lines(card: Card, kind: Kind | None, choice: Choice, read: Read, *, with_full: bool) -> list[Line]:
-    """Those of a panel, the controls last."""
+    """Lines of a panel, the controls last."""
     by_name = {curve.name: curve.results for curve in curves(card) if curve.kind == kind and curve.name in choice.names}
     colours = {name: colour for colour, name in enumerate(choice.names)}
     beside = [result for results in by_name.values() for result in results]

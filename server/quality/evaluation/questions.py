@@ -1,4 +1,4 @@
-"""The questions that an evaluation asks, with their answers."""
+"""The questions of an evaluation, with their answers."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from foldserve.server.quality.calibration_data import Sample, load_samples
 from foldserve.server.quality.demo.examples import questions as demo_questions
 
 HELD_OUT_SEED = 1
-"""Of the built-in scenes; none of them occurs in the demo model's training, whatever its seed."""
+"""Seed of the built-in scenes. No seed's scenes occur in the demo model's training."""
 
 ALL = "all"
-"""The kind of questions that name none."""
+"""Kind of a question without one."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,10 +27,8 @@ class Question:
     """One question about one image.
 
     Attributes:
-        image: a file, or the image itself.
-        text: the question.
-        answers: each of them is right; empty if none is known.
-        kind: by which accuracy is told apart.
+        answers: all right answers; empty if none is known.
+        kind: accuracy is reported by kind.
         history: earlier turns (question, answer) about the image.
     """
 
@@ -45,7 +43,7 @@ class Question:
         return Sample(self.image, self.text).open()
 
     def messages(self) -> list[dict[str, Any]]:
-        """The dialogue as OpenAI's chat messages, the image in front of the first question."""
+        """OpenAI chat messages, with the image before the first question."""
         texts = [text for turn in self.history for text in turn] + [self.text]
         messages: list[dict[str, Any]] = [
             {"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)
@@ -56,7 +54,7 @@ class Question:
 
 
 class _Row(BaseModel):
-    """A line of a JSONL file; other fields are somebody else's, but the one that tells kinds apart."""
+    """A line of a JSONL file. Other fields are ignored, except the one that holds the kind."""
 
     model_config = ConfigDict(strict=True, extra="allow")
 
@@ -68,14 +66,14 @@ class _Row(BaseModel):
 def load_questions(
     data: Path | None, limit: int, question: str, *, kind_field: str = "kind", seed: int = HELD_OUT_SEED
 ) -> list[Question]:
-    """At most `limit` questions; those of a file or folder are spread evenly over it.
+    """At most `limit` questions, spread evenly over a file or folder.
 
     Args:
-        data: None for the built-in scenes; a JSONL file with `{"image": path, "question": text, "answer": text or list
-            of texts, "kind": text}` a line, the last two optional, paths relative to the file; or a folder of images,
-            as `foldserve calibrate` takes it, for which no answers are known.
-        question: asked of a folder's images that bring none.
-        kind_field: what `kind` is called in a JSONL file.
+        data: None for the built-in scenes; a JSONL file of lines `{"image": path, "question": text, "answer": text or
+            list of texts, "kind": text}`, the last two optional, paths relative to the file; or a folder of images, as
+            for `foldserve calibrate`, without answers.
+        question: for images of a folder that have no question of their own.
+        kind_field: name of the field that holds the kind in a JSONL file.
         seed: of the built-in scenes.
 
     Raises:
@@ -119,7 +117,7 @@ def _spread(found: Sequence[Question], limit: int, data: Path) -> list[Question]
 
 
 def data_hash(questions: Sequence[Question]) -> str:
-    """Identity of what is asked: texts, answers, kinds, and every pixel."""
+    """SHA-256 of texts, answers, kinds and every pixel."""
     digest = hashlib.sha256()
     for question in questions:
         image = question.open()

@@ -1,4 +1,4 @@
-"""Asks every question under every variant that is not measured yet."""
+"""Runs every question under every variant that the journal lacks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from foldserve.server.quality.evaluation.variants import Variant, plan_all
 
 
 class Answered(Protocol):
-    """One reply; `quality/engine/offline.py` has the real ones."""
+    """One reply; implemented by `Reply` in `quality/engine/offline.py`."""
 
     @property
     def text(self) -> str:
@@ -33,8 +33,6 @@ class Answered(Protocol):
 
 
 class Engine(Protocol):
-    """A running engine."""
-
     def ask(
         self,
         dialogues: Sequence[list[dict[str, Any]]],
@@ -42,18 +40,16 @@ class Engine(Protocol):
         plans: Sequence[ItemPlan],
         max_tokens: int,
     ) -> Sequence[Answered]:
-        """One reply to each dialogue, whose image is reduced by its plan."""
+        """One reply per dialogue, whose image is reduced by its plan."""
 
 
 class Model(Protocol):
-    """Where engines come from."""
-
     def engine(self, withdraw_layer: int | None) -> AbstractContextManager[Engine]:
         """A running engine with K = `withdraw_layer`, or without withdrawal."""
 
 
 def reference(layouts: Sequence[Layout], layers: int) -> Variant:
-    """Ratio 0: what everything is compared with."""
+    """The variant at ratio 0, which all others are compared with."""
     return Variant("none", 0.0, None, layers, Reduction(), plan_all(Reduction(), layouts))
 
 
@@ -70,13 +66,11 @@ def measure(
     """Fills the journal, with one engine for each K and one without, and a progress bar over all questions.
 
     Args:
-        base: the reference, which comes first.
-        variants: the others.
-        max_tokens: of an answer.
-        batch: questions that the engine is given at once.
+        base: the variant at ratio 0, which is measured first.
+        batch: questions per call of the engine.
 
     Raises:
-        ValueError: an unreadable image, or log-probabilities that are no distribution.
+        ValueError: an unreadable image, or log-probabilities that are not finite.
     """
     first = journal.load_reference() if base.key in journal else None
     wanted = {v.key: v for v in [*([base] if first is None else []), *variants] if v is base or v.key not in journal}
@@ -100,7 +94,7 @@ def measure(
 
 
 def _by_layer(variants: Sequence[Variant]) -> Iterator[tuple[int | None, list[Variant]]]:
-    """Without K first, then by K."""
+    """Groups of equal K, without K first."""
     layers = sorted({variant.layer for variant in variants}, key=lambda layer: layer or 0)
     for layer in layers:
         yield layer, [variant for variant in variants if variant.layer == layer]
@@ -117,7 +111,7 @@ def _outcomes(questions: Sequence[Question], replies: Sequence[Answered], first:
         Outcome(
             answer=reply.text,
             right=is_right(reply.text, question.answers) if question.answers else None,
-            kl=max(0.0, divergence),  # rounding takes that of equal distributions to -1e-8
+            kl=max(0.0, divergence),  # rounding makes it -1e-8 for equal distributions
             agrees=agreement,
         )
         for question, reply, divergence, agreement in zip(questions, replies, kl.tolist(), agrees.tolist(), strict=True)

@@ -1,4 +1,4 @@
-"""Right or wrong, and how sure that is: exact match after normalisation."""
+"""Accuracy by exact match after normalisation, and its confidence intervals."""
 
 from __future__ import annotations
 
@@ -22,22 +22,18 @@ class Score(Estimate):
 
 
 def normalise(text: str) -> str:
-    """Case, punctuation, articles and white space taken out: "A red circle." is "red circle"."""
+    """Removes case, punctuation, articles and extra white space: "A red circle." becomes "red circle"."""
     return " ".join(_ARTICLE.sub(" ", _NO_WORD.sub(" ", text.casefold())).split())
 
 
 def is_right(answer: str, accepted: Sequence[str]) -> bool:
-    """The answer is one of those accepted, both normalised."""
     return normalise(answer) in {normalise(text) for text in accepted}
 
 
 def share(hits: Sequence[bool]) -> Score:
-    """Share of hits with Wilson's score interval, which holds for shares near 0 and 1 too.
+    """Share of hits with Wilson's score interval, which also holds near 0 and 1; ValueError without hits.
 
-    The questions count as independent. Those that share an image are not quite: then the interval is too narrow.
-
-    Raises:
-        ValueError: there are none.
+    The questions are treated as independent. The interval is too narrow if several share an image.
     """
     from scipy.stats import binomtest  # type: ignore[import-untyped]
 
@@ -48,11 +44,7 @@ def share(hits: Sequence[bool]) -> Score:
 
 
 def mean(values: Sequence[float]) -> Score:
-    """Mean with the interval of a bootstrap over the questions.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """Mean with a bootstrap interval over the questions; ValueError without values."""
     if not values:
         raise ValueError("a mean of no questions")
     found = estimate(values, lambda sample: np.mean(sample, axis=-1))

@@ -21,11 +21,7 @@ _PAIRED = "Where both had the same questions, the intervals are wider than they 
 
 
 def write(cards: Mapping[str, Card], folder: Path) -> None:
-    """Writes index.html, and every chart as SVG.
-
-    Args:
-        cards: two, by the names that they have there.
-    """
+    """Writes index.html and the charts as SVG for two cards, by the names that the page gives them."""
     drawn = plots(cards)
     for chart in drawn:
         chart.write(folder)
@@ -37,7 +33,7 @@ def write(cards: Mapping[str, Card], folder: Path) -> None:
 
 
 def table(cards: Mapping[str, Card]) -> Table:
-    """What both have measured, without the controls."""
+    """The results that both cards have, without controls."""
     return differences(["method", "ratio", "K"], _MEASURES, _rows(*cards.values()), [*cards], f"{NOTE} {_PAIRED}")
 
 

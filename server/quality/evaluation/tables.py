@@ -21,7 +21,7 @@ _HEADINGS = [
 
 
 def write_page(card: Card, folder: Path) -> None:
-    """The card as index.html and quality.md, and its charts."""
+    """Writes index.html, quality.md and the charts."""
     drawn = plots({"": card})
     for chart in drawn:
         chart.write(folder)
@@ -30,7 +30,7 @@ def write_page(card: Card, folder: Path) -> None:
 
 
 def markdown(card: Card) -> str:
-    """A heading, the table of results, accuracy by kind, and what is refused."""
+    """A heading, the results, accuracy by kind, and refused variants."""
     results, *others = _tables(card)
     parts = [_head(card), results.markdown(), results.note]
     for table in others:
@@ -39,13 +39,13 @@ def markdown(card: Card) -> str:
 
 
 def html(card: Card, charts: Sequence[Chart]) -> str:
-    """One HTML file, with the charts in it."""
+    """One HTML file that contains the charts."""
     lead = ". ".join(filter(None, [_asked(card), card.machine, card.date]))
     return page(f"Quality of {card.model}", lead=lead, facts=facts(card), charts=charts, tables=_tables(card))
 
 
 def facts(card: Card) -> dict[str, str]:
-    """What was asked of which model, where and when."""
+    """Model, questions, machine, date and engine."""
     found = {"model": card.model, "weights": card.model_hash, "asked": _asked(card), "questions": card.data_hash}
     return found | {name: text for name, text in (("machine", card.machine), ("date", card.date)) if text} | card.engine
 
@@ -77,7 +77,6 @@ def _head(card: Card) -> str:
 
 
 def _note(card: Card) -> str:
-    """How to read the results."""
     return (
         "Accuracy is exact match in %, with its 95 % interval (Wilson); OCR is kept apart. Layer tokens: vision tokens "
         "that a decoder layer sees, mean over the layers. random, downsample: accuracy of these controls at the same "

@@ -1,4 +1,4 @@
-"""What is compared: methods by amounts by withdrawal layers, and the controls at the same counts."""
+"""The variants to compare: methods x ratios x withdrawal layers, and controls at the same token counts."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.reducers.reduction import MIN_KEPT
 
 CONTROLS = ("random", "downsample")
-"""No method's figure is shown without what these keep of the answers at the same number of tokens."""
+"""Every method's figure is shown beside the figures of these at the same number of tokens."""
 
 _AMOUNTS = ("ratio", "keep_tokens", "withdraw")
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """A method as the user named it: its label, and the fields of a request's `reduction` without an amount."""
+    """A method from the command line: its label, and the fields of a request's `reduction` without an amount."""
 
     label: str
     fields: tuple[tuple[str, Any], ...]
 
     def reduction(self, **amount: Any) -> Reduction:
-        """The request's reduction; raises InvalidReduction where it can't be."""
+        """Raises InvalidReduction."""
         return Reduction.parse(dict(self.fields) | amount)
 
 
@@ -37,13 +37,10 @@ class Variant:
     """One way of serving a question.
 
     Attributes:
-        label: as the user named it.
-        ratio: that was asked for; None where the amount is fixed or a count.
-        layer: K of the server that it needs, or None.
-        layers: L, the decoder's layers.
-        reduction: what a request sends.
-        plans: what becomes of each question's image.
-        is_control: it stands for no request but for the count of others.
+        ratio: None if the amount is fixed or a count.
+        layer: withdrawal layer K, or None.
+        layers: number of decoder layers.
+        plans: one for each question's image.
     """
 
     label: str
@@ -56,17 +53,17 @@ class Variant:
 
     @property
     def kept(self) -> float:
-        """Vision tokens of an image that reach the decoder, mean over the images."""
+        """Vision tokens of an image that reach the decoder; mean over the images."""
         return mean(plan.kept for plan in self.plans)
 
     @property
     def kept_deep(self) -> float:
-        """Those that its layers from K on see."""
+        """Vision tokens of an image that layers from K on see; mean over the images."""
         return mean(plan.kept_deep for plan in self.plans)
 
     @property
     def layer_tokens(self) -> float:
-        """Vision tokens of an image that a decoder layer sees, mean over the layers: n K / L if all leave at K."""
+        """Vision tokens that a decoder layer sees; mean over the layers. n K / L if all n leave at layer K of L."""
         if self.layer is None:
             return self.kept
         return (self.kept * self.layer + self.kept_deep * (self.layers - self.layer)) / self.layers
@@ -84,8 +81,6 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """What can't be done on this model, and why."""
-
     label: str
     ratio: float | None
     layer: int | None
@@ -93,16 +88,16 @@ class Refusal:
 
 
 def parse_specs(texts: Iterable[str]) -> list[Spec]:
-    """Reads methods as written on a command line: `name`, `name:option=value,option=value`, or a request's JSON object.
+    """Reads methods `name`, `name:option=value,option=value` or a request's JSON object, without amounts.
 
     Raises:
-        ValueError: not readable, or an amount in it.
+        ValueError: malformed, or it holds an amount.
     """
     return [_spec(text) for argument in texts for text in _split(argument)]
 
 
 def _split(text: str) -> list[str]:
-    """Methods with commas between them; `option=value` behind a comma belongs to the method before it."""
+    """Splits methods at commas; a piece `option=value` belongs to the method before it."""
     methods: list[str] = []
     for piece in _pieces(text):
         is_option = "=" in piece and ":" not in piece and not piece.lstrip().startswith("{")
@@ -114,7 +109,7 @@ def _split(text: str) -> list[str]:
 
 
 def _pieces(text: str) -> list[str]:
-    """What stands between the commas that are in no brackets."""
+    """Splits at commas outside of brackets."""
     pieces, depth = [""], 0
     for character in text:
         depth += (character in "[{") - (character in "]}")
@@ -165,7 +160,7 @@ def _label(fields: Mapping[str, Any]) -> str:
 
 
 def default_specs(withdraws: bool) -> list[Spec]:
-    """Every method of images; those of the decoder only where there is a K to run them at."""
+    """All methods for images; decoder methods only if there is a K."""
     return [
         Spec(name, (("method", name),))
         for name, method in METHODS.items()
@@ -174,7 +169,7 @@ def default_specs(withdraws: bool) -> list[Spec]:
 
 
 def complete(specs: Sequence[Spec], withdraws: bool) -> list[Spec]:
-    """The specs, and the controls and plain withdrawal where they are missing."""
+    """Adds the controls, and plain withdrawal if there is a K, unless they are among `specs`."""
     wanted = [*CONTROLS, *(["withdraw"] if withdraws else [])]
     present = {spec.label for spec in specs}
     return [*specs, *(Spec(name, (("method", name),)) for name in wanted if name not in present)]
@@ -187,15 +182,13 @@ def variants(
     layouts: Sequence[Layout],
     layers: int,
 ) -> tuple[list[Variant], list[Refusal]]:
-    """Everything to be measured beside ratio 0, each once, and what can't be.
-
-    The controls come after what they control, at each of its counts.
+    """All variants to measure except ratio 0, and those that this model refuses; controls come last, at each count.
 
     Args:
-        ratios: shares of tokens removed, in (0, 1).
+        ratios: in (0, 1).
         withdraw_layers: values of K.
         layouts: of each question's image.
-        layers: L, the decoder's layers.
+        layers: number of decoder layers.
     """
     found: list[Variant] = []
     refused: list[Refusal] = []
@@ -223,7 +216,7 @@ def variants(
 def _grid(
     spec: Spec, ratios: Sequence[float], withdraw_layers: Sequence[int]
 ) -> Iterator[tuple[float | None, int | None]]:
-    """(ratio, K) of a method; no ratio for what has no amount, no K for what needs none."""
+    """Pairs (ratio, K) of a method; the ratio is None if it takes no amount, K is None if it needs none."""
     try:
         decoder = spec.reduction().decoder
     except InvalidReduction:
@@ -237,15 +230,12 @@ def _grid(
 
 
 def control_positions(name: str, asked: str) -> str:
-    """Which positions the tokens of a control have, beside a method's; "" is the server's default.
-
-    Those of a smaller image are its own: it has no others.
-    """
+    """A control's `positions` beside a method with `asked`; "" is the default, which a smaller image always has."""
     return "" if isinstance(METHODS[name], BeforeTower) else asked
 
 
 def plan_all(reduction: Reduction, layouts: Sequence[Layout]) -> tuple[ItemPlan, ...]:
-    """What becomes of each image; raises InvalidReduction if one of them can't be reduced so."""
+    """The plan of each image; raises InvalidReduction if one of them can't be reduced so."""
     if reduction.pruning is not None:
         raise InvalidReduction(
             f"with {reduction.pruning.name!r} an image's pixels decide how many tokens it keeps, and methods are "
@@ -257,18 +247,14 @@ def plan_all(reduction: Reduction, layouts: Sequence[Layout]) -> tuple[ItemPlan,
         try:
             plans.append(plan_item(reduction, layout))
         except InvalidReduction as error:
-            if len(set(layouts)) == 1:  # as of any other image
+            if len(set(layouts)) == 1:  # every image would be refused
                 raise
             raise InvalidReduction(f"image {number} of {len(layouts)}: {error}", error.param) from error
     return tuple(plans)
 
 
 def _control(name: str, count: int, positions: str, layouts: Sequence[Layout], layers: int) -> Variant:
-    """A control that keeps `count` tokens of an image, or the next lower number that it can keep.
-
-    Raises:
-        InvalidReduction: the model is not one that it works with.
-    """
+    """A control that keeps `count` tokens, or the next lower possible number; InvalidReduction if unsupported."""
     fields = {"method": name} | ({"positions": positions} if positions else {})
     reduction = Reduction.parse(fields | _amount(name, count, layouts))
     label = f"{name}:positions={positions}" if positions else name
@@ -276,7 +262,7 @@ def _control(name: str, count: int, positions: str, layouts: Sequence[Layout], l
 
 
 def _amount(name: str, count: int, layouts: Sequence[Layout]) -> dict[str, Any]:
-    """Tokens to keep, of images that are one grid of one size; else a ratio that leaves `count` of them at the mean."""
+    """`keep_tokens` if all images are one grid of one size, else a ratio that leaves a mean of `count` tokens."""
     first = layouts[0]
     if set(layouts) == {first} and first.tokens == first.parts[0].geometry.tokens:
         geometry = first.parts[0].geometry
@@ -285,5 +271,5 @@ def _amount(name: str, count: int, layouts: Sequence[Layout]) -> dict[str, Any]:
     parts = [part for layout in layouts for part in layout.parts]
     grids, tokens = sum(part.count for part in parts), sum(part.tokens for part in parts)
     in_grids = tokens - sum(part.separators for part in parts)
-    # What goes of a grid is rounded down: one more from each, so that no more than `count` are left.
+    # The number removed from each grid is rounded down: remove one more from each, so that at most `count` are left.
     return {"ratio": min(1 - 1e-9, (tokens - count * len(layouts) + grids) / in_grids)}
