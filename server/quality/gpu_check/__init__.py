@@ -1,4 +1,5 @@
-"""`foldserve gpu-check`: stages that say whether a machine's GPU computes what it should, each in processes of its own.
+"""`foldserve gpu-check`: stages that check whether a machine's GPU computes what it should.
 
-What is asked and what is made of the answers is here; the processes, which import vLLM, are `quality/engine/gpu_check`.
+The stages and their verdicts are here. The jobs that they run in processes of their own, which import vLLM, are in
+`quality/engine/gpu_check`.
 """

@@ -1,4 +1,4 @@
-"""Where stages run their jobs: a process each, with what is left of the stage's time."""
+"""Runs the jobs of stages, each in its own process and within the stage's time limit."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _ALWAYS = {
 
 
 class Failed(Exception):
-    """The stage did not pass; the message says why, in one line. `details`: what was found all the same."""
+    """A stage failed. The message is one line; `details` hold the results so far."""
 
     def __init__(self, message: str, details: Mapping[str, Any] = MappingProxyType({})) -> None:
         super().__init__(message)
@@ -39,22 +39,20 @@ class Failed(Exception):
 
 
 class Bench(Protocol):
-    """What a stage may use."""
-
     @property
     def options(self) -> GpuCheckOptions: ...
 
     @property
     def folder(self) -> Path:
-        """For files of the stage."""
+        """Folder for the stage's files."""
 
     def run(self, name: str, job: str, spec: BaseModel, result: type[_T], **env: str) -> _T:
-        """What a job gives; raises Failed if it gives nothing.
+        """Runs a job and returns its result; raises Failed if it fails.
 
         Args:
-            name: of the job in messages and files.
+            name: of the run, in messages and file names.
             job: a module of the package `JOBS`.
-            env: variables of its process.
+            env: environment variables of the job's process.
         """
 
 
@@ -63,8 +61,8 @@ class ProcessBench:
     """Runs jobs in processes.
 
     Attributes:
-        device_variables: with which vLLM computes as the server does.
-        deadline: of the stage, on the monotonic clock.
+        device_variables: environment variables that the server sets for this device.
+        deadline: of the current stage, on the monotonic clock.
     """
 
     options: GpuCheckOptions
@@ -74,7 +72,7 @@ class ProcessBench:
     limit_s: float = 0.0
 
     def give(self, seconds: float) -> None:
-        """From now on, for the next stage."""
+        """Sets the time limit of the next stage, which begins now."""
         self.limit_s, self.deadline = seconds, time.monotonic() + seconds
 
     def run(self, name: str, job: str, spec: BaseModel, result: type[_T], **env: str) -> _T:
@@ -96,7 +94,7 @@ class ProcessBench:
             raise Failed(f"{name} gave another answer than expected: {told} ({error.errors()[0]['msg']})") from error
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int | None:
-        """Its exit status; None if the time was over, in which case it and its children are killed."""
+        """The exit status; None if time ran out. Then the process and its children are killed."""
         try:
             return process.wait(max(self.deadline - time.monotonic(), 0))
         except subprocess.TimeoutExpired:
@@ -114,7 +112,7 @@ def _ending(status: int) -> str:
 
 
 ERROR_MARK = "gpu-check job failed: "
-"""Before the error that a job ends with, in its log."""
+"""Marks the line of a job's log that holds its final error."""
 
 
 def _last_error(log: Path) -> str:

@@ -1,4 +1,4 @@
-"""The stage with a burst that would overrun the vision tower."""
+"""The stage `burst`: more images in one step than the vision tower has memory for."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from foldserve.server.quality.gpu_check.jobs import Burst, BurstSeen
 _IMAGES = 200
 _PROFILED = 3
 _MOST_MEMORY = 1.5
-"""Of the burst, beside as many unreduced images as start-up measured: without a bound it is a multiple."""
+"""Limit of the burst's memory, relative to as many unreduced images as start-up measured. Without a bound on images
+in the tower, the burst takes several times as much."""
 _MIB = 2**20
 
 
 def burst(bench: Bench) -> Passed:
     room = {"max_num_batched_tokens": _PROFILED * 144 + 100, "max_num_seqs": 64, "enable_prefix_caching": False}
-    served = engine(bench, **room).model_copy(update={"serves": False})  # whose scheduler would bound steps by itself
+    served = engine(bench, **room).model_copy(update={"serves": False})  # the server's scheduler bounds steps itself
     spec = Burst(engine=served, images=_IMAGES, reduction={"keep_tokens": 2})
     seen = bench.run("burst", "burst", spec, BurstSeen, **OURS)
     if seen.answered != _IMAGES:

@@ -13,15 +13,15 @@ from foldserve.server.quality.gpu_check.result import RESULTS_FILE, Result, Resu
 from foldserve.server.quality.gpu_check.stages import ALL, CPU_LIMIT_S, Stage
 
 _LEAST_S = 20.0
-"""An engine takes as long to start: with less time left, a stage could only fail."""
+"""Time that an engine takes to start: with less left, a stage can only fail."""
 
 
 def run(options: GpuCheckOptions, facts: Mapping[str, str], device_variables: Mapping[str, str]) -> Results:
     """Runs the stages, prints a line for each, and writes the results.
 
     Args:
-        facts: of the machine and of what is installed, name -> value.
-        device_variables: with which vLLM computes as the server does.
+        facts: about the machine and what is installed.
+        device_variables: environment variables that the server sets for this device.
     """
     jobs = options.output / "jobs"
     jobs.mkdir(parents=True, exist_ok=True)
@@ -34,15 +34,13 @@ def run(options: GpuCheckOptions, facts: Mapping[str, str], device_variables: Ma
             print(found[-1].show(), flush=True)
             results = Results(device=options.device, facts=dict(facts), stages=tuple(found))
             text = results.model_dump_json(indent=1)
-            (options.output / RESULTS_FILE).write_text(f"{text}\n")  # now, in case this one is ended
+            (options.output / RESULTS_FILE).write_text(f"{text}\n")  # after each stage, in case this process is killed
     write_page(results, options.output)
     return results
 
 
 def _run(stage: Stage, bench: ProcessBench, left_s: float | None) -> Result:
-    """Args:
-    left_s: of the budget for all stages; None without one.
-    """
+    """Runs or skips a stage; `left_s` is what is left of the budget for all stages, None without one."""
     options = bench.options
     skipped = ""
     if options.device == "cpu" and stage.needs_gpu and not (stage.name == "load" and options.model):
@@ -60,7 +58,7 @@ def _run(stage: Stage, bench: ProcessBench, left_s: float | None) -> Result:
         status, line, details = "PASS", passed.line, passed.details
     except Failed as failed:
         status, line, details = "FAIL", str(failed), failed.details
-    except Exception as fault:  # of the stage itself: the others go on
+    except Exception as fault:  # a bug in the stage: the others go on
         traceback.print_exc()
         status, line, details = "FAIL", f"{type(fault).__name__}: {fault}", {}
     seconds = time.monotonic() - started

@@ -1,4 +1,4 @@
-"""What stages share."""
+"""Engines and environment variables that stages share."""
 
 from __future__ import annotations
 
@@ -11,28 +11,23 @@ from foldserve.server.quality.gpu_check.bench import Bench
 from foldserve.server.quality.gpu_check.jobs import Answers, Ask, Engine
 
 STOCK = {"VLLM_PLUGINS": ""}
-"""Variables of a job in which vLLM is plain."""
+"""Environment variables of a job that runs plain vLLM."""
 OURS = {"VLLM_PLUGINS": "foldserve"}
 
 TRUE_FP32 = {"TRITON_F32_DEFAULT": "ieee"}
-"""For jobs in fp32: Triton's products are TF32 by default, which moves this model's margins by up to 0.06."""
+"""For jobs in fp32: Triton's matrix products are TF32 by default, which moves this model's margins by up to 0.06."""
 
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """What a stage found.
-
-    Attributes:
-        line: in a few words.
-        details: for the JSON file and the page.
-    """
+    """Result of a stage that passed: one line, and details for the JSON file and the page."""
 
     line: str
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
 def engine(bench: Bench, withdraw_layer: int | None = None, **arguments: Any) -> Engine:
-    """The demo model, small enough for any GPU."""
+    """An engine of the demo model, which fits any GPU."""
     options = bench.options
     asked = {"attention_backend": options.attention_backend, "mm_encoder_attn_backend": options.mm_encoder_attn_backend}
     defaults: dict[str, Any] = {
@@ -48,7 +43,7 @@ def engine(bench: Bench, withdraw_layer: int | None = None, **arguments: Any) ->
 
 
 def fp32_arguments(bench: Bench) -> dict[str, Any]:
-    """With backends that take fp32."""
+    """Engine arguments for fp32, with attention backends that support it."""
     if bench.options.device == "cpu":
         return {"dtype": "float32"}
     return {"dtype": "float32", "attention_backend": "TRITON_ATTN", "mm_encoder_attn_backend": "TORCH_SDPA"}

@@ -1,7 +1,7 @@
-"""Answers beside those that they should be.
+"""Compares answers with the expected ones.
 
-The likeliest token of a trained model often has a probability of nearly 1, whatever was done to the image: what tells a
-wrong reduction is its margin, by how much it leads over the next token. docs/guides/gpu-check.md has the figures.
+The likeliest token of a trained model often has a probability of nearly 1, even if the image was reduced wrongly. Its
+margin over the second likeliest shows the error: docs/guides/gpu-check.md has the figures.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from foldserve.server.quality.gpu_check.jobs import Answer, Case
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """How far an answer may be off, in nats.
+    """Largest differences from the expected answer, in nats.
 
     Attributes:
-        logprob: of a token.
-        margin: of its lead over the next one.
-        close: a token that leads by less may be another one; what follows it is not compared.
-        compared: share of all tokens that has to be compared at least.
+        logprob: of a token's log-probability.
+        margin: of a token's margin.
+        close: a token with a smaller margin may differ; the tokens after it are not compared.
+        compared: least share of all tokens that has to be compared.
     """
 
     logprob: float
@@ -33,11 +33,11 @@ class Tolerance:
 
 @dataclass(slots=True)
 class Comparison:
-    """What was found.
+    """Result of a comparison.
 
     Attributes:
-        errors: largest difference of margins in each case.
-        close: cases that took another way where two tokens were close.
+        errors: case -> largest difference of margins.
+        close: cases whose answers part at a token with a small margin.
         wrong: case -> what is wrong with it.
     """
 
@@ -68,7 +68,7 @@ def compare(
 
 
 def require(comparison: Comparison, tolerance: Tolerance, what: str = "") -> None:
-    """Raises Failed if an answer is wrong, or too little was compared to say that all are right."""
+    """Raises Failed if an answer is wrong or too few tokens were compared."""
     before = f"{what}: " if what else ""
     if comparison.wrong:
         name, wrong = next(iter(comparison.wrong.items()))
@@ -83,7 +83,7 @@ def require(comparison: Comparison, tolerance: Tolerance, what: str = "") -> Non
 
 
 def first(answers: Sequence[Answer], tokens: int) -> list[Answer]:
-    """The answers cut to so many tokens."""
+    """The first `tokens` tokens of each answer."""
     return [
         answer.model_copy(update={name: getattr(answer, name)[:tokens] for name in ("ids", "logprobs", "margins")})
         for answer in answers
@@ -91,7 +91,7 @@ def first(answers: Sequence[Answer], tokens: int) -> list[Answer]:
 
 
 def _compare(name: str, right: Answer, answer: Answer, tolerance: Tolerance, comparison: Comparison) -> str:
-    """What is wrong, or ""."""
+    """What is wrong with an answer, or ""."""
     comparison.errors[name] = 0.0
     if answer.prompt_tokens != right.prompt_tokens:
         return f"{answer.prompt_tokens} tokens in the prompt, not {right.prompt_tokens}"
@@ -117,14 +117,14 @@ def _compare(name: str, right: Answer, answer: Answer, tolerance: Tolerance, com
 def require_alike(
     expected: Sequence[Answer], found: Sequence[Answer], *, followed: float, margin: float, what: str
 ) -> tuple[float, float]:
-    """For 16 bits, where rounding can choose another token of an image, and another answer follows.
+    """Compares 16-bit answers, in which rounding can change which vision tokens are kept, and with them the answer.
 
     Args:
-        followed: share of the tokens, before two answers part, that is asked for.
-        margin: that nine of ten of these may be off at most.
+        followed: least share of tokens before the first difference of their answers.
+        margin: largest difference of margins, for nine of ten of these tokens.
 
     Returns:
-        Both as they are.
+        The measured share and difference.
     """
     same = total = 0
     errors: list[float] = []

@@ -1,4 +1,4 @@
-"""Stages that compare what engines say with what they should say."""
+"""Stages that compare an engine's answers with expected ones."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ _STOCK_MODEL = "vllm.model_executor.models.llava.LlavaForConditionalGeneration"
 
 FP32 = Tolerance(logprob=2e-3, margin=0.01, close=0.01)
 _16_BIT = Tolerance(logprob=0.5, margin=4.0, close=2.0)
-"""bf16 beside fp32: what is further off is garbage, not rounding."""
+"""bf16 against fp32: a larger difference is garbage, not rounding."""
 _SMOKE_TOKENS = 2
-"""That are compared in bf16: what follows the end of an answer is arbitrary."""
+"""Tokens compared in bf16: those after the end of an answer are arbitrary."""
 
 
 def smoke(bench: Bench) -> Passed:
@@ -61,7 +61,7 @@ def ratio_zero(bench: Bench) -> Passed:
 
 
 def unreduced(known: References) -> tuple[Case, ...]:
-    """Each prompt of the cases with each image, nothing asked; first those with most images."""
+    """Each prompt of the cases with each image, without reduction; prompts with most images first."""
     prompts = dict.fromkeys(case.prompt for case in known.cases)
     count, tokens = len(known.images), known.cases[0].tokens
     cases = []

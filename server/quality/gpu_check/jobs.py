@@ -1,4 +1,4 @@
-"""What the processes are asked and what they answer, as JSON files."""
+"""Inputs and results of the jobs, which travel as JSON files."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ class Case(_Message):
     """One request.
 
     Attributes:
-        prompt: with an `<image>` for each of the images.
-        images: their numbers in the file of references.
-        reductions: one for each image, as in a request; none are sent if there are none.
-        tokens: to generate.
+        prompt: with an `<image>` for each image.
+        images: indices in the file of references.
+        reductions: one for each image, as in a request, or none at all.
+        tokens: number to generate.
     """
 
     name: str
@@ -33,9 +33,8 @@ class Answer(_Message):
     """A greedy answer.
 
     Attributes:
-        prompt_tokens: placeholders of the tokens that images keep among them.
-        logprobs: of `ids`.
-        margins: by how much the likeliest token leads over the next one, in log-probability.
+        prompt_tokens: with one placeholder for each kept vision token.
+        margins: log-probability of the likeliest token minus that of the second.
     """
 
     prompt_tokens: int
@@ -45,12 +44,12 @@ class Answer(_Message):
 
 
 class Engine(_Message):
-    """An engine to start in the process.
+    """An engine to start in the job's process.
 
     Attributes:
-        foldserve: False: vLLM's own classes.
-        withdraw_layer: K, or None without withdrawal.
-        serves: with the scheduler of `foldserve serve`, not that of `vllm.LLM`.
+        foldserve: False for plain vLLM.
+        withdraw_layer: K, or None.
+        serves: whether to use the scheduler of `foldserve serve` instead of that of `vllm.LLM`.
         arguments: fields of vLLM's `EngineArgs`.
     """
 
@@ -62,9 +61,9 @@ class Engine(_Message):
 
 
 class Ask(_Message):
-    """Job `answer`: the cases all at once, `rounds` times in one engine.
+    """Job `answer`: sends all cases at once, `rounds` times to one engine.
 
-    Every second time in reverse order: a small prefix cache still has those that came last.
+    Every second round is in reverse order: a small prefix cache still has the last cases of the round before.
     """
 
     engine: Engine
@@ -74,17 +73,15 @@ class Ask(_Message):
 
 
 class Answers(_Message):
-    """What the engine said and did.
+    """Result of the job `answer`.
 
     Attributes:
-        model_class: with its module.
         runner: v1 or v2.
-        rounds: an answer to each case in each round.
-        steps: scheduling steps by the mode of CUDA graphs that they ran in.
-        preemptions: in all rounds.
-        cached_tokens: of prompts, found in the prefix cache in the last round.
-        held_blocks: KV blocks that were not given back at the end.
-        facts: `engine_facts` of an engine of foldserve.
+        rounds: for each round, an answer to each case.
+        steps: number of steps by CUDA graph mode.
+        cached_tokens: prompt tokens from the prefix cache in the last round.
+        held_blocks: KV blocks still in use at the end.
+        facts: `engine_facts`, unless the engine is plain vLLM.
     """
 
     model_class: str
@@ -98,7 +95,7 @@ class Answers(_Message):
 
 
 class Burst(_Message):
-    """Job `burst`: so many images at once, all reduced, after as many as start-up profiled, unreduced."""
+    """Job `burst`: first as many unreduced images as start-up profiled, then `images` reduced ones at once."""
 
     engine: Engine
     images: int
@@ -106,14 +103,14 @@ class Burst(_Message):
 
 
 class BurstSeen(_Message):
-    """What the vision tower had to do.
+    """Result of the job `burst`.
 
     Attributes:
-        profiled: images at once that start-up measured.
-        scheduled: most images of one scheduling step in the burst.
-        encoded: most images of one run of the tower in the burst.
-        answered: requests that got their token.
-        plain_bytes: most memory on the device above what is held between steps, unreduced; None on a CPU.
+        profiled: images at once that start-up profiled.
+        scheduled: most images in one scheduling step of the burst.
+        encoded: most images in one run of the tower.
+        answered: number of requests that got their token.
+        plain_bytes: peak device memory with unreduced images, above that between steps; None on a CPU.
         burst_bytes: the same in the burst.
     """
 
@@ -126,11 +123,11 @@ class BurstSeen(_Message):
 
 
 class Load(_Message):
-    """Job `load`: at each reduction `rounds` times `requests` at once, then `singles` one after the other.
+    """Job `load`: for each reduction, `rounds` times `requests` at once, then `singles` one after the other.
 
     Attributes:
-        words: text tokens of a prompt beside its image.
-        tokens: of an answer.
+        words: text tokens of a prompt.
+        tokens: tokens of an answer.
     """
 
     engine: Engine
@@ -147,11 +144,9 @@ class LoadRow(_Message):
     """Medians at one reduction.
 
     Attributes:
-        requests_per_s: at once.
-        ttft_ms: one request alone, image processing included.
-        itl_ms: time between tokens of one request alone.
-        prompt_tokens: of one request.
-        sequences: such requests that the KV cache holds.
+        requests_per_s: of requests sent at once.
+        ttft_ms, itl_ms: of one request alone; TTFT includes image processing.
+        sequences: number of such requests that the KV cache holds.
     """
 
     requests_per_s: float
@@ -162,10 +157,12 @@ class LoadRow(_Message):
 
 
 class LoadRows(_Message):
-    """Attributes:
-    rows: one for each reduction.
-    steps: scheduling steps by the mode of CUDA graphs that they ran in.
-    peak_bytes: most memory on the device; None on a CPU.
+    """Result of the job `load`.
+
+    Attributes:
+        rows: one for each reduction.
+        steps: number of steps by CUDA graph mode.
+        peak_bytes: peak device memory; None on a CPU.
     """
 
     rows: tuple[LoadRow, ...]
@@ -175,13 +172,11 @@ class LoadRows(_Message):
 
 
 class Machine(_Message):
-    """Job `machine`: whether vLLM's compiled kernels work, and what the device can do at most."""
+    """Job `machine`: whether vLLM's compiled kernels work, and the device's peak throughput."""
 
 
 class MachineSeen(_Message):
-    """Attributes:
-    silu_error: of vLLM's compiled `silu_and_mul` in bf16, relative.
-    """
+    """Result of the job `machine`; `silu_error` is the relative error of vLLM's compiled `silu_and_mul` in bf16."""
 
     device: str
     capability: str
@@ -196,9 +191,11 @@ class Kernels(_Message):
 
 
 class KernelsSeen(_Message):
-    """Attributes:
-    failures: check -> what was wrong.
-    catches_a_wrong_kernel: the check fails where a kernel is not run.
+    """Result of the job `kernels`.
+
+    Attributes:
+        failures: check -> error.
+        catches_a_wrong_kernel: whether the check fails if a kernel does not run.
     """
 
     checks: int

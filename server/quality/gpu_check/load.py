@@ -1,4 +1,4 @@
-"""The stage that measures: plain vLLM beside foldserve at several ratios, with and without withdrawal."""
+"""The stage `load`: measures plain vLLM, and foldserve at several ratios with and without withdrawal."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from foldserve.server.quality.gpu_check.shape import write_shape
 RATIOS = (0.0, 0.5, 0.66, 0.9)
 WITHDRAWN_RATIOS = (0.0, 0.66)
 LEAST_OF_STOCK = 0.95
-"""Requests a second at ratio 0, of plain vLLM's: where nothing is reduced, nothing may be lost."""
+"""Least requests/s at ratio 0, as a share of plain vLLM's."""
 
 _ON_CPU = {"requests": 16, "tokens": 16, "rounds": 1, "singles": 3}
-"""To try the stage; its figures say little there."""
+"""Only to try the stage: its figures say little on a CPU."""
 
 _ANY_SIZE_PX = 672
-"""Of images for models that take any size: 576 tokens of Qwen2.5-VL."""
+"""Image size for models that take any: 576 tokens of Qwen2.5-VL."""
 
 Row = dict[str, Any]
 
@@ -54,7 +54,7 @@ def load(bench: Bench) -> Passed:
 
 
 def judge(rows: list[Row]) -> str:
-    """Raises Failed if foldserve is slower than vLLM at ratio 0, or reduction brings nothing."""
+    """Sums up the gains; raises Failed if foldserve is slower than vLLM at ratio 0 or reduction gains nothing."""
     stock, zero, *reduced = (row["requests_per_s"] for row in rows if "withdrawn" not in row["engine"])
     if zero < LEAST_OF_STOCK * stock:
         raise Failed(f"{zero:.1f} requests/s at ratio 0, {zero / stock:.0%} of plain vLLM's {stock:.1f}")
@@ -75,7 +75,7 @@ def _row(engine: str, ratio: float, row: LoadRow, found: LoadRows) -> Row:
 
 
 def load_engine(bench: Bench, model: Path) -> Engine:
-    """vLLM's own settings where a user leaves them open, without caches that would answer for the model."""
+    """An engine with the user's settings, else vLLM's, and without a prefix cache, which would skip prefills."""
     options = bench.options
     arguments: dict[str, Any] = {
         "load_format": "dummy",

@@ -1,4 +1,4 @@
-"""Stages that only a GPU can run."""
+"""Stages that need a GPU."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from foldserve.server.quality.gpu_check.references import REFERENCES, References
 _MOST_SILU_ERROR = 1e-2
 _REQUESTS = 40
 _FOLLOWED, _MARGIN = 0.8, 0.3
-"""Of fp16 beside fp16; fp16 beside fp32 has 0.9 and 0.04, see docs/guides/gpu-check.md."""
+"""Limits for fp16 against fp16. Measured for fp16 against fp32: 0.9 and 0.04, see docs/guides/gpu-check.md."""
 
 
 def machine(bench: Bench) -> Passed:
@@ -57,7 +57,7 @@ def graphs(bench: Bench) -> Passed:
 def _eager_and_compiled(
     bench: Bench, name: str, layer: int | None, arguments: Mapping[str, Any], env: Mapping[str, str]
 ) -> tuple[tuple[Case, ...], Answers, Answers]:
-    """The same requests without and with graphs; raises Failed if no step was a graph's."""
+    """Answers to the same requests without and with CUDA graphs; raises Failed if no step replayed a graph."""
     ask, file = _ask(bench, layer, dict(arguments)), "graphs-" + name.replace(", K=", "-k")
     slow = {"engine": ask.engine.model_copy(update={"arguments": ask.engine.arguments | {"enforce_eager": True}})}
     eager = ask_ours(bench, f"{file}-eager", ask.model_copy(update=slow), **env)
@@ -68,7 +68,7 @@ def _eager_and_compiled(
 
 
 def _ask(bench: Bench, layer: int | None, arguments: dict[str, Any]) -> Ask:
-    """Batches that shrink one by one, so that decode steps have all sizes, in an engine with graphs."""
+    """Requests for an engine with CUDA graphs whose answers end one by one, so that decode steps have all sizes."""
     known = References.load()
     takes = [case for case in known.cases if layer is not None or not _works_in_decoder(case)]
     cases = tuple(
@@ -89,7 +89,7 @@ def _replayed(steps: Mapping[str, int]) -> int:
 
 
 def sync(bench: Bench) -> Passed:
-    """A wait for the GPU, or a kernel that is compiled in service, is an error in the job."""
+    """In the job, a wait for the GPU or a kernel compiled after start-up is an error."""
     ask = _ask(bench, References.load().withdraw_layer, {"jit_monitor_mode": "error"}).model_copy(update={"rounds": 2})
     found = ask_ours(bench, "sync", ask, VLLM_GPU_SYNC_CHECK="error")
     line = f"{_REQUESTS} requests twice on runner {found.runner}: no step waits for the GPU or compiles a kernel"

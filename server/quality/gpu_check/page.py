@@ -23,7 +23,7 @@ _QUESTIONS = (
     ("ttft", "How long until the first token?", "ttft_ms", "TTFT of one request alone, ms"),
     ("sequences", "How many requests does the KV cache hold?", "sequences", "requests"),
 )
-"""(file stem, question, field of a row, unit)"""
+"""(file stem, title, field of a row, unit)"""
 _STAGES = (
     ("reference", "How far are margins in fp32 from plain PyTorch's?"),
     ("smoke", "How far are margins in bf16 from plain PyTorch's in fp32?"),
@@ -32,7 +32,7 @@ _LOAD_HEADINGS = ["engine", "ratio", "prompt tokens", "requests/s", "TTFT ms", "
 
 
 def write_page(results: Results, folder: Path) -> None:
-    """Writes the page in both forms, and its charts, which need matplotlib."""
+    """Writes the page in both forms, and its charts if matplotlib is installed."""
     drawn = charts({"": results}) if find_spec("matplotlib") else []
     for chart in drawn:
         chart.write(folder)
@@ -100,11 +100,7 @@ def _steps(results: Results) -> Table | None:
 
 
 def charts(checks: Mapping[str, Results]) -> list[Chart]:
-    """What was found, in pictures.
-
-    Args:
-        checks: by the name that panels have; "" where there is only one.
-    """
+    """Charts of the results; `checks` are keyed by the name for their panels, "" if only one."""
     found = []
     for stem, title, field, unit in _QUESTIONS:
         panels = [
@@ -124,7 +120,7 @@ def charts(checks: Mapping[str, Results]) -> list[Chart]:
 
 
 def _lines(rows: Sequence[Mapping[str, Any]], field: str) -> list[Line]:
-    """An engine each, but for plain vLLM."""
+    """One line per engine, except plain vLLM."""
     engines = dict.fromkeys(row["engine"] for row in rows if row["engine"] != _PLAIN)
     return [
         Line(
@@ -141,6 +137,6 @@ def _levels(rows: Sequence[Mapping[str, Any]], field: str) -> list[Level]:
 
 
 def details(results: Results, stage: str) -> Mapping[str, Any]:
-    """Of a stage; none if it was not run."""
+    """A stage's details; empty if it was not run."""
     found: Result | None = next((result for result in results.stages if result.stage == stage), None)
     return {} if found is None else found.details

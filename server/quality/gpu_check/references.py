@@ -1,4 +1,4 @@
-"""The cases that come with foldserve: prompts, images, reductions, and what plain PyTorch answers in fp32 on a CPU.
+"""Reference cases that come with foldserve, with the answers of plain PyTorch in fp32 on a CPU.
 
 `tests/quality/gpu_check_references.py` makes the file from the demo model.
 """
@@ -18,17 +18,14 @@ from safetensors.numpy import save_file
 from foldserve.server.quality.gpu_check.jobs import Answer, Case
 
 _TOLD = "asked"
-"""The one entry of the file's metadata: several would be written in an order that varies."""
+"""The only metadata entry: the order of several would vary from file to file."""
 
 REFERENCES = Path(__file__).parent / "references.safetensors"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class References:
-    """Attributes:
-    withdraw_layer: K of the engine that the cases are for.
-    cases: with an answer each.
-    """
+    """Cases for an engine with `withdraw_layer`, and an answer to each."""
 
     withdraw_layer: int
     images: list[Image.Image]

@@ -1,4 +1,4 @@
-"""What the check found."""
+"""The result file of the check."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ Status = Literal["PASS", "FAIL", "SKIP"]
 
 
 class Result(BaseModel):
-    """Of one stage.
+    """Result of one stage.
 
     Attributes:
-        shows: what it means that it passed.
-        line: what was found, or why it failed or was skipped.
+        shows: what a pass means.
+        line: summary, or why it failed or was skipped.
         details: depend on the stage.
     """
 
@@ -34,7 +34,7 @@ class Result(BaseModel):
 
 
 class Results(BaseModel):
-    """Of all of them, on one machine; `facts` are about it and what is installed."""
+    """Results of all stages on one machine; `facts` describe it and what is installed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
@@ -44,7 +44,7 @@ class Results(BaseModel):
 
     @classmethod
     def read(cls, file: Path) -> Results:
-        """Raises ValueError if the file holds none."""
+        """Raises ValueError if `file` holds no results."""
         try:
             return cls.model_validate_json(file.read_text())
         except (OSError, ValueError) as error:

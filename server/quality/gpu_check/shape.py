@@ -25,7 +25,7 @@ _VOCABULARY, _INTERMEDIATE = 32064, 11008
 
 
 def write_shape(folder: Path) -> Path:
-    """Writes it, or leaves a folder that is there. Its tokenizer is the demo model's, in a larger vocabulary."""
+    """Writes the checkpoint unless `folder` exists. The tokenizer is the demo model's, with a larger vocabulary."""
     if folder.is_dir():
         return folder
     with new_folder(folder) as partial:

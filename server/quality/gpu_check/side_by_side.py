@@ -23,11 +23,7 @@ _NOTE = "Medians of one run each: they have no intervals."
 
 
 def write(checks: Mapping[str, Results], folder: Path) -> None:
-    """Writes index.html, and every chart as SVG.
-
-    Args:
-        checks: two, by the names that they have there.
-    """
+    """Writes index.html and the charts as SVG for two checks, by the names that the page gives them."""
     drawn = charts(checks)
     for chart in drawn:
         chart.write(folder)
@@ -50,7 +46,6 @@ def _result(results: Results, stage: str) -> str:
 
 
 def _load(checks: Mapping[str, Results]) -> Table | None:
-    """Medians of one run each: they have no intervals."""
     first, second = (details(results, "load").get("rows") or [] for results in checks.values())
     if not first or not second:
         return None

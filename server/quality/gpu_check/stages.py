@@ -18,13 +18,13 @@ CPU_LIMIT_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One line of the result.
+    """One stage.
 
     Attributes:
-        shows: what it means that it passed.
-        limit_s: on a GPU; on a CPU it is `CPU_LIMIT_S` for each.
+        shows: what a pass means.
+        limit_s: time limit on a GPU; on a CPU it is `CPU_LIMIT_S`.
         run: raises Failed.
-        needs_gpu: why it can't run without one; "" if it can.
+        needs_gpu: why it needs a GPU, or "".
     """
 
     name: str
