@@ -1,1 +1,1 @@
-"""Quality of reduced models: the demo model; calibration and evaluation come later."""
+"""Quality of reduced models: evaluation, calibration, analysis, token maps, the GPU check and the demo model."""

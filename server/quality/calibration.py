@@ -15,7 +15,7 @@ from foldserve.server.quality.calibration_search import first_layer_within, kl_d
 
 
 class Probe(Protocol):
-    """A model whose logits can be seen; `server/engine/kl_probe.py` has the real one."""
+    """A model whose logits can be read; implemented by `KLProbe`."""
 
     model: str
     revision: str | None
@@ -25,15 +25,11 @@ class Probe(Protocol):
         """Loads the weights."""
 
     def logits(self, image: Image, question: str, candidates: range, answer_tokens: int) -> tuple[Tensor, Tensor]:
-        """(tokens, vocab) of the answer's first tokens, (len(candidates), tokens, vocab) withdrawn at each K."""
+        """(tokens, vocab) of the answer's first tokens, and (len(candidates), tokens, vocab) if withdrawn at each K."""
 
 
 def candidate_layers(layers: int, min_layer: int, first: int = 1) -> range:
-    """The K that are looked at in a decoder of `layers` layers, which allows none below `first`.
-
-    Raises:
-        ValueError: there is none.
-    """
+    """The values of K to measure in a decoder of `layers` layers whose smallest K is `first`."""
     if not first <= min_layer < layers:
         raise ValueError(
             f"K runs from --min-layer to N-1, and with --min-layer {min_layer} there is none for the {layers} layers of"
@@ -48,8 +44,8 @@ def calibrate(
     """Loads the model and runs VTW's Algorithm 1, with a progress bar over the samples.
 
     Args:
-        answer_tokens: over how many tokens of an answer its KL is the mean; the algorithm has 1, which says nothing
-            about what a long answer needs to see later.
+        answer_tokens: number of answer tokens that the KL is averaged over. The paper takes 1, which says nothing about
+            what a long answer still has to look at.
 
     Raises:
         ValueError: an unreadable image, or logits that are not finite.
@@ -84,7 +80,7 @@ def _curve(probe: Probe, sample: Sample, candidates: range, answer_tokens: int) 
 
 
 def report(calibration: Calibration) -> str:
-    """The curve and what was found."""
+    """The curve and the layer found, as text for the terminal."""
     rows = [f"  K = {layer:3d}   {kl:.6f}" for layer, kl in calibration.kl.items()]
     tokens = (
         "first answer token" if calibration.answer_tokens == 1 else f"first {calibration.answer_tokens} answer tokens"

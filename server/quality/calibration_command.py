@@ -16,11 +16,7 @@ _SAMPLES = 20
 
 
 def run(options: CalibrationOptions, cache_dir: Path, engine_options: Sequence[str]) -> int:
-    """Calibrates, writes the file and the plot, says what was found; exit status 1 if no layer was.
-
-    Raises:
-        ValueError: what is asked cannot be done; nothing was written.
-    """
+    """Calibrates and writes the file and the plot. Returns the exit status: 1 if no layer was found."""
     if options.plot is not None and not can_plot():
         raise ValueError("--plot needs matplotlib: pip install matplotlib")
     samples = load_samples(options.data, options.samples or _SAMPLES, options.question)
@@ -53,7 +49,7 @@ def run(options: CalibrationOptions, cache_dir: Path, engine_options: Sequence[s
 
 
 def _require_writable(file: Path) -> None:
-    """Before the work rather than after it."""
+    """Raises ValueError before the work is done rather than after it."""
     file.parent.mkdir(parents=True, exist_ok=True)
     if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
         raise ValueError(f"{file} can't be written: name another file with --output and --plot")

@@ -1,4 +1,4 @@
-"""The images and questions that a calibration asks about."""
+"""The images and questions of a calibration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from foldserve.server.quality.demo.questions import KINDS
 
 _IMAGE_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 
-_SEED = 3  # of the built-in scenes: others than an evaluation asks about
+_SEED = 3  # of the built-in scenes: not the scenes of an evaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +24,7 @@ class Sample:
     question: str
 
     def open(self) -> Image.Image:
-        """The image in RGB.
-
-        Raises:
-            ValueError: no readable image.
-        """
+        """The image in RGB; ValueError if it is unreadable."""
         if isinstance(self.image, Image.Image):
             return self.image.convert("RGB")
         try:
@@ -39,11 +35,11 @@ class Sample:
 
 
 def load_samples(data: Path | None, count: int, question: str) -> list[Sample]:
-    """At most `count` samples, spread evenly over all of `data` in its order, so that a second run takes the same.
+    """At most `count` samples, spread evenly over `data`; the same ones each time.
 
     Args:
-        data: a folder of images, whose question is in a `.txt` file of the same stem or is `question`; a JSONL file
-            with `{"image": path, "question": text}` a line, paths relative to the file's folder; or None for the
+        data: a folder of images, each with its question in a `.txt` file of the same stem, else `question`; a JSONL
+            file of lines `{"image": path, "question": text}`, paths relative to the file's folder; or None for the
             built-in scenes, which the demo model knows.
 
     Raises:

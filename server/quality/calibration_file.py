@@ -1,4 +1,4 @@
-"""`withdrawal.json`: what a calibration found, and for which weights."""
+"""`withdrawal.json`: the withdrawal layer that a calibration found, and for which weights."""
 
 from __future__ import annotations
 
@@ -13,12 +13,7 @@ _SAMPLED_BYTES = 1 << 20
 
 
 class OfModel(BaseModel):
-    """A file with what was found for one model.
-
-    Attributes:
-        model: name or directory, as it was given.
-        model_hash: `model_hash` of its files.
-    """
+    """A calibration file, valid only for the weights that it was measured on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
@@ -29,17 +24,12 @@ class OfModel(BaseModel):
     model_hash: str
 
     def write(self, file: Path) -> None:
-        """Writes `file`, whose folder is made if need be."""
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(self.model_dump_json(indent=2) + "\n")
 
     @classmethod
     def read(cls, file: Path, advice: str) -> Self:
-        """What is in `file`.
-
-        Raises:
-            ValueError: no such file, or another one; `advice` says how to get it.
-        """
+        """Raises ValueError, ending in `advice`, if `file` is missing or no such calibration."""
         try:
             return cls.model_validate_json(file.read_text())
         except FileNotFoundError as error:
@@ -48,7 +38,7 @@ class OfModel(BaseModel):
             raise ValueError(f"{file} is not a calibration for {cls.read_by}: {error}") from error
 
     def check_weights(self, model: str, revision: str | None, file: Path, advice: str) -> None:
-        """Raises ValueError if this, read from `file`, is of other weights."""
+        """Raises ValueError if this calibration, read from `file`, was measured on other weights."""
         if self.model_hash != model_hash(model_folder(model, revision)):
             raise ValueError(f"the calibration in {file} is of {self.model} with other weights: {advice}")
 
@@ -57,12 +47,11 @@ class Calibration(OfModel):
     """Result of a search for the withdrawal layer.
 
     Attributes:
-        layers: N, the decoder layers.
+        layers: number of decoder layers.
         withdraw_layer: K, the first layer without vision tokens; None if no layer met eta.
         eta: largest mean KL divergence accepted, in nats.
-        samples: number of image and question pairs.
-        answer_tokens: over how many tokens of each answer, at most, the KL is the mean.
-        kl: mean KL(P_withdrawn || P_full) in nats for every K that was looked at.
+        answer_tokens: most tokens of an answer that the KL is averaged over.
+        kl: mean KL(P_withdrawn || P_full) in nats for every K measured.
     """
 
     read_by = "--withdraw-layer auto"
@@ -75,18 +64,14 @@ class Calibration(OfModel):
     kl: dict[int, float]
 
     def summary(self) -> dict[str, float | int]:
-        """For `/v1/reducers`: how it was looked for, and the mean KL (nats) at the layer; only where one was found."""
+        """What `/v1/reducers` shows: the search's settings and the mean KL in nats at the layer found."""
         assert self.withdraw_layer is not None
         asked = {"eta": self.eta, "samples": self.samples, "answer_tokens": self.answer_tokens}
         return asked | {"kl": self.kl[self.withdraw_layer]}
 
 
 def read_for(model: str, revision: str | None, file: Path) -> Calibration:
-    """The calibration in `file`, if it is of this very model and found a layer.
-
-    Raises:
-        ValueError: no such file, not a calibration, of other weights, or one that found no layer.
-    """
+    """Raises ValueError if `file` is missing, no calibration, measured on other weights, or found no layer."""
     advice = f"run `foldserve calibrate {model} --data DIR`, or give --withdraw-layer a number"
     calibration = Calibration.read(file, advice)
     if calibration.withdraw_layer is None:
@@ -98,21 +83,17 @@ def read_for(model: str, revision: str | None, file: Path) -> Calibration:
 
 
 def default_file(model: str, cache_dir: Path) -> Path:
-    """Where `calibrate` writes and `serve` looks."""
+    """The file that `calibrate` writes and `serve` reads by default."""
     return default_folder(model, cache_dir) / FILE_NAME
 
 
 def default_folder(model: str, cache_dir: Path) -> Path:
-    """Where calibrations lie: in the directory of a local model, else in the cache."""
+    """The directory of a local model, else a folder in the cache."""
     return Path(model) if Path(model).is_dir() else cache_dir / "calibration" / model.replace("/", "--")
 
 
 def model_folder(model: str, revision: str | None) -> Path:
-    """The local directory of a model; of one from the Hugging Face hub, its snapshot in the hub's cache.
-
-    Raises:
-        ValueError: it is not on this machine.
-    """
+    """A model's local directory, or its snapshot in the Hugging Face cache; ValueError if it is in neither."""
     if Path(model).is_dir():
         return Path(model)
     from huggingface_hub import snapshot_download
@@ -125,13 +106,12 @@ def model_folder(model: str, revision: str | None) -> Path:
 
 
 def model_hash(folder: Path) -> str:
-    """Identity of a checkpoint: its configuration and weight index, and of each weight file the size and both ends.
+    """SHA-256 of a checkpoint's configuration, weight index, and the size and both ends of each weight file.
 
-    The ends, a MiB each, tell apart fine-tuned twins, whose configuration and index are equal, without reading tens of
-    gigabytes.
+    The ends, 1 MiB each, tell fine-tuned checkpoints of equal configuration apart without reading tens of gigabytes.
 
     Raises:
-        ValueError: no configuration or no weights there.
+        ValueError: no configuration or no weights in `folder`.
     """
     described = [path for path in (folder / "config.json", *sorted(folder.glob("*.index.json"))) if path.is_file()]
     weights = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))  # of the two, vLLM loads the first

@@ -85,7 +85,7 @@ class CalibrationOptions:
             raise ValueError(f"--answer-tokens must be at least 1, not {self.answer_tokens}")
 
     def _refuse_others(self) -> None:
-        """Raises ValueError where an option of the other search was given."""
+        """Raises ValueError if an option of the other search was given."""
         others, mode = (_OF_LAYERS, "with --auto") if self.auto else (_OF_AUTO, "without --auto")
         for known in fields(self):
             if known.name in others and getattr(self, known.name) != known.default:

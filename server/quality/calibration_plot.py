@@ -11,12 +11,11 @@ from foldserve.server.quality.calibration_file import Calibration
 
 
 def can_plot() -> bool:
-    """Whether matplotlib is installed."""
     return find_spec("matplotlib") is not None
 
 
 def plot(calibration: Calibration, file: Path) -> None:
-    """Draws mean KL over K, eta and the layer found; the suffix of `file` chooses the format."""
+    """Draws mean KL against K, with eta and the layer found; the suffix of `file` chooses the format."""
     curve = [Point.exact(float(layer), kl, f"K={layer}") for layer, kl in calibration.kl.items()]
     lines = [Line(f"mean KL, {calibration.samples} samples", curve, 0)]
     if calibration.withdraw_layer is not None:

@@ -1,7 +1,7 @@
-"""A small LLaVA-1.5 checkpoint made on the spot, in the layout of the published `llava-hf/llava-1.5-7b-hf`.
+"""A LLaVA-1.5 checkpoint of random weights and any size, in the layout of the published `llava-hf/llava-1.5-7b-hf`.
 
-Its weights are random: it answers nonsense. It is for tests and for timing, at any size; what answers is in `demo`. Its
-outputs still depend on the image and on the prompt, so that whatever mixes up tokens changes what comes out.
+It is for tests and timing, and answers nonsense; the trained demo model is in `demo`. Its outputs depend on the image
+and the prompt, so mixed-up tokens change them.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def create(
     seed: int = 0,
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> Path:
-    """Writes the checkpoint that the arguments describe into the directory `path`, and returns `path`.
+    """Writes a checkpoint into the directory `path` and returns `path`.
 
-    Equal arguments give equal files. `(image_size / patch_size) ** 2` is the number of vision tokens an image has, 576
-    by default as in LLaVA-1.5; sizes are in pixels. The directory appears only when it is complete.
+    Sizes are in pixels; an image has `(image_size / patch_size) ** 2` vision tokens, by default 576 as in LLaVA-1.5.
+    Equal arguments give equal files. The directory appears only when it is complete.
 
     Raises:
         FileExistsError: `path` exists and is not an empty directory.

@@ -40,9 +40,9 @@ The first image is darker than the second. Both of them show the same room, but 
 
 @dataclass(frozen=True)
 class TokenIds:
-    """Ids of the special tokens, the rows of the embedding matrix, and the ids an answer may hold.
+    """Ids of the special tokens, the rows of the embedding matrix, and the ids that an answer may hold.
 
-    `answers` are `</s>` and every token of printable ASCII: neither control characters nor torn UTF-8 reach a terminal.
+    `answers` are `</s>` and all tokens of printable ASCII: no control character or partial UTF-8 reaches a terminal.
     """
 
     bos: int
@@ -54,7 +54,7 @@ class TokenIds:
 
 
 def save_tokenizer(folder: Path) -> TokenIds:
-    """Writes the tokenizer's files and the chat template into `folder`; every call writes the same."""
+    """Writes the tokenizer and the chat template; every call writes the same files."""
     tokenizer = _train()
     tokenizer_files.save(tokenizer, _CHAT_TEMPLATE, folder)
     ids, rows = tokenizer.get_vocab(), tokenizer_files.embedding_rows(tokenizer)

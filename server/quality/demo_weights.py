@@ -11,10 +11,10 @@ from torch import Tensor
 
 from foldserve.server.quality.demo_tokenizer import TokenIds
 
-# Standard deviation times sqrt(fan in). Twice what keeps a layer's output at the size of its input: with less, greedy
-# decoding falls into one token whatever the image shows.
+# Standard deviation times sqrt(fan in), twice the variance-preserving value: with less, greedy decoding repeats one
+# token whatever the image shows.
 _GAIN = 2.0
-# Logits of standard deviation 4: at temperature 1, too, tokens of logit 0 all but never come.
+# Gives logits a standard deviation of 4: tokens of logit 0 almost never occur, not even at temperature 1.
 _HEAD_SCALE = 2.0
 
 _Entry = tuple[str, tuple[int, ...]]
@@ -57,22 +57,21 @@ class Geometry:
 
     @property
     def intermediate_size(self) -> int:
-        """Width of the decoder's MLP, with about LLaMA's ratio."""
+        """Width of the decoder's MLP, about LLaMA's ratio."""
         return self.hidden_size * 11 // 4
 
     @property
     def vision_intermediate_size(self) -> int:
-        """Width of the vision tower's MLP, with CLIP's ratio."""
+        """Width of the vision tower's MLP, CLIP's ratio."""
         return self.vision_hidden * 4
 
 
 def random_weights(
     geometry: Geometry, ids: TokenIds, seed: int, dtype: Literal["float32", "bfloat16"]
 ) -> dict[str, Tensor]:
-    """Draws every weight from `seed`, in float32 and then cast, so that both dtypes hold the same model.
+    """Draws every weight in float32, then casts it, so that both dtypes hold the same model.
 
-    Norms are 1, biases 0. The output rows of tokens that are no part of an answer (`<image>`, padding, ...) are 0: they
-    never win.
+    Norms are 1, biases 0. Output rows of tokens that no answer holds (`<image>`, padding, ...) are 0: they never win.
     """
     generator = torch.Generator().manual_seed(seed)
     weights = {}

@@ -1,4 +1,4 @@
-"""What the demo models' tokenizers have in common: Llama's special tokens, LLaVA-1.5's turns, and their files."""
+"""Shared by the demo models' tokenizers: Llama's special tokens, LLaVA-1.5's chat template, and the files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from foldserve.server.folders import write_json
 BOS, EOS, UNK, PAD, IMAGE = "<s>", "</s>", "<unk>", "<pad>", "<image>"
 ROWS_MULTIPLE = 64  # of the embedding matrix, as the published 32000 + 2 tokens fill 32064 rows
 
-# The turns' own text is written here alone.
+# "USER:" and "ASSISTANT:" are written here alone.
 _BEFORE = """\
 {%- macro render(content) -%}
 {%- if content is string -%}{{ content }}
@@ -33,12 +33,12 @@ _AFTER = """\
 
 
 def chat_template(parts: str) -> str:
-    """LLaVA-1.5's turns; `parts` renders a message's `content` where that is a list."""
+    """LLaVA-1.5's chat template; `parts` renders a message's `content` if it is a list."""
     return _BEFORE + parts + _AFTER
 
 
 def embedding_rows(tokenizer: Tokenizer) -> int:
-    """Rows of the embedding matrix that hold the tokenizer's vocabulary."""
+    """Rows of the embedding matrix: the vocabulary, rounded up to a multiple."""
     return -(-tokenizer.get_vocab_size() // ROWS_MULTIPLE) * ROWS_MULTIPLE
 
 

@@ -1,1 +1,1 @@
-"""`foldserve analyze`: three studies of a model that need no labels and show where reduction is safe on it."""
+"""`foldserve analyze`: three label-free studies that show where in a model its vision tokens can be reduced."""

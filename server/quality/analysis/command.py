@@ -13,11 +13,7 @@ RESULT_FILE = "analysis.json"
 
 
 def run(options: AnalysisOptions, engine_options: Sequence[str]) -> None:
-    """Runs the studies, writes their figures and pictures.
-
-    Raises:
-        ValueError: what is asked cannot be done; nothing was written.
-    """
+    """Runs the studies and writes their figures and charts; a ValueError comes before anything is written."""
     samples = load_questions(options.data, options.samples, options.question)
 
     from foldserve.server.quality.engine.study import Study  # vLLM, which takes seconds

@@ -1,7 +1,7 @@
-"""What the studies compute of what they see.
+"""The measures of the studies.
 
-The first two follow section 3 of "FOLDER: Accelerating Multi-modal Large Language Models with Enhanced Performance",
-which made them on a ViT for classification. What is computed here is written out below, symbol by symbol.
+Energy and distance follow section 3 of "FOLDER: Accelerating Multi-modal Large Language Models with Enhanced
+Performance", which applies them to a ViT for classification.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ RATIOS = (0.25, 0.5, 0.66, 0.75, 0.9)
 
 
 def kept_energy(energy: Tensor, tokens: int, ratios: Sequence[float] = RATIOS) -> Tensor:
-    """Energy that the best matrix of as many rows as tokens stay can hold (after FOLDER, Eq. 1-3).
+    """Largest share of the energy that the tokens left at each ratio can hold (after FOLDER, Eq. 1-3).
 
-    With X = U diag(s) V^T, the (n, d) tokens after a block, the energy is E = sum of s_i^2 = |X|_F^2, and the share
-    kept at rank r is E_r / E, E_r the sum of the r largest s_i^2: no r tokens span more of X (Eckart and Young).
-    r = n - int(n ratio). X is not centred.
+    X = U diag(s) V^T are the (n, d) tokens after a block, not centred. The energy is E = sum of s_i^2 = |X|_F^2. With
+    r = n - int(n ratio) tokens left, the share is (sum of the r largest s_i^2) / E: no matrix of rank r holds more of X
+    (Eckart and Young).
 
     Args:
         energy: (blocks, rank) squared singular values, descending.
@@ -41,11 +41,11 @@ def rank_for(energy: Tensor, share: float) -> Tensor:
 
 
 def earth_movers_distance(full: Tensor, merged: Tensor, sizes: Tensor) -> float:
-    """Distance of the tower's output with merging from its output without (after FOLDER, Eq. 4), without a unit.
+    """Relative distance between the tower's output with and without merging (after FOLDER, Eq. 4).
 
-    W(P, Q) = min over transports T of sum T_ij |x_i - y_j|, the exact earth mover's distance. P puts 1/n on each of
-    the n tokens x_i of the full output, Q on each token y_j the share of patches that it stands for. Divided by the
-    mean |x_i|: 1 is as far as from the tokens to zero.
+    W(P, Q) = min over transports T of sum T_ij |x_i - y_j|, the exact earth mover's distance, divided by the mean
+    |x_i|. P gives each of the n tokens x_i of the full output the weight 1/n; Q gives each merged token y_j its share
+    of the patches.
 
     Args:
         full: (n, d).
@@ -62,9 +62,5 @@ def earth_movers_distance(full: Tensor, merged: Tensor, sizes: Tensor) -> float:
 
 
 def by_part(attention: Tensor) -> Mapping[str, list[list[float]]]:
-    """Attention by layer as in VTW's figure 4, from (layers, 2, 3); each row of three shares sums to 1.
-
-    VTW is "Boosting Multimodal Large Language Models with Visual Tokens Withdrawal for Rapid Inference". The shares are
-    those of the tokens before the image, of the image, and of the tokens behind it.
-    """
+    """Splits `Studied.attention`, (layers, 2, 3), into the rows of VTW's figure 4; each row sums to 1."""
     return {"last": attention[:, 0].tolist(), "text": attention[:, 1].tolist()}

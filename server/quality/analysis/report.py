@@ -1,4 +1,4 @@
-"""The studies over several images, and their result as one JSON value."""
+"""Runs the studies over several images; their means are one JSON value."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from foldserve.server.quality.evaluation.questions import Question
 
 
 class Output(Protocol):
-    """What a tower gives."""
-
     @property
     def tokens(self) -> Tensor:
         """(n, d)"""
@@ -38,22 +36,18 @@ class Studied(Protocol):
         """The tower's output, and that with merging in each block."""
 
     def attention(self, image: Image, question: str) -> Tensor:
-        """(layers, 2, 3) shares of attention."""
+        """(layers, 2, 3) shares: from the last token and from all text, to what is before, in and behind the image."""
 
 
 class Analysis(BaseModel):
     """Means over the images.
 
     Attributes:
-        model: as it was named.
-        samples: images and questions.
-        tokens: vision tokens of an image, mean over the images.
-        ratios: that `energy` is given for.
-        energy: by tower block, share of energy that n - int(n ratio) tokens can hold at best.
-        rank_99: by tower block, tokens that 99 % of the energy need at least.
-        merge_ratio: at which the distances are measured.
-        distance: by tower block, earth mover's distance of the tower's output when tokens are merged in that block.
-        attention_last: by decoder layer, attention of the last prompt token to (before image, image, behind image).
+        tokens: vision tokens per image.
+        energy: for each tower block and each of `ratios`, the largest share of energy that the tokens left can hold.
+        rank_99: for each tower block, the fewest tokens that can hold 99 % of the energy.
+        distance: for each tower block, earth mover's distance of the tower's output if `merge_ratio` is merged there.
+        attention_last: for each decoder layer, attention of the last prompt token to (before image, image, behind it).
         attention_text: the same, mean over all tokens behind the image.
     """
 
@@ -75,11 +69,8 @@ def analyze(name: str, model: Studied, samples: Sequence[Question], tokens: Sequ
     """Runs the three studies, with a progress bar over the samples.
 
     Args:
-        tokens: n, vision tokens of each image.
+        tokens: vision tokens of each image.
         ratio: share of them that is merged for the distances.
-
-    Raises:
-        ValueError: an unreadable image.
     """
     energies, ranks, distances, attentions = [], [], [], []
     for sample, n in tqdm([*zip(samples, tokens, strict=True)], desc="foldserve analyze", unit="image"):
@@ -106,7 +97,7 @@ def analyze(name: str, model: Studied, samples: Sequence[Question], tokens: Sequ
 
 
 def summary(analysis: Analysis) -> str:
-    """What stands out, in words."""
+    """The result as text for the terminal."""
     block = min(range(len(analysis.distance)), key=analysis.distance.__getitem__)
     vision = [shares[1] for shares in analysis.attention_last]
     rows = [

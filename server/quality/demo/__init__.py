@@ -1,1 +1,1 @@
-"""The demo model that answers: synthetic scenes, questions about them, a LLaVA trained on both, and its checkpoint."""
+"""The trained demo model: synthetic scenes, questions about them, and the checkpoint of a LLaVA trained on both."""

@@ -1,4 +1,4 @@
-"""The trained checkpoint that comes with foldserve; `tools/demo_model` trains it."""
+"""The checkpoint that comes with foldserve; `tools/demo_model` trains it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,6 @@ CHECKPOINT = Path(__file__).parent / "checkpoint"
 
 
 def copy_checkpoint(folder: Path) -> None:
-    """Copies the checkpoint to `folder`.
-
-    Raises:
-        FileExistsError: `folder` exists and is not an empty directory.
-    """
+    """Raises FileExistsError if `folder` exists and is not an empty directory."""
     with new_folder(folder) as partial:
         shutil.copytree(CHECKPOINT, partial, dirs_exist_ok=True)

@@ -29,7 +29,7 @@ class Ids(Protocol):
 
 
 def write_config(folder: Path, geometry: Geometry, ids: Ids, dtype: str) -> None:
-    """Writes everything but weights, tokenizer and chat template into `folder`."""
+    """Writes a checkpoint's files, except weights, tokenizer and chat template."""
     special = {"bos_token_id": ids.bos, "eos_token_id": ids.eos, "pad_token_id": ids.pad}
     write_json(folder / "config.json", _model(geometry, ids, dtype))
     write_json(folder / "generation_config.json", special)

@@ -1,4 +1,4 @@
-"""Held-out questions with images and answers, for whoever measures a model."""
+"""Held-out questions with images and answers, to measure a model with."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _HELD_OUT = 2  # training draws from the streams (seed, 0, step) and (seed, 1, s
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """An image, a question of one kind and its one right answer; `history` holds earlier (question, answer) turns."""
+    """A question about an image and its one right answer; `history` holds earlier (question, answer) turns."""
 
     image: Image.Image
     question: str
@@ -24,7 +24,7 @@ class Example:
     history: tuple[tuple[str, str], ...] = ()
 
     def messages(self, image: dict[str, object] | None = None) -> list[dict[str, object]]:
-        """The dialogue as OpenAI's chat messages, the image part (by default `{"type": "image"}`) in the first."""
+        """OpenAI chat messages; the first holds the image part, by default `{"type": "image"}`."""
         texts = [text for turn in self.history for text in turn] + [self.question]
         messages: list[dict[str, object]] = [
             {"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)
@@ -34,9 +34,9 @@ class Example:
 
 
 def questions(seed: int, count: int, kinds: tuple[str, ...] = ALL_KINDS) -> list[Example]:
-    """`count` questions, each about a scene of its own, the kinds in turn; no scene of them occurs in training.
+    """`count` questions, each about a new scene that is not in the training data; the kinds take turns.
 
-    Equal arguments give equal questions, and a smaller `count` gives the first of them.
+    Equal arguments give equal questions; a smaller `count` gives a prefix.
     """
     rng = np.random.default_rng((seed, _HELD_OUT))
     return [_question(rng, kinds[index % len(kinds)]) for index in range(count)]

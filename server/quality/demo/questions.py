@@ -1,4 +1,4 @@
-"""Questions about a scene with their one right answer, by kind; phrases in them are grounded in the scene."""
+"""Questions about a scene, by kind, each with its one right answer and the objects that its phrases refer to."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from foldserve.server.quality.demo.scene import CELLS, COLOR_NAMES, PLACES, Obje
 
 NUMERALS = ("zero", "one", "two", "three", "four", "five", "six")
 UNKNOWN = -100
-"""A class that is not asked for; `cross_entropy` leaves it out."""
+"""Class without a target: `cross_entropy`'s `ignore_index`."""
 
-# What a phrase of a question refers to -> number of classes. 0 is "nothing there", counts are as they are. `across` and
-# `along` say where the object of the phrase before lies from this one's: 0 left or above, 1 in line, 2 right or below;
-# `holds` whether what the question claims of the two is so.
+# Property of what a phrase refers to -> number of classes. Class 0 is "nothing there"; a count is its own class.
+# `across` and `along` place the object of the phrase before, seen from this phrase's object: 0 left or above, 1 in
+# line, 2 right or below. `holds`: whether the claimed relation is true.
 REFERENTS = {
     "cell": 1 + CELLS**2,
     "shape": 1 + len(SHAPES),
@@ -32,7 +32,7 @@ REFERENTS = {
 
 @dataclass(frozen=True)
 class Phrase:
-    """Words of a question and what they refer to: one class for each of `REFERENTS`, or `UNKNOWN`."""
+    """Words of a question, and one class or `UNKNOWN` for each of `REFERENTS`."""
 
     text: str
     referent: tuple[int, ...]
@@ -40,7 +40,7 @@ class Phrase:
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answer; `mentions` holds (where a phrase ends in `question`, its referent)."""
+    """One question and its answer; `mentions` holds (end of a phrase in `question`, its referent)."""
 
     question: str
     answer: str
@@ -49,7 +49,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Turns about one scene; the last is the one that is judged."""
+    """Turns about one scene; only the last answer is scored."""
 
     kind: str
     turns: tuple[Turn, ...]
@@ -62,11 +62,7 @@ _T = TypeVar("_T")
 
 
 def ask(rng: np.random.Generator, scene: Scene, kind: str) -> Dialogue | None:
-    """A question of `kind`, or None where the scene allows none: a number cannot be read where there is none.
-
-    Raises:
-        KeyError: `kind` is not one of `KINDS`.
-    """
+    """A question of `kind` (KeyError if unknown), or None if the scene allows none, such as `ocr` without a number."""
     if kind == "two_turn":
         return _two_turn(rng, scene)
     turn = KINDS[kind](rng, scene)
@@ -209,7 +205,7 @@ def _relation(rng: np.random.Generator, scene: Scene) -> Turn | None:
 
 
 def _exist(rng: np.random.Generator, scene: Scene) -> Turn | None:
-    """As in POPE: as many yes as no, and a no asks mostly for what the scene makes likely."""
+    """As in POPE: "yes" and "no" are equally frequent, and most "no" questions name something plausible."""
     holds, form = bool(rng.random() < 0.5), rng.random()
     if form < 0.6:
         present = {thing.name for thing in scene.objects}
@@ -236,7 +232,7 @@ def _exist(rng: np.random.Generator, scene: Scene) -> Turn | None:
 
 
 def _likely_names(rng: np.random.Generator, scene: Scene) -> list[str]:
-    """Names of what is there, and of what shares a colour, a shape or each with something there."""
+    """Names of an object of the scene, of ones that share its colour or shape, and of a random one."""
     thing, other = _pick(rng, scene.objects), _pick(rng, scene.objects)
     mixed = [
         f"{thing.color} {other.shape}",
@@ -281,7 +277,7 @@ def _caption(rng: np.random.Generator, scene: Scene) -> Turn | None:
 
 
 def _two_turn(rng: np.random.Generator, scene: Scene) -> Dialogue | None:
-    """A second question that says "it": which object is meant is in the first turn only."""
+    """A second question about "it": only the first turn says which object is meant."""
     makers = (_color_at, _shape_at, _attribute, _size)
     first = _pick(rng, makers)(rng, scene)
     if first is None:
@@ -312,6 +308,6 @@ KINDS: dict[str, _Maker] = {
     "ocr": _ocr,
     "caption": _caption,
 }
-"""Kinds of single questions; `two_turn` is made of two of them."""
+"""Kinds of single questions; `two_turn` joins two of them."""
 
 ALL_KINDS = (*KINDS, "two_turn")

@@ -32,8 +32,8 @@ COLOR_NAMES = tuple(COLORS)
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 MAX_DIGITS = 4
 
-# What a patch shows -> number of classes, 0 being background; row and column follow from where it lies. `anchor` marks
-# the one patch that holds an object's centre: whoever counts can count those.
+# Property of what a patch shows -> number of classes; class 0 is background. `row` and `column` are the patch's own
+# place. `anchor` marks the one patch that holds an object's centre, so objects can be counted.
 LABELS = {
     "shape": 1 + len(SHAPES),
     "color": 1 + len(COLORS),
@@ -53,12 +53,12 @@ _MIN_CONTRAST = 150  # sum over RGB between an object and the background
 _COUNTS = (0.10, 0.20, 0.22, 0.20, 0.16, 0.12)  # of 1..6 objects
 _T = TypeVar("_T")
 
-_MIN_OVERLAP = 8  # square pixels of a thing that a patch must hold to be labelled as it
+_MIN_OVERLAP = 8  # square pixels that an object must cover of a patch to label it
 
 
 @dataclass(frozen=True)
 class Object:
-    """One object; `cell` counts 0..8 in reading order."""
+    """One object; `cell` is 0..8 in reading order."""
 
     shape: str
     color: str
@@ -76,10 +76,10 @@ class Scene:
 
     Attributes:
         pixels: (96, 96, 3) uint8.
-        objects: in reading order, one at least.
+        objects: at least one, in reading order.
         number: 2 to 4 digits, or None.
-        number_cells: cells the number reaches into; no object lies there.
-        labels: (144, len(LABELS)) int64, a class per patch and kind of label.
+        number_cells: cells that the number reaches into; they hold no object.
+        labels: (144, len(LABELS)) int64 classes.
     """
 
     pixels: NDArray[np.uint8]
@@ -94,7 +94,7 @@ class Scene:
 
 
 class _Canvas:
-    """Pixels in float, and the thing that covers most of each patch so far."""
+    """Float pixels, and the label of what covers most of each patch so far."""
 
     def __init__(self, pixels: NDArray[np.float32]) -> None:
         self.pixels = pixels
@@ -104,7 +104,7 @@ class _Canvas:
         self._overlap = np.full((GRID, GRID), _MIN_OVERLAP, np.int64)
 
     def put(self, mask: Mask, x: int, y: int, color: NDArray[np.float32], label: tuple[int, ...]) -> None:
-        """Blends `mask` in at (x, y) and labels the patches it covers more of than any thing before."""
+        """Blends `mask` in at (x, y), and labels each patch of which it covers more than anything drawn before."""
         height, width = mask.shape
         region = self.pixels[y : y + height, x : x + width]
         region += mask[..., None] * (color - region)
@@ -127,7 +127,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     number, number_cells = _put_number(rng, canvas, light) if rng.random() < _NUMBER_SHARE else (None, ())
     free = [cell for cell in range(CELLS**2) if cell not in number_cells]
     count = min(len(free), 1 + int(rng.choice(len(_COUNTS), p=_COUNTS)))
-    # Few colours or shapes in four scenes of ten: objects that share one are what counting is about.
+    # Four scenes of ten have few colours, and four of ten few shapes: counting needs objects that share one.
     colors = COLOR_NAMES if rng.random() < 0.6 else _three(rng, COLOR_NAMES)
     shapes = SHAPES if rng.random() < 0.6 else _three(rng, SHAPES)
     cells = sorted(int(cell) for cell in rng.permutation(free)[:count])
@@ -140,7 +140,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
 
 
 def _background(rng: np.random.Generator, base: NDArray[np.int64]) -> NDArray[np.float32]:
-    """A colour with a slight slope across and one down."""
+    """A colour with a slight gradient in each direction."""
     across, down = rng.normal(0, 14, (2, 3)).astype(np.float32)
     ramp = np.linspace(-1, 1, IMAGE_PX, dtype=np.float32)
     pixels: NDArray[np.float32] = base.astype(np.float32) + ramp[None, :, None] * across + ramp[:, None, None] * down
@@ -196,5 +196,5 @@ def _three(rng: np.random.Generator, names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _shared(start: int, length: int, patch: int) -> int:
-    """Pixels that [start, start + length) and a patch's row or column share."""
+    """Overlap in pixels of [start, start + length) with a row or column of patches."""
     return min(start + length, (patch + 1) * PATCH_PX) - max(start, patch * PATCH_PX)

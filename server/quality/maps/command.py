@@ -12,11 +12,7 @@ from foldserve.server.quality.maps.options import MapOptions
 
 
 def run(options: MapOptions, small_model: Path, engine_options: Sequence[str]) -> None:
-    """Asks an engine of its own, and writes the picture.
-
-    Raises:
-        ValueError: what is asked cannot be done; nothing was written.
-    """
+    """Reduces the image in an engine of its own and writes the picture."""
     try:
         with Image.open(options.image) as file:
             image = ImageOps.exif_transpose(file).convert("RGB")

@@ -1,4 +1,4 @@
-"""A map drawn over its image: tokens of one group share a colour and an outline, dropped ones are dim."""
+"""Draws a token map over its image: tokens of one group share a colour and an outline, dropped tokens are dark."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _BACKGROUND, _TEXT, _FAINT = (18, 18, 20), (240, 240, 240), (160, 160, 165)
 _ALONE, _BETWEEN = (255, 255, 255), (0, 0, 0, 255)
 _GOLDEN = 0.618034
 _REST = 0.3
-"""Share of a grid from which a group counts as its rest, which is grey: it would hide the others."""
+"""A group that holds more than this share of a grid is drawn grey: in a colour it would hide the others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Of a map, as `POST /v1/reductions/map` describes it."""
+    """One grid of a token map, as `POST /v1/reductions/map` describes it."""
 
     name: str
     rows: int
@@ -32,13 +32,13 @@ class Grid:
     sizes: Sequence[int]
 
     def count(self) -> tuple[int, int, int]:
-        """Merged groups, tokens that stay alone, and those that are dropped."""
+        """Numbers of merged groups, of tokens kept alone, and of dropped tokens."""
         merged = sum(size > 1 for size in self.sizes)
         return merged, len(self.sizes) - merged, sum(group < 0 for group in self.group)
 
 
 def draw(image: Image.Image, grids: Sequence[Grid], title: str) -> Image.Image:
-    """The picture: a panel for the whole image, one for all its tiles, and below them what was done."""
+    """One panel for the whole image, one for all its tiles, and below them title and legend."""
     panels = _panels(grids)
     scale = max(1.0, _LONG_SIDE / len(panels) ** 0.5 / max(image.size))
     width, height = round(image.width * scale), round(image.height * scale)
@@ -60,7 +60,7 @@ def draw(image: Image.Image, grids: Sequence[Grid], title: str) -> Image.Image:
 
 
 def _panels(grids: Sequence[Grid]) -> list[list[Grid]]:
-    """Grids that show different parts of an image share a panel."""
+    """Tiles share one panel, since they show different parts of the image."""
     tiles = [grid for grid in grids if grid.name.startswith(("tile", "mosaic"))]
     return [[grid] for grid in grids if grid not in tiles] + ([tiles] if tiles else [])
 
@@ -116,7 +116,7 @@ class _Cells:
 
 
 def _colours(grid: Grid) -> dict[int, Colour]:
-    """Of merged groups: hues that differ most between those that begin one after the other."""
+    """Colours of merged groups: successive groups get hues far apart."""
     colours: dict[int, Colour] = {}
     merged = [group for group in dict.fromkeys(grid.group) if group >= 0 and grid.sizes[group] > 1]
     for i, group in enumerate(merged):
@@ -129,7 +129,7 @@ def _colours(grid: Grid) -> dict[int, Colour]:
 
 
 def _outline(pen: ImageDraw.ImageDraw, grid: Grid, cells: _Cells, colours: Mapping[int, Colour]) -> None:
-    """A band inside each group's border in its colour, white of a token of its own, and a dark line between groups."""
+    """Draws a band inside each group's border, white for single tokens, and a dark line between groups."""
     band = max(3, (cells.x[-1] - cells.x[0]) // grid.columns // 12)
     for token, group in enumerate(grid.group):
         if group < 0:
@@ -153,7 +153,7 @@ def _outline(pen: ImageDraw.ImageDraw, grid: Grid, cells: _Cells, colours: Mappi
 
 
 def _neighbour(grid: Grid, token: int, step: int) -> int | None:
-    """The group of the token beside another; None beyond the grid."""
+    """Group of the neighbouring token; None beyond the grid."""
     other = token + step
     is_beside = abs(step) > 1 or other // grid.columns == token // grid.columns
     return grid.group[other] if is_beside and 0 <= other < len(grid.group) else None

@@ -12,11 +12,7 @@ from foldserve.server.settings import parse_reduction
 
 @dataclass(frozen=True, slots=True)
 class MapOptions:
-    """Raises ValueError if what is asked can't be done.
-
-    Attributes:
-        model: name or directory; None for the demo model.
-    """
+    """Raises ValueError if what is asked can't be done."""
 
     image: Path = positional("IMAGE", "a file that Pillow reads")
     model: str | None = positional("MODEL", "(default: the demo model)", default=None)
@@ -40,7 +36,6 @@ class MapOptions:
 
     @property
     def asked(self) -> Reduction:
-        """What the image is reduced by."""
         if self.reduction is not None:
             return self.reduction
         fields: dict[str, object] = {"method": self.method} if self.method else {}
