@@ -1,8 +1,8 @@
 """What PixelPrune saves and costs: `python -m foldserve.loadtest.micro.pixelprune MODEL`.
 
-Pages (text on white) and photos (no two neighbours alike), each new to every cache: a request for one token with the
-method beside one without, in pairs, from the decoded image to the token; the vision tower alone; the rule alone. Run it
-with OMP_NUM_THREADS=1 and VLLM_ENABLE_V1_MULTIPROCESSING=0: process CPU time is compared.
+Measures, in pairs with and without the method, requests for one token from the decoded image on and the vision tower
+in them, and the choice of tokens alone. Images are pages (text on white) and photos (all neighbours differ), each new
+to every cache. Process CPU time is compared: run it with OMP_NUM_THREADS=1 and VLLM_ENABLE_V1_MULTIPROCESSING=0.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from foldserve.loadtest.micro.pairs import alternate, ratio
 from foldserve.reducers.plan import Reduction
 from foldserve.server.engine.worker import WORKERS, device
 
-ASKED: Mapping[str, Mapping[str, object]] = {
-    "tau 0": {"tau": 0},
-    "tau 4": {"tau": 4},
-    "tau 4, sliding": {"tau": 4, "prediction": "sliding"},
+ASKED = {
+    "tau 0": Reduction.parse({"method": "pixelprune", "tau": 0}),
+    "tau 4": Reduction.parse({"method": "pixelprune", "tau": 4}),
+    "tau 4, sliding": Reduction.parse({"method": "pixelprune", "tau": 4, "predictor": "sliding"}),
 }
 
 
 def page(number: int, side: int) -> Image.Image:
-    """Paragraphs of made-up words between margins; half of the lines are full."""
+    """A page of random words with margins; half of the lines are full."""
     rng = np.random.default_rng(number)
     image = Image.new("RGB", (side, side), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(size=side // 48)
@@ -45,7 +45,7 @@ def page(number: int, side: int) -> Image.Image:
 
 
 def photo(number: int, side: int) -> Image.Image:
-    """Smooth colours and a camera's noise."""
+    """Smooth colours with a camera's noise."""
     rng = np.random.default_rng(number)
     coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
     smooth = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC))
@@ -57,7 +57,7 @@ KINDS: Mapping[str, Callable[[int, int], Image.Image]] = {"page": page, "photo":
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of a request: CPU time to the first token, of it in the vision tower, and prompt tokens."""
+    """A request's CPU time to the first token, the vision tower's part of it, and prompt tokens."""
 
     first_token_ms: float
     tower_ms: float
@@ -77,9 +77,8 @@ class Bench:
         self._tower, self._plain = Clock(), self._model.embed_multimodal
         self._model.embed_multimodal = self._clocked
 
-    def cost(self, kind: str, asked: Mapping[str, object] | None) -> Cost:
-        """Of one request with an image that is new."""
-        reduction = None if asked is None else Reduction.parse({"method": "pixelprune", **asked})
+    def cost(self, kind: str, reduction: Reduction | None) -> Cost:
+        """Cost of one request with a new image."""
         image, self._tower, whole = KINDS[kind](next(self._numbers), self._side), Clock(), Clock()
         with whole.running():
             step = self._engine.prefill(Request(self._prompt, image, reduction))
@@ -87,11 +86,11 @@ class Bench:
 
     @property
     def cell(self) -> int:
-        """Pixels along a side of what the tower makes one token of."""
+        """Pixels along a side of the square that becomes one token."""
         return int(self._vision.patch_size * getattr(self._vision, "spatial_merge_size", 1))
 
     def tower_flop(self, tokens: int) -> float:
-        """Of the tower's layers on so many tokens, where all patches attend to all."""
+        """FLOPs of the tower's layers for `tokens` tokens, with full attention between patches."""
         layers = [module for name, module in self._model.named_modules() if name.endswith((".blocks", ".layers"))]
         tower = next(module for module in layers if not hasattr(module[0], "input_layernorm"))  # not the decoder's
         weights = sum(weight.numel() for weight in tower.parameters() if weight.ndim == 2)
@@ -104,9 +103,9 @@ class Bench:
             return self._plain(**inputs)
 
 
-def rule_ms(kind: str, side: int, cell: int, asked: Mapping[str, object], rounds: int) -> float:
-    """CPU time of the choice alone, of cells of so many pixels along a side."""
-    pruning = Reduction.parse({"method": "pixelprune", **asked}).pruning
+def rule_ms(kind: str, side: int, cell: int, reduction: Reduction, rounds: int) -> float:
+    """CPU time of the choice of tokens alone; a cell is the square of pixels that becomes one token."""
+    pruning = reduction.pruning
     assert pruning is not None
     times = []
     for number in range(rounds):
@@ -119,16 +118,16 @@ def rule_ms(kind: str, side: int, cell: int, asked: Mapping[str, object], rounds
 
 
 def measure(bench: Bench, side: int, pairs: int) -> dict[str, dict[str, object]]:
-    """With / without the method, of each kind of image; the first pair is not counted."""
+    """Costs with / without the method for each kind of image; the first pair is not counted."""
     found: dict[str, dict[str, object]] = {}
     for kind in KINDS:
-        for name, asked in ASKED.items():
-            costs = alternate(lambda: bench.cost(kind, asked), lambda: bench.cost(kind, None), pairs + 1)[1:]  # noqa: B023
+        for name, reduction in ASKED.items():
+            costs = alternate(lambda: bench.cost(kind, reduction), lambda: bench.cost(kind, None), pairs + 1)[1:]  # noqa: B023
             first_token = ratio([(a.first_token_ms, b.first_token_ms) for a, b in costs])
             tower = ratio([(a.tower_ms, b.tower_ms) for a, b in costs])
             tokens = [int(median(cost.tokens for cost in each)) - bench.text for each in zip(*costs, strict=True)]
             flop = bench.tower_flop(tokens[0]) / bench.tower_flop(tokens[1])
-            rule = rule_ms(kind, side, bench.cell, asked, 5)
+            rule = rule_ms(kind, side, bench.cell, reduction, 5)
             found[f"{kind}, {name}"] = {
                 "vision_tokens": tokens,
                 "tower_flop": flop,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from foldserve.loadtest.micro import processor
+from foldserve.loadtest.micro import pixelprune, processor
 from foldserve.loadtest.micro.engine import ProbedEngine
 from foldserve.loadtest.micro.pairs import alternate, ratio
 from foldserve.loadtest.micro.processors import Processors
@@ -132,3 +132,13 @@ def test_both_processors_give_prompts_of_the_plans_length(tiny_llava: Path) -> N
     whole = processors.call("stock", image)()
     assert processors.call("ours", image)() == whole
     assert processors.call("ours", image, Reduction.parse({"ratio": 0.5}))() == whole - 72
+
+
+@pytest.mark.parametrize("asked", pixelprune.ASKED)
+@pytest.mark.parametrize("kind", pixelprune.KINDS)
+def test_pixelprune_times_every_rule_on_every_kind_of_image(kind: str, asked: str) -> None:
+    assert pixelprune.rule_ms(kind, side=96, cell=14, reduction=pixelprune.ASKED[asked], rounds=1) > 0
+
+
+def test_pixelprune_rules_differ() -> None:
+    assert len(set(pixelprune.ASKED.values())) == len(pixelprune.ASKED)
