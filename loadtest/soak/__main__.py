@@ -1,4 +1,4 @@
-"""The command line."""
+"""Sends many mixed requests to a server, aborts many of them, and checks that nothing is left over."""
 
 from __future__ import annotations
 
@@ -29,21 +29,29 @@ _USERS_REQUESTS = 400
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs a soak; status 1 where something was left over, or went wrong."""
+    """Runs a soak test; exit status 1 if something was left over or went wrong."""
+    args = _parser().parse_args(argv)
+    _allow_files(args.streams * _FILES_A_STREAM + _OTHER_FILES)
+    report: Report | Siege
+    report = asyncio.run(_run_hostile(args)) if args.hostile else asyncio.run(_run(args))
+    text = json.dumps(report.to_json(), indent=1)
+    if args.output:
+        args.output.write_text(text)
+    print(text)
+    if failures := list(report.failures()):
+        raise SystemExit("\n".join(failures))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m foldserve.loadtest.soak", description=__doc__)
     add = parser.add_argument
-    add("--requests", type=int, default=10_000, metavar="N", help="(default: %(default)s)")
-    add("--abort-share", type=float, default=0.3, metavar="SHARE", help="that is broken off (default: %(default)s)")
-    add(
-        "--warm-share",
-        type=float,
-        default=0.2,
-        metavar="SHARE",
-        help="sent before the first look (default: %(default)s)",
-    )
-    add("--looks", type=int, default=8, metavar="N", help="at what is held, after that (default: %(default)s)")
-    add("--at-once", type=int, default=64, metavar="N", help="requests in flight (default: %(default)s)")
-    add("--streams", type=int, default=1000, metavar="N", help="then, all at once; 0: none (default: %(default)s)")
+    default = "(default: %(default)s)"
+    add("--requests", type=int, default=10_000, metavar="N", help=default)
+    add("--abort-share", type=float, default=0.3, metavar="SHARE", help=f"of requests to abort {default}")
+    add("--warm-share", type=float, default=0.2, metavar="SHARE", help=f"of requests sent to warm up {default}")
+    add("--looks", type=int, default=8, metavar="N", help=f"measurements of memory and files after that {default}")
+    add("--at-once", type=int, default=64, metavar="N", help=f"requests in flight {default}")
+    add("--streams", type=int, default=1000, metavar="N", help=f"opened at once after warm-up; 0: none {default}")
     add(
         "--ready-within",
         type=float,
@@ -57,28 +65,17 @@ def main(argv: list[str] | None = None) -> None:
         nargs="?",
         const=_USERS_REQUESTS,
         metavar="N",
-        help="instead of all this: N requests of a user, alone and then beside hostile clients (default: %(const)s)",
+        help="instead: N requests of a user, first alone, then beside hostile clients (default: %(const)s)",
     )
     add("--seed", type=int, default=0)
     add("--output", type=Path, metavar="FILE", help="the report as JSON")
-    add("--log", type=Path, metavar="FILE", help="what the server prints (default: not kept)")
-    add(
-        "options", nargs="*", metavar="OPTION", help="after --: of `foldserve serve`, a model first (default: the demo)"
-    )
-    args = parser.parse_args(argv)
-    _allow_files(args.streams * _FILES_A_STREAM + _OTHER_FILES)
-    report: Report | Siege
-    report = asyncio.run(_run_hostile(args)) if args.hostile else asyncio.run(_run(args))
-    text = json.dumps(report.to_json(), indent=1)
-    if args.output:
-        args.output.write_text(text)
-    print(text)
-    if failures := list(report.failures()):
-        raise SystemExit("\n".join(failures))
+    add("--log", type=Path, metavar="FILE", help="file for the server's output (default: not kept)")
+    add("options", nargs="*", metavar="OPTION", help="after --: of `foldserve serve`, the model first")
+    return parser
 
 
 def _allow_files(count: int) -> None:
-    """Raises this process's bound on open files, which its children inherit, where that is lower."""
+    """Raises the limit on open files, which child processes inherit, to at least `count`."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < count:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
