@@ -1,4 +1,4 @@
-"""`python -m foldserve.loadtest.micro.auto DIR`: whether `ratio: "auto"` keeps its promise on other questions.
+"""Whether `ratio: "auto"` keeps its targets on held-out questions: `python -m foldserve.loadtest.micro.auto DIR`.
 
 DIR holds what `foldserve calibrate --auto --group-field kind` measured on the demo model's scenes. The demo model is
 asked held-out questions, with the counts that its groups get at several targets, and with the one that a single group
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def _losses(file: Path) -> list[list[bool]]:
-    """Of the newest run with all steps."""
+    """Whether each sample changed at each step, from the newest run with all steps."""
     runs: dict[str, dict[str, list[bool]]] = {}
     for line in file.read_text().splitlines():
         row = json.loads(line)
@@ -74,7 +74,7 @@ def _losses(file: Path) -> list[list[bool]]:
 
 
 def _ask(engine: AnsweringEngine, layout: Layout, questions: Sequence[Question], steps: Sequence[int]) -> list[str]:
-    """The answers, in the order of the questions; those of a step are asked together."""
+    """The answers, in the order of the questions."""
     answers: dict[int, str] = {}
     for step in sorted(set(steps)):
         places = [i for i, own in enumerate(steps) if own == step]

@@ -1,7 +1,7 @@
-"""What changed between two results: `python -m foldserve.loadtest.micro.compare base.json head.json`.
+"""Compares two results: `python -m foldserve.loadtest.micro.compare base.json head.json`.
 
-Takes what the benchmarks write with --json, and report.json of `foldserve loadtest`. Numbers are paired by where they
-stand; entries of lists by their texts (method, label, part, ...), so that their order does not matter.
+Takes the --json files of the benchmarks, or report.json of `foldserve loadtest`. Numbers are paired by their path, and
+entries of lists by their texts (method, label, part, ...), so their order does not matter.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _BOUNDS = ("low", "high")
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A number and its interval, where it has one."""
+    """A number and its interval, if it has one."""
 
     value: float
     low: float | None = None
     high: float | None = None
 
     def differs_from(self, other: Figure) -> bool | None:
-        """Whether the intervals lie apart; None where one is missing."""
+        """Whether the intervals are disjoint; None if one is missing."""
         if self.low is None or self.high is None or other.low is None or other.high is None:
             return None
         return self.low > other.high or other.low > self.high
@@ -45,7 +45,7 @@ class Change:
 
 
 def figures(node: Any, path: str = "") -> Iterator[tuple[str, Figure]]:
-    """Every number of a JSON value with its place; `{"value", "low", "high"}` is one number."""
+    """Every number of a JSON value with its path; `{"value", "low", "high"}` is one number."""
     if isinstance(node, dict) and "value" in node:
         yield path, Figure(node["value"], *(node.get(bound) for bound in _BOUNDS))
     elif isinstance(node, dict):
@@ -59,11 +59,7 @@ def figures(node: Any, path: str = "") -> Iterator[tuple[str, Figure]]:
 
 
 def compare(base: Any, head: Any) -> list[Change]:
-    """What both have, in the order of `base`.
-
-    Raises:
-        ValueError: they have nothing in common.
-    """
+    """The numbers that both have, in the order of `base`; ValueError if there is none."""
     new = dict(figures(head))
     found = [Change(name, figure, new[name]) for name, figure in figures(base) if name in new]
     if not found:
@@ -72,7 +68,7 @@ def compare(base: Any, head: Any) -> list[Change]:
 
 
 def _name(entry: Any) -> str:
-    """The texts and whole numbers of an entry, and of what it consists of, that say which one it is."""
+    """Texts and identifying numbers of an entry and its children, which tell it from others."""
     if not isinstance(entry, dict):
         return ""
     texts = [str(value) for value in entry.values() if isinstance(value, str)]
@@ -87,7 +83,7 @@ _IDENTIFYING = ("ratio", "concurrency", "rate", "speed", "tokens", "kept", "batc
 
 
 def render(changes: Sequence[Change], threshold: float) -> list[str]:
-    """Lines of a Markdown table: what changed by more than `threshold`, as a share."""
+    """Lines of a Markdown table of changes above `threshold`, a share."""
     lines = ["| figure | base | head | head / base | intervals apart |", "|---|---|---|---|---|"]
     words = {True: "yes", False: "no", None: ""}
     for change in changes:

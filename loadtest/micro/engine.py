@@ -1,4 +1,4 @@
-"""A vLLM engine in this process with clocks inside, for the micro-benchmarks in `loadtest/micro`."""
+"""A vLLM engine in this process with clocks inside, for micro-benchmarks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from foldserve.server.engine import withdrawal
 class Clock:
     """Process CPU time and wall time spent under `running`, in milliseconds.
 
-    CPU time is the one to compare on a machine that others use too; it is meaningful with one thread, since idle OpenMP
-    threads spin.
+    On a shared machine, compare CPU time. It is meaningful with one thread only, since idle OpenMP threads spin.
     """
 
     cpu_ms: float = 0.0
@@ -38,7 +37,7 @@ class Clock:
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """One scheduling step: the model's forward alone (the decoder), the whole of it, and vLLM's outputs."""
+    """Cost of one scheduling step: the decoder's forward alone, and the whole step."""
 
     forward: Clock
     step: Clock
@@ -47,7 +46,7 @@ class StepCost:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A prompt, `<image>` once in it, its image, the reduction (None: nothing is asked), and the tokens to generate."""
+    """A prompt with one `<image>`, the image, the reduction (None: none is sent), and the number of output tokens."""
 
     prompt: Sequence[int]
     image: Image.Image
@@ -59,11 +58,7 @@ class ProbedEngine:
     """vLLM's offline engine, stepped by hand; without prefix caching, so that every prompt is computed."""
 
     def __init__(self, checkpoint: Path, withdraw_layer: int | None, **options: Any) -> None:
-        """Starts the engine with vLLM's `options`; `withdraw_layer` None leaves withdrawal out.
-
-        Raises:
-            ValueError: vLLM would put the engine into another process.
-        """
+        """Starts the engine with vLLM's `options`; ValueError if vLLM would put it into another process."""
         from vllm import LLM, envs
 
         if envs.VLLM_ENABLE_V1_MULTIPROCESSING:
@@ -90,12 +85,12 @@ class ProbedEngine:
 
     @property
     def used_blocks(self) -> int:
-        """KV blocks of all groups that requests hold."""
+        """KV blocks that requests hold, in all groups."""
         free: int = self._pool.get_num_free_blocks()
         return self.usable_blocks - free
 
     def add(self, request: Request) -> str:
-        """Hands a request over and processes its image; it runs from the next `step` on. Its name in outputs."""
+        """Adds a request, which runs from the next `step` on; returns its id in outputs."""
         from vllm import SamplingParams
 
         prompt: dict[str, Any] = {
@@ -111,14 +106,13 @@ class ProbedEngine:
         return name
 
     def step(self) -> StepCost:
-        """One scheduling step."""
         self._forward, whole = Clock(), Clock()
         with whole.running():
             outputs = self._llm.llm_engine.step()
         return StepCost(self._forward, whole, outputs)
 
     def prefill(self, request: Request) -> StepCost:
-        """A whole prompt in one step, and its one output token."""
+        """Runs a request for one token, whose prompt has to fit into one step."""
         self.add(request)
         cost = self.step()
         if self._scheduler.requests:
@@ -126,15 +120,11 @@ class ProbedEngine:
         return cost
 
     def resident(self) -> list[tuple[int, int]]:
-        """(tokens in the KV cache, blocks of all groups) of each request that is not waiting."""
+        """(tokens in the KV cache, blocks of all groups) of each running request."""
         return [(request.num_computed_tokens, self._blocks(request.request_id)) for request in self._scheduler.running]
 
     def clear(self) -> None:
-        """Aborts every request.
-
-        Raises:
-            RuntimeError: blocks that nobody holds are not free.
-        """
+        """Aborts every request; RuntimeError if blocks are not given back."""
         self._llm.llm_engine.abort_request(list(self._scheduler.requests), internal=True)
         free = self._pool.get_num_free_blocks()
         if free != self.usable_blocks:

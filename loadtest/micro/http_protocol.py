@@ -1,7 +1,7 @@
-"""What speaking HTTP costs: `python -m foldserve.loadtest.micro.http_protocol`.
+"""CPU time of the HTTP protocol per request: `python -m foldserve.loadtest.micro.http_protocol`.
 
-CPU time of a server process per request, ours beside uvicorn's default (httptools), blocks in turn. The app only
-reads the body and answers, so the difference is the protocol's.
+Compares our protocol class with uvicorn's default (httptools), in alternating blocks. The app only reads the body and
+answers, so the difference is the protocol's.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ REQUESTS = {
 
 
 async def _app(scope: Any, receive: Any, send: Any) -> None:
-    """Reads the body; then one answer, or as many events as the path says; or the CPU seconds used so far."""
+    """Reads the body, then sends one answer, as many events as the path says, or for /cpu the CPU seconds so far."""
     if scope["type"] != "http":
         return
     while (await receive()).get("more_body"):
@@ -70,7 +70,7 @@ def _serve(name: str, sock: socket.socket) -> None:
 
 @contextmanager
 def _server(name: str) -> Iterator[socket.socket]:
-    """A connection to a server that speaks by the named protocol."""
+    """A connection to a server with the named protocol."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         process = get_context("spawn").Process(target=_serve, args=(name, listening), daemon=True)
         process.start()
@@ -84,7 +84,7 @@ def _server(name: str) -> Iterator[socket.socket]:
 
 
 def _ask(connection: socket.socket, request: bytes) -> bytes:
-    """Sends a request, returns the answer's body; a stream ends in an empty chunk."""
+    """Sends a request and returns the answer's body; a stream ends with an empty chunk."""
     connection.sendall(request)
     received = b""
     while True:
@@ -101,7 +101,7 @@ def _ask(connection: socket.socket, request: bytes) -> bytes:
 
 
 def _cpu_us(connection: socket.socket, request: bytes, count: int) -> float:
-    """CPU microseconds of the server for each of `count` requests."""
+    """CPU microseconds of the server per request, over `count` requests."""
     used = _request(b"/cpu", b"")
     start = float(_ask(connection, used))
     for _ in range(count):
@@ -110,10 +110,10 @@ def _cpu_us(connection: socket.socket, request: bytes, count: int) -> float:
 
 
 def measure(pairs: int, megabytes: float) -> dict[str, dict[str, object]]:
-    """Microseconds of each kind of request, and ours / httptools; the first pair is not counted.
+    """Microseconds per kind of request, and ours / httptools; the first pair is not counted.
 
     Args:
-        megabytes: sent in one block, which has 5 to 500 requests.
+        megabytes: sent per block of 5 to 500 requests.
     """
     found: dict[str, dict[str, object]] = {}
     with ExitStack() as held:

@@ -1,11 +1,10 @@
-"""Can one key tell which pictures another has sent: `python -m foldserve.loadtest.micro.image_oracle`.
+"""Whether one key can find out which pictures another has sent: `python -m foldserve.loadtest.micro.image_oracle`.
 
-Alice sends a picture. By the toss of a coin Bob then sends the same one or one of his own, and guesses which it was
-from how long his answer took. Beside it stands what an operator sees on `/metrics`. As a control Alice takes Bob's
-place: her own pictures are cached for her, their prefixes too, so where she can't tell them this machine is too noisy
-to say anything about Bob.
+Alice sends a picture. Then Bob sends, at random, the same one or a new one, and guesses which from the time of his
+answer. The table also shows the cache hits that an operator sees on `/metrics`. As a control Alice takes Bob's place:
+her pictures are in her caches, so if she can't tell them apart, this machine is too noisy to say anything about Bob.
 
-Any further option goes to the server, which serves the demo model with two API processes.
+Further options go to the server, which serves the demo model with two API processes.
 """
 
 from __future__ import annotations
@@ -37,17 +36,17 @@ _TIMEOUT_S = 120
 _WARM_UP = 10  # tries that do not count
 
 Ask = Callable[[str], float]
-"""Sends a picture (its URL), and gives the seconds until the answer."""
+"""Sends a picture by its URL and returns the seconds until the answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Try:
-    """One picture of the guesser's.
+    """One guess.
 
     Attributes:
-        seen: it is the one that Alice has just sent.
-        seconds: until the guesser's answer.
-        hits: of the cache of prepared pictures, while that request ran.
+        seen: whether the picture is the one that Alice has just sent.
+        seconds: time until the guesser's answer.
+        hits: hits of the image cache during that request.
     """
 
     seen: bool
@@ -57,7 +56,7 @@ class Try:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What a guesser learns. Share of right guesses by time; chance is 0.5, give or take `chance_within` (95 %)."""
+    """Results of a guesser. Guessing at random gives a `right_share` of 0.5, +- `chance_within` (95 %)."""
 
     tries: int
     seen_ms: float
@@ -82,13 +81,13 @@ class Found:
 
 
 def threshold(tries: Sequence[Try]) -> float:
-    """Seconds below which to say "seen", so that most of `tries` are guessed right."""
+    """The time limit for guessing "seen" that guesses most of `tries` right."""
     choices = sorted({-inf, *(each.seconds for each in tries), inf})
     return max(choices, key=lambda seconds: sum((each.seconds < seconds) == each.seen for each in tries))
 
 
 def right_share(tries: Sequence[Try]) -> float:
-    """Share of right guesses, where each half of the tries is guessed by what the other half taught."""
+    """Share of right guesses; each half of the tries is guessed with the threshold of the other half."""
     right = 0
     for half, other in ((tries[::2], tries[1::2]), (tries[1::2], tries[::2])):
         at = threshold(other)
@@ -99,18 +98,18 @@ def right_share(tries: Sequence[Try]) -> float:
 def measure(
     alice: Ask, guesser: Ask, hits: Callable[[], float], pictures: Iterator[str], tries: int, times: int
 ) -> list[Try]:
-    """Half of the tries with a picture of Alice's, in random order.
+    """Runs the tries in random order, half of them with a picture of Alice's.
 
     Args:
-        hits: of the cache, once all requests so far are counted.
-        pictures: URLs of new ones.
-        times: that Alice sends each of hers.
+        hits: returns the hits of the image cache once all requests so far are counted.
+        pictures: URLs of new pictures.
+        times: how often Alice sends each picture.
     """
     coins = [number % 2 == 0 for number in range(tries)]
     random.Random(0).shuffle(coins)
     found = []
     for seen in coins:
-        hers, own = next(pictures), next(pictures)  # both made before: a pause before the guess would tell
+        hers, own = next(pictures), next(pictures)  # made in advance: a pause before the guess would give it away
         for _ in range(times):
             alice(hers)
         before = hits()
@@ -120,7 +119,7 @@ def measure(
 
 
 class _Server:
-    """A server with keys, as the named owners see it."""
+    """A server with a client for each key."""
 
     def __init__(self, options: Sequence[str], folder: Path) -> None:
         file = folder / "keys.toml"
@@ -167,7 +166,7 @@ class _Server:
 
 
 def _add_key(file: Path, name: str, scope: str) -> str:
-    """Makes a key as an operator does."""
+    """Makes a key as an operator does, adds it to the key file and returns it."""
     command = [sys.executable, "-m", "foldserve.server.cli", "hash-key", name, "--scope", scope]
     made = subprocess.run(command, capture_output=True, text=True, check=True)
     with file.open("a") as entries:
@@ -176,7 +175,7 @@ def _add_key(file: Path, name: str, scope: str) -> str:
 
 
 def render(found: dict[str, Found]) -> str:
-    """A table; one row a guesser."""
+    """A Markdown table with one row per guesser."""
     lines = [
         "| who guesses | tries | Alice's | own | right by time | chance (95 %) | cache hits: Alice's, own |",
         "|---|---|---|---|---|---|---|",

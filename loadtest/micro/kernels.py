@@ -1,8 +1,8 @@
 """What the Triton kernels save against torch on a GPU: `python -m foldserve.loadtest.micro.kernels`.
 
-Each operation that has a kernel, and the methods made of them, run in turns with the kernels and with the torch
-references, in pairs. Times are wall times of one call until the GPU has finished: launches count as they do in a server
-whose GPU waits for them. Sizes are those of CLIP-L/14-336.
+Each operation that has a kernel, and the methods made of them, run in pairs with the kernels and with the torch
+references. Times are wall times of one call until the GPU has finished, so launches count, as in a server whose GPU
+waits for them. Sizes are those of CLIP-L/14-336.
 """
 
 from __future__ import annotations
@@ -33,17 +33,12 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENS = (144, 576, 729, 2880)
 BLOCK_SIZE = 16
 KERNELS, REFERENCES = torch.device("cuda"), torch.device("cpu")
-"""What `ops.choose` takes for either, wherever the tensors are."""
+"""Arguments of `ops.choose` for kernels and references, wherever the tensors are."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Images of `tokens` tokens.
-
-    Attributes:
-        width: of the vision tower.
-        key_width: of one of its heads.
-    """
+    """Images of `tokens` tokens; `width` is that of the vision tower, `key_width` that of one of its heads."""
 
     tokens: int
     batch: int
@@ -54,11 +49,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Medians, and the ratio of kernel to torch over the pairs.
-
-    Attributes:
-        floor_bytes: what has to be read and written at least.
-    """
+    """Medians over the pairs; `floor_bytes` is the least memory traffic."""
 
     name: str
     tokens: int
@@ -71,11 +62,11 @@ class Row:
 
 
 Case = tuple[str, int, Callable[[], object]]
-"""Name, floor of memory traffic in bytes, call."""
+"""Name, least memory traffic in bytes, call."""
 
 
 def cases(shape: Shape, device: str) -> Iterator[Case]:
-    """Two thirds of the tokens go where a method removes them once; a 24th and a 6th where it does in many layers."""
+    """All cases. Methods that reduce once remove two thirds of the tokens; a layer of others removes 1/24 or 1/6."""
     n, images = shape.tokens, shape.batch
     even, folded = (n + 1) // 2, n - n // 3
     x = torch.randn(images, n, shape.width, device=device).to(DTYPES[shape.dtype])
@@ -103,7 +94,7 @@ def cases(shape: Shape, device: str) -> Iterator[Case]:
 
 
 def _of_the_decoder(shape: Shape, device: str) -> Iterator[Case]:
-    """The 64 tokens of text of each prompt, which enter the deep layers."""
+    """Cases of the decoder: 64 text tokens per prompt enter the deep layers."""
     text = 64
     blocks = -(-text // BLOCK_SIZE)
     table = torch.arange(shape.batch * blocks, dtype=torch.int32, device=device).view(shape.batch, -1)

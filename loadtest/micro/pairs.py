@@ -24,7 +24,7 @@ class Ratio(Estimate):
 
 
 def alternate(variant: Callable[[], T], base: Callable[[], T], pairs: int) -> list[tuple[T, T]]:
-    """(variant, base) results of `pairs` pairs, run in the order ABBA: a drift of the machine favours neither."""
+    """(variant, base) results of `pairs` pairs, in the order ABBA: a drift of the machine favours neither."""
     results = []
     for i in range(pairs):
         if i % 2:
@@ -37,6 +37,6 @@ def alternate(variant: Callable[[], T], base: Callable[[], T], pairs: int) -> li
 
 
 def ratio(pairs: Sequence[tuple[float, float]]) -> Ratio:
-    """How much of the base's cost the variant has, from (variant, base) costs in any unit."""
+    """Median of variant / base, from pairs of costs in any unit."""
     found = estimate([variant / base for variant, base in pairs], lambda ratios: np.median(ratios, axis=-1))
     return Ratio(found.value, found.low, found.high, len(pairs))

@@ -1,10 +1,9 @@
 """What keeping positions costs: `python -m foldserve.loadtest.micro.positions`.
 
-One engine in this process serves requests that keep positions and requests that renumber, with equal images, texts and
-numbers of tokens kept, in pairs in the order ABBA; every image is a new one, so that no cache helps. The control
-renumbers on both sides: what it is off from 1 is the machine's. That can be more than what is asked about, so the part
-"clocked" takes the time of the functions that keeping needs, in requests that keep: their share is of one and the same
-run. Run it with OMP_NUM_THREADS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0.
+One engine in this process serves requests that keep positions and requests that renumber them, in pairs in the order
+ABBA, with equal sizes and counts; every image is new to the caches. The control renumbers on both sides: its distance
+from 1 is the machine's noise. Since that can exceed the effect, the part "clocked" measures the functions that keeping
+needs within requests that keep positions. Run it with OMP_NUM_THREADS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0.
 """
 
 from __future__ import annotations
@@ -45,12 +44,10 @@ WARM_UP = 1
 DECODE_PAIRS = 4  # for each other pair, which takes far longer
 PARTS = ("pairs", "clocked")
 KEEPING = ((positions, "attach"), (runner_v1, "moves"), (positions.Moves, "apply"))
-"""What runs for requests that keep positions only."""
+"""Functions that run only for requests that keep positions."""
 
 
 class Bench:
-    """The engine, and the requests of both kinds."""
-
     def __init__(self, shape: Shape, checkpoint: Path, **options: Any) -> None:
         self._engine = ProbedEngine(checkpoint, None, worker_cls=WORKERS["cpu"], **options)
         image = self._engine.tokenizer.convert_tokens_to_ids("<image>")
@@ -60,7 +57,7 @@ class Bench:
         self._seeds = count()
 
     def pairs(self, pairs: int) -> Iterator[Row]:
-        """A request alone and several at once, from the image to the last token, and decode steps of several."""
+        """Whole requests, alone and several at once, and decode steps of several."""
         for variant in ("keep", "renumber"):
             for requests in (1, AT_ONCE):
                 costs = _timed(partial(self.serve, variant, requests), partial(self.serve, "renumber", requests), pairs)
@@ -68,7 +65,7 @@ class Bench:
             yield _row(variant, f"{AT_ONCE} at once, decode step", self._decode(variant, pairs))
 
     def clocked(self, runs: int) -> Iterator[Row]:
-        """Requests that keep, against themselves less the time of what keeping needs."""
+        """Requests that keep positions, against their own time minus that of `KEEPING`."""
         for requests in (1, AT_ONCE):
             costs: list[tuple[Clock, Clock]] = []
             for _ in range(WARM_UP + runs):
@@ -80,7 +77,7 @@ class Bench:
             yield _row("keep", f"{requests} at once, clocked", costs[WARM_UP:], base="keep less clocked")
 
     def serve(self, kind: Positions, requests: int) -> Clock:
-        """So many requests from their images to their last tokens; CPU time is that of all of them."""
+        """Time of `requests` requests at once, from their images to their last tokens."""
         batch = [self._request(kind, ANSWER) for _ in range(requests)]
         clock = Clock()
         with clock.running():
@@ -92,7 +89,7 @@ class Bench:
         return clock
 
     def _decode(self, variant: Positions, pairs: int) -> Sequence[tuple[Clock, Clock]]:
-        """Pairs of steps, each of a batch that is at the same length: both kinds decode `ANSWER` tokens per batch."""
+        """Pairs of decode steps at equal context lengths."""
         costs: list[tuple[Clock, Clock]] = []
         for _ in range(-(-DECODE_PAIRS * pairs // ANSWER)):
             sides = alternate(partial(self._steps, variant), partial(self._steps, "renumber"), 2)
@@ -100,7 +97,7 @@ class Bench:
         return costs
 
     def _steps(self, kind: Positions) -> list[Clock]:
-        """Costs of single decode steps, `AT_ONCE` requests in each; the prefill is not counted."""
+        """Costs of `ANSWER` decode steps with `AT_ONCE` requests, without the prefill."""
         for _ in range(AT_ONCE):
             self._engine.add(self._request(kind, ANSWER + WARM_UP + 1))
         for _ in range(1 + WARM_UP):
@@ -116,7 +113,7 @@ class Bench:
 
 @contextmanager
 def _on(clock: Clock) -> Iterator[None]:
-    """Lets `KEEPING` run on a clock."""
+    """Adds the time of `KEEPING` to `clock`."""
 
     def clocked(function: Callable[..., Any], *args: Any) -> Any:
         with clock.running():

@@ -1,8 +1,8 @@
 """What planning adds to the preprocessing of an image: `python -m foldserve.loadtest.micro.processor`.
 
-Our multimodal processor beside vLLM's, in pairs, on images that differ: decoded pixels to inputs, placeholders and
-identity. Ours leaves scaling and normalizing to the model, which is not counted. Run it with OMP_NUM_THREADS=1:
-process CPU time is compared.
+Compares our multimodal processor with vLLM's, in pairs on different images: from decoded pixels to inputs, placeholders
+and identity. Ours leaves scaling and normalizing to the model, which is not counted. Process CPU time is compared: run
+it with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from foldserve.loadtest.micro.pairs import Ratio, alternate, ratio
 from foldserve.loadtest.micro.processors import Processors
 from foldserve.reducers.plan import Reduction
 
-# None is what a client sends that knows nothing of us; a method that draws at random also looks at the pixels.
+# None: a request without a reduction. `random` also reads the pixels, which seed it.
 ASKED: dict[str, Reduction | None] = {
     "nothing asked": None,
     "folder 0.66": Reduction.parse({"method": "folder", "ratio": 0.66}),
@@ -39,7 +39,7 @@ def cpu_ms(call: Callable[[], int]) -> float:
 
 
 def measure(processors: Processors, side: int, pairs: int) -> dict[str, dict[str, object]]:
-    """Ours / stock for each of `ASKED`, with the stock one's milliseconds; the first pair is not counted."""
+    """Ours / stock for each of `ASKED`, and the stock processor's milliseconds; the first pair is not counted."""
     rng = np.random.default_rng(0)
 
     def image() -> Image.Image:

@@ -1,4 +1,4 @@
-"""Our multimodal processor and vLLM's own, in this process, for the micro-benchmarks in `loadtest/micro`."""
+"""Our multimodal processor and vLLM's own, in this process, for micro-benchmarks."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ Name = Literal["ours", "stock"]
 
 
 class Processors:
-    """What a request's prompt and image go through before the engine, without the processor's cache.
-
-    `checkpoint` is of a LLaVA-1.5 model.
-    """
+    """Both processors, without cache, for a LLaVA-1.5 `checkpoint`."""
 
     def __init__(self, checkpoint: Path) -> None:
         from vllm.engine.arg_utils import EngineArgs
@@ -32,7 +29,7 @@ class Processors:
         self._prompt = ours.info.get_tokenizer().encode("<image>What is this?")
 
     def call(self, name: Name, image: Image.Image, reduction: Reduction | None = None) -> Callable[[], int]:
-        """Processes the image when called; gives the prompt's tokens."""
+        """A function that processes the image and returns the number of prompt tokens."""
         processor = self._processors[name]
         kwargs = {} if reduction is None else {KWARG: reduction.to_json()}
 

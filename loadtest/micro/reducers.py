@@ -1,14 +1,14 @@
 """What reduction costs against the vision encoder: `python -m foldserve.loadtest.micro.reducers`.
 
-Encoders have the shape of published towers up to the layer that LLaVA reads, and random weights. All are timed in one
-process, in turns; medians are reported, on a CPU of the process's CPU time, since a busy machine stretches wall time. A
-method inside the tower counts with all its steps and what they ask of their layers' attention, but not with what the
-layers after save; `downsample` with the smaller image and its position embeddings. Methods after the projector need the
-projection of the tokens that go too, which others save: it has a row of its own. An encoder of several tiles counts as
-often as it has tiles, and is run on one.
+Encoders have the shape of published towers up to the layer that LLaVA reads, and random weights. All calls take turns
+in one process. Medians are reported, on a CPU those of the process's CPU time: a busy machine stretches wall time.
 
-`least` is the time of the products without which a method can't compare or pick (`least_flops`), at the speed of one
-product of square matrices of 1024 in fp32.
+Cost of a method in the tower: all its steps and the attention scores that they need, without what later layers save. Of
+`downsample`: resizing the image and its position embeddings. Methods after the projector also need the projection of
+the tokens they remove, which has its own row. An encoder of several tiles is timed on one tile and counted for all.
+
+`least` is the time of the matrix products that a method can't do without (`least_flops`), at the speed of a product of
+1024 x 1024 matrices in fp32.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from foldserve.reducers.method import AfterProjector, AfterTower, BeforeTower, I
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-REDUCTIONS_PER_ENCODING = 3  # they take a small part of the time
+REDUCTIONS_PER_ENCODING = 3  # they take little time
 QUERY = 8  # tokens
 PROJECTION = "projection of what goes"
 HEAD = "| method | ratio | kept | ms | share of the encoder | least ms (times that) |\n|---|---|---|---|---|---|"
 PRODUCT = 1024
-"""Rows and columns of the matrices whose product is the machine's speed."""
+"""Rows and columns of the matrices whose product gives the machine's speed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +48,10 @@ class Tower:
     """Shape of a vision tower.
 
     Attributes:
-        side: patches along a side of an image.
-        tiles: images that make up one, whose tokens methods after the tower see at once; the tower and methods inside
-            see a batch of them.
-        layers: that run.
-        embedding: width of the decoder, and of what LLaVA's projector gives.
+        side: patches along a side of a tile.
+        tiles: tiles per image. Methods after the tower see all tokens at once, others a batch of tiles.
+        layers: number of layers that run.
+        embedding: width of the decoder and the projector's output.
     """
 
     name: str
@@ -68,17 +67,17 @@ class Tower:
 
     @property
     def geometry(self) -> VisionGeometry:
-        """Of one tile."""
+        """Geometry of one tile."""
         return VisionGeometry(self.side**2, (self.side, self.side), self.layers, self.class_token, shows_tower=True)
 
     @property
     def whole(self) -> VisionGeometry:
-        """Of all tiles, one below the other."""
+        """Geometry of all tiles, one below the other."""
         grid = (self.tiles * self.side, self.side)
         return VisionGeometry(grid[0] * grid[1], grid, self.layers, shows_tower=True)
 
     def build(self) -> nn.Module:
-        """The encoder, random weights; (any, 3, H, W) -> `last_hidden_state`."""
+        """The encoder with random weights: (any, 3, H, W) -> `last_hidden_state`."""
         shape = {
             "hidden_size": self.width,
             "intermediate_size": self.mlp,
@@ -109,7 +108,7 @@ class Row:
 
     Attributes:
         share: reduction time / encoder time.
-        least_ms: see `least_flops`; 0 where nothing is known.
+        least_ms: see `least_flops`; 0 if unknown.
     """
 
     tower: str
@@ -125,10 +124,12 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Random stand-ins for what a tower gives: hidden states (tiles, n, width), projections (tiles, n, 3 width).
+    """Random stand-ins for a tower's tensors.
 
     Attributes:
-        embedded: (1, tiles * patches, embedding), what the projector makes of them.
+        hidden: (tiles, n, width) hidden states.
+        qkv: (tiles, n, 3 width) projections for attention.
+        embedded: (1, tiles * patches, embedding) output of the projector.
     """
 
     tower: Tower
@@ -149,7 +150,7 @@ class Inputs:
         return cls(tower, pixels, hidden, qkv, embedded, projector)
 
     def attention(self, n: int) -> LayerAttention:
-        """Of a layer with n tokens; like vLLM's, a view of the fused projections."""
+        """Attention of a layer with n tokens; like vLLM's, a view of the fused projections."""
         query, key, _ = self.qkv[:, :n].unflatten(-1, (3, self.tower.heads, -1)).unbind(2)  # type: ignore[no-untyped-call]
         return LayerAttention(query, key, key.shape[-1] ** -0.5, class_token=self.tower.class_token)
 
@@ -157,7 +158,7 @@ class Inputs:
 def calls(
     inputs: Inputs, ratios: tuple[float, ...], methods: Collection[str] = METHODS
 ) -> Iterator[tuple[str, int, Callable[[], object]]]:
-    """(method, tokens kept, call) of everything that works before the decoder on this tower."""
+    """(method, tokens kept, call) for all methods that work before the decoder on this tower."""
     tower = inputs.tower
     if any(isinstance(METHODS[name], AfterProjector) for name in methods):
         for plan in plans("divprune", tower.whole, ratios):
@@ -176,7 +177,7 @@ def calls(
 
 
 def plans(method: str, geometry: VisionGeometry, ratios: tuple[float, ...]) -> Iterator[Plan]:
-    """One for each ratio; of pooling, which has few, one for each of its two smallest windows."""
+    """One plan per ratio; `pool`, which has few ratios, gets its two smallest windows."""
     sides = [geometry.tokens // k**2 for k in (2, 3) if geometry.grid and not any(side % k for side in geometry.grid)]
     amounts = [{"keep_tokens": kept} for kept in sides] if method == "pool" else [{"ratio": ratio} for ratio in ratios]
     for amount in amounts:
@@ -193,7 +194,7 @@ def after_tower(tokens: Tensor, plan: Plan) -> Reduced:
 
 
 def in_tower(method: InTower, inputs: Inputs, plan: Plan) -> Tensor:
-    """All steps of a plan, one layer's after the other's."""
+    """Runs all steps of a plan, layer by layer."""
     x, sizes = inputs.hidden, torch.ones(inputs.hidden.shape[:2], dtype=torch.int64, device=inputs.hidden.device)
     for layer in sorted({step.layer for step in plan.steps if step.layer is not None}):
         attention = inputs.attention(x.shape[1])
@@ -227,10 +228,7 @@ def before_tower(inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor]:
 
 
 def least_flops(method: str, tower: Tower, kept: int) -> int:
-    """Of the products that a method can't do without: each cosine that it needs once, since cosines are symmetric.
-
-    0 where that is not known.
-    """
+    """FLOPs of the products that a method can't do without, each cosine once since it is symmetric; 0 if unknown."""
     n, width, embedding = tower.whole.tokens, tower.width, tower.embedding
     if method == "divprune":  # the first pick needs all
         return n**2 * embedding
@@ -244,7 +242,7 @@ def least_flops(method: str, tower: Tower, kept: int) -> int:
 
 
 def time_ms(call: Callable[[], object], device: str) -> float:
-    """Time of one call with everything that it started: the process's on a CPU, wall time on a GPU."""
+    """Time of one call until all its work is done: CPU time of the process on a CPU, wall time on a GPU."""
     if device == "cpu":
         start = time.process_time()
         call()
@@ -267,7 +265,7 @@ def measure(
     device: str,
     methods: Collection[str] = METHODS,
 ) -> list[Row]:
-    """Methods and ratios on one tower in one dtype; the first run of each is not counted."""
+    """Measures methods and ratios on one tower in one dtype; the first run of each is not counted."""
     encoder = tower.build().to(device, DTYPES[dtype])
     inputs = Inputs.draw(tower, DTYPES[dtype], device)
     cases = list(calls(inputs, ratios, methods))

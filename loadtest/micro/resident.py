@@ -1,4 +1,4 @@
-"""How many equal requests a fixed KV pool holds at once, against the formula."""
+"""How many equal requests a fixed KV pool holds at once, compared with the formula."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ MIB = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """What one kind of request found on a pool of `pool_mib` that it had for itself.
+    """Result for one kind of request, alone on a pool of `pool_mib`.
 
     Attributes:
-        requests: how many ran at once, with more waiting.
-        expected: the fewest and the most that there may be: each holds what the formula says, and less than `block_mib`
-            more, or nothing more.
-        held_mib: KV memory of each, counted in blocks.
-        formula_mib: KV memory of each by the formula, which knows no blocks.
-        block_mib: one block in every KV cache group.
+        requests: number that ran at once, with more waiting.
+        expected: (fewest, most) requests by the formula, with less than `block_mib` of rounding each, or none.
+        held_mib: KV memory of a request, in whole blocks.
+        formula_mib: KV memory of a request by the formula, without rounding to blocks.
+        block_mib: memory of one block in every KV cache group.
     """
 
     name: str
@@ -34,7 +33,7 @@ class Resident:
 
     @property
     def as_predicted(self) -> bool:
-        """Within one block per request of the formula, in memory and in number."""
+        """Whether memory and number agree with the formula, within one block per request."""
         in_memory = self.formula_mib <= self.held_mib < self.formula_mib + self.block_mib
         return in_memory and self.expected[0] <= self.requests <= self.expected[1]
 
@@ -42,10 +41,10 @@ class Resident:
 def count_resident(
     name: str, engine: ProbedEngine, shape: Shape, request: Request, vision: int, deep_vision: int
 ) -> Resident:
-    """Offers more equal requests than fit, and counts those that run after each has generated `STEPS` tokens.
+    """Sends more equal requests than fit, and counts those that run after each has generated `STEPS` tokens.
 
     Raises:
-        RuntimeError: a request that ran was put back to wait, or they do not hold equally many blocks.
+        RuntimeError: a request was preempted, or they hold different numbers of blocks.
     """
     pool = engine.usable_blocks * engine.block_bytes
     block = engine.groups * engine.block_bytes

@@ -1,4 +1,4 @@
-"""The bench model and what its prefill and its KV cache should cost by the formulas."""
+"""The benchmarks' model, and the cost of its prefill and KV cache by formula."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Shape:
 
     @property
     def intermediate(self) -> int:
-        """Width of the decoder's MLP in `demo_model`."""
+        """Width of the decoder's MLP, as in `demo_model`."""
         return self.hidden * 11 // 4
 
     @property
@@ -41,23 +41,23 @@ class Shape:
         return (self.image_px // 14) ** 2
 
     def flops(self, vision: int, deep_vision: int) -> float:
-        """Of the decoder over a prompt with so many vision tokens in the layers before K, and from K on."""
+        """FLOPs of the decoder over a prompt with `vision` tokens before layer K, `deep_vision` from K on."""
         deep = self.layers - self.withdraw_layer
         return self.withdraw_layer * self._layer_flops(vision) + deep * self._layer_flops(deep_vision)
 
     def _layer_flops(self, vision: int) -> float:
-        """s (8 d^2 + 6 d f) for the linear layers, 2 s^2 d for causal attention, s tokens."""
+        """For s tokens: s (8 d^2 + 6 d f) for the linear layers, 2 s^2 d for causal attention."""
         s, d, f = self.text + vision, self.hidden, self.intermediate
         return s * (8 * d * d + 6 * d * f) + 2 * s * s * d
 
     def kv_bytes(self, text: int, vision: int, deep_vision: int) -> int:
-        """4 d (L t + K n) at 16 bits; t text and n vision tokens, which leave at K; without the rounding to blocks."""
+        """4 d (L t + K n) in 16 bits, if all of n vision tokens leave at K; t text tokens, no rounding to blocks."""
         deep = self.layers - self.withdraw_layer
         tokens = self.layers * text + self.withdraw_layer * vision + deep * deep_vision
         return 2 * ITEM_BYTES[self.dtype] * self.hidden * tokens  # a key and a value
 
     def write(self, path: Path) -> Path:
-        """The checkpoint, random weights; its vision tower is as small as can be, since it is not what is measured."""
+        """Writes the checkpoint; its vision tower is minimal, since it is not measured."""
         return demo_model.create(
             path,
             image_size=self.image_px,
@@ -71,6 +71,6 @@ class Shape:
         )
 
     def image(self) -> Image.Image:
-        """Noise of the size that needs no resizing."""
+        """Noise of a size that needs no resizing."""
         pixels = np.random.default_rng(0).integers(0, 256, (self.image_px, self.image_px, 3), dtype=np.uint8)
         return Image.fromarray(pixels)

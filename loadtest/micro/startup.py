@@ -1,6 +1,6 @@
-"""Seconds until a server answers, ours and plain vLLM in turn: `python -m foldserve.loadtest.micro.startup MODEL`.
+"""Start-up time, foldserve and plain vLLM in turns: `python -m foldserve.loadtest.micro.startup MODEL`.
 
-Any further option goes to both servers. The first start of each is not counted: it fills caches of files.
+Further options go to both servers. The first start of each is not counted: it fills the file caches.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Cost = tuple[float, float]
 
 
 def start(name: ServerName, options: Sequence[str], log: Path) -> Cost:
-    """Starts a server, and ends it once it answers."""
+    """Starts a server and stops it once it answers."""
     server = Local(name, options, log)
     try:
         return server.start_s, sum(server.cpu_s().values())
@@ -31,7 +31,7 @@ def start(name: ServerName, options: Sequence[str], log: Path) -> Cost:
 
 
 def measure(ours: Callable[[], Cost], plain: Callable[[], Cost], pairs: int) -> dict[str, Ratio]:
-    """Ours against plain vLLM, by clock."""
+    """Ours / plain vLLM, in wall and CPU time."""
     costs = alternate(ours, plain, pairs + 1)[1:]
     return {clock: ratio([(a[i], b[i]) for a, b in costs]) for i, clock in enumerate(("wall", "cpu"))}
 

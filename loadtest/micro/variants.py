@@ -1,4 +1,4 @@
-"""The variants that the withdrawal benchmark compares, on two engines of the same weights."""
+"""The variants of the withdrawal benchmark, on two engines with the same weights."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WARM_UP = 1
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One comparison, by model.forward or by the whole step; `flops` and `goal` are ratios as well."""
+    """One comparison of `forward` or the whole `step`; `flops` and `goal` are ratios too."""
 
     variant: str
     base: str
@@ -46,7 +46,7 @@ class Row:
 
 
 class Bench:
-    """Both engines, and the four kinds of request."""
+    """An engine without withdrawal and one with, and the four kinds of request."""
 
     def __init__(self, shape: Shape, checkpoint: Path, **options: Any) -> None:
         self.shape = shape
@@ -62,12 +62,12 @@ class Bench:
         return ProbedEngine(self._checkpoint, withdraw_layer, **self._options)
 
     def vision_tokens(self, name: str) -> tuple[int, int]:
-        """In the layers before K, and from K on."""
+        """(vision tokens before layer K, from K on)."""
         plan = plan_item(REDUCTIONS[name] or Reduction(), Layout.single(VisionGeometry(self.shape.vision)))
         return plan.kept, plan.kept_deep
 
     def prefill(self, pairs: int) -> Iterator[Row]:
-        """What each reduction leaves of a prefill, in the engine that can withdraw."""
+        """Prefill cost of each reduction relative to none, in the engine with withdrawal."""
         full = self.shape.flops(*self.vision_tokens("nothing"))
         base = partial(self.withdrawing.prefill, self.requests["nothing"])
         for name in ("withdraw", "folder", "both"):
@@ -76,10 +76,9 @@ class Bench:
             yield from _rows(name, "nothing", _timed(variant, base, pairs), flops, GOALS.get(name))
 
     def idle(self, pairs: int) -> Iterator[Row]:
-        """What an engine that can withdraw costs when nobody asks, against one that cannot.
+        """Cost of the engine with withdrawal when no request withdraws, relative to the one without.
 
-        The control, a second engine that cannot either, shows how much two equal engines differ by where their weights
-        happen to lie in memory.
+        The control is a second engine without withdrawal: equal engines differ by where their weights lie in memory.
         """
         control = self._start(None)
         for name, engine, goal in (("idle", self.withdrawing, IDLE_GOAL), ("control", control, None)):
@@ -91,7 +90,7 @@ class Bench:
                 yield from _rows(f"{name} decode x{count}", "plain engine", costs, None, goal)
 
     def _decode(self, engine: ProbedEngine, count: int, pairs: int) -> Sequence[tuple[StepCost, StepCost]]:
-        """Steps of `count` requests in each engine; contexts grow alike."""
+        """Pairs of decode steps with `count` requests in each engine, at equal context lengths."""
         request = replace(self.requests["nothing"], tokens=DECODE_PAIRS * pairs + WARM_UP + 2)
         for each in (engine, self.plain):
             for _ in range(count):
@@ -103,7 +102,7 @@ class Bench:
         return costs
 
     def resident(self) -> Iterator[Resident]:
-        """Every kind of request alone on the pool of an engine that can serve it."""
+        """Counts each kind of request alone on the pool of each engine that can serve it."""
         for label, engine, names in (
             ("plain engine", self.plain, ("nothing", "folder")),
             ("withdrawing engine", self.withdrawing, tuple(REDUCTIONS)),

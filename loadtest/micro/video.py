@@ -1,7 +1,7 @@
-"""What it takes to get the frames of a video file: `python -m foldserve.loadtest.micro.video`.
+"""Wall time to decode the frames of a video file: `python -m foldserve.loadtest.micro.video`.
 
-Ours, with the process for each file and the check of its container, beside vLLM's loader (OpenCV), which decodes in the
-server's process; in pairs, on the same files, wall time.
+Compares our decoder, which checks the container and decodes in a process per file, with vLLM's loader (OpenCV), which
+decodes in the server's process, in pairs on the same files.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _FPS = 25
 
 
 def noisy(codec: str, container: str, seconds: int, width: int, height: int) -> bytes:
-    """A file whose frames wander over a coarse pattern."""
+    """A video file that moves over a coarse pattern."""
     pattern = np.random.default_rng(0).integers(0, 256, (height // 16, width // 8, 3), dtype=np.uint8)
     whole = pattern.repeat(16, 0).repeat(16, 1)
     file = io.BytesIO()
@@ -55,7 +55,7 @@ def wall_ms(call: Callable[[], object]) -> float:
 
 
 def measure(width: int, height: int, pairs: int) -> dict[str, dict[str, object]]:
-    """Ours / vLLM's of each file, with both in milliseconds; the first pair is not counted."""
+    """Ours / vLLM's for each file, and both in milliseconds; the first pair is not counted."""
     decoder, limits = VideoDecoder(), Limits()
     theirs = VideoMediaIO(ImageMediaIO(), num_frames=limits.video_frames, video_backend="opencv")
     found: dict[str, dict[str, object]] = {}

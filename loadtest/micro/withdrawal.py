@@ -1,7 +1,7 @@
-"""What withdrawal saves and what it costs: `python -m foldserve.loadtest.micro.withdrawal`.
+"""What withdrawal saves and costs: `python -m foldserve.loadtest.micro.withdrawal`.
 
-Engines run side by side in this process on the same random weights, one with a withdrawal layer and one without;
-variants are timed in pairs, in the order ABBA. Run it with OMP_NUM_THREADS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0.
+Two engines in this process, one with a withdrawal layer and one without, have the same random weights. Variants are
+timed in pairs in the order ABBA. Run it with OMP_NUM_THREADS=1 VLLM_ENABLE_V1_MULTIPROCESSING=0.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def render_resident(row: Resident) -> str:
 
 
 def engine_options(*, dtype: DType, pool_mib: int, eager: bool) -> dict[str, Any]:
-    """vLLM's settings: room for all prompts of `Bench.resident` in one step."""
+    """vLLM's settings, with room for all prompts of `Bench.resident` in one step."""
     return {
         "dtype": dtype,
         "max_model_len": 1024,
@@ -73,7 +73,7 @@ def arguments() -> ArgumentParser:
 
 
 def machine() -> dict[str, object]:
-    """What the figures depend on, without names."""
+    """Properties of the machine that the figures depend on."""
     return {
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -88,7 +88,7 @@ def table(head: str) -> str:
 
 
 def measure(bench: Bench, parts: Sequence[str], pairs: int) -> tuple[list[Row], list[Resident]]:
-    """Prints each figure as it comes, and returns all of them."""
+    """Prints each figure as it is measured, and returns all."""
     rows: list[Row] = []
     counts: list[Resident] = []
     print(table(TIMED))

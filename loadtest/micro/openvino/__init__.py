@@ -1,1 +1,1 @@
-"""OpenVINO GenAI, the other engine with a ratio per request, beside ours on one CPU."""
+"""Benchmark against OpenVINO GenAI, which also has a ratio per request, on one CPU."""

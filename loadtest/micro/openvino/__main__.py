@@ -1,8 +1,8 @@
-"""OpenVINO GenAI beside us on one Qwen2.5-VL checkpoint and one CPU: `python -m foldserve.loadtest.micro.openvino`.
+"""Compares foldserve with OpenVINO GenAI on a Qwen2.5-VL checkpoint: `python -m foldserve.loadtest.micro.openvino`.
 
-It needs `openvino-genai` beside foldserve; `docs/explanation/benchmarks/openvino-cpu.md` has the commands that export a
+Both engines run in their own process on one CPU, with the same threads, images, prompts and precision, and take turns.
+The benchmark needs `openvino-genai`; `docs/explanation/benchmarks/openvino-cpu.md` has the commands that export a
 checkpoint.
-Both engines run in processes of their own, with the same threads, images, prompts and precision, and measure in turn.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _UNIT_PX = 28  # one token of Qwen2.5-VL: 2 x 2 patches of 14
 
 
 def contenders(ratio: float, px: int) -> list[Contender]:
-    """What answers an image of that size with so much less; the first is ours, the second OpenVINO's own."""
+    """The contenders at a ratio, for images of `px` pixels; the second is OpenVINO's own method."""
     if not ratio:
         return [Contender("foldserve", "none", 0, px), Contender("openvino", "none", 0, px)]
     smaller = _UNIT_PX * isqrt(round((1 - ratio) * (px // _UNIT_PX) ** 2))  # a square of at most as many tokens
@@ -61,7 +61,7 @@ def arguments() -> ArgumentParser:
 
 
 def measure(args: Namespace) -> list[Cell]:
-    """Every contender at every load, once a round, in an order that turns round with each."""
+    """Every contender at every load, once per round, in an order that reverses every round."""
     setup = Setup(args.threads)
     start: dict[str, Callable[[], Engine]] = {
         "foldserve": partial(Foldserve, args.model, setup, withdraw_layer=args.withdraw_layer, eager=args.eager),

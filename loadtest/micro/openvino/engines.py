@@ -1,4 +1,4 @@
-"""The two engines behind one interface: requests are added, and steps are taken by hand."""
+"""The two engines behind one interface, which adds requests and takes steps by hand."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _REQUESTS = 64
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What both engines are given; OpenVINO's blocks on a CPU have 32 tokens."""
+    """Settings of both engines; OpenVINO's KV blocks on a CPU always have 32 tokens."""
 
     threads: int
     kv_gib: int = 2
@@ -34,14 +34,14 @@ class Setup:
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """A way to serve an image with fewer tokens.
+    """An engine and its way to serve an image with fewer tokens.
 
     Attributes:
         engine: "foldserve" or "openvino".
-        name: in tables; equal names at several ratios make a line.
-        ratio: share of the image's tokens that goes.
-        px: width and height of the image that is sent; smaller than the others' where that is the method.
-        reduction: ours, in its JSON form; empty for none.
+        name: method, as in tables and charts.
+        ratio: share of the image's tokens that is removed.
+        px: width and height of the image sent.
+        reduction: fields of foldserve's `reduction`.
     """
 
     engine: str
@@ -55,16 +55,16 @@ class Engine(Protocol):
     """Greedy answers of a fixed length to `PROMPT` with an image."""
 
     def prepare(self, contender: Contender) -> None:
-        """Whatever is to be done before its first request; not timed."""
+        """Prepares for the contender's requests; not timed."""
 
     def add(self, number: int, image: Pixels, tokens: int) -> None:
-        """Hands a request over, which gets so many tokens of an answer."""
+        """Adds a request for an answer of `tokens` tokens."""
 
     def step(self) -> Sequence[tuple[int, int]]:
-        """(number, tokens so far) of the requests that got one in a step."""
+        """Takes a step; returns (number, tokens so far) of the requests that got a token."""
 
     def kv_bytes(self) -> int:
-        """Of the KV blocks in use."""
+        """Bytes of the KV blocks in use."""
 
 
 class Foldserve:
@@ -114,12 +114,12 @@ class Foldserve:
 class OpenVino:
     """GenAI's continuous batching.
 
-    `add_request` prunes by what the last `generate` asked for, not by its own request's `pruning_ratio` (2026.4.1): one
-    request through `generate` goes first, and all that follow have its ratio.
+    `add_request` ignores the `pruning_ratio` of its own request and prunes by that of the last `generate` (2026.4.1).
+    So `prepare` sends one request through `generate`, whose ratio the following requests get.
 
     Args:
-        model: what `optimum-cli export openvino` wrote.
-        kv_precision: "bf16" as ours, or "u8", its default.
+        model: output of `optimum-cli export openvino`.
+        kv_precision: "bf16" like ours, or "u8", its default.
     """
 
     def __init__(self, model: Path, setup: Setup, *, kv_precision: str) -> None:

@@ -1,6 +1,6 @@
-"""A Qwen2.5-VL checkpoint as transformers 4 reads it, which the export needs: `python -m ...micro.openvino.older A B`.
+"""Converts a Qwen2.5-VL checkpoint of transformers 5 to the form of transformers 4, which the export to OpenVINO needs.
 
-Published checkpoints are in that form; transformers 5 writes another.
+Published checkpoints have the older form already: `python -m foldserve.loadtest.micro.openvino.older CHECKPOINT TO`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 def write_older(checkpoint: Path, to: Path) -> None:
-    """Copies it, with the names of the older version in its config and its tokenizer's."""
+    """Copies the checkpoint, with the older field names in its config and its tokenizer's."""
     shutil.copytree(checkpoint, to)
     _rewrite(to / "config.json", _older_config)
     _rewrite(to / "tokenizer_config.json", _older_tokenizer)
@@ -27,7 +27,7 @@ def _rewrite(file: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 
 def _older_config(config: dict[str, Any]) -> None:
-    """RoPE's fields stand in the decoder's part and at the top."""
+    """The older form has RoPE's fields in the decoder's config and at the top."""
     rope = config["text_config"].pop("rope_parameters")
     theta = rope.pop("rope_theta")
     older = {"rope_theta": theta, "rope_scaling": {"type": "mrope", **rope}}

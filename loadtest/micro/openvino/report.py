@@ -1,6 +1,6 @@
-"""Figures, tables and the picture of what both engines took.
+"""Figures, tables and charts of both engines.
 
-`python -m foldserve.loadtest.micro.openvino.report RESULTS PICTURE` draws saved figures again.
+`python -m foldserve.loadtest.micro.openvino.report RESULTS PICTURE` draws saved results again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LINES = (("foldserve", "folder"), ("foldserve", "folder + withdraw"), ("openvin
 
 @dataclass(slots=True)
 class Cell:
-    """A contender under a load, measured once a round."""
+    """A contender at a concurrency, with one run per round."""
 
     contender: Contender
     concurrency: int
@@ -41,10 +41,10 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """The figures of a contender under a load.
+    """Figures of a contender at a concurrency.
 
     Attributes:
-        to_openvino: requests/s to those of OpenVINO's own way at the same ratio; None of that way itself.
+        to_openvino: requests/s relative to OpenVINO's own method at the same ratio; None for that method itself.
     """
 
     engine: str
@@ -62,12 +62,12 @@ def results(cells: Sequence[Cell]) -> list[Result]:
 
 
 def read_results(file: Path) -> list[Result]:
-    """Of what `--json` wrote."""
+    """Reads a file that `--json` wrote."""
     return TypeAdapter(list[Result]).validate_python(json.loads(file.read_text())["results"])
 
 
 def tables(results: Sequence[Result]) -> list[Table]:
-    """One per concurrency."""
+    """One table per concurrency."""
     return [
         Table(f"{level} at once", _HEADINGS, [_cells(each) for each in results if each.concurrency == level], 3)
         for level in _levels(results)
@@ -75,7 +75,7 @@ def tables(results: Sequence[Result]) -> list[Table]:
 
 
 def charts(results: Sequence[Result]) -> list[Chart]:
-    """Requests/s and TTFT against the ratio, a panel per concurrency."""
+    """Requests/s and TTFT against the ratio, one panel per concurrency."""
     return [
         _chart(
             "throughput",

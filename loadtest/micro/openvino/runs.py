@@ -1,4 +1,4 @@
-"""Closed loops over an engine in a process of its own, so that both are there at once and one computes."""
+"""Runs each engine in its own process, with a fixed number of requests in flight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from foldserve.loadtest.micro.openvino.engines import Contender, Engine, Pixels
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """So many requests, so many of them at once; `seed` makes their images new."""
+    """A number of requests at a concurrency; `seed` makes their images new."""
 
     requests: int
     concurrency: int
@@ -26,12 +26,11 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a load took.
+    """Results of a load.
 
     Attributes:
-        requests_per_s: over the whole load.
-        ttft_s: of each request, from handing its image over to the end of the step with its first token.
-        kv_bytes: of the blocks in use, the most after any step.
+        ttft_s: for each request, from adding it to the end of the step with its first token.
+        kv_bytes: most bytes of KV blocks in use after a step.
     """
 
     requests_per_s: float
@@ -40,11 +39,7 @@ class Run:
 
 
 class Remote:
-    """An engine in another process.
-
-    Raises:
-        RuntimeError: it failed; its own words are in the message.
-    """
+    """An engine in another process; raises RuntimeError with its message if it fails."""
 
     def __init__(self, start: Callable[[], Engine]) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would inherit threads
@@ -100,7 +95,7 @@ def measure(engine: Engine, contender: Contender, load: Load) -> Run:
 
 
 def noise(px: int, seed: tuple[int, int]) -> Pixels:
-    """A square image that no cache knows."""
+    """A square image of noise."""
     return np.random.default_rng(seed).integers(0, 256, (px, px, 3), dtype=np.uint8)
 
 
