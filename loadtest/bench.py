@@ -1,8 +1,8 @@
-"""Sends requests with `vllm bench serve`: its clock and its client, which plain vLLM is measured with too.
+"""Sends requests with `vllm bench serve`, the client that vLLM's own benchmarks use.
 
-The command runs in a process of its own, forked from one that has its modules loaded: to import them takes longer
-than many a block. Nothing of vLLM runs in this process. The dataset `custom` takes whole lists of messages where the
-client has no tokenizer; lengths of answers then come from the extra body.
+The command runs in a child process, forked from one that has already imported its modules: importing takes longer
+than many a block. Without a tokenizer, the dataset `custom` takes whole lists of messages, and the length of answers
+comes from the extra body.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _LOADED = [_COMMAND, "vllm.entrypoints.cli.benchmark.main", "vllm.benchmarks.ser
 
 
 def preload() -> None:
-    """Loads the client's modules, so that the first `send` does not wait for them."""
+    """Imports the client's modules, so that the first `send` does not wait for them."""
     idle = _forks().Process(daemon=True)
     idle.start()
     idle.join()
@@ -78,7 +78,7 @@ def _serve(options: Sequence[str], log: Path) -> None:
 def arguments(
     url: str, model: str, requests: int, body: dict[str, Any], load: Load, burstiness: float, seed: int
 ) -> list[str]:
-    """Of the command, but for its files."""
+    """The command's arguments, without those for files."""
     options = ["--backend", "openai-chat", "--base-url", url, "--endpoint", CHAT, "--model", model]
     options += ["--dataset-name", "custom", "--skip-tokenizer-init", "--disable-shuffle", "--no-oversample"]
     options += ["--num-prompts", str(requests), "--extra-body", json.dumps(body), "--seed", str(seed)]
@@ -89,11 +89,7 @@ def arguments(
 
 
 def parse(result: dict[str, Any]) -> Sent:
-    """What the command saved.
-
-    Raises:
-        RuntimeError: no request was answered.
-    """
+    """Reads the command's result file; RuntimeError if no request was answered."""
     errors = [error.strip() for error in result["errors"] if error]
     good = [number for number, error in enumerate(result["errors"]) if not error]
     if not good:

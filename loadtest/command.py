@@ -26,15 +26,15 @@ _NOT_THE_SAME = (
     "output", "quality", "shape_from", "methods", "ratios", "withdraw", "concurrency", "rate", "speed", "requests",
     "blocks", "rounds",
 )  # fmt: skip
-"""Options that may change while results that lie there stay good: they choose blocks, or what is made of them."""
+"""Options that may change without making earlier results invalid: they choose blocks, or shape the report."""
 
 
 def run(options: Options, engine_options: Sequence[str]) -> Report:
-    """Measures what is missing and writes the report in all its forms.
+    """Measures the blocks that the journal lacks and writes the report.
 
     Raises:
         ValueError: what is asked cannot be done.
-        RuntimeError: a server did not come up, or did not answer.
+        RuntimeError: a server did not start or did not answer.
     """
     variants, loads = options.grid()
     blocks = schedule(variants, loads, options.rounds, beside=options.beside)
@@ -67,7 +67,7 @@ def _report(
     for (point, _), of_round in rounds.items():
         records.setdefault(point, []).append(joined(of_round))
     checkpoint = options.shape_from or options.model
-    # the formulas are of images: a tower looks at the frames of a video one by one
+    # the formulas hold for images only: a tower encodes the frames of a video one by one
     shape = read_shape(checkpoint, options.withdraw_layer) if checkpoint and options.workload != "video" else None
     return Report(
         title=Path(options.model).name if options.model else f"the server at {options.url}",
@@ -105,6 +105,6 @@ def _versions() -> str:
 
 
 def _identity(options: Options, engine_options: Sequence[str]) -> str:
-    """Of all that a block's result depends on, beside its key."""
+    """Hash of everything that a block's result depends on, except its key."""
     fields: dict[str, Any] = {k: v for k, v in asdict(options).items() if k not in _NOT_THE_SAME}
     return run_identity(options={k: str(v) for k, v in fields.items()}, engine=list(engine_options), of=_versions())

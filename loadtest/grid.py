@@ -1,4 +1,4 @@
-"""What is measured: variants of a request x loads, in rounds whose order turns round."""
+"""What is measured: variants x loads, in rounds of alternating order."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ ServerName = Literal["foldserve", "vllm"]
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """How images are reduced, and by which server: `vllm` is the control, which can't.
+    """A server and how its images are reduced; `vllm` is the control without reduction.
 
     Attributes:
         method: None at ratio 0.
-        ratio: asked for, in [0, 1).
-        withdraw: vision tokens leave the decoder at the server's layer K.
+        ratio: in [0, 1).
+        withdraw: whether vision tokens leave the decoder at the server's layer K.
     """
 
     server: ServerName = "foldserve"
@@ -27,7 +27,7 @@ class Variant:
 
     @property
     def family(self) -> str:
-        """What one line of a plot shows."""
+        """Name of the variant without its ratio: one line of a plot."""
         if self.server == "vllm":
             return "plain vLLM"
         return " + ".join(filter(None, [self.method, "withdraw" if self.withdraw else None])) or "ratio 0"
@@ -37,7 +37,7 @@ class Variant:
         return f"{self.family} {self.ratio:g}" if self.method else self.family
 
     def body(self) -> dict[str, Any]:
-        """The fields that a request has for it; none where nothing is asked."""
+        """The request fields of this variant."""
         reduction: dict[str, Any] = {"method": self.method, "ratio": self.ratio} if self.method else {}
         if self.withdraw:
             reduction["withdraw"] = True
@@ -50,14 +50,14 @@ RATIO_0 = Variant()
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """How requests arrive; of the first three exactly one is given.
+    """How requests arrive. Exactly one of the first three is set.
 
     Attributes:
-        concurrency: so many are always on their way.
+        concurrency: number of requests always in flight.
         rate: requests/s, at random times.
-        speed: of a trace that has its own times, as a factor.
-        requests: of a block.
-        blocks: of each variant in a round.
+        speed: factor on the times of a trace.
+        requests: per block.
+        blocks: per variant and round.
     """
 
     concurrency: int | None = None
@@ -85,11 +85,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What is measured in one go.
-
-    Attributes:
-        number: among the point's blocks of this round.
-    """
+    """One measurement of a point; `number` counts the point's blocks in this round."""
 
     point: Point
     round: int
@@ -97,13 +93,13 @@ class Block:
 
     @property
     def key(self) -> str:
-        """Under which its result is kept."""
+        """Key of the result in the journal."""
         number = f", block {self.number}" if self.number else ""
         return f"{self.point}, {self.point.load.requests} requests, round {self.round}{number}"
 
 
 def variants(methods: Sequence[str], ratios: Sequence[float], withdraw: Sequence[bool], control: bool) -> list[Variant]:
-    """The control, ratio 0, and the rest in the order in which they were asked for."""
+    """The control, ratio 0, then the others in the order given."""
     rest = []
     for leaves, method, ratio in product(withdraw, methods, ratios):
         rest.append(Variant("foldserve", method if ratio else None, ratio, leaves))
@@ -111,14 +107,14 @@ def variants(methods: Sequence[str], ratios: Sequence[float], withdraw: Sequence
 
 
 def schedule(variants: Sequence[Variant], loads: Sequence[Load], rounds: int, *, beside: bool) -> list[Block]:
-    """All blocks in the order in which they are to run.
+    """All blocks in the order in which they run.
 
-    Of a load's blocks every second turn through the variants, and of the rounds every second, runs backwards (ABBA), so
-    that a machine that becomes slower favours nobody.
+    Every second pass through the variants, and every second round, runs backwards (ABBA), so that a machine that slows
+    down favours no variant.
 
     Args:
-        beside: the servers run at the same time, and variants of both take turns; otherwise each server does all of its
-            blocks of a round before the other starts.
+        beside: whether both servers run at the same time and their variants alternate. Otherwise each server runs all
+            its blocks of a round before the other starts.
     """
     cells = [
         (Point(variant, load), turn)

@@ -1,4 +1,4 @@
-"""Images and videos for requests, each of them new to every cache unless repeats are asked for."""
+"""Images and videos for requests, each new to every cache unless repeats are asked for."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class Images:
 
     Args:
         size_px: width and height of generated images.
-        folder: to take images from instead; they come in the order of their names, again and again.
-        repeat: how many different ones there are; 0: every one differs from all before.
+        folder: take images from here instead, in the order of their names, over and over.
+        repeat: number of different images; 0: all differ.
 
     Raises:
         ValueError: a folder without images.
@@ -35,7 +35,7 @@ class Images:
             raise ValueError(f"no images in {folder}: names that end in {', '.join(sorted(_SUFFIXES))} are looked for")
 
     def url(self, number: int) -> str:
-        """The image of that number as a JPEG; equal numbers give equal images."""
+        """JPEG image `number`; equal numbers give equal images."""
         number = number % self._repeat if self._repeat else number
         if self._files:
             with Image.open(self._files[number % len(self._files)]) as file:
@@ -48,7 +48,7 @@ class Images:
         return data_url(image, "JPEG", quality=90)
 
     def video_url(self, number: int) -> str:
-        """The video of that number, 32 frames in four seconds: a made-up image that wanders through the picture."""
+        """Video `number`: a generated image that moves sideways, 32 frames in four seconds."""
         number = number % self._repeat if self._repeat else number
         coarse = np.random.default_rng(number).integers(0, 256, (24, 24, 3), dtype=np.uint8)
         whole = Image.fromarray(coarse).resize((2 * self._size_px, self._size_px), Image.Resampling.BICUBIC)
@@ -72,13 +72,13 @@ def encoded(frames: Iterable[Image.Image], side: int) -> bytes:
 
 
 def data_url(image: Image.Image, kind: str, **options: Any) -> str:
-    """The image as a file of that kind, in a URL; `options` are those of `Image.save`."""
+    """The image in Pillow's format `kind`, as a URL; `options` are those of `Image.save`."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _mark(image: Image.Image, number: int) -> None:
-    """Makes an image that comes again another one, by random dots in its corner."""
+    """Makes repeated images differ, by random dots in the corner."""
     dots = np.random.default_rng([1, number]).integers(0, 2, (_MARK_PX, _MARK_PX), dtype=np.uint8) * 255
     image.paste(Image.fromarray(dots).convert("RGB"), (0, 0))

@@ -1,4 +1,4 @@
-"""Keys for servers that ask for them, from the environment: they stand in no command line, result or report."""
+"""API keys from the environment, so that they appear in no command line, result or report."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ CHATS, METRICS = "OPENAI_API_KEY", "METRICS_KEY"  # the first is what `vllm benc
 
 
 def for_chats() -> dict[str, str]:
-    """Headers of a chat."""
+    """Headers for chat requests."""
     return _bearer(os.environ.get(CHATS))
 
 
 def for_metrics() -> dict[str, str]:
-    """Headers of a scrape; one key may have both scopes."""
+    """Headers for /metrics; one key may have both scopes."""
     return _bearer(os.environ.get(METRICS) or os.environ.get(CHATS))
 
 

@@ -1,4 +1,4 @@
-"""The server's own view: counters before and after, gauges in between."""
+"""Reads the server's /metrics: counters before and after a block, gauges in between."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _WANTED = (*_COUNTERS, _BY_STAGE, KV_USE, RUNNING, WAITING)
 def read(text: str) -> tuple[dict[str, float], dict[str, float]]:
     """Counters and gauges of a page, each summed over its labels; vision tokens by stage, as `vision_encoded`.
 
-    The rest of the page is not parsed: it is long, and the cores that it takes are those that are measured.
+    The rest of the page is not parsed: that would take CPU time from the server being measured.
     """
     wanted = "".join(f"{line}\n" for line in text.splitlines() if line.startswith(_WANTED))
     counters: dict[str, float] = defaultdict(float)
@@ -49,14 +49,13 @@ def read(text: str) -> tuple[dict[str, float], dict[str, float]]:
 
 
 class Watch:
-    """Looks at /metrics before, after and, every `every_s`, in between; a server without that page has no figures.
+    """Context that reads /metrics at its start, at its end and every `every_s` in between.
 
-    Raises:
-        ValueError: the page asks for another key than it gets.
+    A server without that page has no figures. A ValueError is raised if the page refuses the key.
 
     Attributes:
-        counters: their growth, once it is over.
-        gauges: what they were while requests ran.
+        counters: growth of the counters, after the end.
+        gauges: values of the gauges while requests ran.
     """
 
     def __init__(self, url: str, every_s: float = 1.0) -> None:

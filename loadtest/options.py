@@ -18,7 +18,7 @@ _NEEDED = ("httpx", "jinja2", "matplotlib", "pandas", "PIL", "vllm")
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """A run. Raises ValueError if it can't be measured."""
+    """Raises ValueError if what is asked can't be measured."""
 
     output: Path = option(Path("loadtest-results"), "DIR", "results that lie there are not measured again")
     model: str | None = positional("MODEL", default=None)
@@ -62,7 +62,6 @@ class Options:
             raise ValueError(problem)
 
     def _problems(self) -> list[str]:
-        """What is wrong, in words."""
         found = [
             f"--ratios are shares of vision tokens, each in [0, 1), not {r}" for r in self.ratios if not 0 <= r < 1
         ]
@@ -114,11 +113,9 @@ class Options:
         return self.control_url is not None or (self.url is None and self.control)
 
     def grid(self) -> tuple[list[Variant], list[Load]]:
-        """Variants and loads."""
         return variants(self.methods, self.ratios, _WITHDRAW[self.withdraw], self.has_control), self._loads()
 
     def _arrivals(self) -> list[Load]:
-        """What arrives at a rate has no fixed concurrency."""
         if self.trace:
             return [Load(speed=speed) for speed in self.speed]
         at_once = [Load(concurrency=n) for n in self.concurrency] if self.burstiness == 1 else []
@@ -135,12 +132,12 @@ class Options:
         ]
 
     def urls(self) -> dict[ServerName, str]:
-        """Of servers that run already."""
+        """URLs of servers that are already running."""
         given: dict[ServerName, str | None] = {"foldserve": self.url, "vllm": self.control_url}
         return {name: url.rstrip("/") for name, url in given.items() if url is not None}
 
     def server_options(self, engine_options: Sequence[str]) -> dict[ServerName, list[str]]:
-        """Command lines of the servers to start, after `serve`."""
+        """Arguments after `serve` for the servers to start."""
         if self.model is None:
             return {}
         common = [self.model, *engine_options]

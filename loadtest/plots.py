@@ -16,14 +16,14 @@ _DASHED = "Dashed: what the arithmetic allows, from what was measured at ratio 0
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """What is drawn against the ratio.
+    """A chart of one figure against the ratio.
 
     Attributes:
-        stem: of the file.
-        title: the question.
-        figure: of a row.
-        limit: the factor on ratio 0 that is predicted.
-        same_scale: loads are compared with each other.
+        stem: file name without suffix.
+        title: the question that the chart answers.
+        figure: key of `Row.figures`.
+        limit: predicted factor on the value at ratio 0.
+        same_scale: whether the panels of all loads share an axis.
     """
 
     stem: str
@@ -76,10 +76,9 @@ _QUESTIONS = (
 
 
 def charts(reports: Mapping[str, Sequence[Row]], accuracy: Sequence[Accuracy] = ()) -> list[Chart]:
-    """In the order in which they are to be read; what was not measured is left out, panel by panel.
+    """Charts in reading order, without panels of what was not measured.
 
-    Args:
-        reports: rows by the name that their panels have; "" where there is only one.
+    `reports` are keyed by the name for their panels, "" if there is only one.
     """
     chosen, left_out = _families([row for rows in reports.values() for row in rows])
     found = [_chart(question, reports, chosen, left_out) for question in _QUESTIONS]
@@ -88,14 +87,14 @@ def charts(reports: Mapping[str, Sequence[Row]], accuracy: Sequence[Accuracy] = 
 
 
 def _families(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
-    """Those that are drawn, which are the fastest, and the others."""
+    """(families to draw, which are the fastest, other families)."""
     gains: dict[str, list[float]] = {}
     for row in rows:
         family = row.variant.family
         if row.variant.server == "foldserve" and family != _FULL and "requests_per_s" in row.to_ratio_0:
             gains.setdefault(family, []).append(row.to_ratio_0["requests_per_s"].value)
     if any(family.endswith("+ withdraw") for family in gains):
-        gains.pop("withdraw", None)  # where those lines begin
+        gains.pop("withdraw", None)  # it is the first point of those lines
     best = sorted(gains, key=lambda family: fmean(gains[family]), reverse=True)[:MOST_LINES]
     return [family for family in gains if family in best], [family for family in gains if family not in best]
 
@@ -130,7 +129,7 @@ def _chart(
 
 
 def _by_load(reports: Mapping[str, Sequence[Row]]) -> Iterator[tuple[str, dict[str, list[Row]]]]:
-    """(load, rows under it by the name of their report), for loads that all reports have."""
+    """(load, its rows by report) for the loads that all reports have."""
     for load in dict.fromkeys(str(row.load) for rows in reports.values() for row in rows):
         under = {name: [row for row in rows if str(row.load) == load] for name, rows in reports.items()}
         if all(any(row.variant.family == _FULL for row in own) for own in under.values()):
@@ -158,7 +157,7 @@ def _panel(question: _Question, title: str, rows: Sequence[Row], families: Seque
 
 
 def _curve(rows: Sequence[Row], family: str) -> list[Row]:
-    """By ratio; it begins with the same withdrawal without a method, or at ratio 0."""
+    """Rows of a family by ratio, after ratio 0 or, for a joined withdrawal, after withdrawal alone."""
     start = "withdraw" if family.endswith("+ withdraw") else family
     own = sorted(
         (row for row in rows if row.variant.family in (family, start) and row.variant.server == "foldserve"),
@@ -180,7 +179,7 @@ def _limit_line(question: _Question, curve: Sequence[Row], rows: Sequence[Row], 
 
 
 def _trade(reports: Mapping[str, Sequence[Row]], families: Sequence[str], accuracy: Sequence[Accuracy]) -> Chart | None:
-    """Right answers against speed, under the last load."""
+    """Right answers against speed, at the last load."""
     panels = []
     for name, rows in reports.items():
         last = [row for row in rows if row.load == rows[-1].load]

@@ -1,4 +1,4 @@
-"""What the arithmetic allows: FLOPs and KV bytes of a request, from the checkpoint's config."""
+"""FLOPs and KV elements of a request, from the checkpoint's config: the speed-up that reduction can reach."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from transformers import AutoConfig, PretrainedConfig
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Mean tokens of a request.
+    """Mean numbers of tokens per request.
 
     Attributes:
-        encoded, kept, withdrawn: vision tokens that the tower gives, that reach the decoder, that leave it at K.
-        text: other tokens of the prompt.
-        output: of the answer.
+        encoded: vision tokens before reduction.
+        kept: vision tokens that reach the decoder.
+        withdrawn: those of them that leave it at layer K.
+        text: other prompt tokens.
+        output: answer tokens.
     """
 
     encoded: float
@@ -27,15 +29,14 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class QwenTower:
-    """The vision tower of a Qwen-VL model, which makes a token of some patches.
+    """The vision tower of a Qwen-VL model, which merges several patches into a token.
 
     Attributes:
-        hidden, mlp, layers: of its layers.
-        matrices: of a layer's MLP: two, or three with a gate.
-        patches: that become a token.
-        windowed: layers in which a patch attends to those of its window.
-        window: patches of one.
-        mergers: at its end, and for each deepstack level.
+        matrices: in the MLP of a layer: two, or three with a gate.
+        patches: per token.
+        windowed: number of layers with window attention.
+        window: patches per window.
+        mergers: number of them: one, and one per deepstack level.
         out: width of the decoder.
     """
 
@@ -50,7 +51,7 @@ class QwenTower:
     out: int
 
     def flops(self, tokens: float) -> float:
-        """Of an image of so many tokens, before reduction."""
+        """FLOPs for an image that has `tokens` tokens before reduction."""
         n, d, wide = tokens * self.patches, self.hidden, self.hidden * self.patches
         linear = self.layers * n * (8 * d * d + 2 * self.matrices * d * self.mlp)
         attention = 4 * n * d * ((self.layers - self.windowed) * n + self.windowed * min(self.window, n))
@@ -62,12 +63,13 @@ class ModelShape:
     """A LLaVA-like model: a ViT, an MLP projector and a Llama-like decoder.
 
     Attributes:
-        hidden, mlp, layers, kv: of the decoder; `kv` is the width of its keys, and of its values.
-        vision_hidden, vision_mlp, vision_layers: of the tower, up to the layer whose features are taken.
+        hidden, mlp, layers: of the decoder.
+        kv: width of the decoder's keys, and of its values.
+        vision_layers: up to the layer whose features are taken.
         withdraw_layer: K, or None.
         tile: tokens that attend to each other in the tower; None: all of an image.
         queries: width of the decoder's queries; None: `hidden`.
-        qwen: instead of the ViT and the projector, whose attributes say nothing then.
+        qwen: replaces ViT and projector, whose attributes are then meaningless.
     """
 
     hidden: int
@@ -83,7 +85,7 @@ class ModelShape:
     qwen: QwenTower | None = None
 
     def flops(self, request: Request) -> float:
-        """Encoder, projector, prefill and decode steps of one request, without the output head."""
+        """FLOPs of one request: tower, projector, prefill and decode steps, without the output head."""
         shallow = request.text + request.kept
         return self._vision(request) + self._decoder(shallow, shallow - request.withdrawn, request.output)
 
@@ -95,24 +97,24 @@ class ModelShape:
         return tower + request.kept * 2 * (dv * self.hidden + self.hidden * self.hidden)
 
     def kv_elements(self, request: Request) -> float:
-        """Keys and values that a request holds halfway through its answer, in numbers."""
+        """Elements of keys and values that a request holds halfway through its answer."""
         shallow = request.text + request.kept + request.output / 2
         first, last = self._split()
         return 2 * self.kv * (first * shallow + last * (shallow - request.withdrawn))
 
     def _split(self) -> tuple[int, int]:
-        """Layers before K, and from K on."""
+        """(layers before K, layers from K on)."""
         first = self.layers if self.withdraw_layer is None else self.withdraw_layer
         return first, self.layers - first
 
     def _decoder(self, shallow: float, deep: float, output: float) -> float:
-        """Tokens that leave at K need of layer K-1 its attention only; where iLLaVA merges them, they go through it."""
+        """FLOPs of the decoder. Tokens that leave at K count in layer K-1 for its attention only, iLLaVA's too."""
         first, last = self._split()
         unread = (shallow - deep) * self.hidden * (2 * (self.queries or self.hidden) + 6 * self.mlp)
         return first * self._layer(shallow, output) - unread + last * self._layer(deep, output)
 
     def _layer(self, prompt: float, output: float) -> float:
-        """One decoder layer over a prompt and the tokens after it: each but the last of the answer is a step."""
+        """FLOPs of one decoder layer over a prompt and the decode steps after it, one less than output tokens."""
         steps = max(output - 1, 0)
         s, d, q = prompt + steps, self.hidden, self.queries or self.hidden
         linear = s * (4 * d * q + 4 * d * self.kv + 6 * d * self.mlp)
@@ -120,9 +122,9 @@ class ModelShape:
 
 
 def read_shape(checkpoint: Path | str, withdraw_layer: int | None) -> ModelShape | None:
-    """The shape of a checkpoint, a directory or a Hugging Face name; None where its config names other things.
+    """The shape of a checkpoint (a directory or Hugging Face name); None if the formulas don't fit its architecture.
 
-    transformers reads it, since a config may leave out what its model type has by default: LLaVA-1.5's does.
+    transformers reads the config, since it may leave out defaults of its model type, as LLaVA-1.5's does.
     """
     try:
         config = AutoConfig.from_pretrained(checkpoint)

@@ -1,4 +1,4 @@
-"""Accuracy from the card that `foldserve evaluate` writes, to be shown beside throughput."""
+"""Reads accuracy from the card of `foldserve evaluate`, to show beside throughput."""
 
 from __future__ import annotations
 
@@ -11,12 +11,7 @@ from foldserve.loadtest.report.estimates import Estimate
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """Share of right answers.
-
-    Attributes:
-        family: as `Variant.family` names it.
-        ratio: asked for.
-    """
+    """Share of right answers; `family` is as in `Variant.family`."""
 
     family: str
     ratio: float
@@ -24,11 +19,7 @@ class Accuracy:
 
 
 def read_accuracy(file: Path) -> list[Accuracy]:
-    """Of every method that has a ratio; ratio 0 is part of every family.
-
-    Raises:
-        ValueError: the file is no quality card.
-    """
+    """Accuracy of all results with a ratio, and for each family at ratio 0; ValueError if `file` is no card."""
     try:
         results = json.loads(file.read_text())["results"]
         full = _share(results[0]["accuracy"])

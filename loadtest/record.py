@@ -1,4 +1,4 @@
-"""What was seen in one block, and the file that keeps it."""
+"""Results of one block, and the journal that keeps them."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ _T = TypeVar("_T")
 
 
 class Sent(BaseModel):
-    """The requests as the client saw them, one entry each; the answered ones only, but for `errors`.
+    """The answered requests as the client saw them, one entry each, and the errors of the others.
 
     Attributes:
-        start_s: when they were sent, on any clock.
-        ttft_s, e2e_s: to the first token, and to the last.
-        itl_s: between the parts of an answer.
-        prompt_tokens, output_tokens: as the server counts them.
-        errors: of those that failed.
+        start_s: time of sending, on any clock.
+        e2e_s: time to the last token.
+        itl_s: times between the parts of an answer.
+        prompt_tokens, output_tokens: counted by the server.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,10 +37,8 @@ class Record(BaseModel):
     """One block.
 
     Attributes:
-        sent: by the client.
-        counters: growth of the server's counters over the block, by name (sums over labels, but for stages).
-        gauges: their values, seen now and then while the block ran.
-        cpu_s: time on a CPU by kind of process, of servers that were started here.
+        counters, gauges: see `Watch`.
+        cpu_s: CPU time by kind of process; empty for a remote server.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -53,7 +50,7 @@ class Record(BaseModel):
 
 
 def joined(blocks: Sequence[Record]) -> Record:
-    """What several blocks saw, as if each had begun when the one before it ended."""
+    """Joins several blocks, as if each had begun when the one before it ended."""
     start_s: list[float] = []
     end = 0.0
     for sent in (block.sent for block in blocks):

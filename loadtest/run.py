@@ -1,4 +1,4 @@
-"""Measures every block that is not measured yet."""
+"""Measures every block that the journal lacks."""
 
 from __future__ import annotations
 
@@ -30,13 +30,7 @@ class Sender(Protocol):
 
 
 class Runner:
-    """Measures blocks on servers of a fleet.
-
-    Args:
-        options: of the run.
-        fleet: where servers come from.
-        send: by default `vllm bench serve`, or a trace's replay.
-    """
+    """Measures blocks on the servers of a fleet; `send` is by default `vllm bench serve`, or the replay of a trace."""
 
     def __init__(self, options: Options, fleet: Fleet, send: Sender | None = None) -> None:
         self._options, self._fleet = options, fleet
@@ -49,7 +43,7 @@ class Runner:
         """Fills the journal, with a progress bar over all requests.
 
         Raises:
-            RuntimeError: a server does not come up, or does not answer.
+            RuntimeError: a server does not start or does not answer.
             ValueError: a server refuses a variant.
         """
         total = sum(self._count(block.point.load) for block in blocks)
@@ -78,11 +72,11 @@ class Runner:
         return Record(sent=sent, counters=watch.counters, gauges=watch.gauges, cpu_s=spent)
 
     def _count(self, load: Load) -> int:
-        """Requests of a block."""
+        """Number of requests in a block."""
         return min(load.requests, len(self._trace)) if self._trace else load.requests
 
     def _answer(self) -> dict[str, Any]:
-        """Greedy, and of a fixed length; a trace knows its own."""
+        """Request fields for a greedy answer of fixed length; a trace has its own lengths."""
         length = {} if self._trace else {"max_completion_tokens": self._options.answer_tokens}
         return {"temperature": 0, "ignore_eos": True} | length
 
@@ -100,7 +94,7 @@ class Runner:
         return replay(url, model, self._trace[: len(chats)], chats, body, block.point.load.speed)
 
     def _warm_up(self, server: Server, variants: Sequence[Variant]) -> None:
-        """Sends some requests of every variant, so that a refusal shows before anything is measured."""
+        """Sends requests of every variant, so that a refusal comes before anything is measured."""
         if self._send == self._bench:
             bench.preload()
         with httpx.Client(base_url=server.url, timeout=_WARM_UP_TIMEOUT_S, headers=keys.for_chats()) as client:

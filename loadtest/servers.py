@@ -1,4 +1,4 @@
-"""Servers under test: those that run somewhere, and those that are started here, as a user starts them."""
+"""Servers under test: remote ones, and local ones started by the command that a user types."""
 
 from __future__ import annotations
 
@@ -19,21 +19,19 @@ import psutil
 from foldserve.loadtest.grid import ServerName
 
 HOST = "127.0.0.1"
-"""Of servers that are started here."""
-_STARTS_WITHIN_S = 1800  # a server that fails to start ends; this is for one that hangs
+"""Host of local servers."""
+_STARTS_WITHIN_S = 1800  # for a server that hangs: one that fails to start exits
 _STOPS_WITHIN_S = 60
 _MODULES: dict[ServerName, str] = {"foldserve": "foldserve.server.cli", "vllm": "vllm.entrypoints.cli.main"}
 
 
 class Server(Protocol):
-    """A server that answers."""
-
     @property
     def url(self) -> str:
-        """Without a path."""
+        """Base URL, without a path."""
 
     def cpu_s(self) -> dict[str, float]:
-        """Time on a CPU so far, by kind of process; empty where it can't be seen."""
+        """CPU time so far by kind of process; empty for a remote server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +45,15 @@ class Remote:
 
 
 class Local:
-    """A server of our own, on a free port.
+    """A server started here, on a free port.
 
     Args:
-        name: ours, or plain vLLM, which then does not load our plugin.
-        options: of the command, a model first.
-        log: for its output.
+        name: `vllm` is started without foldserve's plugin.
+        options: arguments after `serve`, the model first.
+        log: file for its output.
 
     Raises:
-        RuntimeError: it did not come up.
+        RuntimeError: it did not start.
     """
 
     def __init__(self, name: ServerName, options: Sequence[str], log: Path) -> None:
@@ -77,7 +75,7 @@ class Local:
         self.start_s = time.monotonic() - started
 
     def cpu_s(self) -> dict[str, float]:
-        """`engine` is what runs the model, `api` the rest."""
+        """`engine`: the processes that run the model; `api`: the others."""
         times = {"api": 0.0, "engine": 0.0}
         for process in self.processes():
             name = " ".join(process.cmdline())
@@ -86,16 +84,16 @@ class Local:
         return times
 
     def processes(self) -> list[psutil.Process]:
-        """The first one first."""
+        """The server's process first, then its children."""
         first = psutil.Process(self._process.pid)
         return [first, *first.children(recursive=True)]
 
     def wait(self, patience_s: float) -> int:
-        """Waits until it has ended by itself; its exit status."""
+        """Waits until it ends by itself and returns its exit status."""
         return self._process.wait(patience_s)
 
     def stop(self) -> None:
-        """As a supervisor does, and without leaving a process behind."""
+        """Ends it with SIGTERM, as a supervisor does, and kills what is left."""
         if self._process.poll() is not None:
             return
         _, *children = self.processes()
@@ -121,13 +119,13 @@ class Local:
 
 
 class Fleet:
-    """Servers by name, running when they are needed.
+    """Starts servers when they are needed.
 
     Args:
-        urls: of those that run already.
-        options: of those that are to be started.
+        urls: of servers that are already running.
+        options: arguments after `serve` for the servers to start.
         logs: folder for their output.
-        beside: they may run at the same time; otherwise one has all of the machine.
+        beside: whether they may run at the same time; otherwise each has the machine to itself.
     """
 
     def __init__(
@@ -154,6 +152,6 @@ class Fleet:
         return self._started[name], True
 
     def stop(self) -> None:
-        """Ends all that were started; one that is asked for again is started again."""
+        """Stops all servers started here; `get` starts them again."""
         while self._started:
             self._started.popitem()[1].stop()

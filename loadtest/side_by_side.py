@@ -21,11 +21,7 @@ _FIGURES = {
 
 
 def write(reports: Mapping[str, Report], folder: Path) -> None:
-    """Writes index.html, and every chart as SVG.
-
-    Args:
-        reports: two, by the names that they have there.
-    """
+    """Writes index.html and the charts as SVG for two reports, by the names that the page gives them."""
     drawn = charts({name: report.rows for name, report in reports.items()})
     for chart in drawn:
         chart.write(folder)
@@ -37,7 +33,7 @@ def write(reports: Mapping[str, Report], folder: Path) -> None:
 
 
 def table(reports: Mapping[str, Report]) -> Table:
-    """What both have measured."""
+    """The results that both reports have."""
     return differences(["load", "variant"], [*_FIGURES.values()], _rows(*reports.values()), [*reports])
 
 

@@ -1,8 +1,7 @@
-"""Figures with their intervals, and ratios of figures, by a bootstrap in two stages.
+"""Figures and ratios of figures, with intervals from a two-stage bootstrap.
 
-Rounds are drawn with replacement, and within each round its requests, or for throughput its runs of answers. The two
-sides of a ratio are drawn with the same rounds, since they were measured side by side. A figure is the mean over the
-rounds of what one round gives.
+A figure is the mean over rounds. Rounds are drawn with replacement, and within each round its requests, or for
+throughput its runs of answers. Both sides of a ratio use the same draws of rounds, since they were measured together.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ RESAMPLES = 1000
 
 @dataclass(frozen=True, slots=True)
 class Draws:
-    """A figure, and what it is in each of `RESAMPLES` resamples."""
+    """A figure, and its value in each of `RESAMPLES` resamples."""
 
     value: float
     drawn: Floats
@@ -33,23 +32,21 @@ class Draws:
 
 
 def mean(values: Floats) -> Floats:
-    """As in all statistics here, NaN stands for no value."""
+    """Mean without NaN, which in all statistics here stands for a missing value."""
     return np.asarray(np.nanmean(values, axis=-1))
 
 
 def quotient(pairs: Floats) -> Floats:
-    """Mean of the first of each pair over that of the second."""
+    """Mean of the pairs' first values over the mean of their second values."""
     return np.asarray(np.nanmean(pairs[..., ::2], axis=-1) / np.nanmean(pairs[..., 1::2], axis=-1))
 
 
 def rate(gaps: Floats) -> Floats:
-    """Events per second from the times between them."""
+    """Events per second, from the times between them."""
     return np.asarray(1 / np.nanmean(gaps, axis=-1))
 
 
 def quantile(q: float) -> Statistic:
-    """The statistic of that name."""
-
     def of(values: Floats) -> Floats:
         flat = values.reshape(-1, values.shape[-1])
         whole = not np.isnan(flat).any()
@@ -60,11 +57,7 @@ def quantile(q: float) -> Statistic:
 
 
 def draw(rounds: Sequence[Sequence[Sequence[float]]], statistic: Statistic) -> Draws:
-    """Of values by round, by request.
-
-    Raises:
-        ValueError: a round without values.
-    """
+    """Resamples values[round][request]; ValueError if a round has none."""
     by_round = [_padded(requests) for requests in rounds]
     if not by_round or any(values.size == 0 for values in by_round):
         raise ValueError("a figure of no values")
@@ -76,16 +69,16 @@ def draw(rounds: Sequence[Sequence[Sequence[float]]], statistic: Statistic) -> D
 
 
 def gaps(start_s: Sequence[float], e2e_s: Sequence[float]) -> list[float]:
-    """Times between one answer's end and the next's, the first from the first request on; in seconds."""
+    """Seconds between the ends of consecutive answers; the first counts from the first request."""
     ends = np.sort(np.add(start_s, e2e_s))
     return np.diff(ends, prepend=min(start_s)).tolist()  # type: ignore[no-any-return]
 
 
 def runs(gaps: Sequence[float]) -> list[list[float]]:
-    """Gaps that follow each other, sqrt(n) or a few more of them, to be drawn as one (block bootstrap, Kuensch 1989).
+    """Splits gaps into runs of sqrt(n) or slightly more, to be drawn as a whole (block bootstrap, Kuensch 1989).
 
-    Answers that leave in one step of the engine end together: a wave of eight is seven gaps of nothing and one of a
-    whole step. Drawn one by one, how many steps there were would be a matter of chance, so no run ends inside a wave.
+    Answers of the same engine step end together: eight of them give seven gaps near 0 and one of a whole step. Drawing
+    gaps one by one would make the number of steps random, so no run ends between such answers.
     """
     length, nothing = isqrt(len(gaps)), sum(gaps) / len(gaps) / 10
     found: list[list[float]] = [[]]
@@ -97,7 +90,7 @@ def runs(gaps: Sequence[float]) -> list[list[float]]:
 
 
 def _padded(requests: Sequence[Sequence[float]]) -> Floats:
-    """(requests, most values), NaN where a request has fewer."""
+    """(requests, most values of a request), padded with NaN."""
     width = max((len(values) for values in requests), default=0)
     padded = np.full((len(requests), width), np.nan)
     for row, values in zip(padded, requests, strict=True):

@@ -1,4 +1,4 @@
-"""From records to figures: one row per point, each figure with its interval and against its bases."""
+"""From records to figures: one row per point, each figure with its interval and its ratios to the bases."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from foldserve.loadtest.statistics import Draws, draw, gaps, mean, quantile, quo
 
 _PERCENTILES = (50, 90, 99)
 _FULL = 0.9
-"""Share of its blocks in use from which the KV cache counts as full."""
+"""The KV cache counts as full from this share of blocks in use."""
 _QUEUE = 0.2
-"""Requests that wait, of those that run, from which on it is the cache that limits these, and not the load."""
+"""From this ratio of waiting to running requests, the cache limits the running ones, not the load."""
 _STAGES = {
     "queue_s": "vllm:request_queue_time_seconds_sum",
     "prefill_s": "vllm:request_prefill_time_seconds_sum",
@@ -30,9 +30,9 @@ class Row:
     """One point over all its rounds.
 
     Attributes:
-        figures: by name; times in seconds, counts a request unless the name says otherwise.
-        to_ratio_0, to_vllm: the same figures as ratios to those of a base under the same load.
-        limit: what FLOPs and KV bytes predict for the ratio to ratio 0, by figure.
+        figures: by name; times in seconds, counts per request unless the name says otherwise.
+        to_ratio_0, to_vllm: ratios of the figures to those of a base at the same load.
+        limit: ratio to ratio 0 that FLOPs and KV bytes predict, by figure.
     """
 
     variant: Variant
@@ -50,7 +50,7 @@ class Row:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Row:
-        """Raises KeyError or TypeError if `to_json` did not write it."""
+        """Raises KeyError or TypeError if `fields` are not from `to_json`."""
         read: dict[str, Any] = {name: fields[name] for name in ("rounds", "requests", "failures", "limit")}
         for base in ("figures", "to_ratio_0", "to_vllm"):
             read[base] = {name: Estimate(**each) for name, each in fields[base].items()}
@@ -58,7 +58,6 @@ class Row:
 
 
 def summarise(records: Mapping[Point, Sequence[Record]], shape: ModelShape | None) -> list[Row]:
-    """A row per point, in the order of the points."""
     figures = {point: _figures(rounds) for point, rounds in records.items()}
     return [_row(point, records, figures, shape) for point in records]
 
@@ -89,7 +88,7 @@ def _row(
 
 
 def _ratios(own: dict[str, Draws], base: dict[str, Draws]) -> dict[str, Estimate]:
-    """Of what both have, unless the base has nothing of it."""
+    """Ratios of the figures that both have, unless the base is 0 in a resample."""
     return {name: (own[name] / base[name]).estimate() for name in own if name in base and base[name].drawn.all()}
 
 
@@ -113,12 +112,12 @@ def _mean_request(rounds: Sequence[Record]) -> Request:
 
 
 def _counted(record: Record, counter: str) -> float:
-    """Growth per answered request."""
+    """Growth of a counter per answered request."""
     return record.counters.get(counter, 0.0) / len(record.sent.e2e_s)
 
 
 def _figures(rounds: Sequence[Record]) -> dict[str, Draws]:
-    """What can be told of every round; where a round has nothing, neither has the figure."""
+    """The figures that every round has values for."""
     each = [record.sent for record in rounds]
     found = {"requests_per_s": draw([runs(gaps(sent.start_s, sent.e2e_s)) for sent in each], rate)}
     times = {
@@ -135,10 +134,10 @@ def _figures(rounds: Sequence[Record]) -> dict[str, Draws]:
 
 
 def _of_cache(rounds: Sequence[Record], known: Mapping[str, Draws]) -> dict[str, Draws]:
-    """Of the KV cache: its use, what a request has of it, and how many it holds, where it can be seen.
+    """Figures of the KV cache: its use, a request's share of it, and how many requests a full one holds.
 
-    A request that is being prefilled takes its blocks as it goes: only where requests decode for longer than they
-    prefill do blocks in use over running requests tell what a whole request holds.
+    A request takes its blocks step by step during prefill. So blocks in use / running requests is a request's share
+    only if requests decode for longer than they prefill.
     """
     seen = [_looks(record) for record in rounds]
     if not all(seen):
@@ -156,13 +155,13 @@ def _of_cache(rounds: Sequence[Record], known: Mapping[str, Draws]) -> dict[str,
 
 
 def _looks(record: Record) -> list[tuple[float, float, float]]:
-    """(share of blocks in use, running requests, waiting requests), each time that the server was looked at."""
+    """(share of blocks in use, running requests, waiting requests) for each reading of the gauges."""
     gauges = [record.gauges.get(name, []) for name in (KV_USE, RUNNING, WAITING)]
     return [*zip(*gauges, strict=True)] if len({len(values) for values in gauges}) == 1 else []
 
 
 def _per_round(rounds: Sequence[Record]) -> dict[str, list[float]]:
-    """Figures that a round gives one of."""
+    """Figures with one value per round."""
     found = {}
     for stage in ("encoded", "kept", "withdrawn"):
         if all(f"vision_{stage}" in record.counters for record in rounds):

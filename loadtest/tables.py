@@ -23,7 +23,7 @@ _SERVER = [
 
 
 def tables(rows: Sequence[Row], note: str) -> list[Table]:
-    """All of them, with `note` below the last."""
+    """All tables, with `note` below the last."""
     return [
         Table("Throughput and latency", _MAIN, [_main_cells(row) for row in rows], labels=2, key=2),
         Table("What the client saw", _CLIENT, [_client_cells(row) for row in rows], labels=2, key=2),
@@ -70,7 +70,7 @@ def _server_cells(row: Row) -> list[str]:
 
 
 def as_csv(rows: Sequence[Row]) -> str:
-    """A line per point and figure, with everything there is."""
+    """All figures, one line per point and figure."""
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
     head = ["load", "label", "server", "method", "ratio", "withdraw", "rounds", "requests", "failures", "figure", "of"]
@@ -92,7 +92,7 @@ def _names(row: Row) -> list[str]:
 
 
 def _vision(row: Row) -> str:
-    """Encoded -> kept - withdrawn, per request; counters, so that there is no spread but between rounds."""
+    """Encoded, kept and withdrawn tokens per request, without intervals, since they are counted."""
     stages = [row.figures.get(f"vision_{stage}") for stage in ("encoded", "kept", "withdrawn")]
     if None in stages:
         return NONE

@@ -1,4 +1,4 @@
-"""The report in all its forms: one HTML page that needs nothing else, pictures, CSV, JSON and Markdown."""
+"""The report as a self-contained HTML page, charts, CSV, JSON and Markdown."""
 
 from __future__ import annotations
 
@@ -32,13 +32,7 @@ _NOTE = (
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What was measured, and how.
-
-    Attributes:
-        settings: name -> value, to be shown.
-        rows: one per point.
-        accuracy: of `foldserve evaluate`, or nothing.
-    """
+    """Results and settings of a load test; `accuracy` is from `foldserve evaluate`, or empty."""
 
     title: str
     settings: Mapping[str, str]
@@ -65,11 +59,7 @@ def write(report: Report, folder: Path) -> None:
 
 
 def read(folder: Path) -> Report:
-    """What `write` wrote.
-
-    Raises:
-        ValueError: its file is another one.
-    """
+    """Reads report.json; ValueError if it is not from `write`."""
     file = folder / REPORT_FILE
     try:
         fields = json.loads(file.read_text())
@@ -89,14 +79,14 @@ def _page(report: Report, drawn: Sequence[Chart]) -> str:
 
 
 def _lead(report: Report) -> str:
-    """The gain, machine and date; reports of earlier versions have no date."""
+    """Gain, machine and date; reports of earlier versions have no date."""
     gain = _gain(report.rows)
     about = [report.settings[name] for name in ("machine", "date") if name in report.settings]
     return ". ".join([*([gain] if gain else []), *about])
 
 
 def _gain(rows: Sequence[Row]) -> str:
-    """The most that reduction brings; empty where nothing was reduced."""
+    """The largest gain of a reduction; "" if nothing was reduced."""
     gains = [(row.to_ratio_0["requests_per_s"], row) for row in rows if row.variant.method and row.to_ratio_0]
     if not gains:
         return ""
@@ -105,7 +95,6 @@ def _gain(rows: Sequence[Row]) -> str:
 
 
 def _markdown(report: Report) -> str:
-    """The same tables for a README."""
     settings = "\n".join(f"- {name}: {value}" for name, value in report.settings.items())
     parts = [f"# Load test of {report.title}", settings]
     for table in tables(report.rows, note=_NOTE):

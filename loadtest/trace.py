@@ -1,4 +1,4 @@
-"""Replays a recorded trace: `vllm bench serve` keeps the times of text traces only, so these requests are sent here."""
+"""Replays a recorded trace without `vllm bench serve`, which keeps arrival times for text traces only."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Recorded(BaseModel):
     """One line of a trace.
 
     Attributes:
-        timestamp_s: when it came, in seconds since any moment.
-        output_tokens: of its answer.
-        messages: what was asked; without them, as many images and words are made up.
+        timestamp_s: arrival time on any clock.
+        output_tokens: length of its answer.
+        messages: None: generate a message of `images` images and `words` words.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,11 +42,7 @@ class Recorded(BaseModel):
 
 
 def read_trace(file: Path) -> list[Recorded]:
-    """The lines in the order of their times.
-
-    Raises:
-        ValueError: a line that is no record, or an empty file.
-    """
+    """The lines, sorted by time; ValueError if one is malformed or there is none."""
     lines = []
     for number, text in enumerate(file.read_text().splitlines(), start=1):
         try:
@@ -61,11 +57,7 @@ def read_trace(file: Path) -> list[Recorded]:
 def replay(
     url: str, model: str, trace: Sequence[Recorded], chats: Sequence[Messages], body: dict[str, Any], speed: float
 ) -> Sent:
-    """Sends every chat at its time, `speed` times as fast as it was recorded.
-
-    Raises:
-        RuntimeError: no request was answered.
-    """
+    """Sends every chat at its recorded time, `speed` times as fast; RuntimeError if no request was answered."""
     return asyncio.run(_replay(url, model, trace, chats, body, speed))
 
 
@@ -90,7 +82,7 @@ async def _replay(
 
 
 async def _send(client: httpx.AsyncClient, fields: dict[str, Any], sent: Sent) -> None:
-    """Streams one answer and notes it."""
+    """Streams one answer and adds it to `sent`."""
     start, times, usage = time.perf_counter(), [], None
     try:
         streaming = fields | {"stream": True, "stream_options": {"include_usage": True}}

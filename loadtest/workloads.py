@@ -1,4 +1,4 @@
-"""What is asked: lists of chats, as messages of the OpenAI API."""
+"""Workloads: lists of chats, as OpenAI messages."""
 
 from __future__ import annotations
 
@@ -35,23 +35,18 @@ _IMAGES = 3
 
 @dataclass(frozen=True, slots=True)
 class Maker:
-    """Makes requests that no other block has.
-
-    Attributes:
-        images: where they come from.
-        words: of a question.
-    """
+    """Makes different requests for every block; `words` is the length of a question."""
 
     images: Images
     words: int
 
     def source(self, block: str) -> Source:
-        """For the block of that name, whatever other blocks there are."""
+        """The source for a block, independent of other blocks."""
         return Source(self, block)
 
 
 class Source:
-    """Parts of messages for one block; images are numbered on from a number that its name alone decides."""
+    """Parts of messages for one block; the block's name decides the number of its first image."""
 
     def __init__(self, maker: Maker, block: str) -> None:
         self._maker = maker
@@ -62,7 +57,7 @@ class Source:
         return {"type": "image_url", "image_url": {"url": self._maker.images.url(next(self._numbers))}}
 
     def text(self, words: int | None = None) -> dict[str, Any]:
-        """`words` words that begin differently each time, so that no question is another's prefix."""
+        """Random words, so that no question is a prefix of another."""
         length = self._maker.words if words is None else words
         return {"type": "text", "text": " ".join(self._random.choices(_WORDS, k=length))}
 
@@ -70,7 +65,7 @@ class Source:
         return {"type": "video_url", "video_url": {"url": self._maker.images.video_url(next(self._numbers))}}
 
     def user(self, images: int, words: int | None = None) -> dict[str, Any]:
-        """A user's message with its images in front."""
+        """A user's message with the images before the text."""
         return {"role": "user", "content": [*(self.image() for _ in range(images)), self.text(words)]}
 
 
@@ -79,9 +74,8 @@ class Workload:
     """A kind of use.
 
     Attributes:
-        describe: in a few words.
-        make: `n` chats from a source.
-        output_tokens: of an answer, where nothing else is asked for.
+        make: makes `n` chats from a source.
+        output_tokens: default length of an answer.
         burstiness: shape of the gamma distribution of times between requests; 1 is a Poisson process.
     """
 
@@ -108,7 +102,7 @@ def _video(source: Source, n: int) -> list[Messages]:
 
 
 def _turns(source: Source, n: int) -> list[Messages]:
-    """All dialogues' first turns, then all second ones, ...: a turn is asked when the one before has long been."""
+    """All dialogues' first turns, then all second ones, ...: so each turn comes long after the one before."""
     dialogues = [[source.user(1)] for _ in range(-(-n // _TURNS))]
     chats = [list(dialogue) for dialogue in dialogues]
     for _ in range(_TURNS - 1):

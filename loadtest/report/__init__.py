@@ -1,1 +1,1 @@
-"""What all reports share: those of load tests, evaluations, analyses and calibrations. Imports nothing else of ours."""
+"""Tables, charts and pages that all reports share. Imports nothing else of foldserve."""

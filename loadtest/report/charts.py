@@ -1,4 +1,4 @@
-"""Charts: panels of lines whose names stand at their ends, heat maps and bars. Matplotlib is optional."""
+"""Charts: panels of lines labelled at their ends, heat maps and bars. Matplotlib is optional."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_LINES = len(SERIES)
-"""Of a panel, beside references in grey."""
+"""Most lines in a panel, without grey reference lines."""
 
 _PANEL_PT = (352.0, 262.0)
 _TOP, _BOTTOM, _GAP, _SIDE = 21.0, 31.0, 12.0, 8.0
-"""Room in points for titles and units, for numbers and the name of the axis, before labels, and at the edges."""
+"""Margins in points: title and unit; tick labels and axis name; before line labels; at the edges."""
 _BAR_PT = 22.0
-"""Of a bar, with its name above it."""
+"""Height of a bar and the name above it."""
 _BARS_UP_TO = 3
-"""Lines of a panel whose intervals are drawn; those of more would hide each other, and show under the pointer."""
+"""Most lines of a panel whose intervals are drawn; those of more lines show in tooltips only."""
 _MOST_BEYOND = 1.4
-"""Of the largest value, where the axis ends although an interval goes on."""
+"""Where the axis cuts off long intervals, relative to the largest value."""
 _MARKERS = "osD^vP"
 _NAME_WIDTH = 12
-"""Letters of a line of a name."""
+"""Most letters in a line of a label."""
 _FIXED = "\N{NO-BREAK SPACE}"
 LineStyle = str | tuple[int, tuple[float, ...]]
 _GREY_STYLES: tuple[LineStyle, ...] = ("-", (0, (1.2, 1.6)))
@@ -39,7 +39,7 @@ _GREY_STYLES: tuple[LineStyle, ...] = ("-", (0, (1.2, 1.6)))
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """`about` says what was measured there, for the pointer."""
+    """A point; `about` is for its tooltip."""
 
     x: float
     estimate: Estimate
@@ -47,7 +47,7 @@ class Point:
 
     @classmethod
     def exact(cls, x: float, value: float, about: str = "") -> Point:
-        """Without an interval."""
+        """A point without an interval."""
         return cls(x, Estimate(value, value, value), about)
 
 
@@ -56,9 +56,9 @@ class Line:
     """One line.
 
     Attributes:
-        name: stands at its end; "" for none.
-        colour: its place in the palette; None: a reference, in grey.
-        dashed: not measured but predicted, without marks.
+        name: label at its end, or "".
+        colour: index into the palette; None: a reference, in grey.
+        dashed: predicted instead of measured; without marks.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A reference that does not depend on x, with its interval."""
+    """A horizontal reference line with its interval."""
 
     name: str
     estimate: Estimate
@@ -77,7 +77,7 @@ class Level:
 
 @dataclass(frozen=True, slots=True)
 class Panel:
-    """One pair of axes, with an upright line at x = `at`."""
+    """One pair of axes, with a vertical line at x = `at`."""
 
     title: str
     lines: Sequence[Line]
@@ -87,11 +87,13 @@ class Panel:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """Attributes:
-    scale: values are shown times this.
-    digits: behind the point, where values are shown under the pointer.
-    low, high: None: from what is drawn.
-    falls: from left to right.
+    """One axis of a panel.
+
+    Attributes:
+        scale: factor on the values shown.
+        digits: decimal places in tooltips.
+        low, high: ends of the axis; None: from the values.
+        falls: values decrease from left to right.
     """
 
     name: str
@@ -105,7 +107,7 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """A figure and what shows under the pointer."""
+    """A figure and its tooltips."""
 
     figure: Figure
     marks: tuple[Mark, ...] = ()
@@ -115,31 +117,31 @@ class Drawn:
 
 
 class Paint(ABC):
-    """One panel, which fills its place in any figure."""
+    """Draws one panel into a figure."""
 
     @property
     def height(self) -> float:
-        """Of the panel, in points."""
+        """Height of the panel in points."""
         return _PANEL_PT[1]
 
     @abstractmethod
     def margins(self, width: Callable[[str], float]) -> tuple[float, float]:
-        """Left and right of the plot, in points; `width` measures a text."""
+        """(left, right) margin of the plot in points; `width` measures a text."""
 
     @abstractmethod
     def paint(self, axes: Axes, right: float) -> list[Mark]:
-        """Draws it, with `right` points free at the right of the axes; returns what shows under the pointer."""
+        """Draws the panel with `right` points free at the right of the axes; returns its tooltips."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chart:
-    """The answer to one question.
+    """The answer to one question, in one or more panels.
 
     Attributes:
-        stem: of its file.
+        stem: file name without suffix.
         title: the question.
-        note: how to read it.
-        columns: of its file.
+        note: how to read the chart.
+        columns: panels per row in the file.
     """
 
     stem: str
@@ -149,7 +151,7 @@ class Chart:
     columns: int = 3
 
     def figures(self) -> list[Drawn]:
-        """One a panel, which a page lays out."""
+        """One figure per panel, for a page to lay out."""
         return [_compose([panel], 1) for panel in self.panels]
 
     def whole(self) -> Drawn:
@@ -176,12 +178,7 @@ def line_chart(
     columns: int = 3,
     same_scale: bool = True,
 ) -> Chart:
-    """Lines in one panel or several.
-
-    Args:
-        columns: of the file.
-        same_scale: panels share their vertical axis.
-    """
+    """Lines in one or several panels; with `same_scale`, these have equal vertical axes."""
     if same_scale:
         y = _common(panels, y)
     return Chart(stem, title, [_LinePanel(panel, x, y) for panel in panels], note, columns)
@@ -199,22 +196,22 @@ def heat_map(
     note: str = "",
     panel: str = "",
 ) -> Chart:
-    """A table of shades.
+    """A table of shaded cells.
 
     Args:
-        cells: by row, by column: (text, shade from 0 to 1, text under the pointer).
+        cells: for each row and column (text, shade from 0 to 1, tooltip).
         panel: title of the panel.
     """
     return Chart(stem, title, [_HeatPanel(panel, rows, columns, cells, x_name, unit)], note)
 
 
 def bars(stem: str, title: str, values: Sequence[tuple[str, float]], x_name: str, *, note: str = "") -> Chart:
-    """Horizontal bars, from the top."""
+    """Horizontal bars, the first at the top."""
     return Chart(stem, title, [_BarPanel(values, x_name)], note)
 
 
 def write(drawn: Drawn, file: Path, dpi: int = 150) -> None:
-    """The suffix of `file` chooses the format; `dpi` is for those of pixels."""
+    """The suffix of `file` chooses the format; `dpi` is for bitmaps."""
     if file.suffix == ".svg":
         file.write_text(drawn.svg())
     else:
@@ -280,7 +277,7 @@ class _LinePanel(Paint):
         return [self._mark(axes, level.name, Point(x, estimate)) for x in axes.get_xlim()]
 
     def _last_seen(self, axes: Axes, points: Sequence[Point]) -> Point:
-        """The one furthest to the right that is inside of the axes, if one is."""
+        """The rightmost point within the axes, or the rightmost of all if none is."""
         low, high = axes.get_ylim()
         inside = [point for point in points if low <= self._y(point.estimate.value) <= high]
         return min(inside or points, key=lambda point: abs(point.x - axes.get_xlim()[1]))
@@ -294,12 +291,12 @@ class _LinePanel(Paint):
         return Mark(axes, point.x, self._y(point.estimate.value), f"{about}: {shown}")
 
     def _y(self, value: float) -> float:
-        """As drawn: a logarithmic axis has no place for 0."""
+        """The value as drawn: a logarithmic axis can't show 0."""
         scaled = value * self.y.scale
         return max(scaled, axis_low) if self.y.is_log and (axis_low := self.y.low or 0) else scaled
 
     def _names(self, axes: Axes) -> None:
-        """Right of the plot, each with a thin line to where its own line ends."""
+        """Writes labels at the right of the plot, each with a thin line to the end of its own line."""
         ends: list[tuple[str, str, float, float]] = []
         right = axes.get_xlim()[1]
         for line in self.panel.lines:
@@ -392,7 +389,6 @@ class _BarPanel(Paint):
 
 
 def _compose(paints: Sequence[Paint], columns: int) -> Drawn:
-    """All in one figure, in rows."""
     from matplotlib.figure import Figure
 
     columns = min(columns, len(paints))
@@ -417,7 +413,7 @@ def _compose(paints: Sequence[Paint], columns: int) -> Drawn:
 
 
 def _make_room(axes: Axes, start: float) -> None:
-    """Moves the left end of the plot to the right where its numbers are wide; `start` is where the panel begins."""
+    """Moves the left end of the plot to the right if its tick labels are wide; `start` is the panel's left edge."""
     low, high = sorted(axes.get_ylim())
     shown = [
         label
@@ -442,7 +438,7 @@ def _measure(figure: Figure) -> Callable[[str], float]:
 
 
 def _head(axes: Axes, title: str, unit: str, end: float) -> None:
-    """The title above the left end of the plot, and what is measured `end` points from the plot's right end."""
+    """Writes the title above the plot's left end, and the unit `end` points from its right end."""
     above = 10.0
     shown = axes.annotate(unit, (1, 1), (end, above), "axes fraction", "offset points", color=MUTED, ha="right")
     head = axes.annotate(title, (0, 1), (-20, above), "axes fraction", "offset points", weight="bold", fontsize=9.5)
@@ -453,7 +449,7 @@ def _head(axes: Axes, title: str, unit: str, end: float) -> None:
 
 
 def _common(panels: Sequence[Panel], y: Axis) -> Axis:
-    """The axis that fits all panels."""
+    """An axis that fits all panels."""
     values = [value * y.scale for panel in panels for value in _values(panel)]
     low = min(values) if y.low is None else y.low
     return replace(y, low=low, high=max(values) if y.high is None else y.high)
@@ -464,7 +460,7 @@ def _has_bars(panel: Panel) -> bool:
 
 
 def _values(panel: Panel) -> list[float]:
-    """All that is drawn; of intervals that reach far beyond the values, as much as leaves these readable."""
+    """All values to fit on the axis; long intervals are cut off so that the values stay readable."""
     points = [(line, point.estimate) for line in panel.lines for point in line.points]
     found = [estimate.value for _, estimate in points] + [level.estimate.value for level in panel.levels]
     shown = [estimate for line, estimate in points if line.colour is not None and _has_bars(panel)]
@@ -476,7 +472,7 @@ def _values(panel: Panel) -> list[float]:
 def _set_scales(axes: Axes, panel: Panel, x: Axis, y: Axis) -> None:
     xs = [point.x for line in panel.lines for point in line.points]
     low, high = min(xs) if x.low is None else x.low, max(xs) if x.high is None else x.high
-    if low == high:  # as where only ratio 0 was measured: it has no neighbours
+    if low == high:  # a single x, as when only ratio 0 was measured
         axes.set_xticks([low])
     room = 0.03 * (high - low) or 0.5
     axes.set_xlim((high + room, low - room) if x.falls else (low - room, high + room))
@@ -493,7 +489,7 @@ def _set_scales(axes: Axes, panel: Panel, x: Axis, y: Axis) -> None:
 
 
 def _broken(name: str) -> str:
-    """On as many lines as a narrow column needs."""
+    """Wraps a label for a narrow column."""
     lines: list[str] = []
     for word in name.replace("+ ", f"+{_FIXED}").split(" "):
         if lines and len(lines[-1]) + 1 + len(word) <= _NAME_WIDTH:

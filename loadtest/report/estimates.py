@@ -1,4 +1,4 @@
-"""Figures with their intervals: percentiles of a bootstrap."""
+"""Figures with percentile bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ class Estimate:
 
 
 def estimate(values: Sequence[float], statistic: Statistic) -> Estimate:
-    """The statistic of independent values. Equal values give equal intervals."""
+    """The statistic of independent values, with its interval; deterministic."""
     sample = np.asarray(values, np.float64)
     drawn = resample(sample, statistic, _RESAMPLES, np.random.default_rng(0))
     return Estimate(float(statistic(sample)), *interval(drawn))
 
 
 def resample(sample: Floats, statistic: Statistic, times: int, random: np.random.Generator) -> Floats:
-    """(times,) statistics of samples whose rows are drawn from those of `sample` with replacement."""
+    """(times,) statistics of resamples, whose rows are drawn from `sample` with replacement."""
     picks = random.integers(0, len(sample), (times, len(sample)))
     return statistic(sample[picks].reshape(times, -1))
 
 
 def interval(drawn: Floats) -> tuple[float, float]:
-    """Both ends, from the statistics of resamples."""
+    """Both ends of the interval, from the statistics of resamples."""
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""Results on disk: a run that was stopped goes on where it was."""
+"""Results on disk, so that a stopped run can go on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _T = TypeVar("_T")
 
 
 class Line(BaseModel, Generic[_T]):
-    """One result. A subclass gives `key` and `result` their names in the file, as aliases."""
+    """One result. A subclass names `key` and `result` in the file, by aliases."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, serialize_by_alias=True)
 
@@ -24,7 +24,7 @@ class Line(BaseModel, Generic[_T]):
 
 
 class Journal(Generic[_T]):
-    """Results of one run in a folder that may hold those of others: a line each, written when it is done.
+    """Results of one run, one line each, in a file that may hold those of other runs.
 
     A line that was cut off while it was written is dropped.
 
@@ -33,7 +33,7 @@ class Journal(Generic[_T]):
         run: see `run_identity`.
 
     Raises:
-        ValueError: a file with other lines.
+        ValueError: the file holds a line that is no result.
     """
 
     line: ClassVar[type[Line[Any]]]
@@ -68,5 +68,5 @@ class Journal(Generic[_T]):
 
 
 def run_identity(**parts: object) -> str:
-    """Equal for runs whose results may stand in for each other."""
+    """Hash of what a run's results depend on: runs of equal hash share results."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]

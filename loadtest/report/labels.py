@@ -1,4 +1,4 @@
-"""Where the names of lines stand, so that none covers another."""
+"""Places labels so that none covers another."""
 
 from __future__ import annotations
 
@@ -7,17 +7,13 @@ from itertools import accumulate
 
 
 def spread(wanted: Sequence[float], heights: Sequence[float], low: float, high: float) -> list[float]:
-    """Centres as near as possible to `wanted` (least squares), between `low` and `high`, without overlap.
-
-    Raises:
-        ValueError: they don't fit.
-    """
+    """Centres without overlap between `low` and `high`, closest to `wanted` (least squares); ValueError if no room."""
     total = sum(heights)
     if total > high - low:
         raise ValueError(f"labels of {total:.0f} points do not fit into {high - low:.0f}")
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     before = [end - heights[i] / 2 for i, end in zip(order, accumulate(heights[i] for i in order), strict=True)]
-    # Without the room that labels take, they may coincide but not change their order: isotonic regression.
+    # With the labels' heights subtracted, centres may coincide but not change their order: isotonic regression.
     blocks: list[tuple[float, int]] = []
     for i, offset in zip(order, before, strict=True):
         mean, count = wanted[i] - offset, 1

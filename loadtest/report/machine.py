@@ -1,4 +1,4 @@
-"""The machine that something was measured on, and when, in words for a report."""
+"""The machine and date of a measurement, for a report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
 
 
 def machine() -> str:
-    """CPUs, memory and NVIDIA's GPUs."""
+    """CPUs, memory and NVIDIA GPUs."""
     return ", ".join([f"{psutil.cpu_count()} CPUs, {psutil.virtual_memory().total / 2**30:.0f} GiB", *_gpus()])
 
 
@@ -25,7 +25,7 @@ def measured_on(folder: Path) -> str:
 
 
 def _gpus() -> list[str]:
-    """Asked of the driver's own tool: torch would take memory of the GPU to answer."""
+    """Names from `nvidia-smi`: torch would take GPU memory to answer."""
     if shutil.which(_NVIDIA_SMI[0]) is None:
         return []
     found = subprocess.run(_NVIDIA_SMI, capture_output=True, text=True, check=False)

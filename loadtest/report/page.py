@@ -1,4 +1,4 @@
-"""A report as one HTML file that needs nothing else."""
+"""A report as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from foldserve.loadtest.report.svg import page_css
 from foldserve.loadtest.report.tables import Table
 
 _LONG_TABLE = 30
-"""Rows from which a table is folded up."""
+"""Tables with at least this many rows are collapsed."""
 
 _STYLE = """\
 * { box-sizing: border-box } html { color-scheme: light dark }
@@ -105,13 +105,7 @@ def page(
     tables: Iterable[Table],
     first: Iterable[Table] = (),
 ) -> str:
-    """The page.
-
-    Args:
-        lead: the sentence below the title.
-        first: tables that stand before the charts; the others come after them.
-        facts: name -> value, at the end.
-    """
+    """The page, from top to bottom: title, lead, tables `first`, charts, tables, facts."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 

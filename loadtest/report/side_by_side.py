@@ -1,4 +1,4 @@
-"""Two reports beside each other: how their figures differ, with intervals."""
+"""Compares two reports: differences and ratios of their figures, with intervals."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Measure:
     """One figure of both sides.
 
     Attributes:
-        as_ratio: compared as second / first, else as second - first.
-        scale, digits: as it is shown; a ratio has two digits.
+        as_ratio: compare as second / first, else as second - first.
+        scale, digits: factor and decimal places of the values shown; a ratio has two.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Measure:
 
 
 def difference(first: Estimate, second: Estimate) -> Estimate:
-    """second - first, its interval from both (MOVER, Donner and Zou 2012)."""
+    """second - first, with the interval of MOVER (Donner and Zou 2012)."""
     value = second.value - first.value
     low = value - hypot(second.value - second.low, first.high - first.value)
     high = value + hypot(second.high - second.value, first.value - first.low)
@@ -41,7 +41,7 @@ def difference(first: Estimate, second: Estimate) -> Estimate:
 
 
 def ratio(first: Estimate, second: Estimate) -> Estimate | None:
-    """second / first, by the difference of logarithms; None where something is not above 0."""
+    """second / first, from the difference of logarithms; None if a value or end is not above 0."""
     if min(value for each in (first, second) for value in (each.value, each.low, each.high)) <= 0:
         return None
     found = difference(_log(first), _log(second))
@@ -55,11 +55,11 @@ def differences(
     names: Sequence[str],
     note: str = NOTE,
 ) -> Table:
-    """What both sides have, a row each.
+    """Table of the rows that both sides have.
 
     Args:
-        keys: headings of what names a row.
-        rows: (what names it, a pair for each measure).
+        keys: headings of the columns that name a row.
+        rows: (names of the row, a pair for each measure).
         names: of the two sides.
     """
     headings = [*keys]
@@ -73,7 +73,7 @@ def differences(
 
 
 def settings(first: Mapping[str, str], second: Mapping[str, str], names: Sequence[str]) -> Table:
-    """How both were measured, what differs first."""
+    """Table of both sides' settings, those that differ first."""
     keys = sorted(dict.fromkeys([*first, *second]), key=lambda key: first.get(key) == second.get(key))
     cells = [[key, first.get(key, NONE), second.get(key, NONE)] for key in keys]
     return Table("How they were measured", ["", *names], cells, labels=3, is_prose=True)

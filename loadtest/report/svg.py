@@ -1,4 +1,4 @@
-"""Figures as SVG: colours that follow the reader's theme, and values that show under the pointer."""
+"""Figures as SVG with tooltips, in colours that follow the reader's theme."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _NEAR_PT = 4.0
-"""Marks that are nearer than this share a text: a pointer could not choose between them."""
+"""Marks closer than this share a tooltip: a pointer could not choose between them."""
 _RADIUS_PT = 7.0
 _HIT_CSS = ".hit{fill:transparent;stroke:none;cursor:crosshair}.hit:hover{stroke:var(--ink)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A point in data coordinates, and what shows when the pointer is there."""
+    """A point in data coordinates, and its tooltip."""
 
     axes: Axes
     x: float
@@ -32,11 +32,7 @@ class Mark:
 
 
 def as_svg(figure: Figure, marks: Sequence[Mark] = (), *, alone: bool = True) -> str:
-    """The same figure gives the same text.
-
-    Args:
-        alone: a file of its own, with its colours; else part of a page that sets them.
-    """
+    """SVG text, deterministic; with `alone` it holds its own CSS, else the page has to."""
     text = io.StringIO()
     with style():
         figure.savefig(text, format="svg", metadata={"Date": None})
@@ -50,7 +46,7 @@ def as_svg(figure: Figure, marks: Sequence[Mark] = (), *, alone: bool = True) ->
 
 
 def page_css() -> str:
-    """What a page needs for SVGs that do not stand alone."""
+    """CSS for a page of SVGs without their own."""
     return variables(":root") + _HIT_CSS
 
 
@@ -59,7 +55,7 @@ def _hits(figure: Figure, marks: Sequence[Mark]) -> Iterator[str]:
     groups: list[tuple[float, float, list[str]]] = []
     for mark in marks:
         x, y = map(float, mark.axes.transData.transform((mark.x, mark.y)))
-        if not mark.axes.bbox.padded(_NEAR_PT).contains(x, y):  # what it marks is cut off there
+        if not mark.axes.bbox.padded(_NEAR_PT).contains(x, y):  # its point is cut off
             continue
         near = (group for group in groups if abs(group[0] - x) < _NEAR_PT and abs(group[1] - y) < _NEAR_PT)
         if group := next(near, None):
@@ -72,6 +68,6 @@ def _hits(figure: Figure, marks: Sequence[Mark]) -> Iterator[str]:
 
 
 def _without_unused_ids(svg: str) -> str:
-    """Matplotlib numbers every group from 1: several figures on a page would have the same ids."""
+    """Matplotlib numbers groups from 1 in every figure, so ids would repeat on a page."""
     used = set(re.findall(r"#([\w-]+)", svg))
     return re.sub(r' id="([\w.-]+)"', lambda found: found[0] if found[1] in used else "", svg)

@@ -14,10 +14,10 @@ class Table:
     """One table of a report.
 
     Attributes:
-        labels: how many of the first columns hold names, not numbers.
-        key: how many of these name the row together: on a page they are one column, which stays when others scroll.
-        note: stands below it on a page.
-        is_prose: its cells are sentences.
+        labels: number of leading columns that hold text.
+        key: number of leading columns that name the row: a page joins them into one, which stays when others scroll.
+        note: text below it on a page.
+        is_prose: cells are sentences.
     """
 
     title: str
@@ -29,11 +29,11 @@ class Table:
     is_prose: bool = False
 
     def markdown(self) -> str:
-        """Without title and note."""
+        """The cells, without title and note."""
         lines = [self.headings, ["---"] * len(self.headings), *self.cells]
         return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
     def for_page(self) -> Table:
-        """With one column in place of those that name the row."""
+        """This table with the `key` columns joined into one."""
         headings, *cells = ([", ".join(line[: self.key]), *line[self.key :]] for line in (self.headings, *self.cells))
         return replace(self, headings=headings, cells=cells, labels=max(1, self.labels - self.key + 1), key=1)

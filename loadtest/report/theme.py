@@ -1,4 +1,4 @@
-"""Colours of charts and pages, in light and dark, and how charts are set."""
+"""Light and dark colours of charts and pages, and matplotlib's settings."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 INK, MUTED, GRID, PAPER = "#1f2937", "#6b7280", "#e5e7eb", "#fefefe"
 SERIES = ("#2563eb", "#c2410c", "#047857", "#9333ea", "#be123c", "#0e7490")
-"""Of the lines of a panel."""
+"""Colours of the lines in a panel."""
 
 _DARK = {
     INK: "#e5e7eb", MUTED: "#9ca3af", GRID: "#374151", PAPER: "#111827",
@@ -46,7 +46,7 @@ _STYLE: dict[Any, Any] = {
 
 
 def style() -> AbstractContextManager[None]:
-    """Charts are made under it."""
+    """Context in which charts are drawn."""
     import matplotlib
 
     return matplotlib.rc_context(_STYLE)
@@ -60,7 +60,7 @@ def themed(svg: str) -> str:
 
 
 def variables(selector: str) -> str:
-    """CSS that sets the variables, in dark where the reader's system is."""
+    """CSS that sets the colour variables, by the reader's light or dark theme."""
     light, dark = (
         ";".join(f"{name}:{values[colour]}" for colour, name in _NAMES.items())
         for values in ({colour: colour for colour in _NAMES}, _DARK)

@@ -1,1 +1,1 @@
-"""`python -m foldserve.loadtest.soak`: many mixed requests, many of them broken off, and nothing may be left over."""
+"""Soak test, `python -m foldserve.loadtest.soak`: after many mixed, often aborted requests nothing may be left over."""

@@ -1,4 +1,4 @@
-"""Kills the engine while it works, and notes when every client hears of it."""
+"""Kills the engine while it works, and measures how soon every client gets an error."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from foldserve.loadtest.soak.server import Server
 from foldserve.loadtest.soak.wire import Address, ask, encode
 
 _TOKENS = 900
-"""More than the engine makes for anybody until it is killed."""
+"""More than any request gets before the engine is killed."""
 _PATIENCE_S = 60
 
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """What followed.
+    """What happened after the engine was killed.
 
     Attributes:
-        clients: that waited for an answer, or for the rest of one.
-        red_s: until `/health/ready` was no longer green.
-        heard_s: until the last of them had an error.
-        ended_s: until the server's process had ended.
-        exit_status: of it.
-        wrong: what should not have happened, in words.
+        clients: number of clients that waited for an answer or the rest of one.
+        red_s: time until `/health/ready` failed.
+        heard_s: time until the last client had an error.
+        ended_s: time until the server's process ended.
+        wrong: messages about what should not have happened.
     """
 
     clients: int
@@ -38,7 +37,7 @@ class Death:
 
 
 async def kill_engine(server: Server, clients: int) -> Death:
-    """Ends the server: `clients` requests, half of them streams, are with the engine when it is killed."""
+    """Kills the engine while it has `clients` requests, half of them streams; the server ends with it."""
     waiting = [asyncio.create_task(_listen(server.address, number)) for number in range(clients)]
     async with asyncio.timeout(_PATIENCE_S):
         while await server.requests() < clients:
@@ -61,7 +60,7 @@ async def kill_engine(server: Server, clients: int) -> Death:
 
 
 async def _listen(address: Address, number: int) -> tuple[float, str | None]:
-    """When the answer was at its end, and what was wrong with it."""
+    """(time at which the answer ended, what was wrong with it)."""
     body = chat(f"engine {number}", [], _TOKENS) | {"stream": number % 2 == 0}
     try:
         async with asyncio.timeout(_PATIENCE_S):

@@ -1,4 +1,4 @@
-"""Clients that mean harm, all kinds at once, in a process of their own: users' clients must not wait for them."""
+"""Hostile clients of all kinds at once, in their own process so that they don't slow down the user's client."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from foldserve.loadtest.soak.mix import chat
 from foldserve.loadtest.soak.wire import Address, ask, connect, encode, read_status
 
 _CHAT = "/v1/chat/completions"
-_SIDE = 6300  # about 40 megapixels, the most that is taken
+_SIDE = 6300  # about 40 megapixels, the largest image that the server takes
 _PATIENCE_S = 60
 _PAUSE_S = 0.05
 _rng = random.Random(0)
@@ -29,11 +29,11 @@ _rng = random.Random(0)
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """One kind of harm.
+    """One kind of attack.
 
     Attributes:
-        clients: that try it over and over.
-        run: tries it once; what came of it, in a word.
+        clients: number of clients that repeat it.
+        run: runs it once and returns the outcome in a word.
     """
 
     clients: int
@@ -41,7 +41,7 @@ class Attack:
 
 
 def _asking(make: Callable[[], object]) -> Callable[[Address, str], Awaitable[str]]:
-    """Sends a chat, made anew each time, and waits for the answer; its status, and the field that it blames."""
+    """An attack that sends a new chat each time; its outcome is the status and the field blamed."""
 
     async def run(address: Address, key: str) -> str:
         answer = await ask(address, encode("POST", _CHAT, make(), key))
@@ -52,7 +52,7 @@ def _asking(make: Callable[[], object]) -> Callable[[Address, str], Awaitable[st
 
 
 def _same(body: object) -> Callable[[], bytes]:
-    """A body that takes long to make: the same each time."""
+    """Encodes a body once, since it takes long."""
     made = json.dumps(body).encode()
     return lambda: made
 
@@ -76,7 +76,7 @@ def _names() -> dict[str, object]:
 
 
 async def _hang_up_behind(address: Address, key: str) -> str:
-    """Goes away in the middle of an answer, with another request sent behind it."""
+    """Disconnects in the middle of an answer, with another request pipelined behind."""
     async with connect(address) as (_, writer):
         body = chat(f"go on {_rng.random()}", [], 2000)
         first = encode("POST", _CHAT, body, key).replace(b"Connection: close", b"Connection: keep-alive")
@@ -118,7 +118,7 @@ async def _garbage(address: Address, key: str) -> str:
 
 
 def make_attacks() -> dict[str, Attack]:
-    """All kinds; it takes some seconds to make what they send."""
+    """All attacks; making their bodies takes seconds."""
     progressive = [_picture("JPEG", 8, progressive=True, quality=20)] * 2
     deep = [_picture("PNG", 16)]
     return {
@@ -145,7 +145,7 @@ def make_attacks() -> dict[str, Attack]:
 
 
 async def attack(address: Address, key: str, attacks: Mapping[str, Attack]) -> dict[str, dict[str, int]]:
-    """Runs all attacks until standard input ends; what came of each, by how often."""
+    """Runs all attacks until standard input ends; returns the outcomes of each with their counts."""
     came: dict[str, Counter[str]] = {name: Counter() for name in attacks}
 
     async def client(name: str) -> None:
@@ -166,7 +166,7 @@ async def attack(address: Address, key: str, attacks: Mapping[str, Attack]) -> d
 
 
 def main() -> None:
-    """Attacks HOST PORT, once it has said that all is prepared, from the key on standard input to the end of that."""
+    """Arguments HOST PORT. Prints "prepared", reads a key from standard input, and attacks until that ends."""
     os.nice(10)  # they would not be on the server's machine
     address, attacks = Address(sys.argv[1], int(sys.argv[2])), make_attacks()
     print("prepared", flush=True)

@@ -1,4 +1,4 @@
-"""Sends the requests, a bounded number at a time, and asks all the while whether the server is ready."""
+"""Sends requests, a bounded number at a time, and polls /health/ready meanwhile."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _EVENTS_MIDWAY = 5
 
 @dataclass(slots=True)
 class Outcome:
-    """What came of some requests.
+    """Results of some requests.
 
     Attributes:
-        counts: of answers by status, and of clients that hung up, by where.
-        wrong: what should not have happened, in words.
-        ready_s: the longest time that `/health/ready` took.
-        took_s: times of the requests that were answered with 200, to the last byte.
+        counts: answers by status, and clients that hung up by place.
+        wrong: messages about what should not have happened.
+        ready_s: longest time that `/health/ready` took.
+        took_s: times to the last byte of requests answered with 200.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -72,7 +72,7 @@ async def send_all(address: Address, requests: Iterable[Planned], at_once: int, 
 
 
 async def stream_at_once(address: Address, count: int, tokens: int, bar: tqdm[Any]) -> Outcome:
-    """`count` streams that are all open at the same time."""
+    """Opens `count` streams at the same time."""
     requests = [
         Planned(chat(f"stream {number}", [], tokens) | {"stream": True}, 200, HangUp.NEVER, 0)
         for number in range(count)
@@ -81,7 +81,7 @@ async def stream_at_once(address: Address, count: int, tokens: int, bar: tqdm[An
 
 
 async def _send(address: Address, request: Planned, outcome: Outcome) -> str:
-    """Sends one request; what it counts as."""
+    """Sends one request and returns its key in `Outcome.counts`."""
     data = encode("POST", request.path, request.body, request.key)
     if request.hang_up is HangUp.NEVER:
         started = time.perf_counter()
@@ -106,7 +106,7 @@ async def _send(address: Address, request: Planned, outcome: Outcome) -> str:
 
 
 async def _read_events(reader: asyncio.StreamReader, count: int, outcome: Outcome) -> None:
-    """Reads some events of a stream, fewer if it has no more: tokens that come together make one event."""
+    """Reads up to `count` events of a stream; it may have fewer, since tokens that come together make one event."""
     for _ in range(count):
         event = await reader.readuntil(b"\n\n")
         if b'{"error"' in event:
@@ -116,9 +116,9 @@ async def _read_events(reader: asyncio.StreamReader, count: int, outcome: Outcom
 
 
 def _watch(address: Address, outcome: Outcome, ended: threading.Event) -> None:
-    """Notes how long readiness takes to be told, and every time that it is not.
+    """Measures how long `/health/ready` takes, and records every failure.
 
-    In a thread, with an event loop of its own: a thousand clients must not make the server look slow.
+    Runs in a thread with its own event loop: a thousand clients in this process must not make the server look slow.
     """
     while not ended.wait(_READY_EVERY_S):
         started = time.perf_counter()

@@ -1,4 +1,4 @@
-"""The requests of a soak: text and images, whole and streamed, reduced or not, good and bad, finished or broken off."""
+"""The requests of a soak test: text and images, whole and streamed, reduced or not, valid and invalid, or aborted."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from foldserve.loadtest.images import data_url
 
 _PATH = "/v1/chat/completions"
 _IMAGES = 24
-"""Different ones: few enough that the caches for them are full once the server is warm."""
+"""Number of different images: so few that a warm server has them all in its caches."""
 _BAD_SHARE = 0.05
 _LONGEST_WAIT_S = 0.4
 
 
 class HangUp(Enum):
-    """Where a client goes away."""
+    """Where a client hangs up."""
 
     NEVER = "never"
     IN_BODY = "in the body"
@@ -35,11 +35,9 @@ class Planned:
     """One request.
 
     Attributes:
-        body: of the chat.
-        expected: the status of its answer, if there is time for one.
-        hang_up: where the client goes away.
-        wait_s: how long it waits before, where it waits for nothing in particular.
-        key: that it comes with, if any.
+        expected: status of its answer, unless the client hangs up before.
+        wait_s: time until the client hangs up, if it does not wait for an event.
+        key: API key, or None.
     """
 
     body: dict[str, Any]
@@ -52,7 +50,7 @@ class Planned:
 
 
 def plan(count: int, abort_share: float, seed: int, key: str | None = None) -> Iterator[Planned]:
-    """`count` requests, of which about `abort_share` are broken off, at all points alike."""
+    """`count` requests, of which about `abort_share` are aborted, evenly at all points."""
     rng = random.Random(seed)
     images = [_image(i) for i in range(_IMAGES)]
     points = [point for point in HangUp if point is not HangUp.NEVER]

@@ -11,25 +11,23 @@ from foldserve.loadtest.soak.load import Outcome
 from foldserve.loadtest.soak.server import Held
 
 MEMORY_GROWTH = 0.05
-"""Largest share by which memory may have grown since the server was warm."""
+"""Largest growth of memory since the server was warm, as a share."""
 READY_WITHIN_S = 1.0
 HEARD_WITHIN_S = 5.0
-"""After the engine's death, for clients and for /health/ready; vLLM looks after its engines about once a second."""
+"""After the engine's death, for clients and for /health/ready; vLLM checks its engines about once a second."""
 ENDED_WITHIN_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Everything that was seen.
+    """Results of a soak test.
 
     Attributes:
-        looks: what the server held after the first requests and the streams, when its caches were full, and at equal
-            numbers of requests from there to the last.
+        looks: what the server held at equal numbers of requests; the first after warm-up and streams, with full caches.
         soak: of the mixed requests.
-        streams: of those that were open at once.
-        death: of the engine, at the end.
-        seconds: that it all took.
-        ready_within_s: longest time that `/health/ready` may have taken.
+        streams: of the streams that were open at once.
+        seconds: duration of the test.
+        ready_within_s: longest time that `/health/ready` may take.
     """
 
     looks: Sequence[Held]
@@ -44,7 +42,7 @@ class Report:
         return self.looks[-1].memory_bytes / self.looks[0].memory_bytes - 1
 
     def failures(self) -> Iterator[str]:
-        """What should not be, in words; nothing for a good server."""
+        """Messages about what should not have happened."""
         for held in self.looks:
             if held.requests or held.kv_share:
                 yield f"left in the engine: {held.requests:g} requests, {held.kv_share:.2%} of the KV cache"

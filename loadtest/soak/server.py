@@ -1,4 +1,4 @@
-"""The server under test, looked at from outside."""
+"""The server under test, observed from outside."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _SETTLES_WITHIN_S = 30
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """What the server holds while nobody asks anything.
+    """What the idle server holds.
 
     Attributes:
         requests: running or waiting in the engine.
-        kv_share: of the KV cache's blocks that are not free, in [0, 1].
+        kv_share: share of the KV cache's blocks in use, in [0, 1].
         files: open file descriptors of all its processes.
-        memory: bytes that only its processes use, each one's own (USS), by the process's title.
+        memory: bytes that are unique to each process (USS), by the process's title.
     """
 
     requests: float
@@ -42,13 +42,7 @@ class Held:
 
 
 class Server(Local):
-    """`foldserve serve` on a free port.
-
-    Args:
-        options: of the command; a model first, or the demo model is served.
-        log: for its output.
-        key: to read its metrics with.
-    """
+    """`foldserve serve` on a free port; without a model in `options` it serves the demo model."""
 
     def __init__(self, options: Sequence[str], log: Path, key: str | None = None) -> None:
         super().__init__("foldserve", options, log)
@@ -61,11 +55,11 @@ class Server(Local):
             return False
 
     async def requests(self) -> float:
-        """How many the engine works on, or lets wait, as of its last step."""
+        """Number of requests running or waiting in the engine, as of its last step."""
         return _requests(await self._gauges())
 
     async def held(self) -> Held:
-        """What is held now; the engine's numbers are those of its last step."""
+        """What the server holds now; the engine's gauges are those of its last step."""
         gauges = await self._gauges()
         processes = self.processes()
         memory: Counter[str] = Counter()
@@ -79,7 +73,7 @@ class Server(Local):
         )
 
     async def settled(self) -> Held:
-        """What is held once nothing is on its way; a short request makes the engine tell its numbers anew."""
+        """What the server holds once it is idle; a short request makes the engine update its gauges."""
         end = time.monotonic() + _SETTLES_WITHIN_S
         while True:
             await asyncio.sleep(1)
@@ -89,7 +83,7 @@ class Server(Local):
                 return held
 
     def kill_engine(self) -> None:
-        """Ends the process that runs the model, without a warning."""
+        """Kills the process that runs the model."""
         next(process for process in self.processes() if _ENGINE in _title(process)).kill()
 
     async def _gauges(self) -> Mapping[str, float]:
@@ -98,7 +92,7 @@ class Server(Local):
 
 
 def _title(process: psutil.Process) -> str:
-    """What vLLM calls its process, or the program."""
+    """The title that vLLM gives the process, else the program's name."""
     return (process.cmdline() or [process.name()])[0].rsplit("/")[-1]
 
 

@@ -1,4 +1,4 @@
-"""A user's requests, first alone and then beside hostile clients: what those cost the user."""
+"""Measures what hostile clients cost a user: the user's requests first alone, then beside them."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from foldserve.loadtest.soak.server import Held, Server
 from foldserve.loadtest.soak.wire import ask, encode
 
 PROBED_WITHIN_S = 5.0
-"""The patience of the probes in deploy/k8s with `/health/live` and `/health/ready`."""
+"""Timeout of the probes of `/health/live` and `/health/ready` in deploy/k8s."""
 _SETTLES_S = 5
 _AT_ONCE = 4
-_NO_NAME = "http://nobody.example.invalid/a.png"  # the resolver opens its descriptors at the first name
+_NO_NAME = "http://nobody.example.invalid/a.png"  # makes the resolver open its file descriptors before the first look
 _CLI = (sys.executable, "-m", "foldserve.server.cli", "hash-key")
 
 
 @dataclass(frozen=True, slots=True)
 class Siege:
-    """What was seen.
+    """Results of the siege.
 
     Attributes:
         alone, beside: of the user's requests, without and with hostile clients.
-        attacks: what came of each attack, by how often.
+        attacks: outcomes of each attack, with their counts.
         before, after: what the server held.
-        ready_within_s: longest time that `/health/ready` may have taken.
+        ready_within_s: longest time that `/health/ready` may take.
     """
 
     alone: Outcome
@@ -47,7 +47,7 @@ class Siege:
     ready_within_s: float
 
     def failures(self) -> Iterator[str]:
-        """What should not be, in words; nothing for a good server."""
+        """Messages about what should not have happened."""
         for name, outcome in (("alone", self.alone), ("beside hostile clients", self.beside)):
             yield from outcome.wrong[:10]
             if outcome.ready_s > self.ready_within_s:
@@ -79,7 +79,7 @@ def _user(outcome: Outcome) -> dict[str, Any]:
 
 
 def make_keys(file: Path) -> tuple[str, str]:
-    """Writes a key file for a user, who may read metrics too, and for somebody else; their keys."""
+    """Writes a key file and returns two keys: a user's, which may read metrics, and a stranger's."""
     keys = []
     with file.open("w") as entries:
         for arguments in (("user", "--scope", "api", "--scope", "metrics"), ("stranger",)):
@@ -90,7 +90,7 @@ def make_keys(file: Path) -> tuple[str, str]:
 
 
 async def besiege(server: Server, user: str, stranger: str, count: int, seed: int, ready_within_s: float) -> Siege:
-    """Sends `count` requests of the user's twice."""
+    """Sends `count` requests of the user, first alone, then again while the stranger's clients attack."""
     with tqdm(total=2 * count, unit="req", smoothing=0.05) as bar:
         command = [sys.executable, "-m", "foldserve.loadtest.soak.hostile"]
         hostile = await asyncio.create_subprocess_exec(

@@ -1,4 +1,4 @@
-"""As much of HTTP/1.1 as a client needs that hangs up wherever it likes: one connection a request."""
+"""A minimal HTTP/1.1 client that can hang up anywhere; one connection per request."""
 
 from __future__ import annotations
 
@@ -11,20 +11,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where the server listens."""
-
     host: str
     port: int
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A response that was read to its end.
-
-    Attributes:
-        status: of HTTP.
-        body: with the marks of chunks between its parts, where it came in chunks.
-    """
+    """A complete response; a chunked `body` still holds its chunk headers."""
 
     status: int
     body: bytes
@@ -32,12 +25,12 @@ class Answer:
 
 @asynccontextmanager
 async def connect(address: Address) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-    """A connection that is cut at the end."""
+    """A connection that is aborted at the end."""
     reader, writer = await asyncio.open_connection(address.host, address.port)
     try:
         yield reader, writer
     finally:
-        writer.transport.abort()  # not a polite end: what is under way on the other side must notice by itself
+        writer.transport.abort()  # no orderly close: the server must notice by itself
 
 
 def encode(method: str, path: str, body: object = None, key: str | None = None) -> bytes:
@@ -51,11 +44,7 @@ def encode(method: str, path: str, body: object = None, key: str | None = None) 
 
 
 async def read_status(reader: asyncio.StreamReader) -> int:
-    """Reads a response's head.
-
-    Raises:
-        ConnectionError: there was none.
-    """
+    """Reads a response's head and returns its status; ConnectionError if there is no response."""
     line = await reader.readline()
     if not line:
         raise ConnectionError("the server closed the connection without an answer")
