@@ -1,7 +1,4 @@
-"""Which part of foldserve imports which, read from the source: the picture of docs/explanation/design.md.
-
-`python -m tools.arrows` draws it anew.
-"""
+"""Draws the diagram of imports in docs/explanation/design.md from the source: `python -m tools.arrows`."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ ROOMS = {
     "reducers": "methods, in pure torch",
     "deploy": "standard library only",
 }
-"""Where a module lives -> what is there; the longest matching prefix counts."""
+"""Folder -> its description in the diagram. A module belongs to the longest matching folder."""
 
 Arrow = tuple[str, str]
 _START, _END = "<!-- drawn by python -m tools.arrows -->\n", "<!-- end of the drawing -->\n"
@@ -47,7 +44,7 @@ def within(place: str, folder: str) -> bool:
 
 
 def imported(source: str, module: str) -> Iterator[str]:
-    """Dotted names that `source`, the text of `module` (dotted), imports, at any depth and under TYPE_CHECKING too."""
+    """Dotted names that `source`, the text of `module`, imports, also in functions and under TYPE_CHECKING."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -65,7 +62,7 @@ def room_of(place: str) -> str:
 
 
 def arrows() -> set[Arrow]:
-    """(importer, imported), rooms or "vllm"."""
+    """Pairs (importer, imported) of rooms; imported may be "vllm"."""
     found = set()
     for file in SOURCES:
         room = room_of(place_of(file))
@@ -79,11 +76,7 @@ def arrows() -> set[Arrow]:
 
 
 def without_detours(graph: set[Arrow]) -> set[Arrow]:
-    """The arrows that do not follow from others.
-
-    Raises:
-        CycleError: rooms import each other, directly or not.
-    """
+    """The transitive reduction of the graph; CycleError if rooms import each other, directly or not."""
     TopologicalSorter({a: [d for c, d in graph if c == a] for a, _ in graph}).prepare()
     return {(a, b) for a, b in graph if not any((a, c) in graph and _leads(graph, c, b) for c in ROOMS if c != b)}
 
@@ -93,7 +86,7 @@ def _leads(graph: set[Arrow], a: str, b: str) -> bool:
 
 
 def picture(graph: set[Arrow]) -> str:
-    """Mermaid, which GitHub draws."""
+    """The diagram in Mermaid, which GitHub renders."""
     with_vllm = {a for a, b in graph if b == "vllm"}
     ours = {arrow for arrow in graph if "vllm" not in arrow}
     order = [room for room in ROOMS if any(room in arrow for arrow in ours)]
@@ -114,7 +107,7 @@ def _style(with_vllm: bool) -> str:
 
 
 def redrawn(page: str) -> str:
-    """The page with the picture as it is now."""
+    """The page with a new diagram."""
     before, rest = page.split(_START)
     _, after = rest.split(_END)
     return before + _START + picture(arrows()) + _END + after

@@ -1,7 +1,7 @@
 """Runs a command on the next vLLM's Python: `python -m tools.next_vllm COMMAND ...`, for `make test-next`.
 
-A version's CUDA wheel comes before its CPU build, which has the same Python. The command gets an overlay first on its
-PYTHONPATH: the wheel's Python, with the compiled libraries of the installed vLLM. The environment stays as it is.
+A version's CUDA wheel is published before its CPU build, with the same Python code. The command's PYTHONPATH begins
+with an overlay: the wheel's Python code and the compiled libraries of the installed vLLM. The environment is unchanged.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from foldserve.server.engine.plugin import ALLOW_VLLM, vllm_version
 
 NEXT = "0.33.0"
 NEW_PACKAGES = ("orjson>=3.11.6",)
-"""What NEXT imports and the installed vLLM does not require."""
+"""Packages that NEXT imports and the installed vLLM does not require."""
 
 CACHE = Path(__file__).resolve().parent.parent / ".next-vllm"
 _ELF = b"\x7fELF"
 
 
 def main(command: list[str]) -> None:
-    """Ends as the command does."""
+    """Replaces this process by the command."""
     if not command:
         sys.exit(__doc__)
     if vllm_version() == NEXT:
@@ -46,7 +46,7 @@ def main(command: list[str]) -> None:
 
 
 def environment(overlay: Path) -> dict[str, str]:
-    """The variables with which Python finds the overlay and foldserve accepts it."""
+    """Environment variables that make Python find the overlay and foldserve accept it."""
     paths = [str(overlay), os.environ.get("PYTHONPATH", "")]
     return {"PYTHONPATH": os.pathsep.join(filter(None, paths)), ALLOW_VLLM: NEXT}
 
@@ -59,7 +59,7 @@ def installed_vllm() -> Path:
 
 
 def _make(overlay: Path, installed: Path) -> None:
-    """Downloads and builds; an overlay that is there is whole, but for its stamp."""
+    """Downloads the wheel and builds the overlay, which appears only when it is complete, except for its stamp."""
     began = time.monotonic()
     _say(f"downloading the wheel of vLLM {NEXT} (some 340 MB)")
     CACHE.mkdir(exist_ok=True)
@@ -80,14 +80,14 @@ def _make(overlay: Path, installed: Path) -> None:
 
 
 def build(wheel: Path, installed: Path, overlay: Path, local: str = "") -> Distribution:
-    """Unpacks what is not compiled of a vLLM wheel, and links the compiled libraries of another.
+    """Unpacks a vLLM wheel without compiled libraries, and links those of the installed vLLM.
 
     Args:
-        installed: the package `vllm` that has the libraries.
-        local: added to the version after a "+"; vLLM finds its platform by it.
+        installed: directory of the installed package `vllm`.
+        local: local version, added after a "+"; vLLM finds its platform by it.
 
     Returns:
-        The wheel's metadata, as the overlay has it.
+        The overlay's distribution.
     """
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.infolist():
@@ -113,7 +113,7 @@ def _is_compiled(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> bool:
 
 
 def unmet(distribution: Distribution) -> Iterator[str]:
-    """Requirements that are installed in another version. What is not installed at all is for GPUs, or fails."""
+    """Requirements installed in another version. Those not installed at all are for GPUs, or fail on import."""
     for requirement in map(Requirement, distribution.requires or ()):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue

@@ -1,7 +1,7 @@
 """Pins the images of other projects that Dockerfiles and compose name by tag: `make pin-images`.
 
-`name:tag` becomes `name:tag@sha256:...`, the digest of what the tag stands for now, on all platforms. All files are
-written or none. `--check` writes nothing; its status is 1 if an image is not pinned, or its tag has moved since.
+`name:tag` becomes `name:tag@sha256:...`, the tag's current digest for all platforms. Either all files are written or
+none. `--check` writes nothing; its exit status is 1 if an image is not pinned or its tag has moved.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ _IMAGE = re.compile(
     r"(?P<tagged>[a-z0-9][\w./-]*(?::\d+/[\w./-]+)?:[\w.-]+)(?:@(?P<digest>sha256:[0-9a-f]{64}))?",
     re.MULTILINE,
 )
-"""An image with a tag, where these files name one. Those that we build have a variable for a tag: no match."""
+"""An image with a tag. Images that we build have a variable as tag, so they don't match."""
 
 
 class PinError(Exception):
-    """A registry did not say what a tag stands for."""
+    """A registry gave no digest for a tag."""
 
 
 @dataclass(frozen=True)
 class Tag:
-    """A tag at the registry that docker would ask for it."""
+    """A tag and the registry that Docker would ask for it."""
 
     registry: str
     repository: str
@@ -51,7 +51,7 @@ class Tag:
 
     @classmethod
     def parse(cls, tagged: str) -> Tag:
-        """Of `[registry/]repository:tag`. Without a registry it is Docker Hub, and without a user one of `library`."""
+        """Parses `[registry/]repository:tag`; the defaults are Docker Hub and its user `library`."""
         name, tag = tagged.rsplit(":", 1)
         first, _, rest = name.partition("/")
         if rest and (first == "localhost" or "." in first or ":" in first) and first != "docker.io":
@@ -60,11 +60,7 @@ class Tag:
         return cls("registry-1.docker.io", name if "/" in name else f"library/{name}", tag)
 
     def digest(self) -> str:
-        """Asks the registry, without a login.
-
-        Raises:
-            PinError: if it gives no digest.
-        """
+        """Asks the registry, without a login; PinError if it gives no digest."""
         where = f"{self.registry}/{self.repository}:{self.tag}"
         try:
             with DXF(self.registry, self.repository, auth=_log_in_as_nobody, timeout=TIMEOUT_S) as registry:
@@ -91,17 +87,17 @@ def _log_in_as_nobody(registry: object, response: requests.Response) -> None:
 
 
 def tagged_images(text: str) -> list[str]:
-    """Images that a file names by tag, pinned or not, as `name:tag`."""
+    """Images that a file names by tag, as `name:tag`, pinned or not."""
     return [found["tagged"] for found in _IMAGE.finditer(text)]
 
 
 def pinned(text: str, digests: Mapping[str, str]) -> str:
-    """The text of a file with these digests, by `name:tag`."""
+    """The text of a file with all images pinned; `digests` are keyed by `name:tag`."""
     return _IMAGE.sub(lambda found: f"{found['before']}{found['tagged']}@{digests[found['tagged']]}", text)
 
 
 def complaints(text: str, digests: Mapping[str, str]) -> list[str]:
-    """What is not pinned, or is pinned to something else than the tag stands for now."""
+    """Messages about images that are not pinned, or not to the tag's current digest."""
     said = []
     for found in _IMAGE.finditer(text):
         now = digests[found["tagged"]]
@@ -113,7 +109,7 @@ def complaints(text: str, digests: Mapping[str, str]) -> list[str]:
 
 
 def write(texts: Mapping[Path, str]) -> None:
-    """Writes all files, or none if there is no room for one of them."""
+    """Writes all files, or none if one can't be written."""
     beside = {path: path.with_name(f"{path.name}.pinning") for path in texts}
     try:
         for path, text in texts.items():
@@ -127,7 +123,7 @@ def write(texts: Mapping[Path, str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Pins, or checks; the status of the process."""
+    """Pins or checks; returns the exit status."""
     parser = argparse.ArgumentParser(prog="make pin-images", description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument(
         "--check", action="store_true", help="write nothing; status 1 if an image is not pinned or has moved"

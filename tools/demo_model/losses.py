@@ -1,4 +1,4 @@
-"""What training minimises, and the two sets of heads that exist only while it does."""
+"""Losses, and the classification heads that exist only during training."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from foldserve.server.quality.demo.questions import ALL_KINDS, REFERENTS, UNKNOW
 from foldserve.server.quality.demo.scene import LABELS
 from tools.demo_model.batch import Batch
 
-_BACKGROUND_WEIGHT = 0.3  # of class 0 of what a patch shows: most patches show nothing
+_BACKGROUND_WEIGHT = 0.3  # of class 0 in the patch loss: most patches show background
 _WHEREABOUTS = ("row", "column")  # labels without a background class
 
 
 class ClassHeads(nn.Module):
-    """One linear classifier for each of `classes`, read from the same vectors."""
+    """One linear classifier for each of `classes` (name -> number of classes), on the same vectors."""
 
     def __init__(self, width: int, classes: Mapping[str, int]) -> None:
         super().__init__()
@@ -25,12 +25,12 @@ class ClassHeads(nn.Module):
         self.linear = nn.Linear(width, sum(classes.values()))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(..., classes) for each."""
+        """Logits (..., classes) of each."""
         return torch.split(self.linear(x).float(), list(self.classes.values()), -1)
 
 
 def patch_loss(heads: ClassHeads, features: Tensor, labels: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of what each patch shows, summed over labels, and accuracy where there is something."""
+    """Cross-entropy of each patch's labels, summed over kinds of label, and accuracy on patches without background."""
     total, right = features.new_zeros(()), {}
     for index, (name, logits) in enumerate(zip(LABELS, heads(features), strict=True)):
         wanted, weight = labels[..., index], torch.ones(LABELS[name], device=labels.device)
@@ -45,26 +45,26 @@ def patch_loss(heads: ClassHeads, features: Tensor, labels: Tensor) -> tuple[Ten
 def referent_loss(
     heads: ClassHeads, hidden: Tensor, referents: Tensor, prefix: str = "phrase"
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of what each phrase refers to, summed over the heads (some of `REFERENTS`), and accuracy."""
+    """Cross-entropy of each phrase's referent, summed over the heads (some of `REFERENTS`), and accuracy."""
     columns = [list(REFERENTS).index(name) for name in heads.classes]
     named = (referents[..., columns] != UNKNOWN).any(-1)
     hidden, referents = hidden[named], referents[named][:, columns]
     total, right = hidden.new_zeros(()), {}
     for index, (name, logits) in enumerate(zip(heads.classes, heads(hidden), strict=True)):
         wanted = referents[:, index]
-        count = (wanted != UNKNOWN).sum()  # 0 in a small batch: no loss, rather than NaN
+        count = (wanted != UNKNOWN).sum()  # may be 0 in a small batch: then the loss is 0, not NaN
         total = total + F.cross_entropy(logits, wanted, ignore_index=UNKNOWN, reduction="sum") / count.clamp(min=1)
         right[f"{prefix}_{name}"] = (logits.argmax(-1) == wanted).sum() / count
     return total, right
 
 
 def answer_loss(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy over the tokens of answers."""
+    """Mean cross-entropy over answer tokens."""
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=UNKNOWN)
 
 
 def answers_right(logits: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Share of dialogues, by kind, of which every answer token is right when those before it are given."""
+    """Share of dialogues, by kind, whose answer tokens are all right with teacher forcing."""
     text, wanted = batch.text, batch.text.targets != UNKNOWN
     wrong = (logits.argmax(-1) != text.targets) & wanted
     slots = int(text.segments.max()) + 1

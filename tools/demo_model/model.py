@@ -1,6 +1,6 @@
-"""LLaVA-1.5 in plain PyTorch, as small as the demo needs, for training; `export` gives it the published names.
+"""LLaVA-1.5 in plain PyTorch for training; `export` maps its weights to the published names.
 
-Attention is two batched products with an explicit softmax: on a CPU the backward pass of PyTorch's fused attention is
+Attention is two batched products with an explicit softmax: on a CPU, the backward pass of PyTorch's fused attention is
 several times slower at these sizes.
 """
 
@@ -24,14 +24,14 @@ Rotation: TypeAlias = tuple[Tensor, Tensor]
 
 
 class Masks(NamedTuple):
-    """Additive attention masks: (P, P) of the prefix, (batch, 1, T, P + T) of the text behind it."""
+    """Additive attention masks: (P, P) for the prefix, (batch, 1, T, P + T) for the text."""
 
     prefix: Tensor
     text: Tensor
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """(batch, heads, queries, size) from keys and values (batch, heads, keys, size)."""
+    """q (batch, heads, queries, size), k and v (batch, heads, keys, size) -> (batch, heads, queries, size)."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     out: Tensor = (scores if mask is None else scores + mask).softmax(-1) @ v
     return out
@@ -46,7 +46,7 @@ def _join(x: Tensor) -> Tensor:
 
 
 class VisionAttention(nn.Module):
-    """Full self-attention with biases, as CLIP's."""
+    """CLIP's self-attention."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class VisionAttention(nn.Module):
 
 
 class VisionMlp(nn.Module):
-    """Two layers around CLIP's quick GELU."""
+    """CLIP's MLP with quick GELU."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class VisionTower(nn.Module):
         self.layers = nn.ModuleList(VisionBlock(geometry) for _ in range(geometry.vision_layers - 1))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """(batch, patches, width) from normalised pixels (batch, 3, side, side)."""
+        """Normalised pixels (batch, 3, side, side) -> (batch, patches, width)."""
         patches = F.unfold(pixels, self.patch_size, stride=self.patch_size).transpose(1, 2)
         x = self.patch_embedding(patches)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], 1) + self.position_embedding
@@ -113,7 +113,7 @@ class VisionTower(nn.Module):
 
 
 class Projector(nn.Module):
-    """LLaVA-1.5's two layers."""
+    """LLaVA-1.5's projector."""
 
     def __init__(self, geometry: Geometry) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class RmsNorm(nn.Module):
 
 
 def rotation(positions: Tensor, size: int) -> Rotation:
-    """RoPE of positions (batch, tokens), which need not be whole, for heads of `size`."""
+    """RoPE of positions (batch, tokens), which may be fractions, for heads of `size`."""
     frequencies = _ROPE_THETA ** (-torch.arange(0, size, 2, device=positions.device) / size)
     angles = positions.float()[..., None] * frequencies
     angles = torch.cat([angles, angles], -1)[:, None]
@@ -148,7 +148,7 @@ def _rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 class DecoderAttention(nn.Module):
-    """Attention over a prefix that all text shares, and text that sees what its mask allows."""
+    """Llama's attention over a shared prefix and packed text behind it."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -234,18 +234,18 @@ class DemoLlava(nn.Module):
         text_masks: Sequence[Tensor],
         read: Collection[int],
     ) -> dict[int, Tensor]:
-        """Hidden states of the text behind a shared prefix.
+        """Hidden states of the text behind prefix and image.
 
         Args:
             prefix: (p,) ids before the image.
             features: (batch, n, vision width) of the tower, in any order.
             ids: (batch, T) of the text.
             positions: (batch, p + n + T).
-            text_masks: (batch, 1, T, p + n + T) additive, of each layer.
-            read: numbers of layers (1 is the first) after which to read.
+            text_masks: for each layer (batch, 1, T, p + n + T), additive.
+            read: layers whose output is returned; 1 is the first.
 
         Returns:
-            layer number -> (batch, T, width), before the final norm.
+            layer -> (batch, T, width), before the final norm.
         """
         embed, vision = self.decoder.embed_tokens, self.projector(features)
         x = torch.cat([embed(prefix).expand(len(ids), -1, -1), vision, embed(ids)], 1)
@@ -260,6 +260,6 @@ class DemoLlava(nn.Module):
         return found
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """(..., vocab) from hidden states (..., width)."""
+        """(..., width) hidden states -> (..., vocab)."""
         out: Tensor = self.lm_head(self.decoder.norm(hidden))
         return out

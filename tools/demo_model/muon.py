@@ -1,7 +1,7 @@
-"""Muon for the matrices inside layers, AdamW for all else.
+"""The optimizer Muon, which orthogonalises the momentum of a matrix (K. Jordan and others, 2024).
 
-Muon orthogonalises the momentum of a matrix (K. Jordan and others, 2024). `torch.optim.Muon` does so matrix by matrix
-in bfloat16; equal shapes in one batched product, in fp32 on a CPU without bfloat16 units, take a fraction of that time.
+`torch.optim.Muon` does so matrix by matrix in bfloat16. On a CPU without bfloat16 units, one batched product of equal
+shapes in fp32 takes a fraction of that time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _MOMENTUM = 0.95
 
 
 def orthogonalise(matrices: Tensor) -> Tensor:
-    """(k, m, n) with all singular values near 1, from Newton-Schulz iterations."""
+    """Makes all singular values of matrices (k, m, n) about 1, by Newton-Schulz iterations."""
     x = matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     a, b, c = _COEFFICIENTS
@@ -30,7 +30,7 @@ def orthogonalise(matrices: Tensor) -> Tensor:
 
 
 class Muon(Optimizer):
-    """Momentum, orthogonalised, with Nesterov's look-ahead; the parameters of one group have one shape."""
+    """Muon with Nesterov momentum; all parameters of a group have the same shape."""
 
     def __init__(self, groups: Iterable[dict[str, Any]], weight_decay: float = 0.1) -> None:
         super().__init__(groups, {"lr": 0.02, "weight_decay": weight_decay})

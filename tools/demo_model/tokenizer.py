@@ -1,4 +1,4 @@
-"""The demo model's tokenizer: one token per known word, letters and bytes for any other, in Llama's layout."""
+"""The demo model's tokenizer in Llama's layout: one token per known word, letters and bytes for others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ thing things this three to top triangle triangles two what where which white yel
 """
 _PUNCTUATION = ",.?!:;'\"-()"
 
-# As LLaVA-1.5's own template: all images of a turn come first, whatever their place in the message.
+# As in LLaVA-1.5's own template, all images of a turn come first.
 CHAT_TEMPLATE = tokenizer_files.chat_template(
     """\
 {%- for part in content if part['type'] in ('image', 'image_url') -%}{{ '<image>\\n' }}{%- endfor -%}
@@ -52,7 +52,7 @@ class SpecialIds:
 
 @cache
 def build_tokenizer() -> Tokenizer:
-    """Lower-cases; adds `<s>` in front unless asked not to; spaces around turns are part of the turns' marks."""
+    """Lower-cases, adds `<s>` by default, and strips spaces around the marks `USER:` and `ASSISTANT:`."""
     pieces = [UNK, BOS, EOS, PAD, _SPACE, *string.digits, *_PUNCTUATION, *string.ascii_lowercase]
     # Viterbi takes the path of the highest score: a whole word before its letters, letters before bytes.
     scored = [(piece, -4.0) for piece in pieces] + [(f"<0x{byte:02X}>", -20.0) for byte in range(256)]
@@ -74,7 +74,7 @@ def build_tokenizer() -> Tokenizer:
 
 
 def _decoder() -> decoders.Decoder:
-    """The space after a turn's mark is written with the mark, so that an answer begins with its first word."""
+    """Decodes the space after a turn's mark with the mark, so that an answer begins with its first word."""
     marks = [decoders.Replace(mark, f"{mark} ") for mark in (USER, ASSISTANT)]
     first_space = decoders.Replace(Regex(f"(?<=(?:{USER}|{ASSISTANT}) ) "), "")
     pieces = [decoders.Replace(_SPACE, " "), *marks, decoders.ByteFallback(), decoders.Fuse()]
@@ -89,5 +89,4 @@ def special_ids() -> SpecialIds:
 
 
 def save_tokenizer(folder: Path) -> None:
-    """Writes the tokenizer's files and the chat template into `folder`."""
     tokenizer_files.save(build_tokenizer(), CHAT_TEMPLATE, folder)

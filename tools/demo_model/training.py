@@ -1,7 +1,7 @@
-"""Four stages.
+"""Trains in four stages.
 
-The vision tower learns what every patch shows; the whole model to answer, then the hard questions, then without the
-image in the last layers.
+First the vision tower learns what every patch shows. Then the whole model learns to answer, to answer hard questions,
+and to answer without the image in the last layers.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ GEOMETRY = Geometry(
     vision_layers=7,
     vision_heads=4,
 )
-# Streams of random numbers; 2 is that of the held-out questions.
+# Random streams of the stages; held-out questions have stream 2.
 _STREAMS = {"vision": 0, "answers": 1, "practice": 3, "withdrawal": 4}
 _ALL = ("model", "patch", "phrase", "late", "claim")
 _TRAINED = {
@@ -56,7 +56,7 @@ STATE_FILE, LOG_FILE = "state.pt", "training.jsonl"
 
 @dataclass(frozen=True)
 class Stage:
-    """`steps` of `images` each; `rate` is AdamW's learning rate, Muon's is 20 times that."""
+    """`steps` of `images` each. `rate` is AdamW's learning rate; Muon's is 20 times as high."""
 
     name: str
     steps: int
@@ -65,22 +65,22 @@ class Stage:
     vision_rate: float = 1.0
     """Factor on `rate` for the vision tower."""
     mix: str = "even"
-    """Which of `MIXES` the questions are."""
+    """Key of `MIXES`."""
     warmup: int = 50
     steady: float = 0.5
-    """Share of the stage after which the rate falls, linearly to nothing."""
+    """Share of the stage after which the rate falls linearly to 0."""
     withdrawn: float = 0.0
-    """Share of images that the text does not see from some layer on."""
+    """Share of images that are withdrawn from some layer on."""
 
     def rate_at(self, step: int) -> float:
-        """Learning rate at `step`, from 0."""
+        """Learning rate at `step`, counted from 0."""
         left = (1 - step / self.steps) / (1 - self.steady) if self.steady < 1 else 1.0
         return self.rate * min(1.0, (step + 1) / self.warmup, left)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything the result depends on."""
+    """Everything that the result depends on."""
 
     seed: int = 0
     vision: Stage = Stage("vision", steps=900, images=32)
@@ -92,11 +92,11 @@ class Recipe:
     geometry: Geometry = field(default=GEOMETRY)
     text_tokens: int = 192
     phrase_layer: int = 5
-    """Layer after which a phrase must know what it refers to."""
+    """Layer whose output must tell what a phrase refers to."""
     early_layer: int = 8
-    """Layer after which answers are read too, and, in practice, counts and sides; none is withdrawn before it."""
+    """Layer whose output must tell answers, and from `practice` on counts and sides; the first to withdraw at."""
     claim_layer: int = 10
-    """Layer after which, in practice, a claim about two objects must be known to hold or not."""
+    """Layer whose output must tell, from `practice` on, whether a claim about two objects holds."""
 
 
 _OF_PHRASES = ("cell", "shape", "color", "size", "count")
@@ -108,7 +108,7 @@ def _some(classes: Mapping[str, int], names: tuple[str, ...]) -> dict[str, int]:
 
 
 class Trainer:
-    """State of one training run in a directory; the same directory continues it, bit for bit."""
+    """One training run in a directory; starting again with the same directory continues it bit for bit."""
 
     def __init__(self, recipe: Recipe, folder: Path, device: torch.device, compile_blocks: bool) -> None:
         torch.manual_seed(recipe.seed)
@@ -133,7 +133,7 @@ class Trainer:
             self._load()
 
     def run(self, save_every_s: float = 180, log_every: int = 20) -> None:
-        """Trains to the end of the recipe, with a progress bar, saving as it goes."""
+        """Trains to the end of the recipe, with a progress bar, and saves the state regularly."""
         recipe = self.recipe
         stages = (recipe.vision, recipe.answers, recipe.practice, recipe.withdrawal)
         for stage in stages[[stage.name for stage in stages].index(self.stage.name) :]:
@@ -162,7 +162,7 @@ class Trainer:
         bar.close()
 
     def train_step(self) -> dict[str, Tensor]:
-        """One update; what was measured on its batch. A step's data depend on seed, stage and number alone."""
+        """One update; returns the losses and accuracies. Its data depend on seed, stage and step only."""
         rng = np.random.default_rng((self.recipe.seed, _STREAMS[self.stage.name], self.step))
         rate = self.stage.rate_at(self.step)
         for optimizer in self.optimizers:
@@ -213,7 +213,7 @@ class Trainer:
         return draw_batch(rng, self.stage.images, self.recipe.text_tokens, self.stage.mix).to(self.device)
 
     def _seen_layers(self, rng: np.random.Generator) -> Tensor | None:
-        """(images,) number of layers in which the text sees its image, the early one to all but one; or all."""
+        """(images,) number of layers in which the text sees its image; None: all layers for all images."""
         if not self.stage.withdrawn:
             return None
         layers = self.recipe.geometry.num_layers
@@ -222,7 +222,7 @@ class Trainer:
         return torch.from_numpy(np.where(withdrawn, some, layers)).to(self.device)
 
     def _make_optimizers(self) -> tuple[Optimizer, ...]:
-        """For the parameters that the stage trains."""
+        """Muon for the matrices inside layers, AdamW for the other parameters that the stage trains."""
         trained = _TRAINED[self.stage.name]
         matrices: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
         others: dict[tuple[Any, ...], list[nn.Parameter]] = defaultdict(list)
@@ -249,7 +249,7 @@ class Trainer:
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.device.type == "cuda")
 
     def save(self) -> None:
-        """Writes the state so that a reader finds the old or the new one whole."""
+        """Writes the state atomically."""
         state = {
             "seed": self.recipe.seed,
             "stage": self.stage.name,
@@ -275,7 +275,7 @@ class Trainer:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         if state["log_bytes"]:
-            os.truncate(self.folder / LOG_FILE, state["log_bytes"])  # what came later is done, and logged, again
+            os.truncate(self.folder / LOG_FILE, state["log_bytes"])  # later steps are done, and logged, again
 
     def _log(self, entry: dict[str, float]) -> None:
         line = {"stage": self.stage.name, "step": self.step} | entry
@@ -288,10 +288,10 @@ class Trainer:
 def forward(
     model: DemoLlava, features: Tensor, batch: Batch, read: set[int], seen_layers: Tensor | None = None
 ) -> dict[int, Tensor]:
-    """Hidden states of the batch's text, as `DemoLlava.hidden_states`, with the vision tokens in the batch's order.
+    """`DemoLlava.hidden_states` of the batch's text, with the vision tokens in the batch's order.
 
-    `seen_layers`, (batch,), is the number of layers in which the text sees the image, as with a withdrawal there (VTW,
-    sec. 3.3: the text keeps its positions); `None` is all.
+    `seen_layers`, (batch,), is the number of layers in which the text sees the image; None: all. This is withdrawal as
+    in VTW, sec. 3.3: the text keeps its positions.
     """
     special = special_ids()
     prefix = torch.tensor([special.bos, special.user], device=features.device)

@@ -1,7 +1,7 @@
-"""`python3 bootstrap.py --dest SITE`: unpacks the kit that lies beside this file, on a machine without a network.
+"""Unpacks the kit beside this file on a machine without a network: `python3 bootstrap.py --dest SITE`.
 
-Standard library only: `pack` puts this file into every part. Parts may come one after the other: each call keeps the
-pieces beside it in `--stash` until all are there. Where the kit is unpacked already, it does nothing.
+Standard library only, since `pack` puts this file into every part. Parts may come one by one: each call keeps the
+pieces beside it in `--stash` until all are there. If the kit is already unpacked, it does nothing.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def main() -> None:
 
 
 def unpack(here: Path, stash: Path, dest: Path) -> list[str]:
-    """The pieces that are still missing; nothing if `dest` holds the kit now.
+    """Returns the pieces that are still missing; none if `dest` now holds the kit.
 
     Raises:
-        ValueError: a piece came damaged; those of its archive are removed from the stash.
+        ValueError: a piece is damaged; all pieces of its archive are removed from the stash.
     """
     manifest: dict[str, dict[str, object]] = json.loads((here / MANIFEST).read_text())
     stamp = dest / _STAMP

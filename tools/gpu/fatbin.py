@@ -1,8 +1,8 @@
-"""Keeps of a CUDA shared library only the code that one GPU can run; the rest becomes zeros, which pack to nothing.
+"""Removes code for other GPUs from a CUDA shared library: it becomes zeros, which compress to nothing.
 
-A library holds fatbin containers: a header of 16 bytes (magic, version, header size, size of what follows) and entries,
-each with a header of its own (kind, version, header size, size, compute capability) before its code. Kind 1 is PTX,
-which the driver compiles for any newer GPU, kind 2 machine code for one.
+A library holds fatbin containers. A container has a header of 16 bytes (magic, version, header size, size of the rest)
+and entries, each with its own header (kind, version, header size, size, compute capability) before its code. Kind 1 is
+PTX, which the driver compiles for any newer GPU; kind 2 is machine code for one GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _ENTRY_HEADER = range(48, 257)
 
 
 class Entry(NamedTuple):
-    """`code`: header and code. `capability`: 90 for 9.0."""
+    """An entry of a container; `capability` is 90 for 9.0, `code` includes the header."""
 
     kind: int
     capability: int
@@ -27,7 +27,7 @@ class Entry(NamedTuple):
 
 
 def prune(library: bytes, capability: int) -> tuple[bytes, Counter[str]]:
-    """The library, as long as it was, and how many containers kept what."""
+    """The library, of unchanged length, and the number of containers by what was kept of them."""
     data, counts = bytearray(library), Counter[str]()
     place = 0
     while (place := data.find(_MAGIC, place)) >= 0:
@@ -50,7 +50,7 @@ def prune(library: bytes, capability: int) -> tuple[bytes, Counter[str]]:
 
 
 def _entries(data: bytearray, place: int, end: int) -> Iterator[Entry]:
-    """Up to the first that makes no sense."""
+    """The entries up to the first malformed one."""
     while place + _ENTRY_HEADER.start <= end:
         kind, _, header, size = struct.unpack_from("<HHIQ", data, place)
         (capability,) = struct.unpack_from("<I", data, place + 28)
@@ -62,7 +62,7 @@ def _entries(data: bytearray, place: int, end: int) -> Iterator[Entry]:
 
 
 def _useful(entries: list[Entry], capability: int) -> tuple[list[Entry], str]:
-    """Machine code for this GPU, else the newest PTX that it can compile, else the smallest: there has to be one."""
+    """Machine code for this GPU, else the newest PTX that it can run, else the smallest entry: one has to stay."""
     if code := [entry for entry in entries if entry.kind == _MACHINE_CODE and entry.capability == capability]:
         return code, "machine code"
     ptx = [entry for entry in entries if entry.kind == _PTX and entry.capability <= capability]

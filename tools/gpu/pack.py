@@ -1,7 +1,7 @@
-"""`python -m tools.gpu.pack OUT FOLDSERVE_WHEEL`: all that a bare GPU machine needs to run foldserve, in parts.
+"""Packs all that a bare GPU machine needs to run foldserve: `python -m tools.gpu.pack OUT FOLDSERVE_WHEEL`.
 
-Fetches vLLM's CUDA wheel and the packages of `requirements.txt`, leaves out what serving LLaVA never opens and code for
-other GPUs, and packs the rest. README.md says how to go on.
+Fetches vLLM's CUDA wheel and the packages of `requirements.txt`, leaves out files that serving LLaVA never opens and
+code for other GPUs, and packs the rest in parts. README.md has the next steps.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ _LARGE_LIBRARY = MIB
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Attributes:
-    limit: bytes of a part.
-    most_parts: None: as many as it takes.
-    capability: of the GPU, 90 for 9.0.
-    have: names of packages that the machine has.
+    limit: most bytes of a part.
+    most_parts: None: no limit.
+    capability: compute capability of the GPU, 90 for 9.0.
+    have: names of packages that the machine already has.
     """
 
     limit: int
@@ -85,11 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def pack(wheels: Iterable[Path], out: Path, settings: Settings, scratch: Path) -> None:
-    """Writes the parts; nothing is left of them if they are too large.
-
-    Raises:
-        ValueError: more parts than may be, or one above the limit.
-    """
+    """Writes the parts; ValueError, with nothing left behind, if they are too many or too large."""
     site = scratch / "site"
     for wheel in wheels:
         if _name(wheel.name.partition("-")[0]) not in settings.have:
@@ -129,7 +125,7 @@ def pack(wheels: Iterable[Path], out: Path, settings: Settings, scratch: Path) -
 
 
 def unpack_wheel(wheel: Path, site: Path, capability: int) -> None:
-    """What of a wheel is of use, as pip would install it, libraries for one GPU."""
+    """Installs a wheel as pip would, without unused files, and libraries with code for one GPU only."""
     with zipfile.ZipFile(wheel) as archive:
         for name in archive.namelist():
             target = _installed_as(name)
@@ -147,7 +143,7 @@ def unpack_wheel(wheel: Path, site: Path, capability: int) -> None:
 
 
 def _installed_as(name: str) -> str | None:
-    """Path in a site folder; None for scripts and the like."""
+    """Path of a wheel's file in site-packages; None for scripts and the like."""
     folder, *rest = PurePosixPath(name).parts
     if not folder.endswith(".data"):
         return name
@@ -163,7 +159,7 @@ def _is_unused(name: str) -> bool:
 
 
 def _archive(site: Path, scratch: Path) -> dict[str, Path]:
-    """Name -> archive; libraries apart, since they compress in one process while the rest does in another."""
+    """Name -> archive; two archives, for libraries and code, are compressed in parallel."""
     groups: dict[str, list[Path]] = {"libraries": [], "code": []}
     for file in sorted(site.rglob("*"), key=lambda file: (file.suffix, file)):
         if file.is_file():
@@ -177,7 +173,7 @@ def _archive(site: Path, scratch: Path) -> dict[str, Path]:
 
 
 def _compress(site: Path, files: Sequence[Path], archive: Path) -> None:
-    """The same files give the same archive."""
+    """Deterministic: the same files give the same archive."""
     with (
         lzma.open(archive, "wb", preset=9 | lzma.PRESET_EXTREME) as packed,
         tarfile.open(fileobj=packed, mode="w") as tar,
@@ -203,7 +199,7 @@ def _fetch(folder: Path, vllm: str, have: frozenset[str]) -> Path:
 
 
 def _names(text: str) -> Iterator[str]:
-    """Of packages, in lines such as `name==1` or `name @ file:...`."""
+    """Package names in lines such as `name==1` or `name @ file:...`."""
     for line in text.splitlines():
         if found := re.match(r"[A-Za-z0-9][A-Za-z0-9._-]*", line):
             yield _name(found[0])

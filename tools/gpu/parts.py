@@ -1,4 +1,4 @@
-"""Archives cut into parts of a size that can be carried."""
+"""Cuts archives into parts of limited size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 MIB = 2**20
 _SMALL = 64 * 1024
-"""A piece this small is not worth a file: it begins the next part."""
+"""Least bytes of a piece: a smaller rest of a part stays empty."""
 
 
 class Piece(NamedTuple):
@@ -19,12 +19,12 @@ class Piece(NamedTuple):
 
 
 def cut(sizes: Mapping[str, int], limit: int, beside: int) -> list[list[Piece]]:
-    """The pieces of each part, archives in their order, as few parts as there can be.
+    """The pieces of each part, archives in order, in as few parts as possible.
 
     Args:
         sizes: bytes of each archive.
-        limit: bytes that a part may have.
-        beside: of them, what lies beside the pieces in every part.
+        limit: most bytes of a part.
+        beside: bytes of other files in every part.
 
     Raises:
         ValueError: no room for pieces.
