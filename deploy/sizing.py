@@ -3,9 +3,9 @@
     python deploy/sizing.py                                  # the table
     python deploy/sizing.py --text 1024 --images 2           # for other requests
 
-A sequence with t text tokens and n kept vision tokens takes 4 d bytes (a key and a value of d numbers in 16 bits) per
-token and layer: 4 d (L t + K n), where vision tokens leave L layers at layer K (K = L without withdrawal). vLLM hands
-it out in blocks of 16 tokens. Plain multi-head attention, as in Llama-2; grouped heads take less.
+A sequence of t text and n kept vision tokens takes 4 d (L t + K n) bytes: a key and a value of d 16-bit numbers per
+token and layer. Vision tokens leave at layer K of L (K = L without withdrawal). vLLM allocates blocks of 16 tokens.
+The formula is for multi-head attention, as in Llama-2; grouped-query attention takes less.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ WORKSPACE = 2 * 2**30
 
 @dataclass(frozen=True)
 class Model:
-    """A LLaVA-1.5: language model, CLIP ViT-L/14-336 and projector, in 16 bits.
+    """A LLaVA-1.5 in 16 bits.
 
     Attributes:
-        parameters: of all three.
+        parameters: number of them in language model, CLIP ViT-L/14-336 and projector.
         layers, hidden: L and d of the decoder.
-        paper_k: K of the withdrawal paper without calibration.
+        paper_k: the withdrawal paper's K without calibration.
     """
 
     name: str
@@ -47,13 +47,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU with the memory that its driver reports."""
+    """A GPU; `mib` is the memory that its driver reports."""
 
     name: str
     mib: int
 
     def kv_bytes(self, model: Model) -> int:
-        """What remains for the KV cache beside the weights; at most 0 where they don't fit."""
+        """Memory left for the KV cache; 0 or less if the weights don't fit."""
         return int(self.mib * MIB * MEMORY_SHARE - 2 * model.parameters - WORKSPACE)
 
 
@@ -69,12 +69,12 @@ CASES = ((0.0, False), (0.5, False), (0.66, False), (0.9, False), (0.0, True), (
 
 
 def kept(ratio: float) -> int:
-    """Vision tokens of an image that are left."""
+    """Vision tokens of an image after reduction."""
     return VISION_TOKENS - int(VISION_TOKENS * ratio)
 
 
 def table(text: int, images: int) -> str:
-    """Markdown: sequences resident at once, and MiB of one, by model, GPU and reduction."""
+    """Markdown table of the sequences held at once and the MiB of one, by model, GPU and reduction."""
     names = [f"{ratio:g}{', K' if withdrawn else ''}" for ratio, withdrawn in CASES]
     lines = [_row(["model", "GPU", "KV cache", *names]), _row(["---"] * (3 + len(CASES)))]
     for model in MODELS:
@@ -104,7 +104,6 @@ def _row(cells: list[str]) -> str:
 
 
 def main() -> None:
-    """Prints the table for the options."""
     parser = argparse.ArgumentParser(description="How many requests a GPU holds at once, by ratio and withdrawal.")
     parser.add_argument("--text", type=int, default=256, help="text tokens of prompt and answer (default: %(default)s)")
     parser.add_argument("--images", type=int, default=1, help="images of a request (default: %(default)s)")
