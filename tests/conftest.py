@@ -1,4 +1,4 @@
-"""What several test folders share: one small checkpoint, its plain reference, and settings of the test process.
+"""Shared by several test folders: a small checkpoint, its plain reference, and settings of the test process.
 
 vLLM runs inside the test process here (no child for the engine), with one thread: starts in seconds instead of half a
 minute, and generates much faster than with OpenMP threads that wait for each other.

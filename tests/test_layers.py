@@ -1,4 +1,4 @@
-"""The arrows of the house: who may import whom. Read from the source, so that no import has to happen."""
+"""Which package may import which, read from the source without importing anything."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The three APIs that one chat can be asked through: how a chat's body, and the path of a field of it, look in each."""
+"""The three chat APIs: how the body of a chat and the path of a field look in each."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A web server of images that misbehaves in every way that is asked for, on an address that is not 127.0.0.1.
+"""An image server that misbehaves on request, on an address other than 127.0.0.1.
 
-The server under test is told that it may ask this host, so that all other addresses of the machine stay refused.
+The server under test may fetch from this host only: all other addresses of the machine stay refused.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A server of one's own, that a test may fill, drain and kill."""
+"""A server that one test has for itself and may fill, drain and kill."""
 
 from __future__ import annotations
 

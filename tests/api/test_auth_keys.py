@@ -1,4 +1,4 @@
-"""Keys, their file, and the counters that processes share; no server."""
+"""API keys, the key file, and the counters that processes share, without a server."""
 
 from __future__ import annotations
 

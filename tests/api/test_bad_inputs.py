@@ -1,6 +1,6 @@
-"""Everything that a stranger may send, against a live server: a clear refusal each time, and nothing left behind.
+"""Bad inputs of all kinds against a live server: each gets a clear error, and nothing is left behind.
 
-The last test looks back: the same processes run, no KV block is held, and a request is answered bit for bit as before.
+The last test checks that the same processes run, no KV block is held, and an answer is the same bit for bit.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""HTTP as the server speaks it, over real sockets: what is a request, what is a body, what is refused, and when."""
+"""The server's HTTP protocol over real sockets: which requests and bodies it takes, which it refuses, and when."""
 
 from __future__ import annotations
 

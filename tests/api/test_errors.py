@@ -1,4 +1,4 @@
-"""What clients are told when a library fails: its error's kind and field, in words of ours and nothing else."""
+"""Errors of libraries reach clients with their kind and field, in our own words only."""
 
 from __future__ import annotations
 

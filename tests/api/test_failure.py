@@ -1,4 +1,4 @@
-"""The reason that a server gives last."""
+"""The last line of a server that fails is its reason."""
 
 from __future__ import annotations
 

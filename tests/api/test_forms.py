@@ -1,4 +1,4 @@
-"""Forms of answers are built beside the event loop, once, and the engine gets what was built."""
+"""Grammars of structured outputs are built once, off the event loop, and passed to the engine."""
 
 from __future__ import annotations
 

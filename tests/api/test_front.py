@@ -1,4 +1,4 @@
-"""What clients, balancers and monitors call beside the chat route, and the headers that they read."""
+"""Routes beside chat that clients, load balancers and monitors call, and response headers."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Nothing between a body's bytes and the engine takes longer than the body does, and nothing holds the event loop.
+"""Time between a body's bytes and the engine grows no faster than the body, and no step blocks the event loop.
 
-Times are CPU times, so that a busy machine changes nothing: of one thread where a step is measured alone, of the whole
+Times are CPU times, so that a busy machine changes nothing: of one thread if a step is measured alone, of the whole
 process where it must not hold others up.
 """
 

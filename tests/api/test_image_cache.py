@@ -1,4 +1,4 @@
-"""The notes of what the engine holds, against vLLM's own cache of the engine."""
+"""Our record of the images that the engine holds, compared with the engine's own cache."""
 
 from __future__ import annotations
 

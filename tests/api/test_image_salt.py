@@ -1,4 +1,4 @@
-"""All caches go by an image's or a video's identity. The salt of who sends it is in there, and changes nothing else."""
+"""The sender's salt is part of the identity by which all caches know an image or a video, and changes nothing else."""
 
 from __future__ import annotations
 

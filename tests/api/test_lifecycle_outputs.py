@@ -1,4 +1,4 @@
-"""The engine is well, but the task in which vLLM reads its outputs fails: as bad as its death, and told as that.
+"""The engine runs, but vLLM's task that reads its outputs fails: the server treats this like the engine's death.
 
 The failure is injected by a plugin of vLLM's that these servers find on their path.
 """

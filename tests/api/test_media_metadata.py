@@ -1,4 +1,4 @@
-"""Metadata of images: whatever is in them, they cost nothing, and damage in them is no damage of the image."""
+"""Metadata of images cost nothing, whatever they hold, and damaged metadata don't make an image unreadable."""
 
 from __future__ import annotations
 

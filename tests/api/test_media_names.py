@@ -1,4 +1,4 @@
-"""Names whose DNS server is silent: they delay nobody else, and are let go with the request."""
+"""Names whose DNS server is silent delay no other request, and are dropped with their own."""
 
 from __future__ import annotations
 

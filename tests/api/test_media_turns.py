@@ -1,4 +1,4 @@
-"""Threads and memory for images of many requests: in turn, so that nobody's flood is another's loss."""
+"""Threads and memory for images are shared fairly: one sender's flood does not delay the others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is meant for this server is read or refused, wherever it stands; what others know, or echo, is left alone."""
+"""Our fields in the wrong place are read or refused; fields of other servers are left alone."""
 
 from __future__ import annotations
 

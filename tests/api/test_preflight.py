@@ -1,4 +1,4 @@
-"""Mistakes of whoever starts the server: found before anything is loaded, told in one line."""
+"""Mistakes in starting a server are found before anything is loaded, and reported in one line."""
 
 from __future__ import annotations
 

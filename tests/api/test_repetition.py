@@ -1,4 +1,4 @@
-"""Nested counted repetition is told from the text of a form, however it is written."""
+"""Nested counted repetition is recognised in the text of a grammar, however it is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server whose output nobody reads, from its first line on: it starts, answers, counts what is lost, and ends.
+"""A server whose output nobody reads still starts, answers, counts lost log lines, and ends.
 
 The tests share it and run in order; the last one ends it.
 """

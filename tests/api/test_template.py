@@ -1,4 +1,4 @@
-"""A chat template's refusal names the message that it was at."""
+"""A chat template's error names the message that caused it."""
 
 from __future__ import annotations
 

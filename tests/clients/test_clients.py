@@ -1,4 +1,4 @@
-"""docs/guides/clients.md is right: its examples print what it says, and clients do by default what it says."""
+"""docs/guides/clients.md is true: its examples print what it shows, and clients' defaults are as it says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What lies in deploy/, read by the tools that will read it: kubectl, docker compose, PromQL's parser."""
+"""The files of deploy/, read by their own tools: kubectl, docker compose, PromQL's parser."""
 
 from __future__ import annotations
 

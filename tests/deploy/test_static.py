@@ -1,4 +1,4 @@
-"""Linters over all that lies in deploy/, and what they can't know."""
+"""Linters over deploy/, and checks that linters don't make."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The gated delta rule of vLLM's linear-attention layers in fp32 on a CPU, where vLLM has kernels for bf16 only.
 
-Token by token, from the states that vLLM's KV cache manager gives to a request, and into them.
+It runs token by token, and reads and writes the states that vLLM's KV cache manager gives to a request.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The plain references with kept positions: the rotary position of every row stands in a table."""
+"""The plain references with kept positions, which take each row's rotary position from a table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Maps of where tokens went, from a running engine."""
+"""Token maps from a running engine."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def engine_maps(
 
 
 def members(found: GridMap) -> Members:
-    """Of each group; checks what the map says of it."""
+    """The tokens of each group; checks the map's sizes."""
     groups: Members = [[] for _ in found.sizes]
     for token, group in enumerate(found.group):
         if group >= 0:

@@ -46,7 +46,7 @@ class Reference:
         return plan_item(Reduction.parse(reduction), Layout.single(self.geometry))
 
     def plans(self, images: Sequence[Image.Image], reductions: Sequence[dict[str, object]]) -> list[ItemPlan]:
-        """One per image, of whatever size."""
+        """The plan of each image, whose sizes may differ."""
         return [self.plan_of(image, reduction) for image, reduction in zip(images, reductions, strict=True)]
 
     def plan_of(self, image: Image.Image, reduction: dict[str, object]) -> ItemPlan:

@@ -1,4 +1,4 @@
-"""Steps of their own for light keys: as many as they need to keep up, and none where full steps are short."""
+"""Separate steps for keys with light load: as many as they need to keep up, and none if full steps are short."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grammars that are dear to follow: they end, others don't wait for them, and what they allow stays the same."""
+"""Expensive grammars end, don't delay other requests, and allow the same answers as before."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Maps of regions from what the engine has found; what it finds is tested with the engine."""
+"""Maps of regions from given token groups; the groups are tested with the engine."""
 
 from __future__ import annotations
 

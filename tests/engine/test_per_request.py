@@ -1,4 +1,4 @@
-"""What runners keep of each request."""
+"""The state that model runners keep per request."""
 
 from __future__ import annotations
 

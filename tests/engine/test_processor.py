@@ -1,4 +1,4 @@
-"""What our processor makes of an image is what vLLM makes of it, bit for bit; it takes a shorter way to that."""
+"""Our processor's output for an image equals vLLM's bit for bit, although it computes it in a shorter way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `vllm.LLM` refuses: options at start-up, and single requests, after which the engine goes on."""
+"""What `vllm.LLM` refuses: options at start-up, and single requests, without ending the engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an in-process engine does meanwhile: steps of the scheduler, rotary positions of each request."""
+"""Records an in-process engine's scheduler steps and the rotary positions of each request."""
 
 from __future__ import annotations
 

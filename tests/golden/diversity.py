@@ -1,4 +1,4 @@
-"""Checks of `reducers/divprune.py` and `reducers/cdpruner.py`; CDPruner's relevance of the text is made here."""
+"""Checks of `reducers/divprune.py` and `reducers/cdpruner.py`; CDPruner's relevance of the text is implemented here."""
 
 from __future__ import annotations
 

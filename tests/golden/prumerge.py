@@ -1,4 +1,4 @@
-"""Checks of `reducers/prumerge.py`; the authors' adaptive choice of tokens, which cannot be served, is made here."""
+"""Checks of `reducers/prumerge.py`; the authors' adaptive choice, which can't be served, is implemented here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A CLIP or SigLIP vision tower in plain torch: checks where in a layer `folder_cls` and `illava` stand."""
+"""A CLIP or SigLIP vision tower in plain torch: checks where in a layer `folder_cls` and `illava` act."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a process does first in which Triton's kernels are to be interpreted."""
+"""Makes a process run Triton's kernels in the interpreter; to be called before anything else."""
 
 from __future__ import annotations
 

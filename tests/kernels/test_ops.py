@@ -1,4 +1,4 @@
-"""The door: what is chosen when, and what the comparison on a GPU needs of it."""
+"""`ops`, the only door to the kernels: when it chooses a kernel, and how the GPU benchmark overrides it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `warm_up` compiles is all that a server launches, whatever it is asked for: no variant is left to a request."""
+"""`warm_up` compiles every kernel variant that a server launches, so that no request has to wait for a compilation."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ ENCODED = 100
 
 @dataclass
 class Fake:
-    """What it was asked, in the order of arrival.
+    """The requests that it got, in order of arrival.
 
     Attributes:
         keys: for chats and for metrics, where it asks for them.

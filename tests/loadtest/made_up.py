@@ -1,4 +1,4 @@
-"""Figures of load tests that never ran."""
+"""Made-up figures of load tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether what a chart says can be read: measured on the figure, as Matplotlib sets it."""
+"""Checks that a chart's texts can be read, by their extents in Matplotlib's figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures, intervals and predictions against what is known of them."""
+"""Figures, intervals and predictions against known values."""
 
 from __future__ import annotations
 

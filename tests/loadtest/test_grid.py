@@ -1,4 +1,4 @@
-"""The grid, its order, and what may be asked."""
+"""The grid, its order, and the options."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The soak's hostile clients do what they are named for, and what is made of them."""
+"""The soak test's hostile clients do what their names say, and their outcomes are reported."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the comparison of two results finds, and the order of start-ups."""
+"""The comparison of two results, and the order of measured start-ups."""
 
 from __future__ import annotations
 

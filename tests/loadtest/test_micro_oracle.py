@@ -1,4 +1,4 @@
-"""What a guesser of other people's pictures learns, from tries whose outcome is known."""
+"""Statistics of the image oracle, from tries with known outcomes."""
 
 from __future__ import annotations
 

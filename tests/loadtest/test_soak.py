@@ -1,4 +1,4 @@
-"""A short soak of a real server with two API processes, and what the soak would say of a bad one."""
+"""A short soak test of a real server with two API processes, and what it reports of a faulty one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers of a checkpoint through vLLM, and how many of them are right, by kind of question."""
+"""Answers of a checkpoint in vLLM, and the share of right ones by kind of question."""
 
 from __future__ import annotations
 

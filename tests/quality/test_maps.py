@@ -1,4 +1,4 @@
-"""`foldserve map`: what it takes, and the picture."""
+"""`foldserve map`: its options, and the picture."""
 
 from __future__ import annotations
 

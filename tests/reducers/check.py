@@ -1,4 +1,4 @@
-"""What every reduction of a batch has to keep to, and two ways of running it that must not matter."""
+"""Properties of every reduction of a batch, and two ways of running it that must give the same result."""
 
 from __future__ import annotations
 

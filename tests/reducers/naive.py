@@ -1,4 +1,4 @@
-"""The methods written down one token at a time, in Python lists and fp64: slow, and as plain as the papers' prose."""
+"""Naive implementations of the methods, token by token in Python lists and fp64, as close to the papers as possible."""
 
 from __future__ import annotations
 

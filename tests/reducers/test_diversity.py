@@ -1,4 +1,4 @@
-"""DivPrune and CDPruner: picks by definition, and of images that leave nothing to choose by."""
+"""DivPrune and CDPruner: picks against the definitions, and images whose tokens are all alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Images so large that scores and copies are made part by part: the same bits, in memory that grows with the tokens."""
+"""Large images, whose scores and copies are computed in parts: the same bits, in memory linear in the tokens."""
 
 from __future__ import annotations
 

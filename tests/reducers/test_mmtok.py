@@ -1,4 +1,4 @@
-"""MMTok against a plain twin, and what holds of any image: also of one whose tokens are all alike."""
+"""MMTok against a naive implementation, and properties for all images, even if all tokens are alike."""
 
 from __future__ import annotations
 

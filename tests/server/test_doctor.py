@@ -1,4 +1,4 @@
-"""`foldserve doctor`: real facts of the demo model, refusals as those of `serve`, and what a GPU's table looks like."""
+"""`foldserve doctor`: facts about the demo model, the same refusals as `serve`, and the table for a GPU."""
 
 from __future__ import annotations
 

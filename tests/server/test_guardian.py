@@ -1,4 +1,4 @@
-"""The guardian with small servers of its own: statuses, signals, and nothing left behind."""
+"""The guardian with small test servers: exit statuses, signals, and no processes left behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Output whose reader stalls, goes away or is a full disk: nobody waits, and what is lost is counted."""
+"""Output to a reader that stalls or goes away, or to a full disk: nothing blocks, and lost lines are counted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`foldserve.reduction`, what offline use takes its reductions from."""
+"""`foldserve.reduction`, which makes reductions for offline use."""
 
 from __future__ import annotations
 

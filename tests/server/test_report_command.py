@@ -1,4 +1,4 @@
-"""`foldserve report`: pages again from saved results, and two beside each other."""
+"""`foldserve report`: pages from saved results, and two results side by side."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Reference cases that come with foldserve, with the answers of plain PyTorch in fp32 on a CPU.
 
-`tests/quality/gpu_check_references.py` makes the file from the demo model.
+`python -m tests.quality.gpu_check.references` makes the file from the demo model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What docs/guides/clients.md says of LlamaIndex and instructor, where these are installed."""
+"""What docs/guides/clients.md says of LlamaIndex and instructor, if these are installed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What docs/guides/clients.md says of openai, LangChain, LiteLLM and pydantic-ai, where these are installed."""
+"""What docs/guides/clients.md says of openai, LangChain, LiteLLM and pydantic-ai, if these are installed."""
 
 from __future__ import annotations
 

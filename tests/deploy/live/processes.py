@@ -72,7 +72,7 @@ class Process:
         return self.running.wait(120)
 
     def kill(self) -> None:
-        """The machine is gone: every process of it, at once."""
+        """Kills all processes at once, as when a machine fails."""
         os.killpg(self.running.pid, signal.SIGKILL)
         self.running.wait()
 

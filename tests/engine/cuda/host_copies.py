@@ -1,6 +1,6 @@
-"""Nothing that runs on the device in a step copies from memory that isn't pinned: the host would wait for the GPU.
+"""No code of a step copies from unpinned memory to the device: the host would wait for the GPU.
 
-Values that are read back need no look here: on the meta device, on which all of this runs, there are none.
+Reads from the device need no check here: all of this runs on the meta device, which holds no values.
 `test_cuda.py` runs this in a process that has had no engine.
 """
 

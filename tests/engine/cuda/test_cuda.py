@@ -1,4 +1,4 @@
-"""What only a server with CUDA runs, as far as a machine without it can run it.
+"""Code that runs with CUDA only, as far as a machine without CUDA can run it.
 
 What changes vLLM's platform or `torch.cuda` does so for a whole process, so it is a pytest of its own.
 """

@@ -1,4 +1,4 @@
-"""Scores and choice on one batch, against loops over tokens, and that nothing of the device is read on the host."""
+"""Scores and choice on one batch, against loops over tokens; nothing is read from the device to the host."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that come and go: whatever happens to them, their blocks come back and the others are right."""
+"""Requests that end early in any way: their blocks are freed, and the other answers stay right."""
 
 from __future__ import annotations
 

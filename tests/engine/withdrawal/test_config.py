@@ -1,4 +1,4 @@
-"""What is refused at start-up, and in which words."""
+"""Options refused at start-up, and the error messages."""
 
 from __future__ import annotations
 

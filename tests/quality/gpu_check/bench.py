@@ -1,4 +1,4 @@
-"""Benches for tests: in this process, and with made-up jobs."""
+"""Implementations of `Bench` for tests: one runs jobs in this process, one returns made-up results."""
 
 from __future__ import annotations
 
