@@ -172,7 +172,7 @@ def test_a_query_is_the_text_beside_the_image_or_the_requests(client: openai.Ope
     later = [*turns, {"role": "assistant", "content": "Left."}, {"role": "user", "content": "Which animal is on it?"}]
 
     def chosen(messages: list[Any], **query: str) -> list[float]:
-        """The tokens that the answer's log-probabilities tell."""
+        """The answer's log-probabilities, which show which vision tokens were kept."""
         answer: Any = client.chat.completions.create(
             model="tiny",
             messages=messages,

@@ -38,7 +38,26 @@ def write_config(folder: Path, geometry: Geometry, ids: Ids, dtype: str) -> None
 
 
 def _model(geometry: Geometry, ids: Ids, dtype: str) -> dict[str, object]:
-    text = {
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        "ignore_index": -100,
+        "image_seq_length": geometry.patches,
+        "image_token_index": ids.image,
+        "pad_token_id": ids.pad,
+        "projector_hidden_act": "gelu",
+        "text_config": _decoder(geometry, ids, dtype),
+        "tie_word_embeddings": False,
+        "torch_dtype": dtype,
+        "vision_config": _vision_tower(geometry),
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default",
+        "vocab_size": ids.vocab_size,
+    }
+
+
+def _decoder(geometry: Geometry, ids: Ids, dtype: str) -> dict[str, object]:
+    return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "bos_token_id": ids.bos,
@@ -54,7 +73,10 @@ def _model(geometry: Geometry, ids: Ids, dtype: str) -> dict[str, object]:
         "torch_dtype": dtype,
         "vocab_size": ids.vocab_size,
     }
-    vision = {
+
+
+def _vision_tower(geometry: Geometry) -> dict[str, object]:
+    return {
         "model_type": "clip_vision_model",
         "hidden_size": geometry.vision_hidden,
         "image_size": geometry.image_size,
@@ -63,22 +85,6 @@ def _model(geometry: Geometry, ids: Ids, dtype: str) -> dict[str, object]:
         "num_hidden_layers": geometry.vision_layers,
         "patch_size": geometry.patch_size,
         "projection_dim": geometry.vision_hidden,
-    }
-    return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
-        "ignore_index": -100,
-        "image_seq_length": geometry.patches,
-        "image_token_index": ids.image,
-        "pad_token_id": ids.pad,
-        "projector_hidden_act": "gelu",
-        "text_config": text,
-        "tie_word_embeddings": False,
-        "torch_dtype": dtype,
-        "vision_config": vision,
-        "vision_feature_layer": -2,
-        "vision_feature_select_strategy": "default",
-        "vocab_size": ids.vocab_size,
     }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -10,7 +12,7 @@ from PIL import Image
 from foldserve.server.quality.demo.questions import ALL_KINDS, Dialogue, ask
 from foldserve.server.quality.demo.scene import Scene, draw_scene
 
-_HELD_OUT = 2  # training draws from the streams (seed, 0, step) and (seed, 1, step)
+_HELD_OUT = 2  # a random stream of its own: training draws from (seed, n, step), n = 0, 1, 3, 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,12 +27,17 @@ class Example:
 
     def messages(self, image: dict[str, object] | None = None) -> list[dict[str, object]]:
         """OpenAI chat messages; the first holds the image part, by default `{"type": "image"}`."""
-        texts = [text for turn in self.history for text in turn] + [self.question]
-        messages: list[dict[str, object]] = [
-            {"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)
-        ]
-        messages[0]["content"] = [image or {"type": "image"}, {"type": "text", "text": texts[0]}]
-        return messages
+        return chat_messages(image or {"type": "image"}, self.history, self.question)
+
+
+def chat_messages(image: dict[str, Any], history: Sequence[tuple[str, str]], question: str) -> list[dict[str, Any]]:
+    """OpenAI chat messages of a dialogue, with the image part before the first question."""
+    texts = [text for turn in history for text in turn] + [question]
+    messages: list[dict[str, Any]] = [
+        {"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)
+    ]
+    messages[0]["content"] = [image, {"type": "text", "text": texts[0]}]
+    return messages
 
 
 def questions(seed: int, count: int, kinds: tuple[str, ...] = ALL_KINDS) -> list[Example]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import numpy as np
 
 from foldserve.server.quality.demo.glyphs import SHAPES
-from foldserve.server.quality.demo.scene import CELLS, COLOR_NAMES, PLACES, Object, Scene
+from foldserve.server.quality.demo.scene import CELLS, COLOR_NAMES, PLACES, Object, Scene, pick
 
 NUMERALS = ("zero", "one", "two", "three", "four", "five", "six")
 UNKNOWN = -100
@@ -58,7 +58,6 @@ class Dialogue:
 _ALONE = (UNKNOWN,) * 3  # no relation to another phrase
 
 _Maker: TypeAlias = Callable[[np.random.Generator, Scene], Turn | None]
-_T = TypeVar("_T")
 
 
 def ask(rng: np.random.Generator, scene: Scene, kind: str) -> Dialogue | None:
@@ -67,10 +66,6 @@ def ask(rng: np.random.Generator, scene: Scene, kind: str) -> Dialogue | None:
         return _two_turn(rng, scene)
     turn = KINDS[kind](rng, scene)
     return None if turn is None else Dialogue(kind, (turn,))
-
-
-def _pick(rng: np.random.Generator, options: Sequence[_T]) -> _T:
-    return options[int(rng.integers(len(options)))]
 
 
 def _turn(template: str, answer: str, *phrases: Phrase) -> Turn:
@@ -126,23 +121,23 @@ def _unique(scene: Scene, key: Callable[[Object], str]) -> list[Object]:
 
 
 def _color_at(rng: np.random.Generator, scene: Scene) -> Turn | None:
-    thing = _pick(rng, scene.objects)
+    thing = pick(rng, scene.objects)
     templates = ("what color is the object {}?", "what color is {}?", "which color do you see {}?")
-    return _turn(_pick(rng, templates), thing.color, _place(scene, thing.cell))
+    return _turn(pick(rng, templates), thing.color, _place(scene, thing.cell))
 
 
 def _shape_at(rng: np.random.Generator, scene: Scene) -> Turn | None:
-    thing = _pick(rng, scene.objects)
+    thing = pick(rng, scene.objects)
     templates = ("what shape is the object {}?", "what shape is {}?", "which shape do you see {}?")
-    return _turn(_pick(rng, templates), thing.shape, _place(scene, thing.cell))
+    return _turn(pick(rng, templates), thing.shape, _place(scene, thing.cell))
 
 
 def _what_at(rng: np.random.Generator, scene: Scene) -> Turn | None:
-    cell = int(rng.integers(CELLS**2)) if rng.random() < 0.35 else _pick(rng, scene.objects).cell
+    cell = int(rng.integers(CELLS**2)) if rng.random() < 0.35 else pick(rng, scene.objects).cell
     if cell in scene.number_cells:
         return None
     answer = next((_with_article(thing.name) for thing in scene.objects if thing.cell == cell), "nothing")
-    return _turn(_pick(rng, ("what is {}?", "what do you see {}?", "which object is {}?")), answer, _place(scene, cell))
+    return _turn(pick(rng, ("what is {}?", "what do you see {}?", "which object is {}?")), answer, _place(scene, cell))
 
 
 def _attribute(rng: np.random.Generator, scene: Scene) -> Turn | None:
@@ -150,33 +145,33 @@ def _attribute(rng: np.random.Generator, scene: Scene) -> Turn | None:
         things = _unique(scene, lambda thing: thing.shape)
         if not things:
             return None
-        thing = _pick(rng, things)
+        thing = pick(rng, things)
         templates = ("what color is the {}?", "what is the color of the {}?", "which color does the {} have?")
-        return _turn(_pick(rng, templates), thing.color, _shaped(scene, thing.shape))
+        return _turn(pick(rng, templates), thing.color, _shaped(scene, thing.shape))
     things = _unique(scene, lambda thing: thing.color)
     if not things:
         return None
-    thing = _pick(rng, things)
+    thing = pick(rng, things)
     templates = ("what shape is the {}?", "what is the shape of the {}?", "which shape does the {} have?")
-    return _turn(_pick(rng, templates), thing.shape, _colored(scene, thing.color, "object"))
+    return _turn(pick(rng, templates), thing.shape, _colored(scene, thing.color, "object"))
 
 
 def _size(rng: np.random.Generator, scene: Scene) -> Turn | None:
     things = _unique(scene, lambda thing: thing.name)
     if not things:
         return None
-    thing = _pick(rng, things)
+    thing = pick(rng, things)
     templates = ("is the {} big or small?", "what size is the {}?", "how big is the {}?")
-    return _turn(_pick(rng, templates), "big" if thing.big else "small", _named(scene, thing.name))
+    return _turn(pick(rng, templates), "big" if thing.big else "small", _named(scene, thing.name))
 
 
 def _where(rng: np.random.Generator, scene: Scene) -> Turn | None:
     things = _unique(scene, lambda thing: thing.name)
     if not things:
         return None
-    thing = _pick(rng, things)
+    thing = pick(rng, things)
     templates = ("where is the {}?", "where do you see the {}?")
-    return _turn(_pick(rng, templates), _place(scene, thing.cell).text, _named(scene, thing.name))
+    return _turn(pick(rng, templates), _place(scene, thing.cell).text, _named(scene, thing.name))
 
 
 def _relation(rng: np.random.Generator, scene: Scene) -> Turn | None:
@@ -199,8 +194,8 @@ def _relation(rng: np.random.Generator, scene: Scene) -> Turn | None:
         return _turn("where is the {} compared to the {}?", " and ".join(along + across), *phrases(UNKNOWN))
     claims = [("left of", right < 0), ("right of", right > 0)] if right else []
     claims += [("above", down < 0), ("below", down > 0)] if down else []
-    side, holds = _pick(rng, claims)
-    template = _pick(rng, ("is the {} SIDE the {}?", "do you see the {} SIDE the {}?")).replace("SIDE", side)
+    side, holds = pick(rng, claims)
+    template = pick(rng, ("is the {} SIDE the {}?", "do you see the {} SIDE the {}?")).replace("SIDE", side)
     return _turn(template, "yes" if holds else "no", *phrases(int(holds)))
 
 
@@ -218,7 +213,7 @@ def _exist(rng: np.random.Generator, scene: Scene) -> Turn | None:
         options = [color for color in COLOR_NAMES if (color in colors) == holds]
     if not options:
         return None
-    choice = _pick(rng, options)
+    choice = pick(rng, options)
     phrase = (
         _named(scene, choice)
         if form < 0.6
@@ -228,31 +223,31 @@ def _exist(rng: np.random.Generator, scene: Scene) -> Turn | None:
     )
     article = _with_article(choice).split()[0]
     templates = (f"is there {article} {{}}?", f"do you see {article} {{}}?", f"is there {article} {{}} in the image?")
-    return _turn(_pick(rng, templates), "yes" if holds else "no", phrase)
+    return _turn(pick(rng, templates), "yes" if holds else "no", phrase)
 
 
 def _likely_names(rng: np.random.Generator, scene: Scene) -> list[str]:
     """Names of an object of the scene, of ones that share its colour or shape, and of a random one."""
-    thing, other = _pick(rng, scene.objects), _pick(rng, scene.objects)
+    thing, other = pick(rng, scene.objects), pick(rng, scene.objects)
     mixed = [
         f"{thing.color} {other.shape}",
-        f"{thing.color} {_pick(rng, SHAPES)}",
-        f"{_pick(rng, COLOR_NAMES)} {thing.shape}",
+        f"{thing.color} {pick(rng, SHAPES)}",
+        f"{pick(rng, COLOR_NAMES)} {thing.shape}",
     ]
-    return [thing.name, *mixed, f"{_pick(rng, COLOR_NAMES)} {_pick(rng, SHAPES)}"]
+    return [thing.name, *mixed, f"{pick(rng, COLOR_NAMES)} {pick(rng, SHAPES)}"]
 
 
 def _count(rng: np.random.Generator, scene: Scene) -> Turn | None:
-    thing, form = _pick(rng, scene.objects), rng.random()
+    thing, form = pick(rng, scene.objects), rng.random()
     any_other = rng.random() < 0.2
     if form < 0.3:
-        phrase = Phrase(_pick(rng, ("objects", "shapes")), (*[UNKNOWN] * 4, len(scene.objects), *_ALONE))
+        phrase = Phrase(pick(rng, ("objects", "shapes")), (*[UNKNOWN] * 4, len(scene.objects), *_ALONE))
     elif form < 0.65:
-        phrase = _shaped(scene, _pick(rng, SHAPES) if any_other else thing.shape, plural=True)
+        phrase = _shaped(scene, pick(rng, SHAPES) if any_other else thing.shape, plural=True)
     else:
-        phrase = _colored(scene, _pick(rng, COLOR_NAMES) if any_other else thing.color, "objects")
+        phrase = _colored(scene, pick(rng, COLOR_NAMES) if any_other else thing.color, "objects")
     templates = ("how many {} are there?", "how many {} do you see?", "count the {}.")
-    return _turn(_pick(rng, templates), NUMERALS[phrase.referent[4]], phrase)
+    return _turn(pick(rng, templates), NUMERALS[phrase.referent[4]], phrase)
 
 
 def _ocr(rng: np.random.Generator, scene: Scene) -> Turn | None:
@@ -264,7 +259,7 @@ def _ocr(rng: np.random.Generator, scene: Scene) -> Turn | None:
         "which number do you see?",
         "what number is in the image?",
     )
-    return _turn(_pick(rng, templates), scene.number or "no number")
+    return _turn(pick(rng, templates), scene.number or "no number")
 
 
 def _caption(rng: np.random.Generator, scene: Scene) -> Turn | None:
@@ -273,13 +268,13 @@ def _caption(rng: np.random.Generator, scene: Scene) -> Turn | None:
         parts.append(f"the number {scene.number}")
     answer = " and ".join(filter(None, [", ".join(parts[:-1]), parts[-1]]))
     templates = ("describe the image.", "what is in the image?", "describe the picture.", "what do you see?")
-    return _turn(_pick(rng, templates), answer)
+    return _turn(pick(rng, templates), answer)
 
 
 def _two_turn(rng: np.random.Generator, scene: Scene) -> Dialogue | None:
     """A second question about "it": only the first turn says which object is meant."""
     makers = (_color_at, _shape_at, _attribute, _size)
-    first = _pick(rng, makers)(rng, scene)
+    first = pick(rng, makers)(rng, scene)
     if first is None:
         return None
     referent = first.mentions[0][1]
@@ -290,7 +285,7 @@ def _two_turn(rng: np.random.Generator, scene: Scene) -> Dialogue | None:
         "what size is it?": ("small", "big")[size - 1],
         "where is it?": _place(scene, cell - 1).text,
     }
-    question, answer = _pick(rng, [entry for entry in questions.items() if entry[1] != first.answer])
+    question, answer = pick(rng, [entry for entry in questions.items() if entry[1] != first.answer])
     end = question.index("it?") + len("it")
     return Dialogue("two_turn", (first, Turn(question, answer, ((end, referent),))))
 

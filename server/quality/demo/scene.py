@@ -131,9 +131,7 @@ def draw_scene(rng: np.random.Generator) -> Scene:
     colors = COLOR_NAMES if rng.random() < 0.6 else _three(rng, COLOR_NAMES)
     shapes = SHAPES if rng.random() < 0.6 else _three(rng, SHAPES)
     cells = sorted(int(cell) for cell in rng.permutation(free)[:count])
-    objects = tuple(
-        _put_object(rng, canvas, cell, _pick_color(rng, colors, base), _pick(rng, shapes)) for cell in cells
-    )
+    objects = tuple(_put_object(rng, canvas, cell, _pick_color(rng, colors, base), pick(rng, shapes)) for cell in cells)
     noise = rng.normal(0, rng.uniform(1, 6), (IMAGE_PX, IMAGE_PX, 1)).astype(np.float32)
     pixels = np.clip(canvas.pixels + noise, 0, 255).astype(np.uint8)
     return Scene(pixels, objects, number, number_cells, canvas.labels.reshape(GRID * GRID, -1))
@@ -149,7 +147,7 @@ def _background(rng: np.random.Generator, base: NDArray[np.int64]) -> NDArray[np
 
 def _put_number(rng: np.random.Generator, canvas: _Canvas, light: bool) -> tuple[str, tuple[int, ...]]:
     digits = [str(digit) for digit in rng.integers(0, 10, int(rng.integers(2, MAX_DIGITS + 1)))]
-    font_px, gap = _pick(rng, _FONT_PX), int(rng.integers(2, 4))
+    font_px, gap = pick(rng, _FONT_PX), int(rng.integers(2, 4))
     masks = [digit_mask(digit, font_px) for digit in digits]
     width = sum(mask.shape[1] for mask in masks) + gap * (len(masks) - 1)
     height = max(mask.shape[0] for mask in masks)
@@ -184,10 +182,10 @@ def _pick_color(rng: np.random.Generator, names: tuple[str, ...], base: NDArray[
     def visible(name: str) -> bool:
         return int(np.abs(np.array(COLORS[name]) - base).sum()) > _MIN_CONTRAST
 
-    return _pick(rng, [name for name in names if visible(name)] or [name for name in COLORS if visible(name)])
+    return pick(rng, [name for name in names if visible(name)] or [name for name in COLORS if visible(name)])
 
 
-def _pick(rng: np.random.Generator, options: Sequence[_T]) -> _T:
+def pick(rng: np.random.Generator, options: Sequence[_T]) -> _T:
     return options[int(rng.integers(len(options)))]
 
 

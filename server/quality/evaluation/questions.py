@@ -13,6 +13,7 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from foldserve.server.quality.calibration_data import Sample, load_samples
+from foldserve.server.quality.demo.examples import chat_messages
 from foldserve.server.quality.demo.examples import questions as demo_questions
 
 HELD_OUT_SEED = 1
@@ -44,13 +45,7 @@ class Question:
 
     def messages(self) -> list[dict[str, Any]]:
         """OpenAI chat messages, with the image before the first question."""
-        texts = [text for turn in self.history for text in turn] + [self.text]
-        messages: list[dict[str, Any]] = [
-            {"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)
-        ]
-        image = {"type": "image_pil", "image_pil": self.open()}
-        messages[0]["content"] = [image, {"type": "text", "text": texts[0]}]
-        return messages
+        return chat_messages({"type": "image_pil", "image_pil": self.open()}, self.history, self.text)
 
 
 class _Row(BaseModel):
