@@ -1,8 +1,8 @@
 """Whether `ratio: "auto"` keeps its targets on held-out questions: `python -m foldserve.loadtest.micro.auto DIR`.
 
-DIR holds what `foldserve calibrate --auto --group-field kind` measured on the demo model's scenes. The demo model is
-asked held-out questions, with the counts that its groups get at several targets, and with the one that a single group
-gets; with `--pixel-cap` those that a calibration with it would find.
+DIR holds the results of `foldserve calibrate --auto --group-field kind` on the demo model's scenes. The demo model
+answers held-out questions at several targets, each with token counts by group and with the count of a single group;
+with `--pixel-cap`, with the counts that a calibration with that option finds.
 """
 
 from __future__ import annotations
