@@ -1,1 +1,1 @@
-"""Pages of docs/reference that are read off the code: `make reference` writes them, a test says what has drifted."""
+"""Generates pages of docs/reference from the code: `make reference` writes them, and a test keeps them up to date."""

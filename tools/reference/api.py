@@ -81,7 +81,7 @@ def page() -> str:
 
 
 def _app() -> FastAPI:
-    """The server's application, without an engine behind it."""
+    """The server's application, without an engine."""
     app: FastAPI = build_app(make_arg_parser(FlexibleArgumentParser()).parse_args([]), ("generate",))
     replace_routes(app)
     return app
@@ -164,7 +164,7 @@ def _errors() -> Iterator[tuple[str, str, str]]:
 
 
 def _tree(error: type[FoldserveError]) -> Iterator[type[FoldserveError]]:
-    """An error and those below it; what has a leading underscore is never raised itself."""
+    """An error class and its subclasses, without those with a leading underscore, which are never raised."""
     if not error.__name__.startswith("_"):
         yield error
     for below in error.__subclasses__():

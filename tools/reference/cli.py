@@ -34,7 +34,7 @@ def _subcommands(parser: argparse.ArgumentParser) -> dict[str, argparse.Argument
 
 
 def _sections(parser: argparse.ArgumentParser, level: int = 2) -> Iterator[str]:
-    """A command, then its own commands."""
+    """A command and its subcommands."""
     text = f"{'#' * level} {parser.prog}\n\n```text\n{_usage(parser)}\n\n{(parser.description or '').strip()}".rstrip()
     yield f"{text}\n```\n" + "".join(f"\n{part}" for part in _groups(parser))
     for command in _subcommands(parser).values():
@@ -51,7 +51,7 @@ def _usage(parser: argparse.ArgumentParser) -> str:
 
 
 def _groups(parser: argparse.ArgumentParser) -> Iterator[str]:
-    """Tables of options, as the help groups them; arguments and options without a title stand in one."""
+    """Tables of options, grouped as in the help; arguments share a table with options without a group."""
     rows: dict[str, list[tuple[str, str]]] = {}
     for group in parser._action_groups:
         title = "" if group.title in ("positional arguments", "options") else f"**{group.title}**"
@@ -64,7 +64,7 @@ def _groups(parser: argparse.ArgumentParser) -> Iterator[str]:
 
 
 def _is_elsewhere(action: argparse.Action) -> bool:
-    """The help itself, and commands, which have sections of their own."""
+    """Whether an action has no row: `--help`, and subcommands, which have their own sections."""
     return isinstance(action, argparse._HelpAction | argparse._SubParsersAction) or "--help" in action.option_strings
 
 

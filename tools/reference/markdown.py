@@ -11,7 +11,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def code(text: str) -> str:
-    """Code in a cell, where a pipe would end it."""
+    """Code for a table cell, with pipes escaped."""
     if not text:
         return ""
     return f"<code>{escaped(text)}</code>" if "|" in text else f"`{text}`"
@@ -22,6 +22,6 @@ def escaped(text: str) -> str:
 
 
 def prose(text: str) -> str:
-    """Text for a cell, with code in backticks as it stands."""
+    """Text for a table cell; code in backticks is left as it is."""
     parts = text.split("`")
     return "".join(code(part) if number % 2 else escaped(part) for number, part in enumerate(parts))

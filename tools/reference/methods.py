@@ -37,7 +37,7 @@ def _row(method: Method) -> list[str]:
 
 
 def _models() -> str:
-    """As it stands: it takes a checkpoint of each family to write, and their tests hold it."""
+    """The table already on the page: writing it anew takes a checkpoint of each family, whose tests keep it true."""
     found = re.search(f"{re.escape(START)}.*{re.escape(END)}", PAGE.read_text(), re.DOTALL)
     assert found, f"{PAGE} has no table of models: see tests/engine/method_table.py"
     return found[0]

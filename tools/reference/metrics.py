@@ -23,7 +23,7 @@ def page() -> str:
 
 
 def ours() -> list[MetricWrapperBase]:
-    """All that carry our name, by name."""
+    """All metrics of foldserve, by name."""
     known = {id(metric): metric for metric in REGISTRY._names_to_collectors.values()}.values()
     metrics = [metric for metric in known if isinstance(metric, MetricWrapperBase)]
     return sorted((metric for metric in metrics if metric._name.startswith("foldserve_")), key=lambda each: each._name)

@@ -9,6 +9,6 @@ _NOTE = "\n<!-- Written by `make reference` from the code: change it there. -->\
 
 
 def pages() -> dict[str, str]:
-    """File -> text."""
+    """The pages: file -> text."""
     made = {"api.md": api.page(), "cli.md": cli.page(), "methods.md": methods.page(), "metrics.md": metrics.page()}
     return {name: text.replace("\n", f"\n{_NOTE}", 1) for name, text in made.items()}
