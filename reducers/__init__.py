@@ -1,7 +1,4 @@
-"""The reduction methods: pure torch, one paper a file; `plan` computes every token count.
-
-A new method is one file that defines a subclass of a class in `method`, and one line in `METHODS`.
-"""
+"""The reduction methods: pure torch, one file per paper. `plan` computes every token count."""
 
 from __future__ import annotations
 
@@ -55,7 +52,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
             PixelPrune(),
             MMTok(),
             VidCom2(),
-            EVS(),  # a new one comes last: plans' codes, and so the keys of caches, go by the order
+            EVS(),  # append new methods: the order gives plans their integer codes, which are part of cache keys
         )
     }
 )
@@ -63,7 +60,6 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 
 @cache
 def configured(name: str, values: tuple[Value, ...]) -> Method:
-    """The method of this name with a value for each of its options."""
     return type(METHODS[name])(*values)
 
 

@@ -1,4 +1,4 @@
-"""What a method may ask of the attention of one tower layer; nothing is computed before it is asked for."""
+"""The attention of one tower layer, as methods see it. Everything is computed on demand."""
 
 from __future__ import annotations
 
@@ -20,17 +20,15 @@ def _same(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerAttention:
-    """Queries and keys of one layer; what the methods give is in at least fp32 and equal on all ranks.
+    """Queries and keys of one layer. Results have at least fp32 and are equal on all tensor-parallel ranks.
 
     Attributes:
-        query: (B, n, heads here, head_dim).
-        key: (B, n, heads here, head_dim), with bias.
-        scale: of the layer's logits.
-        key_bias: (B, n), added to the logits of every query: proportional attention's ln(size).
+        query: (B, n, heads of this rank, head_dim).
+        key: the same shape, with bias.
+        key_bias: (B, n), added to the logits of every query; ln(size) for proportional attention.
         class_token: token 0 is the class token.
-        ranks: tensor-parallel ranks that share the heads, each as many.
-        mean_over_ranks: mean of a tensor over them.
-        unrotated_key: `key` before the rotation by its position, of towers that rotate queries and keys.
+        ranks: tensor-parallel ranks; each has the same number of heads.
+        unrotated_key: `key` before rotary position embedding, if the tower uses it.
     """
 
     query: Tensor
@@ -43,21 +41,21 @@ class LayerAttention:
     unrotated_key: Tensor | None = None
 
     def keys(self) -> Tensor:
-        """(B, n, head_dim): mean over heads of the keys, as queries meet them."""
+        """(B, n, head_dim): mean over heads of the keys, after rotary position embedding."""
         return self._mean_over_heads(self.key)
 
     def key_projections(self) -> Tensor:
-        """(B, n, head_dim): mean over heads of the keys, without the rotation by their positions."""
+        """(B, n, head_dim): mean over heads of the keys, before rotary position embedding."""
         return self._mean_over_heads(self.key if self.unrotated_key is None else self.unrotated_key)
 
     def class_attention(self) -> Tensor:
-        """(B, n): softmaxed attention of the class token to every token, mean over heads."""
+        """(B, n): softmaxed attention from the class token to every token, mean over heads."""
         return self.mean_over_ranks(self._probabilities(self.query[:, :1], self._keys_by_head()).mean(dim=(1, 2)))
 
     def attention_received(self) -> Tensor:
-        """(B, n): softmaxed attention that each key receives, mean over heads and over all queries.
+        """(B, n): softmaxed attention that each key receives, mean over heads and queries.
 
-        Exact, 64 queries at a time: it holds 2 x B x heads x 64 x n numbers, not B x heads x n x n.
+        Works on 64 queries at a time, so it holds 2 x B x heads x 64 x n numbers instead of B x heads x n x n.
         """
         keys = self._keys_by_head()
         received = keys.new_zeros(keys.shape[0], keys.shape[-1])  # (B, n)
@@ -66,7 +64,7 @@ class LayerAttention:
         return self.mean_over_ranks(received / self.query.shape[1])
 
     def class_attention_as_one_head(self) -> Tensor:
-        """(B, n): softmaxed attention of the class token if the layer were one head of its whole width."""
+        """(B, n): softmaxed attention from the class token, with all heads concatenated into one."""
         query, key = at_least_fp32(self.query[:, :1]).flatten(2), at_least_fp32(self.key).flatten(2)
         with true_fp32():
             logits = (query @ key.mT).squeeze(1)  # (B, n), over the heads of this rank
@@ -74,12 +72,12 @@ class LayerAttention:
         return (self.mean_over_ranks(logits) * (self.ranks / sqrt(width))).softmax(dim=-1)
 
     def key_cosine(self, index: Tensor) -> Tensor:
-        """(B, m) tokens -> (B, m, n): cosine of their keys, all heads as one, to every key."""
+        """(B, m) token indices -> (B, m, n): cosine of their keys to all keys, heads concatenated."""
         key = at_least_fp32(self.key).flatten(2)
         chosen = key.gather(1, index.unsqueeze(-1).expand(-1, -1, key.shape[-1]))
         with true_fp32():
             products = self.mean_over_ranks(chosen @ key.mT)
-        norm = self.mean_over_ranks(key.square().sum(dim=-1)).sqrt()  # a mean over ranks too, which cancels
+        norm = self.mean_over_ranks(key.square().sum(dim=-1)).sqrt()  # as in `products`, 1 / ranks cancels
         return products / (norm.gather(1, index).unsqueeze(-1) * norm.unsqueeze(1))
 
     def _mean_over_heads(self, key: Tensor) -> Tensor:
@@ -100,11 +98,7 @@ class LayerAttention:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PatchAttention(LayerAttention):
-    """Of a tower in which a token is several patches: queries and keys are the patches', what is given the tokens'.
-
-    Attributes:
-        patches: of a token, which lie side by side.
-    """
+    """Attention of a tower with several adjacent patches per token: queries and keys per patch, results per token."""
 
     patches: int = 1
 

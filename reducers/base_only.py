@@ -1,4 +1,4 @@
-"""The base tile alone: what an image laid out in tiles costs where its details don't matter."""
+"""The base tile alone, for tiled images whose details do not matter."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from foldserve.reducers.refusal import InvalidReduction
 
 
 class BaseOnly(Preselection):
-    """The tower sees one tile, the whole image; the layout decides what stays, no ratio."""
+    """Encodes the base tile only. The tiling decides how many tokens stay, so there is no ratio."""
 
     name = "base_only"
     summary = "Of an image laid out in tiles, encodes the base tile alone, which shows the whole image."

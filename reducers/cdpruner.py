@@ -1,7 +1,7 @@
-"""CDPruner: the most diverse tokens by a determinantal point process, without its condition on the text.
+"""CDPruner: the most diverse tokens by a determinantal point process (DPP), without the paper's text condition.
 
-Greedy MAP inference: each time the token that makes the volume which the picked ones span largest. The authors weigh
-tokens by how CLIP sees them fit the question, with CLIP's text tower, which no checkpoint of these models holds.
+Greedy MAP inference: each pick maximises the volume spanned by all picks. The authors also weigh tokens by CLIP's
+similarity to the question, which needs CLIP's text tower; checkpoints of vision-language models do not contain it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ if TYPE_CHECKING:
     from foldserve.reducers.plan import Plan
 
 NOTHING_LEFT = 1e-6
-"""Share of the first pick's gain from which on the others add nothing but rounding."""
+"""Gains below this share of the first pick's gain are rounding errors."""
 
 
 def cdpruner(x: Tensor, kept: int, *, metric: Tensor | None = None, relevance: Tensor | None = None) -> Reduced:
-    """Keep tokens that span the largest volume, in position order.
+    """Keep the tokens that span the largest volume, in position order.
 
     Args:
         x: (B, n, d), any float dtype.
-        kept: of them stay, 1 <= kept <= n.
-        metric: (B, n, d_m), what tokens are compared by; None: the tokens themselves.
-        relevance: (B, n), what the kernel's rows and columns are multiplied by; None: 1.
+        kept: 1 <= kept <= n.
+        metric: (B, n, d_m), vectors to compare instead of the tokens.
+        relevance: (B, n), scales the rows and columns of the DPP's kernel; None: 1.
     """
     metric = x if metric is None else metric
     images = cosines.together(x.shape[1])
@@ -44,19 +44,19 @@ def cdpruner(x: Tensor, kept: int, *, metric: Tensor | None = None, relevance: T
 
 
 def largest_volume(unit: Tensor, kept: int, relevance: Tensor) -> Tensor:
-    """Picks the token of the largest gain, one by one.
+    """Pick the token of largest gain, one by one; ties go to the first.
 
-    Once nothing is left to gain, the most relevant of the others follow: `kept` may be more than the tokens' rank.
+    Once no gain is left, because `kept` exceeds the rank, the most relevant of the other tokens follow.
 
     Args:
         unit: (B, n, d) of norm 1 or 0, at least fp32.
         relevance: (B, n).
 
     Returns:
-        (B, kept) int64 different tokens in the order of picking, of equals the first.
+        (B, kept) int64 distinct indices in the order of picking.
     """
     relevance = relevance.to(unit.dtype)
-    gain = unit.square().sum(dim=2).round() * relevance.square()  # of a token that is not zero, exactly
+    gain = unit.square().sum(dim=2).round() * relevance.square()  # rounded: squared norms are exactly 1 or 0
     if cosines.holds_matrix(unit.shape[1]):
         return _greedy_map(cosines.rows_of(cosines.matrix(unit)), gain, relevance, kept)
     images = zip(torch.split(unit, 1), torch.split(gain, 1), torch.split(relevance, 1), strict=True)
@@ -64,13 +64,7 @@ def largest_volume(unit: Tensor, kept: int, relevance: Tensor) -> Tensor:
 
 
 def _greedy_map(rows: Rows, gain: Tensor, relevance: Tensor, kept: int) -> Tensor:
-    """See `largest_volume`. Nothing is read back: a pick stays where the next one is made.
-
-    Args:
-        rows: cosines of a token to all.
-        gain: (B, n), of a pick before there are any.
-        relevance: (B, n).
-    """
+    """`largest_volume` from the (B, n) gains of the first pick. Picks stay on the device: the host never waits."""
     batch, n = gain.shape
     picks: list[Tensor] = []
     factor = gain.new_empty(batch, kept, n)  # rows of the Cholesky factor
@@ -104,7 +98,7 @@ class _Relevance(Choice):
 
 
 class CDPruner(AfterProjector):
-    """By cosines of projected tokens, as the authors."""
+    """Compares projected tokens by cosine, as the authors do."""
 
     name = "cdpruner"
     summary = "Keeps vision tokens that span the largest volume (a DPP), whatever the question; works with any tower."

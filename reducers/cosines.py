@@ -1,11 +1,10 @@
-"""Cosines between the tokens of an image, for methods that pick tokens one by one: of each pick, those to all others.
+"""Cosines between the tokens of an image, for methods that pick tokens one by one and need each pick's row.
 
-The matrix of all cosines is held where an image has no more than `fold.AT_ONCE` of them, up to 4,096 tokens. On a CPU,
-of 2,880 tokens of 4,096 columns it takes 0.63 s to make, and 15 us to read for a pick; without it each pick takes 1.9
-ms, a quarter of the tokens 1.4 s. Of more tokens the row of each pick is made by itself, whatever that costs: the
-matrix of 8,748 tokens is 306 MB, of 16,384 a GiB, and start-up has not measured that there is room for it.
+Up to 4,096 tokens (`fold.AT_ONCE` cosines) the whole matrix is computed first. For 2,880 tokens of 4,096 columns on a
+CPU that takes 0.63 s, then 15 us per pick; row by row, each pick takes 1.9 ms, so a quarter of the tokens takes 1.4 s.
+Larger images compute row by row: the matrix of 16,384 tokens is 1 GiB, which start-up did not reserve.
 
-A matrix and a row are rounded differently. Which of them an image gets follows from how many tokens it has alone.
+Matrix and row round differently. The number of tokens alone decides which of them an image gets.
 """
 
 from __future__ import annotations
@@ -20,21 +19,20 @@ from foldserve.reducers import fold
 from foldserve.reducers.fold import true_fp32
 
 Rows: TypeAlias = Callable[[Tensor], Tensor]
-"""(B, 1) a token of each image -> (B, n) cosines to all tokens of it."""
+"""(B, 1), one token index per image -> (B, n) cosines to all tokens of that image."""
 
 
 def holds_matrix(tokens: int) -> bool:
-    """Of an image of so many tokens."""
     return tokens**2 <= fold.AT_ONCE
 
 
 def together(tokens: int) -> int:
-    """Images of so many tokens whose matrices are held at once, at least one."""
+    """Number of images whose matrices are held at a time, at least one."""
     return max(1, fold.AT_ONCE // tokens**2)
 
 
 def matrix(unit: Tensor) -> Tensor:
-    """(B, n, d) of norm 1 or 0 -> (B, n, n), image by image: a product of several may be rounded differently."""
+    """(B, n, d) of norm 1 or 0 -> (B, n, n), image by image: a batched product may round differently."""
     batch, n, _ = unit.shape
     out = unit.new_empty(batch, n, n)
     with true_fp32():
@@ -51,7 +49,7 @@ def rows_of(matrix: Tensor) -> Rows:
 
 
 def rows_made(unit: Tensor) -> Rows:
-    """Of one image (1, n, d)."""
+    """Like `rows_of`, row by row, for one image (1, n, d)."""
 
     def rows(token: Tensor) -> Tensor:
         with true_fp32():
@@ -61,7 +59,7 @@ def rows_made(unit: Tensor) -> Rows:
 
 
 def by_parts(unit: Tensor, others: Tensor) -> Iterator[Tensor]:
-    """Cosines of tokens (B, n, d) to others (B, m, d): of nearly equal parts of the tokens, one after the other."""
+    """(B, n, d), (B, m, d) -> (B, n, m) cosines, in parts of nearly equal size along n."""
     parts = -(-unit.shape[0] * unit.shape[1] * others.shape[1] // fold.AT_ONCE) or 1
     for part in unit.chunk(parts, dim=1):
         with true_fp32():

@@ -1,8 +1,7 @@
-"""DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models, and its geometry of centered tokens.
+"""DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models.
 
-Tokens are picked so that the closest two of them are as far apart as can be: greedily, each time the one whose nearest
-pick is farthest. "Centering before Pruning" measures from the image's mean token, and weighs by how unlike the others a
-token is.
+Greedy max-min selection: each pick is the token whose nearest pick is farthest. The centered geometry, from "Centering
+before Pruning" (arXiv 2608.30263), subtracts the image's mean token and weighs tokens by how distinct they are.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
 Geometry = Literal["plain", "centered", "standardized"]
 Rest = Literal["drop", "merge"]
 
-_EPS = 1e-6  # the paper of the centered geometry names none
+_EPS = 1e-6  # the paper of the centered geometry gives no value
 
 
 def divprune(
@@ -43,11 +42,11 @@ def divprune(
 
     Args:
         x: (B, n, d), any float dtype.
-        kept: of them stay, 1 <= kept <= n.
-        metric: (B, n, d_m), what tokens are compared by; None: the tokens themselves.
-        geometry: "plain": cosines of the tokens; "centered": of what they are beside their mean, weighted;
-            "standardized": that of channels divided by their deviation, as the paper does for Qwen2.5-VL.
-        rest: "merge" averages each of the others into the pick that is nearest.
+        kept: 1 <= kept <= n.
+        metric: (B, n, d_m), vectors to compare instead of the tokens.
+        geometry: "plain" compares tokens by cosine; "centered" subtracts their mean first and weighs distances;
+            "standardized" also divides channels by their deviation, as the paper does for Qwen2.5-VL.
+        rest: "merge" averages each of the other tokens into its nearest pick.
     """
     metric = x if metric is None else metric
     found = [_choose(some, kept, geometry, rest) for some in torch.split(metric, cosines.together(x.shape[1]))]
@@ -59,14 +58,14 @@ def divprune(
 
 
 def _choose(metric: Tensor, kept: int, geometry: Geometry, rest: Rest) -> tuple[Tensor, Tensor]:
-    """(B, kept) int64 tokens that stay, ascending, and (B, n) int64 which of them each token goes to."""
+    """(B, kept) int64 indices of the picks, ascending, and (B, n) int64: the pick that each token merges into."""
     unit, weight = (unit_rows(metric), None) if geometry == "plain" else _centered(metric, geometry)
     source = farthest(unit, kept, weight).sort(dim=-1).values
     return source, _nearest(unit, source) if rest == "merge" else source
 
 
 def _centered(metric: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
-    """(B, n, d) -> units of the centered tokens (B, n, d), and the weight of each (B, n)."""
+    """(B, n, d) -> normalised centered tokens (B, n, d) and their weights (B, n)."""
     y = at_least_fp32(metric)
     if geometry == "standardized":
         y = y / (y.var(dim=1, correction=0, keepdim=True) + _EPS).sqrt()
@@ -81,22 +80,21 @@ def _centered(metric: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:
 
 
 def _distinct(unit: Tensor) -> Tensor:
-    """(B, n, d) -> (B, n): minus the mean cosine of each token to the others."""
+    """(B, n, d) -> (B, n): minus the mean cosine of each token to all others."""
     to_all = (unit * unit.sum(dim=1, keepdim=True)).sum(dim=-1)
     to_itself: Tensor = unit.norm(dim=-1).square()
     return (to_itself - to_all) / max(1, unit.shape[1] - 1)
 
 
 def farthest(unit: Tensor, kept: int, weight: Tensor | None = None) -> Tensor:
-    """Picks first the token whose nearest other is farthest, then always the one whose nearest pick is.
+    """Pick the token whose nearest other token is farthest, then always the one whose nearest pick is farthest.
 
     Args:
-        unit: (B, n, d) of norm 1 or 0, at least fp32; distances are 1 - cosine.
-        weight: (B, n), what distances are multiplied by after the first pick; None: 1.
+        unit: (B, n, d) of norm 1 or 0, at least fp32; the distance is 1 - cosine.
+        weight: (B, n), multiplies distances after the first pick; None: 1.
 
     Returns:
-        (B, kept) int64 different tokens in the order of picking, of equals the first: the first k of them are what
-        k tokens would be.
+        (B, kept) int64 distinct indices in the order of picking; ties go to the first. A smaller `kept` gives a prefix.
     """
     if not cosines.holds_matrix(unit.shape[1]):
         weights = [None] * len(unit) if weight is None else torch.split(weight, 1)
@@ -109,35 +107,38 @@ def farthest(unit: Tensor, kept: int, weight: Tensor | None = None) -> Tensor:
 
 @Op
 def farthest_first(matrix: Tensor, first: Tensor, kept: int, weight: Tensor | None = None) -> Tensor:
-    """All picks but the `first` of `farthest`, which come behind it.
+    """`farthest` from a given first pick.
 
     Args:
-        matrix: (B, n, n), cosines between tokens; to themselves anything.
+        matrix: (B, n, n) cosines; the diagonal is ignored.
         first: (B, 1) int64.
         weight: (B, n).
+
+    Returns:
+        (B, kept) int64 indices in the order of picking, `first` included.
     """
     return _chain(cosines.rows_of(matrix), first, kept, weight)
 
 
 def _chain(rows: Rows, first: Tensor, kept: int, weight: Tensor | None) -> Tensor:
-    """See `farthest_first`. Nothing is read back: a pick stays where the next one is made."""
+    """`farthest_first`. Picks stay on the device: the host never waits."""
     picks, distance = [first], 1 - rows(first)
     for _ in range(1, kept):
         distance.scatter_(1, picks[-1], -torch.inf)
         score = distance if weight is None else (distance * weight).masked_fill_(distance == -torch.inf, -torch.inf)
         picks.append(score.argmax(dim=1, keepdim=True))
-        distance = torch.fmin(distance, 1 - rows(picks[-1]))  # what is not a number would end the picks' -inf
+        distance = torch.fmin(distance, 1 - rows(picks[-1]))  # fmin: NaN must not replace the -inf of picks
     return torch.cat(picks, dim=1)
 
 
 def _isolated(parts: Iterable[Tensor]) -> Tensor:
-    """The token whose nearest other is farthest, (B, 1).
+    """(B, 1): the token whose nearest other token is farthest.
 
-    Often two tokens are: each other's nearest. Their cosines are two elements of the matrix, which may be rounded
-    differently, so that each takes the larger one.
+    Two tokens that are each other's nearest tie. Their two entries of the matrix may round differently, so the larger
+    one counts for both.
 
     Args:
-        parts: rows of the matrix of cosines, (B, some, n), to which -inf is written for each token beside itself.
+        parts: successive rows of the cosine matrix, (B, some, n); their diagonal is overwritten with -inf.
     """
     of_rows: list[Tensor] = []
     of_columns: list[Tensor] = []
@@ -152,7 +153,7 @@ def _isolated(parts: Iterable[Tensor]) -> Tensor:
 
 
 def _nearest(unit: Tensor, source: Tensor) -> Tensor:
-    """(B, n) int64: which of the tokens in `source` (B, kept) each token is nearest to; those themselves."""
+    """(B, n) int64: index into `source` (B, kept) of the pick nearest to each token; a pick is nearest to itself."""
     picked = unit.gather(1, source.unsqueeze(2).expand(-1, -1, unit.shape[2]))
     group = torch.cat([part.argmax(dim=2) for part in cosines.by_parts(unit, picked)], dim=1)
     slots = torch.arange(source.shape[1], device=source.device).expand_as(source)
@@ -160,7 +161,7 @@ def _nearest(unit: Tensor, source: Tensor) -> Tensor:
 
 
 class DivPrune(AfterProjector):
-    """By cosines of projected tokens, which the authors of both papers find better than the tower's."""
+    """Compares projected tokens, which the authors of both papers found better than the tower's."""
 
     name = "divprune"
     summary = "Keeps vision tokens that are as unlike each other as can be; works with any tower."
@@ -179,7 +180,7 @@ class DivPrune(AfterProjector):
     rest: Rest
 
     def settled(self, geometry: VisionGeometry, *, keeps_positions: bool) -> tuple[Value, ...]:
-        """The form of the centered geometry that its paper has for the model."""
+        """Turns "centered" into "standardized" where the paper does, on Qwen-VL."""
         is_standardized = self.geometry == "centered" and geometry.merges_patches
         return ("standardized" if is_standardized else self.geometry, self.rest)
 

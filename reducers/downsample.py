@@ -1,4 +1,4 @@
-"""A smaller image instead of fewer tokens of a large one: the control that needs no method at all."""
+"""The plainest control: resize the image so that the tower gives fewer tokens."""
 
 from __future__ import annotations
 
@@ -14,14 +14,13 @@ from foldserve.reducers.refusal import InvalidReduction
 
 
 def grid_for(wanted: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """(rows, columns) of a grid with at most `wanted` tokens, within `grid`.
+    """(rows, columns) within `grid`, with at most `wanted` tokens.
 
-    Few numbers are products of two sides in a given proportion. A square becomes the largest grid that is as high as
-    wide, or up to half wider, of equally large ones the one nearest to a square. Another grid loses as few tokens and
-    is stretched as little as possible: the share of tokens lost is weighed against half the logarithm of the stretch.
+    A square grid becomes the largest one whose width is 1 to 1.5 times its height; ties go to the most square. Any
+    other grid minimises the share of tokens lost plus half the absolute logarithm of the change of aspect ratio.
 
     Raises:
-        ValueError: not even one token is wanted.
+        ValueError: `wanted` is less than 1.
     """
     if wanted < 1:
         raise ValueError(f"no image has {wanted} tokens: at least 1 is possible")
@@ -33,7 +32,7 @@ def grid_for(wanted: int, grid: tuple[int, int]) -> tuple[int, int]:
         ]
         return max(shapes, key=lambda shape: (shape[0] * shape[1], shape[0]))
     while (shape := _in_proportion(wanted, grid))[0] * shape[1] != wanted:
-        wanted = shape[0] * shape[1]  # a plan is made anew from its count alone, so that has to give the same grid
+        wanted = shape[0] * shape[1]  # fixed point: `Plan.from_ints` knows only the count and must get the same grid
     return shape
 
 
@@ -55,16 +54,16 @@ def _in_proportion(wanted: int, grid: tuple[int, int]) -> tuple[int, int]:
 
 
 def resize(pixels: Tensor, rows: int, columns: int, *, patch: int) -> Tensor:
-    """(B, 3, H, W), any scale of values -> (B, 3, rows * patch, columns * patch), antialiased bicubic."""
+    """(B, 3, H, W) -> (B, 3, rows * patch, columns * patch), antialiased bicubic."""
     size = (rows * patch, columns * patch)
     return F.interpolate(pixels.float(), size, mode="bicubic", antialias=True).to(pixels.dtype)
 
 
 def interpolate_positions(weight: Tensor, grid: tuple[int, int], rows: int, columns: int) -> Tensor:
-    """Position embeddings of a tower for another grid; bicubic, as `interpolate_pos_encoding` of transformers.
+    """Position embeddings for another grid: bicubic, as `interpolate_pos_encoding` of transformers.
 
     Args:
-        weight: (n, d), of `grid` in raster order; with a class token (1 + n, d), which keeps its own.
+        weight: (n, d) in raster order of `grid`, or (1 + n, d) with a class token, whose embedding stays.
 
     Returns:
         (rows * columns, d) or (1 + rows * columns, d), dtype of the weight.
@@ -76,14 +75,14 @@ def interpolate_positions(weight: Tensor, grid: tuple[int, int], rows: int, colu
 
 
 def nearest(grid: tuple[int, int], rows: int, columns: int, device: torch.device) -> Tensor:
-    """(rows * columns,) tokens of `grid` that hold the centres of a smaller grid's, both in raster order."""
+    """(rows * columns,) indices into `grid`: the token at the centre of each token of a (rows, columns) grid."""
     row = torch.arange(1, 2 * rows, 2, device=device) * grid[0] // (2 * rows)
     column = torch.arange(1, 2 * columns, 2, device=device) * grid[1] // (2 * columns)
     return (row.unsqueeze(1) * grid[1] + column).flatten()
 
 
 class Downsample(BeforeTower):
-    """The tower runs on the smaller image: its cost falls too, quadratically in its attention."""
+    """The tower runs on the smaller image, so it costs less too."""
 
     name = "downsample"
     keeps_grid = True

@@ -19,12 +19,11 @@ from foldserve.reducers.random import keep
 if TYPE_CHECKING:
     from foldserve.reducers.plan import Plan
 
-_FIRST_FRAME = 255.0
-"""Its score, as in the authors' code; others have at most 2."""
+_FIRST_FRAME = 255.0  # score of its tokens, as in the authors' code; 1 - cosine is at most 2
 
 
 def change(x: Tensor, frames: int) -> Tensor:
-    """1 - cosine of each token and that at its place one frame earlier.
+    """1 - cosine of each token to the token at the same place one frame earlier.
 
     Args:
         x: (B, frames * n, d), any float dtype, frame by frame.
@@ -43,12 +42,12 @@ def change(x: Tensor, frames: int) -> Tensor:
 
 
 def most_changed(score: Tensor, kept: int) -> Tensor:
-    """(B, n) -> (B, kept): indices of the highest scores, ascending; of equals the earlier ones."""
+    """(B, n) -> (B, kept): indices of the highest scores, ascending; ties go to the earlier token."""
     return score.argsort(dim=-1, descending=True, stable=True)[:, :kept].sort(dim=-1).values
 
 
 class EVS(AcrossFrames):
-    """The first frame stays whole."""
+    """Keeps the whole first frame."""
 
     name = "evs"
     summary = "Of a video, keeps its first frame and the vision tokens that change most from a frame to the next."

@@ -1,4 +1,4 @@
-"""FastV: An Image is Worth 1/2 Tokens After Layer 2. It drops and does not merge."""
+"""FastV: An Image is Worth 1/2 Tokens After Layer 2."""
 
 from __future__ import annotations
 
@@ -11,22 +11,18 @@ from foldserve.reducers.random import keep
 
 
 def fastv(x: Tensor, score: Tensor, r: int) -> Reduced:
-    """Drop the r tokens of lowest score; of equal ones the earlier goes.
+    """Drop the r tokens of lowest score; ties drop the earlier one.
 
     Args:
         x: (B, n, d), any float dtype.
-        score: (B, n), attention of the last prompt token in decoder layer K - 1, mean over heads; infinite for a token
-            that has to stay (`image_score`).
-        r: tokens to remove, 0 <= r <= n.
-
-    Returns:
-        n - r tokens as they were, in order; `group` is -1 for what was dropped.
+        score: (B, n), see `illava.image_score`.
+        r: 0 <= r <= n.
     """
     return keep(x, without(score.argsort(dim=-1, stable=True)[:, :r], score.shape[1]))
 
 
 class FastV(ScoringDecoder):
-    """What the authors keep is rounded, halves to even."""
+    """Rounds the number of kept tokens half to even, as the authors do."""
 
     name = "fastv"
     summary = "Drops the vision tokens that the last prompt token attends to least, before decoder layer K."

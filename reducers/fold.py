@@ -1,7 +1,7 @@
-"""The fold that FOLDER, ToMe and Turbo are made of: pair even tokens with odd ones, merge the most alike.
+"""The bipartite fold of FOLDER, ToMe and Turbo: pair even tokens with odd ones, merge the most similar pairs.
 
-A fold only decides where each token goes. Values follow in `group_sum`: one sum over the original tokens gives the
-result of any number of folds, and nothing is rounded on the way.
+A fold only decides where each token goes. `group_sum` then sums the original tokens once, for any number of folds,
+without rounding in between.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from foldserve.reducers.ops import Op
 Order = Literal["position", "unmerged_first", "best_unmerged_first"]
 
 AT_ONCE = 2**24
-"""Scores, or values in fp32, that a step makes at once, 64 MiB: what is larger is made part by part, with the same
-bits. Images of up to 8,192 tokens have no more scores."""
+"""Most fp32 elements (64 MiB) that a step computes at a time; it splits larger work without changing any bit. The
+scores of an image of up to 8,192 tokens fit."""
 
-_COLUMNS = 256
-"""Of which parts have multiples."""
+_COLUMNS = 256  # parts of `by_columns` are multiples of it
 
 
 class Reduced(NamedTuple):
@@ -32,9 +31,8 @@ class Reduced(NamedTuple):
     Attributes:
         tokens: (B, n_out, d), dtype of the input.
         sizes: (B, n_out) int64, original tokens in each output token; sums to n unless some are dropped.
-        source: (B, n_out) int64, index of the original token that each output token stands for: itself, or the one
-            that the others of its group were merged into.
-        group: (B, n) int64, index of the output token that each original token went into; -1 if it was dropped.
+        source: (B, n_out) int64, the original token whose place each output token takes.
+        group: (B, n) int64, the output token that each original token went into; -1 if it was dropped.
     """
 
     tokens: Tensor
@@ -44,29 +42,23 @@ class Reduced(NamedTuple):
 
 
 class Fold(NamedTuple):
-    """Where one fold sends the n tokens of a sequence.
+    """Where one fold sends the n tokens of a sequence."""
 
-    Attributes:
-        slot: (B, n) int64, index in the folded sequence; a merged token has that of its destination.
-        sizes: (B, n - k) int64, tokens in each slot.
-        survivor: (B, n - k) int64, the token of each slot that was not merged away.
-    """
-
-    slot: Tensor
-    sizes: Tensor
-    survivor: Tensor
+    slot: Tensor  # (B, n) int64, index in the folded sequence; a merged token has its partner's
+    sizes: Tensor  # (B, n - k) int64, tokens in each slot
+    survivor: Tensor  # (B, n - k) int64, the token in each slot that was not merged into another
 
 
 def fold(metric: Tensor, k: int, *, order: Order, class_token: bool = False, penalty: Tensor | None = None) -> Fold:
-    """Merge the k even tokens that are most like an odd one into it; of equals, the earlier ones.
+    """Merge the k even tokens of highest score, each into its most similar odd token; ties go to the earlier one.
 
     Args:
         metric: (B, n, d_m), any float dtype; compared by cosine in at least fp32.
-        k: tokens to merge, 1 <= k <= n // 2; with a class token, (n - 1) // 2.
-        order: of the folded sequence: by position, or the remaining even tokens before all the odd ones; "best" sorts
-            the former by descending score.
-        class_token: token 0 is the class token: it neither goes nor receives.
-        penalty: (B, n), subtracted from an even token's score: changes which tokens go, never where they go.
+        k: 1 <= k <= n // 2; with a class token, at most (n - 1) // 2.
+        order: of the folded sequence: by position, or unmerged even tokens before all odd ones; "best" sorts those
+            even tokens by descending score.
+        class_token: token 0 is the class token, which takes no part.
+        penalty: (B, n), subtracted from the scores of even tokens; it never changes their partners.
 
     Raises:
         ValueError: k is out of range.
@@ -81,11 +73,11 @@ def fold(metric: Tensor, k: int, *, order: Order, class_token: bool = False, pen
 
 @Op
 def match(metric: Tensor, *, class_token: bool = False, penalty: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The odd token that each even one is most like; see `fold`.
+    """The most similar odd token of each even one; see `fold`.
 
     Returns:
-        score: (B, even), at least fp32: cosine to the partner, less the penalty; -inf for the class token.
-        partner: (B, even) int64, index among the odd tokens, of equals the first.
+        score: (B, even), at least fp32: cosine to the partner minus the penalty; -inf for the class token.
+        partner: (B, even) int64, index among the odd tokens; ties go to the first.
     """
     odd = metric.shape[1] // 2
     images = max(1, AT_ONCE // max(1, odd * (metric.shape[1] - odd)))
@@ -98,16 +90,14 @@ def match(metric: Tensor, *, class_token: bool = False, penalty: Tensor | None =
 
 
 def _most_alike(metric: Tensor) -> tuple[Tensor, Tensor]:
-    """(images, n, d) -> (images, even) cosine of each even token to the odd one that it is most like, and which."""
     unit = unit_rows(metric)
     even, odd = unit[:, 0::2], unit[:, 1::2].mT
-    parts = -(-even.shape[1] * odd.shape[-1] // AT_ONCE) or 1  # of one size, nearly: few rows are rounded otherwise
+    parts = -(-even.shape[1] * odd.shape[-1] // AT_ONCE) or 1  # nearly equal parts: a part of few rows rounds otherwise
     with true_fp32():
         return _joined([(some @ odd).max(dim=-1) for some in even.chunk(parts, dim=1)], dim=1)
 
 
 def _joined(parts: Sequence[Sequence[Tensor]], dim: int) -> tuple[Tensor, Tensor]:
-    """Scores and partners of all parts."""
     if len(parts) == 1:
         score, partner = parts[0]
         return score, partner
@@ -116,11 +106,10 @@ def _joined(parts: Sequence[Sequence[Tensor]], dim: int) -> tuple[Tensor, Tensor
 
 
 def unit_rows(metric: Tensor) -> Tensor:
-    """`F.normalize` of (..., d) in at least fp32, with one copy instead of two where the dtype is another.
+    """`F.normalize` of (..., d) in at least fp32, padded with zeros to a multiple of 16 columns.
 
-    There are zeros up to a multiple of 16 columns, which models have: every row begins at a cache line then. BLAS may
-    round otherwise where a matrix does not, and equal tokens would go other ways in another place of the batch: seen on
-    a CPU of AMD's with odd widths.
+    Padded rows start on a cache line. Without that, BLAS may round equal rows differently in another place of the
+    batch (seen on an AMD CPU with odd widths), so equal images would reduce differently.
     """
     x = at_least_fp32(metric)
     norm = x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
@@ -131,10 +120,10 @@ def unit_rows(metric: Tensor) -> Tensor:
 
 @Op
 def place(score: Tensor, partner: Tensor, n: int, k: int, order: Order) -> Fold:
-    """Number the tokens that stay; each of the k even ones of highest score gets the number of its partner.
+    """Number the tokens that stay; the k even tokens of highest score get their partners' numbers.
 
     Args:
-        score: (B, even); of equals, the earlier merge.
+        score: (B, even); ties merge the earlier one.
         partner: (B, even), index among the odd tokens.
         n: even and odd tokens.
     """
@@ -142,9 +131,9 @@ def place(score: Tensor, partner: Tensor, n: int, k: int, order: Order) -> Fold:
     batch, even = best_first.shape
     odd, n_out = n - even, n - k
     index = torch.arange(n, device=best_first.device).expand(batch, n)
-    place = torch.empty_like(best_first).scatter_(1, best_first, index[:, :even])  # of each even token in best_first
+    place = torch.empty_like(best_first).scatter_(1, best_first, index[:, :even])  # each even token's in best_first
     stays = place >= k
-    rank = stays.cumsum(dim=-1)  # remaining even tokens, up to and with this one
+    rank = stays.cumsum(dim=-1)  # unmerged even tokens up to and including this one
     if order == "position":
         even_slot, odd_slot = rank - 1 + index[:, :even], rank[:, :odd] + index[:, :odd]
     else:
@@ -152,7 +141,7 @@ def place(score: Tensor, partner: Tensor, n: int, k: int, order: Order) -> Fold:
         odd_slot = index[:, :odd] + (even - k)
     slot, target = rank.new_empty(2, batch, n)
     slot[:, 0::2] = torch.where(stays, even_slot, odd_slot.gather(1, partner))
-    target[:, 0::2] = torch.where(stays, even_slot, n_out)  # one column more, cut off below
+    target[:, 0::2] = torch.where(stays, even_slot, n_out)  # merged tokens go to an extra column, cut off below
     slot[:, 1::2] = target[:, 1::2] = odd_slot
     survivor = rank.new_empty(batch, n_out + 1).scatter_(1, target, index)[:, :n_out]
     return Fold(slot, group_sizes(slot, n_out), survivor)
@@ -165,15 +154,15 @@ def merge(
     *,
     scale: Callable[[Tensor], Tensor] | None = None,
 ) -> Reduced:
-    """Apply folds, the first one first: each group becomes the mean of its original tokens.
+    """Apply folds in order: each group becomes the mean of its original tokens.
 
-    That is the size-weighted mean of every fold, without its rounding.
+    This equals taking the size-weighted mean in every fold, without its rounding.
 
     Args:
         x: (B, n, d), any float dtype.
         steps: folds of n, n - k_1, n - k_1 - k_2, ... tokens.
-        sizes: (B, n) int64, original tokens that each token of x is the mean of already; None: one.
-        scale: of (B, n_out) sizes, what the means are multiplied by; None: 1.
+        sizes: (B, n) int64, original tokens in each token of x; None: one.
+        scale: maps (B, n_out) sizes to factors of the means; None: 1.
     """
     group, _, source = steps[0] if steps else _identity(x)
     for step in steps[1:]:
@@ -190,9 +179,9 @@ def merge(
 
 
 def by_columns(x: Tensor, n_out: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
-    """(B, n, d) -> (B, n_out, d) in the dtype of x: `reduce`, which treats columns alike, of some at a time.
+    """(B, n, d) -> (B, n_out, d) in the dtype of x: `reduce`, which treats columns alike, on some columns at a time.
 
-    Images are copied to fp32 on the way, and have 16,384 tokens of up to 20,480 columns: 1.3 GB.
+    This bounds the fp32 copy of an image: 1.3 GB for 16,384 tokens of 20,480 columns.
     """
     batch, _, width = x.shape
     columns = columns_at_once(x)
@@ -205,7 +194,7 @@ def by_columns(x: Tensor, n_out: int, reduce: Callable[[Tensor], Tensor]) -> Ten
 
 
 def columns_at_once(x: Tensor) -> int:
-    """Of (B, n, d), that make `AT_ONCE` values."""
+    """How many columns of (B, n, d) have about `AT_ONCE` elements."""
     return max(_COLUMNS, AT_ONCE // max(1, x.shape[0] * x.shape[1]) // _COLUMNS * _COLUMNS)
 
 
@@ -215,24 +204,18 @@ def _identity(x: Tensor) -> Fold:
 
 
 def group_sizes(slot: Tensor, groups: int, sizes: Tensor | None = None) -> Tensor:
-    """(B, n) group of each token, and (B, n) its own size (None: 1) -> (B, groups) int64 size of each group."""
+    """(B, n) group of each token, (B, n) sizes (None: 1) -> (B, groups) int64 total size of each group."""
     own = torch.ones_like(slot) if sizes is None else sizes
     return slot.new_zeros(slot.shape[0], groups).scatter_add_(1, slot, own)
 
 
 @Op
 def group_mean(x: Tensor, group: Tensor, groups: int, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean of each group.
-
-    Args:
-        x: (B, n, d), any float dtype.
-        group: (B, n), group of each token.
-        groups: how many there are.
-        sizes: (B, n) int64, how often each token counts; None: once.
+    """Means of the tokens x (B, n, d) in each group, weighted by `sizes` (B, n) int64; None: 1.
 
     Returns:
         mean: (B, groups, d), at least fp32.
-        total: (B, groups) int64, how often its tokens counted together.
+        total: (B, groups) int64, sum of the weights.
     """
     members = group_sizes(group, groups)
     values, total = at_least_fp32(x), members
@@ -243,16 +226,16 @@ def group_mean(x: Tensor, group: Tensor, groups: int, sizes: Tensor | None = Non
 
 @Op
 def group_sum(values: Tensor, slot: Tensor, sizes: Tensor, weight: Tensor | None = None) -> Tensor:
-    """Sum the values of each group in position order: the same bits on every run, whatever else is in the batch.
+    """Sum the values of each group in position order: the same bits on every run, in any batch.
 
-    `scatter_add` adds floats in any order on a GPU; a one-hot matrix product costs 7 times as much (2.5 against
-    0.35 ms, 576 tokens of width 1024, one CPU core).
+    `scatter_add` adds floats in an unspecified order on a GPU; a one-hot matrix product is 7 times as slow (2.5 ms
+    instead of 0.35 ms, 576 tokens of width 1024, one CPU core).
 
     Args:
         values: (B, n, d), any float dtype.
         slot: (B, n), group of each token.
         sizes: (B, groups), tokens in each group.
-        weight: (B, n), what each token is multiplied by; None: 1.
+        weight: (B, n) factors; None: 1.
 
     Returns:
         (B, groups, d), at least fp32.
@@ -270,15 +253,15 @@ def group_sum(values: Tensor, slot: Tensor, sizes: Tensor, weight: Tensor | None
 
 
 def at_least_fp32(x: Tensor) -> Tensor:
-    """Half precision to fp32: a bf16 cosine cannot tell the best partner from the next."""
+    """Half precision to fp32: bf16 cosines cannot tell the best partner from the second best."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 @contextmanager
 def true_fp32() -> Iterator[None]:
-    """Multiply fp32 matrices in fp32, whatever the process allows elsewhere: TF32 would move cosines by 1e-3.
+    """Multiply fp32 matrices in fp32 even where the process allows TF32, which changes cosines by 1e-3.
 
-    The flag is read on the host when a kernel is launched, so that nothing waits for the device.
+    The host reads the flag when it launches a kernel, so this needs no synchronisation.
     """
     allowed = _allowed()
     if allowed == "highest":
@@ -299,7 +282,7 @@ _BACKENDS: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.
 
 
 def _allowed() -> str | list[str]:
-    """Precision of matrix products; per backend where torch's newer settings chose it: its older one raises then."""
+    """Precision of matrix products; one per backend if torch's newer API set it, since the older getter then raises."""
     try:
         return torch.get_float32_matmul_precision()
     except RuntimeError:

@@ -1,7 +1,7 @@
-"""FOLDER: Accelerating Multi-modal Large Language Models with Enhanced Performance, in its two forms.
+"""FOLDER: Accelerating Multi-modal Large Language Models with Enhanced Performance, in two forms.
 
-`folder` compares the tower's output tokens and works with any tower. `folder_cls`, which the paper's tables use, works
-inside a CLIP layer: it compares attention keys and spares what the class token attends to.
+`folder` compares the tower's output tokens and works with any tower. `folder_cls`, the form in the paper's tables,
+works inside a CLIP layer: it compares attention keys and spares tokens that the class token attends to.
 """
 
 from __future__ import annotations
@@ -34,24 +34,21 @@ def folder(
     scale: Scale = "none",
     class_token: bool = False,
 ) -> Reduced:
-    """Merge tokens that look alike; the survivors keep their order.
+    """Merge similar tokens into the mean of their group; the survivors keep their order.
 
     Args:
         x: (B, n, d), any float dtype.
         folds: tokens that each fold removes (`Plan.folds`).
-        metric: (B, n, d_m), what tokens are compared by; None: the tokens themselves.
-        scale: "official" multiplies tokens by 1 + ln(size) where the authors' code does: after a single fold that
-            removes less than half of what stays, and after every overflow. Not in the paper.
-        class_token: token 0 is the class token: it stays first, as it is.
-
-    Returns:
-        n_out = n - sum(folds) tokens, each the mean of its group.
+        metric: (B, n, d_m), vectors to compare instead of the tokens.
+        scale: "official" multiplies tokens by 1 + ln(size) where the authors' code does, not in the paper: after
+            several folds, or after one that removes less than half as many tokens as stay.
+        class_token: token 0 is the class token; it stays first, unchanged.
     """
     metric = x if metric is None else metric
     steps: list[Fold] = []
     for k in folds:
         if steps:
-            metric = group_sum(metric, steps[-1].slot, steps[-1].sizes)  # the cosine of a sum is that of the mean
+            metric = group_sum(metric, steps[-1].slot, steps[-1].sizes)  # sum and mean have the same cosines
         steps.append(fold(metric, k, order="position", class_token=class_token))
     is_scaled = scale == "official" and (len(folds) > 1 or sum(folds) < (x.shape[1] - sum(folds)) // 2)
     return merge(x, steps, scale=_official if is_scaled else None)
@@ -69,29 +66,25 @@ def folder_cls(
     *,
     attention_weight: float = 500.0,
 ) -> Reduced:
-    """Merge tokens with similar keys, those first that the class token attends to least.
+    """Merge tokens with similar keys into the mean of their group, those with little class attention first.
 
-    Runs after the attention residual of the last CLIP layer that is used (index num_layers - 2 for LLaVA); the MLP
-    follows on the reduced sequence. Remaining even tokens come before all the odd ones, and the next fold alternates on
-    that order.
+    Runs after the attention residual of the last CLIP layer that is used (index num_layers - 2 for LLaVA), before its
+    MLP. Unmerged even tokens come before all odd ones, and the next fold pairs tokens in that order.
 
     Args:
-        x: (B, n + 1, d), any float dtype, the class token first.
+        x: (B, n + 1, d), any float dtype, the class token first; it stays first, unchanged.
         keys: (B, n + 1, d_k), the layer's key projections with bias, mean over heads.
-        cls_attention: (B, n + 1), softmaxed attention of the class token to all tokens, mean over heads.
+        cls_attention: (B, n + 1), softmaxed attention from the class token to all tokens, mean over heads.
         folds: tokens that each fold removes (`Plan.folds`).
-        attention_weight: what the attention weighs against the cosine, 100 times the paper's alpha.
-
-    Returns:
-        n_out + 1 tokens, n_out = n - sum(folds), each the mean of its group; the class token is first, as it was.
+        attention_weight: weight of the attention relative to the cosine, 100 times the paper's alpha.
     """
-    # what later folds need of a group: (B, n + 1, d_k + 1)
+    # (B, n + 1, d_k + 1): keys and attention of each group for the next fold
     carried = torch.cat([at_least_fp32(keys), at_least_fp32(cls_attention).unsqueeze(-1)], dim=-1)
     steps: list[Fold] = []
     for k in folds:
         if steps:
             carried = group_sum(carried, steps[-1].slot, steps[-1].sizes)
-            carried[..., -1] /= steps[-1].sizes  # attention goes on as the mean of a fold's group, not weighted by size
+            carried[..., -1] /= steps[-1].sizes  # plain mean over the group of one fold, not weighted by size
         penalty = attention_weight * carried[..., -1]
         steps.append(fold(carried[..., :-1], k, order="unmerged_first", class_token=True, penalty=penalty))
     return merge(x, steps)
@@ -101,8 +94,6 @@ _PAPER = "FOLDER: Accelerating Multi-modal Large Language Models with Enhanced P
 
 
 class Folder(AfterTower):
-    """FOLDER on the tower's output."""
-
     name = "folder"
     summary = "Merges vision tokens that look alike, after the vision tower; works with any tower."
     kind = Kind.MERGE
@@ -140,8 +131,6 @@ class Folder(AfterTower):
 
 
 class FolderCls(InTower):
-    """FOLDER in the last CLIP layer whose output is used."""
-
     name = "folder_cls"
     summary = "Merges vision tokens inside the CLIP tower, those first that the class token attends to least."
     kind = Kind.MERGE
@@ -149,7 +138,7 @@ class FolderCls(InTower):
     needs_class_token = True
 
     def schedule(self, geometry: VisionGeometry, removed: int) -> tuple[Step, ...]:
-        # the class token takes part
+        # + 1: the fold counts the class token
         return tuple(Step(k, geometry.layers - 1) for k in fold_schedule(geometry.tokens + 1, removed))
 
     def reduce(

@@ -1,4 +1,4 @@
-"""What a method has to know of a model before it can count: the geometry of its vision tower."""
+"""What a method has to know about a model to compute token counts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from enum import Enum
 
 
 class Stage(Enum):
-    """Where on an image's way a method removes tokens."""
+    """Where a method removes tokens."""
 
     BEFORE_TOWER = "before_tower"
     IN_TOWER = "in_tower"
@@ -18,24 +18,24 @@ class Stage(Enum):
 
 @dataclass(frozen=True, slots=True)
 class VisionGeometry:
-    """What one grid of vision tokens costs at ratio 0, and where it may be reduced on this model.
+    """One grid of vision tokens without reduction, and where this model allows to reduce it.
 
     Attributes:
-        tokens: of the grid, that reach the decoder without reduction.
-        grid: (rows, columns) of those tokens in raster order; None where they are no grid.
+        tokens: tokens of the grid that reach the decoder.
+        grid: (rows, columns) of those tokens in raster order; None if they are not a grid.
         layers: encoder layers that run, up to the one whose output is used.
-        class_token: the tower has a class token, its token 0, which is dropped at its end.
-        stages: where methods may work on this model; not in a decoder of which some layers keep a recurrent state.
-        varies: with the image's size, so that a request can't know its counts: where an amount is beyond what a small
-            grid has or a method can give, the next lower number of tokens stays, instead of a refusal.
-        any_resolution: the model lays the tokens of its tiles out as squares, so that a square number has to stay.
-        projector: name of the method that is trained into the checkpoint's projector, or None.
-        takes_cells: the tower can run on some of the tokens alone, each from pixels of its own.
-        shows_tower: what enters the projector is known too, beside what it gives.
+        class_token: token 0 of the tower is a class token, which the tower drops at its end.
+        stages: where methods may work; not DECODER if some decoder layers keep a recurrent state.
+        varies: the grid depends on the image's size, which the client may not know. An impossible amount is then
+            lowered to the next possible number of tokens instead of refused.
+        any_resolution: the model lays out the tokens of each tile as a square, so the kept number must be a square.
+        projector: name of the method that the checkpoint's projector was trained with.
+        takes_cells: the tower can run on a subset of the tokens, each with its own pixels.
+        shows_tower: methods can see the projector's input beside its output.
         merges_patches: the tower ends in Qwen-VL's merger, which makes one token of 2 x 2 patches.
-        windowed_layers: encoder layers that attend within windows, where an image's tokens can't be compared.
-        behind_class_token: the tower's class token stands in front of the grid in the prompt, and stays.
-        frames: of a video whose tokens, frame by frame, are reduced as one grid; 0 of other grids.
+        windowed_layers: encoder layers with windowed attention, in which not all tokens can be compared.
+        behind_class_token: the class token stays, in front of the grid in the prompt.
+        frames: number of frames, if the grid is a whole video, frame by frame; else 0.
     """
 
     tokens: int
@@ -55,5 +55,5 @@ class VisionGeometry:
 
     @property
     def reducing_layers(self) -> tuple[int, ...]:
-        """Encoder layers in which tokens may go."""
+        """Encoder layers in which tokens may be removed."""
         return tuple(layer for layer in range(self.layers) if layer not in self.windowed_layers)

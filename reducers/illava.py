@@ -1,6 +1,6 @@
 """iLLaVA: An Image is Worth Fewer Than 1/3 Input Tokens in Large Multimodal Models.
 
-The tokens that are attended to least become one token: in layers of the tower, and again before decoder layer K.
+Merges the tokens that receive least attention into one, in some layers of the tower and again before decoder layer K.
 """
 
 from __future__ import annotations
@@ -26,16 +26,13 @@ if TYPE_CHECKING:
 def illava(x: Tensor, score: Tensor, r: int) -> Reduced:
     """Merge the r + 1 tokens of lowest score into one, at the place of the highest of them; the order stays.
 
-    The least attended weighs most: weights r + 1, r, ..., 1 from the lowest score on, normalised, as in the authors'
-    code. Of equal scores the earlier token counts as lower.
+    As in the authors' code, the least attended token weighs most: normalised weights r + 1, r, ..., 1 by ascending
+    score. In a tie the earlier token counts as lower.
 
     Args:
         x: (B, n, d), any float dtype.
-        score: (B, n), attention that each token receives; infinite for a token that has to stay as it is.
-        r: tokens to remove, 0 <= r < n.
-
-    Returns:
-        n - r tokens; the merged one's `sizes` is r + 1, its weights are not uniform.
+        score: (B, n), attention that each token receives; infinite for a token that has to stay unchanged.
+        r: 0 <= r < n.
 
     Raises:
         ValueError: r is out of range.
@@ -49,13 +46,10 @@ def illava(x: Tensor, score: Tensor, r: int) -> Reduced:
 
 
 class IntoOne(NamedTuple):
-    """Where the tokens of a sequence go when the lowest become one.
+    """Where tokens go when the r + 1 of lowest score become one; `source`, `group` and `sizes` as in `Reduced`.
 
     Attributes:
-        source: (B, n - r) int64, the token in each place of the new sequence.
-        group: (B, n) int64, the place that each token goes to.
-        sizes: (B, n - r) int64, tokens in each place.
-        weight: (B, n), dtype of the scores, at least fp32: what each token weighs there.
+        weight: (B, n), at least fp32: weight of each token in its group's sum.
     """
 
     source: Tensor
@@ -66,7 +60,6 @@ class IntoOne(NamedTuple):
 
 @Op
 def lowest_into_one(score: Tensor, r: int) -> IntoOne:
-    """The decisions of `illava`."""
     score = at_least_fp32(score)
     batch, n = score.shape
     lowest = score.argsort(dim=-1, stable=True)[:, : r + 1]  # (B, r + 1)
@@ -74,23 +67,23 @@ def lowest_into_one(score: Tensor, r: int) -> IntoOne:
     weight = weights.new_ones(batch, n).scatter_(1, lowest, (weights / weights.sum()).expand(batch, -1))
     source = without(lowest[:, :r], n)
     slot = torch.zeros_like(lowest[:, :1]).expand(batch, n).scatter(1, source, _count(n - r, lowest))
-    merged_into = slot.gather(1, lowest[:, r:])  # (B, 1), the slot of the highest of them
+    merged_into = slot.gather(1, lowest[:, r:])  # (B, 1), slot of the highest of the merged tokens
     group = slot.scatter(1, lowest, merged_into.expand_as(lowest))
     return IntoOne(source, group, group_sizes(group, n - r), weight)
 
 
 def image_score(last_row: Tensor, is_image: Tensor) -> Tensor:
-    """What the decoder's half scores a prompt by: text has to stay.
+    """Scores of a prompt's tokens in the decoder; infinite for text, which has to stay.
 
     Args:
-        last_row: (B, n), attention of the last prompt token in layer K - 1, mean over heads.
+        last_row: (B, n), attention from the last prompt token in layer K - 1, mean over heads.
         is_image: (B, n) bool.
     """
     return last_row.masked_fill(~is_image, torch.inf)
 
 
 def without(removed: Tensor, n: int) -> Tensor:
-    """(B, r) distinct indices of n -> (B, n - r), the others, ascending."""
+    """(B, r) distinct indices -> (B, n - r), the other indices, ascending."""
     gone = removed.new_zeros(removed.shape[0], n).scatter_(1, removed, 1)
     return gone.argsort(dim=-1, stable=True)[:, : n - removed.shape[1]]
 
@@ -107,9 +100,9 @@ _PUBLISHED_LAYERS = (5, 6, 7, 8)
 
 
 class Illava(InTower):
-    """The same number of tokens goes in each of some layers; with a class token, that one stays as it is.
+    """Removes tokens evenly over some layers and leaves the class token alone.
 
-    By default those are the authors', which are CLIP's; of a tower with windows the first two that see the whole image.
+    The default layers are the authors' (for CLIP); with windowed attention, the first two that see the whole image.
     """
 
     name = "illava"
@@ -167,8 +160,6 @@ class Illava(InTower):
 
 
 class IllavaDecoder(ScoringDecoder):
-    """The decoder's half."""
-
     name = "illava_decoder"
     summary = "Merges the vision tokens that the last prompt token attends to least, before decoder layer K."
     paper = _PAPER

@@ -1,4 +1,4 @@
-"""What a reduction method is: one class per stage, so that the type says where tokens go."""
+"""Base classes of reduction methods, one per stage at which tokens are removed."""
 
 from __future__ import annotations
 
@@ -41,46 +41,36 @@ __all__ = [
 ]
 
 
-QUERY_TOKENS = 64
-"""Of a query, that count: its first ones."""
+QUERY_TOKENS = 64  # tokens of a query that methods use; the rest is cut off
 
 
 class Kind(Enum):
-    """What becomes of the tokens that go: methods of one kind are compared with each other."""
+    """What becomes of removed tokens. Benchmarks compare methods of the same kind."""
 
-    MERGE = "merge"  # others take them up
+    MERGE = "merge"  # into tokens that stay
     DROP = "drop"
     INPUT = "input"  # the tower sees less of the image
-    DECODER = "decoder"  # they leave inside the decoder
+    DECODER = "decoder"  # dropped or merged inside the decoder
 
 
 class Step(NamedTuple):
-    """One step of a method.
-
-    Attributes:
-        removed: tokens that it removes.
-        layer: 0-based tower layer in which it does; None outside the tower.
-    """
-
     removed: int
-    layer: int | None = None
+    layer: int | None = None  # tower layer, from 0; None outside the tower
 
 
 class Method(ABC):
-    """One entry of the registry. Subclass one of the classes below, which say where the method works.
+    """Base of all methods; a method subclasses one of the classes below, which say where it works.
 
     Attributes:
-        name: what a request writes in `reduction.method`.
+        name: value of `reduction.method` in a request.
         summary: one sentence for users.
-        paper: title of the paper that defines it; "" if there is none.
-        kind: what becomes of the tokens that go.
-        stage: where it removes tokens.
-        options: fields of `reduction` that it takes beside those that every method takes.
-        seeded: its plans carry a seed that comes from the image.
+        paper: title; "" if there is none.
+        options: fields of `reduction` beside those common to all methods.
+        seeded: draws at random, seeded by the image.
         keeps_grid: the tokens that stay are a smaller grid.
-        keeps_positions: tokens that stay keep their positions unless something else is asked for.
-        takes_query: it chooses by the text that is asked about the image, which `query_texts` prepares.
-        decoder_half: name of the Decoder method that `decoder: true` adds, if it has one.
+        keeps_positions: the default of `positions` is "keep".
+        takes_query: chooses tokens by the question about the image, see `query_texts`.
+        decoder_half: name of the Decoder method that `decoder: true` adds.
     """
 
     name: ClassVar[str]
@@ -96,24 +86,21 @@ class Method(ABC):
     decoder_half: ClassVar[str | None] = None
 
     def __init__(self, *values: Value) -> None:
-        """One value for each option, in their order, or none for their defaults; each is an attribute by its name."""
+        """Takes a value for each option, in order, or none for the defaults; each becomes an attribute."""
         self.values = values or tuple(option.default for option in self.options)
         for option, value in zip(self.options, self.values, strict=True):
             setattr(self, option.name, value)
 
     def settled(self, geometry: VisionGeometry, *, keeps_positions: bool) -> tuple[Value, ...]:
-        """The options' values on this model, which decides those that are None.
-
-        Args:
-            keeps_positions: tokens that stay are to keep their positions in the decoder.
+        """Values of the options on this model, which decides those that are None.
 
         Raises:
-            InvalidReduction: an option and `positions` contradict each other.
+            InvalidReduction: an option contradicts `positions`.
         """
         return self.values
 
     def check(self, geometry: VisionGeometry) -> None:
-        """Raises InvalidReduction if the model is not one that the method works with."""
+        """Raises InvalidReduction if the method does not work with this model."""
         if self.stage not in geometry.stages:
             fixed = f": its projector is {geometry.projector!r}, which needs every token in place"
             raise InvalidReduction(
@@ -123,53 +110,52 @@ class Method(ABC):
             )
 
     def removable(self, geometry: VisionGeometry, removed: int) -> int:
-        """Tokens that really go when `removed` > 0 of them are to go; raises InvalidReduction where none can."""
+        """How many tokens are removed if `removed` > 0 are asked for; raises InvalidReduction if that is impossible."""
         return removed
 
     def grid(self, geometry: VisionGeometry, removed: int) -> tuple[int, int] | None:
-        """(rows, columns) of the tokens that stay, of methods with `keeps_grid`."""
+        """(rows, columns) of the tokens that stay, for methods with `keeps_grid`."""
         return None
 
     def schedule(self, geometry: VisionGeometry, removed: int) -> tuple[Step, ...]:
-        """The steps, in order; they remove `removed` tokens together."""
+        """The steps, in order, which together remove `removed` tokens."""
         return (Step(removed),)
 
     def query_texts(self, query: str) -> list[str]:
-        """What of a query is to be tokenized, text by text, of methods with `takes_query`."""
+        """Parts of the query to tokenize one by one, for methods with `takes_query`."""
         return [query]
 
 
 class Preselection(Method):
-    """Decides what of an image the tower sees; a method after the tower may reduce that further, as in `a+b`."""
+    """Decides which parts of an image the tower sees; a method after the tower may reduce these further (`a+b`)."""
 
     stage = Stage.BEFORE_TOWER
 
 
 class BeforeTower(Method):
-    """Makes the image smaller: the tower runs on the `grid` of patches of the plan."""
+    """Resizes the image to `Plan.grid` before the tower."""
 
     stage = Stage.BEFORE_TOWER
 
     @abstractmethod
     def resize(self, pixels: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-        """(B, 3, H, W) -> (B, 3, rows * patch, columns * patch) for a grid of (rows, columns)."""
+        """(B, 3, H, W) -> (B, 3, rows * patch, columns * patch)."""
 
     @abstractmethod
     def source(self, whole: tuple[int, int], grid: tuple[int, int], device: torch.device) -> Tensor:
-        """(rows * columns,) int64: which token of the `whole` grid each token of `grid` stands for."""
+        """(rows * columns,) int64: the token of the `whole` grid whose place each token of `grid` takes."""
 
     @abstractmethod
     def group(self, whole: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-        """(whole rows * columns,) int64, on the CPU: the token of `grid` that shows each token's place, -1 if none."""
+        """(tokens of `whole`,) int64 on the CPU: the token of `grid` that covers each one's place, -1 if none does."""
 
 
 class InTower(Method):
-    """Removes tokens in tower layers, after the attention's residual and before the MLP.
+    """Removes tokens in tower layers, between the attention's residual and the MLP.
 
     Attributes:
-        proportional_attention: ln(size) of each token is added to the logits of its key in the layers after.
-        needs_class_token: the tower has to have one.
-        lays_out_squares: its paper says how what stays of a tile is laid out: as a smaller square.
+        proportional_attention: later layers add ln(size) of each token to the logits of its key.
+        lays_out_squares: the paper lays out the kept tokens of a tile as a smaller square.
     """
 
     stage = Stage.IN_TOWER
@@ -192,31 +178,25 @@ class InTower(Method):
 
     @abstractmethod
     def schedule(self, geometry: VisionGeometry, removed: int) -> tuple[Step, ...]:
-        """The steps, by layer."""
+        """The steps, sorted by layer."""
 
     @abstractmethod
     def reduce(
         self, x: Tensor, sizes: Tensor, attention: LayerAttention, removed: tuple[int, ...], plan: Plan
     ) -> Reduced:
-        """Removes tokens in one layer.
+        """Remove sum(removed) tokens in one layer; `removed` has an entry per step of the plan in this layer.
 
         Args:
-            x: (B, n, d), the class token first if the tower has one; it stays first.
-            sizes: (B, n) int64, original tokens in each token.
-            attention: of this layer, whose output x holds already.
-            removed: what each of the plan's steps in this layer removes.
-            plan: of the images.
-
-        Returns:
-            n - sum(removed) tokens, sizes counting original tokens; `source` and `group` index x.
+            x: (B, n, d) after the layer's attention; a class token comes first and stays first.
+            sizes: (B, n) int64, original tokens in each token, as in the result.
         """
 
 
 class AfterLastLayer(InTower):
-    """Removes tokens after the whole of the last layer that runs, by the attention of that layer.
+    """Removes tokens after the last layer that runs, its MLP included, by the attention of that layer.
 
-    `reduce` gets x as the layer's MLP leaves it, in raster order behind the class token. It returns `plan.kept` tokens,
-    those that go on to the projector; the class token is among them if the method chooses so.
+    `reduce` gets tokens in raster order behind the class token. It returns the `plan.kept` tokens for the projector,
+    among them the class token if the method chooses so.
     """
 
     def check(self, geometry: VisionGeometry) -> None:
@@ -233,35 +213,31 @@ class AfterLastLayer(InTower):
 
 
 class AfterTower(Method):
-    """Removes tokens from what the tower gives, or from what a fixed projector gives."""
+    """Removes tokens from the output of the tower, or of a projector that the checkpoint fixes."""
 
     stage = Stage.AFTER_TOWER
 
     @property
     def takes_class_token(self) -> bool:
-        """`reduce` gets the class token that the grid is behind, too, and gives it back, both times first."""
+        """`reduce` also gets the class token in front of the grid and returns it first."""
         return False
 
     @abstractmethod
     def reduce(self, x: Tensor, plan: Plan, width: int | None = None) -> Reduced:
-        """(B, n, d) -> plan.kept tokens; without a class token, but see `takes_class_token`.
-
-        Args:
-            width: columns of x that decide; those behind go the way of their token. None: all decide.
-        """
+        """(B, n, d) -> plan.kept tokens, compared by their first `width` columns (None: all)."""
 
 
 class AcrossFrames(AfterTower):
-    """Chooses among the tokens of all frames of a video, so that only their total is known before it is encoded.
+    """Chooses among the tokens of all frames of a video: only the total is known before the video is encoded.
 
-    `reduce` gets them as (B, frames * tokens of a frame, d), frame by frame; `Plan.frames` is their number.
+    `reduce` gets (B, plan.frames * tokens per frame, d), frame by frame.
     """
 
     kind = Kind.DROP
 
     @abstractmethod
     def least(self, geometry: VisionGeometry) -> tuple[int, str]:
-        """The least number of tokens that it keeps of a video, and what they are."""
+        """The least number of tokens that it keeps of a video, and what these are, for messages."""
 
     def check(self, geometry: VisionGeometry) -> None:
         super().check(geometry)
@@ -282,12 +258,12 @@ class AcrossFrames(AfterTower):
 
 
 class Seen(NamedTuple):
-    """What a method after the projector may look at beside the projected tokens; None of what it does not ask for.
+    """What a method after the projector may see beside the projected tokens.
 
     Attributes:
-        tower: (B, n, C), what enters the projector; of a merger, the mean of the patches that it makes one token of.
-        queries: of each image, (m, D): the decoder's embeddings of the tokens of its query; m may be 0, and is for all
-            images where this is None.
+        tower: (B, n, C), the projector's input; for a merger, the mean of the patches of each token. Only for methods
+            with `needs_tower`.
+        queries: per image (m, D), m >= 0: the decoder's embeddings of the query's tokens; None: no image has a query.
     """
 
     tower: Tensor | None = None
@@ -295,15 +271,10 @@ class Seen(NamedTuple):
 
 
 ONLY_TOKENS = Seen()
-"""Of a method that asks for nothing more."""
 
 
 class AfterProjector(AfterTower):
-    """Removes tokens by what the projector makes of them: all are projected, also where others go before it.
-
-    Attributes:
-        needs_tower: `Seen.tower` is given; so is `Seen.queries` to methods with `takes_query`.
-    """
+    """Removes tokens after the projector, by their projected values."""
 
     needs_tower: ClassVar[bool] = False
 
@@ -322,7 +293,7 @@ class AfterProjector(AfterTower):
 
 
 class Projector(Method):
-    """Trained into a checkpoint's projector, which fixes the number of tokens: a request cannot choose it."""
+    """Trained into a checkpoint's projector, which fixes the number of tokens; requests cannot choose it."""
 
     kind = Kind.MERGE
     stage = Stage.PROJECTOR
@@ -344,15 +315,11 @@ class Projector(Method):
 
 
 class Decoder(Method):
-    """Removes tokens from the decoder's layers from the server's withdrawal layer K on.
-
-    Attributes:
-        default_ratio: share that is removed where the request names none; None if the share can't be chosen.
-    """
+    """Removes tokens from the decoder, from the server's withdrawal layer K on."""
 
     kind = Kind.DECODER
     stage = Stage.DECODER
-    default_ratio: ClassVar[float | None] = None
+    default_ratio: ClassVar[float | None] = None  # None: the share cannot be chosen
 
     def check(self, geometry: VisionGeometry) -> None:
         if self.stage not in geometry.stages:
@@ -364,18 +331,14 @@ class Decoder(Method):
 
     @abstractmethod
     def removed(self, tokens: int, ratio: float | None) -> int:
-        """How many of an image's tokens go."""
+        """Tokens to remove from an image that has so many."""
 
 
 class ScoringDecoder(Decoder):
-    """Keeps some of an image's tokens, by the attention that the prompt's last token gives them in layer K - 1.
+    """Keeps the tokens to which the prompt's last token attends most in layer K - 1."""
 
-    Attributes:
-        merges: tokens that stay take up those that go, so that they have to be what layer K - 1 makes of them.
-    """
-
-    merges: ClassVar[bool] = False
+    merges: ClassVar[bool] = False  # into tokens that stay, which needs the hidden states after layer K - 1
 
     @abstractmethod
     def reduce(self, x: Tensor, score: Tensor, removed: int) -> Reduced:
-        """x (1, n, d), score (1, n) -> the n - removed tokens that stay, in order; linear in x."""
+        """(1, n, d) tokens, (1, n) scores -> n - removed tokens, in order. Must be linear in x."""

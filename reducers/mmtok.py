@@ -20,19 +20,17 @@ from foldserve.reducers.refusal import InvalidReduction
 if TYPE_CHECKING:
     from foldserve.reducers.plan import Plan
 
-TEXT_TEMPERATURE = {"keywords": 0.02, "question": 0.01}
-"""By the form of the query: the authors' on LLaVA, and on Qwen-VL."""
+TEXT_TEMPERATURE = {"keywords": 0.02, "question": 0.01}  # the authors' values for LLaVA and for Qwen-VL
 
 MOST_TOKENS = 4096
-"""Of an image. On a GPU each pick reads a matrix of 68 MB, which would be a GiB of Qwen-VL's largest image, and time
-grows with the cube of the tokens. On a CPU to keep 1,024 of them takes 0.2 s once the matrix is there."""
+"""Largest image. Each pick reads a matrix of 68 MB on a GPU (1 GiB for Qwen-VL's largest image), so time grows with the
+cube of the tokens. Keeping 1,024 tokens takes 0.2 s on a CPU once the matrix is computed."""
 
-_PARALLEL = 32768
-"""Elements from which on torch splits an operation between threads on a CPU."""
+_PARALLEL = 32768  # elements from which torch splits a CPU operation between threads
 
 _TRIED_FIRST = 8
-"""Tokens of the highest bounds, of which the best gain sets the bar: of 2,880 tokens 288 picks took 0.11 s, with one
-0.5 s."""
+"""Tokens with the highest bounds, whose best gain becomes the threshold: 288 picks of 2,880 tokens took 0.11 s; 0.5 s
+with a single token."""
 
 _PHRASES = (
     "Answer the question using a single word or phrase.",
@@ -47,7 +45,7 @@ _STOP_WORDS = {
 
 
 def keywords(text: str) -> str:
-    """The words of a question that say what to look at, joined by blanks; the text itself where none is left."""
+    """The question without stop words and answer instructions, or the text itself if nothing is left."""
     for phrase in _PHRASES:
         text = text.replace(phrase, "")
     words = [word for word in re.findall(r"\b\w+\b", text) if word.lower() not in _STOP_WORDS]
@@ -63,16 +61,16 @@ def coverage(
     vision_temperature: float = 0.2,
     alpha: float = 0.5,
 ) -> Tensor:
-    """How well each vision token covers each target: the query's tokens, and all vision tokens.
+    """How well each vision token covers each target: the query's tokens, then all vision tokens.
 
     Args:
-        projected: (n, D) vision tokens, as the decoder gets them.
-        tower: (n, C), what the projector makes them of.
+        projected: (n, D) vision tokens as the decoder gets them.
+        tower: (n, C), the projector's input.
         text: (m, D) embeddings of the query's tokens, m <= QUERY_TOKENS.
-        alpha: weight of the vision tokens, that of the query being 1.
+        alpha: weight of the vision tokens; the query's weight is 1.
 
     Returns:
-        (n, QUERY_TOKENS + n), at least fp32; columns of text tokens that the query does not have are 0.
+        (n, QUERY_TOKENS + n), at least fp32; columns m to QUERY_TOKENS - 1 are 0.
     """
     vision, query, of_tower = unit_rows(projected), unit_rows(text), unit_rows(tower)
     n, m = len(projected), len(text)
@@ -84,15 +82,10 @@ def coverage(
 
 
 def most_covering(covers: Tensor, kept: int, exclude: Sequence[int] = ()) -> Tensor:
-    """Greedy choice: each pick adds most to how well targets are covered, each by its best token; of equals the first.
+    """(B, n, targets) -> (B, kept) distinct indices, ascending: greedy maximum coverage.
 
-    Args:
-        covers: (B, n, targets), at least 0.
-        kept: at most n.
-        exclude: not all tokens; they are taken only after all others, in position order.
-
-    Returns:
-        (B, kept) distinct indices, ascending.
+    Each pick adds most to the sum over targets of their best cover by any pick; ties go to the first. `covers` is >= 0.
+    Tokens in `exclude`, at most n - 1, are taken only after all others.
     """
     free = min(kept, covers.shape[1] - len(exclude))
     if covers.is_cpu:
@@ -105,7 +98,7 @@ def most_covering(covers: Tensor, kept: int, exclude: Sequence[int] = ()) -> Ten
 
 
 def _greedily(covers: Tensor, kept: int, exclude: Sequence[int]) -> Tensor:
-    """(B, n, targets) -> (B, kept) in the order of picking. Nothing is read back from the device."""
+    """(B, n, targets) -> (B, kept) in the order of picking. Picks stay on the device: the host never waits."""
     reached = covers.new_zeros(len(covers), 1, covers.shape[2])
     taken = covers.new_zeros(covers.shape[:2])  # -inf for what can't be picked
     if exclude:
@@ -122,11 +115,11 @@ def _greedily(covers: Tensor, kept: int, exclude: Sequence[int]) -> Tensor:
 
 
 def _lazily(covers: Tensor, kept: int, exclude: Sequence[int]) -> Tensor:
-    """The picks of `_greedily` for one image on a CPU (Minoux, Accelerated greedy algorithms, 1978).
+    """The same picks as `_greedily`, for one image on a CPU (Minoux, Accelerated greedy algorithms, 1978).
 
-    The more is reached, the less a token can add, also after rounding: what it would have added before is a bound, and
-    only tokens whose bound is as high as the best gain are looked at again. No step is split between threads: on a
-    machine that others use too, each pick would wait for a core several times.
+    A token's gain never grows, also after rounding. Its earlier gain is therefore an upper bound, and only tokens whose
+    bound reaches the best gain are computed again. Steps stay below torch's threshold for threads: on a shared machine
+    each pick would wait several times for a core.
     """
     (covers,) = covers
     n, targets = covers.shape
@@ -135,7 +128,7 @@ def _lazily(covers: Tensor, kept: int, exclude: Sequence[int]) -> Tensor:
     at_once = max(1, (_PARALLEL - 1) // targets)
 
     def gains(tokens: Tensor) -> Tensor:
-        rows = covers.index_select(0, tokens)  # `covers[tokens]` is split between threads however few they are
+        rows = covers.index_select(0, tokens)  # `covers[tokens]` would always use threads
         return rows.sub_(reached).clamp_(min=0).sum(dim=-1)
 
     picks = []
@@ -151,7 +144,7 @@ def _lazily(covers: Tensor, kept: int, exclude: Sequence[int]) -> Tensor:
 
 
 class MMTok(AfterProjector):
-    """The text that is compared with is the decoder's own embedding of the query, so that no other model is needed."""
+    """Compares with the decoder's own embeddings of the query, so no text encoder is needed."""
 
     name = "mmtok"
     summary = "Keeps the vision tokens that cover the words of the question, and the image, best."
@@ -183,13 +176,12 @@ class MMTok(AfterProjector):
         return removed
 
     def query_texts(self, query: str) -> list[str]:
-        """Words one by one, as the authors tokenize keywords; a question in one piece."""
+        """Keywords one by one, as the authors tokenize them; a question in one piece."""
         if self.query_form == "keywords":
             return keywords(query).split()
         return [f"Question: {query}"] if query.strip() else []
 
     def reduce(self, x: Tensor, plan: Plan, width: int | None = None, seen: Seen = ONLY_TOKENS) -> Reduced:
-        """See `AfterProjector`. As many images pick together as `AT_ONCE` has room for."""
         assert seen.tower is not None
         n, temperature = x.shape[1], TEXT_TEMPERATURE[self.query_form]
         queries = seen.queries or [x.new_empty(0, x.shape[2])] * len(x)

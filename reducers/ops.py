@@ -1,4 +1,4 @@
-"""Operations that can have a faster twin on a device: the torch reference runs until another one is chosen."""
+"""Operations with an interchangeable implementation: the torch reference runs until a faster twin is chosen."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ R = TypeVar("R")
 
 
 class Op(Generic[P, R]):
-    """Decorates a torch function, the reference; what is called is that or the twin in use, of the same signature.
-
-    Attributes:
-        reference: the decorated function.
-    """
+    """Decorates a torch function, the `reference`. Calls run it, or a twin of the same signature."""
 
     def __init__(self, reference: Callable[P, R]) -> None:
         self.reference = self._run = reference
@@ -25,5 +21,5 @@ class Op(Generic[P, R]):
         return self._run(*args, **kwargs)
 
     def use(self, twin: Callable[P, R] | None) -> None:
-        """From now on, in the whole process, calls run `twin`; None: the reference."""
+        """Make all calls in this process run `twin`; None: the reference."""
         self._run = self.reference if twin is None else twin

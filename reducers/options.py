@@ -1,4 +1,4 @@
-"""Fields of `reduction`: each is stated once, and its check, JSON Schema and messages follow from that."""
+"""Fields of `reduction`: a field's declaration gives its check, JSON Schema and error messages."""
 
 from __future__ import annotations
 
@@ -17,28 +17,19 @@ Value = str | bool | int | tuple[int, ...] | None
 
 @dataclass(frozen=True)
 class Field(ABC, Generic[_T]):
-    """A field of `reduction`.
-
-    Attributes:
-        name: of the field.
-        default: its value where it is left out; None if the server or another field decides.
-        summary: half a sentence for users.
-    """
-
     name: str
-    default: Any
-    summary: str
+    default: Any  # None: the server or another field decides
+    summary: str  # half a sentence for users
 
     @abstractmethod
     def parse(self, value: object) -> _T:
-        """The checked value of a JSON value; raises InvalidReduction with the field's name."""
+        """Check a JSON value; raises InvalidReduction with the field's name."""
 
     @abstractmethod
     def values(self) -> dict[str, Any]:
-        """JSON Schema of the values."""
+        """JSON Schema of the values, without default and description."""
 
     def schema(self) -> dict[str, Any]:
-        """JSON Schema of the field."""
         default = {} if self.default is None else {"default": to_json(self.default)}
         return self.values() | default | {"description": self.summary}
 
@@ -60,8 +51,6 @@ class Share(Field[float]):
 
 @dataclass(frozen=True)
 class Count(Field[int]):
-    """A number of tokens."""
-
     least: int
 
     def parse(self, value: object) -> int:
@@ -85,8 +74,6 @@ class Flag(Field[bool]):
 
 @dataclass(frozen=True)
 class Text(Field[str]):
-    """A text of the user's."""
-
     longest: int
 
     def parse(self, value: object) -> str:
@@ -104,16 +91,16 @@ class Text(Field[str]):
 
 
 class Option(Field[_T]):
-    """A field that only some methods take: an integer on its way to the model."""
+    """A field that only some methods take. Plans carry its value as an integer."""
 
     @property
     @abstractmethod
     def count(self) -> int:
-        """How many values it has, of all options of a method multiplied 2**63 at most."""
+        """Number of possible values; the product over a method's options must not exceed 2**63."""
 
     @abstractmethod
     def to_int(self, value: _T) -> int:
-        """The value as an integer in [0, count)."""
+        """An integer in [0, count)."""
 
     @abstractmethod
     def from_int(self, code: int) -> _T:
@@ -122,8 +109,6 @@ class Option(Field[_T]):
 
 @dataclass(frozen=True)
 class Choice(Option[str]):
-    """One of several words."""
-
     words: tuple[str, ...]
 
     def parse(self, value: object) -> str:
@@ -159,8 +144,6 @@ class FlagOption(Flag, Option[bool]):
 
 @dataclass(frozen=True)
 class Number(Option[int]):
-    """An integer within bounds."""
-
     least: int
     most: int
 
@@ -213,7 +196,7 @@ class Layers(Option[tuple[int, ...]]):
 
 
 def pack(options: Sequence[Option[Any]], values: Sequence[Value]) -> int:
-    """One integer of a value for each option; `unpack` is the inverse."""
+    """The values of all options as one integer; `unpack` is the inverse."""
     code = 0
     for option, value in reversed([*zip(options, values, strict=True)]):
         code = code * option.count + option.to_int(value)
@@ -221,7 +204,6 @@ def pack(options: Sequence[Option[Any]], values: Sequence[Value]) -> int:
 
 
 def unpack(options: Sequence[Option[Any]], code: int) -> tuple[Value, ...]:
-    """The values that `pack` was given."""
     values: list[Value] = []
     for option in options:
         code, own = divmod(code, option.count)
@@ -234,6 +216,6 @@ def to_json(value: object) -> object:
 
 
 def parse_options(options: Sequence[Option[Any]], given: dict[str, object]) -> tuple[tuple[str, Value], ...]:
-    """The given fields that differ from their defaults, checked, in the order of `options`."""
+    """Check the given fields; returns those that differ from their defaults, in the order of `options`."""
     parsed = [(option, option.parse(given[option.name])) for option in options if option.name in given]
     return tuple((option.name, value) for option, value in parsed if value != option.default)

@@ -1,7 +1,6 @@
-"""What is done to one grid of vision tokens, in integers: the one place where token counts are computed.
+"""The reduction of one grid of vision tokens: the only place where token counts are computed.
 
-The prompt's placeholders depend on the counts, so they are decided before the encoder runs, and nobody computes them
-again.
+The prompt's placeholders depend on the counts, so they are computed before the encoder runs.
 """
 
 from __future__ import annotations
@@ -21,27 +20,22 @@ from foldserve.reducers.schedule import fold_schedule, least_ratio
 
 __all__ = ["InvalidReduction", "Plan", "Reduction", "VisionGeometry", "fold_schedule", "make_plan", "tokens_to_remove"]
 
-CODES = ("none", *METHODS)
-"""What stands for a method in integers is its place here."""
+CODES = ("none", *METHODS)  # a method's integer code is its index
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The counts of one grid; plans with equal integers are equal.
+    """The counts of one grid. On one model, `to_ints` determines the plan.
 
     Attributes:
-        method: that works before the decoder: a name in `METHODS`, or "none" if nothing is removed there.
-        encoded: tokens that the encoder gives the decoder without reduction.
-        removed: how many of them go before the decoder.
-        steps: of the method; they remove `removed` tokens.
-        options: a value for each of the method's options.
-        grid: (rows, columns) of the kept tokens, of methods that keep a grid.
-        whole_grid: of those methods, (rows, columns) without reduction.
-        frames: of the video that is the grid, see `VisionGeometry.frames`.
-        seed: of methods that draw at random.
+        method: method before the decoder: a name in `METHODS`, or "none" if nothing is removed there.
+        encoded: vision tokens without reduction.
+        removed: tokens that the steps remove before the decoder.
+        grid, whole_grid: (rows, columns) with and without reduction, for methods that keep a grid.
+        frames: see `VisionGeometry.frames`.
     """
 
-    INTS: ClassVar[int] = 5  # of `to_ints`
+    INTS: ClassVar[int] = 5  # length of `to_ints`
 
     method: str
     encoded: int
@@ -55,46 +49,39 @@ class Plan:
 
     @property
     def kept(self) -> int:
-        """Tokens that the decoder gets."""
         return self.encoded - self.removed
 
     @property
     def is_identity(self) -> bool:
-        """Nothing is removed before the decoder."""
         return self.removed == 0
 
     @property
     def reducer(self) -> Method | None:
-        """The method with its options; None where nothing is removed."""
         return None if self.is_identity else configured(self.method, self.options)
 
     @property
     def folds(self) -> tuple[int, ...]:
-        """Tokens that each step removes."""
         return tuple(step.removed for step in self.steps)
 
     def removed_in(self, layer: int) -> tuple[int, ...]:
-        """Tokens that each step in this tower layer removes."""
         return tuple(step.removed for step in self.steps if step.layer == layer)
 
     @property
     def is_seeded(self) -> bool:
-        """The method draws at random, seeded by the image."""
         return self.reducer is not None and self.reducer.seeded
 
     def with_seed(self, seed: int) -> Plan:
-        """The same plan for an image of this seed."""
         return replace(self, seed=seed)
 
     def to_ints(self) -> tuple[int, ...]:
-        """As many integers for every plan; `from_ints` of the same release reads them."""
+        """`INTS` integers; only `from_ints` of the same release can read them."""
         options = METHODS[self.method].options if self.method != "none" else ()
         code = pack(options, self.options)
         return CODES.index(self.method), self.encoded, self.removed, self.seed, code
 
     @classmethod
     def from_ints(cls, ints: Sequence[int], geometry: VisionGeometry) -> Plan:
-        """The plan that gave these integers, on the same model."""
+        """Inverse of `to_ints`, on the same model."""
         method, _, removed, seed, code = ints
         plan = cls("none", geometry.tokens)
         if removed:
@@ -105,10 +92,10 @@ class Plan:
 
 @lru_cache(maxsize=4096)
 def make_plan(reduction: Reduction, geometry: VisionGeometry) -> Plan:
-    """Turn what was asked into counts for a grid of a model; what `item` asks for each grid of an image.
+    """Compute the plan of one grid; `item` combines the plans of an image's grids.
 
     Raises:
-        InvalidReduction: the grid has too few tokens for it, or the model is not one that the method works with.
+        InvalidReduction: the grid has too few tokens, or the method does not work with the model.
     """
     asked = configured(reduction.method, reduction.option_values)
     method = configured(asked.name, asked.settled(geometry, keeps_positions=reduction.positions == "keep"))
@@ -130,7 +117,7 @@ def _plan(method: Method, geometry: VisionGeometry, removed: int) -> Plan:
 
 
 def tokens_to_remove(reduction: Reduction, geometry: VisionGeometry) -> int:
-    """int(encoded * ratio), truncated as in the authors' code, or what is beyond keep_tokens."""
+    """int(encoded * ratio), truncated as in the authors' code, or encoded - keep_tokens."""
     encoded = geometry.tokens
     if reduction.keep_tokens is not None:
         if reduction.keep_tokens > encoded and geometry.varies:
@@ -153,7 +140,7 @@ def tokens_to_remove(reduction: Reduction, geometry: VisionGeometry) -> int:
 
 
 def _fit(reduction: Reduction, method: Method, geometry: VisionGeometry, removed: int) -> int:
-    """What the method really removes; an exact count or a square that it can't give is refused."""
+    """Tokens that the method will remove; raises if it cannot keep exactly `keep_tokens`, or a square number."""
     name = method.name
     try:
         fitting = method.removable(geometry, removed)

@@ -1,4 +1,4 @@
-"""Average pooling: the plain control of every merging method."""
+"""Average pooling: the control of every merging method."""
 
 from __future__ import annotations
 
@@ -21,18 +21,10 @@ if TYPE_CHECKING:
 
 
 def windows(x: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Tensor:
-    """Tokens of each window, in raster order as the windows themselves.
-
-    Args:
-        x: (B, n, ...), tokens of a grid in raster order.
-        grid: (rows, columns); n = rows * columns.
-        window: (rows, columns) of a window; divide those of the grid.
-
-    Returns:
-        (B, windows, tokens of a window, ...).
+    """(B, rows * columns, ...) -> (B, windows, tokens per window, ...), all in raster order.
 
     Raises:
-        ValueError: the grid has no whole number of windows.
+        ValueError: the window (rows, columns) does not divide the grid.
     """
     (rows, columns), (height, width) = grid, window
     if rows % height or columns % width:
@@ -42,7 +34,7 @@ def windows(x: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Tensor
 
 
 def pool(x: Tensor, grid: tuple[int, int], window: tuple[int, int]) -> Reduced:
-    """Mean of each window; see `windows`. Where they don't divide the grid, the last ones of it are smaller."""
+    """Mean of each window; see `windows`. If the window does not divide the grid, the last ones are smaller."""
     if grid[0] % window[0] or grid[1] % window[1]:
         return _pool_with_a_rest(x, grid, window)
     batch, n = x.shape[:2]
@@ -57,7 +49,7 @@ def _pool_with_a_rest(x: Tensor, grid: tuple[int, int], window: tuple[int, int])
 
     def means(some: Tensor) -> Tensor:
         image = at_least_fp32(some).mT.reshape(len(some), -1, *grid)  # (B, d, rows, columns)
-        return F.avg_pool2d(image, window, ceil_mode=True).flatten(2).mT  # divides by the tokens that there are
+        return F.avg_pool2d(image, window, ceil_mode=True).flatten(2).mT  # smaller windows divide by their own size
 
     row, column = torch.arange(rows, device=x.device), torch.arange(columns, device=x.device)
     first_row, first_column = row[::height].unsqueeze(1), column[::width]
@@ -71,8 +63,8 @@ def _pool_with_a_rest(x: Tensor, grid: tuple[int, int], window: tuple[int, int])
 class Pool(AfterTower):
     """One mean per window.
 
-    The counts that whole windows give are the only ones. Where an image's size decides its grid, the smallest window
-    is taken that leaves no more tokens than asked for, and the last ones of a row or column may be smaller.
+    On a fixed grid, only counts from whole windows are possible. If the grid depends on the image's size, the smallest
+    window that leaves no more tokens than asked for is taken, and the last windows of a row or column may be smaller.
     """
 
     name = "pool"
@@ -108,7 +100,7 @@ class Pool(AfterTower):
         return pool(x, plan.whole_grid, next(window for window, grid in windows if grid == plan.grid))
 
     def _grids(self, geometry: VisionGeometry) -> dict[int, tuple[int, int]]:
-        """Tokens left, at least two -> (rows, columns) of them, for every window that may be taken."""
+        """Number of tokens left, at least two -> their (rows, columns), for every possible window."""
         assert geometry.grid is not None  # see check
         rows, columns = geometry.grid
         return {
@@ -118,7 +110,7 @@ class Pool(AfterTower):
         }
 
     def _windows(self, whole: tuple[int, int]) -> list[tuple[tuple[int, int], tuple[int, int]]]:
-        """Windows, and the grids that they leave of a whole one, the smallest first."""
+        """Windows and the grids that they leave of `whole`, the smallest window first."""
         rows, columns = whole
         sizes = [(k if self.window == "square" else 1, k) for k in range(2, max(whole) + 1)]
         return [((height, width), (ceil(rows / height), ceil(columns / width))) for height, width in sizes]

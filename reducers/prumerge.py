@@ -1,6 +1,6 @@
 """LLaVA-PruMerge: Adaptive Token Reduction for Efficient Large Multimodal Models.
 
-With a fixed count: the authors' adaptive one depends on the image, so that the prompt would have to wait for the tower.
+The count is fixed: the authors' adaptive count depends on the image, so the prompt would have to wait for the tower.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ _NEIGHBOURS = 32
 
 
 def most_attended(attention: Tensor, count: int) -> Tensor:
-    """(B, n) -> (B, count): indices by descending attention, of equals the earlier first."""
+    """(B, n) -> (B, count): indices by descending attention; ties go to the earlier token."""
     return attention.argsort(dim=-1, descending=True, stable=True)[:, :count]
 
 
 def prumerge(x: Tensor, attention: Tensor, selected: Tensor, cosine: Tensor) -> Reduced:
-    """Add to each selected token those with the most similar keys; one token more takes up all that was not selected.
+    """Add to each selected token its neighbours, and sum all unselected tokens into one more.
 
-    A selected token becomes itself plus its 32 nearest others (all, where there are fewer), selected ones too, each
-    times its attention: not a mean, and one token may go into several. As in the authors' code.
+    As in the authors' code, a selected token becomes itself plus the attention-weighted sum of up to 32 tokens with the
+    most similar keys, selected ones included. This is not a mean, and a token may contribute to several sums.
 
     Args:
         x: (B, n, d), any float dtype, patches without the class token.
-        attention: (B, n), of the class token to the patches, all heads as one.
-        selected: (B, m), 1 <= m < n distinct patches, in the order that they come out in.
-        cosine: (B, m, n), of the keys of the selected ones to all.
+        attention: (B, n), from the class token to the patches, heads concatenated.
+        selected: (B, m), 1 <= m < n distinct patches, in output order.
+        cosine: (B, m, n), between the keys of selected and all patches.
 
     Returns:
-        m + 1 tokens; `group` sends what was not selected to the last one, whose `source` is the most attended of it.
+        m + 1 tokens. The last one's `group` is all unselected tokens; its `source` is the most attended of them.
     """
     n, m = x.shape[1], selected.shape[1]
-    cosine = cosine.scatter(2, selected.unsqueeze(-1), -torch.inf)  # not its own neighbour
+    cosine = cosine.scatter(2, selected.unsqueeze(-1), -torch.inf)  # a token is not its own neighbour
     nearest = cosine.argsort(dim=-1, descending=True, stable=True)[..., : min(_NEIGHBOURS, n - 1)]
     bags = torch.cat([selected.unsqueeze(-1), nearest], dim=-1)  # (B, m, 33)
     weights = attention.unsqueeze(1).expand(-1, m, -1).gather(2, bags)
@@ -58,15 +58,9 @@ def prumerge(x: Tensor, attention: Tensor, selected: Tensor, cosine: Tensor) -> 
 
 
 def weighted_sums(x: Tensor, members: Tensor, weights: Tensor) -> Tensor:
-    """Sum weights[b, i, j] * x[b, members[b, i, j]] over j, in this order and in at least fp32.
+    """(B, m, d): sum of weights[b, i, j] * x[b, members[b, i, j]] over j, in order and in at least fp32.
 
-    Args:
-        x: (B, n, d).
-        members: (B, m, k) indices of n.
-        weights: (B, m, k).
-
-    Returns:
-        (B, m, d); (B, m, k, d) is never held.
+    `members` and `weights` are (B, m, k); (B, m, k, d) is never held.
     """
     batch, n, width = x.shape
     values = at_least_fp32(x).reshape(-1, width)
@@ -76,15 +70,14 @@ def weighted_sums(x: Tensor, members: Tensor, weights: Tensor) -> Tensor:
 
 
 def _all_of(x: Tensor) -> Tensor:
-    """(B, 1, n): all indices."""
+    """(B, 1, n) indices."""
     return torch.arange(x.shape[1], device=x.device).expand(x.shape[0], 1, -1)
 
 
 class PruMerge(InTower):
-    """In the last layer that runs, with its own queries and keys; the MLP follows on what is left.
+    """Works in the last layer that runs, between attention and MLP, with that layer's queries and keys.
 
-    The authors take queries and keys of the layer after, which LLaVA does not run for anything else, and merge its
-    input.
+    The authors merge the input of the next layer by its queries and keys, but LLaVA does not run that layer.
     """
 
     name = "prumerge"

@@ -15,21 +15,13 @@ if TYPE_CHECKING:
 
 
 def draw(n: int, kept: int, seed: int) -> Tensor:
-    """`kept` of n indices, ascending, on the CPU: (kept,) int64; the same for a seed on every machine."""
+    """(kept,) int64 of n indices, ascending, on the CPU; a seed gives the same draw on every machine."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(n, generator=generator)[:kept].sort().values
 
 
 def keep(x: Tensor, kept: Tensor) -> Reduced:
-    """Keep some tokens as they are.
-
-    Args:
-        x: (B, n, d).
-        kept: (m,), or (B, m), distinct indices, ascending.
-
-    Returns:
-        m tokens of size 1; `group` is -1 for what was dropped.
-    """
+    """Keep the tokens at the distinct ascending indices `kept`, (m,) or (B, m), and drop the others."""
     source = _sent(kept, x.device).expand(x.shape[0], -1)
     slots = torch.arange(kept.shape[-1], device=x.device).expand_as(source)
     group = source.new_full(x.shape[:2], -1).scatter_(1, source, slots)
@@ -38,14 +30,14 @@ def keep(x: Tensor, kept: Tensor) -> Reduced:
 
 
 def _sent(x: Tensor, device: torch.device) -> Tensor:
-    """On the device. A GPU copies pinned memory while the host goes on, which for other memory it can't."""
+    """Copy to the device without waiting for it, which needs pinned memory on a GPU."""
     if x.device == device:
         return x
     return (x.pin_memory() if torch.cuda.is_available() else x).to(device, non_blocking=True)
 
 
 class Random(AfterTower):
-    """The image decides the draw, so that equal requests get equal answers."""
+    """Seeds the draw by the image, so that equal requests get equal answers."""
 
     name = "random"
     summary = "Keeps vision tokens drawn at random, the same ones for the same image; the control of every method."

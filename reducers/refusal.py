@@ -1,4 +1,4 @@
-"""The one error of this package: a reduction that cannot be done."""
+"""The only error type of this package."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ class InvalidReduction(ValueError):
     """A reduction that cannot be done. The message says what came and what to do.
 
     Attributes:
-        param: the field at fault, such as "ratio"; "" if it is the whole.
+        param: the invalid field, such as "ratio"; "" if no single field is at fault.
     """
 
     def __init__(self, message: str, param: str = "") -> None:

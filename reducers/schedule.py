@@ -1,4 +1,4 @@
-"""Integer schedules: how many tokens each step of a method removes. Pure Python, known before the encoder runs."""
+"""How many tokens each step of a method removes."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from math import ceil
 
 @lru_cache(maxsize=4096)
 def fold_schedule(tokens: int, removed: int) -> tuple[int, ...]:
-    """Tokens that each fold of FOLDER removes, when `removed` of `tokens` have to go.
+    """Tokens that each fold of FOLDER removes, to remove `removed` in total.
 
-    One fold takes at most (tokens - 1) // 2, as in the authors' code (their paper writes floor(tokens / 2)); what is
-    left goes to the next fold, "reduction overflow" in the paper.
+    One fold removes at most (tokens - 1) // 2, as in the authors' code (the paper says floor(tokens / 2)). The rest
+    goes to the next fold, the paper's "reduction overflow".
 
     Raises:
-        ValueError: fewer than two tokens would stay; a fold cannot go below two.
+        ValueError: fewer than two tokens would stay.
     """
     if not 0 <= removed <= max(tokens - 2, 0):
         raise ValueError(f"cannot fold {removed} of {tokens} tokens away: between 0 and {max(tokens - 2, 0)} can go")
@@ -27,11 +27,11 @@ def fold_schedule(tokens: int, removed: int) -> tuple[int, ...]:
 
 
 def even_schedule(removed: int, layers: int) -> tuple[int, ...]:
-    """The same number in every layer; where that does not come out even, one more in the earlier ones."""
+    """The same number in every layer, and a remainder one by one in the first layers."""
     each, more = divmod(removed, layers)
     return (each + 1,) * more + (each,) * (layers - more)
 
 
 def least_ratio(tokens: int, kept: int) -> float:
-    """The least ratio with four digits that removes all but `kept` tokens."""
+    """The smallest ratio with four digits that leaves `kept` tokens."""
     return ceil(1e4 * (tokens - kept) / tokens) / 1e4

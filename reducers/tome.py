@@ -1,4 +1,4 @@
-"""Token Merging: Your ViT But Faster, and Turbo, which is ToMe with the class token's attention in the score."""
+"""Token Merging: Your ViT But Faster (ToMe), and Turbo: ToMe with the class token's attention in the score."""
 
 from __future__ import annotations
 
@@ -22,19 +22,14 @@ def tome(
 ) -> Reduced:
     """Merge the r even tokens with the most similar keys into their odd partners, between attention and MLP.
 
-    The remaining even tokens come first, then all the odd ones. Without a class token the former are in the order of
-    their scores, best first, since the authors' code sorts them by position only to keep the class token first.
+    Unmerged even tokens come first, then all odd ones. Without a class token the even ones are sorted by score, best
+    first: the authors' code sorts them by position only to keep the class token first.
 
     Args:
         x: (B, n, d), any float dtype.
         keys: (B, n, d_k), mean over heads of the layer's key projections.
         sizes: (B, n) int64, original tokens in each token.
-        r: tokens to remove, at most n // 2, with a class token (n - 1) // 2.
-        class_token: token 0 is the class token, which stays alone and first.
-        penalty: (B, n), subtracted from a token's score; see `fold`.
-
-    Returns:
-        n - r tokens, each the mean of its original ones.
+        r, class_token, penalty: see `fold`.
     """
     order: Order = "unmerged_first" if class_token else "best_unmerged_first"
     step = fold(keys, r, order=order, class_token=class_token, penalty=penalty)
@@ -42,17 +37,15 @@ def tome(
 
 
 def turbo(x: Tensor, keys: Tensor, cls_attention: Tensor, sizes: Tensor, r: int, *, alpha: float = 10.0) -> Reduced:
-    """`tome` with 30 alpha times the class token's attention taken off a token's score.
+    """`tome` with 30 * alpha * `cls_attention` subtracted from the scores; the factor 30 is from the authors' code.
 
-    Args:
-        cls_attention: (B, n), softmaxed, mean over heads.
-        alpha: weight of the attention, for the 30 times of which see the authors' code.
+    `cls_attention` is (B, n), softmaxed, mean over heads.
     """
     return tome(x, keys, sizes, r, class_token=True, penalty=30 * alpha * at_least_fp32(cls_attention))
 
 
 class ToMe(InTower):
-    """As many tokens in every layer that sees the whole image, with proportional attention in the layers after."""
+    """Removes tokens evenly over all layers that see the whole image, with proportional attention after each."""
 
     name = "tome"
     summary = "Merges vision tokens with similar keys, some in every layer of the tower."
@@ -83,8 +76,6 @@ class ToMe(InTower):
 
 
 class Turbo(ToMe):
-    """The same for towers with a class token."""
-
     name = "turbo"
     summary = "Merges vision tokens with similar keys that CLIP's class token hardly attends to, in every layer."
     paper = "Turbo: Informativity-Driven Acceleration Plug-In for Vision-Language Large Models"
@@ -97,7 +88,7 @@ class Turbo(ToMe):
 
 
 def _fits(geometry: VisionGeometry, removed: int) -> bool:
-    """No layer has to merge more than half of the patches that are left."""
+    """Whether no layer would have to merge more than half of the patches left."""
     left = geometry.tokens
     for r in even_schedule(removed, len(geometry.reducing_layers)):
         if r > left // 2:

@@ -1,6 +1,6 @@
 """Video Compression Commander: Plug-and-Play Inference Acceleration for Video Large Language Models (VidCom2).
 
-Keeps the tokens that are least like the mean of the video and of their frame; frames unlike the rest keep more.
+Keeps the tokens least similar to the mean of the video and of their frame. Distinct frames keep more tokens.
 """
 
 from __future__ import annotations
@@ -20,16 +20,15 @@ from foldserve.reducers.random import keep
 if TYPE_CHECKING:
     from foldserve.reducers.plan import Plan
 
-_WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2)
-"""Variances of the Gaussians."""
+_WIDTHS = (1 / 8, 1 / 4, 1 / 2, 1, 2)  # variances of the Gaussians
 
 _TEMPERATURE = 0.01
 
 
 def likeness(x: Tensor, frames: int) -> tuple[Tensor, Tensor]:
-    """How much each token is like the mean of its video, and of its frame: a sum of Gaussians of the distance.
+    """Similarity of each token to the mean of its video and of its frame: a sum of Gaussians of the distance.
 
-    Measured on normalised tokens, in the half of the channels that varies least over the video.
+    Compares normalised tokens on the half of the channels with the least variance over the video.
 
     Args:
         x: (B, frames * n, d), any float dtype, frame by frame.
@@ -49,14 +48,9 @@ def likeness(x: Tensor, frames: int) -> tuple[Tensor, Tensor]:
 
 
 def budgets(to_video: Tensor, retention: float) -> Tensor:
-    """How many tokens each frame keeps, at least one: more where it is less like the video.
+    """(B, frames, n) similarities to the video -> (B, frames) int64 tokens that each frame keeps, at least one.
 
-    Args:
-        to_video: (B, frames, n) of `likeness`.
-        retention: share of the video's tokens that stays.
-
-    Returns:
-        (B, frames) int64, whose sum is near retention * frames * n.
+    Frames less similar to the video keep more. The sum is near retention * frames * n.
     """
     n = to_video.shape[-1]
     share = (-to_video.mean(dim=-1) / _TEMPERATURE).softmax(dim=-1)
@@ -65,7 +59,7 @@ def budgets(to_video: Tensor, retention: float) -> Tensor:
 
 
 def within(score: Tensor, budget: Tensor) -> Tensor:
-    """The tokens of lowest score in each frame, of equals the earlier ones: (B, frames, n), (B, frames) -> bool."""
+    """(B, frames, n), (B, frames) -> bool: the tokens of lowest score in each frame; ties go to the earlier token."""
     order = score.argsort(dim=-1, stable=True)
     rank = torch.empty_like(order).scatter_(
         -1, order, torch.arange(score.shape[-1], device=score.device).expand_as(order)
@@ -74,33 +68,28 @@ def within(score: Tensor, budget: Tensor) -> Tensor:
 
 
 def vidcom2(x: Tensor, frames: int, kept: int, retention: float | None = None) -> Tensor:
-    """The tokens that stay: within the frames' budgets, and then so many more or fewer, by score, that `kept` stay.
+    """(B, frames * n, d) -> (B, kept) int64 indices of the tokens that stay, ascending.
 
-    Args:
-        x: (B, frames * n, d), any float dtype, frame by frame.
-        kept: at most frames * n.
-        retention: that the budgets are made of; None: kept / (frames * n).
-
-    Returns:
-        (B, kept) int64 indices, ascending.
+    Tokens within the frames' budgets come first, then the others by score, until exactly `kept` are chosen.
+    `retention` for the budgets is kept / (frames * n) by default.
     """
     to_video, to_frame = likeness(x, frames)
     score = to_video + to_frame
     chosen = within(score, budgets(to_video, kept / x.shape[1] if retention is None else retention))
     by_score = score.flatten(1).argsort(dim=-1, stable=True)
-    first = (~chosen.flatten(1).gather(1, by_score)).byte().argsort(dim=-1, stable=True)  # those within the budgets
+    first = (~chosen.flatten(1).gather(1, by_score)).byte().argsort(dim=-1, stable=True)  # within the budgets first
     return by_score.gather(1, first[:, :kept]).sort(dim=-1).values
 
 
 def _steadiest(x: Tensor) -> Tensor:
-    """(B, n, d) -> (B, d // 2): the channels of least variance over the tokens, ascending; of equals the first."""
+    """(B, n, d) -> (B, d // 2): the channels of least variance over the tokens, ascending; ties go to the first."""
     parts = torch.split(x, fold.columns_at_once(x), dim=-1)
     variance = torch.cat([fold.at_least_fp32(some).var(dim=1, correction=0) for some in parts], dim=-1)
     return variance.argsort(dim=-1, stable=True)[:, : max(1, x.shape[-1] // 2)].sort(dim=-1).values
 
 
 def _unit(x: Tensor, frames: int, channels: Tensor) -> Iterator[Tensor]:
-    """Normalised tokens on these channels, (B, some frames, n, d // 2)."""
+    """Normalised tokens on these channels, some frames at a time: (B, some frames, n, d // 2)."""
     for some in torch.split(x.view(len(x), frames, -1, x.shape[-1]), _frames_at_once(x, frames), dim=1):
         index = channels[:, None, None].expand(*some.shape[:3], -1)
         yield F.normalize(fold.at_least_fp32(some.gather(-1, index)), dim=-1)
@@ -117,7 +106,7 @@ def _gaussians(offset: Tensor) -> Tensor:
 
 
 class VidCom2(AcrossFrames):
-    """With an exact total, where the authors' depends on the video."""
+    """Keeps an exact number of tokens; in the authors' code the number depends on the video."""
 
     name = "vidcom2"
     summary = (

@@ -1,6 +1,6 @@
 """VisionZip: Longer is Better but Not Necessary in Vision Language Models.
 
-The patches that are attended to most stay as they are, the others are merged into a few.
+Keeps the patches that receive most attention and merges the others into a few.
 """
 
 from __future__ import annotations
@@ -25,25 +25,24 @@ if TYPE_CHECKING:
 
 
 def contextual_tokens(kept: int) -> int:
-    """How many of the tokens that stay are merged ones: the authors' 10 of 64, 20 of 128 and 30 of 192."""
+    """How many of the kept tokens are merged ones: the authors' 10 of 64, 20 of 128 and 30 of 192."""
     return kept * 5 // 32
 
 
 def visionzip(x: Tensor, score: Tensor, keys: Tensor, dominant: int, contextual: int) -> Reduced:
-    """Keep the `dominant` tokens of highest score, and merge the others into `contextual` ones.
+    """Keep the `dominant` tokens of highest score and merge the others into `contextual` ones; drop them if that is 0.
 
-    Every `others // contextual`-th of the others, from the first on, is a target; the last one may be far from the end.
-    Each of the rest goes to the target with the most similar key. A target becomes itself plus the mean of those that
-    came to it, which is no mean of the group, as in the authors' code.
+    As in the authors' code, targets are every `others // contextual`-th of the others, so the last target may be far
+    from the end. Each other token goes to the target with the most similar key, and a target becomes itself plus the
+    mean of those: not the mean of its group.
 
     Args:
         x: (B, n, d), any float dtype, in position order.
-        score: (B, n), attention that each token receives; infinite for a token that has to stay as it is.
+        score: (B, n), attention that each token receives; infinite for a token that has to stay unchanged.
         keys: (B, n, d_k), mean over heads of the layer's key projections.
 
     Returns:
-        The dominant tokens by position, then the contextual ones by position of their target, their `source`. Without
-        contextual tokens the others are dropped.
+        The dominant tokens by position, then the contextual ones by position of their target (`source`).
 
     Raises:
         ValueError: there are fewer others than contextual tokens.
@@ -65,7 +64,7 @@ def visionzip(x: Tensor, score: Tensor, keys: Tensor, dominant: int, contextual:
         nearest = (_rows(unit, rest) @ _rows(unit, targets).mT).max(dim=-1).indices  # (B, others)
     group = torch.zeros_like(score, dtype=torch.int64).scatter(1, rest, dominant + nearest).scatter(1, source, slots)
     sizes = group_sizes(group, dominant + contextual)
-    share = 1 / (sizes - 1).clamp_min(1).to(unit.dtype)  # of each that came to a target
+    share = 1 / (sizes - 1).clamp_min(1).to(unit.dtype)  # weight of each token that goes to a target
     weight = share.gather(1, group).scatter(1, source, 1.0)
     tokens = by_columns(x, dominant + contextual, lambda some: group_sum(some, group, sizes, weight))
     return Reduced(tokens, sizes, source, group)
@@ -77,11 +76,11 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
 
 
 class VisionZip(AfterLastLayer):
-    """By the class token's attention; by the attention that patches receive in a tower without one.
+    """Scores patches by the class token's attention, or by all attention received in a tower without class token.
 
-    The class token goes to the projector as one of the tokens that stay, as the authors have it. It has no position in
-    the image: where tokens keep their positions, one more patch stays instead. There, and on Qwen-VL, all tokens come
-    in position order, merged ones too.
+    As in the authors' code, the class token is one of the kept tokens. It has no position in the image, so one more
+    patch stays instead if tokens keep their positions. In that case, and on Qwen-VL, merged tokens too are in position
+    order.
     """
 
     name = "visionzip"

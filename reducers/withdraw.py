@@ -10,32 +10,21 @@ from foldserve.reducers.ops import Op
 
 
 def take_rows(rows: Tensor, positions: Tensor, hidden: Tensor, residual: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The rows of a step that enter the deep layers.
-
-    Args:
-        rows: (m,) int64, of the n rows.
-        positions: (n,) integers.
-        hidden, residual: (n, d) and (n, e).
-
-    Returns:
-        positions (m,), hidden (m, d), residual (m, e).
-    """
+    """The m rows of a step that enter the deep layers, of positions (n,), hidden (n, d) and residual (n, e)."""
     return positions[rows], hidden[rows], residual[rows]
 
 
 @Op
 def kv_slots(block_table: Tensor, request_of: Tensor, positions: Tensor, block_size: int, size: int) -> Tensor:
-    """Slot in the deep layers' KV cache of each row.
+    """KV cache slot of each row in the deep layers.
 
     Args:
-        block_table: (r, blocks) int32, of the requests that have a row.
-        request_of: (m,) int64, index of each row's request among those.
-        positions: (m,) int64, place of the row among its request's kept tokens; negative: it stores nothing.
-        block_size: tokens per block.
-        size: length of the result, at least m.
+        block_table: (r, blocks) int32, one row per request.
+        request_of: (m,) int64, each row's request.
+        positions: (m,) int64, each row's index among its request's kept tokens; negative if it stores nothing.
 
     Returns:
-        (size,) int64; -1 for what stores nothing, which all beyond m rows is.
+        (size,) int64, size >= m; -1 for rows that store nothing and for the padding after m.
     """
     blocks = block_table[request_of, positions // block_size].long()
     slots = (blocks * block_size + positions % block_size).masked_fill_(positions < 0, -1)
@@ -44,7 +33,7 @@ def kv_slots(block_table: Tensor, request_of: Tensor, positions: Tensor, block_s
 
 
 class Withdraw(Decoder):
-    """All vision tokens leave at layer K. The work is done where the KV cache is, in the engine."""
+    """All vision tokens leave at layer K. The engine does the work, since it owns the KV cache."""
 
     name = "withdraw"
     summary = "Drops all vision tokens from the decoder's layers from K on, and their KV cache with them (VTW)."
