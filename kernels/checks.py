@@ -1,6 +1,6 @@
 """Kernels against their torch references, for `foldserve gpu-check` and, in Triton's interpreter, the tests.
 
-Results are poisoned before a kernel runs: NaN and the largest integer are in every element that it does not write.
+Result memory is poisoned: elements that a kernel does not write hold NaN or the largest integer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Layout = Literal["contiguous", "sliced", "transposed"]
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Torch fills new memory in deterministic mode, for which some of its own CUDA operators only warn."""
+    """Deterministic mode, in which torch fills new memory; `warn_only` for CUDA operators that do not support it."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
@@ -40,12 +40,12 @@ def draw(shape: tuple[int, ...], seed: int, device: str, dtype: torch.dtype = to
 
 
 def integers(shape: tuple[int, ...], low: int, high: int, seed: int, device: str) -> Tensor:
-    """int64 in [low, high)."""
+    """int64 in [low, high), the same for a seed on every device."""
     return torch.randint(low, high, shape, generator=torch.Generator().manual_seed(seed)).to(device)
 
 
 def laid_out(x: Tensor, layout: Layout) -> Tensor:
-    """The same values, with other strides: a cut of something larger, or with the last dimension outside."""
+    """The same values with other strides: a slice of a larger tensor, or with the last dimension outermost."""
     if layout == "sliced":
         larger = x.new_full((x.shape[0], x.shape[1] + 1, *[size + 3 for size in x.shape[2:]]), torch.nan)
         view = larger[:, 1:] if x.dim() == 2 else larger[:, 1:, 1:-2]
@@ -54,7 +54,7 @@ def laid_out(x: Tensor, layout: Layout) -> Tensor:
 
 
 def check_match(device: str, n: int, width: int, dtype: torch.dtype, values: Values, layout: Layout) -> None:
-    """Scores to 1e-6 of fp64's, partners that fp64 finds as good to 1e-6; with exact arithmetic, the same partners."""
+    """Scores agree to 2e-6, partners are within 1e-6 of the best in fp64; the same partners if arithmetic is exact."""
     images = 3 if n < 200 else 1
     x, penalty = draw((images, n, width), n, device, dtype), laid_out(draw((images, n), 1, device), layout)
     if values == "few":  # cosines of +-1/4 in 16 channels are exact, and many are equal
@@ -82,7 +82,7 @@ def check_match(device: str, n: int, width: int, dtype: torch.dtype, values: Val
 
 
 def scores(shape: tuple[int, int], values: Values, device: str) -> Tensor:
-    """Random, or few of them so that most are equal, or with what is not finite."""
+    """Random; "few" different values, so that most are equal; or "nan", with values that are not finite."""
     if values == "random":
         return draw(shape, shape[1], device)
     few = integers(shape, 0, 3, shape[1], device).float() - 1  # -1, 0 and 1, and -0 below
@@ -114,8 +114,8 @@ def check_lowest_into_one(device: str, n: int, values: Values) -> None:
 
 
 def check_farthest_first(device: str, n: int, kept: int, values: Values) -> None:
-    """The same bits as in torch: a distance is one subtraction, and one product with weights."""
-    matrix = scores((3, n * n), values, device).view(3, n, n).clamp(-1, 1)  # NaN stays: that of a token that is none
+    """The same bits as torch: a distance is one subtraction, and one product with weights."""
+    matrix = scores((3, n * n), values, device).view(3, n, n).clamp(-1, 1)  # keeps NaN, as of tokens with NaN
     first, weight = integers((3, 1), 0, n, n, device), draw((3, n), 1, device).abs()
     weight[:, :: max(1, n // 4)] = 0
     for own in (None, weight):
@@ -129,7 +129,7 @@ def check_farthest_first(device: str, n: int, kept: int, values: Values) -> None
 
 
 def check_bound(device: str, n: int) -> None:
-    """Beyond the bound no kernel is launched: what would be is no kernel here."""
+    """Beyond the bound no kernel is launched: they are None here, so a launch would fail."""
     launched = selection._place, selection._lowest_into_one
     selection._place = selection._lowest_into_one = None
     try:
@@ -141,7 +141,7 @@ def check_bound(device: str, n: int) -> None:
 
 
 def check_bound_of_picks(device: str) -> None:
-    """As `check_bound`; memory for such a matrix is not needed to see that none is launched."""
+    """As `check_bound`, with a lower bound, since a matrix beyond the real one is large."""
     launched, most = picking._farthest_first, picking.MOST_TOKENS
     picking._farthest_first, picking.MOST_TOKENS = None, 32
     try:
@@ -153,7 +153,7 @@ def check_bound_of_picks(device: str) -> None:
 def check_groups(device: str, n: int, width: int, kept: int, dtype: torch.dtype, layout: Layout) -> None:
     """Sums and means within the error of fp32 sums, exact for small integers; NaN stays in its group."""
     group = integers((2, n), 0, kept, n, device)
-    group[:, :kept] = torch.arange(kept, device=device)  # none is empty
+    group[:, :kept] = torch.arange(kept, device=device)  # no group is empty
     sizes, weight = integers((2, n), 1, 9, 2, device), draw((2, n), 3, device).abs()
     counts = torch.zeros(2, kept, dtype=torch.int64, device=device).scatter_add_(1, group, torch.ones_like(group))
     x = laid_out(draw((2, n, width), n, device, dtype), layout)
@@ -185,7 +185,7 @@ def _sums(values: Tensor, group: Tensor, kept: int) -> Tensor:
 
 def check_slots(device: str, count: int, size: int, block_size: int) -> None:
     """Rows of 5 requests, some of which store nothing, and padding."""
-    table = integers((6, 40), 0, 1 << 20, 0, device).int()[1:, ::2]  # strides of something larger
+    table = integers((6, 40), 0, 1 << 20, 0, device).int()[1:, ::2]  # a slice of a larger table
     request_of, positions = (integers((count,), 0, high, 1, device) for high in (5, 20 * block_size))
     positions[::3] = -7  # any negative one
     with poisoned():
@@ -198,7 +198,7 @@ Method = Literal["folder", "folder_cls", "tome", "turbo", "illava", "divprune"]
 
 
 def reduction(method: Method, n: int, dtype: torch.dtype, device: str) -> Callable[[], Reduced]:
-    """A whole reduction of two images, with several folds where there are folds."""
+    """A whole reduction of two images; methods that fold do so several times."""
     x, keys = draw((2, n, 24), n, device, dtype), draw((2, n, 12), 1, device)
     attention, sizes = draw((2, n), 2, device).softmax(dim=-1), integers((2, n), 1, 5, 3, device)
     folds = fold_schedule(n, 2 * n // 3)
@@ -214,7 +214,7 @@ def reduction(method: Method, n: int, dtype: torch.dtype, device: str) -> Callab
 
 
 def check_method(device: str, method: Method, n: int, dtype: torch.dtype) -> None:
-    """Through the door: the same decisions as in torch, the same tokens but for rounding."""
+    """With the kernels that `ops.choose` selects: the same decisions as torch, the same tokens except for rounding."""
     reduce = reduction(method, n, dtype, device)
     expected = reduce()
     ops.choose(torch.device("cuda"), triton=True)  # in the interpreter too: this process runs checks only
@@ -230,7 +230,7 @@ def check_method(device: str, method: Method, n: int, dtype: torch.dtype) -> Non
 
 
 def check_wrong_twin(device: str) -> None:
-    """Fails: the results of a kernel that is not launched are poison."""
+    """Has to fail: without a launch the results are poison."""
     launch, groups._sum_groups = groups._sum_groups, {(3, 1, 2): lambda *args, **options: None}
     try:
         check_groups(device, 5, 4, 3, torch.float32, "contiguous")
@@ -312,7 +312,7 @@ CHECKS: list[tuple[Check, tuple[Any, ...]]] = [
     *((check_method, (method, 37, BF16 if method in ("folder", "illava") else FP32)) for method in get_args(Method)),
     (check_refusals, ()),
 ]  # fmt: skip
-"""Each with what follows the device in its call; sizes that are a multiple of nothing among them."""
+"""Checks with their arguments after `device`; some sizes are a multiple of nothing."""
 
 
 def name_of(check: Check, args: tuple[Any, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Sums and means of groups of tokens, without a sort, without atomics: the same bits on every run."""
+"""Sums and means of groups of tokens without sort or atomics: the same bits on every run."""
 
 from __future__ import annotations
 
@@ -10,21 +10,18 @@ from torch import Tensor
 from foldserve.kernels.inputs import at_most_fp32, image_stride
 
 BLOCK_TOKENS, COMPARED_WITH = 32, 128
-"""Tokens of a program of `_order_by_group`, and those that they are compared with at once; not tuned on a device."""
+"""Tokens per program of `_order_by_group`, and tokens that it compares them with at a time; not tuned on a device."""
 
 BLOCK_WIDTH, BLOCK_MEMBERS = 256, 8
-"""Channels of a program of `_sum_groups`, and tokens that it adds at once; not tuned on a device yet."""
+"""Channels per program of `_sum_groups`, and tokens that it adds at a time; not tuned on a device yet."""
 
 
 def group_mean(x: Tensor, group: Tensor, groups: int, sizes: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """`foldserve.reducers.fold.group_mean` in two launches; fp32 means of fp16, bf16 or fp32.
+    """`foldserve.reducers.fold.group_mean` in two launches; fp32 means of fp16, bf16 or fp32, TypeError for fp64.
 
-    First the tokens in the order of their groups, and where each group begins; then a program for each group, which
-    reads its own tokens only. Floor of memory traffic: x read once, B groups d x 4 bytes written. The reference is 11
-    to 14 operators of torch, each a launch or more, a stable sort among them.
-
-    Raises:
-        TypeError: x is in fp64.
+    The first launch orders tokens by group; the second has one program per group, which reads only its own tokens.
+    Minimum memory traffic: x read once, B groups d x 4 bytes written. The reference is 11 to 14 torch operators, each
+    at least a launch, with a stable sort among them.
     """
     total = group.new_empty(len(x), groups)
     return _launch(x, group, groups, sizes, total), total
@@ -80,13 +77,13 @@ def _order_by_group(
     BLOCK_TOKENS: tl.constexpr,
     COMPARED_WITH: tl.constexpr,
 ) -> None:
-    """Numbers are counted, in any order of threads: a token's place, by the tokens that come before it.
+    """Finds a token's place by counting the tokens before it, which no order of threads can change.
 
-    Writes (n,) `members`, the tokens group by group, in position order, and (groups + 1,) `offsets`, where each group
-    begins among them.
+    Writes `members` (n,), the tokens group by group in position order, and `offsets` (groups + 1,), where each group
+    begins in `members`.
     """
     image = tl.program_id(1).to(tl.int64)
-    own = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)  # a token, and the number of a group
+    own = tl.program_id(0) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)  # index of a token, and of a group
     own_group = tl.load(group + image * n + own, own < n, 0)
     place = tl.zeros((BLOCK_TOKENS,), tl.int32)
     offset = tl.zeros((BLOCK_TOKENS,), tl.int32)
@@ -118,10 +115,7 @@ def _sum_groups(
     BLOCK_WIDTH: tl.constexpr,
     BLOCK_MEMBERS: tl.constexpr,
 ) -> None:
-    """A program adds up its channels of one group.
-
-    With `total`, which it writes, it divides by the sum of the weights, which are integers then.
-    """
+    """A program sums some channels of one group. With `total` it also divides by the sum of the integer weights."""
     own, groups = tl.program_id(0), tl.num_programs(0)
     image = tl.program_id(2).to(tl.int64)
     c = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)

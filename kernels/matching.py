@@ -1,4 +1,4 @@
-"""Bipartite matching without its matrix of scores: cosines and their row maxima, tile by tile."""
+"""Bipartite matching without storing the score matrix: cosines and their row maxima, tile by tile."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from torch import Tensor
 from foldserve.kernels.inputs import at_most_fp32, image_stride
 
 BLOCK_EVEN, BLOCK_ODD, BLOCK_BYTES = 64, 64, 128
-"""Tokens, and bytes of each, that a program of `_match` holds at once: the least that Hopper's tensor cores multiply
+"""Tokens, and bytes per token, that a program of `_match` holds: the smallest tile that Hopper's tensor cores multiply
 asynchronously; not tuned on a device yet."""
 
-BLOCK_TOKENS, MOST_CHANNELS = 4, 1024
-"""What a program of `_norms` holds at once; not tuned on a device yet."""
+BLOCK_TOKENS, MOST_CHANNELS = 4, 1024  # that a program of `_norms` holds; not tuned on a device yet
 
-BLOCK_BEST = 256
-"""Even tokens of a program of `_best`; not tuned on a device yet."""
+BLOCK_BEST = 256  # even tokens per program of `_best`; not tuned on a device yet
 
 EPS = 1e-12  # torch.nn.functional.normalize
 
@@ -25,12 +23,10 @@ EPS = 1e-12  # torch.nn.functional.normalize
 def match(metric: Tensor, *, class_token: bool = False, penalty: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`foldserve.reducers.fold.match` in three launches; fp32 results of fp16, bf16 or fp32.
 
-    Norms once for each token; then a program for each tile of 64 even by 64 odd tokens, which keeps the best odd one of
-    each even one; then the best over the tiles, the first of equals. A tile reads its tokens once, so each token is
-    read n / 128 times, from the L2 cache. The reference is 6 or 7 operators of torch, each a launch or more; it writes
-    the normalised metric and the matrix of scores, B (n / 2)^2 x 4 bytes, and reads both again.
-
-    Products are exact and accumulated in fp32, fp16 and bf16 by tensor cores, fp32 in fp32.
+    First the norm of each token; then for each tile of 64 even by 64 odd tokens the best odd token of each even one;
+    then the best over the tiles. Each token is read n / 128 times, from the L2 cache. The reference is 6 or 7 torch
+    operators, each at least a launch; it writes and reads again the normalised metric and the score matrix,
+    B (n / 2)^2 x 4 bytes. Products accumulate in fp32: fp16 and bf16 on tensor cores, fp32 without TF32.
 
     Raises:
         TypeError: the metric is in fp64.
@@ -130,7 +126,7 @@ def _match(
     BLOCK_ODD: tl.constexpr,
     BLOCK_WIDTH: tl.constexpr,
 ) -> None:
-    """Of each even token, the best of the tile's odd ones; +inf stands for NaN, the largest as for torch.max."""
+    """Best odd token of the tile for each even one; +inf stands for NaN, which torch.max also treats as largest."""
     even, odd = (n + 1) // 2, n // 2
     image = tl.program_id(2).to(tl.int64)
     a = tl.program_id(0) * BLOCK_EVEN + tl.arange(0, BLOCK_EVEN)
@@ -143,12 +139,12 @@ def _match(
         c = first_channel + tl.arange(0, BLOCK_WIDTH)
         x = tl.load(a_rows + c[None, :] * channel_stride, (a < even)[:, None] & (c < width)[None, :], 0.0)
         y = tl.load(b_rows + c[:, None] * channel_stride, (b < odd)[None, :] & (c < width)[:, None], 0.0)
-        dot = tl.dot(x, y, dot, input_precision="ieee")  # TF32 would round fp32; others multiply as they are
+        dot = tl.dot(x, y, dot, input_precision="ieee")  # no TF32, which would round fp32 inputs
     b_norm = tl.load(norm + image * n + 2 * b + 1, b < odd, 1.0)
-    cosine = tl.math.div_rn(dot, b_norm[None, :])  # but for the even token's norm, which does not change its order
+    cosine = tl.math.div_rn(dot, b_norm[None, :])  # `_best` divides by the even token's norm: the order is the same
     cosine = tl.where(cosine == cosine, cosine, float("inf"))
     cosine = tl.where((b < odd)[None, :], cosine, float("-inf"))
-    best, best_b = tl.max(cosine, axis=1, return_indices=True)  # of equals the first
+    best, best_b = tl.max(cosine, axis=1, return_indices=True)  # ties go to the first
     to = (image * tl.num_programs(1) + tl.program_id(1)) * even + a
     tl.store(tile_score + to, best, a < even)
     tl.store(tile_partner + to, tl.program_id(1) * BLOCK_ODD + best_b, a < even)
@@ -181,7 +177,7 @@ def _best(
         of_tile = (image * tiles + tile) * even + a
         here = tl.load(tile_score + of_tile, a < even, float("-inf"))
         here_b = tl.load(tile_partner + of_tile, a < even, 0)
-        best_b = tl.where(here > best, here_b, best_b)  # of equals that of the earlier tile
+        best_b = tl.where(here > best, here_b, best_b)  # ties go to the earlier tile
         best = tl.maximum(here, best)
     result = tl.math.div_rn(best, tl.load(norm + image * n + 2 * a, a < even, 1.0))
     result = tl.where(best == float("inf"), float("nan"), result)

@@ -1,4 +1,4 @@
-"""The one door to the kernels: which operations of `foldserve.reducers` run in Triton, chosen once per process."""
+"""Chooses, once per process, whether operations of `foldserve.reducers` run as Triton kernels."""
 
 from __future__ import annotations
 
@@ -14,16 +14,15 @@ from foldserve.reducers.ops import Op
 from foldserve.reducers.withdraw import kv_slots
 
 OPS: tuple[Op[..., Any], ...] = (match, place, group_mean, group_sum, lowest_into_one, farthest_first, kv_slots)
-"""All that have a kernel."""
 
 
 def choose(device: torch.device, *, triton: bool) -> bool:
-    """From now on `OPS` run as Triton kernels, if wanted, `device` is a GPU and Triton is there; else as references.
+    """Make `OPS` run as Triton kernels if `triton`, `device` is a GPU and Triton is installed; else as references.
 
-    A process that chose the kernels can reduce on the GPU only. Calling it again chooses anew.
+    A process that runs the kernels can reduce only on the GPU. A later call chooses anew.
 
     Returns:
-        Whether kernels run: `warm_up` compiles them.
+        Whether kernels run; `warm_up` compiles them.
     """
     if triton and device.type == "cuda" and find_spec("triton"):
         _use_triton()
@@ -34,7 +33,7 @@ def choose(device: torch.device, *, triton: bool) -> bool:
 
 
 def _use_triton() -> None:
-    from foldserve.kernels import groups, matching, picking, rows, selection  # which import triton
+    from foldserve.kernels import groups, matching, picking, rows, selection  # these import triton
 
     match.use(matching.match)
     place.use(selection.place)

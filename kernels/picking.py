@@ -1,4 +1,4 @@
-"""Picks that depend on each other: one program for each image makes all of them, in one launch."""
+"""Sequential picks in one launch: one program per image makes all of them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,14 @@ from foldserve.kernels.inputs import at_most_fp32
 from foldserve.reducers import divprune
 
 MOST_TOKENS = 4096
-"""Of an image whose distances a program holds in registers; `reducers.cosines` holds no larger matrix."""
+"""Largest image whose distances fit into a program's registers; `reducers.cosines` holds no larger matrix."""
 
 
 def farthest_first(matrix: Tensor, first: Tensor, kept: int, weight: Tensor | None = None) -> Tensor:
-    """`foldserve.reducers.divprune.farthest_first` in one launch.
+    """`foldserve.reducers.divprune.farthest_first` in one launch; TypeError for fp64.
 
-    Floor of memory traffic: 4 n kept B bytes read, a row of the matrix for each pick. The reference is 5 operators of
-    torch for each pick, 8 with weights.
-
-    Raises:
-        TypeError: the matrix is in fp64.
+    Minimum memory traffic: 4 n kept B bytes read, a row of the matrix per pick. The reference is 5 torch operators per
+    pick, 8 with weights.
     """
     at_most_fp32(matrix)
     batch, n, _ = matrix.shape
@@ -44,7 +41,7 @@ def _farthest_first(
     kept: int,
     BLOCK: tl.constexpr,
 ) -> None:
-    """-inf is the distance of what is picked; the largest score is that of what is not a number, as for torch.max."""
+    """Picked tokens have distance -inf; NaN is the largest score, as for torch.max."""
     image = tl.program_id(0).to(tl.int64)
     index = tl.arange(0, BLOCK)
     inside = index < n
@@ -56,11 +53,11 @@ def _farthest_first(
     distance = tl.where(inside, float("inf"), float("-inf"))
     for k in range(1, kept):
         cosine = tl.load(matrix + pick.to(tl.int64) * n + index, inside, 0.0)
-        distance = tl.minimum(distance, 1.0 - cosine)  # where one is not a number, the other, as torch.fmin
+        distance = tl.minimum(distance, 1.0 - cosine)  # ignores NaN, as torch.fmin
         distance = tl.where(index == pick, float("-inf"), distance)
         score = distance
         if weight is not None:
             score = tl.where(distance == float("-inf"), distance, distance * own_weight)
         score = tl.where(score == score, score, float("inf"))
-        _, pick = tl.max(score, axis=0, return_indices=True)  # of equals the first
+        _, pick = tl.max(score, axis=0, return_indices=True)  # ties go to the first
         tl.store(picks + image * kept + k, pick.to(tl.int64))

@@ -1,4 +1,4 @@
-"""Withdrawal's work in a step: where the keys and values of the rows that enter the deep layers go."""
+"""KV cache slots of the rows that enter the deep layers, for withdrawal."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_ROWS = 256
-"""Rows of a program; not tuned on a device yet."""
+BLOCK_ROWS = 256  # per program; not tuned on a device yet
 
 
 def kv_slots(block_table: Tensor, request_of: Tensor, positions: Tensor, block_size: int, size: int) -> Tensor:
     """`foldserve.reducers.withdraw.kv_slots` in one launch instead of nine, in every step and KV cache group.
 
-    Floor of memory traffic: 20 bytes read per row, 8 written per slot.
+    Minimum memory traffic: 20 bytes read per row, 8 written per slot.
     """
     slots = positions.new_empty(size)
     if size:
@@ -33,7 +32,7 @@ def kv_slots(block_table: Tensor, request_of: Tensor, positions: Tensor, block_s
 
 @triton.jit(
     do_not_specialize=["count", "size", "request_stride", "block_size"],
-    do_not_specialize_on_alignment=["block_table", "request_of", "positions"],  # views of what a step copies at once
+    do_not_specialize_on_alignment=["block_table", "request_of", "positions"],  # views into one packed copy per step
 )
 def _kv_slots(
     block_table: tl.tensor,

@@ -1,8 +1,8 @@
-"""Which tokens go, and the places of those that stay: one program for each image, with all its scores in registers.
+"""Which tokens are removed, and the places of the others: one program per image, with all its scores in registers.
 
-Tokens are ranked by counting: the rank of a score is how many come before it. That is n^2 comparisons, which no order
-of threads can change, instead of a stable sort, which is several launches. One multiprocessor makes them all, so images
-of more than `MOST_TOKENS` are left to the references.
+The rank of a score is the number of scores before it, found by n^2 comparisons. No order of threads can change it, and
+it needs no stable sort, which takes several launches. One multiprocessor does all comparisons of an image, so images
+of more than `MOST_TOKENS` run as references.
 """
 
 from __future__ import annotations
@@ -18,22 +18,17 @@ from foldserve.reducers.fold import Fold, Order
 from foldserve.reducers.illava import IntoOne
 
 MOST_TOKENS = 1024
-"""Of an image that a program ranks. That many scores are a million comparisons on one multiprocessor, some 20 us by its
-clock rate; twice as many take four times as long, as much as the launches that the kernel saves. Towers of today give
-144 to 729 tokens a grid."""
+"""Largest image. 1,024 scores are a million comparisons, some 20 us on one multiprocessor by its clock rate. Twice as
+many scores would take as long as the launches that the kernel saves. Today's towers give 144 to 729 tokens per grid."""
 
-COMPARED_AT_ONCE = 1 << 13
-"""Comparisons that a program holds at once: what sm_90 has registers for; not tuned on a device yet."""
+COMPARED_AT_ONCE = 1 << 13  # comparisons that sm_90 has registers for; not tuned on a device yet
 
 
 def place(score: Tensor, partner: Tensor, n: int, k: int, order: Order) -> Fold:
-    """`foldserve.reducers.fold.place` in one launch.
+    """`foldserve.reducers.fold.place` in one launch; TypeError for fp64.
 
-    Floor of memory traffic: 6 n B bytes read, (3 n - 2 k) 8 B written. The reference is 19 operators
-    of torch, each a launch or more, a stable sort among them.
-
-    Raises:
-        TypeError: the scores are in fp64.
+    Minimum memory traffic: 6 n B bytes read, (3 n - 2 k) 8 B written. The reference is 19 torch operators, each at
+    least a launch, with a stable sort among them.
     """
     at_most_fp32(score)
     if n > MOST_TOKENS:
@@ -56,13 +51,10 @@ def place(score: Tensor, partner: Tensor, n: int, k: int, order: Order) -> Fold:
 
 
 def lowest_into_one(score: Tensor, r: int) -> IntoOne:
-    """`foldserve.reducers.illava.lowest_into_one` in one launch.
+    """`foldserve.reducers.illava.lowest_into_one` in one launch; TypeError for fp64.
 
-    Floor of memory traffic: 4 n B bytes read, (12 n + 16 (n - r)) B written. The reference is 17
-    operators of torch, each a launch or more, two stable sorts among them.
-
-    Raises:
-        TypeError: the scores are in fp64.
+    Minimum memory traffic: 4 n B bytes read, (12 n + 16 (n - r)) B written. The reference is 17 torch operators, each
+    at least a launch, with two stable sorts among them.
     """
     at_most_fp32(score)
     batch, n = score.shape
@@ -75,13 +67,13 @@ def lowest_into_one(score: Tensor, r: int) -> IntoOne:
 
 
 def _blocks(most: int) -> dict[str, int]:
-    """Of any image alike: sizes that went with n would be a variant of the kernel for each doubling of it."""
+    """The same sizes for every n: others would compile a variant of the kernel for each doubling of n."""
     return {"BLOCK": most, "CHUNK": COMPARED_AT_ONCE // most, "num_warps": 4 if most < 1024 else 8}
 
 
 @triton.jit
 def _keys(score: tl.tensor, index: tl.tensor, n: tl.tensor, DESCENDING: tl.constexpr) -> tl.tensor:
-    """int32 keys of scores, the least for the first; NaN is the highest score, as torch sorts, and -0 equals 0."""
+    """int32 keys in sorting order of the scores; NaN is the highest score, as in torch, and -0 equals 0."""
     value = tl.load(score + index, index < n, 0.0).to(tl.float32)
     bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
     key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
@@ -95,7 +87,7 @@ def _keys(score: tl.tensor, index: tl.tensor, n: tl.tensor, DESCENDING: tl.const
 def _rank(
     score: tl.tensor, n: tl.tensor, DESCENDING: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
 ) -> tl.tensor:
-    """(BLOCK,) int32: how many of n scores come before each; of equals the earlier does."""
+    """(BLOCK,) int32: how many of n scores come before each; ties by position."""
     own = tl.arange(0, BLOCK)
     own_key = _keys(score, own, n, DESCENDING)
     rank = tl.zeros((BLOCK,), tl.int32)
@@ -127,7 +119,7 @@ def _place(
     is_even, is_odd = index < even, index < odd
     rank = _rank(score + image * even, even, True, BLOCK, CHUNK)
     stays = is_even & (rank >= k)
-    staying = tl.cumsum(stays.to(tl.int32), axis=0)  # even tokens, up to and with this one
+    staying = tl.cumsum(stays.to(tl.int32), axis=0)  # unmerged even tokens up to and including this one
     if ORDER == "position":
         even_slot = staying - 1 + index
         odd_slot = staying + index

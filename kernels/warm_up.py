@@ -1,4 +1,4 @@
-"""Compiles what a server launches before it serves: Triton compiles a variant of a kernel when it is first launched."""
+"""Compiles the kernels before a server serves; Triton compiles a variant at its first launch."""
 
 from __future__ import annotations
 
@@ -17,31 +17,18 @@ _TOKENS = 16
 
 @dataclass(frozen=True, slots=True)
 class Widths:
-    """Of the tensors that a model reduces: variants differ by them, and by the dtype, not by how many tokens there are.
-
-    Attributes:
-        tower: of the vision tower.
-        head: of one of its heads.
-        projected: of what the projector gives, where methods after the tower see that; None: the tower's.
-        deciding: of those columns by which methods compare what the tower gives; None: all.
-        embedding: of what methods after the projector see; None: as methods after the tower.
-        decoder: of the decoder, where it withdraws tokens; else None.
-    """
+    """Widths of the tensors that a model reduces. Kernel variants depend on them and the dtype, not on token counts."""
 
     tower: int
-    head: int
-    projected: int | None = None
-    deciding: int | None = None
-    embedding: int | None = None
-    decoder: int | None = None
+    head: int  # of the tower
+    projected: int | None = None  # input of methods after the tower, if that is projected already; None: `tower`
+    deciding: int | None = None  # columns by which methods after the tower compare tokens; None: all
+    embedding: int | None = None  # input of methods after the projector; None: as after the tower
+    decoder: int | None = None  # None: the decoder does not withdraw tokens
 
 
 def warm_up(widths: Widths, dtype: torch.dtype, device: torch.device) -> None:
-    """Reduces some zeros by each method that has kernels, in as many ways as they are launched in.
-
-    Args:
-        dtype: of the model.
-    """
+    """Reduce zeros by each method that has kernels, in every way in which a server launches them."""
     x = torch.zeros(1, _TOKENS, widths.tower, dtype=dtype, device=device)
     keys = torch.zeros(1, _TOKENS, widths.head, dtype=torch.float32, device=device)
     score, sizes = keys[..., 0].contiguous(), torch.ones(1, _TOKENS, dtype=torch.int64, device=device)
