@@ -1,4 +1,4 @@
-"""How much the vision tower takes at once: what start-up measured, for the model and for the scheduler."""
+"""How much the vision tower encodes at a time: as much as start-up measured. For the model and the scheduler."""
 
 from __future__ import annotations
 
@@ -13,23 +13,17 @@ from foldserve.server.engine.families.registry import family_of
 
 
 class EncoderBudget(NamedTuple):
-    """What vLLM's profile run measures, of images or of videos: of what has most tokens.
+    """What vLLM's profile run measures, with the modality (image or video) that has the most tokens."""
 
-    Attributes:
-        tokens: that it encodes at once, before reduction.
-        images: of the largest size in a batch of so many tokens; frames of a model that takes videos alone.
-        cache_rows: embeddings that the encoder cache holds.
-    """
-
-    tokens: int
-    images: int
-    cache_rows: int
+    tokens: int  # encoded at a time, before reduction
+    images: int  # images of the largest size in such a batch; frames if the model takes only videos
+    cache_rows: int  # embeddings that the encoder cache holds
 
 
 def encoder_budget(vllm_config: VllmConfig) -> EncoderBudget:
-    """By the class that the profile run itself asks.
+    """Computed by the class that the profile run uses.
 
-    It has to process a dummy image for that: ask once, and where a first image may take 0.1 s.
+    That class processes a dummy image, up to 0.1 s: call this once, and not where requests wait.
     """
     budget = MultiModalBudget(vllm_config, MULTIMODAL_REGISTRY, enable_cache=False)
     modality = budget.get_modality_with_max_tokens()
@@ -41,9 +35,9 @@ def encoder_budget(vllm_config: VllmConfig) -> EncoderBudget:
 
 
 def batches(plans: Sequence[Hashable], sizes: Sequence[int], most: int) -> list[list[int]]:
-    """Places of the images, in batches whose sizes add up to at most `most`, or of one image that is larger.
+    """Indices of the images in batches of total size at most `most`; a larger image is a batch of its own.
 
-    Where they don't fit into one batch, equal plans lie side by side.
+    If one batch is not enough, images with equal plans are grouped.
     """
     places = list(range(len(plans)))
     if sum(sizes) > most:

@@ -1,4 +1,4 @@
-"""Requests that wait for the engine: those of each API key in the order they came, the keys in turn."""
+"""Waiting requests: first come, first served within an API key, and the keys in turn."""
 
 from __future__ import annotations
 
@@ -9,25 +9,22 @@ from vllm.v1.core.sched.request_queue import RequestQueue
 from vllm.v1.request import Request, RequestStatus
 
 KEY = "foldserve_key"
-"""In `SamplingParams.extra_args`: name of the API key that asks. Clients can't set `extra_args`."""
+"""Entry of `SamplingParams.extra_args`: name of the request's API key. Clients can't set `extra_args`."""
 
 
-_MAY_RUN = (RequestStatus.WAITING, RequestStatus.PREEMPTED)  # others wait for a grammar, and leave the queue to return
+_MAY_RUN = (RequestStatus.WAITING, RequestStatus.PREEMPTED)  # others wait for a grammar: they leave and come back
 
 
 def key_of(request: Request) -> str | None:
-    """The name of the API key that a request came with; None without."""
     extra = request.sampling_params and request.sampling_params.extra_args
     return extra.get(KEY) if extra else None
 
 
 class FairQueue(RequestQueue):
-    """vLLM's queue for first come, first served, with a line for each key.
+    """vLLM's first-come-first-served queue with a line per key.
 
-    The key with the fewest running requests comes first; among several, the one that was served longest ago.
-
-    Args:
-        most: running requests of one key, so that there is room for another's. Does not apply without keys.
+    The key with the fewest running requests comes first; ties go to the key that was served longest ago. A key runs at
+    most `most` requests, which leaves room for other keys; requests without a key have no such limit.
     """
 
     def __init__(self, most: int) -> None:
@@ -38,11 +35,11 @@ class FairQueue(RequestQueue):
 
     @property
     def keys(self) -> Iterable[str | None]:
-        """Of requests that wait."""
+        """Keys with waiting requests."""
         return self._lines.keys()
 
     def begin_step(self, running: Counter[str | None], only: frozenset[str | None] | None = None) -> None:
-        """Says how many requests of each key run, to which those are added that leave, and which keys a step is for."""
+        """Set how many requests of each key run (`pop_request` adds to them), and the only keys to serve."""
         self._running, self._only = running, only
 
     def add_request(self, request: Request) -> None:
@@ -82,7 +79,7 @@ class FairQueue(RequestQueue):
         self._drop_empty_lines()
 
     def __bool__(self) -> bool:
-        """Whether a request may run in this step; `len` counts all that wait."""
+        """Whether any request may run in this step; `len` counts all waiting requests."""
         return any(self._may_run(key) for key in self._lines)
 
     def __len__(self) -> int:

@@ -1,8 +1,8 @@
-"""Structured output whose grammar is dear to follow: its work leaves the engine's loop, and has a bound.
+"""Structured output with slow grammars: their work leaves the engine's loop and has a time limit.
 
-Some grammars compile in no time and then take longer with every token: nested repetition, ambiguous rules. vLLM
-advances them between the steps of all requests. Here a grammar that was slow once goes on in threads of low priority,
-and its request sits out the steps until it is done. xgrammar lets other threads run meanwhile.
+Some grammars compile fast but get slower with every token (nested repetition, ambiguous rules). vLLM advances grammars
+between steps, so one slow grammar delays all requests. Here a grammar that was slow once advances in low-priority
+threads, and its request skips steps until it is done. xgrammar releases the GIL meanwhile.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ import torch
 from vllm.v1.structured_output.backend_types import StructuredOutputGrammar
 
 SLOW_S = 0.0005
-"""CPU time of an operation that makes a grammar slow. Ordinary ones take a tenth of it."""
+"""A grammar is slow once an operation takes this CPU time. Ordinary operations take a tenth of it."""
 
 TOKEN_LIMIT_S, TOTAL_LIMIT_S, WALL_LIMIT_S = 1.0, 10.0, 30.0
-"""CPU time for one token, CPU time for all of a request, and time for one token, after which a request ends."""
+"""Limits after which a request is aborted: CPU time per token, CPU time per request, wall time per token."""
 
 _THREADS = 2
 _NICE = 10
@@ -31,8 +31,6 @@ _R = TypeVar("_R")
 
 
 class GrammarPool:
-    """The threads, and the grammars that are slow."""
-
     def __init__(self) -> None:
         self.slow: WeakSet[PacedGrammar] = WeakSet()
         self._threads = ThreadPoolExecutor(_THREADS, "grammar", initializer=_lower_priority)
@@ -41,7 +39,7 @@ class GrammarPool:
         return self._threads.submit(work)
 
     def settle(self) -> None:
-        """Waits a moment for what was begun since the last call: most of it is done before the next step."""
+        """Waits briefly for work begun since the last call, most of which ends before the next step."""
         begun = [grammar.work for grammar in self.slow if grammar.is_new and grammar.work is not None]
         for grammar in self.slow:
             grammar.is_new = False
@@ -50,10 +48,10 @@ class GrammarPool:
 
 
 class PacedGrammar(StructuredOutputGrammar):
-    """A grammar that measures itself; from its first slow operation on it advances in the pool's threads.
+    """Measures a grammar; after its first slow operation it advances in the pool's threads.
 
     Attributes:
-        work: of the last token, if it went to the pool: whether the grammar accepted it.
+        work: result of the last token's `accept_tokens`, if it went to the pool.
         is_new: `work` began after the last `GrammarPool.settle`.
     """
 
@@ -61,7 +59,7 @@ class PacedGrammar(StructuredOutputGrammar):
         self._grammar, self._pool = grammar, pool
         self.work: Future[bool] | None = None
         self.is_new = False
-        self._row: torch.Tensor | None = None  # the mask that follows `work`
+        self._row: torch.Tensor | None = None  # the token mask after `work`
         self._width: int | None = None
         self._spent_s = 0.0
         self._clock: tuple[int, float, float] | None = (
@@ -78,7 +76,7 @@ class PacedGrammar(StructuredOutputGrammar):
 
     @property
     def has_failed(self) -> bool:
-        """Its request has to end: the grammar did not accept a token, or took too long."""
+        """Whether the request has to be aborted: the grammar rejected a token or took too long."""
         if self.work is not None and self.work.done():
             return self.work.exception() is not None or not self.work.result() or self._spent_s > TOTAL_LIMIT_S
         if (clock := self._clock) is None:
@@ -89,7 +87,7 @@ class PacedGrammar(StructuredOutputGrammar):
         return overdue or self._spent_s + spent_s > TOTAL_LIMIT_S
 
     def accept_tokens(self, request_id: str, tokens: list[int]) -> bool:
-        """Whether the tokens go on; once slow, `has_failed` tells it later."""
+        """Whether the grammar accepts the tokens; for a slow grammar always True, and `has_failed` tells later."""
         if not self.is_slow:
             return self._timed(lambda: self._grammar.accept_tokens(request_id, tokens))
         self.work, self.is_new = self._pool.submit(lambda: self._advance(request_id, tokens)), True

@@ -1,7 +1,7 @@
-"""Where each token of an image went: for people who look at a reduction. Nothing of this runs while a server answers.
+"""Where each token of an image went, to show a reduction to people. Not part of serving requests.
 
-The engine computes a map between two steps, by its own tower and reducers: `MappingWorker.token_groups`, which
-`collective_rpc` calls with what the processor has made of one image.
+The engine computes a map between two steps with its own tower and reducers: `collective_rpc` calls
+`MappingWorker.token_groups` with the processed inputs of one image.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from foldserve.reducers.method import BeforeTower
 from foldserve.server.engine.regions import Region
 
 Groups: TypeAlias = tuple[Sequence[int], Sequence[int]]
-"""Of one grid, for each token the group it went into, -1 if it was dropped; and for each group the token it stands
-for."""
+"""For one grid: the group of each token (-1 if dropped), and the source token of each group."""
 
 CANNOT_MAP = (
     "this engine can't say where tokens go: none can with pipeline parallelism, and others need foldserve's worker for "
@@ -30,18 +29,12 @@ CANNOT_MAP = (
 
 
 class GridMap(NamedTuple):
-    """Where the tokens of one grid went.
-
-    Attributes:
-        group: for each token, in raster order, the index of its group; -1 if it was dropped.
-        sizes: of each group, in tokens.
-        source: token that each group stands for; -1 for a class token that stays, whose size is 0.
-    """
+    """Where the tokens of one grid went."""
 
     region: Region
-    group: Sequence[int]
-    sizes: Sequence[int]
-    source: Sequence[int]
+    group: Sequence[int]  # group of each token, in raster order; -1 if it was dropped
+    sizes: Sequence[int]  # tokens in each group
+    source: Sequence[int]  # token whose place each group takes; -1 for a kept class token, whose size is 0
 
     @classmethod
     def of(cls, region: Region, found: Groups) -> GridMap:
@@ -74,21 +67,17 @@ class GridMap(NamedTuple):
 
 
 def can_map(vllm_config: VllmConfig) -> bool:
-    """Whether the engine's workers know `token_groups`."""
+    """Whether the engine's workers have `token_groups`."""
     return str(vllm_config.parallel_config.worker_cls).startswith("foldserve.")
 
 
 def needs_engine(regions: Sequence[Region]) -> bool:
-    """Whether it depends on the image's pixels where tokens go."""
+    """Whether the plans alone do not tell where tokens went, because it depends on pixels."""
     return any(region.plan is not None and _by_counts(region) is None for region in regions)
 
 
 def grid_maps(regions: Sequence[Region], found: Sequence[Groups | None]) -> list[GridMap]:
-    """The map of an image.
-
-    Args:
-        found: by the engine, for the regions that are encoded; empty where it need not be asked.
-    """
+    """Maps of an image's grids; `found` is the engine's answer for the encoded regions, or empty if not needed."""
     remaining = _by_region(regions, found)
     maps = []
     for region in regions:
@@ -102,17 +91,13 @@ def grid_maps(regions: Sequence[Region], found: Sequence[Groups | None]) -> list
 
 
 def seconds_of(times: Sequence[float], grids: int) -> list[float]:
-    """When each grid of a video begins to be shown.
-
-    Args:
-        times: of the pictures that were taken; some models make one grid of two of them.
-    """
+    """Start of each grid of a video; `times` are those of its sampled pictures, of which a grid may have two."""
     pictures = -(-len(times) // grids)
     return [round(time, 3) for time in times[::pictures]]
 
 
 def _by_region(regions: Sequence[Region], found: Sequence[Groups | None]) -> Iterator[Groups | None]:
-    """What was found for each region that is encoded; that of a video whose frames are one grid is divided."""
+    """What was found, per encoded region: a result for all frames of a video is split into frames."""
     encoded = (region for region in regions if region.plan is not None)
     for groups in found:
         region = next(encoded)
@@ -129,7 +114,7 @@ def _by_region(regions: Sequence[Region], found: Sequence[Groups | None]) -> Ite
 
 
 def _by_counts(region: Region) -> Groups | None:
-    """What the plan alone says."""
+    """Groups that follow from the plan alone, else None."""
     plan = region.plan
     assert plan is not None, "a grid that is not encoded has no tokens"
     if plan.is_identity and plan.encoded == region.rows * region.columns:
@@ -143,7 +128,7 @@ def _by_counts(region: Region) -> Groups | None:
 
 
 def pack(item: MultiModalKwargsItem) -> list[bytes]:
-    """What the processor made of an image, as vLLM sends it to its engine."""
+    """An image's processed inputs, encoded as vLLM sends them to its engine."""
     return [bytes(buffer) for buffer in MsgpackEncoder().encode(item)]
 
 
@@ -152,16 +137,12 @@ class MappingWorker:
 
     @torch.inference_mode()
     def token_groups(self, packed: Sequence[bytes]) -> list[Groups | None] | None:
-        """Encodes one image, and says where the tokens of its grids went; the first rank answers, all compute.
+        """Encode one image (see `pack`) and say where the tokens of each encoded grid went.
 
-        Args:
-            packed: see `pack`; the plan removes tokens before the decoder.
-
-        Returns:
-            For each grid that is encoded, None where nothing was removed by what the tower gave.
+        All ranks compute; only the first answers. A grid is None if the plan alone tells.
         """
         worker: Any = self
-        buffers = [bytearray(buffer) for buffer in packed]  # torch wants to be able to write
+        buffers = [bytearray(buffer) for buffer in packed]  # torch needs writable memory
         item: MultiModalKwargsItem = MsgpackDecoder(MultiModalKwargsItem).decode(buffers)
         ((_, inputs),) = group_and_batch_mm_items([item], device=worker.device)
         found: list[Groups | None] = worker.get_model().token_groups(**cast(Mapping[str, Any], inputs))

@@ -1,4 +1,4 @@
-"""What a token costs in the KV cache of the served model."""
+"""Size of a token in the KV cache of the served model."""
 
 from __future__ import annotations
 
@@ -13,33 +13,26 @@ from vllm.v1.kv_cache_interface import MambaSpec
 
 @dataclass(frozen=True, slots=True)
 class KvCost:
-    """KV cache of one sequence, over all ranks, without the rounding to blocks.
+    """KV cache of one sequence, over all ranks, without rounding to blocks."""
 
-    Attributes:
-        token_layer_bytes: keys and values of one token in one layer.
-        layers: decoder layers that keep them.
-        withdraw_layer: K, or None without withdrawal.
-        state_bytes: what other layers keep of a sequence, however long it is.
-    """
-
-    token_layer_bytes: int
-    layers: int
-    withdraw_layer: int | None
-    state_bytes: int = 0
+    token_layer_bytes: int  # keys and values of one token in one layer
+    layers: int  # decoder layers that have keys and values
+    withdraw_layer: int | None  # K
+    state_bytes: int = 0  # recurrent state per sequence, independent of its length
 
     def sequence_bytes(self, tokens: int, withdrawn: int = 0) -> int:
-        """Of `tokens` tokens, of which the layers from K on don't hold `withdrawn`."""
+        """Size of a sequence of `tokens` tokens, of which layers from K on do not hold `withdrawn`."""
         kept = self.token_layer_bytes * tokens * self.layers - self.saved_bytes(0, withdrawn)
         return kept + self.state_bytes
 
     def saved_bytes(self, removed: int, withdrawn: int) -> int:
-        """Against the same request unreduced: removed tokens are in no layer, withdrawn ones in none from K on."""
+        """Bytes saved by reduction: removed tokens are in no layer, withdrawn ones in none from K on."""
         deep_layers = self.layers - self.withdraw_layer if self.withdraw_layer is not None else 0
         return self.token_layer_bytes * (removed * self.layers + withdrawn * deep_layers)
 
 
 def kv_cost(vllm_config: VllmConfig, withdraw_layer: int | None) -> KvCost:
-    """Of a decoder whose layers have plain attention, or a recurrent state."""
+    """The cost for decoders whose layers have plain attention or a recurrent state."""
     model, cache = vllm_config.model_config, vllm_config.cache_config
     dtype = get_kv_cache_torch_dtype(cache.cache_dtype, model.dtype)
     bytes_ = 2 * model.get_total_num_kv_heads() * model.get_head_size() * dtype.itemsize
@@ -52,7 +45,7 @@ def kv_cost(vllm_config: VllmConfig, withdraw_layer: int | None) -> KvCost:
 
 
 def state_spec(vllm_config: VllmConfig) -> MambaSpec:
-    """KV spec of a layer with a recurrent state in one rank, as the layer will give it."""
+    """KV spec that a layer with a recurrent state will have in one rank."""
     model_class: Any = get_model_cls(vllm_config.model_config)
     cache = vllm_config.cache_config
     return MambaSpec(

@@ -1,4 +1,4 @@
-"""What the model classes of all families share: per-image token reduction around vLLM's own tower and projector."""
+"""Common base of the model classes of all families: token reduction per image around vLLM's tower and projector."""
 
 from __future__ import annotations
 
@@ -30,21 +30,18 @@ from foldserve.server.settings import Environment, Settings
 
 
 class FoldModel(SupportsMultiModal):
-    """Mixin before a family's model class of vLLM. Modifications:
+    """Mixin before vLLM's model class of a family. Modifications:
 
     - images may come as bytes;
-    - `embed_multimodal` reduces each image by the plan and query that the processor sent with it, and refuses what the
-      rest of the engine would not do: keep positions, or remove tokens in the decoder;
-    - the tower and the projector run on no more than the profile run did, which tries the server's default reduction
-      too;
-    - with a withdrawal layer configured, the decoder is the withdrawing one, made of the checkpoint's own;
-    - on a GPU, where the environment asks for it, this process reduces with Triton kernels, compiled before it serves.
-
-    Attributes:
-        decoder_path: where the model has its decoder: the module with the layers.
+    - `embed_multimodal` reduces each image by the plan and query that the processor attached, and refuses plans that
+      this engine cannot carry out: keeping positions, or removing tokens in the decoder;
+    - tower and projector run on at most as many tokens as in the profile run, which also tries the server's default
+      reduction;
+    - with a withdrawal layer configured, the decoder becomes a `WithdrawingDecoder`;
+    - on a GPU, if the environment asks for it, reductions use Triton kernels, compiled before the server serves.
     """
 
-    decoder_path = "language_model.model"
+    decoder_path = "language_model.model"  # the module that has the decoder's layers
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_options(vllm_config)
@@ -57,7 +54,7 @@ class FoldModel(SupportsMultiModal):
         self._withdraws = withdrawal.withdraw_layer(vllm_config) is not None
 
     def get_model_state_cls(self) -> type[Any]:
-        """Asked for by model runner V2 only."""
+        """For model runner V2 only."""
         if self._withdraws:
             from foldserve.server.engine.withdrawal.state_v2 import WithdrawingModelState
 
@@ -68,9 +65,9 @@ class FoldModel(SupportsMultiModal):
         return state_v2.FoldHybridState if is_hybrid else state_v2.FoldModelState
 
     def embed_multimodal(self, **kwargs: Any) -> MultiModalEmbeddings:
-        """One (plan.kept, hidden) tensor per image or video, from no more at a time than start-up has measured.
+        """One (plan.kept, hidden) tensor per image or video, in batches no larger than start-up measured.
 
-        vLLM's own path, bit for bit, when nothing is reduced.
+        Without reduction this is vLLM's own path, bit for bit.
         """
         is_dummy = kwargs.pop(DUMMY_FIELD, None) is not None
         rows_of_plans, ids = _popped(kwargs, PLAN_FIELDS), _popped(kwargs, QUERY_FIELDS)
@@ -98,13 +95,10 @@ class FoldModel(SupportsMultiModal):
         return [embeds[i] for i in range(len(plans))]
 
     def token_groups(self, **kwargs: Any) -> list[tuple[list[int], list[int]] | None]:
-        """Where the tokens of one image or video go, which its plan removes some of before the decoder.
-
-        Args:
-            kwargs: as of `embed_multimodal`.
+        """Where the tokens of one image or video go; takes what `embed_multimodal` takes.
 
         Returns:
-            Of each grid, see `Family.left`: (group of each token, source of each group); None where all stay.
+            For each grid of `Family.left`: (group of each token, source of each group); None if all tokens stay.
         """
         kwargs.pop(DUMMY_FIELD, None)
         (row,), queries = _popped(kwargs, PLAN_FIELDS), self._query_embeds(_popped(kwargs, QUERY_FIELDS))
@@ -114,11 +108,11 @@ class FoldModel(SupportsMultiModal):
         return [None if grid.trail is None else (grid.trail.group().tolist(), grid.source.tolist()) for grid in grids]
 
     def unreduced(self, **inputs: Any) -> MultiModalEmbeddings:
-        """What vLLM's own model gives."""
+        """vLLM's own `embed_multimodal`."""
         return super().embed_multimodal(**inputs)
 
     def _query_embeds(self, ids: Sequence[Tensor] | None) -> Sequence[Tensor]:
-        """Token ids of each image's query, on the device -> their embeddings (m, hidden) in the decoder."""
+        """Token ids of each image's query, on the device -> their decoder embeddings (m, hidden)."""
         if ids is None:
             return []
         embeds: Tensor = self._lookup(torch.cat([*ids]))
@@ -126,7 +120,7 @@ class FoldModel(SupportsMultiModal):
 
     @cached_property
     def _lookup(self) -> Callable[[Tensor], Tensor]:
-        """The decoder's own embedding table: an adapter's rows go by the tokens of a step, and caches are for all."""
+        """The decoder's embedding table without adapters: these depend on a step's tokens, but caches are shared."""
         decoder = self.get_language_model()
         wrapped = (module for module in decoder.modules() if isinstance(module, VocabParallelEmbeddingWithLoRA))
         return next((module.base_layer for module in wrapped), decoder.embed_input_ids)
@@ -145,25 +139,25 @@ class FoldModel(SupportsMultiModal):
         ]
 
     def _pixels(self, family: Family, inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The inputs, with pixels as the tower takes them."""
+        """The inputs with normalized pixels."""
         if not family.sends_bytes or "pixel_values" not in inputs:
             return inputs
         return {**inputs, "pixel_values": self.normalized(inputs["pixel_values"])}
 
     def normalized(self, pixel_values: Any) -> Any:
-        """Images (B, ..., 3, H, W) or a list of (..., 3, H, W), as the tower wants them; bytes become floats."""
+        """(B, ..., 3, H, W), or a list of (..., 3, H, W): uint8 becomes normalized floats, floats stay."""
         if isinstance(pixel_values, list):
             return [self.normalized(image) for image in pixel_values]
         return self._normalize(pixel_values) if pixel_values.dtype == torch.uint8 else pixel_values
 
-    @cached_property  # processing an image is not for the time when the weights are laid out
+    @cached_property  # processes a dummy image, which must not happen while the model is built
     def _tokens_at_once(self) -> int:
         return encoder_budget(self._vllm_config).tokens
 
     def _default_plan(self, layout: Layout) -> ItemPlan:
-        """Of the server's default reduction; of none where that can't be done: requests are told.
+        """Plan of the server's default reduction, or of no reduction if it is impossible, which requests are told.
 
-        Where pixels decide, it is of an image of which nearly all stays.
+        If the count depends on pixels, the plan keeps all tokens but one.
         """
         reduction = Settings.from_config(self._vllm_config.additional_config).default_reduction
         cells = None if reduction.pruning is None else Cells.of(torch.arange(layout.tokens) < layout.tokens - 1)
@@ -181,7 +175,7 @@ class FoldModel(SupportsMultiModal):
 
 
 def _popped(kwargs: dict[str, Any], names: Mapping[Modality, str]) -> Any:
-    """What a batch, which has one modality, has under these names."""
+    """Remove the fields of these names; returns the one that the batch, which has one modality, contains."""
     fields = [kwargs.pop(name, None) for name in names.values()]
     return next((field for field in fields if field is not None), None)
 
