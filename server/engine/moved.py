@@ -1,4 +1,4 @@
-"""vLLM's names that the next version has elsewhere: they are imported from here. At a bump the second half goes."""
+"""vLLM names that move in its next version; import them from here. Delete the `except` branch at the next pin."""
 
 from __future__ import annotations
 

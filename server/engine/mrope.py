@@ -1,7 +1,7 @@
-"""M-RoPE: rotary positions of three dimensions, time, row and column, of prompts with reduced images and videos.
+"""M-RoPE: rotary positions (time, row, column) of prompts with reduced images and videos.
 
-The host knows where each item begins and where text goes on after it, but not which of its tokens stay where they keep
-their positions: it puts those at the item's first position, and the runner adds the rest on the device.
+The host knows where each item begins and where the text after it continues, but not which tokens stay. It gives tokens
+that keep their positions the item's first position; the runner adds the rest on the device.
 """
 
 from __future__ import annotations
@@ -24,46 +24,41 @@ if TYPE_CHECKING:
 
 
 class Grid(NamedTuple):
-    """Of an unreduced image, or of a video's frames.
-
-    Attributes:
-        frames: of a video with text between its frames 1, since each stands for itself.
-        step: positions in time from one frame to the next.
-    """
+    """Grid of an unreduced image or video, or of one frame of a video with text between its frames."""
 
     frames: int
     rows: int
     columns: int
-    step: float = 1.0
+    step: float = 1.0  # positions in time between two frames
 
     def places(self, source: torch.Tensor) -> torch.Tensor:
-        """(n,) tokens in raster order, frame by frame -> (3, n) positions from the item's first."""
+        """(n,) token indices in raster order, frame by frame -> (3, n) positions relative to the item's first."""
         frame, place = source // (self.rows * self.columns), source % (self.rows * self.columns)
         time = (frame.double() * self.step).long() if self.frames > 1 else torch.zeros_like(source)
         return torch.stack([time, place // self.columns, place % self.columns])
 
     def all_places(self) -> NDArray[np.int64]:
-        """(3, tokens) of all of them."""
+        """(3, tokens): `places` of all tokens."""
         places = np.indices((self.frames, self.rows, self.columns)).reshape(3, -1)
         places[0] = (places[0] * self.step).astype(np.int64)
         return places
 
     @property
     def taken(self) -> int:
-        """Positions from the first token to the text behind the last."""
+        """Number of positions up to the text after the last token."""
         return max(int((self.frames - 1) * self.step), self.rows - 1, self.columns - 1) + 1
 
 
 class GridPositions(PositionMap):
-    """Tokens that stay keep time, row and column; everything else is where `MropeModel` says."""
+    """Kept tokens keep time, row and column; all other positions are those of `MropeModel`."""
 
     def __init__(self, grids: Mapping[int, Grid], beyond: int) -> None:
-        """Takes the grid of each item that keeps its positions, by its place in the prompt."""
+        """Takes the grids of items that keep their positions, by the item's offset in the prompt."""
         self._grids, self.beyond = grids, beyond
 
     @classmethod
     def of(cls, family: Family, features: Sequence[Any]) -> GridPositions | None:
-        """As `Family.position_map`."""
+        """See `Family.position_map`."""
         grids, beyond = {}, 0
         for feature in features:
             plan = family.plan_of(feature)
@@ -82,16 +77,16 @@ class GridPositions(PositionMap):
 
 
 class MropeModel(FoldModel):
-    """Mixin before a model class of vLLM with M-RoPE. Modification: positions of prompts with reduced items.
+    """Mixin before a vLLM model class with M-RoPE. Modification: positions of prompts with reduced items.
 
-    - tokens that keep theirs begin where the item does (`GridPositions` adds the rest), and text goes on as after the
-      whole item;
-    - of a method that keeps a grid, tokens have the positions of an image of that size;
-    - others are numbered as text is: time, row and column alike.
+    - tokens that keep their positions get the item's first position (`GridPositions` adds the rest), and text continues
+      as after the whole item;
+    - if the method keeps a grid, tokens get the positions of an image of that size;
+    - all other tokens are numbered like text, with equal time, row and column.
     """
 
     def get_mrope_input_positions(self, input_tokens: list[int], mm_features: list[Any]) -> tuple[torch.Tensor, int]:
-        """(3, tokens) int64 of a prompt, and what to add to a token's number from there on."""
+        """(3, tokens) int64 positions of a prompt, and what to add to the index of each later token."""
         family = self.family
         plans = [None if family is None else family.plan_of(feature) for feature in mm_features]
         if all(plan is None or plan.is_identity for plan in plans):
@@ -110,7 +105,7 @@ class MropeModel(FoldModel):
     def _spans(
         self, input_tokens: list[int], feature: Any, plan: ItemPlan | None
     ) -> Iterator[tuple[int, NDArray[np.int64], int]]:
-        """Where each run of an item's tokens begins, (3, n) positions from its first, and how many it takes."""
+        """For each run of an item's tokens: start, (3, n) positions relative to its first, and how many it takes."""
         place = feature.mm_position
         if plan is None or plan.is_identity:
             tokens = input_tokens[place.offset : place.offset + place.length]
@@ -126,20 +121,20 @@ class MropeModel(FoldModel):
 
 
 def grid_of(feature: Any, plan: ItemPlan, family: Family) -> Grid:
-    """Of a multimodal feature: one frame's, where its frames lie apart."""
+    """Grid of a multimodal feature; of one frame, if there is text between its frames."""
     rows, columns, frames = plan.layout.shape
     apart = len(feature.mm_position.extract_embeds_range()) > 1
     return Grid(1 if apart else frames, rows, columns, family.frame_step(feature))
 
 
 def positions_taken(plan: ItemPlan, grid: Grid, tokens: int) -> int:
-    """Positions of an item, or of one of its frames, of which so many tokens are left; see `MropeModel`."""
+    """How many positions an item or frame takes of which `tokens` are left; see `MropeModel`."""
     left = _left(plan, grid)
     return tokens if left is None else left.taken
 
 
 def _reduced_positions(plan: ItemPlan, grid: Grid, tokens: int) -> NDArray[np.int64]:
-    """(3, tokens) of the same; of tokens that keep theirs only where the item begins."""
+    """(3, tokens) relative positions of an item or frame; 0 for tokens that keep their positions."""
     if plan.keeps_positions:
         return np.zeros((3, tokens), np.int64)
     left = _left(plan, grid)
@@ -147,7 +142,7 @@ def _reduced_positions(plan: ItemPlan, grid: Grid, tokens: int) -> NDArray[np.in
 
 
 def _left(plan: ItemPlan, grid: Grid) -> Grid | None:
-    """Where tokens that are left may stand; None where they are numbered as text is."""
+    """Grid whose positions the remaining tokens take; None if they are numbered like text."""
     (grid_plan,) = plan.grids
     if plan.is_identity or plan.keeps_positions:
         return grid

@@ -1,4 +1,4 @@
-"""Rows of the vocabulary that no token of the tokenizer has: `foldserve serve` never samples them."""
+"""Padding rows of the vocabulary, which have no token in the tokenizer: `foldserve serve` never samples them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,7 @@ from foldserve.server.settings import Settings
 
 
 class PaddingRows(LogitsProcessor):
-    """Takes the rows `index` out of what is sampled from.
-
-    Log-probabilities stay vLLM's, over all rows, since it computes them before.
-    """
+    """Sets the logits of the rows `index` to -inf. vLLM computes log-probabilities before, so they cover all rows."""
 
     def __init__(self, index: torch.Tensor) -> None:
         self._index = index
@@ -29,11 +26,11 @@ class PaddingRows(LogitsProcessor):
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        """All requests are treated alike."""
+        """Nothing: no state depends on requests."""
 
 
 class PaddingRowsV2(v2.LogitsProcessor):
-    """The same in model runner V2."""
+    """`PaddingRows` for model runner V2."""
 
     def __init__(self, index: torch.Tensor) -> None:
         self._index = index
@@ -43,24 +40,23 @@ class PaddingRowsV2(v2.LogitsProcessor):
 
 
 class MaskingRunner:
-    """Mixin before a V1 runner class. Modification: padding rows are never sampled, where the configuration says so."""
+    """Mixin before a V1 runner class. Modification: padding rows are never sampled if the configuration says so."""
 
     def __init__(self: Any, vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(vllm_config, device)  # type: ignore[call-arg]
         if rows := masked_rows(vllm_config):
-            # Not as vLLM's option: with that, it would bring every output token back to the host.
+            # Not through vLLM's option for logits processors, which would copy every output token to the host.
             mask = PaddingRows(torch.tensor(rows, device=device))
             self.input_batch.logitsprocs.non_argmax_invariant.append(mask)
 
 
 def masked_rows(vllm_config: VllmConfig) -> list[int]:
-    """Rows that the engine is to mask."""
     asked = Settings.from_config(vllm_config.additional_config).masks_padding_rows
     return unknown_rows(vllm_config.model_config) if asked else []
 
 
 def unknown_rows(model_config: ModelConfig) -> list[int]:
-    """Ids of the model's vocabulary that its tokenizer does not know; none for a model without one."""
+    """Ids of the model's vocabulary that its tokenizer does not have; empty without a tokenizer."""
     if model_config.skip_tokenizer_init:
         return []
     known = set(cached_tokenizer_from_config(model_config).get_vocab().values())

@@ -1,13 +1,13 @@
-"""What foldserve changes in vLLM's own code, for want of a registry. The plugin applies it in every process.
+"""Patches of vLLM's own code where it has no registry. The plugin applies them in every process.
 
-1. `detokenizer_utils._restore_leading_spaces` takes a token that the tokenizer does not know.
+1. `detokenizer_utils._restore_leading_spaces` accepts a token that the tokenizer does not have.
 
-   Why: models have more rows than their tokenizer has tokens. With `logprobs`, an id of such a row, whose token is
-   None, raises TypeError in the task that reads all outputs, which ends the server: an ordinary request with
-   `top_logprobs: 20` meets one sooner or later.
-   How: the function is replaced by one that returns the text as decoded, "", where the token is None.
+   Why: models have more vocabulary rows than their tokenizer has tokens. With `logprobs`, such a row's token is None
+   and raises TypeError in the task that reads all outputs, which ends the server. Any request with `top_logprobs: 20`
+   may trigger it.
+   How: the replacement returns the decoded text, "", if the token is None.
    Upstream: https://github.com/vllm-project/vllm/pull/56100
-   Remove when: the pinned version of vLLM has that.
+   Remove when: the pinned version of vLLM has this fix.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _plain = detokenizer_utils._restore_leading_spaces
 
 
 def apply() -> None:
-    """Applies all patches. Idempotent."""
+    """Idempotent."""
     detokenizer_utils._restore_leading_spaces = _restore_leading_spaces
 
 

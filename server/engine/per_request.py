@@ -1,4 +1,4 @@
-"""What a model runner derives from each of its requests."""
+"""Values that a model runner derives from each of its requests."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ T = TypeVar("T")
 
 
 class PerRequest(Generic[T]):
-    """One value per request state, made when it is first asked for, and forgotten some time after the request."""
+    """One lazily made value per request state; values of finished requests are dropped from time to time."""
 
     def __init__(self, make: Callable[[Any], T]) -> None:
         self._make = make

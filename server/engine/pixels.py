@@ -1,8 +1,8 @@
-"""Images travel to the engine as bytes; the model there scales and normalizes them.
+"""Images travel to the engine as uint8; the model there scales and normalizes them.
 
-vLLM sends floats. Bytes are a quarter of that on the way, in the caches at both ends of it and to the device, and no
-time is spent on them where requests are prepared. vLLM's own `mm_device_do_normalize` does so for models that are not
-served here, but it rounds differently and drops an operator's options: ratio 0 would not be vLLM's, bit for bit.
+vLLM sends floats, four times the size in transfers and caches, and computes them where requests are prepared. vLLM's
+own `mm_device_do_normalize` rounds differently and drops an operator's options, so with it ratio 0 would not be vLLM's
+result bit for bit.
 """
 
 from __future__ import annotations
@@ -17,13 +17,7 @@ from transformers.image_processing_backends import TorchvisionBackend
 
 
 class Normalize:
-    """Scales and normalizes bytes as an image processor of Hugging Face does, with the same result.
-
-    Args:
-        image_processor: says how; one that does both.
-        dtype: of the result, that of the model.
-        device: where.
-    """
+    """Scales and normalizes uint8 images, with the same result as the Hugging Face image processor, in `dtype`."""
 
     def __init__(
         self, image_processor: TorchvisionBackend, dtype: torch.dtype, device: torch.device | str = "cpu"
@@ -37,14 +31,14 @@ class Normalize:
         self._dtype = dtype
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
-        """(..., 3, H, W) uint8 -> the same shape, normalized."""
+        """(..., 3, H, W) uint8 -> normalized, the same shape."""
         return pixels.to(torch.float32).sub_(self._mean).div_(self._std).to(self._dtype)
 
 
 def leaving_bytes(image_processor: Any) -> Any | None:
-    """An image processor that leaves scaling and normalizing to `Normalize`; None for one that can't be split so.
+    """A copy that leaves scaling and normalizing to `Normalize`; None if that would change the result.
 
-    Whether it can is seen on a trial: classes of models override what they like.
+    A trial image decides, since processor classes override arbitrary methods.
     """
     if not isinstance(image_processor, TorchvisionBackend) or not image_processor.do_normalize:
         return None
@@ -58,5 +52,5 @@ def leaving_bytes(image_processor: Any) -> Any | None:
 
 
 def _planes(images: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    """As three planes: it comes in PIL's order, one colour of a pixel beside the other, which is quick to resize."""
+    """Turn PIL's interleaved colours, which are faster to resize, into three contiguous planes."""
     return images.contiguous()

@@ -1,4 +1,4 @@
-"""Entry point of `vllm.general_plugins`: runs once or more in every vLLM process and registers what foldserve adds."""
+"""Entry point of `vllm.general_plugins`: registers foldserve's additions, once or more in every vLLM process."""
 
 from __future__ import annotations
 
@@ -10,17 +10,13 @@ from importlib.metadata import requires, version
 from foldserve.server import guardian
 
 ALLOW_VLLM = "FOLDSERVE_ALLOW_VLLM"
-"""Environment variable: one other version of vLLM to run on, exactly, before a release is made for it."""
+"""Environment variable: the exact version of another vLLM to allow, before a foldserve release for it exists."""
 
 
 def register() -> None:
-    """Applies the patches and registers the models. Idempotent.
-
-    Raises:
-        RuntimeError: another vLLM version than the one this release is written for, unless `ALLOW_VLLM` names it.
-    """
+    """Apply the patches and register the models. Idempotent; see `require_vllm` for what it raises."""
     guardian.die_with_parent()
-    if not gc.isenabled():  # as a process of a server imports
+    if not gc.isenabled():  # server processes import with it off
         gc.freeze()
         atexit.register(_thaw)
         gc.enable()
@@ -41,34 +37,34 @@ def register() -> None:
 
 
 def _thaw() -> None:
-    """Where a start fails: C++ libraries would list as leaked what was imported, below the one line that says why.
+    """After a failed start: otherwise C++ libraries report imported objects as leaks below the error message.
 
-    The end of a server has no second for that.
+    Not after serving: it takes a second, which a server's shutdown does not have.
     """
     if not guardian.is_listening():
         gc.unfreeze()
 
 
 def vllm_version() -> str:
-    """The version of vLLM that this release is written for, as pyproject.toml says."""
+    """The version of vLLM that pyproject.toml pins."""
     pin = next(text for text in requires("foldserve") or () if text.startswith("vllm=="))
     return pin.partition(";")[0].removeprefix("vllm==")
 
 
 def is_release_vllm(found: str) -> bool:
-    """Whether it is `vllm_version()`; builds such as `+cpu` don't matter."""
+    """Whether it is `vllm_version()`, ignoring builds such as `+cpu`."""
     return found.partition("+")[0] == vllm_version()
 
 
 def require_vllm(found: str) -> None:
-    """Raises RuntimeError for another vLLM than `vllm_version()` or the one that `ALLOW_VLLM` names."""
+    """Raises RuntimeError unless vLLM is `vllm_version()` or the version in `ALLOW_VLLM`."""
     needed = vllm_version()
     if not is_release_vllm(found) and found.partition("+")[0] != os.environ.get(ALLOW_VLLM):
         raise RuntimeError(f"foldserve needs vLLM {needed}, found {found}: pip install vllm=={needed}")
 
 
 def _enable_amx() -> None:
-    """Asks the kernel for AMX tiles: without it a spawned worker dies of SIGILL at its first bf16 product."""
+    """Ask the kernel for AMX tiles: without them a spawned worker dies of SIGILL at its first bf16 product."""
     import torch
     from vllm.platforms import current_platform
 

@@ -1,9 +1,8 @@
-"""Vision tokens that stay keep the positions that they had in the image; text goes on from the full length.
+"""Positions "keep": kept vision tokens keep the positions they had in the image; text continues after the full length.
 
-A token's position is then data: which tokens stay is known on the device alone. It travels as three columns beside the
-embedding, so that the encoder cache holds both, and goes into the positions that the model gets (`runner_v1`,
-`state_v2`); slot mapping has used the runner's own by then.
-What the host has to know, the full length of an image, is part of the image's identity, and with it of every cache's.
+Only the device knows which tokens stay, so positions are data: three columns beside the embedding, which the encoder
+cache stores too. The runner adds them to the model's positions after slot mapping (`runner_v1`, `state_v2`). The host
+only needs an image's full length, which is part of its identity and so of all cache keys.
 """
 
 from __future__ import annotations
@@ -21,14 +20,13 @@ from vllm.utils.torch_utils import async_tensor_h2d
 from foldserve.reducers.refusal import InvalidReduction
 from foldserve.server.engine.identity import ItemIdentity
 
-COLUMNS = 3
-"""Beside an embedding: a number in base 256, of which each digit is exact in bfloat16."""
+COLUMNS = 3  # digits in base 256, each of which bfloat16 holds exactly
 
 _BASE = 256
 
 
 def attach(embeds: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """(n, hidden) and (n,) int64 below 256^3 -> (n, hidden + 3), in the order of positions."""
+    """(n, hidden), (n,) int64 below 256^3 -> (n, hidden + 3), sorted by position."""
     order = source.argsort()
     embeds, source = embeds[order], source[order]
     digits = torch.stack([source // _BASE**place % _BASE for place in reversed(range(COLUMNS))], dim=-1)
@@ -36,7 +34,7 @@ def attach(embeds: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 
 
 def detach(embeds: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(n, hidden + 3) of `attach` -> (n, hidden) and (n,)."""
+    """Inverse of `attach`: (n, hidden + 3) -> (n, hidden), (n,)."""
     source = torch.zeros_like(embeds[:, 0], dtype=torch.int64)
     for digit in embeds[:, -COLUMNS:].long().unbind(-1):
         source = source * _BASE + digit
@@ -50,7 +48,7 @@ CANNOT_KEEP = (
 
 
 def limit(vllm_config: VllmConfig) -> int | None:
-    """Positions that the model was trained for; None where the engine can't keep any, see `CANNOT_KEEP`."""
+    """Positions that the model was trained for; None if the engine can't keep positions, see `CANNOT_KEEP`."""
     parallel = vllm_config.parallel_config
     ours = vllm_config.use_v2_model_runner or parallel.worker_cls.startswith("foldserve.")
     if not ours or parallel.pipeline_parallel_size > 1 or parallel.use_ubatching or vllm_config.speculative_config:
@@ -59,16 +57,14 @@ def limit(vllm_config: VllmConfig) -> int | None:
 
 
 def trained(model_config: ModelConfig) -> int:
-    """Positions that the model was trained for; its rotary table ends there, and a GPU would read beyond it."""
+    """Positions that the model was trained for: the end of its rotary table, beyond which a GPU would read."""
     return max(model_config.hf_text_config.max_position_embeddings, model_config.max_model_len)
 
 
 def refuse_positions(prompt_tokens: int, beyond: int, asked: int, limit: int) -> None:
-    """Raises InvalidReduction where a prompt and `asked` more tokens go beyond `limit` positions.
+    """Raises InvalidReduction if a prompt and `asked` more tokens exceed `limit` positions.
 
-    Args:
-        beyond: positions that the prompt takes beyond one for each token. Where there are none, the length of the
-            context is what bounds a prompt, and vLLM refuses.
+    `beyond` is how many positions the prompt takes beyond one per token. If 0, vLLM's context length is the only limit.
     """
     taken = prompt_tokens + beyond
     if beyond > 0 and taken + asked > limit:
@@ -80,28 +76,24 @@ def refuse_positions(prompt_tokens: int, beyond: int, asked: int, limit: int) ->
 
 
 class PositionMap(ABC):
-    """Where tokens of one request stand instead of where vLLM's runner puts them. Immutable.
+    """How the positions of one request differ from those of vLLM's runner. Immutable."""
 
-    Attributes:
-        beyond: positions that the prompt takes beyond one for each of its tokens; may be negative.
-    """
-
-    beyond: int
+    beyond: int  # positions that the prompt takes beyond one per token; may be negative
 
     @abstractmethod
     def shifts(self, start: int, end: int) -> NDArray[np.int64]:
-        """(end - start,) what tokens start..end - 1 of the request are moved by, generated ones included.
+        """(end - start,) position offset of the request's tokens in [start, end), generated ones included.
 
-        Tokens of an image that keeps its positions come to where its first token stands.
+        It moves all tokens of an image that keeps its positions to the position of the first one.
         """
 
     @abstractmethod
     def places(self, feature: Any, source: torch.Tensor) -> torch.Tensor:
-        """How far from there its tokens stand: (n,) of `detach` -> (n,), or (dimensions, n) of several."""
+        """(n,) of `detach` -> (n,) or (dimensions, n): offsets of an image's tokens from that position."""
 
 
 class Run(NamedTuple):
-    """Of an image's tokens, those that lie in one piece: their place, and how many positions they take beyond them."""
+    """A contiguous run [start, end) of an image's tokens; it takes `removed` positions beyond one per token."""
 
     start: int
     end: int
@@ -109,15 +101,15 @@ class Run(NamedTuple):
 
 
 class SequencePositions(PositionMap):
-    """One number for a token: vLLM counts through, and images that keep their positions leave gaps."""
+    """One-dimensional positions: images that keep their positions leave gaps in vLLM's numbering."""
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self.runs = tuple(runs)
-        self.beyond = sum(run.removed for run in runs)  # what moves every token after the last run
+        self.beyond = sum(run.removed for run in runs)  # also the offset of all tokens after the last run
 
     @classmethod
     def of(cls, features: Sequence[Any]) -> SequencePositions | None:
-        """The map of a request from its multimodal features; None if its tokens are numbered as they come."""
+        """The map of a request from its multimodal features; None if its positions are vLLM's."""
         runs = []
         for feature in features:
             length = ItemIdentity.parse(feature.identifier).full_length
@@ -128,7 +120,7 @@ class SequencePositions(PositionMap):
         return cls(runs) if runs else None
 
     def shifts(self, start: int, end: int) -> NDArray[np.int64]:
-        if start >= self.runs[-1].end:  # as every decode step
+        if start >= self.runs[-1].end:  # every decode step
             return np.full(end - start, self.beyond)
         shifts = np.zeros(end - start, dtype=np.int64)
         for run in self.runs:
@@ -144,33 +136,28 @@ class SequencePositions(PositionMap):
 
 
 class Chunk(NamedTuple):
-    """What a step computes of one request: tokens start..end - 1.
+    """The tokens [start, end) of one request in a step."""
 
-    Attributes:
-        features: the request's images.
-        map: of the request; None where its tokens are where vLLM's runner puts them.
-    """
-
-    features: Sequence[Any]
-    map: PositionMap | None
+    features: Sequence[Any]  # the request's images and videos
+    map: PositionMap | None  # None: vLLM's positions
     start: int
     end: int
 
 
 class Moves(NamedTuple):
-    """Where the tokens of a step stand instead of where vLLM's runner put them.
+    """Changes to the positions of a step's tokens.
 
     Attributes:
-        shifts: (tokens,) what each is moved by.
-        images: (first row in the step, (n,) or (dimensions, n) what its tokens are moved by beyond that) of images
-            that keep their positions; of each run of tokens, where text lies between.
+        shifts: (tokens,) offsets.
+        images: for each run of tokens that keep their positions: its first row in the step, and further offsets
+            (n,) or (dimensions, n).
     """
 
     shifts: NDArray[np.int64]
     images: Sequence[tuple[int, torch.Tensor]]
 
     def apply(self, positions: torch.Tensor) -> None:
-        """Moves (at least tokens,) or (dimensions, at least tokens) positions in place."""
+        """Change positions in place; their last dimension has at least as many entries as the step has tokens."""
         if self.shifts.any():
             positions[..., : len(self.shifts)] += async_tensor_h2d(self.shifts, positions.device)
         for first_row, places in self.images:
@@ -178,7 +165,7 @@ class Moves(NamedTuple):
 
 
 def moves(step: Iterable[Chunk], embeds: Iterable[torch.Tensor]) -> tuple[Moves, list[torch.Tensor]]:
-    """What moves in a step, and its images' embeddings, which come in the order of the chunks, without columns."""
+    """The moves of a step, and its images' embeddings without the columns of `attach`, in the order of the chunks."""
     shifts: list[NDArray[np.int64]] = []
     plain: list[torch.Tensor] = []
     images: list[tuple[int, torch.Tensor]] = []
@@ -207,7 +194,7 @@ def moves(step: Iterable[Chunk], embeds: Iterable[torch.Tensor]) -> tuple[Moves,
 
 
 def _runs(place: Any, first: int, last: int) -> Iterator[tuple[int, int]]:
-    """Of tokens first..last - 1 those that hold embeddings of an item, as half-open ranges."""
+    """Half-open ranges of the tokens in [first, last) that hold embeddings of an item."""
     if place.offset >= last or place.offset + place.length <= first:
         return  # most steps
     for start, final in place.extract_embeds_range():
@@ -216,9 +203,9 @@ def _runs(place: Any, first: int, last: int) -> Iterator[tuple[int, int]]:
 
 
 def checked_map(family: Any, features: Sequence[Any], prompt_tokens: int, asked: int, limit: int) -> PositionMap | None:
-    """The map of a request of a `Family`: the last place where a position beyond the model's can be refused.
+    """`Family.position_map`, with a last check that no position exceeds the rotary table.
 
-    The next one is the rotary kernel. The server refuses before, and so does the processor as far as it can tell.
+    The server checks before, and the processor as far as it knows the request.
     """
     found: PositionMap | None = family.position_map(features)
     if found is not None:

@@ -1,4 +1,4 @@
-"""What an image is asked about: the text beside it."""
+"""The query of an image: the text of its message."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from foldserve.reducers.reduction import MAX_QUERY, Reduction
 
 
 def text_of(content: Sequence[Mapping[str, Any]]) -> str:
-    """The text parts of a chat message, as far as a query may be long."""
+    """The text parts of a chat message, cut to the longest allowed query."""
     return "\n".join(part["text"] for part in content if isinstance(part.get("text"), str))[:MAX_QUERY]
 
 
 def with_query(reduction: Reduction, text: str) -> Reduction:
-    """Has the text of its message for a query, where the method takes one and none is given."""
+    """Use the message's text as the query if the method takes one and none is given."""
     if reduction.query is not None or not METHODS[reduction.method].takes_query:
         return reduction
     return replace(reduction, query=text)

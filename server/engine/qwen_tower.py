@@ -1,8 +1,7 @@
-"""A walk through vLLM's Qwen-VL vision towers that can begin with some of the tokens, and remove tokens between a
-layer's attention and its MLP.
+"""Runs vLLM's Qwen-VL vision towers on a subset of the tokens, or removes tokens between a layer's attention and MLP.
 
-A token is the 2 x 2 patches of which the merger makes one: they stay, go and merge together, each with its like. The
-deepstack levels tapped so far (Qwen3-VL) are further columns of their token, and go its way. Windows (Qwen2.5-VL) hold
+A token is the 2 x 2 patches that the merger joins. They stay or go together, and merge with the patches at the same
+place in other tokens. Qwen3-VL's deepstack levels so far are further columns of their token. Qwen2.5-VL's windows hold
 what is left of their tokens.
 """
 
@@ -31,14 +30,13 @@ from foldserve.server.engine.vision import Move, Survivors, Trail
 def encode_reducing(
     visual: Any, pixels: Tensor, grid: Sequence[int], plan: Plan, cells: Cells | None = None
 ) -> list[Survivors]:
-    """Images of one grid through the tower, with a plan that acts in it, or of which some tokens alone enter it.
+    """Run images with one grid and one plan through the tower. The caller does what the plan does after the tower.
 
     Args:
         visual: vLLM's vision transformer of Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
         pixels: (patches of all images, values).
         grid: (1, rows, columns) of each image's patches.
-        plan: what it does after the tower is left to the caller.
-        cells: the tokens that enter, of each image; None: all.
+        cells: tokens of each image that enter; None: all.
 
     Returns:
         What is left of each image in raster order; deepstack levels are the last columns of the features.
@@ -49,11 +47,11 @@ def encode_reducing(
 def encode_showing_patches(
     visual: Any, pixels: Tensor, grid: Sequence[int], plan: Plan, cells: Cells | None = None
 ) -> tuple[list[Survivors], list[Tensor]]:
-    """Images of one grid through the tower, with a plan that acts behind it.
+    """`encode_reducing` for a plan that acts after the tower.
 
     Returns:
-        images: as of `encode_reducing`, whole.
-        means: (n, C) of each, in raster order: of the patches that the merger makes a token of.
+        images: unreduced.
+        means: (n, C) per image, in raster order: mean of each token's patches before the merger.
     """
     walk = _walked(visual, pixels, grid, plan, cells)
     return walk.finish(), [*walk.means()]
@@ -67,25 +65,21 @@ def _walked(visual: Any, pixels: Tensor, grid: Sequence[int], plan: Plan, cells:
 
 
 class _Windows(NamedTuple):
-    """Qwen2.5-VL's windows of one image.
+    """Qwen2.5-VL's windows of one image."""
 
-    Attributes:
-        window: (n,) int64, of each token as they enter, window by window.
-        number: of windows.
-        most: tokens that one of them may hold.
-    """
-
-    window: Tensor
-    number: int
-    most: int
+    window: Tensor  # (n,) int64, the window of each token; tokens enter window by window
+    number: int  # of windows
+    most: int  # tokens that a window may hold
 
     @classmethod
     def of(cls, visual: Any, ends: Tensor, tokens: int) -> _Windows:
-        """Takes where windows end, in patches, 0 first."""
+        """Takes 0 and the ends of the windows, in patches."""
         number = len(ends) - 1
         lengths = ends.diff() // visual.spatial_merge_unit
         each = torch.arange(number, device=ends.device)
-        window = torch.repeat_interleave(each, lengths, output_size=tokens)  # a known size: no wait for the device
+        window = torch.repeat_interleave(
+            each, lengths, output_size=tokens
+        )  # with a size, torch does not wait for the device
         side = visual.window_size // visual.spatial_merge_size // visual.patch_size
         return cls(window, number, side**2)
 
@@ -93,8 +87,8 @@ class _Windows(NamedTuple):
 class Walk:
     """Images with one grid and one plan on their way through the layers.
 
-    Tokens are (B, n, patches * C), which the layers see as (B * n * patches, 1, C). `_source` (B, n) counts an image's
-    tokens as they enter, which with windows is not the raster order.
+    Tokens are (B, n, patches * C); the layers see (B * n * patches, 1, C). `_source` (B, n) numbers an image's tokens
+    in the order in which they enter, which is not raster order if there are windows.
     """
 
     def __init__(
@@ -128,7 +122,7 @@ class Walk:
         self._lay_out()
 
     def through(self, layer: Any, index: int) -> None:
-        """Runs a layer with the plan's steps in it."""
+        """Run a layer with the plan's steps in it."""
         steps = self._plan.removed_in(index)
         key_bias = None
         if self._is_reduced and self._method is not None and self._method.proportional_attention:
@@ -156,16 +150,16 @@ class Walk:
 
     @property
     def tokens(self) -> Tensor:
-        """(B, n, patches * C), in the order of the windows where there are any."""
+        """(B, n, patches * C), window by window if there are windows."""
         return self._tokens
 
     @property
     def sizes(self) -> Tensor:
-        """(B, n) int64, tokens in each, in raster order as `finish` gives them."""
+        """(B, n) int64, original tokens in each token, in raster order."""
         return self._sizes.gather(1, self._raster[self._source].argsort(dim=1))
 
     def means(self) -> Tensor:
-        """(B, n, C), fp32: of each token's patches, in raster order."""
+        """(B, n, C), fp32: mean of each token's patches, in raster order."""
         means = self._tokens.unflatten(-1, (self._patches, -1)).mean(dim=2, dtype=torch.float32)
         order = self._raster[self._source].argsort(dim=1)
         return means.gather(1, order.unsqueeze(-1).expand_as(means))
@@ -183,7 +177,7 @@ class Walk:
 
     @property
     def _ends_tower(self) -> bool:
-        """The method acts on what the last layer gives."""
+        """Whether the method acts on the last layer's output."""
         return isinstance(self._method, AfterLastLayer)
 
     def _flat(self) -> Tensor:
@@ -195,8 +189,8 @@ class Walk:
     def _lay_out(self) -> None:
         """Rotary tables and sequence lengths of the tokens that are left.
 
-        How many of them a window holds is known on the device alone, and stays there: kernels take an upper bound, and
-        sequences of length 0. vLLM's attention of a CPU cuts the windows by their lengths, which it reads.
+        How many tokens a window holds stays on the device: kernels accept an upper bound and sequences of length 0.
+        vLLM's CPU attention reads the lengths.
         """
         images, tokens = self._source.shape
         self._tables = [table[self._source].flatten(0, 2) for table in self._rotary]
@@ -226,7 +220,7 @@ class Walk:
         else:
             query, key, value = qkv.transpose(0, 1).unflatten(-1, (3, *heads)).unbind(dim=2)
         rotated = attention.apply_rotary_emb(torch.cat([query, key]), *self._tables)
-        # what it is a view of takes three times the memory, and is kept for whom it serves alone
+        # a view, which keeps three times its memory alive: only for methods that need it
         unrotated_key = key.view(len(self._source), -1, *heads) if self._ends_tower else None
         query, key = rotated.chunk(2)  # (1, B * n * patches, heads here, head_dim)
         if key_bias is None:
@@ -245,8 +239,8 @@ class Walk:
     def _attend_with_bias(self, index: int, qkv: Tensor, key_bias: Tensor, scale: float) -> Tensor:
         """(3, patches of all images, heads, head_dim) -> (patches of all images, heads, head_dim).
 
-        vLLM's encoder attention takes no bias. Windows are filled up to the most that they may hold, so that no
-        shape depends on what is left in them.
+        vLLM's encoder attention takes no bias. Windows are padded to their full size, so that no shape depends on what
+        is left in them.
         """
         bias, place, heads = key_bias, None, qkv.shape[2:]
         if self._windows is not None and self._is_cut(index):
@@ -261,7 +255,7 @@ class Walk:
         return attended if place is None else attended[place]
 
     def _places(self, windows: _Windows) -> tuple[Tensor, int, int]:
-        """Where each patch lies once windows are filled up, their number, and patches in each."""
+        """Index of each patch among padded windows, the number of windows, and patches per window."""
         images, tokens = self._source.shape
         ends, most = self._cut
         image = torch.arange(images, device=ends.device).unsqueeze(1)
@@ -270,7 +264,7 @@ class Walk:
         return window * most + patch - ends[window], images * windows.number, most
 
     def _into_raster_order(self) -> None:
-        """Tokens leave their windows; for layers that see the whole image."""
+        """Sort tokens from window order into raster order; only for layers that see the whole image."""
         if self._windows is not None:
             order = self._raster[self._source].argsort(dim=1)
             self._tokens = self._tokens.gather(1, order.unsqueeze(-1).expand_as(self._tokens))
@@ -280,11 +274,11 @@ class Walk:
     def _reduce(self, attention: PatchAttention, steps: tuple[int, ...]) -> None:
         columns = torch.cat([self._tokens, *self._levels], dim=-1)
         widths = [part.shape[-1] for part in (self._tokens, *self._levels)]
-        assert self._method is not None  # whose steps they are
+        assert self._method is not None  # it has steps
         columns, sizes, place, group = self._method.reduce(columns, self._sizes, attention, steps, self._plan)
         self._moves.append(Move(group))
         source = self._source.gather(1, place)
-        if self._windows is not None:  # which lie one after the other, whatever order the method has left
+        if self._windows is not None:  # back into window order, which the method may have changed
             order = source.argsort(dim=1)
             columns = columns.gather(1, order.unsqueeze(-1).expand_as(columns))
             sizes, source = sizes.gather(1, order), source.gather(1, order)

@@ -1,4 +1,4 @@
-"""Options of vLLM that do not go with a vision tower that reduces, refused at start-up."""
+"""vLLM options that are refused at start-up, since they conflict with reductions."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from vllm.platforms import current_platform
 
 from foldserve.server.engine import withdrawal
 
-RECURRENT_ON_CPU: tuple[torch.dtype, ...] = (torch.bfloat16,)
-"""What vLLM's kernels of gated-delta layers take there."""
+RECURRENT_ON_CPU: tuple[torch.dtype, ...] = (torch.bfloat16,)  # dtypes of vLLM's CPU kernels of gated-delta layers
 
 
 def refuse_options(*, encoder_graphs: bool, tower_adapters: bool, video_pruning_rate: float | None) -> None:
@@ -35,7 +34,7 @@ def refuse_options(*, encoder_graphs: bool, tower_adapters: bool, video_pruning_
 
 
 def check_options(vllm_config: VllmConfig) -> None:
-    """`refuse_options` for an engine's configuration, and a dtype that recurrent layers can't have on a CPU."""
+    """`refuse_options` for an engine's configuration; also refuses dtypes that recurrent layers lack on a CPU."""
     model = vllm_config.model_config
     if model.is_hybrid and current_platform.is_cpu() and model.dtype not in RECURRENT_ON_CPU:
         raise ValueError(
@@ -51,7 +50,7 @@ def check_options(vllm_config: VllmConfig) -> None:
 
 
 class EarlyChecks(VerifyAndUpdateConfig):
-    """vLLM's hook for a model's configuration: the engine's process, which checks again, starts half a minute later."""
+    """vLLM's hook for a model's configuration. It fails half a minute before the engine process, which checks again."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
@@ -60,7 +59,7 @@ class EarlyChecks(VerifyAndUpdateConfig):
 
 
 def with_early_checks(own: type[VerifyAndUpdateConfig]) -> type[VerifyAndUpdateConfig]:
-    """`EarlyChecks` after what vLLM itself does for an architecture. Idempotent."""
+    """`EarlyChecks` after vLLM's own hook for an architecture. Idempotent."""
     if issubclass(own, EarlyChecks):
         return own
 

@@ -1,4 +1,4 @@
-"""What each grid of tokens shows of an image: for people who look at where its tokens went."""
+"""The part of an image that each grid of tokens shows, for maps of where tokens went."""
 
 from __future__ import annotations
 
@@ -9,20 +9,18 @@ from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.plan import InvalidReduction, Plan
 
 Box: TypeAlias = tuple[float, float, float, float]
-"""(left, top, right, bottom) as shares of an image's width and height; beyond 0 and 1 where a grid covers padding."""
+"""(left, top, right, bottom) as shares of an image's width and height; outside [0, 1] if a grid covers padding."""
 
 WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
 
 
 class Region(NamedTuple):
-    """A grid of tokens in raster order.
+    """An unreduced grid of tokens in raster order.
 
     Attributes:
-        name: "base", "tile 1", "frame 1", or "" of an image that is one grid.
-        rows, columns: of the grid without reduction.
-        box: the part of the image that it shows.
-        plan: what is done to it; None where it is not encoded at all.
-        window: rows and columns that stay of the square that is left of a tile, where padding is cut off; None: all.
+        name: "base", "tile 1", "frame 1", or "" for an image of one grid.
+        plan: None if the grid is not encoded.
+        window: rows and columns that stay of a tile's reduced square after padding is cut off; None: all.
     """
 
     name: str
@@ -34,18 +32,14 @@ class Region(NamedTuple):
 
 
 def sides(geometry: VisionGeometry) -> tuple[int, int]:
-    """(rows, columns) of a grid.
-
-    Raises:
-        InvalidReduction: its tokens do not lie in one.
-    """
+    """(rows, columns) of a grid; raises InvalidReduction if the tokens are not a grid."""
     if geometry.grid is None:
         raise InvalidReduction("this model's vision tokens are no grid, so that no map of them can be drawn", "")
     return geometry.grid
 
 
 def seen(image_processor: Any, size: tuple[int, int]) -> Box:
-    """What an image processor with one size of image leaves of one of (width, height) pixels."""
+    """The part of an image of (width, height) pixels that a processor with a fixed output size keeps."""
     width, height = size
     if getattr(image_processor, "do_pad", False):  # to a square
         side = max(width, height)
@@ -75,6 +69,6 @@ def cut(box: Box, down: int, across: int) -> Iterator[Box]:
 
 
 def tile_grid(size: tuple[int, int], count: int) -> tuple[int, int]:
-    """(down, across) of `count` tiles: the grid whose proportion is nearest to that of (width, height)."""
+    """(down, across) of `count` tiles: the grid whose aspect ratio is nearest to the image's."""
     grids = [(down, count // down) for down in range(1, count + 1) if count % down == 0]
     return min(grids, key=lambda grid: abs(grid[1] / grid[0] - size[0] / size[1]))

@@ -1,4 +1,4 @@
-"""Model runner V1: positions of requests whose images keep theirs."""
+"""Model runner V1: positions "keep"."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from foldserve.server.engine.positions import Chunk, PositionMap, checked_map, m
 
 
 class PositionsRunner:
-    """Mixin before a V1 runner class. Modification: positions of requests whose images keep theirs.
-
-    Nothing is done in a step without such a request, nor with a model whose identities say nothing of positions.
-    """
+    """Mixin before a V1 runner class. Modification: positions of steps with images that keep their positions."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -23,7 +20,7 @@ class PositionsRunner:
     def _gather_mm_embeddings(
         self: Any, scheduler_output: Any, shift_computed_tokens: int = 0
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Called once per step, after slot mapping and before the positions are handed to the model."""
+        """Called once per step, after slot mapping and before the model gets the positions."""
         embeds, is_embed = super()._gather_mm_embeddings(  # type: ignore[misc]
             scheduler_output, shift_computed_tokens
         )

@@ -1,4 +1,4 @@
-"""vLLM's schedulers, in which nobody waits long for other people's requests, images or grammars.
+"""vLLM's schedulers, changed so that no request waits long for other clients' requests, images or grammars.
 
 `scheduler_cls` is not a stable interface of vLLM (it says so itself); the version is pinned.
 """
@@ -25,18 +25,18 @@ from foldserve.server.engine.fair_steps import FairSteps
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.grammars import GrammarPool, PacedGrammar
 
-_KEPT_FOR_OTHERS = 10  # one in so many of those that run at once is not for a key that has all others
+_KEPT_FOR_OTHERS = 10  # one in ten places for running requests is out of reach for a key that has all the others
 EncoderInputs = tuple[list[int], int, int, list[int], list[int]]
 """What `_try_schedule_encoder_inputs` returns: inputs, tokens, budget left, external inputs, duplicates."""
 
 
 class CountingCacheManager(EncoderCacheManager):
-    """Modification: admits images of at most `encoded_left` tokens, counting down. Space is still of kept tokens.
+    """Modification: also limits the tokens before reduction per step, by `encoded_left`; cache space is in kept tokens.
 
-    The first of a step (`is_first`) may be larger: it would wait for ever.
+    The first image of a step (`is_first`) may be larger; otherwise it would wait forever.
 
     Args:
-        encoded: tokens of an image before reduction: (request, number of the image) -> int.
+        encoded: (request, index of the image) -> its tokens before reduction.
     """
 
     def __init__(self, cache_size: int, encoded: Callable[[Request, int], int]) -> None:
@@ -58,13 +58,13 @@ class CountingCacheManager(EncoderCacheManager):
 class FoldScheduler(Scheduler):
     """Modifications:
 
-    - a step encodes no more than the profile run did, or one image or video that is larger. vLLM's budget counts the
-      tokens that an image gives the decoder. Reduced images give few, so that all requests of a step would wait while
-      the tower encodes ten times as many of them;
-    - a request whose grammar is dear to follow sits out the steps until it has been followed, see `grammars`, and ends
-      with an error where that takes too long;
-    - API keys are served in turn, see `fair_queue`, and those with few requests get steps of their own where it takes
-      that, see `fair_steps`. Requests of the key that runs the fewest are the first of a step, and preempted last.
+    - a step encodes no more than the profile run did, or a single larger image or video. vLLM's budget counts tokens
+      that the decoder gets. Reduced images have few, so a step would encode ten times as many images, and all its
+      requests would wait;
+    - a request with a slow grammar skips steps until the grammar is ready, and is aborted if that takes too long, see
+      `grammars`;
+    - API keys are served in turn, see `fair_queue`, and keys with few requests get steps of their own if needed, see
+      `fair_steps`. Requests of the key with the fewest running requests come first in a step and are preempted last.
     """
 
     running: list[Request]
@@ -111,18 +111,18 @@ class FoldScheduler(Scheduler):
             self.max_num_active_reqs += len(held)
 
     def _take_turns(self, waiting: FairQueue) -> frozenset[str | None] | None:
-        """The keys that the step is for; None for all."""
+        """Keys that the step serves; None for all."""
         running = Counter(map(key_of, self.running))
         light = self._steps.light_keys(running, waiting.keys)
         if light is not None and self.kv_cache_manager.block_pool.get_num_free_blocks() <= len(self.running):
-            light = None  # blocks may run out, and must not be taken from those who have few
+            light = None  # blocks may run out, and keys with few requests must not lose theirs
         waiting.begin_step(running, light)
         if len(running) > 1:
             self.running.sort(key=lambda request: running[key_of(request)])
         return light
 
     def _hold_back(self) -> list[Request]:
-        """Running requests whose grammar is not ready for a step; those that failed end with this one."""
+        """Running requests whose grammar is not ready for a step; those whose grammar failed are aborted."""
         self._grammars.settle()
         held = []
         for request in self.running:
@@ -130,9 +130,9 @@ class FoldScheduler(Scheduler):
             if not isinstance(grammar, PacedGrammar) or not grammar.is_slow:
                 continue
             if grammar.has_failed:
-                self.encoder_cache_mismatch_reqs.add(request.request_id)  # those that vLLM ends with an error
+                self.encoder_cache_mismatch_reqs.add(request.request_id)  # vLLM aborts these with an error
                 held.append(request)
-            elif grammar.is_busy or request.num_output_placeholders:  # no step ahead: its mask would be waited for
+            elif grammar.is_busy or request.num_output_placeholders:  # not ahead: the step would wait for its mask
                 held.append(request)
         return held
 
@@ -152,10 +152,10 @@ class FoldScheduler(Scheduler):
         encoder_compute_budget: int,
         **kwargs: Any,
     ) -> EncoderInputs:
-        """An image takes its encoded tokens from the budget of the step.
+        """Charges an image's tokens before reduction to the step's budget.
 
-        vLLM returns only kept tokens to it if a request is preempted in the step that admitted it: the step encodes
-        fewer images then.
+        If a request is preempted in the step that admitted it, vLLM refunds only kept tokens, so the step encodes fewer
+        images.
         """
         if isinstance(self.encoder_cache_manager, CountingCacheManager):
             self.encoder_cache_manager.encoded_left = self._encoded_left(request, encoder_compute_budget)
@@ -167,11 +167,11 @@ class FoldScheduler(Scheduler):
         return inputs, tokens, encoder_compute_budget - taken, external, duplicates
 
     def _encoded_left(self, request: Request, encoder_compute_budget: int) -> int:
-        """Tokens before reduction that the step still has room for."""
+        """Tokens before reduction that still fit into the step."""
         return self._most_encoded - (self.max_num_encoder_input_tokens - encoder_compute_budget)
 
     def _encoded(self, request: Request, input_id: int) -> int:
-        """Tokens of an image before reduction; 0 for models that are not reduced."""
+        """An image's tokens before reduction; 0 for models that are not reduced."""
         if self._family is None:
             return 0
         plan = self._family.plan_of(request.mm_features[input_id]) if self._family.sizes_matter else None
@@ -179,10 +179,10 @@ class FoldScheduler(Scheduler):
 
 
 class FoldAsyncScheduler(FoldScheduler, AsyncScheduler):
-    """The same for `async_scheduling`, for which vLLM does not pick a custom class itself."""
+    """`FoldScheduler` for `async_scheduling`; vLLM does not combine the two itself."""
 
 
 def make_scheduler(vllm_config: VllmConfig, **kwargs: Any) -> FoldScheduler:
-    """`scheduler_cls`: the class that goes with what vLLM made of `async_scheduling`, which a user may leave open."""
+    """`scheduler_cls`: picks the class by `async_scheduling`, which vLLM decides if the user does not."""
     runs_ahead = vllm_config.scheduler_config.async_scheduling
     return (FoldAsyncScheduler if runs_ahead else FoldScheduler)(vllm_config=vllm_config, **kwargs)

@@ -1,7 +1,7 @@
-"""Model runner V2: positions of requests whose images keep theirs, and padding rows that are never sampled.
+"""Model runner V2: positions "keep", and padding rows that are never sampled.
 
-The model names this state (`get_model_state_cls`), so any worker does. Run with interpreted Triton kernels on a CPU,
-not on a GPU yet.
+The model names this state (`get_model_state_cls`), so it works with any worker. Tested with interpreted Triton kernels
+on a CPU, not on a GPU yet.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from foldserve.server.engine.positions import Chunk, Moves, PositionMap, checked
 
 
 class GatheringState(ModelState):
-    """Modification: embeddings are gathered without the columns that say where their tokens stand.
+    """Modification: gathers embeddings without their position columns.
 
-    `DefaultModelState` gathers with `super()`, so this stands behind it.
+    Placed after `DefaultModelState` in the MRO, which gathers with `super()`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -51,9 +51,9 @@ class GatheringState(ModelState):
 class FoldModelState(DefaultModelState, GatheringState):
     """Modifications:
 
-    - a model that can keep positions gets positions of its own, in a buffer that CUDA graphs may read; those of the
-      batch stay, which slot mapping and the sampler's random numbers are made from. With M-RoPE vLLM has such a buffer;
-    - rows of the vocabulary that no token has are never sampled, where the configuration says so.
+    - a model that can keep positions gets them from a separate buffer, which CUDA graphs may read; slot mapping and the
+      sampler's random numbers use the batch's own positions, which stay. With M-RoPE vLLM has such a buffer already;
+    - padding rows are never sampled if the configuration says so.
     """
 
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
@@ -97,4 +97,4 @@ class FoldModelState(DefaultModelState, GatheringState):
 
 
 class FoldHybridState(FoldModelState, MambaHybridModelState):
-    """The same before the state of models with recurrent layers."""
+    """`FoldModelState` for models with recurrent layers."""

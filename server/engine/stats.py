@@ -1,4 +1,4 @@
-"""Capacity as the running engine shows it: vLLM's start-up log counts full prompts, without reduction or withdrawal."""
+"""Capacity measured on the running engine: vLLM's start-up log assumes prompts without reduction or withdrawal."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PRESSURE = Gauge(
 
 
 class _Heard:
-    """When this process last had news of an engine's step, by `time.monotonic`."""
+    """`time.monotonic` of the last statistics from an engine."""
 
     at = 0.0
 
@@ -35,7 +35,7 @@ heard = _Heard()
 
 
 class ResidentCapacity(StatLoggerBase):
-    """Entry point of `vllm.stat_logger_plugins`; each engine of a data-parallel server has its own."""
+    """Entry point of `vllm.stat_logger_plugins`; one per engine of a data-parallel server."""
 
     def __init__(self, vllm_config: VllmConfig, engine_index: int = 0) -> None:
         self._gauge = _RESIDENT.labels(str(engine_index))

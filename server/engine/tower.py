@@ -1,4 +1,4 @@
-"""A walk through vLLM's CLIP and SigLIP encoders that can stop between a layer's attention and its MLP."""
+"""Runs vLLM's CLIP and SigLIP encoders layer by layer, with access between a layer's attention and its MLP."""
 
 from __future__ import annotations
 
@@ -40,26 +40,22 @@ class Tower:
 
     @property
     def layers(self) -> Sequence[_Layer]:
-        """The encoder layers that run."""
         return self._inner.encoder.layers
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(rows, columns) of patches."""
         return self._grid
 
     @property
     def class_token(self) -> bool:
-        """Hidden states start with a class token."""
         return self._is_clip
 
     @property
     def patch_size(self) -> int:
-        """Pixels along a patch's side."""
         return self._inner.embeddings.patch_size
 
     def run(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """The tower as it is: (B, 3, H, W) -> features (B, n, C)."""
+        """The unchanged tower: (B, 3, H, W) -> features (B, n, C)."""
         return self._model(pixel_values, feature_select_strategy=self._select_strategy)
 
     def embed(
@@ -68,11 +64,10 @@ class Tower:
         grid: tuple[int, int] | None = None,
         places: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states (B, n, C) that enter the first layer, the class token first if there is one.
+        """(B, 3, H, W) -> hidden states (B, n, C) before the first layer, a class token first.
 
         Args:
-            pixel_values: (B, 3, H, W); of another size than the tower's own if `grid` is given.
-            grid: (rows, columns) of patches in these pixels; position embeddings are interpolated to them.
+            grid: (rows, columns) of patches of resized pixels; position embeddings are interpolated.
             places: (n,) int64, on the device: the patches that enter; None: all.
         """
         embeddings = self._inner.embeddings
@@ -92,11 +87,7 @@ class Tower:
         return self._inner.pre_layrnorm(hidden) if self._is_clip else hidden
 
     def finish(self, hidden: torch.Tensor, *, all_tokens: bool = False) -> torch.Tensor:
-        """Hidden states (B, n, C) after the last layer -> features, as the tower itself selects them.
-
-        Args:
-            all_tokens: of every token, a class token too.
-        """
+        """Hidden states (B, n, C) after the last layer -> features; of `all_tokens`, or those the tower selects."""
         return resolve_visual_encoder_outputs(
             hidden,
             self._inner.post_layernorm if self._is_clip else None,
@@ -106,16 +97,15 @@ class Tower:
 
 
 def run_layer(layer: _Layer, hidden: torch.Tensor) -> torch.Tensor:
-    """The layer as it is, (B, n, C) -> (B, n, C); SigLIP's returns a pair and may write to its input."""
+    """The unchanged layer, (B, n, C) -> (B, n, C). SigLIP's returns a pair and may overwrite its input."""
     out = layer(hidden)
     return out[0] if isinstance(out, tuple) else out
 
 
 def attend(layer: _Layer, hidden: torch.Tensor, key_bias: torch.Tensor | None) -> tuple[torch.Tensor, LayerAttention]:
-    """First half of a layer: (B, n, C) -> the same after the attention's residual, and the attention.
+    """First half of a layer: (B, n, C) -> (B, n, C) after the attention's residual, and the attention.
 
-    Args:
-        key_bias: (B, n), added to the logits of each key; None for none.
+    `key_bias` (B, n) is added to the logits of each key.
     """
     attention = layer.self_attn
     qkv, _ = attention.qkv_proj(layer.layer_norm1(hidden))
@@ -143,5 +133,5 @@ def run_mlp(layer: _Layer, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
-    """Mean of what tensor parallelism gave each rank (equally many heads); equal on all ranks."""
+    """Mean over tensor-parallel ranks, which have equally many heads; the same bits on all ranks."""
     return tensor_model_parallel_all_reduce(x) / get_tensor_model_parallel_world_size()

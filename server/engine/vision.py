@@ -1,7 +1,4 @@
-"""A batch of images through the vision tower, each reduced by its own plan.
-
-Tensor code only; plans come from `foldserve.reducers.plan`, maths from the methods.
-"""
+"""Runs a batch of images through the vision tower and reduces each by its own plan."""
 
 from __future__ import annotations
 
@@ -20,26 +17,26 @@ from foldserve.reducers.plan import Plan
 from foldserve.server.engine.tower import Tower, attend, run_layer, run_mlp
 
 Project: TypeAlias = Callable[[Sequence[torch.Tensor]], Sequence[torch.Tensor]]
-"""Features (n, C) of some grids, in their order -> those of the decoder's width, token by token."""
+"""(n, C) features of some grids -> (n, hidden), token by token."""
 
 _K = TypeVar("_K", bound=Hashable)
 _P = TypeVar("_P")
 
 
 class Move(NamedTuple):
-    """One step on the way of a batch's tokens.
+    """One step that moves or drops tokens of a batch.
 
     Attributes:
-        places: (B, n) int64: where each token goes, -1 if it is dropped; or, with `chosen_of`, which comes to each
-            place.
-        chosen_of: tokens of which some are chosen, or all in another order.
+        places: (B, n) int64: new index of each token, -1 if it is dropped; with `chosen_of`, the token at each new
+            index.
+        chosen_of: number of tokens of which `places` selects or permutes some.
     """
 
     places: torch.Tensor
     chosen_of: int | None = None
 
     def targets(self, row: int) -> torch.Tensor:
-        """(tokens,) int64: where each token of one image goes, -1 if it is dropped."""
+        """(tokens,) int64: new index of each token of one image, -1 if it is dropped."""
         own = self.places[row]
         if self.chosen_of is None:
             return own
@@ -47,13 +44,13 @@ class Move(NamedTuple):
 
 
 class Trail(NamedTuple):
-    """The way of one image's tokens. Nothing is computed before it is asked for.
+    """The moves of one image's tokens, evaluated on demand.
 
     Attributes:
-        moves: of the batch, in their order.
-        row: of the image in it.
-        leading: class tokens, which come first, and how many of them are first at the end and no features.
-        before: the way up to there.
+        moves: those of its batch, in order.
+        row: of the image in the batch.
+        leading: number of class tokens in front before the moves, and after them if they are not features.
+        before: earlier moves, in another batch.
     """
 
     moves: Sequence[Move]
@@ -62,7 +59,7 @@ class Trail(NamedTuple):
     before: Trail | None = None
 
     def group(self) -> torch.Tensor:
-        """(n,) int64: the token of what is left that each token of the unreduced grid went into; -1 if dropped."""
+        """(n,) int64: the remaining token that each token of the unreduced grid went into; -1 if it was dropped."""
         place = None if self.before is None else self.before.group()
         for move in self.moves:
             own = move.targets(self.row)
@@ -73,17 +70,11 @@ class Trail(NamedTuple):
 
 
 class Survivors(NamedTuple):
-    """What is left of one image.
+    """What is left of one image."""
 
-    Attributes:
-        features: (kept, C).
-        source: (kept,) int64, on the device: the token of the unreduced image that each one stands for.
-        trail: how its tokens got there; None where none was removed, and of what is put together of several grids.
-    """
-
-    features: torch.Tensor
-    source: torch.Tensor
-    trail: Trail | None = None
+    features: torch.Tensor  # (kept, C)
+    source: torch.Tensor  # (kept,) int64, on the device: the unreduced image's token whose place each one takes
+    trail: Trail | None = None  # None if nothing was removed, or for several grids joined
 
 
 def encode_images(
@@ -93,17 +84,14 @@ def encode_images(
     select_strategy: str,
     cells: Sequence[Cells | None] = (),
 ) -> list[Survivors]:
-    """Runs the tower with the methods that work before and in it; images share a batch as far as their plans agree.
+    """Run the tower with the methods before and in it. Images share a batch as far as their plans agree.
 
     Args:
         tower: vLLM's CLIP or SigLIP vision model, built up to the feature layer.
         pixel_values: (B, 3, H, W).
         plans: B plans.
         select_strategy: `vision_feature_select_strategy` of the checkpoint.
-        cells: for each image those that enter the tower, or None; empty: all enter.
-
-    Returns:
-        What is left of each image before the methods after the tower, in their order.
+        cells: per image, those that enter the tower (None: all); empty: all enter.
     """
     walk = Tower(tower, select_strategy)
 
@@ -129,14 +117,14 @@ def encode_images(
 
 
 def as_they_are(features: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-    """Projects what the tower has projected already."""
+    """`Project` for features that are projected already."""
     return features
 
 
 def project_together(
     projector: Callable[[torch.Tensor], torch.Tensor], features: Sequence[torch.Tensor]
 ) -> Sequence[torch.Tensor]:
-    """All tokens of some grids through a projector at once."""
+    """Project the tokens of all grids in one call."""
     return projector(torch.cat([*features])).split_with_sizes([len(own) for own in features])
 
 
@@ -149,15 +137,14 @@ def reduce_features(
     tower: Sequence[torch.Tensor] | None = None,
     queries: Sequence[torch.Tensor] = (),
 ) -> list[Survivors]:
-    """The projector and the methods that work after the tower: before it, but for those that look at what it gives.
+    """Apply the projector and the methods after the tower; `AfterProjector` methods run after the projector.
 
     Args:
-        images: grids as the tower gives them.
-        plans: one for each.
-        project: that the tower's output is still to go through.
+        images: the tower's output, one per grid.
+        plans: one per grid.
         width: see `AfterTower.reduce`.
-        tower: of each grid, `Seen.tower` (n, C); None: what is projected. Needed if a method asks for it.
-        queries: of each grid, see `Seen`; none where no image has one.
+        tower: per grid `Seen.tower` (n, C), if that is not what is projected.
+        queries: one per grid, see `Seen`; empty if no image has one.
     """
 
     def run(is_projected_first: bool, members: list[int]) -> Sequence[Survivors]:
@@ -183,8 +170,6 @@ def _reduced(
     tower: Sequence[torch.Tensor] = (),
     queries: Sequence[torch.Tensor] = (),
 ) -> list[Survivors]:
-    """See `reduce_features`; images of one plan together."""
-
     def reduce(plan: Plan, members: list[int]) -> Sequence[Survivors]:
         method, group = plan.reducer, [images[i] for i in members]
         if not isinstance(method, AfterTower):
@@ -203,19 +188,19 @@ def _reduced(
 
 
 def _behind(image: Survivors, left: Survivors) -> Survivors:
-    """What is left of an image of which some tokens were gone before."""
+    """Join a second reduction to the first one of the same image."""
     if image.trail is None or left.trail is None:
         return left
     return left._replace(source=image.source[left.source], trail=left.trail._replace(before=image.trail))
 
 
 def _batch(features: Sequence[torch.Tensor]) -> torch.Tensor:
-    """(B, n, C); a large image by itself is not copied."""
+    """(B, n, C); a single image is not copied."""
     return torch.stack([*features]) if len(features) > 1 else features[0][None]
 
 
 def rows(x: Any, members: Sequence[int]) -> Any:
-    """x[members] of a tensor, without an index tensor: that would be a host-to-device copy per group; or of a list."""
+    """x[members] of a tensor or list, without an index tensor, which would be a host-to-device copy per group."""
     if len(members) == len(x):
         return x
     if isinstance(x, list):
@@ -231,7 +216,7 @@ def _survivors(
 
 
 def one_after_another(grids: Sequence[Survivors], encoded: int) -> Survivors:
-    """What is left of equal grids of so many tokens each, such as a video's frames, as of one grid."""
+    """Join equal grids of `encoded` tokens each, such as a video's frames, into one."""
     return Survivors(
         torch.cat([grid.features for grid in grids]),
         torch.cat([grid.source + i * encoded for i, grid in enumerate(grids)]),
@@ -239,12 +224,12 @@ def one_after_another(grids: Sequence[Survivors], encoded: int) -> Survivors:
 
 
 def untouched(features: torch.Tensor) -> list[Survivors]:
-    """Images (B, n, C) of which nothing is removed yet."""
+    """(B, n, C) unreduced images."""
     return _survivors(features, _count(features))
 
 
 def _count(x: torch.Tensor) -> torch.Tensor:
-    """(B, n, C) -> (B, n): 0 ... n - 1 for each image."""
+    """(B, n, C) -> (B, n) indices."""
     return torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
 
 
@@ -255,8 +240,8 @@ def _run(tower: Tower, hidden: torch.Tensor) -> torch.Tensor:
 
 
 def _run_reducing(tower: Tower, hidden: torch.Tensor, plans: Sequence[Plan]) -> list[Survivors]:
-    """All layers: together up to the layer in which a plan acts first, then each such plan's images by themselves."""
-    together = list(range(len(plans)))  # places in the batch of the images that are still in `hidden`
+    """Run all layers. Images leave the common batch, grouped by plan, at the first layer in which their plan acts."""
+    together = list(range(len(plans)))  # images that are still in `hidden`
     groups: list[_Group] = []
     for index, layer in enumerate(tower.layers):
         leaving = [i for i in together if _acts_in_tower(plans[i]) and plans[i].removed_in(index)]
@@ -280,22 +265,14 @@ def _run_reducing(tower: Tower, hidden: torch.Tensor, plans: Sequence[Plan]) -> 
 
 @dataclass(slots=True)
 class _Group:
-    """Images with one plan on their way through the layers.
-
-    Attributes:
-        members: their places in the batch.
-        hidden: (B, n, C).
-        sizes: (B, n) int64, patches in each token.
-        source: (B, n) int64, the token that each one stands for, of those that entered.
-        moves: of the steps so far; none before tokens have been removed.
-    """
+    """Images with one plan on their way through the layers."""
 
     plan: Plan
-    members: list[int]
-    hidden: torch.Tensor
-    sizes: torch.Tensor
-    source: torch.Tensor
-    moves: list[Move]
+    members: list[int]  # indices in the batch
+    hidden: torch.Tensor  # (B, n, C)
+    sizes: torch.Tensor  # (B, n) int64, patches in each token
+    source: torch.Tensor  # (B, n) int64, the entering token whose place each one takes
+    moves: list[Move]  # empty until tokens are removed
 
     @classmethod
     def of(cls, plan: Plan, members: list[int], hidden: torch.Tensor) -> _Group:
@@ -303,7 +280,7 @@ class _Group:
         return cls(plan, members, hidden, torch.ones_like(count), count, [])
 
     def through(self, layer: nn.Module, index: int) -> None:
-        """Runs a layer with the plan's steps in it."""
+        """Run a layer with the plan's steps in it."""
         method = self.plan.reducer
         assert isinstance(method, InTower)
         steps = self.plan.removed_in(index)
@@ -321,7 +298,7 @@ class _Group:
         self.hidden = hidden if self._ends_tower else run_mlp(layer, hidden)
 
     def finish(self, tower: Tower) -> list[Survivors]:
-        """Features, and sources that count the patches alone; that of a class token is -1."""
+        """Features, and sources counted in patches; a class token's source is -1."""
         source, leading = self.source - int(tower.class_token), int(tower.class_token)
         if tower.class_token and not self._ends_tower:
             source = source[:, 1:]
@@ -330,7 +307,7 @@ class _Group:
 
     @property
     def _ends_tower(self) -> bool:
-        """The method acts on what the last layer gives, and leaves the tokens of the features."""
+        """Whether the method acts on the last layer's output; its tokens are then the features."""
         return isinstance(self.plan.reducer, AfterLastLayer)
 
 
@@ -339,14 +316,14 @@ def _acts_in_tower(plan: Plan) -> bool:
 
 
 def _tower_grid(plan: Plan) -> tuple[int, int] | None:
-    """(rows, columns) of patches that the tower is to see; None for its own."""
+    """(rows, columns) of patches to which the plan resizes images; None: the tower's own."""
     return plan.grid if isinstance(plan.reducer, BeforeTower) else None
 
 
 def in_groups(
     plans: Sequence[_P], key: Callable[[_P], _K], run: Callable[[_K, list[int]], Sequence[Survivors]]
 ) -> list[Survivors]:
-    """Runs the images of each key together: `run(key, their places)`; results in the order of the images."""
+    """Call `run(key, indices)` once per key; results in the order of the images."""
     out: dict[int, Survivors] = {}
     for group, members in _by(range(len(plans)), lambda i: key(plans[i])).items():
         out |= zip(members, run(group, members), strict=True)

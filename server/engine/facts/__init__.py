@@ -1,1 +1,1 @@
-"""What an engine with a given configuration would be: vLLM's choices and our arithmetic, before anything is loaded."""
+"""What an engine with a given configuration would choose and need, computed without loading the model."""

@@ -1,4 +1,4 @@
-"""Plain attention of a decoder that is not built yet."""
+"""Attention backend and KV spec of a decoder that is not built yet."""
 
 from __future__ import annotations
 
@@ -11,11 +11,7 @@ from vllm.v1.kv_cache_interface import FullAttentionSpec
 
 
 def attention_backend(config: VllmConfig) -> type[AttentionBackend] | None:
-    """None where the decoder has attention of another kind.
-
-    Raises:
-        ValueError: vLLM has none for what is asked for.
-    """
+    """The backend; None if the decoder has no plain attention; ValueError if vLLM has no backend for the options."""
     model = config.model_config
     if model.use_mla or model.is_attention_free:
         return None
@@ -29,7 +25,7 @@ def attention_backend(config: VllmConfig) -> type[AttentionBackend] | None:
 
 
 class PlainAttention(AttentionLayerBase):
-    """Stands for the decoder's layers where vLLM asks built ones."""
+    """Stand-in for the decoder's layers, which vLLM asks for their backend."""
 
     def __init__(self, backend: type[AttentionBackend]) -> None:
         self._backend = backend
@@ -42,7 +38,7 @@ class PlainAttention(AttentionLayerBase):
 
 
 def attention_spec(config: VllmConfig) -> FullAttentionSpec:
-    """KV spec of a layer with plain attention in one rank, as its attention op will give it."""
+    """KV spec that a layer with plain attention will have in one rank."""
     model, cache = config.model_config, config.cache_config
     return FullAttentionSpec(
         block_size=cache.block_size,

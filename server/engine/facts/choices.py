@@ -1,4 +1,4 @@
-"""What vLLM chose."""
+"""vLLM's choices for a configuration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from foldserve.server.engine.facts.attention import attention_backend, attention
 
 @dataclass(frozen=True, slots=True)
 class EngineFacts:
-    """How the engine runs. A backend is None where vLLM finds none, or the model has no such part."""
+    """How the engine runs. A backend is None if vLLM finds none, or the model has no such part."""
 
     runner: Literal["v1", "v2"]
     runner_reason: str
@@ -39,10 +39,10 @@ class EngineFacts:
 
 
 def engine_facts(config: VllmConfig, runner_option: str = "auto") -> EngineFacts:
-    """What vLLM resolved; `runner_option` is the value of `--model-runner`, which it knows as a variable only.
+    """vLLM's choices; `runner_option` is the value of `--model-runner`, which vLLM only sees as a variable.
 
     Raises:
-        ValueError: vLLM has no attention backend, or no graphs, for what is asked for.
+        ValueError: vLLM has no attention backend, or no CUDA graphs, for the options.
     """
     parallel, cache, scheduler, model = (
         config.parallel_config,
@@ -103,7 +103,7 @@ def _tower_attention(config: VllmConfig) -> str | None:
 
 
 def _graphs(config: VllmConfig, backend: type[AttentionBackend] | None) -> CUDAGraphMode:
-    """After the worker's last look, which asks the attention backend what it can do in a graph."""
+    """The mode after the worker has asked the attention backend what it supports."""
     compilation = config.compilation_config
     if backend is None or compilation.cudagraph_mode in (None, CUDAGraphMode.NONE):
         return compilation.cudagraph_mode or CUDAGraphMode.NONE

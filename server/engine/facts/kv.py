@@ -1,4 +1,4 @@
-"""What the KV cache costs, and how it is divided."""
+"""Size and groups of the KV cache."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from foldserve.server.engine.withdrawal.config import withdraw_layer
 from foldserve.server.engine.withdrawal.layout import bucket_of
 from foldserve.server.engine.withdrawal.spec import DeepAttentionSpec, ShallowAttentionSpec
 
-TEXT_TOKENS = 64
-"""Beside one largest image, in the sequence that stands for all."""
+TEXT_TOKENS = 64  # of the example sequence, beside one largest image
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,35 +33,25 @@ class KvGroup:
 
 @dataclass(frozen=True, slots=True)
 class KvFacts:
-    """KV cache of a decoder, over all ranks.
+    """KV cache of a decoder, over all ranks. The example sequence is one largest image and `text_tokens`."""
 
-    Attributes:
-        token_bytes: of a token in all layers with attention.
-        sequence_tokens: of one largest image and `text_tokens`.
-        sequence_bytes: of these.
-        withdrawn_bytes: of these where the image is withdrawn at K; None without K.
-        pool_bytes: of the whole cache where the options say so; else what is free at start-up decides.
-        sequences: such sequences that the pool holds, in whole blocks; None where its size is open.
-        withdrawn_sequences: the same where all images are withdrawn.
-    """
-
-    token_bytes: int
+    token_bytes: int  # in all layers with attention
     text_tokens: int
     sequence_tokens: int
     sequence_bytes: int
-    withdrawn_bytes: int | None
+    withdrawn_bytes: int | None  # of the sequence if its image is withdrawn at K; None without K
     block_tokens: int
     groups: tuple[KvGroup, ...]
-    pool_bytes: int | None
-    sequences: int | None
-    withdrawn_sequences: int | None
+    pool_bytes: int | None  # size of the cache; None: what is free at start-up decides
+    sequences: int | None  # that the pool holds, in whole blocks; None if its size is open
+    withdrawn_sequences: int | None  # the same if all images are withdrawn
 
 
 def kv_facts(config: VllmConfig) -> KvFacts | None:
-    """None for a model that foldserve does not reduce: its layers may have other caches than those known here.
+    """None for a model that foldserve does not reduce, whose layers may have unknown kinds of cache.
 
     Raises:
-        ValueError: the pool that the options ask for holds no sequence of the longest kind.
+        ValueError: the configured pool cannot hold one sequence of the maximum length.
     """
     family = family_of(config.model_config)
     if family is None:
@@ -100,7 +89,7 @@ def kv_facts(config: VllmConfig) -> KvFacts | None:
 
 
 def _blocks(config: VllmConfig, spec: KVCacheSpec, tokens: int, withdrawn: int) -> int:
-    """That a sequence has of a group's layers."""
+    """Blocks of a sequence in one group."""
     if isinstance(spec, MambaSpec):
         return spec.max_memory_usage_bytes(config) // spec.page_size_bytes
     return cdiv(tokens - withdrawn if _kind(spec) == "deep" else tokens, spec.block_size)
@@ -109,7 +98,7 @@ def _blocks(config: VllmConfig, spec: KVCacheSpec, tokens: int, withdrawn: int) 
 def _in_blocks(config: VllmConfig) -> VllmConfig:
     """A copy with the block size that the engine will choose for its attention backend."""
     config, backend = copy(config), attention_backend(config)
-    assert backend is not None  # our decoders have layers with plain attention
+    assert backend is not None  # all reduced decoders have layers with plain attention
     config.cache_config, config.compilation_config = copy(config.cache_config), copy(config.compilation_config)
     config.compilation_config.static_forward_context = {"decoder": PlainAttention(backend)}
     current_platform.update_block_size_for_backend(config)
@@ -117,7 +106,7 @@ def _in_blocks(config: VllmConfig) -> VllmConfig:
 
 
 def _specs(config: VllmConfig, withdraw_layer: int | None) -> dict[str, KVCacheSpec]:
-    """KV specs of a rank's layers, as its attention ops will give them."""
+    """KV specs that the layers of a rank will have."""
     full, layers = attention_spec(config), config.model_config.get_num_layers(config.parallel_config)
     if config.model_config.is_hybrid:
         first, end = config.model_config.get_layers_start_end_indices(config.parallel_config)

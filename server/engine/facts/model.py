@@ -1,4 +1,4 @@
-"""What is served."""
+"""The served model, as foldserve sees it."""
 
 from __future__ import annotations
 
@@ -15,32 +15,21 @@ from foldserve.server.engine.withdrawal.config import DECODERS, decoder_class, w
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What is served.
-
-    Attributes:
-        family: of foldserve; None for a model that is not reduced, which has None in all that is said of images too.
-        unit: what is counted, images or, of a model that takes none, frames of videos.
-        image_tokens: of the largest image.
-        images_per_call: of the largest size, that the vision tower takes at once, as start-up profiles.
-        encoder_cache_rows: embeddings that the encoder cache holds.
-        encoder_row_bytes: of one of them; columns with its position included, where it can keep one.
-        withdraw_layer: K, or None without withdrawal.
-        can_withdraw: the decoder takes `--withdraw-layer`.
-    """
+    """The served model. `family` and all facts about images are None for a model that is not reduced."""
 
     name: str
     architecture: str
     decoder: str
     layers: int
     family: str | None
-    unit: str
-    image_tokens: int | None
-    images_per_call: int | None
-    encoder_cache_rows: int | None
-    encoder_row_bytes: int | None
+    unit: str  # "image"; "frame" for a model that takes no images
+    image_tokens: int | None  # of the largest image
+    images_per_call: int | None  # of the largest size, that the tower encodes at a time
+    encoder_cache_rows: int | None  # embeddings that the encoder cache holds
+    encoder_row_bytes: int | None  # of one embedding, with its position columns if the engine can keep positions
     keeps_positions: bool
-    withdraw_layer: int | None
-    can_withdraw: bool
+    withdraw_layer: int | None  # K
+    can_withdraw: bool  # the decoder supports `--withdraw-layer`
 
 
 def model_facts(config: VllmConfig) -> ModelFacts:
