@@ -1,4 +1,4 @@
-"""The `worker_cls` of our engines, by device."""
+"""`worker_cls` of foldserve's engines, by device."""
 
 from __future__ import annotations
 

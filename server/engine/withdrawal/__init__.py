@@ -1,9 +1,9 @@
-"""Withdrawal (VTW): from decoder layer K on, vision tokens of requests that ask for it are neither computed nor kept.
+"""Withdrawal (VTW): from decoder layer K on, vision tokens are neither computed nor stored, if the request asks for it.
 
-The layers < K ("shallow") and >= K ("deep") own separate KV cache groups; the deep ones hold ceil(T(n) / block) blocks
-for n tokens of which T(n) are kept. From plan to page: `core` (T) -> `spec`, `layout` (groups) -> `scheduler`,
-`manager`, `prefix` (blocks) -> `runner_v1` or `state_v2`, `batch`, `metadata` (rows and slots of a step) -> `decoder`,
-`attention`, `choose` (which tokens FastV and iLLaVA keep). Everything that imports vLLM's engine is imported on use.
+Layers < K ("shallow") and >= K ("deep") have separate KV cache groups. Deep groups hold ceil(T(n) / block) blocks for n
+tokens of which T(n) are kept. In order of use: `core` (T); `spec`, `layout` (groups); `scheduler`, `manager`, `prefix`
+(blocks); `runner_v1` or `state_v2`, `batch`, `metadata` (rows and slots of a step); `decoder`, `attention`, `choose`
+(which tokens FastV and iLLaVA keep). Modules that need vLLM's engine are imported lazily.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ __all__ = [
 
 
 def register() -> None:
-    """Registers KV specs with vLLM, in every process that has the plugin; again changes nothing."""
+    """Register KV specs with vLLM, in every process with the plugin. Idempotent."""
     from foldserve.server.engine.withdrawal.spec import register_specs
 
     register_specs()
 
 
 def withdraw(model: Any, vllm_config: VllmConfig, prefix: str) -> None:
-    """With a withdrawal layer configured, puts the withdrawing decoder in the place of a finished model's.
+    """Replace a model's decoder by the withdrawing one if a withdrawal layer is configured.
 
     Raises:
         ValueError: as `check_decoder`.

@@ -1,11 +1,9 @@
 """The attention layers of the withdrawing decoder.
 
-One mechanism for every decoder family: vLLM builds its own attention modules, and afterwards only the *class* of each
-attention op becomes one of the two below (as `torch.nn.utils.parametrize` changes the class of a module). The classes
-override two methods and add no state that the base class would have to know of, so head counts, scales, quantization,
-rotary embeddings and weight names stay what the family made of them. The alternatives are worse: every family writes
-`Attention(...)` into its own attention module, so an op of another class would have to be built beside it, from
-arguments that are not kept, under a name that is taken; a module of our own would be a copy of each family's.
+vLLM builds each family's attention modules, and then only the *class* of each attention op changes to one of the two
+below (as `torch.nn.utils.parametrize` does). They override two methods, so head counts, scales, quantization, rotary
+embeddings and weight names stay as the family made them. Building another op beside it is no alternative: families
+call `Attention(...)` in their own modules, with arguments that are not kept and a name that is then taken.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ _NOT_DEEP = ("sliding_window", "attention_chunk_size", "non_causal")
 
 
 class ShallowAttention(Attention):
-    """Layers < K. Modifications: the KV spec says which layers share a KV cache group."""
+    """Layers < K. Modification: the KV spec determines which layers share a KV cache group."""
 
     bucket: int
 
@@ -37,7 +35,7 @@ class ShallowAttention(Attention):
 
 
 class DeepAttention(Attention):
-    """Layers >= K. Modifications: the KV cache holds kept tokens only, and metadata is built for them."""
+    """Layers >= K. Modification: KV cache and attention metadata are those of kept tokens."""
 
     bucket: int
 
@@ -58,24 +56,23 @@ def _full_attention(op: Attention, vllm_config: VllmConfig) -> FullAttentionSpec
 
 
 def adopt(op: Attention, cls: type[ShallowAttention] | type[DeepAttention], bucket: int, max_tokens: int) -> None:
-    """Makes a finished attention op one of ours; a sequence has at most `max_tokens`."""
+    """Change a built attention op's class; a sequence has at most `max_tokens` tokens."""
     if type(op) is not Attention:
         raise ValueError(f"--withdraw-layer knows vLLM's Attention only; {op.layer_name} is a {type(op).__name__}")
-    if op.sliding_window is not None and op.sliding_window >= max_tokens:  # cuts nothing; its cache would
+    if (
+        op.sliding_window is not None and op.sliding_window >= max_tokens
+    ):  # no effect on attention, but on the kind of cache
         op.sliding_window = None
     op.__class__ = cls
     op.bucket = bucket
 
 
 def score_in(op: Attention, deep_op: str) -> None:
-    """Makes the op of layer K-1 score prompts whose image tokens are to be chosen, for the deep layers.
+    """Make the op of layer K-1 score prompts whose image tokens are chosen for the deep layers.
 
-    The op's impl becomes a subclass of what it is. It is called from inside vLLM's attention op, so it runs outside the
-    compiled graph, with the very queries and keys of the layer: nothing is computed twice, and a step without such
-    prompts pays one look-up. The scores go to the metadata of the deep layers, as `deep_scores`.
-
-    Args:
-        deep_op: name of an op of the deep layers.
+    The op's impl becomes a subclass of itself. vLLM's attention op calls it outside the compiled graph with the layer's
+    queries and keys, so nothing is computed twice, and other steps cost one look-up. The scores are stored as
+    `deep_scores` in the metadata of the deep layers, found under the name `deep_op`.
     """
     impl: Any = type(op.impl)
 
@@ -92,6 +89,6 @@ def score_in(op: Attention, deep_op: str) -> None:
 
 
 def _over_all_heads(scores: Tensor) -> Tensor:
-    """The mean over the heads of all ranks: an all-reduce gives every rank the same bits, hence the same choice."""
+    """Mean over all ranks: an all-reduce gives every rank the same bits and so the same choice."""
     ranks = get_tensor_model_parallel_world_size()
     return scores if ranks == 1 else tensor_model_parallel_all_reduce(scores) / ranks

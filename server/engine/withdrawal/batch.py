@@ -1,4 +1,4 @@
-"""The part of one scheduled step that enters the deep layers, as flat numpy arrays; no loop over tokens."""
+"""The part of a scheduled step that enters the deep layers, as flat numpy arrays without loops over tokens."""
 
 from __future__ import annotations
 
@@ -12,58 +12,48 @@ from foldserve.server.engine.withdrawal.core import TokenMap
 
 Ints = NDArray[np.int64]
 
-NOT_STORED = -1
-"""Compact position of a row that writes no KV."""
+NOT_STORED = -1  # compact position of a row that writes no KV
 
 
 @dataclass(frozen=True)
 class ChosenImage:
-    """An image of which `kept` of `tokens` tokens stay: its first row, and where the kept ones begin among `rows`."""
+    """An image of which `method` keeps `kept` of `tokens` tokens."""
 
     method: str
-    row: int
+    row: int  # first row of the image in the full batch
     tokens: int
     kept: int
-    deep_row: int
+    deep_row: int  # index of the first kept token in `DeepBatch.rows`
 
 
 @dataclass(frozen=True)
 class ChosenPrompt:
-    """A prompt of `tokens` tokens, all in this step, its first row, and its images of which tokens are chosen."""
+    """A prompt whose `tokens` tokens are all in this step."""
 
-    row: int
+    row: int  # first row of the prompt
     tokens: int
-    images: tuple[ChosenImage, ...]
+    images: tuple[ChosenImage, ...]  # those of which tokens are chosen
 
 
 @dataclass(frozen=True, eq=False)
 class DeepBatch:
     """What the deep layers see of a step with R requests. All arrays are int64.
 
-    Positions are *compact*: the index of a token among the kept tokens of its request, which is its place in the deep
-    KV cache (its RoPE position is another thing, and stays).
-
-    Attributes:
-        rows: (m,) rows of the full batch that enter, ascending; None: all rows, in place.
-        requests: (r,) requests that have a row; None: all R.
-        request_of: (m,) index of each row's request among those.
-        positions: (m,) compact position of each row, or NOT_STORED.
-        query_lens: (r,) rows of each request.
-        seq_lens: (r,) kept tokens of each request after this step.
-        prompts: whose kept image tokens are chosen in this step; until then `rows` has any of the image in their place.
+    A *compact* position is a token's index among its request's kept tokens: its place in the deep KV cache. RoPE
+    positions stay. Until `choose` has run, `rows` has arbitrary tokens of an image in place of the chosen ones.
     """
 
-    rows: Ints | None
-    requests: Ints | None
-    request_of: Ints
-    positions: Ints
-    query_lens: Ints
-    seq_lens: Ints
-    prompts: tuple[ChosenPrompt, ...] = ()
+    rows: Ints | None  # (m,) rows of the full batch that enter, ascending; None: all rows, in place
+    requests: Ints | None  # (r,) requests that have a row; None: all R
+    request_of: Ints  # (m,) index of each row's request among those
+    positions: Ints  # (m,) compact position of each row, or NOT_STORED
+    query_lens: Ints  # (r,) rows of each request
+    seq_lens: Ints  # (r,) kept tokens of each request after this step
+    prompts: tuple[ChosenPrompt, ...] = ()  # those whose image tokens are chosen in this step
 
 
 class BatchMaps:
-    """The `TokenMap`s of a step's requests as flat arrays, so that T of all of them is a few array operations."""
+    """The `TokenMap`s of a step's requests as flat arrays: a few array operations compute T of all requests."""
 
     def __init__(self, maps: Sequence[TokenMap]) -> None:
         self.maps = list(maps)
@@ -74,19 +64,18 @@ class BatchMaps:
 
     @property
     def withdraws(self) -> bool:
-        """Some request of the step has withdrawn tokens."""
         return len(self._owner) > 0
 
     def withdrawn(self, x: Ints) -> Ints:
-        """(R,) tokens withdrawn among the first x[r] of each request r."""
+        """(R,) withdrawn tokens among the first x[r] tokens of each request r."""
         inside = np.clip(x[self._owner] - self._start, 0, self._length)
         return np.bincount(self._owner, inside, minlength=len(x)).astype(np.int64)
 
     def step(self, computed: Ints, scheduled: Ints) -> DeepBatch | None:
-        """The deep part of a step; None if the deep layers see it just as the shallow ones do.
+        """The deep part of a step; None if the deep layers see the whole step.
 
         Args:
-            computed: (R,) tokens of each request that are in the KV cache already.
+            computed: (R,) tokens of each request that are already in the KV cache.
             scheduled: (R,) tokens of each request in this step, at least 1.
         """
         if not self.withdraws:
@@ -110,7 +99,7 @@ class BatchMaps:
         row, deep_row = np.cumsum(scheduled) - scheduled, np.cumsum(kept) - kept
         starting = [r for r in self._choosing if computed[r] < self.maps[r].whole]
         for r in starting:
-            if computed[r] or scheduled[r] < self.maps[r].whole:  # the scheduler sees to it
+            if computed[r] or scheduled[r] < self.maps[r].whole:  # the scheduler prevents this
                 raise RuntimeError(
                     f"tokens {computed[r]}..+{scheduled[r]} of a prompt of {self.maps[r].whole}, to be whole"
                 )
@@ -136,11 +125,10 @@ def _chosen(token_map: TokenMap, row: int, deep_row: int) -> ChosenPrompt:
 
 
 def _in_place(positions: Ints, kept: Ints, seq_lens: Ints) -> DeepBatch:
-    """A step of one token per request, where no row is dropped and nothing is gathered.
+    """A step of one token per request: no row is dropped, since it may replay a full CUDA graph with fixed rows.
 
-    Such a step may replay a full CUDA graph, whose rows are fixed. A withdrawn token (a prefill chunk of one token)
-    keeps its row, stores nothing, and its output is not sampled from; its length is at least 1 because a kernel may
-    not take a query without a key.
+    A withdrawn token (a prefill chunk of one token) keeps its row, stores nothing, and is not sampled from. Its length
+    is at least 1, because a kernel may require a key per query.
     """
     one = np.ones_like(kept)
     stored = np.where(kept == 1, positions, NOT_STORED)

@@ -1,7 +1,6 @@
-"""FastV and iLLaVA's decoder half: which of an image's tokens enter the deep layers.
+"""FastV and iLLaVA in the decoder: which of an image's tokens enter the deep layers.
 
-Runs between the compiled parts, and only in steps that start such a prompt. All shapes are known on the host, and
-nothing of the device is read there.
+Runs between the compiled parts, only in steps that start such a prompt, and never waits for the device.
 """
 
 from __future__ import annotations
@@ -15,17 +14,16 @@ from foldserve.server.engine.withdrawal.batch import ChosenImage, ChosenPrompt
 
 
 def merges(prompts: tuple[ChosenPrompt, ...]) -> bool:
-    """Whether a token that stays takes others up, which then have to be what layer K-1 makes of them."""
+    """Whether a method merges tokens, which needs the full output of layer K-1."""
     return any(_method(image).merges for prompt in prompts for image in prompt.images)
 
 
 def last_token_scores(query: Tensor, key: Tensor, prompt: ChosenPrompt, scale: float) -> Tensor:
-    """Attention of a prompt's last token to each of its tokens: fp32 (tokens,), mean over the heads.
+    """Attention from a prompt's last token to each of its tokens: fp32 (tokens,), mean over the heads.
 
     Args:
         query: (rows, heads, head size) of the whole batch, after the rotary embedding.
         key: (rows, KV heads, head size).
-        scale: of the logits.
     """
     end = prompt.row + prompt.tokens
     keys = key[prompt.row : end].float()
@@ -37,15 +35,15 @@ def last_token_scores(query: Tensor, key: Tensor, prompt: ChosenPrompt, scale: f
 def choose(
     prompts: tuple[ChosenPrompt, ...], scores: list[Tensor], rows: Tensor, hidden: Tensor, residual: Tensor
 ) -> None:
-    """Writes the chosen rows of each image into `rows` and what they hold into `hidden` and `residual`.
+    """Write the chosen rows of each image into `rows`, and merged values into `hidden` and `residual`.
 
     Merging is linear, so merging the two addends merges the hidden state.
 
     Args:
-        scores: of each prompt, as `last_token_scores` gives them.
+        scores: `last_token_scores` of each prompt.
         rows: (m,) rows of the batch that enter the deep layers.
-        hidden, residual: (rows, d) and (rows, e) of the whole batch. Where nothing merges, `hidden` may be what layer
-            K-1's attention gives.
+        hidden, residual: (rows, d) and (rows, e) of the whole batch. Without merging, `hidden` may be the output of
+            layer K-1's attention.
     """
     for prompt, of_prompt in zip(prompts, scores, strict=True):
         for image in prompt.images:

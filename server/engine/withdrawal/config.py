@@ -1,4 +1,4 @@
-"""Settings of withdrawal in vLLM's configuration, and what cannot be combined with it."""
+"""Withdrawal's settings in vLLM's configuration, and the settings that conflict with it."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ DECODERS = {
     "phi3": "Phi3ForCausalLM",
     "internlm2": "InternLM2ForCausalLM",
 }
-"""HF model type of a text config -> vLLM's class of the decoder, for checkpoints that name no architecture."""
+"""HF model type of a text config -> vLLM's decoder class, for checkpoints that name no architecture."""
 
 _OTHER_NAMES = {"VLlama3ForCausalLM": "LlamaForCausalLM"}
-"""Architectures that only text configs name -> what vLLM builds: Idefics3's and SmolVLM's."""
+"""Architecture in the text config of Idefics3 and SmolVLM -> the class that vLLM builds."""
 
 
 def withdraw_layer(vllm_config: VllmConfig) -> int | None:
@@ -52,7 +52,7 @@ def withdraw_layer(vllm_config: VllmConfig) -> int | None:
 
 
 def step_room(vllm_config: VllmConfig) -> Room:
-    """Tokens of one request that are sure to fit into a step, once no other prompt is being computed."""
+    """Tokens of one request that always fit into a step when no other prompt is being computed."""
     scheduler = vllm_config.scheduler_config
     budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
     others = (scheduler.max_num_active_seqs or scheduler.max_num_seqs) - 1
@@ -63,10 +63,7 @@ def step_room(vllm_config: VllmConfig) -> Room:
 
 
 def configure(layer: int, *, device: Literal["cpu", "cuda"], async_scheduling: bool = True) -> dict[str, Any]:
-    """The engine arguments that withdrawal at `layer` needs, to be merged into the others.
-
-    On the CPU vLLM schedules synchronously whatever is asked for.
-    """
+    """Engine arguments for withdrawal at `layer`. On a CPU vLLM always schedules synchronously."""
     runs_ahead = async_scheduling and device == "cuda"
     return {
         "additional_config": {CONFIG_KEY: {"withdraw_layer": layer}},
@@ -77,10 +74,10 @@ def configure(layer: int, *, device: Literal["cpu", "cuda"], async_scheduling: b
 
 
 def apply(args: Any, layer: int, *, device: Literal["cpu", "cuda"]) -> None:
-    """Writes what `configure` gives into vLLM's parsed options or `EngineArgs`, all but `additional_config`.
+    """Write `configure`'s values, except `additional_config`, into vLLM's parsed options or `EngineArgs`.
 
     Raises:
-        ValueError: another value is there already, which its owner chose.
+        ValueError: the user has set another value.
     """
     needed = configure(layer, device=device, async_scheduling=args.async_scheduling is not False)
     del needed["additional_config"]
@@ -92,10 +89,10 @@ def apply(args: Any, layer: int, *, device: Literal["cpu", "cuda"]) -> None:
 
 
 def check_decoder(vllm_config: VllmConfig) -> None:
-    """Refuses what withdrawal does not go with, and decoders that it does not know; nothing if it is not configured.
+    """If withdrawal is configured, check the configuration and the decoder.
 
     Raises:
-        ValueError: as `check`, or the decoder is none of `DECODERS`, or adds features of images from layer K on.
+        ValueError: as `check`, or the decoder is not in `DECODERS`, or it adds image features to layers from K - 1 on.
     """
     layer = withdraw_layer(vllm_config)
     if layer is None:
@@ -114,23 +111,18 @@ def check_decoder(vllm_config: VllmConfig) -> None:
 
 
 def decoder_class(vllm_config: VllmConfig) -> str:
-    """vLLM's class of the model's decoder."""
     text = vllm_config.model_config.hf_config.get_text_config()
     name: str = (text.architectures or [DECODERS.get(text.model_type, text.model_type)])[0]
     return _OTHER_NAMES.get(name, name)
 
 
 def first_layer(hf_config: Any) -> int:
-    """The least K: the decoder's layers before K - 1 may be some that add features of images to their output."""
+    """The smallest K: layers that add image features (deepstack) to their output have to come before layer K - 1."""
     return 1 + len(getattr(hf_config.vision_config, "deepstack_visual_indexes", ()))
 
 
 def check(vllm_config: VllmConfig) -> None:
-    """Refuses, before anything runs, what withdrawal was not made to work with; nothing if it is not configured.
-
-    Raises:
-        ValueError: naming `--withdraw-layer` and the setting that it does not go with.
-    """
+    """Raises ValueError if withdrawal is configured together with a setting that it conflicts with."""
     if withdraw_layer(vllm_config) is None:
         return
     for setting, reason in _conflicts(vllm_config):
@@ -184,7 +176,7 @@ def _conflicts(config: VllmConfig) -> Iterator[tuple[str, str]]:
 
 
 def _is_sliding(text_config: Any, max_model_len: int) -> bool:
-    """Some layers have a window that is shorter than a sequence may be."""
+    """Whether some layers have a window shorter than the longest sequence."""
     window = getattr(text_config, "sliding_window", None)
     if not window or window >= max_model_len:
         return False
@@ -193,7 +185,7 @@ def _is_sliding(text_config: Any, max_model_len: int) -> bool:
 
 
 def _required_classes(config: VllmConfig) -> Iterator[tuple[str, str]]:
-    """Classes of ours that vLLM's configuration does not name."""
+    """foldserve's classes that are missing in vLLM's configuration."""
     scheduler = config.scheduler_config
     schedulers = [_ASYNC_SCHEDULER] if scheduler.async_scheduling else [_SCHEDULER, _ASYNC_SCHEDULER]
     if scheduler.scheduler_cls not in schedulers:

@@ -1,11 +1,11 @@
 """Which tokens the deep layers keep: pure functions that the scheduler and the workers share.
 
-The method is VTW ("Boosting Multimodal Large Language Models with Visual Tokens Withdrawal for Rapid Inference",
-Eq. 5), restated per token: at layers >= K a token attends only to the earlier *kept* tokens, positions unchanged.
-Everything follows from one function of a request, T(x) = tokens that the deep layers keep among its first x tokens.
+VTW ("Boosting Multimodal Large Language Models with Visual Tokens Withdrawal for Rapid Inference", Eq. 5), restated per
+token: at layers >= K a token attends only to earlier *kept* tokens, positions unchanged. Everything follows from
+T(x), the number of tokens that the deep layers keep among a request's first x tokens.
 
-FastV and iLLaVA's decoder merge keep some tokens of an image. Which ones is found on the device, but how many is known
-before, and since such a prompt is computed in one step (`TokenMap.whole`), counts are all that T has to be right in.
+FastV and iLLaVA's decoder merge keep some tokens of an image. The device decides which, but their number is known
+before. Such a prompt is computed in one step (`TokenMap.whole`), so only the counts of T have to be right.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import numpy as np
 
 from foldserve.server.engine.identity import WITHDRAW, ItemIdentity
 
-Range = tuple[int, int]
-"""Half-open [start, end) of token indices in a request."""
+Range = tuple[int, int]  # half-open [start, end) of token indices in a request
 
 
 class _Placeholder(Protocol):
@@ -28,7 +27,7 @@ class _Placeholder(Protocol):
 
 
 class Feature(Protocol):
-    """What is read of vLLM's `MultiModalFeatureSpec`."""
+    """The attributes of vLLM's `MultiModalFeatureSpec` that are read."""
 
     @property
     def identifier(self) -> str: ...
@@ -37,7 +36,7 @@ class Feature(Protocol):
 
 
 class Choice(NamedTuple):
-    """Tokens [start, start + tokens) of a request are an image of which `method` chooses `kept`."""
+    """An image, tokens [start, start + tokens) of a request, of which `method` keeps `kept`."""
 
     method: str
     start: int
@@ -48,15 +47,15 @@ class Choice(NamedTuple):
 class TokenMap:
     """T(x) of one request. Immutable; x counts tokens of the whole sequence, generated ones included.
 
-    Vision tokens are known by the position of the image, never by their id: a model may generate the placeholder's id.
+    Vision tokens are identified by the image's position, not by their id, since a model may generate the same id.
 
     Attributes:
-        ranges: the tokens that leave; of an image with a choice the first ones, standing in for those not chosen.
+        ranges: withdrawn tokens; for an image with a choice the first ones, as stand-ins for those not chosen.
         choices: images of which some tokens are chosen.
-        whole: tokens that have to be computed in one step from the first on: the prompt if there is a choice, else 0.
-        shareable: the prefix whose KV blocks prefix caching may share; None: all. It ends before the first choice,
-            which depends on what comes behind it. And a prompt that *ends* in a withdrawn token keeps that one token at
-            all layers, since the first output is sampled from it: its T then differs from that of a longer prompt.
+        whole: tokens to compute in one step, from the first on: the whole prompt if there is a choice, else 0.
+        shareable: length of the prefix whose KV blocks may be shared; None: all. It ends before the first choice, which
+            depends on later tokens. A prompt that *ends* in a withdrawn token keeps that token at all layers, because
+            the first output is sampled from it; its T then differs from that of a longer prompt.
     """
 
     __slots__ = ("_before", "_ends", "choices", "lengths", "ranges", "shareable", "starts", "whole")
@@ -80,10 +79,10 @@ class TokenMap:
 
     @classmethod
     def of(cls, features: Iterable[Feature], prompt_tokens: int) -> TokenMap:
-        """The map of a request from its multimodal features; the identity if none of them says so.
+        """The map of a request from its multimodal features; the identity if nothing is withdrawn.
 
         Raises:
-            ValueError: tokens are to be chosen of an image that has not more than those, or that lies in pieces.
+            ValueError: an image with a choice has too few tokens, or text between its tokens.
         """
         ranges: list[Range] = []
         choices: list[Choice] = []
@@ -100,11 +99,11 @@ class TokenMap:
 
     @property
     def total(self) -> int:
-        """Tokens withdrawn from the whole request."""
+        """Withdrawn tokens of the whole request."""
         return self._before[-1]
 
     def withdrawn(self, x: int) -> int:
-        """x - T(x): tokens withdrawn among the first x."""
+        """x - T(x)."""
         if not self._ends or x >= self._ends[-1]:  # every decode step
             return self._before[-1]
         i = bisect_right(self._ends, x)

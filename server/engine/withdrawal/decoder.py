@@ -1,8 +1,7 @@
 """The withdrawing decoder: vLLM's own decoder, run in parts with fewer rows in the later ones.
 
-Of a token that leaves at layer K, layer K-1 is the last to need anything, and of that layer only the keys and values:
-what it does after its attention (output projection, norm, MLP; three quarters of a layer's FLOPs in Llama) nobody
-reads. So the rows leave there already.
+Of a token that is withdrawn at layer K, only its keys and values are needed in layer K-1. Nothing reads the rest of
+that layer (output projection, norm, MLP; three quarters of its FLOPs in Llama), so rows leave after its attention.
 """
 
 from __future__ import annotations
@@ -27,9 +26,9 @@ from foldserve.server.engine.withdrawal.layout import bucket_of
 
 
 def _defer(module: nn.Module, passes: Callable[..., Any]) -> Any:
-    """Makes a finished module hand on what it is given; `later` is then what its call was.
+    """Make a built module pass its inputs through; its original forward becomes `later`.
 
-    Only its class changes, as with the attention ops (`attention.py` says why), so weights and their names stay.
+    Only its class changes, for the reasons in `attention.py`, so weights and their names stay.
     """
     own: Any = type(module)
     module.__class__ = type(f"Deferred{own.__name__}", (own,), {"forward": passes, "later": own.forward})
@@ -50,13 +49,11 @@ def _adding(layer: _Layer, level: Tensor) -> _Layer:
 
 @support_torch_compile(dynamic_arg_dims={"positions": -1, "hidden_states": 0, "deepstack": 0})
 class ShallowPart(nn.Module):
-    """Layers < K on all rows, the last of them up to its attention (`AfterAttention` has made that so).
+    """Layers < K on all rows, the last of them only up to its attention, see `AfterAttention`.
 
-    `positions` are (rows,), or (3, rows) with M-RoPE. `deepstack` has (rows, hidden) for each of the first layers of
-    some models, all of them before K - 1, which is added to the layer's output.
-
-    Returns:
-        What attention gives (rows, heads * head size) and the residual stream (rows, hidden).
+    `positions` are (rows,), or (3, rows) with M-RoPE. `deepstack` is added to the outputs of the first layers of some
+    models, all before K - 1: (rows, hidden) each. Returns the attention's output (rows, heads * head size) and the
+    residual stream (rows, hidden).
     """
 
     def __init__(self, *, layers: nn.ModuleList, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -75,17 +72,12 @@ class ShallowPart(nn.Module):
 
 
 class Names(NamedTuple):
-    """Of the modules of vLLM's decoders, most of which have Llama's: embeddings, then a layer's.
-
-    Attributes:
-        output: of the attention, its last projection.
-        norm: between attention and MLP.
-    """
+    """Module names in vLLM's decoders, most of which use Llama's."""
 
     embeddings: str = "embed_tokens"
     attention: str = "self_attn"
-    output: str = "o_proj"
-    norm: str = "post_attention_layernorm"
+    output: str = "o_proj"  # the attention's last projection
+    norm: str = "post_attention_layernorm"  # between attention and MLP
     mlp: str = "mlp"
 
     @classmethod
@@ -98,7 +90,7 @@ INTERNLM2 = Names("tok_embeddings", "attention", "wo", "ffn_norm", "feed_forward
 
 @support_torch_compile(dynamic_arg_dims={"attended": 0, "residual": 0})
 class AfterAttention(nn.Module):
-    """What a layer does after its attention, which it no longer does itself."""
+    """The part of layer K-1 after its attention, which the layer itself then skips."""
 
     def __init__(self, *, layer: Any, names: Names, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -130,13 +122,10 @@ class DeepPart(nn.Module):
 
 
 class WithdrawingDecoder(nn.Module):
-    """Takes over the parts of a vLLM decoder (embeddings, `layers`, `norm`); weights keep their names.
+    """Takes over the modules of a vLLM decoder (embeddings, `layers`, `norm`); weights keep their names.
 
-    The parts are compiled as three graphs, since they see different numbers of rows; what lies between runs in Python.
-    Where vLLM has captured CUDA graphs of them, they replay in steps with all rows, and the first part in any step.
-
-    Attributes:
-        attention_ops: vLLM's `Attention` of each layer.
+    Three parts are compiled separately, since they see different numbers of rows; Python runs in between. Captured CUDA
+    graphs of the first part replay in every step, those of the others only in steps with all rows.
     """
 
     def __init__(self, decoder: Any, *, vllm_config: VllmConfig, prefix: str) -> None:
@@ -165,7 +154,7 @@ class WithdrawingDecoder(nn.Module):
         score_in(ops[first - 1], self._deep_ops[0])
 
     def whole_layers(self, deepstack: Sequence[Tensor] = ()) -> list[_Layer]:
-        """The layers as vLLM made them; the first ones add what `deepstack` has for them, (rows, hidden) each."""
+        """The layers as vLLM made them; `deepstack`, (rows, hidden) each, is added to the output of the first ones."""
         cut = self.shallow.layers[-1]
 
         def rejoined(positions: Tensor, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -187,7 +176,7 @@ class WithdrawingDecoder(nn.Module):
         inputs_embeds: Tensor | None = None,
         deepstack_input_embeds: IntermediateTensors | None = None,
     ) -> Tensor:
-        """Final hidden states (rows, hidden), zero in the rows of withdrawn tokens."""
+        """(rows, hidden) final hidden states, 0 in rows of withdrawn tokens."""
         assert intermediate_tensors is None  # pipeline parallelism is refused at start-up
         if inputs_embeds is None:
             assert input_ids is not None
@@ -213,11 +202,11 @@ class WithdrawingDecoder(nn.Module):
 
     def _on_kept_rows(self, step: Any, positions: Tensor, attended: Tensor, residual: Tensor) -> Tensor:
         rows = step.deep_rows
-        output = torch.zeros_like(residual)  # of full size: the rows to sample from are numbered in the full batch
+        output = torch.zeros_like(residual)  # full size, since sampling indexes rows of the full batch
         if not len(rows):
             return output
         hidden, merging = attended, merges(step.deep_prompts)
-        if merging:  # rows take others up as these leave layer K-1, so all go through it
+        if merging:  # merging needs the full output of layer K-1 for all rows
             hidden, residual = self.after_attention(hidden, residual)
         if step.deep_prompts:
             choose(step.deep_prompts, step.deep_scores, rows, hidden, residual)
@@ -228,10 +217,7 @@ class WithdrawingDecoder(nn.Module):
         return output
 
     def _enter_deep_part(self) -> Any:
-        """Lets the deep ops write KV at their own slots, and returns the metadata of the deep layers.
-
-        None in a dummy run without attention.
-        """
+        """Set the KV slots of the deep ops and return their metadata; None in a dummy run without attention."""
         context = get_forward_context()
         if not isinstance(context.attn_metadata, dict):
             return None

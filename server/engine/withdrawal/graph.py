@@ -1,4 +1,4 @@
-"""Tensors at fixed addresses, which CUDA graphs read."""
+"""Tensors at fixed addresses for CUDA graphs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,7 @@ from vllm.v1.attention.backend import CommonAttentionMetadata
 
 @dataclass(frozen=True, eq=False)
 class GraphBuffers:
-    """What full graphs of decode steps read.
-
-    A graph is captured once and then reads the same addresses: every step that may replay it writes here first.
-    """
+    """Inputs of full CUDA graphs of decode steps, which every step that may replay one writes first."""
 
     seq_lens: Tensor  # (max requests,) int32
     slots: Tensor  # (max tokens,) int64
@@ -30,7 +27,7 @@ class GraphBuffers:
         return cls(seq_lens, torch.full((scheduler.max_num_batched_tokens,), -1, device=device))
 
     def hold(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
-        """The same metadata with its lengths and slots copied into the buffers."""
+        """The metadata with its lengths and slots copied into the buffers."""
         common = copy(common)
         common.seq_lens = self.seq_lens[: len(common.seq_lens)].copy_(common.seq_lens)
         common.slot_mapping = self.slots[: len(common.slot_mapping)].copy_(common.slot_mapping)
@@ -38,10 +35,10 @@ class GraphBuffers:
 
 
 class PartBuffers:
-    """What a part of the decoder hands to the next where each has graphs of its own, vLLM's piecewise ones.
+    """Results passed from one part of the decoder to the next if each has its own (piecewise) CUDA graphs.
 
-    vLLM lets the memory of a part's results go once the part is captured: they stay until the next graph runs, which
-    may write to the same place. So they are copied, to where the next part's graph reads.
+    vLLM frees the memory of a part's results after capture, so the next graph may overwrite them. They are copied to
+    fixed addresses, which the next part's graph reads.
     """
 
     def __init__(self, compilation: CompilationConfig) -> None:
@@ -49,11 +46,11 @@ class PartBuffers:
         self._buffers: dict[str, Tensor] = {}
 
     def hold(self, **results: Tensor) -> list[Tensor]:
-        """The same values, in the buffers of these names."""
+        """Copies of the tensors in the buffers of these names."""
         return [self._buffer(name, x)[: len(x)].copy_(x) for name, x in results.items()]
 
     def _buffer(self, name: str, like: Tensor) -> Tensor:
-        """(rows of the largest graph, width): it is never replaced."""
+        """(rows of the largest graph, width); never reallocated."""
         if name not in self._buffers:
             rows = self._compilation.max_cudagraph_capture_size
             assert rows is not None  # where there are graphs
@@ -62,13 +59,13 @@ class PartBuffers:
 
 
 def replays_parts() -> bool:
-    """Whether vLLM has chosen piecewise graphs for this step, or is capturing them."""
+    """Whether vLLM replays or captures piecewise CUDA graphs in this step."""
     return bool(get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE)
 
 
 @contextmanager
 def no_graphs() -> Iterator[None]:
-    """Parts run without graphs, as they have to on other rows than the step has, which is what graphs are found by."""
+    """Run parts without CUDA graphs: vLLM selects graphs by the step's rows, but these parts have other rows."""
     context: ForwardContext = copy(get_forward_context())
     context.cudagraph_runtime_mode = CUDAGraphMode.NONE
     with override_forward_context(context):

@@ -1,9 +1,8 @@
-"""How the layers are split into KV cache groups, so that any K wastes next to no memory.
+"""Splits the layers into KV cache groups so that any K wastes little memory.
 
-vLLM gives every KV cache group the same number of layers, w, and pads smaller groups: a block of any group costs w
-pages. Left alone it takes w from the sizes of the two sides, K shallow and N-K deep layers: K=20 of 32 would pad 10+10
-shallow and 12 deep layers to 12 each. A `bucket` number in the KV spec keeps layers apart that vLLM would put together,
-which chooses w.
+vLLM gives all KV cache groups the same number of layers, w, and pads smaller groups, so a block of any group costs w
+pages. By itself it derives w from the K shallow and N-K deep layers: K=20 of 32 would pad 10+10 shallow and 12 deep
+layers to 12 each. A `bucket` number in the KV spec splits groups further and so controls w.
 """
 
 from __future__ import annotations
@@ -12,18 +11,18 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 DEEP_SHARE = 1 / 8
-"""Deep blocks per shallow block of a withdrawing request; LLaVA-1.5, 576 vision + 80 text tokens, 16 a block: 5/41."""
+"""Deep blocks per shallow block of a withdrawing request: 5/41 for LLaVA-1.5, 576 + 80 tokens, 16 per block."""
 
 MAX_WASTE = 0.0125
-"""Memory that padding may cost, as a share of all layers at full length; K=15 of 32 needs 0.0117 in 7 groups."""
+"""Padding allowed, as a share of all layers at full length; K=15 of 32 needs 0.0117 in 7 groups."""
 
 GROUP_COST = 0.002
-"""The waste that is worth one KV cache group less: each costs a block table and attention metadata in every step."""
+"""Waste that saves one group: each group costs a block table and attention metadata in every step."""
 
 
 @dataclass(frozen=True)
 class Grouping:
-    """Buckets per side and what vLLM makes of them: groups of `width` layers, `waste` as in MAX_WASTE."""
+    """Buckets per side and the resulting groups of `width` layers; `waste` as in MAX_WASTE."""
 
     shallow_buckets: int
     deep_buckets: int
@@ -38,7 +37,7 @@ class Grouping:
 
 @lru_cache
 def choose(layers: int, withdraw_layer: int) -> Grouping:
-    """The cheapest grouping whose padding wastes at most MAX_WASTE; one bucket per layer never pads, so one exists."""
+    """The cheapest grouping that wastes at most MAX_WASTE. One exists: one bucket per layer needs no padding."""
     sides = withdraw_layer, layers - withdraw_layer
     candidates = [_grouping(sides, (a, b)) for a in range(1, sides[0] + 1) for b in range(1, sides[1] + 1)]
     return min((c for c in candidates if c.waste <= MAX_WASTE), key=lambda c: c.cost)
@@ -53,7 +52,7 @@ def bucket_of(layer: int, layers: int, withdraw_layer: int) -> int:
 
 
 def _grouping(sides: tuple[int, int], buckets: tuple[int, int]) -> Grouping:
-    """vLLM's rule (`_get_kv_cache_groups_uniform_page_size`): the smallest bucket, or the largest if that is < 1.5x."""
+    """vLLM's rule (`_get_kv_cache_groups_uniform_page_size`): w is the smallest bucket, or the largest if < 1.5x."""
     sizes = [_balanced(side, count) for side, count in zip(sides, buckets, strict=True)]
     smallest, largest = min(map(min, sizes)), max(map(max, sizes))
     width = largest if largest < 1.5 * smallest else smallest
@@ -64,6 +63,6 @@ def _grouping(sides: tuple[int, int], buckets: tuple[int, int]) -> Grouping:
 
 
 def _balanced(layers: int, buckets: int) -> list[int]:
-    """Sizes of `buckets` buckets filled in turn."""
+    """Sizes of `buckets` nearly equal buckets."""
     small, larger = divmod(layers, buckets)
     return [small + 1] * larger + [small] * (buckets - larger)

@@ -1,4 +1,4 @@
-"""The KV cache manager of the deep layers: vLLM's own, in kept tokens."""
+"""KV cache manager of the deep layers: vLLM's own, counting kept tokens."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from foldserve.server.engine.withdrawal.spec import DeepAttentionSpec
 class DeepKVCacheManager(SingleTypeKVCacheManager):
     """Modifications to vLLM's manager:
 
-    - every count of tokens goes through the request's T before the base class turns it into blocks, so a request holds
+    - token counts pass through the request's T before the base class turns them into blocks: a request holds
       ceil(T(n) / block size) blocks, and a prefix hit whose T ends inside a block is copied on write;
-    - blocks are registered and found for prefix caching as `prefix.py` says;
-    - a tail that is written in this very step is not hit: the request waits for the next step.
+    - blocks are registered and found for prefix caching as `prefix.py` describes;
+    - a request that hits a tail which this step still writes waits for the next step.
 
-    `hashes` is set by the scheduler mixin (`scheduler.py`), which sees every request before this class does.
+    `WithdrawingScheduler` sets `hashes` and sees every request first.
     """
 
     hashes: MutableMapping[str, MappedHashes] | None = None
@@ -51,7 +51,7 @@ class DeepKVCacheManager(SingleTypeKVCacheManager):
         kept = self.token_map(request_id).kept
         local = kept(num_local_computed_tokens)
         if self._has_partial_local_hit(new_computed_blocks, local) and self._prefixes.is_fresh(new_computed_blocks[-1]):
-            return self.block_pool.num_gpu_blocks + 1  # more than there are: not in this step
+            return self.block_pool.num_gpu_blocks + 1  # impossible, so the request waits for the next step
         return super().get_num_blocks_to_allocate(
             request_id,
             kept(num_tokens),
@@ -106,7 +106,7 @@ class DeepKVCacheManager(SingleTypeKVCacheManager):
         if token_map.shareable is not None:
             num_tokens = min(num_tokens, token_map.shareable)
         self._prefixes.advance(request, token_map, blocks, num_tokens)
-        self.num_cached_block[request.request_id] = len(blocks)  # the base class's sign of a running request
+        self.num_cached_block[request.request_id] = len(blocks)  # the base class recognises running requests by it
 
     @classmethod
     def find_longest_cache_hit(

@@ -1,8 +1,8 @@
-"""Attention metadata of the deep layers, for whichever backend vLLM selected.
+"""Attention metadata of the deep layers, for any backend that vLLM selects.
 
-The backend's own builder is given the compacted batch in place of the full one. What it returns carries three more
-attributes, which the decoder reads: `deep_rows`, the rows to gather (None: all), `deep_slots`, the KV slots of the rows
-that enter, and `deep_prompts`, those whose image tokens are chosen in this step.
+The backend's own builder gets the compacted batch. Its result has three more attributes for the decoder: `deep_rows`,
+the rows to gather (None: all); `deep_slots`, the KV slots of these rows; and `deep_prompts`, the prompts whose image
+tokens are chosen in this step.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from foldserve.server.engine.withdrawal.graph import GraphBuffers
 
 @dataclass(frozen=True, eq=False)
 class DeviceBatch:
-    """A `DeepBatch` on the device, in one copy; shared by all deep KV cache groups of a step."""
+    """A `DeepBatch` on the device, transferred in one copy; shared by all deep KV cache groups of a step."""
 
     host: DeepBatch
     rows: Tensor | None
@@ -63,9 +63,9 @@ class DeepMetadataBuilder(AttentionMetadataBuilder[Any]):
 
     - `build` compacts the batch that `deep_step` announced; without one (dummy runs, graph capture, nothing withdrawn)
       it is the backend's;
-    - never takes another group's metadata over (`supports_update_block_table`): that would bring uncompacted slots;
-    - full CUDA graphs only for steps of one token per request, the ones that drop no rows; for them the addresses of
-      the lengths and slots stay the same (`graph.py`).
+    - never reuses another group's metadata (`supports_update_block_table`), whose slots are not compacted;
+    - full CUDA graphs only for steps of one token per request, which drop no rows; their lengths and slots are at fixed
+      addresses (`graph.py`).
     """
 
     supports_update_block_table = False
@@ -105,7 +105,7 @@ class DeepMetadataBuilder(AttentionMetadataBuilder[Any]):
 
 
 def compact(full: CommonAttentionMetadata, step: DeviceBatch, block_size: int) -> CommonAttentionMetadata:
-    """`full` as the deep layers see it. Padding (of CUDA graphs and of compiled batches) occurs only in place."""
+    """`full` as the deep layers see it. Only batches with all rows have padding (for CUDA graphs or compilation)."""
     host = step.host
     common = copy(full)
     common._num_computed_tokens_cache = common._token_to_req_indices_cache = None
@@ -130,7 +130,7 @@ def compact(full: CommonAttentionMetadata, step: DeviceBatch, block_size: int) -
 
 
 def _select_requests(common: CommonAttentionMetadata, requests: Tensor, host: DeepBatch) -> CommonAttentionMetadata:
-    """Without the requests that have no row: some backends cannot take a query of no tokens."""
+    """Drop requests without rows, since some backends do not support queries of length 0."""
     on_host = torch.from_numpy(host.requests)
     common.num_reqs = len(on_host)
     common.block_table_tensor = common.block_table_tensor[requests]
@@ -148,7 +148,7 @@ def _pad(values: Tensor, size: int, value: int) -> Tensor:
 
 @lru_cache
 def deep_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
-    """The backend with `DeepMetadataBuilder` before its own builder; the same class again for the same backend."""
+    """The backend with `DeepMetadataBuilder` before its own builder; one class per backend."""
     builder = backend.get_builder_cls()
     deep_builder = type(f"Deep{builder.__name__}", (DeepMetadataBuilder, builder), {})
     overrides = {"get_builder_cls": staticmethod(lambda: deep_builder)}
@@ -157,7 +157,7 @@ def deep_backend(backend: type[AttentionBackend]) -> type[AttentionBackend]:
 
 @contextmanager
 def deep_step(attention_groups: Iterable[Iterable[AttentionGroup]], batch: DeepBatch | None) -> Iterator[None]:
-    """While active, the deep layers' builders build for `batch`."""
+    """Context in which the deep layers' builders build for `batch`."""
     builders = [group.get_metadata_builder(0) for groups in attention_groups for group in groups]
     deep = [builder for builder in builders if isinstance(builder, DeepMetadataBuilder)]
     step = DeviceBatch.of(batch, deep[0].device) if batch is not None and deep else None

@@ -1,14 +1,14 @@
 """Prefix caching of the deep layers.
 
-vLLM's block hash i stands for the first i blocks of *tokens*, the images' identities included, which carry the mark of
-withdrawal: it determines T there, and the deep KV of that prefix. So with block size B, at the boundary x = i*B:
+vLLM's block hash i covers the first i blocks of *tokens* and the images' identities, which include withdrawal. It thus
+determines T and the deep KV of that prefix. With block size B, at the boundary x = i*B:
 
-- if T passed a multiple of B since the boundary before (it grows by at most B), a deep block became full: it is found
-  under hash i;
-- if T(x) is no multiple of B, the last block holds T(x) % B tokens of the prefix: it is found under hash i as a *tail*,
-  in a key space of its own, and copied on write by whoever hits it. One block may be the tail of several boundaries.
+- if T passed a multiple of B since the last boundary (it grows by at most B), a deep block became full: its key is
+  hash i;
+- if T(x) is not a multiple of B, the last block holds T(x) % B tokens of the prefix: it is a *tail*, with key hash i in
+  a separate key space, and copied on write after a hit. A block may be the tail of several boundaries.
 
-Boundaries strictly inside an image need no tail: whoever shares them shares the image's first boundary or its end.
+Boundaries strictly inside an image need no tail: prompts that share them share the image's first boundary or its end.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from vllm.v1.request import Request
 from foldserve.server.engine.withdrawal.core import TokenMap
 
 TAIL_SPACE = 0x10000
-"""Added to the id of the KV cache group in the keys of tails; real group ids are far smaller."""
+"""Added to the KV cache group id in the keys of tails; real group ids are far smaller."""
 
 
 class MappedHashes(list[bytes]):
-    """A request's block hashes together with its token map: the one thing of a request that cache lookups are given."""
+    """A request's block hashes with its token map, since vLLM passes only the hashes to cache lookups."""
 
     token_map: TokenMap
 
 
 class PrefixRegistry:
-    """Makes the deep blocks of running requests findable, for one KV cache group."""
+    """Registers the deep blocks of running requests for prefix caching, for one KV cache group."""
 
     def __init__(self, pool: BlockPool, group_id: int, block_size: int) -> None:
         self._pool, self._group_id, self._block_size = pool, group_id, block_size
@@ -44,11 +44,11 @@ class PrefixRegistry:
         self._fresh.clear()
 
     def is_fresh(self, block: KVCacheBlock) -> bool:
-        """Whether the block became a tail in this step: its KV is not written yet, so it cannot be copied yet."""
+        """Whether the block became a tail in this step; its KV is not written yet and cannot be copied."""
         return block.block_id in self._fresh
 
     def adopt(self, request_id: str, tokens: int) -> None:
-        """The request starts from a hit of `tokens` tokens, which are registered already."""
+        """Record that the request starts from a hit of `tokens` tokens, which are registered already."""
         self._registered[request_id] = tokens // self._block_size
 
     def forget(self, request_id: str) -> None:
@@ -56,7 +56,7 @@ class PrefixRegistry:
         self._tails.pop(request_id, None)
 
     def advance(self, request: Request, token_map: TokenMap, blocks: Sequence[KVCacheBlock], tokens: int) -> None:
-        """Registers what lies behind the boundaries up to `tokens`; `blocks` are the request's deep blocks."""
+        """Register full blocks and tails at boundaries up to `tokens`; `blocks` are the request's deep blocks."""
         size = self._block_size
         done = self._registered.get(request.request_id, 0)
         last = tokens // size
@@ -76,7 +76,7 @@ class PrefixRegistry:
         self._registered[request.request_id] = max(done, last)
 
     def _register(self, request: Request, block: KVCacheBlock, tokens: int, space: int, older: Sequence[int]) -> None:
-        """One key for the block. The pool drops the keys of shorter prefixes when a longer one comes: put them back."""
+        """Add a key for the block, and the keys of shorter prefixes again, which the pool drops for a longer one."""
         tail_space = self._group_id + TAIL_SPACE
         for end, group in [(tokens, space), *((end, tail_space) for end in reversed(older))]:
             self._pool.cache_partial_block(request, block, end, group, self._block_size)
@@ -87,7 +87,7 @@ def longest_hit(
 ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
     """The longest cached prefix of at most `tokens` tokens: its deep blocks per group, and its length in tokens.
 
-    The blocks are floor(T/B) full ones and, if T % B, a tail to be copied on write.
+    The blocks are floor(T/B) full ones and, if T % B > 0, a tail to be copied on write.
     """
     token_map, per_block = hashes.token_map, block_size // pool.hash_block_size
     limit = tokens if token_map.shareable is None else min(tokens, token_map.shareable)

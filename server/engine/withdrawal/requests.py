@@ -1,4 +1,4 @@
-"""What a single request may not combine with withdrawal. Pure, for the API to ask before the engine does."""
+"""Requests that conflict with withdrawal. Pure functions, which the API calls before the engine does."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from foldserve.server.engine.withdrawal.core import Feature, TokenMap
 
 
 class Room(NamedTuple):
-    """Tokens that one request can have in a step, and the setting that says so."""
+    """Tokens that one request can have in a step, and the setting that limits them."""
 
     tokens: int
     setting: str
 
 
 class PromptItem(NamedTuple):
-    """An image in a prompt, as `TokenMap` reads it."""
+    """A `Feature` of a rendered prompt."""
 
     identifier: str
     mm_position: Any
 
 
 def prompt_items(prompt: Mapping[str, Any]) -> list[PromptItem]:
-    """The images and videos of a prompt as vLLM's renderer gives it, in its order."""
+    """Images and videos of a rendered prompt, in prompt order."""
     places = prompt["mm_placeholders"]
     items = [
         PromptItem(*item)
@@ -43,14 +43,10 @@ def admit(
 ) -> TokenMap:
     """The tokens that a request withdraws, if the engine can serve it.
 
-    The scheduler asks, but there an exception ends the engine: whoever accepts requests has to ask first.
-
-    Args:
-        features: of the request's images.
-        room: that a prompt has in one step of the engine.
+    Call it before a request reaches the scheduler, where the exception would end the engine.
 
     Raises:
-        ValueError: it asks for what does not go together.
+        ValueError: the request combines withdrawal with something that excludes it, or does not fit into a step.
     """
     token_map = TokenMap.of(features, prompt_tokens)
     refuse_request(withdraws=token_map.total > 0, prompt_logprobs=prompt_logprobs, resumable=resumable)
@@ -59,7 +55,7 @@ def admit(
 
 
 def refuse_request(*, withdraws: bool, prompt_logprobs: int | None = None, resumable: bool = False) -> None:
-    """Raises ValueError if a request that withdraws tokens asks for what it cannot have."""
+    """Raises ValueError if a request that withdraws tokens asks for prompt logprobs or streams its input."""
     if not withdraws:
         return
     if prompt_logprobs is not None:
@@ -72,7 +68,7 @@ def refuse_request(*, withdraws: bool, prompt_logprobs: int | None = None, resum
 
 
 def refuse_prompt(token_map: TokenMap, prompt_tokens: int, room: Room) -> None:
-    """Raises ValueError if image tokens are to be chosen of a prompt that does not allow it."""
+    """Raises ValueError if a prompt with a choice ends in an image or does not fit into one step."""
     if not token_map.choices:
         return
     last = token_map.choices[-1]

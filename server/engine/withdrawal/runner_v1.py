@@ -1,4 +1,4 @@
-"""Model runner V1: hands the deep part of each step to the attention metadata builders."""
+"""Model runner V1: passes the deep part of each step to the attention metadata builders."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from foldserve.server.engine.withdrawal.metadata import deep_step
 
 
 class WithdrawingRunner:
-    """Mixin before a V1 runner class. Modifications: metadata of the deep layers is built for their part of the step.
+    """Mixin before a V1 runner class. Modification: metadata of the deep layers is built for their part of the step.
 
-    Token maps are made once per request state, and arrays of them once per composition of the batch.
+    Token maps are made once per request, and their arrays once per composition of the batch.
     """
 
     _batch_maps: BatchMaps | None = None

@@ -1,4 +1,4 @@
-"""vLLM's schedulers, telling the deep KV cache managers which tokens each request withdraws.
+"""Schedulers that tell the deep KV cache managers which tokens each request withdraws.
 
 `scheduler_cls` is not a stable interface of vLLM (it says so itself); the version is pinned.
 """
@@ -22,14 +22,14 @@ from foldserve.server.engine.withdrawal.requests import admit
 class WithdrawingScheduler(FoldScheduler):
     """Modifications:
 
-    - a request's block hashes carry its `TokenMap`, where the deep managers and cache lookups find it; the map lives
-      exactly as long as its request, through preemption too, and nothing has to be cleaned up;
-    - a prompt of which image tokens are chosen is scheduled whole, from its first token on: the choice depends on the
-      last token and all keys. It may have more images than a step encodes otherwise.
+    - a request's block hashes carry its `TokenMap` for the deep managers and cache lookups; the map lives as long as
+      the request, also through preemption;
+    - a prompt with a choice of image tokens is scheduled whole, since the choice depends on the last token and all
+      keys. It may have more images than a step encodes otherwise.
     """
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        check(vllm_config)  # of our own models, this was done before
+        check(vllm_config)  # foldserve's models have done this before
         super().__init__(vllm_config, *args, **kwargs)
         self._room = step_room(self.vllm_config)
         self._hashes: WeakValueDictionary[str, MappedHashes] = WeakValueDictionary()
@@ -62,10 +62,10 @@ class WithdrawingScheduler(FoldScheduler):
         encoder_compute_budget: int,
         **kwargs: Any,
     ) -> EncoderInputs:
-        """The last place where a request's tokens of a step are cut; 0 tokens make a waiting request wait.
+        """Returns 0 tokens if a prompt that has to be whole does not fit; nothing cuts a request's tokens after this.
 
-        It then waits at the head of the queue, so the prompts that run get done, and what room decoding requests leave
-        suffices (`step_room`).
+        The request then waits at the head of the queue until running prompts are done. Decoding requests leave enough
+        room (`step_room`).
         """
         whole = self._hashes[request.request_id].token_map.whole
         if num_computed_tokens < whole and num_new_tokens < whole:
@@ -79,7 +79,7 @@ class WithdrawingScheduler(FoldScheduler):
         return inputs
 
     def _encoded_left(self, request: Request, encoder_compute_budget: int) -> int:
-        """Enough for all images of a whole prompt, if the step has none yet: else it might wait forever."""
+        """Room for all images of a whole prompt if the step has none yet, since it might wait forever otherwise."""
         left = super()._encoded_left(request, encoder_compute_budget)
         if self._hashes[request.request_id].token_map.whole and left == self._most_encoded:
             return max(left, sum(self._encoded(request, i) for i in range(len(request.mm_features))))
@@ -87,4 +87,4 @@ class WithdrawingScheduler(FoldScheduler):
 
 
 class WithdrawingAsyncScheduler(WithdrawingScheduler, AsyncScheduler):
-    """The same for `async_scheduling=True`, for which vLLM does not pick a custom class itself."""
+    """`WithdrawingScheduler` for `async_scheduling`; vLLM does not combine the two itself."""

@@ -1,4 +1,4 @@
-"""Model runner V2: hands the deep part of each step to the metadata builders."""
+"""Model runner V2: passes the deep part of each step to the attention metadata builders."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from foldserve.server.engine.withdrawal.metadata import deep_step
 
 
 class WithdrawingModelState(FoldModelState):
-    """Modifications: metadata of the deep layers is built for their part of the step."""
+    """Modification: metadata of the deep layers is built for their part of the step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -60,7 +60,7 @@ class WithdrawingModelState(FoldModelState):
         found = [self._token_maps.get(request_id) for request_id in input_batch.req_ids]
         maps = [token_map for token_map in found if token_map is not None]
         if len(maps) < len(found):
-            return None  # a dummy run: its requests are nobody's
+            return None  # a dummy run: its requests were never added
         if maps != self._batch_maps.maps:
             self._batch_maps = BatchMaps(maps)
         count = len(maps)
