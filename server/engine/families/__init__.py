@@ -1,1 +1,1 @@
-"""The model families that foldserve reduces: one file each, `registry` names them."""
+"""The model families that foldserve reduces, one file each; `registry` lists them."""

@@ -1,7 +1,7 @@
-"""Gemma-3: a tower of 64 x 64 patches, whose features are averaged to 16 x 16 tokens; of an image, and of its crops.
+"""Gemma-3: 64 x 64 patches of an image and of each crop, averaged to 16 x 16 tokens.
 
-Crops are off by default (`do_pan_and_scan`). Image tokens attend to each other in both directions: vLLM takes from the
-prompt's placeholders which ones, so that fewer of them need nothing of ours.
+Crops are off by default (`do_pan_and_scan`). Image tokens attend to each other in both directions; vLLM finds them by
+the prompt's placeholders, so reduced images need no change there.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from foldserve.server.engine.model import FoldModel
 
 
 class Gemma3Family(TilesFamily):
-    """Tiles are the whole image and its crops."""
+    """Tiles are the whole image, then its crops."""
 
     stages = frozenset({Stage.AFTER_TOWER})
     base_is_last = False

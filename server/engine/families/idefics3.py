@@ -1,7 +1,7 @@
-"""Idefics3 and SmolVLM: an image is cut into tiles, behind which the whole image comes as one more.
+"""Idefics3 and SmolVLM: an image is cut into tiles, followed by the whole image as one more tile.
 
-The prompt has a mark before each tile, such as `<row_1_col_2>`, so that an image's tokens lie in pieces. Marks stay
-whatever becomes of the tokens. A token is made of `scale_factor` x `scale_factor` patches, in raster order.
+A mark such as `<row_1_col_2>` before each tile splits an image's tokens in the prompt; marks are never removed. A token
+is made of `scale_factor` x `scale_factor` patches, in raster order.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Idefics3Family(TilesFamily):
         return (down, across) if down * across == count else super().tile_grid(info, size, count)
 
     def largest_size(self, info: Any) -> ImageSize:
-        return ImageSize(1, 1)  # images are first made so large that the longer side is that of all
+        return ImageSize(1, 1)  # the processor first scales every image to the same longer side
 
     def of_image(self, reduction: Reduction, layout: Layout) -> Reduction:
         reduction = super().of_image(reduction, layout)
@@ -66,7 +66,7 @@ class FoldIdefics3MultiModalProcessor(TiledImages, Idefics3MultiModalProcessor):
 
 
 class Idefics3Model(FoldModel):
-    """Modification beside those of `FoldModel`: the decoder is where vLLM has it in these models."""
+    """Modification beside those of `FoldModel`: the path of the decoder."""
 
     decoder_path = "model.text_model"
 

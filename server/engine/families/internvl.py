@@ -1,7 +1,7 @@
-"""InternVL 2 to 3.5: an image is cut into tiles, behind which the whole image comes as one more.
+"""InternVL 2 to 3.5: an image is cut into tiles, followed by the whole image as one more tile.
 
-Tiles are reduced one by one, as the decoder gets them: after the pixel shuffle, which makes one token of 2 x 2 patches,
-and the projector. Each frame of a video is a tile. OpenGVLab's layout here, Hugging Face's in `internvl_hf`.
+Tiles are reduced one by one after the pixel shuffle, which makes one token of 2 x 2 patches, and the projector. Each
+frame of a video is a tile. This file is for checkpoints in OpenGVLab's format, `internvl_hf` for Hugging Face's.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from foldserve.server.engine.vision import Survivors
 
 
 class InternVLFamily(TilesFamily):
-    """A video has a tile for each frame, and text between them."""
+    """A video has a tile per frame, with text between frames."""
 
     modalities = ("image", "video")
     media_tokens: Mapping[Modality, str] = MappingProxyType({"image": "<IMG_CONTEXT>", "video": "<|video_pad|>"})
@@ -57,7 +57,7 @@ class InternVLFamily(TilesFamily):
         return size
 
     def tiles(self, info: Any, size: ImageSize, kwargs: Mapping[str, object]) -> int:
-        """By vLLM's formula; the operator's and the request's `max_dynamic_patch` are part of it."""
+        """By vLLM's formula, which uses the operator's and the request's `max_dynamic_patch`."""
         processor = info.get_hf_processor(**kwargs)
         tokens = info.get_num_image_tokens(image_width=size.width, image_height=size.height, processor=processor)
         return int(tokens // processor.image_seq_length)
@@ -83,7 +83,7 @@ class InternVLFamily(TilesFamily):
         return Layout((Part(self._tile),), shape, self)
 
     def of_squares(self, shape: tuple[int, ...], side: int) -> Layout:
-        raise NotImplementedError  # nothing works on tiles before they are laid out
+        raise NotImplementedError  # no stage of these models works on tiles before they are laid out
 
     def grids(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> list[list[Tensor]]:
         if any(plan.base_only for plan in plans):
@@ -99,7 +99,7 @@ class InternVLFamily(TilesFamily):
 
 
 class ImageOptionsInfo(InternVLProcessingInfo):
-    """Modification: options for images, such as the number of tiles, no longer fail in the video part."""
+    """Modification: image options, such as the number of tiles, no longer fail in the video processor."""
 
     def get_video_processor(self, **kwargs: object) -> InternVLVideoProcessor:
         asked = self.ctx.get_merged_mm_kwargs(kwargs)
@@ -118,5 +118,5 @@ class FoldInternVLChatModel(FoldModel, InternVLChatModel):
 
 
 def _pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a config: one number in OpenGVLab's, two in Hugging Face's."""
+    """(height, width); configs have one number in OpenGVLab's format, two in Hugging Face's."""
     return (size, size) if isinstance(size, int) else (size[0], size[1])

@@ -1,4 +1,4 @@
-"""InternVL in Hugging Face's layout (`OpenGVLab/InternVL3-8B-hf`); vLLM has it in the module of Intern-S1."""
+"""InternVL in Hugging Face's format (`OpenGVLab/InternVL3-8B-hf`), which vLLM implements in its Intern-S1 module."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from foldserve.server.engine.model import FoldModel
 
 
 class InternVLHFFamily(InternVLFamily):
-    """Modifications: names of fields; frames may be chosen by the video part of the processor."""
+    """Modifications: names of fields; the video processor may choose frames."""
 
     media_tokens: Mapping[Modality, str] = MappingProxyType({"video": "<video>"})
     tile_fields: ClassVar[Mapping[Modality, tuple[str, ...]]] = {
@@ -44,10 +44,10 @@ class InternVLHFFamily(InternVLFamily):
 
 
 class TilingInfo(InternS1ProcessingInfo):
-    """Modification: images are cut into tiles unless a request or the operator says no.
+    """Modification: counts tiles unless a request or the operator turns tiling off.
 
-    Hugging Face's `InternVLProcessor` overrules what its image processor says of that, whose default is no. vLLM asks
-    the image processor, and may take the largest image for one tile when it measures how much memory images need.
+    Hugging Face's `InternVLProcessor` turns tiling on, but its image processor, which vLLM asks, has it off by default.
+    vLLM may then measure memory with a single tile as the largest image.
     """
 
     def get_num_image_tokens(

@@ -1,4 +1,4 @@
-"""LLaVA-1.5: one image size, one grid of tokens from a CLIP or SigLIP tower, a projector of each token by itself."""
+"""LLaVA-1.5: one image size, one grid of tokens from a CLIP or SigLIP tower, a projector per token."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from foldserve.server.engine.vision import Survivors, encode_images, project_tog
 
 
 class LlavaFamily(Family):
-    """Pixtral's checkpoints, which have the same architecture, are not reduced."""
+    """Pixtral checkpoints, which name the same architecture, are not reduced."""
 
     def __init__(self, geometry: VisionGeometry, select_strategy: str) -> None:
         self.largest = Layout.single(geometry)
@@ -80,7 +80,7 @@ class LlavaFamily(Family):
 
 
 def checked_pixels(model: LlavaForConditionalGeneration, inputs: Mapping[str, Any]) -> Tensor:
-    """(B, 3, H, W), as vLLM's own model checks them."""
+    """(B, 3, H, W), checked by vLLM's own model."""
     image_input = model._parse_and_validate_image_input(**inputs)
     assert image_input is not None and image_input["type"] == "pixel_values"
     pixels: Tensor = image_input["pixel_values"]
@@ -102,7 +102,7 @@ class ImageTokens(FoldProcessor):
 
 
 def _shortened(update: PromptUpdate, plans: Sequence[ItemPlan]) -> PromptUpdate:
-    """vLLM's own, which takes the placeholder for its target, with as many as are kept."""
+    """vLLM's update, whose target is the placeholder, with `plan.kept` placeholders."""
     return PromptReplacement(update.modality, update.target, lambda i: [*update.target] * plans[i].kept)
 
 
@@ -113,7 +113,7 @@ class FoldLlavaMultiModalProcessor(ImageTokens, LlavaMultiModalProcessor):
 def _build_processor(
     info: BaseProcessingInfo, dummy_inputs: BaseDummyInputsBuilder[BaseProcessingInfo]
 ) -> BaseMultiModalProcessor[BaseProcessingInfo]:
-    """Ours for CLIP and SigLIP towers, vLLM's own for Pixtral; asked for per request, so that it reads no config."""
+    """foldserve's for CLIP and SigLIP towers, vLLM's for Pixtral. Called per request, so it reads no config."""
     if isinstance(info, LlavaProcessingInfo):
         return FoldLlavaMultiModalProcessor(info, dummy_inputs)
     return _build_llava_or_pixtral_hf_processor(info, dummy_inputs)
@@ -127,7 +127,7 @@ class FoldLlavaForConditionalGeneration(FoldModel, LlavaForConditionalGeneration
 
 
 def geometry_of(hf_config: PretrainedConfig) -> VisionGeometry | None:
-    """What a CLIP or SigLIP tower makes of one image or tile; None of other towers."""
+    """Geometry of one image or tile of a CLIP or SigLIP tower; None for other towers."""
     vision_config, strategy = hf_config.vision_config, hf_config.vision_feature_select_strategy
     if not isinstance(vision_config, CLIPVisionConfig | SiglipVisionConfig):
         return None
@@ -138,7 +138,7 @@ def geometry_of(hf_config: PretrainedConfig) -> VisionGeometry | None:
     stages = {Stage.AFTER_TOWER, Stage.DECODER}
     is_clip = isinstance(vision_config, CLIPVisionConfig)
     patches_only = strategy == ("default" if is_clip else "full")
-    if patches_only and isinstance(layer, int):  # several feature layers have no one last layer to reduce in
+    if patches_only and isinstance(layer, int):  # with several feature layers there is no single last layer
         stages |= {Stage.BEFORE_TOWER, Stage.IN_TOWER}
     return _geometry(
         tokens,
@@ -149,7 +149,7 @@ def geometry_of(hf_config: PretrainedConfig) -> VisionGeometry | None:
     )
 
 
-@lru_cache(maxsize=64)  # one object per model, which the plans' caches are keyed by
+@lru_cache(maxsize=64)  # one object per model, as the key of the plans' caches
 def _geometry(
     tokens: int, *, layers: int, class_token: bool, stages: frozenset[Stage], is_grid: bool
 ) -> VisionGeometry:

@@ -1,7 +1,7 @@
-"""LLaVA-NeXT (1.6): the whole image as one tile, and a mosaic of tiles in the image's own shape, a newline per row.
+"""LLaVA-NeXT (1.6): the whole image as one tile, and a mosaic of tiles in the image's shape with a newline per row.
 
-Both are grids that are reduced by themselves, after the tower; the newlines stay. What reduces in the tower, or makes
-images smaller before it, does so tile by tile, and the mosaic is laid out of smaller tiles.
+After the tower, both are reduced as separate grids; newlines stay. Methods in or before the tower reduce tile by tile,
+and the mosaic is then laid out from smaller tiles.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _STAGES = frozenset({Stage.AFTER_TOWER, Stage.DECODER})
 
 
 class Mosaic(NamedTuple):
-    """Tiles (down, across), and the tokens that stay of them where the image is not as wide or as high."""
+    """Tiles of an image, and the rows and columns of tokens that stay after padding is cut off."""
 
     down: int
     across: int
@@ -51,9 +51,9 @@ class LlavaNextFamily(AfterTowerFamily):
     """`Layout.shape` is (height, width) of the image in pixels.
 
     Args:
-        pinpoints: (height, width) of the canvases that an image may be laid on, in pixels.
-        tile_pixels: side of a tile, in pixels.
-        tile: what the tower makes of it; see `Tiling`.
+        pinpoints: (height, width) of the possible canvases, in pixels.
+        tile_pixels: side of a tile.
+        tile: see `Tiling`.
     """
 
     shape_ints = 2
@@ -83,7 +83,7 @@ class LlavaNextFamily(AfterTowerFamily):
         return self.of_squares(shape, self._side)
 
     def base(self, shape: tuple[int, ...]) -> Layout | None:
-        """As the model lays out an image without a mosaic."""
+        """The layout of an image without a mosaic."""
         return Layout((Part(self._grid(self._side, self._side), separators=1),), shape, self)
 
     def of_squares(self, shape: tuple[int, ...], side: int) -> Layout:
@@ -124,7 +124,7 @@ class LlavaNextFamily(AfterTowerFamily):
         return self._tiles_left(model, tiles, [plan.tile] * count)
 
     def regions(self, plan: ItemPlan, modality: Modality, size: tuple[int, int], info: Any) -> list[Region]:
-        """What acts on tiles before they are laid out is shown tile by tile."""
+        """Tile by tile if the plan acts on tiles before they are laid out, else base tile and mosaic."""
         shape, side = plan.layout.shape, self._side
         mosaic = self._mosaic(shape, side)
         canvas = self._canvas_box(shape, mosaic)
@@ -137,7 +137,7 @@ class LlavaNextFamily(AfterTowerFamily):
         ]
 
     def _tile_regions(self, shape: tuple[int, ...], tile: Plan, canvas: Box) -> Iterator[Region]:
-        """Of a mosaic whose tiles are reduced one by one; padding is cut off behind that."""
+        """Regions of a mosaic whose tiles are reduced one by one before padding is cut off."""
         side, left, mosaic = self._side, isqrt(tile.kept), self._mosaic(shape, self._side)
         kept = self._mosaic(shape, left)
         for i, box in enumerate(cut(canvas, mosaic.down, mosaic.across)):
@@ -146,7 +146,7 @@ class LlavaNextFamily(AfterTowerFamily):
             yield Region(f"tile {i + 1}", side, side, box, tile, window)
 
     def _canvas_box(self, shape: tuple[int, ...], mosaic: Mosaic) -> Box:
-        """Of the canvas that an image is laid on, in shares of the image."""
+        """The canvas around an image, in shares of the image."""
         height, width = shape
         high, wide = mosaic.down * self._tile_pixels, mosaic.across * self._tile_pixels
         scale = min(high / height, wide / width)
@@ -154,14 +154,14 @@ class LlavaNextFamily(AfterTowerFamily):
         return -x, -y, 1 + x, 1 + y
 
     def _pixels(self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan]) -> tuple[Tensor, list[int]]:
-        """(tiles of all images, 3, H, W), the base tile first in each, and how many each has."""
+        """(tiles of all images, 3, H, W), the base tile of each image first, and the number of tiles per image."""
         counts = [1 if plan.base_only else 1 + self._tiles(plan.layout.shape) for plan in plans]
         pixels = model._parse_and_validate_image_input(**inputs)["pixel_values"]
-        tiles = [image[:count] for image, count in zip(pixels, counts, strict=True)]  # no padded ones
+        tiles = [image[:count] for image, count in zip(pixels, counts, strict=True)]  # without padding tiles
         return torch.cat(tiles), counts
 
     def _features(self, model: Any, tiles: Tensor, counts: list[int], plans: Sequence[ItemPlan]) -> Sequence[Tensor]:
-        """Of each image or video, (tiles, n, C); n is less where tokens go in the tower, or before it."""
+        """(tiles, n, C) of each image or video; n is smaller if tokens are removed in or before the tower."""
         each = [plan.tile for plan, count in zip(plans, counts, strict=True) for _ in range(count) if plan.tile]
         if all(plan.is_identity for plan in each):
             features: Tensor = model._image_pixels_to_features(model.vision_tower, tiles)
@@ -173,23 +173,23 @@ class LlavaNextFamily(AfterTowerFamily):
         return encode_images(model.vision_tower, tiles, plans, model.config.vision_feature_select_strategy)
 
     def _grids(self, tiles: Tensor, plan: ItemPlan) -> list[Tensor]:
-        """Features of an image's tiles (tiles, n, C) -> its base tile, and its mosaic."""
+        """(tiles, n, C) of an image -> its base tile and mosaic."""
         if plan.base_only:
             return [tiles]
         return [tiles[:1], self._laid_out(tiles[1:], plan.layout.shape)[None]]
 
     def _tiles(self, shape: tuple[int, ...]) -> int:
-        """Of the mosaic."""
+        """Number of tiles in the mosaic."""
         mosaic = self._mosaic(shape, self._side)
         return mosaic.down * mosaic.across
 
     def _mosaic_grid(self, shape: tuple[int, ...], side: int) -> tuple[int, int]:
-        """(rows, columns) of a mosaic of tiles of side * side tokens, as it is laid out."""
+        """(rows, columns) of a mosaic of tiles of side * side tokens, without padding."""
         mosaic = self._mosaic(shape, side)
         return len(mosaic.rows), len(mosaic.columns)
 
     def _mosaic(self, shape: tuple[int, ...], side: int) -> Mosaic:
-        """As vLLM's `unpad_image` cuts it."""
+        """Cut as by vLLM's `unpad_image`."""
         height, width = shape
         down, across = get_anyres_image_grid_shape((height, width), self._pinpoints, self._tile_pixels)
         rows, columns = down * side, across * side
@@ -200,7 +200,7 @@ class LlavaNextFamily(AfterTowerFamily):
         return Mosaic(down, across, range(rows), range(padding, columns - padding))
 
     def _laid_out(self, tiles: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Tiles (down * across, n, C) of squares -> (rows * columns, C) in raster order."""
+        """Square tiles (down * across, n, C) -> (rows * columns, C) in raster order."""
         side = isqrt(tiles.shape[1])
         mosaic = self._mosaic(shape, side)
         grid = tiles.view(mosaic.down, mosaic.across, side, side, -1)
@@ -210,7 +210,7 @@ class LlavaNextFamily(AfterTowerFamily):
 
 
 def _within(canvas: Box, mosaic: Mosaic, side: int) -> Box:
-    """The part of a canvas of which tokens stay."""
+    """The part of a canvas whose tokens stay."""
     left, top, right, bottom = canvas
     column, row = (right - left) / (mosaic.across * side), (bottom - top) / (mosaic.down * side)
     rows, columns = mosaic.rows, mosaic.columns
@@ -223,14 +223,14 @@ def _within(canvas: Box, mosaic: Mosaic, side: int) -> Box:
 
 
 def _local(kept: range, first: int, side: int) -> range:
-    """Of what stays of a mosaic's rows or columns, those of a tile that begins at `first`."""
+    """The kept rows or columns of a mosaic that lie in the tile beginning at `first`, relative to it."""
     return range(max(0, kept.start - first), min(side, kept.stop - first))
 
 
 def end_rows(mosaic: Survivors, rows: int, columns: int, newline: Tensor) -> Survivors:
-    """What is left of a grid, in raster order, with a newline after each row; an empty row is a newline.
+    """What is left of a grid, in raster order, with a newline after each row, also after empty rows.
 
-    How many of a row are left is known on the device alone, so they are sorted there; no length depends on it.
+    Only the device knows how many tokens of a row are left, so it sorts tokens and newlines together.
     """
     device = mosaic.source.device
     ends = torch.arange(1, rows + 1, device=device) * (columns + 1) - 1
@@ -240,7 +240,7 @@ def end_rows(mosaic: Survivors, rows: int, columns: int, newline: Tensor) -> Sur
 
 
 def end_all(grids: Sequence[Survivors], newline: Tensor, plan: ItemPlan) -> Survivors:
-    """What is left of equal grids, one after the other, and a newline at the end, the last of the whole image."""
+    """What is left of equal grids, one after the other, and a newline at the end."""
     tokens = plan.laid_out.parts[0].geometry.tokens
     last = grids[0].source.new_full((1,), plan.encoded - 1)
     return Survivors(
@@ -262,5 +262,5 @@ class FoldLlavaNextForConditionalGeneration(FoldModel, LlavaNextForConditionalGe
 
 @lru_cache(maxsize=4096)
 def grid_geometry(rows: int, columns: int, *, shows_tower: bool = False) -> VisionGeometry:
-    """Of a grid behind the tower."""
+    """Geometry of a grid that is reduced after the tower."""
     return VisionGeometry(rows * columns, (rows, columns), stages=_STAGES, shows_tower=shows_tower)

@@ -1,4 +1,4 @@
-"""LLaVA-NeXT-Video: a video, of which each frame is pooled and then reduced by the same plan. No images."""
+"""LLaVA-NeXT-Video: videos only. Each frame is pooled and then reduced by the same plan."""
 
 from __future__ import annotations
 
@@ -26,16 +26,11 @@ from foldserve.server.engine.regions import Box, seen
 from foldserve.server.engine.vision import Survivors, one_after_another, project_together
 
 TEXT_TOKENS = 1000
-"""Of the context, that the authors' demo leaves for text when it chooses how far to stretch the rotary positions."""
+"""Tokens that the authors' demo reserves for text when it chooses the scaling of rotary positions."""
 
 
 class LlavaNextVideoFamily(AfterTowerFamily):
-    """`Layout.shape` is (frames,); `largest` is a video of one frame.
-
-    Args:
-        side: of a pooled frame, in tokens.
-        context: tokens of prompt and answer together.
-    """
+    """`Layout.shape` is (frames,); `largest` is a video of one frame. `side` is a pooled frame's, in tokens."""
 
     modalities = ("video",)
     shape_ints = 1
@@ -62,7 +57,7 @@ class LlavaNextVideoFamily(AfterTowerFamily):
         return Layout((Part(self._frame, shape[0], joinable=True),), shape)
 
     def most_frames(self, reduction: Reduction) -> int:
-        """That the context has room for once they are reduced, and vLLM's profile run as they come from the tower."""
+        """Frames that fit into the context after reduction, and into vLLM's profile run before it."""
         room, encoded = self._context - TEXT_TOKENS, self._context // self.largest.tokens
         fits = (n for n in range(encoded, 1, -1) if plan_item(reduction, self.layout((n,))).kept <= room)
         return next(fits, 1)
@@ -87,7 +82,7 @@ class LlavaNextVideoFamily(AfterTowerFamily):
 
 
 class FoldLlavaNextVideoProcessingInfo(LlavaNextVideoProcessingInfo):
-    """Modification: a frame has as many tokens as pooling leaves of it. vLLM counts a last row that is not whole."""
+    """Modification: the number of tokens per pooled frame. vLLM also counts an incomplete last row and column."""
 
     def _get_num_frame_tokens(self, *, image_width: int, image_height: int) -> int:
         side = self.get_vision_encoder_info().get_patch_grid_length() // self.get_hf_config().spatial_pool_stride

@@ -1,7 +1,7 @@
-"""LLaVA-OneVision: images as LLaVA-NeXT's, but for a mosaic that is shrunk where it is large; videos.
+"""LLaVA-OneVision: images as in LLaVA-NeXT, except that large mosaics are shrunk; also videos.
 
-The mosaic shrinks behind the projector, which is not linear, so all grids are reduced there. A video's frames are
-pooled, and each is reduced by the same plan; a newline ends the last.
+Mosaics shrink after the projector, which is not linear, so all grids are reduced there. A video's frames are pooled and
+reduced by the same plan; a newline follows the last frame.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from foldserve.server.engine.regions import WHOLE, Region, sides
 
 _ILLAVA_VIDEO_LAYERS = (3, 4, 5, 6)
 _MOST_TILES = 9
-"""A mosaic has about as many tiles' tokens at most: vLLM takes 9 whatever the checkpoint's config says."""
+"""Larger mosaics shrink to about the tokens of so many tiles: 9 in vLLM, whatever the checkpoint's config says."""
 
 
 class LlavaOnevisionFamily(LlavaNextFamily):
@@ -50,7 +50,7 @@ class LlavaOnevisionFamily(LlavaNextFamily):
 
     @cached_property
     def largest(self) -> Layout:
-        """By a search: where a mosaic shrinks, a canvas that is not filled may give more tokens than any that is."""
+        """Found by search: since mosaics shrink, a partly filled canvas may give more tokens than any full one."""
         return max(map(self.layout, self._mosaics()), key=lambda layout: layout.tokens)
 
     def widths(self, model_config: ModelConfig) -> Widths:
@@ -62,7 +62,7 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         return videos.get_num_frames(index), 0
 
     def of_video(self, reduction: Reduction) -> Reduction:
-        """iLLaVA's authors take other layers of the tower for videos than for images (their README)."""
+        """iLLaVA's authors use other tower layers for videos than for images (their README)."""
         reduction = super().of_video(reduction)
         if reduction.method != "illava" or dict(reduction.options).get("layers"):
             return reduction
@@ -90,7 +90,7 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         return [[video.reshape(n, -1, video.shape[-1])] for video, n in zip(pooled, counts, strict=True)]
 
     def regions(self, plan: ItemPlan, modality: Modality, size: tuple[int, int], info: Any) -> list[Region]:
-        """What acts in the tower is shown as the tower has it, before frames are pooled or a large mosaic shrinks."""
+        """Plans that act in the tower are shown on the tower's grid, before frames are pooled or mosaics shrink."""
         if modality == "image":
             return super().regions(plan, modality, size, info)
         grid, own = sides(plan.layout.parts[0].geometry), plan.grids[0]
@@ -105,10 +105,10 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         return torch.cat(videos), [len(frames) for frames in videos]
 
     def project(self, model: Any, features: Sequence[Tensor]) -> Sequence[Tensor]:
-        return features  # has been
+        return features  # projected already
 
     def _grid(self, rows: int, columns: int) -> VisionGeometry:
-        return grid_geometry(rows, columns)  # of projected tokens
+        return grid_geometry(rows, columns)  # projected tokens: the tower's are not shown
 
     def _features(self, model: Any, tiles: Tensor, counts: list[int], plans: Sequence[ItemPlan]) -> Sequence[Tensor]:
         return [model.multi_modal_projector(item) for item in super()._features(model, tiles, counts, plans)]
@@ -125,7 +125,7 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         return mosaic if shrunk == whole else _resized(mosaic[None], whole, shrunk)[0]
 
     def _mosaics(self) -> Iterator[tuple[int, int]]:
-        """(height, width) of an image for every mosaic that a canvas may hold once padding is cut off."""
+        """An image's (height, width) for every mosaic that a canvas may hold after padding is cut off."""
         for height, width in self._pinpoints:
             yield height, width
             rows, columns = height // self._tile_pixels * self._side, width // self._tile_pixels * self._side
@@ -138,18 +138,18 @@ def _is_video(shape: tuple[int, ...]) -> bool:
 
 
 def _pooled(frames: Tensor) -> Tensor:
-    """(frames, n, C) of squares -> the same of half the side."""
+    """Square (frames, n, C) -> the same with half the side, rounded up."""
     side = isqrt(frames.shape[1])
     return _resized(frames, (side, side), (ceil(side / 2), ceil(side / 2)))
 
 
 def _resized(x: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
-    """(B, rows * columns, C) -> the same of another grid, as vLLM interpolates it."""
+    """(B, rows * columns, C) -> the same on another grid, interpolated as in vLLM."""
     return F.interpolate(x.mT.reshape(len(x), -1, *grid), wanted, mode="bilinear").flatten(2).mT
 
 
 class FoldLlavaOnevisionProcessingInfo(LlavaOnevisionProcessingInfo):
-    """Modification: the largest image is really the largest. vLLM's has 8748 tokens of the published 8765."""
+    """Modification: the image with the most tokens. For published checkpoints it has 8765; vLLM's has 8748."""
 
     def get_image_size_with_most_features(self) -> ImageSize:
         family = family_of(self.ctx.model_config)
@@ -186,7 +186,7 @@ class FoldLlavaOnevisionMultiModalProcessor(ImageTokens, LlavaOnevisionMultiModa
 class FoldLlavaOnevisionForConditionalGeneration(FoldModel, LlavaOnevisionForConditionalGeneration):
     """Modification beside `FoldModel`'s: videos of different lengths may share a step.
 
-    vLLM gives these as (1, n, hidden), and its runner, which wants (n, hidden), ends the engine.
+    vLLM returns these as (1, n, hidden), but its runner needs (n, hidden) and would end the engine.
     """
 
     def _process_video_pixels(self, inputs: Any) -> Any:

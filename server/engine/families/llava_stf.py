@@ -33,7 +33,7 @@ ARCHITECTURE = "LlavaStfForConditionalGeneration"
 
 
 class StfFamily(AfterTowerFamily):
-    """Reductions work on what the projector gives: one grid."""
+    """Reductions work on the projector's output, one grid."""
 
     def __init__(self, geometry: VisionGeometry) -> None:
         self.largest = Layout.single(geometry)
@@ -55,7 +55,7 @@ class StfFamily(AfterTowerFamily):
 
 
 class StfProcessingInfo(LlavaProcessingInfo):
-    """Modification to vLLM's LLaVA: the number of tokens that the projector gives."""
+    """Modification to vLLM's LLaVA: the number of tokens after the projector."""
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         return stf_geometry(self.get_hf_config()).tokens
@@ -83,9 +83,9 @@ class ParallelMlp(nn.Module):
     FoldLlavaMultiModalProcessor, info=StfProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
 class FoldLlavaStfForConditionalGeneration(FoldLlavaForConditionalGeneration):
-    """Modifications to our LLaVA:
+    """Modifications to foldserve's LLaVA:
 
-    - the tower gives the hidden states of several blocks, joined on the channels;
+    - the tower returns the hidden states of several blocks, joined on the channels;
     - the projector is LLaVA-STF's.
     """
 
@@ -131,7 +131,7 @@ def stf_config(hf_config: PretrainedConfig) -> StfConfig:
 
 
 def stf_geometry(hf_config: PretrainedConfig) -> VisionGeometry:
-    """Geometry of the projector's output: nothing may go before it, since it takes windows of the grid.
+    """Geometry of the projector's output. It needs the whole grid, so nothing can be removed before it.
 
     Raises:
         ValueError: as `stf_config`.
@@ -139,13 +139,13 @@ def stf_geometry(hf_config: PretrainedConfig) -> VisionGeometry:
     return _geometry(stf_config(hf_config), _patches(hf_config.vision_config))
 
 
-@lru_cache(maxsize=64)  # one object per model, which the plans' caches are keyed by
+@lru_cache(maxsize=64)  # one object per model, as the key of the plans' caches
 def _geometry(config: StfConfig, patches: int) -> VisionGeometry:
     tokens = config.tokens(patches)
     side = isqrt(tokens)
     return VisionGeometry(
         tokens,
-        grid=(side, side) if config.experts == 1 else None,  # several tokens of one window lie in a row
+        grid=(side, side) if config.experts == 1 else None,  # a window's tokens are adjacent
         stages=frozenset({Stage.PROJECTOR, Stage.AFTER_TOWER, Stage.DECODER}),
         projector=Stf.name,
     )

@@ -1,6 +1,6 @@
-"""MMVP's LLaVA in vLLM: for each place of an image CLIP's token and then DINOv2's, each through a projector of its own.
+"""MMVP's LLaVA in vLLM: at each place of an image a CLIP token, then a DINOv2 token, each with its own projector.
 
-"Eyes Wide Shut? Exploring the Visual Shortcomings of Multimodal LLMs" calls this interleaved mixture of features.
+This is the interleaved mixture of features of "Eyes Wide Shut? Exploring the Visual Shortcomings of Multimodal LLMs".
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ TOWERS = 2
 
 
 class MmvpFamily(AfterTowerFamily):
-    """An image is two grids, CLIP's and DINOv2's, each reduced by itself: features of two towers can't be compared."""
+    """An image is two grids, CLIP's and DINOv2's, reduced separately: features of two towers can't be compared."""
 
     def __init__(self, geometry: VisionGeometry) -> None:
         self.largest = Layout((Part(geometry, count=TOWERS),))
@@ -59,7 +59,7 @@ class MmvpFamily(AfterTowerFamily):
         return [own for image in zip(clip, dino, strict=True) for own in image]
 
     def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
-        """By place, and at a place CLIP's token first: how many of a place are left is known on the device alone."""
+        """Sorted by place, CLIP's token first. Only the device knows which tokens are left, so it sorts."""
         clip, dino = grids
         features = torch.cat([clip.features, dino.features])
         source, order = torch.cat([TOWERS * clip.source, TOWERS * dino.source + 1]).sort()
@@ -74,17 +74,14 @@ class MmvpFamily(AfterTowerFamily):
 
 
 class MmvpProcessingInfo(LlavaProcessingInfo):
-    """Modification to vLLM's LLaVA: each place has a token of each tower."""
+    """Modification to vLLM's LLaVA: each place has a token from each tower."""
 
     def get_num_image_tokens(self, *, image_width: int, image_height: int) -> int:
         return TOWERS * super().get_num_image_tokens(image_width=image_width, image_height=image_height)
 
 
 class DinoTower(Dinov2Model):
-    """Modification to DINOv2 of transformers: patches alone, as the last layer leaves them, without the norm after it.
-
-    Each tensor-parallel rank holds all of it.
-    """
+    """Modification to DINOv2 of transformers: returns only patches, before the final norm. Not tensor parallel."""
 
     def __init__(self, config: Dinov2Config) -> None:
         super().__init__(config)
@@ -113,10 +110,10 @@ class InterleavingProjector(nn.Module):
     FoldLlavaMultiModalProcessor, info=MmvpProcessingInfo, dummy_inputs=LlavaDummyInputsBuilder
 )
 class FoldMmvpForConditionalGeneration(FoldLlavaForConditionalGeneration):
-    """Modifications to our LLaVA:
+    """Modifications to foldserve's LLaVA:
 
     - a second tower sees the same pixels, normalized for CLIP, as in the authors' code;
-    - each tower has a projector, and their tokens take turns.
+    - each tower has a projector, and their tokens alternate.
     """
 
     hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | WeightsMapper(
@@ -161,10 +158,10 @@ class FoldMmvpForConditionalGeneration(FoldLlavaForConditionalGeneration):
 
 
 def dino_config(hf_config: PretrainedConfig) -> Dinov2Config:
-    """The object `dino_config` of config.json, checked against the rest of it.
+    """The object `dino_config` of config.json, checked.
 
     Raises:
-        ValueError: it is missing, or the towers' tokens do not lie on one grid, or differ in width.
+        ValueError: it is missing, or the towers' grids or widths differ.
     """
     vision, fields = hf_config.vision_config, getattr(hf_config, "dino_config", None)
     if not isinstance(vision, CLIPVisionConfig):
@@ -192,16 +189,12 @@ def dino_config(hf_config: PretrainedConfig) -> Dinov2Config:
 
 
 def mmvp_geometry(hf_config: PretrainedConfig) -> VisionGeometry:
-    """Of each of the two grids.
-
-    Raises:
-        ValueError: as `dino_config`.
-    """
+    """Geometry of each of the two grids; raises ValueError as `dino_config`."""
     dino_config(hf_config)
     return _geometry(_side(hf_config.vision_config))
 
 
-@lru_cache(maxsize=64)  # one object per model, which the plans' caches are keyed by
+@lru_cache(maxsize=64)  # one object per model, as the key of the plans' caches
 def _geometry(side: int) -> VisionGeometry:
     stages = frozenset({Stage.AFTER_TOWER, Stage.DECODER})
     return VisionGeometry(side**2, (side, side), stages=stages, shows_tower=True)

@@ -1,6 +1,6 @@
 """Qwen3.5, dense and with a mixture of experts: Qwen3-VL's images and videos, without deepstack levels.
 
-Most layers of its decoder keep a recurrent state instead of keys and values, so that nothing can be removed in it.
+Most of its decoder layers keep a recurrent state instead of keys and values, so no tokens can be removed there.
 """
 
 from __future__ import annotations

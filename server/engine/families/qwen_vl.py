@@ -1,7 +1,7 @@
-"""What Qwen's vision-language models share: images and videos of any size, a grid for each frame, and M-RoPE.
+"""Common base of Qwen's vision-language models: images and videos of any size, a grid per frame, and M-RoPE.
 
-The vision tower gives a token for 2 x 2 patches, in raster order. Qwen3-VL's adds *deepstack levels*, features of some
-of its layers that the decoder's first layers take up: they are further columns of the tokens, and go their way.
+The vision tower gives a token for 2 x 2 patches, in raster order. Qwen3-VL adds *deepstack levels*: features of some
+tower layers that are added in the decoder's first layers. They are further columns of the tokens.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ _GRIDS: Mapping[Modality, str] = {"image": "image_grid_thw", "video": "video_gri
 class QwenVLFamily(EqualGridsFamily):
     """`Layout.shape` is (rows, columns, frames) of tokens; a video's frames, each of two pictures, share one plan.
 
-    Tokens that stay keep their positions unless something else is asked for, since rows and columns are then numbers
-    that the model has seen in training; a method that keeps a grid gives those of a smaller image.
+    By default tokens keep their positions, since the model was trained on such rows and columns. With a method that
+    keeps a grid they get those of a smaller image instead.
     """
 
     modalities = ("image", "video")
@@ -82,12 +82,12 @@ class QwenVLFamily(EqualGridsFamily):
         video = videos.get(index)
         processor = info.get_hf_processor().video_processor
         pictures, metadata = video if isinstance(video, tuple) else (video, {})
-        # vLLM asks the metadata for Qwen3-VL, and leaves the others to the HF processor
+        # vLLM uses the metadata for Qwen3-VL; for the others the HF processor decides
         chosen_later = metadata.get("do_sample_frames", False) if self._apart else processor.do_sample_frames
         asked = info._merge_and_resolve_mm_processor_kwargs(kwargs).get("videos_kwargs", {})
         if chosen_later or asked.keys() & FRAME_OPTIONS:
             return None
-        size = VideoProcessorItems([pictures]).get_frame_size(0)  # vLLM's own takes the pair for the pictures
+        size = VideoProcessorItems([pictures]).get_frame_size(0)  # vLLM's `videos` mistakes the pair for the pictures
         grid = _grid(info, processor, size, kwargs, len(pictures))
         return *grid, -(-len(pictures) // info.get_hf_config().vision_config.temporal_patch_size)
 
@@ -110,7 +110,7 @@ class QwenVLFamily(EqualGridsFamily):
         return _each(processed[PIXEL_FIELDS[modality]], processed[_GRIDS[modality]])
 
     def cells(self, pixels: Tensor, layout: Layout) -> Tensor:
-        """A token's patches lie together; they hold an image's pixels twice, as two pictures of a video."""
+        """A token's patches are adjacent; they hold an image's pixels twice, as two pictures of a video."""
         (part,) = layout.parts
         assert part.geometry.grid is not None
         return pixels.view(*part.geometry.grid, -1)
@@ -132,9 +132,9 @@ class QwenVLFamily(EqualGridsFamily):
     def encode(
         self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan], queries: Sequence[Tensor] = ()
     ) -> Sequence[Survivors]:
-        """Images or frames of one size and plan go through the tower by themselves where vLLM's own way does not do.
+        """Runs images or frames of one size and plan together through `qwen_tower` if vLLM's own tower will not do.
 
-        That is where tokens go before or in it, and where what enters its merger is to be compared.
+        That is if tokens are removed before or in the tower, or compared by the merger's input.
         """
         after_tower = super().encode
 
@@ -161,7 +161,7 @@ class QwenVLFamily(EqualGridsFamily):
     def _walked(
         self, model: Any, inputs: Mapping[str, Any], group: _Group, queries: Sequence[Tensor]
     ) -> list[Survivors]:
-        """What is left of images or videos of one size; a video's frames are images to the tower."""
+        """What is left of images or videos of one size; the tower treats a video's frames as images."""
         modality: Modality = "image" if _GRIDS["image"] in inputs else "video"
         _, height, width = inputs[_GRIDS[modality]][0].tolist()
         grid, pixels = (1, height, width), inputs[PIXEL_FIELDS[modality]]
@@ -186,7 +186,7 @@ class QwenVLFamily(EqualGridsFamily):
         return super().pack(model, grids, plan)
 
     def low_detail(self, default: Reduction, ratio: float | None) -> Reduction:
-        """A smaller image, which saves the tower's time too."""
+        """A smaller image, which also saves time in the tower."""
         return replace(super().low_detail(default, ratio), method=Downsample.name, options=(), first=None, query=None)
 
     def default_positions(self, reduction: Reduction) -> Positions:
@@ -202,14 +202,14 @@ class QwenVLFamily(EqualGridsFamily):
         return float(seconds.data) * getattr(self._model_config.hf_config.vision_config, "tokens_per_second", 1.0)
 
     def positions_beyond_tokens(self, plan: ItemPlan) -> int:
-        """Of a video whose pace is not known here: as of two frames a second."""
+        """A video's frame rate is unknown here: assumes one position per frame, as at two frames a second."""
         rows, columns, frames = plan.layout.shape
         runs = frames if self._apart else 1
         return runs * positions_taken(plan, Grid(frames // runs, rows, columns), plan.kept // runs) - plan.kept
 
     @property
     def _apart(self) -> bool:
-        """There is text between a video's frames."""
+        """Whether the prompt has text between a video's frames."""
         return self._model_config.hf_config.model_type.startswith("qwen3")
 
 
@@ -222,7 +222,7 @@ class QwenImages(ShortenedRuns):
         planned: Mapping[Modality, Sequence[ItemPlan]],
         hf_kwargs: Mapping[str, object],
     ) -> BatchFeature:
-        """Images that are made smaller are processed apart, so that the least size of others is not theirs."""
+        """Processes images that are made smaller separately, so that the minimum image size does not apply to them."""
         plans = planned.get("image", [])
         smaller = [i for i, plan in enumerate(plans) if isinstance(plan.grids[0].reducer, BeforeTower)]
         if smaller:
@@ -244,7 +244,7 @@ class QwenImages(ShortenedRuns):
         return processed
 
     def _apply_stock(self, mm_items: MultiModalDataItems, hf_kwargs: Mapping[str, object]) -> BatchFeature:
-        """Images without options go to the image part of the HF processor alone: the rest takes as long as that."""
+        """Images without options go to the image processor alone; the full HF processor takes twice as long."""
         images = mm_items.get("image")
         if hf_kwargs or len(mm_items) > 1 or not images or not self._has_no_options:
             return super()._apply_stock(mm_items, hf_kwargs)
@@ -254,11 +254,11 @@ class QwenImages(ShortenedRuns):
 
     @cached_property
     def _has_no_options(self) -> bool:
-        """The operator gave none, which may be for other parts; the two are vLLM's, whose model scales the pixels."""
+        """The operator gave no processor options; vLLM sets the two allowed ones, as its model scales pixels."""
         return self.info.ctx.get_merged_mm_kwargs({}).keys() <= {"do_normalize", "do_rescale"}
 
     def _resized(self, image: Any, plan: ItemPlan) -> Image.Image:
-        """To the grid of the plan, from what the client sent."""
+        """The client's image, resized to the plan's grid."""
         vision, grid = self.info.get_hf_config().vision_config, plan.grids[0].grid
         assert grid is not None
         token = vision.patch_size * vision.spatial_merge_size
@@ -266,7 +266,7 @@ class QwenImages(ShortenedRuns):
         return picture.convert("RGB").resize((grid[1] * token, grid[0] * token), Image.Resampling.BICUBIC)
 
     def _check_grids(self, grids: Tensor, plans: Sequence[ItemPlan]) -> None:
-        """Sizes were known before the HF processor ran: what it made of them has to agree."""
+        """The HF processor's grids have to agree with those planned from the sizes."""
         merge = self.info.get_hf_config().vision_config.spatial_merge_size
         for (frames, height, width), plan in zip(grids.tolist(), plans, strict=True):
             is_smaller = isinstance(plan.grids[0].reducer, BeforeTower)
@@ -276,7 +276,7 @@ class QwenImages(ShortenedRuns):
 
 
 def _with_images(mm_items: MultiModalDataItems, places: Sequence[int]) -> MultiModalDataItems:
-    """The items, with these images alone."""
+    """The items with only these images."""
     others = {modality: items for modality, items in mm_items.items() if modality != "image"}
     images = {"image": ImageProcessorItems([mm_items["image"].get(i) for i in places])} if places else {}
     return MultiModalDataItems({**images, **others})
@@ -289,7 +289,7 @@ def _images(processed: BatchFeature) -> list[tuple[Tensor, Tensor]]:
 
 
 def _each(pixels: Tensor, grids: Tensor) -> Sequence[Tensor]:
-    """(patches of all items, values) -> those of each, whose grid is (frames, rows, columns) of patches."""
+    """(patches of all items, values) -> one tensor per item; grids are (frames, rows, columns) of patches."""
     images: Sequence[Tensor] = pixels.split_with_sizes(grids.prod(-1).tolist())
     return images
 
@@ -301,7 +301,7 @@ def _image_grid(info: Any, size: ImageSize, kwargs: Mapping[str, object] = Mappi
 def _grid(
     info: Any, processor: Any, size: ImageSize, kwargs: Mapping[str, object], pictures: int | None = None
 ) -> tuple[int, int]:
-    """(rows, columns) of the tokens of an image, or of a video of so many pictures of this size, by vLLM's formula."""
+    """(rows, columns) of the tokens of an image, or of a video of `pictures` pictures, by vLLM's formula."""
     vision = info.get_hf_config().vision_config
     resized, _ = info._get_vision_info(
         image_width=size.width,
@@ -316,7 +316,7 @@ def _grid(
 
 
 class _Group(NamedTuple):
-    """What images that go through the tower's layers together have in common."""
+    """The common properties of images that run through the tower together."""
 
     grid: tuple[int, int]
     plan: Plan
@@ -324,7 +324,7 @@ class _Group(NamedTuple):
 
 
 def _group(plan: ItemPlan) -> _Group | None:
-    """None if vLLM's own tower will do."""
+    """None if vLLM's own tower suffices."""
     (grid_plan,) = plan.grids
     (part,) = plan.layout.parts
     assert part.geometry.grid is not None
@@ -333,19 +333,19 @@ def _group(plan: ItemPlan) -> _Group | None:
 
 
 def _compares_patches(plan: Plan) -> bool:
-    """The plan's method looks at what enters the merger."""
+    """Whether the plan's method needs the merger's input."""
     return isinstance(plan.reducer, AfterProjector) and plan.reducer.needs_tower
 
 
 def _any_size(model_config: ModelConfig) -> VisionGeometry:
-    """The tower's, of no image."""
+    """The tower's geometry, without the fields that depend on an image."""
     vision, options = model_config.hf_config.vision_config, model_config.multimodal_config
     stages = {Stage.BEFORE_TOWER, Stage.IN_TOWER, Stage.AFTER_TOWER}
     if not model_config.is_hybrid:
         stages.add(Stage.DECODER)
     if options is not None and options.mm_encoder_attn_backend == AttentionBackendEnum.FLASHINFER:
-        stages.remove(Stage.IN_TOWER)  # it takes sequences in a form of its own, which the host has to compute
-    takes_cells = Stage.IN_TOWER in stages  # the same walk
+        stages.remove(Stage.IN_TOWER)  # needs sequences in its own format, computed on the host
+    takes_cells = Stage.IN_TOWER in stages  # both need `qwen_tower`
     whole = getattr(vision, "fullatt_block_indexes", range(vision.depth))  # of Qwen2.5-VL
     windowed = tuple(layer for layer in range(vision.depth) if layer not in whole)
     return VisionGeometry(

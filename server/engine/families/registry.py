@@ -1,4 +1,4 @@
-"""Which checkpoints are of which family. Modules are named as strings: what a process does not need is not imported."""
+"""Maps architectures to families. Modules are named as strings, so a process imports only what it needs."""
 
 from __future__ import annotations
 
@@ -16,19 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """Where a family lives: files of this package and the classes in them, as "file.Class".
-
-    Attributes:
-        family: the `Family`.
-        model: the model class, which replaces vLLM's own of the architecture, if it has one.
-    """
+    """The classes of a family as "file.Class" in this package: the `Family`, and the model that replaces vLLM's own."""
 
     family: str
     model: str
 
     @property
     def model_path(self) -> str:
-        """As vLLM's registry takes it."""
+        """In the format of vLLM's registry."""
         return f"{__package__}.{self.model.replace('.', ':')}"
 
     def load_family(self) -> type[Family]:
@@ -89,11 +84,7 @@ ENTRIES: Mapping[str, Entry] = MappingProxyType(
 
 
 def family_of(model_config: ModelConfig) -> Family | None:
-    """The family of a checkpoint; None for a model that foldserve does not reduce.
-
-    Raises:
-        ValueError: a checkpoint of the family whose config is wrong.
-    """
+    """The family of a checkpoint; None if foldserve does not reduce it; ValueError if its config is wrong."""
     for architecture in model_config.hf_config.architectures or ():
         if (entry := ENTRIES.get(architecture)) is not None:
             return entry.load_family().of(model_config)

@@ -1,7 +1,4 @@
-"""What families share whose images come to the model as tiles of one size, those of all images in one tensor.
-
-A video's frames are tiles too.
-"""
+"""Base of families whose images reach the model as tiles of one size, all in one tensor. Video frames are tiles too."""
 
 from __future__ import annotations
 
@@ -27,13 +24,13 @@ from foldserve.server.engine.vision import rows
 
 
 class TilesFamily(EqualGridsFamily):
-    """`Layout.shape` is (tiles,). Tiles are reduced one by one, as the decoder gets them.
+    """`Layout.shape` is (tiles,). Tiles are reduced one by one, after the projector.
 
     Attributes:
-        stages: in which a tile may be reduced.
-        counts: multimodal field with the number of tiles of each item, on the CPU; vLLM calls tiles patches.
-        tile_fields: multimodal fields with a row for each tile of all items, pixels first.
-        base_is_last: the whole image is behind its tiles.
+        stages: where a tile may be reduced.
+        counts: multimodal field with the number of tiles per item, on the CPU; vLLM calls tiles patches.
+        tile_fields: multimodal fields with a row per tile of all items, pixels first.
+        base_is_last: the whole image comes after its tiles.
     """
 
     shape_ints = 1
@@ -44,17 +41,17 @@ class TilesFamily(EqualGridsFamily):
     base_is_last: ClassVar[bool] = True
 
     def __init__(self, model_config: ModelConfig, side: int) -> None:
-        """`side` of a tile, in tokens."""
+        """`side` is a tile's, in tokens."""
         self._model_config = model_config
         self._tile = VisionGeometry(side**2, (side, side), stages=self.stages)
 
     @abstractmethod
     def tiles(self, info: Any, size: ImageSize, kwargs: Mapping[str, object]) -> int:
-        """Of an image, by vLLM's own formula; options of the operator and the request are part of it."""
+        """Number of tiles of an image by vLLM's formula, with the options of the operator and the request."""
 
     @abstractmethod
     def largest_size(self, info: Any) -> ImageSize:
-        """Of an image that has the most tiles."""
+        """Size of an image with the most tiles."""
 
     @cached_property
     def largest(self) -> Layout:
@@ -68,7 +65,7 @@ class TilesFamily(EqualGridsFamily):
         return Layout((Part(self._tile, count=shape[0]),), shape)
 
     def regions(self, plan: ItemPlan, modality: Modality, size: tuple[int, int], info: Any) -> list[Region]:
-        """Of an image cut into tiles the whole of it is one more, see `base_is_last`."""
+        """One region per tile; the whole image is one more, see `base_is_last`."""
         tiles = plan.layout.shape[0] - 1
         if modality == "video" or not tiles:
             return super().regions(plan, modality, size, info)
@@ -97,15 +94,15 @@ class TilesFamily(EqualGridsFamily):
         return {**inputs, **tiles, self.counts[modality]: rows(inputs[self.counts[modality]], places)}
 
     def _tiles_of(self, inputs: Mapping[str, Any], modality: Modality) -> list[Sequence[Tensor]]:
-        """Of each field the rows of each item."""
+        """For each of `tile_fields`, the rows of each item."""
         counts = inputs[self.counts[modality]].tolist()
         return [inputs[name].split_with_sizes(counts) for name in self.tile_fields[modality]]
 
 
 class TiledImages(ShortenedRuns):
-    """Modification beside those of `ShortenedRuns`: an item that comes out with other tiles than planned is refused.
+    """Modification beside those of `ShortenedRuns`: raises if an item has another number of tiles than planned.
 
-    Plans are made of its size alone, before it is cut.
+    Plans are made from an item's size, before it is cut.
     """
 
     def _processed(

@@ -1,4 +1,4 @@
-"""Video-LLaVA: images as LLaVA-1.5's; of a video each frame is a grid, behind its class token, which stays."""
+"""Video-LLaVA: images as in LLaVA-1.5; each frame of a video is a grid after a class token, which stays."""
 
 from __future__ import annotations
 
@@ -31,12 +31,7 @@ from foldserve.server.engine.vision import Survivors, one_after_another, project
 
 
 class VideoLlavaFamily(LlavaFamily):
-    """`Layout.shape` is (frames,), 0 for an image.
-
-    Args:
-        geometry: of an image.
-        trained_frames: of a video in training.
-    """
+    """`Layout.shape` is (frames,), 0 for an image. `trained_frames` is the number of frames in training videos."""
 
     modalities = ("image", "video")
     shape_ints = 1
@@ -102,7 +97,7 @@ class VideoLlavaFamily(LlavaFamily):
 
 
 def _each(features: torch.Tensor, plans: Sequence[ItemPlan]) -> Sequence[torch.Tensor]:
-    """(frames of all videos, tokens, C) -> those of each video."""
+    """(frames of all videos, tokens, C) -> one tensor per video."""
     videos: Sequence[torch.Tensor] = features.split_with_sizes([plan.layout.shape[0] for plan in plans])
     return videos
 
@@ -110,7 +105,7 @@ def _each(features: torch.Tensor, plans: Sequence[ItemPlan]) -> Sequence[torch.T
 def _reduced(
     model: Any, features: torch.Tensor, plans: Sequence[ItemPlan], queries: Sequence[torch.Tensor]
 ) -> list[Survivors]:
-    """(frames of all videos, 1 + patches, C) -> what is left of each frame, or of a video as one grid."""
+    """(frames of all videos, 1 + patches, C) -> what is left of each grid: a frame, or a whole video."""
     whole: list[Survivors] = []
     of_grids: list[Plan] = []
     for video, plan in zip(_each(features, plans), plans, strict=True):
@@ -129,7 +124,7 @@ def _takes_class_token(plan: Plan) -> bool:
 
 
 def _patches(frame: Survivors) -> Survivors:
-    """What is left of a frame behind its class token, which it begins with."""
+    """Remove the class token in front of a frame."""
     trail = None if frame.trail is None else frame.trail._replace(leading=(1, 1))
     return Survivors(frame.features[1:], frame.source[1:] - 1, trail)
 
@@ -140,14 +135,14 @@ def _packed(class_tokens: torch.Tensor, grids: Sequence[Survivors], plan: ItemPl
     if len(grids) == len(class_tokens):
         frames = zip(class_tokens, grids, strict=True)
         return one_after_another([_behind(first, grid) for first, grid in frames], length)
-    (video,) = grids  # how many of a frame are left is known on the device alone, so they are sorted there
+    (video,) = grids  # only the device knows how many tokens of a frame are left, so it sorts
     starts = torch.arange(0, plan.encoded, length, device=video.source.device)
     source, order = torch.cat([starts, video.source + video.source // (length - 1) + 1]).sort()
     return Survivors(torch.cat([class_tokens.flatten(0, 1), video.features])[order], source)
 
 
 def _behind(class_token: torch.Tensor, frame: Survivors) -> Survivors:
-    """A frame behind its class token (1, hidden)."""
+    """Put the class token (1, hidden) in front of a frame."""
     source = torch.cat([torch.zeros_like(frame.source[:1]), frame.source + 1])
     return Survivors(torch.cat([class_token, frame.features]), source)
 

@@ -1,4 +1,4 @@
-"""Video-LLaVA, which vLLM does not have: LLaVA-1.5 with a second tower, for videos. In the layout of Hugging Face."""
+"""Video-LLaVA, which vLLM lacks: LLaVA-1.5 with a second tower for videos, in Hugging Face's checkpoint format."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ class VideoLlavaProcessingInfo(LlavaProcessingInfo):
         return {"image": None, "video": None}
 
     def get_num_frame_tokens(self) -> int:
-        """Its class token goes to the decoder too."""
+        """A frame's patches and its class token, which also goes to the decoder."""
         return int(self.get_vision_encoder_info().get_patch_grid_length() ** 2 + 1)
 
     def get_num_frames(self) -> int:
-        """Of a video in training."""
+        """Number of frames in training videos."""
         return max(1, int(self.get_hf_config().video_seq_length // self.get_num_frame_tokens()))
 
 
@@ -72,7 +72,7 @@ class VideoLlavaDummyInputsBuilder(LlavaDummyInputsBuilder[VideoLlavaProcessingI
 
 
 class VideoLlavaMultiModalProcessor(LlavaMultiModalProcessor):
-    """Modifications to LLaVA's: videos, of several lengths in one prompt."""
+    """Modification to LLaVA's: videos, also of several lengths in one prompt."""
 
     def _call_hf_processor(self, hf_data: Mapping[str, object], hf_kwargs: Mapping[str, object]) -> BatchFeature:
         found, process = BatchFeature(), super()._call_hf_processor
@@ -106,9 +106,9 @@ class VideoLlavaMultiModalProcessor(LlavaMultiModalProcessor):
 
 
 class VideoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
-    """Modifications to LLaVA: a tower for videos beside that for images; the projector is of both.
+    """Modification to LLaVA: a second tower for videos; both towers share the projector.
 
-    A frame has 257 tokens, its class token in front of the patches; an image has the patches alone.
+    A frame has 257 tokens, a class token and then its patches; an image has only patches.
     """
 
     hf_to_vllm_mapper = LlavaForConditionalGeneration.hf_to_vllm_mapper | WeightsMapper(
@@ -132,7 +132,7 @@ class VideoLlavaForConditionalGeneration(LlavaForConditionalGeneration):
             self.video_tower = init_vision_tower_for_llava(
                 config, quant_config, require_post_norm=False, prefix=maybe_prefix(prefix, "video_tower")
             )
-        with self._mark_tower_model(vllm_config, {"image", "video"}):  # LLaVA's own is of images alone
+        with self._mark_tower_model(vllm_config, {"image", "video"}):  # LLaVA's own projector is for images only
             self.multi_modal_projector = LlavaMultiModalProjector(
                 vision_hidden_size=config.vision_config.hidden_size,
                 text_hidden_size=config.text_config.hidden_size,
