@@ -1,4 +1,4 @@
-"""What is done to one image as a whole: a plan for each of its grids, and what no grid decides by itself."""
+"""The reduction of one image or video: a plan for each of its grids, and what concerns all of them."""
 
 from __future__ import annotations
 
@@ -22,18 +22,13 @@ __all__ = ["ItemPlan", "Layout", "Part", "Tiling", "at_least", "check", "plan_it
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """`count` grids of one geometry, each reduced by itself, and `separators` embeddings beside them, which stay.
-
-    Attributes:
-        name: what refusals call it where an image has several parts.
-        joinable: the grids are the frames of a video, with no text between them in the prompt.
-    """
+    """`count` grids of one geometry, each reduced separately, and `separators` embeddings, which are never removed."""
 
     geometry: VisionGeometry
     count: int = 1
     separators: int = 0
-    name: str = ""
-    joinable: bool = False
+    name: str = ""  # for error messages, if an image has several parts
+    joinable: bool = False  # the grids are frames of a video without text between them
 
     @property
     def tokens(self) -> int:
@@ -41,7 +36,7 @@ class Part:
 
     @property
     def joined(self) -> Part:
-        """Its grids as one; of a part that is not `joinable` itself."""
+        """The part with all grids joined into one; unchanged if it is not `joinable`."""
         if not self.joinable:
             return self
         whole = replace(self.geometry, tokens=self.geometry.tokens * self.count, grid=None, frames=self.count)
@@ -49,95 +44,72 @@ class Part:
 
 
 class Tiling(Protocol):
-    """How a model lays images out in tiles that its tower sees one by one: a model family's.
-
-    Attributes:
-        tile: what the tower makes of a tile.
-    """
+    """How a model family lays out images in tiles, which its tower sees one by one; `tile` is one of them."""
 
     @property
     def tile(self) -> VisionGeometry: ...
 
     def base(self, shape: tuple[int, ...]) -> Layout | None:
-        """The layout of the base tile alone, with no more parts than the whole; None of what has none, as a video."""
+        """Layout of the base tile alone, with no more parts than the whole image's; None for videos."""
 
     def of_squares(self, shape: tuple[int, ...], side: int) -> Layout:
-        """The layout where each tile has side x side tokens; asked for where methods work on the `tile`."""
+        """Layout with side x side tokens per tile, for methods that work on the `tile`."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """The parts of an unreduced image, in the order of the prompt.
+    """The parts of an unreduced image, in prompt order."""
 
-    Attributes:
-        parts: at least one.
-        shape: what of the image's size decides the parts, as its model family sees fit.
-        tiling: of an image that is laid out in tiles; one for every image of a model, or None.
-    """
-
-    parts: tuple[Part, ...]
-    shape: tuple[int, ...] = ()
-    tiling: Tiling | None = field(default=None, repr=False)
+    parts: tuple[Part, ...]  # at least one
+    shape: tuple[int, ...] = ()  # what determines the parts; its meaning depends on the model family
+    tiling: Tiling | None = field(default=None, repr=False)  # the same for all images of a model
 
     @classmethod
     def single(cls, geometry: VisionGeometry) -> Layout:
-        """Of an image that is one grid."""
         return cls((Part(geometry),))
 
     @property
     def joined(self) -> Layout:
-        """What a method that works across frames sees of a video."""
+        """The layout of a video for methods that work across frames."""
         return replace(self, parts=tuple(part.joined for part in self.parts))
 
     @property
     def tokens(self) -> int:
-        """Embeddings that the decoder gets at ratio 0."""
+        """Embeddings that the decoder gets without reduction."""
         return sum(part.tokens for part in self.parts)
 
     @property
     def removable(self) -> int:
-        """Tokens that can go at most: some of every grid have to stay."""
+        """Most tokens that can be removed; `MIN_KEPT` of every grid stay."""
         return sum(part.count * (part.geometry.tokens - MIN_KEPT) for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True)
 class ItemPlan:
-    """The counts of one image.
+    """The counts of one image or video."""
 
-    Attributes:
-        layout: of the image without reduction.
-        grids: for each part of what is `laid_out`, the plan of each of its grids.
-        decoder: the method that works in the decoder, or "none".
-        decoder_removed: tokens that it removes from layer K on, separators among them.
-        keeps_positions: tokens that stay keep their positions in the decoder, and text goes on from the full length.
-        base_only: the image is its base tile alone.
-        tile: the plan of each tile before they are laid out, of images in tiles.
-        cells: those that the tower sees, as the image's pixels decided; None: all.
-    """
-
-    layout: Layout
-    grids: tuple[Plan, ...]
-    decoder: str = "none"
-    decoder_removed: int = 0
-    keeps_positions: bool = False
-    base_only: bool = False
-    tile: Plan | None = None
-    cells: Cells | None = None
+    layout: Layout  # without reduction
+    grids: tuple[Plan, ...]  # for each part of `laid_out`, the plan of each of its grids
+    decoder: str = "none"  # method in the decoder
+    decoder_removed: int = 0  # tokens that it removes from layer K on, separators included
+    keeps_positions: bool = False  # in the decoder; text then continues after the full length
+    base_only: bool = False  # the tower sees only the base tile
+    tile: Plan | None = None  # of each tile before tiles are laid out
+    cells: Cells | None = None  # cells that the tower sees, chosen by pixels; None: all
 
     @property
     def laid_out(self) -> Layout:
-        """Of what the tower gives: all, the base tile alone, smaller tiles, some cells, or frames as one grid."""
+        """Layout of the tower's output: whole, the base tile, smaller tiles, some cells, or frames as one grid."""
         return _laid_out(self.layout, self.base_only, self.tile, self.cells, self.grids[0].method)
 
     @property
     def encoded(self) -> int:
-        """Embeddings that the decoder would get without reduction."""
         return self.layout.tokens
 
     @property
     def removed(self) -> int:
-        """How many of them go before the decoder."""
+        """Embeddings removed before the decoder."""
         return self.encoded - self.kept
 
     @property
@@ -149,22 +121,22 @@ class ItemPlan:
 
     @property
     def kept_deep(self) -> int:
-        """Embeddings that the decoder's layers from K on get."""
+        """Embeddings in the decoder's layers from K on."""
         return self.kept - self.decoder_removed
 
     @property
     def ratio(self) -> float:
-        """Share of the embeddings that is really removed before the decoder."""
+        """Share of the embeddings that is removed before the decoder."""
         return self.removed / self.encoded
 
     @property
     def is_identity(self) -> bool:
-        """Nothing is removed before the decoder."""
+        """Whether nothing is removed before the decoder."""
         return not self.base_only and self.cells is None and all(plan.is_identity for plan in self._plans)
 
     @property
     def method(self) -> str:
-        """The method that works before the decoder, or "none"; "base_only+..." where another one follows."""
+        """The methods before the decoder, joined by "+"; "none" if there are none."""
         methods = [BaseOnly.name] * self.base_only + [PixelPrune.name] * (self.cells is not None)
         methods += list(dict.fromkeys(plan.method for plan in self._plans if not plan.is_identity))
         return "+".join(methods) or "none"
@@ -175,34 +147,31 @@ class ItemPlan:
 
     @property
     def is_seeded(self) -> bool:
-        """The method draws at random, seeded by the image."""
         return any(plan.is_seeded for plan in self.grids)
 
     @property
     def query_method(self) -> Method | None:
-        """The method that chooses by a query, if there is one."""
         methods = (plan.reducer for plan in self.grids)
         return next((method for method in methods if method is not None and method.takes_query), None)
 
     def with_seed(self, seed: int) -> ItemPlan:
-        """The same plan for an image of this seed."""
         return replace(self, grids=tuple(plan.with_seed(seed) if plan.is_seeded else plan for plan in self.grids))
 
     def to_ints(self) -> tuple[int, ...]:
-        """`from_ints` of the same release reads those behind the shape.
+        """The layout's shape, then the integers for `from_ints` of the same release.
 
-        As many for every plan of a model in which the tower sees all cells; a mask of cells comes behind them.
+        On one model their number is the same for all plans, except that a mask of `cells` follows.
         """
         own = [CODES.index(self.decoder), self.decoder_removed, int(self.keeps_positions)]
         own += [] if self.layout.tiling is None else [int(self.base_only)]
         codes = [code for plan in self._plans for code in plan.to_ints()]
-        missing = len(self.layout.parts) - len(self.grids)  # of a base tile alone
+        missing = len(self.layout.parts) - len(self.grids)  # if only the base tile is encoded
         mask = () if self.cells is None else self.cells.to_ints()
         return (*self.layout.shape, *own, *codes, *[0] * (missing * len(self.grids[0].to_ints())), *mask)
 
     @classmethod
     def from_ints(cls, ints: Sequence[int], layout: Layout) -> ItemPlan:
-        """The plan that gave these integers, without the shape, which is the layout's."""
+        """Inverse of `to_ints`, given the integers after the shape."""
         decoder, decoder_removed, keeps_positions, *codes = ints
         base_only = layout.tiling is not None and bool(codes.pop(0))
         end = Plan.INTS * (len(layout.parts) + (layout.tiling is not None))
@@ -229,29 +198,25 @@ def _laid_out(layout: Layout, base_only: bool, tile: Plan | None, cells: Cells |
 
 @lru_cache(maxsize=4096)
 def _of_cells(layout: Layout, count: int) -> Layout:
-    """Of so many cells of the one grid of an image: they are no grid, and no request knows their number."""
+    """Layout of `count` cells of an image of one grid. Cells are not a grid, and clients do not know their number."""
     (part,) = layout.parts
     geometry = replace(part.geometry, tokens=count, grid=None, varies=True)
     return replace(layout, parts=(replace(part, geometry=geometry),))
 
 
 def at_least(reduction: Reduction, layout: Layout) -> int:
-    """How many cells of an image have to stay, whatever its pixels are.
-
-    Raises:
-        InvalidReduction: more than it has.
-    """
+    """How many cells of an image have to stay, whatever its pixels; raises InvalidReduction if it has fewer."""
     is_bound = not reduction.first and (reduction.ratio or reduction.keep_tokens)
     return _left_of_whole(reduction, layout) if is_bound else MIN_KEPT
 
 
 def _left_of_whole(reduction: Reduction, layout: Layout) -> int:
-    """What an amount leaves of an image that is one grid."""
+    """Tokens that `ratio` or `keep_tokens` leaves of an image of one grid."""
     return layout.tokens - tokens_to_remove(reduction, layout.parts[0].geometry)
 
 
 def check(reduction: Reduction, layout: Layout) -> None:
-    """Raises InvalidReduction if the model of this layout is not one that the reduction's methods work with."""
+    """Raises InvalidReduction if the reduction's methods do not work with the model of this layout."""
     if reduction.first:
         check_method(METHODS[reduction.first], layout)
     if reduction.first and reduction.pruning is not None:
@@ -261,36 +226,35 @@ def check(reduction: Reduction, layout: Layout) -> None:
 
 
 def check_method(method: Method, layout: Layout) -> None:
-    """Raises InvalidReduction if the model of this layout is not one that the method works with."""
+    """Raises InvalidReduction if the method does not work with the model of this layout."""
     for geometry in _worked_on(method, layout):
         method.check(geometry)
 
 
 def _worked_on(method: Method, layout: Layout) -> list[VisionGeometry]:
-    """What the method sees of an image: its tiles, or the grids that they are laid out in."""
+    """Geometries that the method sees: a tile's, or those of the grids after layout."""
     if layout.tiling is not None and _works_on_tiles(method):
         return [layout.tiling.tile]
     return [part.geometry for part in _laid_out(layout, False, None, None, method.name).parts]
 
 
 def _works_on_tiles(method: Method) -> bool:
-    """Of images in tiles: before these are laid out."""
+    """Whether the method reduces tiles before they are laid out."""
     return method.stage in (Stage.BEFORE_TOWER, Stage.IN_TOWER)
 
 
 def plan_item(reduction: Reduction, layout: Layout, cells: Cells | None = None) -> ItemPlan:
-    """Turn what was asked into counts for an image; a random method's seed is added where the pixels are.
+    """Compute the plan of one image or video; the caller adds the seed of random methods.
 
-    `ratio` holds for each grid, for each tile before they are laid out, or for a whole video where the method works
-    across its frames. `keep_tokens` is shared out over the grids;
-    where they are several, equal grids keep equally many, so that a few tokens fewer may stay.
+    `ratio` applies to each grid, to each tile before layout, or to a whole video if the method works across frames.
+    `keep_tokens` is divided among the grids. Equal grids keep equally many, so a few tokens fewer may stay.
 
     Args:
-        cells: those that the reduction's pruning has chosen; None where it left all, or where there are no pixels yet:
-            of no image more tokens stay.
+        cells: those that pruning has chosen; None if it keeps all, or if the pixels are not known yet, which gives the
+            largest possible plan.
 
     Raises:
-        InvalidReduction: the image has too few tokens for it, or the model is not one that the method works with.
+        InvalidReduction: the image has too few tokens, or the method does not work with the model.
     """
     return _plan_item(reduction if reduction.query is None else replace(reduction, query=None), layout, cells)
 
@@ -319,7 +283,7 @@ def _plan_item(reduction: Reduction, layout: Layout, cells: Cells | None) -> Ite
 
 
 def _check_pruning(pruning: PixelPrune, layout: Layout) -> None:
-    """Raises InvalidReduction if cells of this layout can't be chosen."""
+    """Raises InvalidReduction if cells of this layout can't be pruned."""
     check_method(pruning, layout)
     if layout.tokens != layout.parts[0].geometry.tokens:
         raise InvalidReduction(
@@ -330,7 +294,7 @@ def _check_pruning(pruning: PixelPrune, layout: Layout) -> None:
 
 
 def _after_pruning(reduction: Reduction, layout: Layout) -> Reduction:
-    """What is left to ask of the cells that stay: no more tokens than the amount leaves of the whole image."""
+    """The reduction of the remaining cells: to at most the tokens that the amount leaves of the whole image."""
     if not reduction.first or not (reduction.ratio or reduction.keep_tokens):
         return Reduction()
     own = {option.name for option in METHODS[reduction.method].options}
@@ -340,7 +304,7 @@ def _after_pruning(reduction: Reduction, layout: Layout) -> Reduction:
 
 
 def _base(layout: Layout) -> Layout:
-    """Of the base tile alone."""
+    """Layout of the base tile alone."""
     check_method(METHODS[BaseOnly.name], layout)
     base = None if layout.tiling is None else layout.tiling.base(layout.shape)
     if base is None:
@@ -349,7 +313,7 @@ def _base(layout: Layout) -> Layout:
 
 
 def _of_tiles(reduction: Reduction, layout: Layout) -> tuple[Plan | None, Reduction]:
-    """The plan of each tile, and what is left to ask of the grids that they are laid out in."""
+    """The plan of each tile, and the reduction that remains for the grids after layout."""
     if layout.tiling is None:
         return None, reduction
     tile = layout.tiling.tile
@@ -375,7 +339,7 @@ def _plan_parts(reduction: Reduction, layout: Layout) -> tuple[Plan, ...]:
 
 
 def _plan_part(reduction: Reduction, layout: Layout, index: int) -> Plan:
-    """Of each grid of a part; a refusal says which part, if there are more grids than one."""
+    """The plan of each grid of a part; errors name the part if there are several grids."""
     part = layout.parts[index]
     try:
         return make_plan(reduction, part.geometry)
@@ -391,7 +355,7 @@ def _plan_part(reduction: Reduction, layout: Layout, index: int) -> Plan:
 
 
 def _shared_out(reduction: Reduction, layout: Layout) -> list[Reduction]:
-    """What each part's grids are asked: `keep_tokens` by largest remainder, in proportion to their tokens."""
+    """One reduction per part; `keep_tokens` is divided in proportion to tokens, by largest remainder."""
     parts, asked = layout.parts, reduction.keep_tokens
     if asked is None or layout.tokens == parts[0].geometry.tokens:  # one grid: nothing to share
         return [reduction] * len(parts)
@@ -401,7 +365,7 @@ def _shared_out(reduction: Reduction, layout: Layout) -> list[Reduction]:
             f"keep_tokens {asked} is not what this image can keep: give {least} to {layout.tokens}", "keep_tokens"
         )
     share = Fraction(asked - least, max(layout.removable, 1))
-    more = [share * (part.geometry.tokens - MIN_KEPT) for part in parts]  # of each grid, beyond what has to stay
+    more = [share * (part.geometry.tokens - MIN_KEPT) for part in parts]  # per grid, beyond `MIN_KEPT`
     kept = [MIN_KEPT + int(number) for number in more]
     left = asked - least - sum(part.count * int(number) for part, number in zip(parts, more, strict=True))
     for i in sorted(range(len(parts)), key=lambda i: -(more[i] % 1)):
@@ -412,7 +376,7 @@ def _shared_out(reduction: Reduction, layout: Layout) -> list[Reduction]:
 
 
 def _in_decoder(reduction: Reduction, kept: int) -> tuple[str, int]:
-    """The decoder's method, and how many of the `kept` tokens it removes."""
+    """The decoder's method, and how many of `kept` tokens it removes."""
     if reduction.decoder is None:
         return "none", 0
     method = METHODS[reduction.decoder]

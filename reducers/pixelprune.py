@@ -1,8 +1,7 @@
 """PixelPrune: Pixel-Level Adaptive Visual Token Reduction via Predictive Coding.
 
-A cell is the square of pixels of which the tower makes one token. One that its neighbours to the left and above
-predict, as JPEG-LS predicts an edge, never enters the tower. Pixels alone decide, in integers, so that the count is
-known before anything is encoded.
+A cell is the square of pixels that becomes one token. Cells that are predicted by their left and upper neighbours, by
+JPEG-LS's edge rule, never enter the tower. Integer arithmetic on pixels decides, so the count is known before encoding.
 """
 
 from __future__ import annotations
@@ -21,19 +20,14 @@ from foldserve.reducers.refusal import InvalidReduction
 
 Prediction = Literal["anchored", "sliding"]
 
-_WORD = 8
-"""Bytes of a mask that make one integer."""
+_WORD = 8  # bytes of a mask per integer
 
 
 @dataclass(frozen=True, slots=True)
 class Cells:
-    """The cells of an image that the tower sees.
+    """The cells of an image that the tower sees."""
 
-    Attributes:
-        mask: a bit for each cell in raster order, the lowest bit of a byte first; whole words.
-    """
-
-    mask: bytes
+    mask: bytes  # a bit per cell in raster order, lowest bit first, padded to whole words
 
     @classmethod
     def of(cls, stays: Tensor) -> Cells:
@@ -48,7 +42,7 @@ class Cells:
         return int.from_bytes(self.mask).bit_count()
 
     def places(self) -> Tensor:
-        """(kept,) int64, ascending: those that stay, on the CPU."""
+        """(kept,) int64 indices of the kept cells, ascending, on the CPU."""
         packed = torch.frombuffer(bytearray(self.mask), dtype=torch.uint8)
         return (packed.unsqueeze(1) >> _bits() & 1).flatten().nonzero().flatten()
 
@@ -57,7 +51,6 @@ class Cells:
 
     @classmethod
     def from_ints(cls, ints: tuple[int, ...]) -> Cells:
-        """Inverse of `to_ints`."""
         return cls(struct.pack(f"<{len(ints)}q", *ints))
 
 
@@ -66,38 +59,30 @@ def _bits() -> Tensor:
 
 
 class Predicted(NamedTuple):
-    """What became of an image's cells, (rows, columns) each.
-
-    Attributes:
-        stays: bool.
-        difference: of a cell from its prediction, uint8; 255 of the first cell, which has none.
-    """
-
-    stays: Tensor
-    difference: Tensor
+    stays: Tensor  # (rows, columns) bool
+    difference: Tensor  # (rows, columns) uint8, of a cell from its prediction; 255 for the first cell, which has none
 
 
 def predict(cells: Tensor, tau: int, prediction: Prediction = "anchored") -> Predicted:
-    """Which cells are further than tau from what their neighbours predict.
+    """Which cells differ by more than tau from the prediction by their neighbours.
 
-    The prediction is the left neighbour, or the upper one where the corner between both is like the left and unlike the
-    upper: an edge runs between corner and upper. In the first row it is the left neighbour, in the first column the
-    upper one.
+    The prediction is the left neighbour; it is the upper one in the first column, and if the upper left neighbour is
+    like the left but unlike the upper one, as at an edge between the two columns.
 
     Args:
         cells: (rows, columns, values) uint8, on the CPU.
-        tau: largest difference of two values, 0 to 255, of cells that are alike.
-        prediction: "anchored" compares with what a decoder would show: a cell's own pixels if it stays, else those of
-            its prediction, so that no error is above tau. "sliding" compares with the neighbours' own pixels: errors
-            can add up along a gradient, but all cells are compared at once.
+        tau: largest difference, 0 to 255, between values of cells that are alike.
+        prediction: "anchored" compares with the reconstruction: a neighbour's own pixels if it stays, else those of
+            its prediction, so no error exceeds tau. "sliding" compares with the neighbours' own pixels: all cells at
+            once, but errors can add up along a gradient.
     """
-    if tau == 0 or prediction == "sliding":  # what is predicted exactly is shown as it is
+    if tau == 0 or prediction == "sliding":  # with tau 0 the reconstruction is exact, so both are the same
         return _sliding(cells, tau)
     return _anchored(cells, tau)
 
 
 def unpredicted(cells: Tensor, levels: int) -> int:
-    """How many cells of an image, see `predict`, are further than `levels` from their neighbours' own pixels."""
+    """How many cells of an image the "sliding" prediction misses by more than `levels`, see `predict`."""
     return int(predict(cells, levels, "sliding").stays.sum())
 
 
@@ -116,7 +101,7 @@ def _sliding(cells: Tensor, tau: int) -> Predicted:
 
 
 def _anchored(cells: Tensor, tau: int) -> Predicted:
-    """Cell by cell: most pairs are equal or neighbours, which an anti-diagonal at once would compare anew."""
+    """Cell by cell: most pairs are equal or neighbours, whose comparison is known. Whole anti-diagonals repeat it."""
     rows, columns, _ = cells.shape
     flat = cells.flatten(0, 1)
     left_of: list[int]
@@ -135,8 +120,8 @@ def _anchored(cells: Tensor, tau: int) -> Predicted:
         return int(largest_difference(flat[a], flat[b]))
 
     difference = [255] * len(flat)
-    same = list(range(len(flat)))  # a cell with the same pixels, so that most pairs are one cell
-    shown = list(range(len(flat)))  # whose pixels a decoder would show in a cell's place
+    same = list(range(len(flat)))  # the first known cell with the same pixels: most pairs are then one cell
+    shown = list(range(len(flat)))  # the cell whose pixels the reconstruction has in each place
     for cell in range(1, len(flat)):
         if left_of[cell] == 0:
             same[cell] = same[cell - 1]
@@ -156,7 +141,7 @@ def _anchored(cells: Tensor, tau: int) -> Predicted:
 
 
 def _from_neighbours(cells: Tensor) -> tuple[Tensor, Tensor]:
-    """How far each cell is from its left and from its upper neighbour, (rows, columns) each; 255 where it has none."""
+    """Difference of each cell from its left and its upper neighbour, (rows, columns) each; 255 if it has none."""
     left, upper = (cells.new_full(cells.shape[:2], 255) for _ in range(2))
     left[:, 1:] = largest_difference(cells[:, 1:], cells[:, :-1])
     upper[1:] = largest_difference(cells[1:], cells[:-1])
@@ -170,7 +155,7 @@ def _stays(difference: Tensor, tau: int) -> Predicted:
 
 
 class PixelPrune(Preselection):
-    """The pixels decide how many cells stay; an amount says how many have to, or what a method behind it leaves."""
+    """Pixels decide how many cells stay. An amount is the minimum, or the limit of the method that follows."""
 
     name = "pixelprune"
     summary = (
@@ -202,13 +187,9 @@ class PixelPrune(Preselection):
             )
 
     def choose(self, cells: Tensor, at_least: int) -> Cells | None:
-        """The cells that stay; None if all do.
+        """The cells that stay, of (rows, columns, values) uint8 on the CPU; None if all do.
 
-        Where too few would, those stay too that differ most from their prediction, of equal ones the last.
-
-        Args:
-            cells: (rows, columns, values) uint8, on the CPU.
-            at_least: how many have to stay.
+        If fewer than `at_least` would stay, those that differ most from their prediction stay too; ties keep the last.
         """
         stays, difference = predict(cells, self.tau, self.predictor)
         if int(stays.sum()) < at_least:

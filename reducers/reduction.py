@@ -1,4 +1,4 @@
-"""What a request asks for: the fields of `reduction`, and the value that they make together."""
+"""The fields of `reduction` in a request, and the checked value `Reduction` that they form."""
 
 from __future__ import annotations
 
@@ -19,15 +19,14 @@ __all__ = ["FIELDS", "MIN_KEPT", "InvalidReduction", "Positions", "Reduction"]
 
 Positions = Literal["renumber", "keep"]
 
-MAX_QUERY = 4096
-"""Characters of a query."""
+MAX_QUERY = 4096  # characters
 
 MIN_KEPT = 2  # a fold needs two sides
 _DEFAULT_METHOD = "folder"
 
 
 class _Methods(Field[Any]):
-    """`a`, or `a+b` with b in the decoder; either behind a preselection too, as in `base_only+a`."""
+    """`a`, or `a+b` with b in the decoder; both also after a preselection, as in `base_only+a`."""
 
     def parse(self, value: object) -> tuple[str | None, str | None, str | None]:
         """(preselection, method before the decoder, method in it)"""
@@ -73,7 +72,7 @@ _VALUES: tuple[Field[Any], ...] = (
     Share("decoder_ratio", None, "share of an image's remaining tokens that the method in the decoder removes"),
     _QUERY,
 )
-"""Fields that are attributes of `Reduction`, None where they are left out."""
+"""Fields that are attributes of `Reduction`; None if left out."""
 _WITHDRAW = Flag("withdraw", False, "short for `+withdraw` in `method`")
 _DECODER = Flag("decoder", False, "add the method's own half in the decoder")
 _COMMON = {field.name: field for field in (_METHOD, *_VALUES, _WITHDRAW, _DECODER)}
@@ -81,27 +80,25 @@ _COMMON = {field.name: field for field in (_METHOD, *_VALUES, _WITHDRAW, _DECODE
 FIELDS: Mapping[str, Field[Any]] = _COMMON | {
     option.name: option for method in METHODS.values() for option in method.options
 }
-"""All that `reduction` may hold: fields common to all methods, then the methods' own."""
+"""All fields of `reduction`: those common to all methods, then the methods' own."""
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """The reduction asked for one image; the values are checked however it is made.
-
-    A ratio of 0 removes nothing before the decoder, whatever the method.
+    """The reduction requested for one image. The constructor checks all values; other attributes are as in `FIELDS`.
 
     Attributes:
-        first: the preselection, or None; a method after the tower reduces what it leaves.
-        method: the method before the decoder, behind `first` if there is one.
-        decoder: the method in the decoder, or None.
-        options: (name, value) of the methods' own fields that differ from their defaults, those of `first` before.
-        ratio: as in `FIELDS`, like those below; 0 is kept as None. With a preselection an amount is what `method` is
-            to leave of the whole image at most; with `pixelprune` alone, which is a `method` then, at least.
-        decoder_ratio: None also if the decoder's method leaves no choice.
-        query: what a method that `takes_query` chooses by; None where the message that the image is in says it.
+        first: the preselection; `method` then works after the tower on what it leaves.
+        method: the method before the decoder.
+        decoder: the method in the decoder.
+        options: (name, value) of the methods' own fields that differ from their defaults, those of `first` first.
+        ratio, keep_tokens: a ratio of 0 becomes None and removes nothing. With a preselection the amount limits what
+            `method` leaves of the whole image; with `pixelprune` as `method` it says how much stays at least.
+        decoder_ratio: None also if the decoder's method has a fixed share.
+        query: None: the text of the image's message.
 
     Raises:
-        InvalidReduction: a field is wrong, or two of them contradict each other.
+        InvalidReduction: a field is invalid, or two of them contradict each other.
     """
 
     method: str = _DEFAULT_METHOD
@@ -138,7 +135,7 @@ class Reduction:
             self._settle_ratio_0()
 
     def _settle_ratio_0(self) -> None:
-        """Nothing is removed before the decoder: what would choose cells goes, with its options."""
+        """Nothing is removed before the decoder, so `pixelprune` and its options are dropped."""
         object.__setattr__(self, "ratio", None)
         if PixelPrune.name not in (self.first, self.method):
             return
@@ -148,7 +145,7 @@ class Reduction:
         object.__setattr__(self, "first", None)
 
     def _settle_decoder(self) -> None:
-        """Fills in the share that the decoder's method removes; a share of 0 is no method."""
+        """Fill in the decoder's share; a share of 0 drops the method."""
         if self.decoder is None:
             if self.decoder_ratio is not None:
                 raise InvalidReduction("decoder_ratio needs a method that works in the decoder", "decoder_ratio")
@@ -167,16 +164,16 @@ class Reduction:
 
     @property
     def withdraw(self) -> bool:
-        """All vision tokens leave the decoder at layer K."""
+        """Whether all vision tokens leave the decoder at layer K."""
         return self.decoder == "withdraw"
 
     @property
     def acts_before_decoder(self) -> bool:
-        """Tokens are to go before the decoder."""
+        """Whether tokens may be removed before the decoder."""
         return bool(self.first or self.ratio or self.keep_tokens or self.pruning is not None)
 
     def with_ratio(self, ratio: float) -> Reduction:
-        """The same methods, of which this share goes: more than pixels leave is removed after the tower."""
+        """The same methods with this ratio; `pixelprune` becomes the preselection, so that the ratio is exact."""
         first, method = self.first, self.method
         if method == PixelPrune.name:
             first, method = method, _DEFAULT_METHOD
@@ -184,12 +181,12 @@ class Reduction:
 
     @property
     def base_only(self) -> bool:
-        """Of an image laid out in tiles the base tile alone."""
+        """Whether only the base tile of a tiled image is encoded."""
         return self.first == BaseOnly.name
 
     @cached_property
     def pruning(self) -> PixelPrune | None:
-        """What chooses cells by their pixels, with its options, if anything does."""
+        """The method that chooses cells by their pixels, with its options."""
         method = METHODS[self.first or self.method]
         if not isinstance(method, PixelPrune):
             return None
@@ -208,12 +205,12 @@ class Reduction:
 
     @property
     def _methods(self) -> str:
-        """Before the decoder, as a request names them."""
+        """The methods before the decoder, as a request names them."""
         return f"{self.first}+{self.method}" if self.first else self.method
 
     @property
     def _fields(self) -> list[str]:
-        """What `reduction` may hold with these methods."""
+        """Fields that `reduction` may have with these methods."""
         common = [name for name in _COMMON if name != _QUERY.name or METHODS[self.method].takes_query]
         return [*common, *(option.name for option in self._own_options)]
 
@@ -223,11 +220,7 @@ class Reduction:
 
     @classmethod
     def parse(cls, value: object) -> Reduction:
-        """Validates the JSON form, an object with any of `FIELDS`; null is not a value.
-
-        Raises:
-            InvalidReduction: with the field at fault.
-        """
+        """Read the JSON form, an object with any of `FIELDS`; raises InvalidReduction with the field at fault."""
         if not isinstance(value, Mapping):
             raise InvalidReduction(f"a reduction must be an object such as {{'ratio': 0.5}}, not {_short(value)}")
         for name, given in value.items():
@@ -250,7 +243,7 @@ class Reduction:
         return cls(method, decoder, own, first=first, **values)
 
     def to_json(self) -> dict[str, Any]:
-        """The fields that differ from their defaults; equal reductions give equal dicts, and `parse` inverts it."""
+        """Fields that differ from their defaults; the inverse of `parse`. Equal reductions give equal dicts."""
         methods = [self.first] if self.first else []
         if not self.base_only or self.method != _DEFAULT_METHOD or self.options or self.ratio or self.keep_tokens:
             methods.append(self.method)
@@ -277,7 +270,7 @@ def _not_together(*names: str) -> str:
 
 
 def _refuse_amount(given: Sequence[str]) -> None:
-    """The base tile alone leaves nothing to choose."""
+    """Refuse amounts and options with the base tile alone."""
     if amount := [name for name in given if name not in ("positions", "decoder_ratio")]:
         raise InvalidReduction(
             f"method {BaseOnly.name!r} takes no {amount[0]}: leave it out, or name the method that reduces the base "
@@ -287,7 +280,7 @@ def _refuse_amount(given: Sequence[str]) -> None:
 
 
 def _move_ratio(decoder: str, values: dict[str, Any]) -> None:
-    """With a decoder's method alone, `ratio` is that method's."""
+    """If the only method is in the decoder, `ratio` means `decoder_ratio`."""
     if "keep_tokens" in values:
         raise InvalidReduction(f"method {decoder!r} takes a ratio, not keep_tokens", "keep_tokens")
     if "ratio" in values:
@@ -297,7 +290,7 @@ def _move_ratio(decoder: str, values: dict[str, Any]) -> None:
 
 
 def _added(method: str, decoder: str | None, more: str | None, flag: bool) -> str | None:
-    """The decoder's method once `flag` has asked for `more`."""
+    """The decoder's method: `more` if `flag` is set, else `decoder`."""
     if not flag:
         return decoder
     if more is None:

@@ -1,6 +1,4 @@
-"""What the pixels of a request's images decide before all else is planned: which cells the tower is to see, or how many
-tokens are needed at most.
-"""
+"""What pixels decide before anything is planned: which cells the tower sees, or how many tokens an image needs."""
 
 from __future__ import annotations
 
@@ -18,53 +16,42 @@ from foldserve.reducers.reduction import InvalidReduction, Reduction
 
 @dataclass(frozen=True, slots=True)
 class Mask:
-    """All that decides which cells of an image stay.
+    """Everything that determines which cells of an image stay."""
 
-    Attributes:
-        image: vLLM's hash of it.
-        pruning: how they are chosen.
-        least: how many have to stay.
-    """
-
-    image: str
+    image: str  # vLLM's hash
     layout: Layout
     pruning: PixelPrune
-    least: int
+    least: int  # cells that have to stay
 
     @classmethod
     def of(cls, image: str, layout: Layout, reduction: Reduction) -> Mask | None:
-        """None where pixels decide nothing."""
+        """None if the reduction does not choose by pixels."""
         pruning = reduction.pruning
         return None if pruning is None else cls(image, layout, pruning, at_least(reduction, layout))
 
     def answer(self, cells: Tensor) -> Cells | None:
-        """Of (rows, columns, values); None if all stay. Raises InvalidReduction where values are no bytes."""
+        """Cells of (rows, columns, values) that stay; None if all do; raises InvalidReduction unless uint8."""
         _check_bytes(cells, f"method {self.pruning.name!r} compares bytes", "choose another method", "method")
         return self.pruning.choose(cells, self.least)
 
 
 @dataclass(frozen=True, slots=True)
 class Unpredicted:
-    """All that decides how many cells of an image its pixels do not predict.
+    """Everything that determines how many cells of an image its pixels do not predict."""
 
-    Attributes:
-        image: vLLM's hash of it.
-        levels: see `unpredicted`.
-    """
-
-    image: str
+    image: str  # vLLM's hash
     layout: Layout
-    levels: int
+    levels: int  # see `unpredicted`
 
     def answer(self, cells: Tensor) -> int:
-        """Of (rows, columns, values). Raises InvalidReduction where values are no bytes."""
+        """Unpredicted cells of (rows, columns, values); raises InvalidReduction unless uint8."""
         advice = "give a number, or have the operator run `foldserve calibrate` with `--pixel-cap none`"
         _check_bytes(cells, "ratio 'auto' was calibrated with a pixel cap, which compares bytes", advice, "ratio")
         return unpredicted(cells, self.levels)
 
 
 Question = Mask | Unpredicted
-"""What an image's pixels are asked; equal ones have equal answers, so that each needs to be asked once."""
+"""A question about an image's pixels; equal questions have equal answers, so answers are cached."""
 
 
 def _check_bytes(cells: Tensor, what: str, advice: str, param: str) -> None:
@@ -77,24 +64,18 @@ def _check_bytes(cells: Tensor, what: str, advice: str, param: str) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What was seen of a request's images.
+    """What is known from the pixels of a request's images."""
 
-    Attributes:
-        cells: of each that the tower is to see; None: all.
-        hashes: vLLM's own, of all items of the request.
-        processed: the images at `places`, which had to be processed for it; None: none.
-    """
-
-    cells: tuple[Cells | None, ...]
-    hashes: MultiModalHashes
-    processed: BatchFeature | None = None
+    cells: tuple[Cells | None, ...]  # of each image, those that the tower sees; None: all
+    hashes: MultiModalHashes  # vLLM's own, of all items of the request
+    processed: BatchFeature | None = None  # the images at `places`, if they had to be processed
     places: tuple[int, ...] = ()
 
     def of(self, places: tuple[int, ...]) -> Seen:
-        """Of these images alone."""
+        """The same for a subset of the images."""
         processed = self.processed if places == self.places else None
         return Seen(tuple(self.cells[i] for i in places), self.hashes, processed, tuple(range(len(places))))
 
     def processed_of(self, mm_items: MultiModalDataItems) -> BatchFeature | None:
-        """Of all items of the same request, if they have been processed."""
+        """All items of the request, if they have all been processed."""
         return self.processed if len(self.places) == sum(mm_items.get_all_counts().values()) else None
