@@ -20,25 +20,16 @@ def _same(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LayerAttention:
-    """Queries and keys of one layer. Results have at least fp32 and are equal on all tensor-parallel ranks.
+    """Queries and keys of one layer. Results have at least fp32 and are equal on all tensor-parallel ranks."""
 
-    Attributes:
-        query: (B, n, heads of this rank, head_dim).
-        key: the same shape, with bias.
-        key_bias: (B, n), added to the logits of every query; ln(size) for proportional attention.
-        class_token: token 0 is the class token.
-        ranks: tensor-parallel ranks; each has the same number of heads.
-        unrotated_key: `key` before rotary position embedding, if the tower uses it.
-    """
-
-    query: Tensor
-    key: Tensor
+    query: Tensor  # (B, n, heads of this rank, head_dim)
+    key: Tensor  # the same shape, with bias
     scale: float
-    key_bias: Tensor | None = None
-    class_token: bool = False
-    ranks: int = 1
+    key_bias: Tensor | None = None  # (B, n), added to the logits of every query; ln(size) in proportional attention
+    class_token: bool = False  # token 0 is the class token
+    ranks: int = 1  # tensor-parallel ranks, which have equally many heads
     mean_over_ranks: Callable[[Tensor], Tensor] = _same
-    unrotated_key: Tensor | None = None
+    unrotated_key: Tensor | None = None  # `key` before rotary position embedding, if the tower uses it
 
     def keys(self) -> Tensor:
         """(B, n, head_dim): mean over heads of the keys, after rotary position embedding."""

@@ -26,19 +26,12 @@ _COLUMNS = 256  # parts of `by_columns` are multiples of it
 
 
 class Reduced(NamedTuple):
-    """Result of a reduction from n to n_out tokens.
+    """Result of a reduction from n to n_out tokens."""
 
-    Attributes:
-        tokens: (B, n_out, d), dtype of the input.
-        sizes: (B, n_out) int64, original tokens in each output token; sums to n unless some are dropped.
-        source: (B, n_out) int64, the original token whose place each output token takes.
-        group: (B, n) int64, the output token that each original token went into; -1 if it was dropped.
-    """
-
-    tokens: Tensor
-    sizes: Tensor
-    source: Tensor
-    group: Tensor
+    tokens: Tensor  # (B, n_out, d), dtype of the input
+    sizes: Tensor  # (B, n_out) int64, original tokens in each output token; sums to n unless some are dropped
+    source: Tensor  # (B, n_out) int64, the original token whose place each output token takes
+    group: Tensor  # (B, n) int64, the output token that each original token went into; -1 if it was dropped
 
 
 class Fold(NamedTuple):

@@ -20,38 +20,24 @@ class Stage(Enum):
 class VisionGeometry:
     """One grid of vision tokens without reduction, and where this model allows to reduce it.
 
-    Attributes:
-        tokens: tokens of the grid that reach the decoder.
-        grid: (rows, columns) of those tokens in raster order; None if they are not a grid.
-        layers: encoder layers that run, up to the one whose output is used.
-        class_token: token 0 of the tower is a class token, which the tower drops at its end.
-        stages: where methods may work; not DECODER if some decoder layers keep a recurrent state.
-        varies: the grid depends on the image's size, which the client may not know. An impossible amount is then
-            lowered to the next possible number of tokens instead of refused.
-        any_resolution: the model lays out the tokens of each tile as a square, so the kept number must be a square.
-        projector: name of the method that the checkpoint's projector was trained with.
-        takes_cells: the tower can run on a subset of the tokens, each with its own pixels.
-        shows_tower: methods can see the projector's input beside its output.
-        merges_patches: the tower ends in Qwen-VL's merger, which makes one token of 2 x 2 patches.
-        windowed_layers: encoder layers with windowed attention, in which not all tokens can be compared.
-        behind_class_token: the class token stays, in front of the grid in the prompt.
-        frames: number of frames, if the grid is a whole video, frame by frame; else 0.
+    If the grid `varies` with the image's size, which the client may not know, an impossible amount is lowered to the
+    next possible number of tokens instead of refused.
     """
 
-    tokens: int
-    grid: tuple[int, int] | None = None
-    layers: int = 0
-    class_token: bool = False
-    stages: frozenset[Stage] = frozenset(Stage) - {Stage.PROJECTOR}
+    tokens: int  # of the grid, that reach the decoder
+    grid: tuple[int, int] | None = None  # (rows, columns) of those tokens in raster order
+    layers: int = 0  # encoder layers that run, up to the one whose output is used
+    class_token: bool = False  # token 0 of the tower is a class token, which the tower drops at its end
+    stages: frozenset[Stage] = frozenset(Stage) - {Stage.PROJECTOR}  # where methods may work
     varies: bool = False
-    any_resolution: bool = False
-    projector: str | None = None
-    takes_cells: bool = False
-    shows_tower: bool = False
-    merges_patches: bool = False
-    windowed_layers: tuple[int, ...] = ()
-    behind_class_token: bool = False
-    frames: int = 0
+    any_resolution: bool = False  # the tokens of each tile are laid out as a square: the kept number must be a square
+    projector: str | None = None  # name of the method that the checkpoint's projector was trained with
+    takes_cells: bool = False  # the tower can run on a subset of the tokens, each with its own pixels
+    shows_tower: bool = False  # methods can see the projector's input beside its output
+    merges_patches: bool = False  # the tower ends in Qwen-VL's merger, which makes one token of 2 x 2 patches
+    windowed_layers: tuple[int, ...] = ()  # encoder layers with windowed attention, where not all tokens compare
+    behind_class_token: bool = False  # the class token stays, in front of the grid in the prompt
+    frames: int = 0  # number of frames, if the grid is a whole video, frame by frame
 
     @property
     def reducing_layers(self) -> tuple[int, ...]:

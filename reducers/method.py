@@ -59,31 +59,19 @@ class Step(NamedTuple):
 
 
 class Method(ABC):
-    """Base of all methods; a method subclasses one of the classes below, which say where it works.
+    """Base of all methods; a method subclasses one of the classes below, which say where it works."""
 
-    Attributes:
-        name: value of `reduction.method` in a request.
-        summary: one sentence for users.
-        paper: title; "" if there is none.
-        options: fields of `reduction` beside those common to all methods.
-        seeded: draws at random, seeded by the image.
-        keeps_grid: the tokens that stay are a smaller grid.
-        keeps_positions: the default of `positions` is "keep".
-        takes_query: chooses tokens by the question about the image, see `query_texts`.
-        decoder_half: name of the Decoder method that `decoder: true` adds.
-    """
-
-    name: ClassVar[str]
-    summary: ClassVar[str]
-    paper: ClassVar[str] = ""
+    name: ClassVar[str]  # value of `reduction.method` in a request
+    summary: ClassVar[str]  # one sentence for users
+    paper: ClassVar[str] = ""  # title
     kind: ClassVar[Kind]
     stage: ClassVar[Stage]
-    options: ClassVar[tuple[Option[Any], ...]] = ()
-    seeded: ClassVar[bool] = False
-    keeps_grid: ClassVar[bool] = False
-    keeps_positions: ClassVar[bool] = False
-    takes_query: ClassVar[bool] = False
-    decoder_half: ClassVar[str | None] = None
+    options: ClassVar[tuple[Option[Any], ...]] = ()  # fields of `reduction` beside those common to all methods
+    seeded: ClassVar[bool] = False  # draws at random, seeded by the image
+    keeps_grid: ClassVar[bool] = False  # the tokens that stay are a smaller grid
+    keeps_positions: ClassVar[bool] = False  # the default of `positions` is "keep"
+    takes_query: ClassVar[bool] = False  # chooses tokens by the question about the image, see `query_texts`
+    decoder_half: ClassVar[str | None] = None  # name of the Decoder method that `decoder: true` adds
 
     def __init__(self, *values: Value) -> None:
         """Takes a value for each option, in order, or none for the defaults; each becomes an attribute."""
@@ -151,17 +139,12 @@ class BeforeTower(Method):
 
 
 class InTower(Method):
-    """Removes tokens in tower layers, between the attention's residual and the MLP.
-
-    Attributes:
-        proportional_attention: later layers add ln(size) of each token to the logits of its key.
-        lays_out_squares: the paper lays out the kept tokens of a tile as a smaller square.
-    """
+    """Removes tokens in tower layers, between the attention's residual and the MLP."""
 
     stage = Stage.IN_TOWER
-    proportional_attention: ClassVar[bool] = False
+    proportional_attention: ClassVar[bool] = False  # later layers add ln(size) of each token to its key's logits
     needs_class_token: ClassVar[bool] = False
-    lays_out_squares: ClassVar[bool] = False
+    lays_out_squares: ClassVar[bool] = False  # the paper lays out the kept tokens of a tile as a smaller square
 
     def check(self, geometry: VisionGeometry) -> None:
         super().check(geometry)

@@ -39,17 +39,17 @@ from foldserve.server.engine.identity import ItemIdentity
 from foldserve.server.engine.pixels import Normalize, leaving_bytes
 
 KWARG = "foldserve"
-"""Key in `mm_processor_kwargs`: one reduction (JSON form) for every image and video, or a list with one per image, or
-either by modality: `{"image": ..., "video": ...}`."""
+"""Key in `mm_processor_kwargs`: one reduction (JSON form) for all images and videos, a list with one per image, or
+either of them by modality: `{"image": ..., "video": ...}`."""
 
 DUMMY_FIELD = "vision_dummy"
-"""Multimodal field, and key in the kwargs of the processor, of the images that vLLM makes for its profile run."""
+"""Multimodal field and processor kwarg that mark the dummy images of vLLM's profile run."""
 
 CAPS = "foldserve_caps"
-"""Key in `mm_processor_kwargs` beside `KWARG`: for each image a `PixelCap`, which settles its reduction's ratio."""
+"""Key in `mm_processor_kwargs` beside `KWARG`: a `PixelCap` for each image, which determines its ratio."""
 
 PLANS = "foldserve_plans"
-"""Key in what the processor returns: the plans by modality, for whoever answers the request."""
+"""Key in the processor's result: the plans by modality, for the API's response."""
 
 SETTLED = "foldserve_settled"
 """Key beside `PLANS`: the `Settled` of each image that came with a cap."""
@@ -71,7 +71,7 @@ _NOT_SEEN = (
 _MOST_SHAPES = 65_536  # a hundred bytes each
 _MOST_ANSWERS = 4_096  # masks of 2 KiB at most
 _SEEN = "foldserve_seen"
-"""Key in `mm_processor_kwargs` from `apply` on, where pixels decide what stays of an image: a `Seen`."""
+"""Key in `mm_processor_kwargs`, added by `apply` if pixels decide what stays of an image: a `Seen`."""
 
 _Kwargs = Mapping[str, object]
 _Uuids = Mapping[str, Sequence[str | None]]
@@ -80,26 +80,24 @@ _Uuids = Mapping[str, Sequence[str | None]]
 class FoldProcessor(BaseMultiModalProcessor[Any]):
     """Mixin before a family's multimodal processor of vLLM. Modifications:
 
-    - takes `mm_processor_kwargs["foldserve"]` before the HF processor sees it;
-    - adds each image's plan to its multimodal data, and the tokens of its query where the plan's method asks for them,
-      and says of dummies that they are;
-    - where an image's pixels decide how much of it stays, or settle the ratio of its reduction, has it processed before
-      all else, once, and remembers what they say;
-    - has images without text or options of their own processed by the image part of the HF processor alone: the rest
-      sorts keyword arguments, which takes longer than the image. They stay bytes where they can, see `pixels`;
-    - makes the plan, with the query, part of the image's identity (`ItemIdentity`), hence of the processor, encoder and
-      prefix caches, unless it removes nothing: then everything is as in vLLM. Refuses a client's uuid that reads as a
-      plan's.
+    - removes `mm_processor_kwargs["foldserve"]` before the HF processor sees it;
+    - adds each image's plan to its multimodal data, also the tokens of its query if the method needs them, and marks
+      dummy images;
+    - if an image's pixels decide how much of it stays, or its ratio, processes it first, once, and caches the answer;
+    - passes images without options to the image processor alone, because the rest of the HF processor takes longer
+      than the image itself. They stay uint8 if possible, see `pixels`;
+    - makes plan and query part of the image's identity (`ItemIdentity`) and so of the processor, encoder and prefix
+      caches. If nothing is removed, everything is as in vLLM. Refuses a client's uuid that looks like such an identity.
     """
 
     def get_dummy_inputs(self, *args: Any, **kwargs: Any) -> ProcessorInputs:
         return replace(super().get_dummy_inputs(*args, **kwargs), hf_processor_mm_kwargs={DUMMY_FIELD: True})
 
     def apply(self, inputs: ProcessorInputs, timing_ctx: TimingContext) -> MultiModalInput:
-        """vLLM's, with the plans under `PLANS`.
+        """vLLM's result, with the plans under `PLANS`.
 
         Raises:
-            InvalidReduction: an image can't be reduced so, or kept positions go beyond those of the model.
+            InvalidReduction: a reduction is impossible, or kept positions exceed those of the model.
         """
         inputs, settled = self._with_caps(inputs)
         inputs = self._with_cells(inputs)
@@ -112,7 +110,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         return cast(MultiModalInput, {**processed, PLANS: planned, SETTLED: settled})
 
     def unpredicted(self, images: Sequence[Any], levels: int) -> list[int]:
-        """How many cells of each image its pixels do not predict; raises InvalidReduction where there is no telling."""
+        """Unpredicted cells of each image; raises InvalidReduction if they cannot be counted."""
         items = MultiModalDataItems({"image": ImageProcessorItems(images)})
         plans = self.plans(items, {})
         family = self._planned_family
@@ -121,10 +119,10 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         return [Unpredicted("", layout, levels).answer(family.cells(own, layout)) for own, layout in each]
 
     def _with_caps(self, inputs: ProcessorInputs) -> tuple[ProcessorInputs, list[Settled]]:
-        """The inputs with the ratios that their images' pixels settle, and what they settled.
+        """The inputs with the ratios that their images' pixels determine, and what each image got.
 
         Raises:
-            InvalidReduction: as `plans`, or an image's pixels don't come as bytes.
+            InvalidReduction: as `plans`, or an image's pixels are not uint8.
         """
         kwargs, items = dict(inputs.hf_processor_mm_kwargs), inputs.mm_data_items
         caps: Sequence[PixelCap] = kwargs.pop(CAPS, ())
@@ -133,7 +131,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
             return inputs, []
         asked = self._asked(items, kwargs, "image")
         whole = self.plans(items, without_ours(kwargs), "image", inputs.mm_uuid_items)
-        if not whole:  # embeddings: refused, as of every reduction
+        if not whole:  # embeddings: refused, as with every reduction
             self.plans(items, kwargs, "image", inputs.mm_uuid_items)
         hashes = self._stock_hashes(inputs)
         questions = [
@@ -150,11 +148,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         return replace(inputs, hf_processor_mm_kwargs={**kwargs, KWARG: of_all, _SEEN: seen}), settled
 
     def _with_cells(self, inputs: ProcessorInputs) -> ProcessorInputs:
-        """The inputs, with what their images' pixels decide under `_SEEN`.
-
-        Raises:
-            InvalidReduction: as `plans`, or an image's pixels don't come as bytes.
-        """
+        """The inputs with the cells that their images' pixels choose, under `_SEEN`; raises as `_with_caps`."""
         items, kwargs = inputs.mm_data_items, inputs.hf_processor_mm_kwargs
         asked = self._asked(items, kwargs, "image")
         if all(reduction.pruning is None for reduction in asked):
@@ -175,10 +169,10 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         hashes: MultiModalHashes,
         plans: Sequence[ItemPlan],
     ) -> tuple[list[Any], Seen]:
-        """The answers of each image's pixels, None where there is no question, and what was seen for it.
+        """The answer for each image, None if it has no question, and the images processed for that.
 
         Raises:
-            InvalidReduction: pixels are needed that were not sent, or don't come as bytes.
+            InvalidReduction: pixels are needed that were not sent or are not uint8.
         """
         known = {one: self._answers[one] for one in questions if one in self._answers}
         unknown = [(i, one) for i, one in enumerate(questions) if one is not None and one not in known]
@@ -211,7 +205,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
             queries = self._queries(plans, hf_kwargs, modality)
             if any(queries):
                 processed[QUERY_FIELDS[modality]] = [torch.tensor(ids, dtype=torch.int64) for ids in queries]
-            # (ints,) each: more of them where cells are chosen
+            # (ints,) each; longer with a mask of cells
             processed[PLAN_FIELDS[modality]] = [torch.tensor(plan.to_ints()) for plan in seeded]
         if DUMMY_FIELD in hf_kwargs and "image" in planned:
             processed[DUMMY_FIELD] = torch.ones(len(planned["image"]), 1, dtype=torch.bool)
@@ -220,14 +214,14 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
     def _processed(
         self, mm_items: MultiModalDataItems, planned: Mapping[Modality, Sequence[ItemPlan]], hf_kwargs: _Kwargs
     ) -> BatchFeature:
-        """What vLLM makes of the items, which are to be reduced by these plans."""
+        """vLLM's processing of the items; families may use the plans."""
         return self._apply_stock(mm_items, hf_kwargs)
 
     def _apply_stock(self, mm_items: MultiModalDataItems, hf_kwargs: _Kwargs) -> BatchFeature:
         return super()._apply_hf_processor_main(mm_items, hf_kwargs)
 
     def _call_hf_processor(self, hf_data: _Kwargs, hf_kwargs: _Kwargs) -> BatchFeature:
-        asked = hf_kwargs.keys() - {"truncation"} or hf_data.keys() - {"text"} != {"images"}  # these are vLLM's own
+        asked = hf_kwargs.keys() - {"truncation"} or hf_data.keys() - {"text"} != {"images"}  # vLLM always sends these
         if asked or self._image_processor is None:
             return super()._call_hf_processor(hf_data, hf_kwargs)
         return self.info.ctx.call_hf_processor(self._image_processor, {"images": hf_data["images"]})
@@ -247,13 +241,13 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         seen = inputs.hf_processor_mm_kwargs.get(_SEEN)
         hashes = dict(seen.hashes if isinstance(seen, Seen) else self._stock_hashes(inputs))
         for h in chain.from_iterable(hashes.values()):
-            ItemIdentity(h)  # a client's own could ask for what no plan says
+            ItemIdentity(h)  # a client's uuid must not look like a reduction that no plan made
         for modality, plans in planned.items():
             queries = self._queries(plans, inputs.hf_processor_mm_kwargs, modality)
             each = zip(hashes[modality], plans, queries, strict=True)
             hashes[modality] = [self._identity(h, plan, query) for h, plan, query in each]
         is_dummy = DUMMY_FIELD in inputs.hf_processor_mm_kwargs
-        if is_dummy and "image" in planned:  # a white image of a client's is another one
+        if is_dummy and "image" in planned:  # differs from a client's white image
             hashes["image"] = [f"{DUMMY_FIELD}-{h}" for h in hashes["image"]]
         return hashes
 
@@ -289,7 +283,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         return str(ItemIdentity(image_hash, full_length, plan.decoder, plan.kept_deep))
 
     def _queries(self, plans: Sequence[ItemPlan], kwargs: _Kwargs, modality: Modality) -> list[tuple[int, ...]]:
-        """Token ids of the query of each item; none where its plan asks for none, or it has no query."""
+        """Token ids of each item's query; empty if its plan needs none or it has none."""
         methods = [plan.query_method for plan in plans]
         if not any(methods):
             return [()] * len(plans)
@@ -304,7 +298,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         return lru_cache(maxsize=1024)(self._tokenized)  # asked for several times per request
 
     def _tokenized(self, method: Method, query: str) -> tuple[int, ...]:
-        """The first `QUERY_TOKENS` tokens, without special ones before or behind; all are in the embedding table."""
+        """The first `QUERY_TOKENS` tokens that the embedding table has, without special tokens."""
         texts = method.query_texts(query)[:QUERY_TOKENS]
         each = self.info.get_tokenizer()(texts, add_special_tokens=False)["input_ids"] if texts else []
         rows = self.info.ctx.model_config.get_vocab_size()
@@ -314,7 +308,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
     def _all_plans(
         self, mm_items: MultiModalDataItems, kwargs: _Kwargs, uuids: _Uuids | None = None
     ) -> dict[Modality, list[ItemPlan]]:
-        """Of each modality that has any."""
+        """`plans` by modality, without empty ones."""
         each = {modality: self.plans(mm_items, kwargs, modality, uuids) for modality in PLAN_FIELDS}
         return {modality: plans for modality, plans in each.items() if plans}
 
@@ -325,11 +319,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         modality: Modality = "image",
         uuids: _Uuids | None = None,
     ) -> list[ItemPlan]:
-        """One plan per image or video; empty where there is nothing to plan, as of embeddings.
-
-        Args:
-            uuids: what clients name items by, which then need not be sent again.
-        """
+        """One plan per image or video; empty for embeddings. Items with a uuid seen before need not be sent again."""
         count = mm_items.get_count(modality, strict=False)
         reductions = self._asked(mm_items, kwargs, modality)
         names = (uuids or {}).get(modality) or [None] * count
@@ -352,14 +342,14 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         ]
 
     def _asked(self, mm_items: MultiModalDataItems, kwargs: _Kwargs, modality: Modality) -> list[Reduction]:
-        """Of each image or video."""
+        """The requested reduction of each image or video."""
         count = mm_items.get_count(modality, strict=False)
         if not count and modality != "image":
-            return []  # one reduction for all is for images then
+            return []  # without videos, a reduction for all items is for images only
         return parse_reductions(_by_modality(kwargs.get(KWARG)).get(modality), count, modality)
 
     def _layouts(self, items: Any, modality: Modality, stock: _Kwargs, names: Sequence[str | None]) -> list[Layout]:
-        """Without reduction; empty where they are not known."""
+        """Layouts of the items; empty if they are unknown."""
         family = self._family
         if (
             family is None
@@ -373,7 +363,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
     def _shape(
         self, items: Any, index: int, modality: Modality, stock: _Kwargs, uuid: str | None
     ) -> tuple[int, ...] | None:
-        """Of an item that comes with a uuid it is remembered: next time the uuid may come alone."""
+        """`Layout.shape` of an item; cached by uuid, since the uuid may come alone next time."""
         family = self._planned_family
         if not family.sizes_matter:
             return ()
@@ -391,7 +381,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         return LRUCache(capacity=_MOST_SHAPES)
 
     def _seed(self, pixels: torch.Tensor) -> int:
-        """A number that only an image's own pixels decide, as they come to the tower; of several tiles, the first."""
+        """A number computed from an image's pixels as the tower gets them; from its first tile if there are several."""
         pixels = pixels[0] if pixels.ndim == 4 else pixels
         if pixels.dtype == torch.uint8 and self._planned_family.sends_bytes:
             image_processor, dtype = self.info.get_hf_processor().image_processor, self.info.ctx.model_config.dtype
@@ -400,7 +390,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
 
     @cached_property
     def _image_processor(self) -> Any:
-        """The image part of the HF processor; None where the operator gave options, which may be for other parts."""
+        """The HF image processor; None if the operator gave options, which other parts of the processor may need."""
         family = self._family
         if family is None or not family.sends_bytes or self.info.ctx.get_merged_mm_kwargs({}):
             return None
@@ -418,9 +408,9 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
 
 
 class ShortenedRuns(FoldProcessor):
-    """Modification beside `FoldProcessor`'s: vLLM's own placeholders, with as many in each run of them as stay.
+    """Modification beside `FoldProcessor`'s: shortens each run of vLLM's placeholders to the tokens that stay.
 
-    Text around an item's tokens, and between a video's frames, is left alone.
+    Text around an item's tokens, and between a video's frames, is unchanged.
     """
 
     def _get_prompt_updates(
@@ -445,7 +435,7 @@ def _shortened(update: PromptUpdate, plans: Sequence[ItemPlan]) -> PromptUpdate:
         full: list[int] = content.full if isinstance(content, PromptUpdateDetails) else content
         is_embed = content.is_embed(full).tolist() if has_text else [True] * len(full)
         found = sum(is_embed)
-        if found == plan.kept:  # vLLM has seen an image that was made smaller
+        if found == plan.kept:  # vLLM has processed an already resized image
             return content
         if found != plan.encoded:
             raise RuntimeError(f"an item of {plan.encoded} tokens by its size has {found} placeholders")
@@ -459,17 +449,17 @@ def _shortened(update: PromptUpdate, plans: Sequence[ItemPlan]) -> PromptUpdate:
 
 
 def _by_modality(asked: object) -> Mapping[Modality, object]:
-    """`mm_processor_kwargs["foldserve"]`: what is not by modality is for all, a list for images."""
+    """`mm_processor_kwargs["foldserve"]` by modality: a list is for images, a single reduction for both."""
     if isinstance(asked, Mapping) and asked and asked.keys() <= PLAN_FIELDS.keys():
         return asked
     return {"image": asked} if isinstance(asked, list) else dict.fromkeys(PLAN_FIELDS, asked)
 
 
 def parse_reductions(value: object, count: int, modality: Modality = "image") -> list[Reduction]:
-    """What is asked for a modality -> one `Reduction` per image or video.
+    """One `Reduction` per image or video from the JSON for a modality.
 
     Raises:
-        InvalidReduction: a malformed reduction, or a list of another length than the number of items.
+        InvalidReduction: a malformed reduction, or a list whose length is not the number of items.
     """
     if not isinstance(value, list):
         return [_parse(_text(value if value is not None else {}))] * count
@@ -479,7 +469,7 @@ def parse_reductions(value: object, count: int, modality: Modality = "image") ->
 
 
 def _plan(reduction: Reduction, layout: Layout, cells: Cells | None, where: str) -> ItemPlan:
-    """`plan_item`, whose refusal begins with `where`."""
+    """`plan_item`, with errors that begin with `where`."""
     try:
         return plan_item(reduction, layout, cells)
     except InvalidReduction as refusal:
@@ -492,7 +482,7 @@ def _parse(text: str) -> Reduction:
 
 
 def _text(value: object) -> str:
-    return json.dumps(value, default=repr)  # what is no JSON is no reduction either
+    return json.dumps(value, default=repr)  # what is not JSON fails as a reduction
 
 
 def without_ours(kwargs: _Kwargs) -> _Kwargs:
