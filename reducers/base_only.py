@@ -17,7 +17,7 @@ class BaseOnly(Preselection):
     def check(self, geometry: VisionGeometry) -> None:
         if not geometry.any_resolution:
             raise InvalidReduction(
-                f"method {self.name!r} needs an image that is laid out in tiles, which this model's images are not: "
+                f"method {self.name!r} needs images that are laid out in tiles, but this model's are not: "
                 "choose another method",
                 "method",
             )

@@ -92,7 +92,9 @@ class Downsample(BeforeTower):
     def check(self, geometry: VisionGeometry) -> None:
         super().check(geometry)
         if geometry.grid is None:
-            raise InvalidReduction("method 'downsample' needs a grid of tokens, which this model has not", "method")
+            raise InvalidReduction(
+                "method 'downsample' needs a grid of vision tokens, but this model has none", "method"
+            )
 
     def removable(self, geometry: VisionGeometry, removed: int) -> int:
         rows, columns = self.grid(geometry, removed)

@@ -156,7 +156,7 @@ class InTower(Method):
             )
         if self.needs_class_token and not geometry.class_token:
             raise InvalidReduction(
-                f"method {self.name!r} needs a class token, which this model's tower has not", "method"
+                f"method {self.name!r} needs a class token, but this model's vision tower has none", "method"
             )
 
     @abstractmethod

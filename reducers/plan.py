@@ -161,7 +161,7 @@ def _fit(reduction: Reduction, method: Method, geometry: VisionGeometry, removed
     if geometry.any_resolution and isqrt(kept) ** 2 != kept:
         below = isqrt(kept) ** 2
         raise InvalidReduction(
-            f"{kept} tokens are no square, as which this model lays out what stays of each tile: give ratio "
+            f"{kept} is not a perfect square, as this model's tiling requires of the tokens that stay: give ratio "
             f"{least_ratio(geometry.tokens, below)} ({below} tokens of {geometry.tokens})",
             "ratio" if reduction.keep_tokens is None else "keep_tokens",
         )

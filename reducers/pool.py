@@ -77,7 +77,7 @@ class Pool(AfterTower):
     def check(self, geometry: VisionGeometry) -> None:
         super().check(geometry)
         if geometry.grid is None:
-            raise InvalidReduction("method 'pool' needs a grid of tokens, which this model has not", "method")
+            raise InvalidReduction("method 'pool' needs a grid of vision tokens, but this model has none", "method")
 
     def removable(self, geometry: VisionGeometry, removed: int) -> int:
         kept = geometry.tokens - removed

@@ -92,7 +92,7 @@ class Planner:
             return
         if self.family is None or not self.family.takes_cells:
             raise ValueError(
-                "--auto was calibrated with a pixel cap, which this model can't have: calibrate it with "
+                "--auto was calibrated with a pixel cap, but this model can't have one: calibrate it with "
                 "`--pixel-cap none`"
             )
 

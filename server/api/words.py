@@ -48,7 +48,7 @@ _BY_FIELD = {
     "tools": "must not be empty",
     "top_logprobs": "must be an integer of at least 0, and needs `logprobs`: true",
 }
-_OTHERWISE = "has a value that can't be, or that does not go with the other fields"
+_OTHERWISE = "has a value that is not allowed, or not allowed together with the other fields"
 
 
 def of_pydantic(error: Mapping[str, object]) -> str:

@@ -61,11 +61,11 @@ _NOT_REDUCED: Mapping[Modality, str] = {
 }
 
 _NOT_SENT = (
-    "an image or video is given by its uuid alone, and its size, which decides how many tokens it has, is not or no "
-    "longer known here: send the image with its uuid"
+    "an image or video came as its uuid alone, but this server does not know its size (any more), which decides its "
+    "number of tokens: send the image with its uuid"
 )
 _NOT_SEEN = (
-    "an image is given by its uuid alone, and how many tokens its pixels leave is not or no longer known here: send "
+    "an image came as its uuid alone, but this server does not know (any more) how many tokens its pixels leave: send "
     "the image with its uuid"
 )
 _MOST_SHAPES = 65_536  # a hundred bytes each

@@ -300,7 +300,7 @@ class Published:
 REFUSED: list[tuple[Case, str, str]] = [
     (one_image(*SIZES[0], method="tome", ratio=0.5), "method", "leaves no grid of tokens in a tile"),
     (one_image(*SIZES[0], method="turbo", ratio=0.5), "method", "leaves no grid of tokens in a tile"),
-    (one_image(*SIZES[0], **ILLAVA, ratio=0.5), "ratio", "41 tokens are no square"),
+    (one_image(*SIZES[0], **ILLAVA, ratio=0.5), "ratio", "41 is not a perfect square"),
     (one_image(*SIZES[0], **ILLAVA, ratio=0.4, positions="keep"), "positions", "laid out anew"),
     (one_image(*SIZES[0], ratio=0.99), "ratio", "the base tile: ratio 0.99 would"),
     (one_video(3, ratio=0.97), "ratio", "would remove 24 of 25"),

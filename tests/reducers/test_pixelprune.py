@@ -169,7 +169,7 @@ REFUSED: list[tuple[dict[str, object], Layout, str, str]] = [
     ({"method": "pixelprune+folder"}, NO_CELLS, "method", "can see some cells of one image"),
     ({"method": "pixelprune"}, Layout((Part(VisionGeometry(4, (2, 2)), 3),)), "method", "can see some cells"),
     ({"method": "pixelprune"}, FRAMES, "method", "needs an image that is one grid of tokens"),
-    ({"method": "pixelprune+pool", "ratio": 0.75}, LAYOUT, "method", "needs a grid of tokens"),
+    ({"method": "pixelprune+pool", "ratio": 0.75}, LAYOUT, "method", "needs a grid of vision tokens"),
     ({"method": "pixelprune+tome", "ratio": 0.75}, LAYOUT, "method", "can't be combined"),
     ({"method": "pixelprune+downsample"}, LAYOUT, "method", "can't be combined"),
     ({"method": "pixelprune+base_only"}, LAYOUT, "method", "can't be combined"),

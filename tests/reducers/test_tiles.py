@@ -73,7 +73,7 @@ IMAGE, VIDEO = Rows().layout(2), Rows().layout(0)
 ONE_GRID = Layout.single(VisionGeometry(81, (9, 9), 8, class_token=True))
 AFTER_TOWER = Layout(IMAGE.parts, (2,), Rows(VisionGeometry(81, stages=frozenset({Stage.AFTER_TOWER}))))
 REFUSED: list[tuple[Layout, dict[str, Any], str, str]] = [
-    (ONE_GRID, {"method": "base_only"}, "method", "images are not"),
+    (ONE_GRID, {"method": "base_only"}, "method", "this model.s are not"),
     (VIDEO, {"method": "base_only"}, "method", "videos have no base tile"),
     *((IMAGE, {"method": name, "ratio": 0.5}, "method", "leaves no grid") for name in ("folder_cls", "tome", "turbo")),
     (IMAGE, {"method": "illava", "ratio": 0.5, "layers": [0]}, "ratio", "give ratio 0.5556 \\(36 tokens of 81\\)"),
