@@ -93,8 +93,10 @@ def most_covering(covers: Tensor, kept: int, exclude: Sequence[int] = ()) -> Ten
         picks = torch.cat([pick(own, free, exclude) for own in torch.split(covers, 1)])
     else:
         picks = _greedily(covers, free, exclude)
-    rest = torch.tensor(sorted(exclude)[: kept - free], dtype=torch.int64, device=covers.device)
-    return torch.cat([picks, rest.expand(len(covers), -1)], dim=1).sort(dim=-1).values
+    if free < kept:  # else there is nothing to copy to the device
+        rest = torch.tensor(sorted(exclude)[: kept - free], dtype=torch.int64, device=covers.device)
+        picks = torch.cat([picks, rest.expand(len(covers), -1)], dim=1)
+    return picks.sort(dim=-1).values
 
 
 def _greedily(covers: Tensor, kept: int, exclude: Sequence[int]) -> Tensor:
