@@ -42,8 +42,8 @@ class Access:
     engine_timeout_s: int = option(
         60,
         "S",
-        "seconds without output of an engine that has work, after which it counts as hung and the server ends; "
-        "more than its longest step",
+        "seconds without output of an engine that has work, after which it counts as hung and the server or the batch "
+        "ends; more than its longest step",
         flag="--engine-timeout",
     )
 

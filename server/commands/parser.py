@@ -47,11 +47,13 @@ def describe(parser: argparse.ArgumentParser, description: str | None) -> None:
     parser.allow_abbrev = False
 
 
-def add_options(parser: argparse._ActionsContainer, options: type) -> None:
-    """Declares a dataclass's fields that are options; the dataclass's defaults apply to those not given."""
+def add_options(parser: argparse._ActionsContainer, options: type, only: Sequence[str] | None = None) -> None:
+    """Declares a dataclass's fields that are options, or some of them; its defaults apply to those not given."""
     types = get_type_hints(options)
     group = parser
     for field in _options(options):
+        if only is not None and field.name not in only:
+            continue
         if title := field.metadata.get("group"):
             group = parser.add_argument_group(title)
         keywords = _keywords(field, types[field.name])

@@ -85,7 +85,9 @@ def _declare_engine(parser: ArgumentParser, command: str) -> None:
 def declare_batch_options(parser: ArgumentParser) -> None:
     """Declares the options of a command that answers requests without a listening server."""
     _declare_engine(parser, "batch")
-    _declare_logs(parser.add_argument_group("logs"))
+    group = parser.add_argument_group("life cycle and logs")
+    add_options(group, Access, only=("engine_timeout_s",))
+    _declare_logs(group)
     nobody = dict.fromkeys(field.name for field in fields(Access))
     parser.set_defaults(**nobody | {"max_queue": UNBOUNDED_QUEUE})
 

@@ -1,13 +1,15 @@
-"""`foldserve batch` as a user starts it, beside a server of the same checkpoint: killed once, and resumed."""
+"""`foldserve batch` as a user starts it, beside a server of the same checkpoint: killed, hung, resumed."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,28 +79,54 @@ def asked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, dic
 
 @pytest.fixture(scope="module")
 def found(asked: tuple[Path, dict[str, dict[str, Any]]], tiny_llava: Path) -> dict[str | None, dict[str, Any]]:
-    """Results by `custom_id`: of a run that was killed and one that went on."""
+    """Results by `custom_id`: of a run that was killed, one whose engine hung, and one that came to the end."""
     folder, requests = asked
     output = folder / "out.jsonl"
-    with (folder / "log").open("w") as log:
-        first = subprocess.Popen(command(folder, tiny_llava), stdout=log, stderr=subprocess.STDOUT)
-        try:
-            _wait_for_lines(first, output, 5)
-            processes = psutil.Process(first.pid).children(recursive=True)
-        finally:
-            first.kill()
-            first.wait()
-    assert len(psutil.wait_procs(processes, 60)[1]) == 0, "the engine outlived the run"
-    before = output.read_bytes()
-    whole = before[: before.rfind(b"\n") + 1]
-    assert 5 <= whole.count(b"\n") < len(requests), (folder / "log").read_text()
-    second = subprocess.run(command(folder, tiny_llava, "--resume"), capture_output=True, text=True, check=False)
-    assert second.returncode == 0, second.stdout + second.stderr
-    assert "33 lines answered, 6 of them with an error, " in second.stderr, second.stderr
+    with _started(folder, tiny_llava, "--overwrite", lines=5) as killed:
+        killed.kill()
+    done = _whole_lines(output).count(b"\n")
+    with _started(folder, tiny_llava, "--resume", "--engine-timeout", "5", lines=done + 3) as hung:
+        _engine(hung).send_signal(signal.SIGSTOP)
+        assert hung.wait(START_LIMIT_S) == 1
+    said = (folder / "log").read_text()
+    assert said.rstrip().endswith(
+        "foldserve batch: error: the engine has work and gave no output for 5 s: what is written stays, and --resume "
+        "answers the rest"
+    ), said
+    whole = _whole_lines(output)
+    assert done + 3 <= whole.count(b"\n") < len(requests), said
+    last = subprocess.run(command(folder, tiny_llava, "--resume"), capture_output=True, text=True, check=False)
+    assert last.returncode == 0, last.stdout + last.stderr
+    assert "33 lines answered, 6 of them with an error, " in last.stderr, last.stderr
     assert output.read_bytes().startswith(whole)
     results = [json.loads(line) for line in output.read_text().splitlines()]
     assert len(results) == len(requests) + 2
     return {result["custom_id"]: result for result in results}
+
+
+@contextmanager
+def _started(folder: Path, model: Path, *options: str, lines: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A run that has written so many lines; at the end nothing of it is left."""
+    with (folder / "log").open("w") as log:
+        run = subprocess.Popen(command(folder, model, *options), stdout=log, stderr=subprocess.STDOUT)
+    try:
+        _wait_for_lines(run, folder / "out.jsonl", lines)
+        processes = psutil.Process(run.pid).children(recursive=True)
+        yield run
+    finally:
+        run.kill()
+        run.wait()
+    assert len(psutil.wait_procs(processes, 60)[1]) == 0, "the engine outlived the run"
+
+
+def _engine(run: subprocess.Popen[bytes]) -> psutil.Process:
+    children = psutil.Process(run.pid).children(recursive=True)
+    return next(child for child in children if "EngineCore" in " ".join(child.cmdline()))
+
+
+def _whole_lines(output: Path) -> bytes:
+    content = output.read_bytes()
+    return content[: content.rfind(b"\n") + 1]
 
 
 def _wait_for_lines(process: subprocess.Popen[bytes], output: Path, number: int) -> None:

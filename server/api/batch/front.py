@@ -20,6 +20,7 @@ from vllm.entrypoints.launchers.api_server.entry import build_async_engine_clien
 from vllm.entrypoints.launchers.app import build_app
 from vllm.usage.usage_lib import UsageContext
 
+from foldserve.server.api.lifecycle.state import Lifecycle, Phase
 from foldserve.server.api.limits.route import ChatRoute
 
 _HEADERS = ((b"host", b"localhost"), (b"content-type", b"application/json"))
@@ -40,6 +41,7 @@ class Front:
     def __init__(self, app: FastAPI, engine: EngineClient) -> None:
         self._app = app
         self._engine = engine
+        self._lifecycle: Lifecycle = app.state.foldserve_lifecycle
 
     @property
     def urls(self) -> Collection[str]:
@@ -49,7 +51,12 @@ class Front:
     @property
     def has_failed(self) -> bool:
         """Whether the engine is gone, so that nothing will be answered any more."""
-        return bool(self._engine.errored)
+        return self._lifecycle.phase is Phase.STOPPED
+
+    @property
+    def failure(self) -> str:
+        """Why it is gone."""
+        return self._lifecycle.cause or "the engine has ended"
 
     @property
     def runs_at_once(self) -> int:
@@ -106,4 +113,9 @@ async def open_front(args: Namespace) -> AsyncIterator[Front]:
         app = build_app(args, tasks, engine.model_config)
         await init_app_state(engine, app.state, args, tasks)
         async with app.router.lifespan_context(app):  # vLLM's: statistics, and a frozen heap
-            yield Front(app, engine)
+            lifecycle: Lifecycle = app.state.foldserve_lifecycle
+            lifecycle.watch_engine()
+            try:
+                yield Front(app, engine)
+            finally:
+                lifecycle.stop()

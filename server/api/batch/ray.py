@@ -79,7 +79,8 @@ class Answerer:
         environment = Environment.read()
         launch.prepare_process(environment)
         own = Settings.from_config({CONFIG_KEY: settings})
-        own = replace(own, access=Access(max_queue=UNBOUNDED_QUEUE))
+        access = Access(max_queue=UNBOUNDED_QUEUE, engine_timeout_s=own.access.engine_timeout_s)
+        own = replace(own, access=access)
         args = launch.serve_args(
             [model, *options], own, environment, Path(model), command="batch", refused=NOT_FOR_A_BATCH
         )

@@ -44,8 +44,8 @@ NOT_FOR_A_BATCH = (
 class EngineEnded(RuntimeError):
     """The engine is gone, and with it the run; what is written stays."""
 
-    def __init__(self) -> None:
-        super().__init__("the engine has ended: what is written stays, and --resume answers the rest")
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"{cause}: what is written stays, and --resume answers the rest")
 
 
 def batch(
@@ -130,7 +130,7 @@ class Answers:
         for wait_s in range(1, _TRIES + 1):
             reply = await self._front.post(url, content)
             if reply.status >= 500 and self._front.has_failed:
-                raise EngineEnded
+                raise EngineEnded(self._front.failure)
             if reply.status != 503:
                 break
             await asyncio.sleep(wait_s)

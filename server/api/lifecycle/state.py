@@ -54,6 +54,7 @@ class Lifecycle:
         self._phase = Phase.SERVING
         self._in_flight = 0
         self._calls = 0
+        self._cause: str | None = None
         self._idle = asyncio.Event()
         self._idle.set()
         self._server: uvicorn.Server | None = None
@@ -66,6 +67,11 @@ class Lifecycle:
         return Phase.STOPPED if self._engine.errored else self._phase
 
     @property
+    def cause(self) -> str | None:
+        """Why the engine ended, as far as this process has seen."""
+        return self._cause
+
+    @property
     def is_idle(self) -> bool:
         return self._in_flight == 0
 
@@ -75,15 +81,19 @@ class Lifecycle:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self.drain)
+        self.watch_engine()
+        guardian.report_listening(self._timeout_s)
+
+    def watch_engine(self) -> None:
+        """Notices when the engine ends or hangs; enough for a batch, which has no server."""
         self._watch.start(engine_processes())
         self._outputs = self._engine.output_handler
         assert self._outputs is not None, "vLLM starts it where a loop runs"
         self._outputs.add_done_callback(self._on_outputs_end)
         self._run(self._listen())
-        guardian.report_listening(self._timeout_s)
 
     def stop(self) -> None:
-        """Ends the watch; called when the server has ended."""
+        """Ends the watch; called when the server or the batch has ended."""
         self._watch.stop()
         if self._outputs is not None:
             self._outputs.remove_done_callback(self._on_outputs_end)
@@ -166,15 +176,17 @@ class Lifecycle:
     def _on_engine_end(self, cause: str) -> None:
         """Ends the server, since it needs every engine: a request in flight on this one would wait forever."""
         if self._phase is Phase.SERVING:
+            self._cause = cause
             self._engine_died.set()
-            _log.error("%s: the server ends; %d requests fail", cause, self._in_flight)
+            _log.error("%s: %d requests fail", cause, self._in_flight)
         was, self._phase = self._phase, Phase.STOPPED
         if was is not Phase.STOPPED:
             self._run(self._abandon())
 
     async def _abandon(self) -> None:
         await self._end_answers()
-        await self._end_server()
+        if self._server is not None:
+            await self._end_server()
 
     async def _end_answers(self) -> None:
         """Makes every request in flight fail, as vLLM does when it finds its engine dead.
