@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 FILES = (
     "Dockerfile",
     "deploy/Dockerfile.cpu",
+    "deploy/Dockerfile.ray",
     "deploy/Dockerfile.router",
     "deploy/compose/compose.yaml",
     "deploy/compose/.env.example",

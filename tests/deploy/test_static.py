@@ -52,7 +52,7 @@ def test_yaml() -> None:
     run("yamllint", "--strict", "-c", DEPLOY / ".yamllint", DEPLOY, WORKFLOW)
 
 
-@pytest.mark.parametrize("name", DOCKERFILES)
+@pytest.mark.parametrize("name", (*DOCKERFILES, "deploy/Dockerfile.ray"))
 def test_hadolint(name: str) -> None:
     run("hadolint", ROOT / name)
 

@@ -1,25 +1,15 @@
-"""A job as a user writes it: python ray_job.py REQUESTS.parquet OUTPUT CHECKPOINTS MODEL."""
+"""The job of deploy/k8s/ray on a cluster of this machine: python ray_job.py REQUESTS RESULTS CHECKPOINTS MODEL."""
 
 from __future__ import annotations
 
 import sys
 
 import ray
-import ray.data
-from ray.data.checkpoint import CheckpointConfig
 
-from foldserve.server.api.batch.ray import answered
+from foldserve.server.api.batch import ray_job
 
 OPTIONS = ("--dtype", "float32", "--max-model-len", "1024", "--enforce-eager", "--kv-cache-memory-bytes", "67108864")
 
-
-def main(requests: str, output: str, checkpoints: str, model: str) -> None:
-    ray.init(num_cpus=4, include_dashboard=False)
-    context = ray.data.DataContext.get_current()
-    context.checkpoint_config = CheckpointConfig("custom_id", checkpoints, delete_checkpoint_on_success=False)
-    rows = ray.data.read_parquet(requests)
-    answered(rows, model, *OPTIONS, actors=2, gpus=0, rows=8, num_cpus=1).write_parquet(output)
-
-
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    ray.init(num_cpus=4, include_dashboard=False)
+    ray_job.main([*sys.argv[1:], "--actors", "2", "2", "--gpus", "0", "--rows", "8", *OPTIONS])

@@ -35,15 +35,23 @@ class Image:
     """
 
     def __init__(self, name: str, folder: Path, unset: Collection[str] = ()) -> None:
-        self._steps = DockerfileParser(fileobj=BytesIO((ROOT / name).read_bytes())).structure
-        defaults = dict(value.split("=", 1) for value in self._values("ARG") if "=" in value)
-        self._arguments = {name: value for name, value in defaults.items() if name not in unset}
         self._folder = folder
+        self._read(name, unset)
         for part in ("wheels", "tmp"):
             (folder / part).mkdir()
         _copy_context(folder / "src")
         venv.create(folder / "venv", with_pip=True)
         self.python = folder / "venv" / "bin" / "python3"
+
+    def _read(self, name: str, unset: Collection[str]) -> None:
+        self._steps = DockerfileParser(fileobj=BytesIO((ROOT / name).read_bytes())).structure
+        defaults = dict(value.split("=", 1) for value in self._values("ARG") if "=" in value)
+        self._arguments = {name: value for name, value in defaults.items() if name not in unset}
+
+    def build_on_top(self, name: str) -> None:
+        """Runs every RUN instruction of a Dockerfile that begins with this image."""
+        self._read(name, ())
+        self.build()
 
     def build(self) -> None:
         """Runs every RUN instruction."""
@@ -136,6 +144,11 @@ def test_the_gpu_images_steps_on_what_vllm_brings(tmp_path: Path) -> None:
     assert any(package.startswith("foldserve==") for package in after - before)
     assert "0.32.0" in image.run("foldserve --version")
     assert image.run(f"python3 -c '{_IMPORTS}'").strip().startswith(str(site))
+    image.build_on_top("deploy/Dockerfile.ray")
+    with_ray = image.packages()
+    print("installed with Ray:", *sorted(with_ray - after))
+    assert {package for package in after - with_ray if not package.startswith("ray==")} == set()
+    image.run("python3 -c 'import foldserve.server.api.batch.ray_job, ray.data.checkpoint, ray.dashboard.modules.job.sdk'")
 
 
 def test_the_cpu_images_steps_on_nothing(tmp_path: Path) -> None:
@@ -154,8 +167,8 @@ def _of_this_pip(folder: Path) -> list[str]:
     return ["PIP_EXTRA_INDEX_URL"] if has else []
 
 
-@pytest.mark.parametrize("name", ["Dockerfile", "deploy/Dockerfile.cpu"])
-def test_no_step_is_left_out_by_mistake(name: str) -> None:
+@pytest.mark.parametrize(("name", "steps"), [("Dockerfile", 1), ("deploy/Dockerfile.cpu", 4), ("deploy/Dockerfile.ray", 3)])
+def test_no_step_is_left_out_by_mistake(name: str, steps: int) -> None:
     text = " ".join(step["value"] for step in DockerfileParser(fileobj=BytesIO((ROOT / name).read_bytes())).structure)
     left_out = [part for part in re.split(r"\s*&&\s*", text) if _ONLY_IN_AN_IMAGE.match(part)]
-    assert len(left_out) == (1 if name == "Dockerfile" else 4)
+    assert len(left_out) == steps
