@@ -79,8 +79,7 @@ def test_each_row_is_answered_once(tmp_path: Path) -> None:
             wait(job, lambda: _written(output) > before)
         finally:
             _end(job)
-        first = _ids(output)
-        assert 0 < len(first) < ROWS
+        assert 0 < _answered(checkpoints) < ROWS
         subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=True, timeout=PATIENCE_S)
     results = [row for file in output.glob("*.parquet") for row in pq.read_table(file).to_pylist()]
     assert sorted(row["custom_id"] for row in results) == sorted(f"r-{i}" for i in range(ROWS))
@@ -107,5 +106,7 @@ def _written(output: Path) -> int:
     return len(list(output.glob("*.parquet")))
 
 
-def _ids(output: Path) -> list[str]:
-    return [row for file in output.glob("*.parquet") for row in pq.read_table(file)["custom_id"].to_pylist()]
+def _answered(checkpoints: Path) -> int:
+    """Rows that a job will not answer again; results of a killed one may be cut off, and the next removes those."""
+    files = [file for file in checkpoints.rglob("*.parquet") if ".pending" not in file.name]
+    return sum(pq.read_metadata(file).num_rows for file in files)
