@@ -29,7 +29,7 @@ LABEL org.opencontainers.image.title="foldserve" \
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     python3 -m pip list --format=freeze > /tmp/base.txt \
     && python3 -m pip install --no-cache-dir --no-deps /wheels/foldserve-*.whl \
-    && python3 -m pip install --no-cache-dir --constraint /tmp/base.txt "aiodns>=4" "jiter>=0.11" "limits>=5.6" "yarl>=1.18" \
+    && python3 -m pip install --no-cache-dir --constraint /tmp/base.txt "aiodns>=4" "av>=16" "jiter>=0.11" "limits>=5.6" "yarl>=1.18" \
     && (python3 -m pip check > /tmp/check.txt || ! grep "^foldserve " /tmp/check.txt) \
     && rm /tmp/base.txt /tmp/check.txt \
     && foldserve --version \
