@@ -236,8 +236,8 @@ def _qwen2_5_bench(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, Processo
 def _qwen3_bench(tokenizer: Qwen2Tokenizer) -> tuple[PreTrainedModel, ProcessorMixin]:
     """Qwen3-VL-2B with 6 of its 24 tower layers: the tower's share of FLOPs is Qwen3-VL-8B's, 0.22 at 256 tokens."""
     decoder: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28}
-    heads = {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "mrope_section": [24, 20, 20]}
-    text = _qwen3_text(tokenizer, **decoder, **heads)
+    heads: dict[str, Any] = {"num_attention_heads": 16, "num_key_value_heads": 8}
+    text = _qwen3_text(tokenizer, **decoder, **heads, head_dim=128, mrope_section=[24, 20, 20])
     tower = {"depth": 6, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2048}
     vision = _QWEN3_VISION | tower | {"deepstack_visual_indexes": [1, 2, 3]}
     config = Qwen3VLConfig(text_config=text, vision_config=vision, **_ids(tokenizer))
