@@ -59,7 +59,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 
 
 @cache
-def configured(name: str, values: tuple[Value, ...]) -> Method:
+def method_with_options(name: str, values: tuple[Value, ...]) -> Method:
     return type(METHODS[name])(*values)
 
 

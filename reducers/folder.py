@@ -15,7 +15,7 @@ from torch import Tensor
 from foldserve.reducers.fold import Fold, Reduced, at_least_fp32, fold, group_sum, merge
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import AfterTower, InTower, Kind, Step
-from foldserve.reducers.options import Choice, FlagOption
+from foldserve.reducers.options import ChoiceOption, FlagOption
 from foldserve.reducers.refusal import InvalidReduction
 from foldserve.reducers.schedule import fold_schedule
 
@@ -99,7 +99,7 @@ class Folder(AfterTower):
     kind = Kind.MERGE
     paper = _PAPER
     options = (
-        Choice("scale", "none", "'official' multiplies by 1 + ln(size) as the authors do", ("none", "official")),
+        ChoiceOption("scale", "none", "'official' multiplies by 1 + ln(size) as the authors do", ("none", "official")),
         FlagOption(
             "match_class_token",
             False,

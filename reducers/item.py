@@ -9,15 +9,15 @@ from functools import lru_cache
 from math import isqrt
 from typing import Protocol
 
-from foldserve.reducers import METHODS, Method, configured
+from foldserve.reducers import METHODS, Method, method_with_options
 from foldserve.reducers.base_only import BaseOnly
 from foldserve.reducers.geometry import Stage, VisionGeometry
-from foldserve.reducers.method import AcrossFrames, Decoder
+from foldserve.reducers.method import AcrossFrames, InDecoder
 from foldserve.reducers.pixelprune import Cells, PixelPrune
 from foldserve.reducers.plan import CODES, Plan, make_plan, tokens_to_remove
 from foldserve.reducers.reduction import MIN_KEPT, InvalidReduction, Reduction
 
-__all__ = ["ItemPlan", "Layout", "Part", "Tiling", "at_least", "check", "plan_item"]
+__all__ = ["ItemPlan", "Layout", "Part", "Tiling", "check", "min_kept_cells", "plan_item"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +204,7 @@ def _of_cells(layout: Layout, count: int) -> Layout:
     return replace(layout, parts=(replace(part, geometry=geometry),))
 
 
-def at_least(reduction: Reduction, layout: Layout) -> int:
+def min_kept_cells(reduction: Reduction, layout: Layout) -> int:
     """How many cells of an image have to stay, whatever its pixels; raises InvalidReduction if it has fewer."""
     is_bound = not reduction.first and (reduction.ratio or reduction.keep_tokens)
     return _left_of_whole(reduction, layout) if is_bound else MIN_KEPT
@@ -222,7 +222,7 @@ def check(reduction: Reduction, layout: Layout) -> None:
     if reduction.first and reduction.pruning is not None:
         layout = _of_cells(layout, layout.tokens)
     if not reduction.base_only or reduction.ratio or reduction.keep_tokens:
-        check_method(configured(reduction.method, reduction.option_values), layout)
+        check_method(method_with_options(reduction.method, reduction.option_values), layout)
 
 
 def check_method(method: Method, layout: Layout) -> None:
@@ -380,7 +380,7 @@ def _in_decoder(reduction: Reduction, kept: int) -> tuple[str, int]:
     if reduction.decoder is None:
         return "none", 0
     method = METHODS[reduction.decoder]
-    assert isinstance(method, Decoder)  # as Reduction checked
+    assert isinstance(method, InDecoder)  # as Reduction checked
     removed = method.removed(kept, reduction.decoder_ratio)
     if removed == kept and not reduction.withdraw:
         raise InvalidReduction(

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import Kind, Preselection
-from foldserve.reducers.options import Choice, Number
+from foldserve.reducers.options import ChoiceOption, NumberOption
 from foldserve.reducers.refusal import InvalidReduction
 
 Prediction = Literal["anchored", "sliding"]
@@ -166,8 +166,8 @@ class PixelPrune(Preselection):
     kind = Kind.INPUT
     keeps_positions = True
     options = (
-        Number("tau", 0, "largest difference, in levels, of pixels that are alike", 0, 255),
-        Choice(
+        NumberOption("tau", 0, "largest difference, in levels, of pixels that are alike", 0, 255),
+        ChoiceOption(
             "predictor",
             "anchored",
             "from what a decoder would show, so that no error is above tau, or from the neighbours' own pixels",

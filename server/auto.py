@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from foldserve.reducers.ladder import STEPS, Allowance, PixelCap, Settled, ratio_of, steps_within
+from foldserve.reducers.ladder import STEPS, PixelCap, SettledStep, StepBounds, ratio_of, steps_within
 from foldserve.reducers.plan import Reduction
 
 DEFAULT_GROUP = "default"
@@ -49,7 +49,7 @@ class Choice(NamedTuple):
     def ratio(self) -> float:
         return ratio_of(self.step)
 
-    def settled(self, by: Settled) -> Choice:
+    def settled(self, by: SettledStep) -> Choice:
         """With what the image's pixels came to."""
         return self._replace(
             step=by.step, unpredicted=by.unpredicted, target=self.target if by.is_enough else None, cap=None
@@ -160,15 +160,15 @@ class AutoPolicy:
         allowed = tuple(step for step in steps if step in steps_within(*bounds))
         if not allowed:
             return None
-        allowance = Allowance(steps, allowed, more, pressure or 0)
+        step_bounds = StepBounds(steps, allowed, more, pressure or 0)
         is_calibrated = group in self.groups
         as_of = {group} if is_calibrated else self.groups.keys()
         needed = max(self.groups[name] for name in as_of)
         promised = self.target if is_calibrated else None
         if self.pixel_cap is None or self.uncapped & as_of or allowed[0] == STEPS:
-            step, is_enough, _ = allowance.settle(needed)
+            step, is_enough, _ = step_bounds.settle(needed)
             return Choice(step, group, promised if is_enough else None, pressure, is_calibrated)
-        cap = PixelCap(self.pixel_cap, needed, allowance)
+        cap = PixelCap(self.pixel_cap, needed, step_bounds)
         return Choice(cap.least, group, promised, pressure, is_calibrated, cap)
 
     @classmethod

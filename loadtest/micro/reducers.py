@@ -31,7 +31,7 @@ from foldserve.reducers import METHODS
 from foldserve.reducers.attention import LayerAttention
 from foldserve.reducers.downsample import interpolate_positions, resize
 from foldserve.reducers.fold import Reduced
-from foldserve.reducers.method import AfterProjector, AfterTower, BeforeTower, InTower, Seen
+from foldserve.reducers.method import AfterProjector, AfterTower, BeforeTower, InTower, SideInputs
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -210,7 +210,7 @@ def project(inputs: Inputs, tokens: int) -> Tensor:
 def after_projector(inputs: Inputs, plan: Plan) -> Reduced:
     method = plan.reducer
     assert isinstance(method, AfterProjector)
-    seen = Seen(_features(inputs), [inputs.embedded[0, :QUERY]])
+    seen = SideInputs(_features(inputs), [inputs.embedded[0, :QUERY]])
     return method.reduce(inputs.embedded, plan, None, seen)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from cachetools import TTLCache
 
-from foldserve.reducers.options import Field, Flag
+from foldserve.reducers.options import Field, FlagField
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.reducers.reduction import FIELDS
 from foldserve.server.auto import AutoPolicy, Choice, check_bounds
@@ -52,7 +52,7 @@ class _Bounds(Field[tuple[float, float]]):
 
 _GROUP = _Group("group", None, 'with `ratio: "auto"`: which of the calibrated groups the request belongs to')
 _BOUNDS = _Bounds("bounds", None, 'with `ratio: "auto"`: least and most of the tokens that may go')
-_UNDER_LOAD = Flag(
+_UNDER_LOAD = FlagField(
     "under_load", None, 'with `ratio: "auto"`: fewer tokens, within the bounds, while the server is full'
 )
 AUTO_FIELDS: Mapping[str, Field[Any]] = {field.name: field for field in (_GROUP, _BOUNDS, _UNDER_LOAD)}

@@ -9,7 +9,7 @@ from transformers import BatchFeature
 from vllm.inputs import MultiModalHashes
 from vllm.multimodal.parse import MultiModalDataItems
 
-from foldserve.reducers.item import Layout, at_least
+from foldserve.reducers.item import Layout, min_kept_cells
 from foldserve.reducers.pixelprune import Cells, PixelPrune, unpredicted
 from foldserve.reducers.reduction import InvalidReduction, Reduction
 
@@ -27,7 +27,7 @@ class Mask:
     def of(cls, image: str, layout: Layout, reduction: Reduction) -> Mask | None:
         """None if the reduction does not choose by pixels."""
         pruning = reduction.pruning
-        return None if pruning is None else cls(image, layout, pruning, at_least(reduction, layout))
+        return None if pruning is None else cls(image, layout, pruning, min_kept_cells(reduction, layout))
 
     def answer(self, cells: Tensor) -> Cells | None:
         """Cells of (rows, columns, values) that stay; None if all do; raises InvalidReduction unless uint8."""

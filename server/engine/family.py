@@ -16,7 +16,7 @@ from vllm.config import ModelConfig
 from foldserve.kernels.warm_up import Widths
 from foldserve.reducers import METHODS
 from foldserve.reducers.item import ItemPlan, Layout
-from foldserve.reducers.method import AcrossFrames, ScoringDecoder
+from foldserve.reducers.method import AcrossFrames, ScoredInDecoder
 from foldserve.reducers.plan import Plan
 from foldserve.reducers.reduction import InvalidReduction, Positions, Reduction
 from foldserve.server.engine.positions import PositionMap, SequencePositions
@@ -91,7 +91,7 @@ class Family(ABC):
             model: vLLM's model.
             inputs: those of vLLM's `embed_multimodal`, one image per plan, with normalized pixels.
             plans: some of them remove tokens before the decoder.
-            queries: one per image, see `Seen`; empty if no image has one.
+            queries: one per image, see `SideInputs`; empty if no image has one.
         """
 
     @abstractmethod
@@ -296,7 +296,7 @@ class EqualGridsFamily(AfterTowerFamily):
 
 def refuse_choice_in_pieces(reduction: Reduction, pieces: str = "a video's frames") -> None:
     """Raises InvalidReduction if a method chooses among tokens of several `pieces` with text between them."""
-    if isinstance(METHODS.get(reduction.decoder or ""), ScoringDecoder):
+    if isinstance(METHODS.get(reduction.decoder or ""), ScoredInDecoder):
         raise InvalidReduction(
             f"method {reduction.decoder!r} chooses among tokens that lie in one piece, and this model puts text "
             f"between {pieces}: withdraw them all, or reduce before the decoder",

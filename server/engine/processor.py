@@ -27,7 +27,7 @@ from vllm.utils.cache import LRUCache
 
 from foldserve.reducers import METHODS
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
-from foldserve.reducers.ladder import PixelCap, Settled, ratio_of
+from foldserve.reducers.ladder import PixelCap, SettledStep, ratio_of
 from foldserve.reducers.method import QUERY_TOKENS, BeforeTower, Method
 from foldserve.reducers.pixelprune import Cells
 from foldserve.reducers.plan import InvalidReduction, Reduction
@@ -52,7 +52,7 @@ PLANS = "foldserve_plans"
 """Key in the processor's result: the plans by modality, for the API's response."""
 
 SETTLED = "foldserve_settled"
-"""Key beside `PLANS`: the `Settled` of each image that came with a cap."""
+"""Key beside `PLANS`: the `SettledStep` of each image that came with a cap."""
 
 _NOT_REDUCED: Mapping[Modality, str] = {
     "image": "only images can be reduced, by a tower that is known, not embeddings",
@@ -118,7 +118,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         each = zip(pixels, [plan.layout for plan in plans], strict=True)
         return [Unpredicted("", layout, levels).answer(family.cells(own, layout)) for own, layout in each]
 
-    def _with_caps(self, inputs: ProcessorInputs) -> tuple[ProcessorInputs, list[Settled]]:
+    def _with_caps(self, inputs: ProcessorInputs) -> tuple[ProcessorInputs, list[SettledStep]]:
         """The inputs with the ratios that their images' pixels determine, and what each image got.
 
         Raises:

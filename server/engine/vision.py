@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from foldserve.reducers.method import AfterLastLayer, AfterProjector, AfterTower, BeforeTower, InTower, Seen
+from foldserve.reducers.method import AfterLastLayer, AfterProjector, AfterTower, BeforeTower, InTower, SideInputs
 from foldserve.reducers.pixelprune import Cells
 from foldserve.reducers.plan import Plan
 from foldserve.server.engine.tower import Tower, attend, run_layer, run_mlp
@@ -143,8 +143,8 @@ def reduce_features(
         images: the tower's output, one per grid.
         plans: one per grid.
         width: see `AfterTower.reduce`.
-        tower: per grid `Seen.tower` (n, C), if that is not what is projected.
-        queries: one per grid, see `Seen`; empty if no image has one.
+        tower: per grid `SideInputs.tower` (n, C), if that is not what is projected.
+        queries: one per grid, see `SideInputs`; empty if no image has one.
     """
 
     def run(is_projected_first: bool, members: list[int]) -> Sequence[Survivors]:
@@ -178,7 +178,7 @@ def _reduced(
         if isinstance(method, AfterProjector):
             of_tower = _batch([tower[i] for i in members]) if method.needs_tower else None
             own_queries = [queries[i] for i in members] if method.takes_query and queries else None
-            reduced = method.reduce(batch, plan, width, Seen(of_tower, own_queries))
+            reduced = method.reduce(batch, plan, width, SideInputs(of_tower, own_queries))
         else:
             reduced = method.reduce(batch, plan, width)
         left = _survivors(reduced.tokens, reduced.source, [Move(reduced.group)])

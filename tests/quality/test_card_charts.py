@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from foldserve.reducers import METHODS
-from foldserve.reducers.method import Decoder, Kind
+from foldserve.reducers.method import InDecoder, Kind
 from foldserve.server.quality.evaluation.card import Card, Result
 from foldserve.server.quality.evaluation.curves import best, choose, curves
 from foldserve.server.quality.evaluation.plots import plots
@@ -46,7 +46,7 @@ def _share(count: int, right: float) -> Score:
 def _results(loss: float) -> Iterator[Result]:
     yield result("none", 0.0, 1.0).model_copy(update={"reduction": {}})
     for number, (name, method) in enumerate(METHODS.items()):
-        if isinstance(method, Decoder):
+        if isinstance(method, InDecoder):
             for layer in (4, 8, 16, 24):
                 for ratio in [None] if method.default_ratio is None else RATIOS:
                     yield result(name, ratio, 1 - (ratio or 1) * (1 - layer / LAYERS), layer=layer)

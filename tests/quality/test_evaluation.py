@@ -19,7 +19,7 @@ from PIL import Image
 from foldserve.loadtest.report.journal import RESULTS_FILE, run_identity
 from foldserve.reducers import METHODS, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part, plan_item
-from foldserve.reducers.method import AcrossFrames, Decoder
+from foldserve.reducers.method import AcrossFrames, InDecoder
 from foldserve.reducers.plan import Reduction
 from foldserve.server import cli
 from foldserve.server.api.catalog import served_card
@@ -143,7 +143,7 @@ def test_controls_and_withdrawal_are_added_where_they_are_missing() -> None:
     assert [spec.label for spec in complete(parse_specs(["folder"]), True)] == ["folder", *CONTROLS, "withdraw"]
     of_images = {name for name, method in METHODS.items() if not isinstance(method, AcrossFrames)}
     assert {spec.label for spec in default_specs(True)} == of_images
-    in_decoder = {name for name, method in METHODS.items() if isinstance(method, Decoder)}
+    in_decoder = {name for name, method in METHODS.items() if isinstance(method, InDecoder)}
     assert {spec.label for spec in default_specs(False)} == of_images - in_decoder
 
 

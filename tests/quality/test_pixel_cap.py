@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from foldserve.reducers.ladder import STEPS, Allowance, PixelCap, Settled, ratio_of, step_for
+from foldserve.reducers.ladder import STEPS, PixelCap, SettledStep, StepBounds, ratio_of, step_for
 from foldserve.reducers.plan import Reduction
 from foldserve.server import cli
 from foldserve.server.api import auto
@@ -60,24 +60,24 @@ def test_the_smallest_step_that_keeps_so_many(count: int, tokens: int, steps: Se
 @pytest.mark.parametrize(
     ("unpredicted", "needed", "allowance", "settled"),
     [
-        (144, 9, Allowance(LADDER, LADDER), (9, True)),  # a photo
-        (40, 9, Allowance(LADDER, LADDER), (5, True)),  # a page with margins
-        (81, 9, Allowance(LADDER, LADDER), (9, True)),
-        (40, 16, Allowance(LADDER, LADDER), (5, True)),  # where all tokens are needed, of those there are
-        (40, 9, Allowance(LADDER, LADDER[6:]), (7, True)),  # never below the bounds
-        (144, 9, Allowance(LADDER, LADDER[:8]), (8, False)),
-        (40, 9, Allowance(LADDER, LADDER[:8]), (5, True)),  # the bounds take nothing that a page needs
-        (144, 9, Allowance(LADDER, LADDER[3:], pressure=2), (7, False)),
-        (40, 9, Allowance(LADDER, LADDER[3:], pressure=1), (4, False)),
-        (40, 9, Allowance(LADDER, LADDER[3:], pressure=4), (4, False)),
-        (1, 9, Allowance(LADDER, LADDER[3:], pressure=4), (4, True)),
-        (40, 9, Allowance(LADDER, LADDER, more=1), (6, True)),
-        (144, 9, Allowance(LADDER, LADDER, more=1), (10, True)),
-        (40, 8, Allowance((4, 8, 12, 16), (4, 8, 12, 16)), (8, True)),
+        (144, 9, StepBounds(LADDER, LADDER), (9, True)),  # a photo
+        (40, 9, StepBounds(LADDER, LADDER), (5, True)),  # a page with margins
+        (81, 9, StepBounds(LADDER, LADDER), (9, True)),
+        (40, 16, StepBounds(LADDER, LADDER), (5, True)),  # where all tokens are needed, of those there are
+        (40, 9, StepBounds(LADDER, LADDER[6:]), (7, True)),  # never below the bounds
+        (144, 9, StepBounds(LADDER, LADDER[:8]), (8, False)),
+        (40, 9, StepBounds(LADDER, LADDER[:8]), (5, True)),  # the bounds take nothing that a page needs
+        (144, 9, StepBounds(LADDER, LADDER[3:], pressure=2), (7, False)),
+        (40, 9, StepBounds(LADDER, LADDER[3:], pressure=1), (4, False)),
+        (40, 9, StepBounds(LADDER, LADDER[3:], pressure=4), (4, False)),
+        (1, 9, StepBounds(LADDER, LADDER[3:], pressure=4), (4, True)),
+        (40, 9, StepBounds(LADDER, LADDER, more=1), (6, True)),
+        (144, 9, StepBounds(LADDER, LADDER, more=1), (10, True)),
+        (40, 8, StepBounds((4, 8, 12, 16), (4, 8, 12, 16)), (8, True)),
     ],
 )
-def test_the_rule_by_hand(unpredicted: int, needed: int, allowance: Allowance, settled: tuple[int, bool]) -> None:
-    assert PixelCap(2, needed, allowance).settle(unpredicted, 144) == Settled(*settled, unpredicted)
+def test_the_rule_by_hand(unpredicted: int, needed: int, bounds: StepBounds, settled: tuple[int, bool]) -> None:
+    assert PixelCap(2, needed, bounds).settle(unpredicted, 144) == SettledStep(*settled, unpredicted)
 
 
 @st.composite
@@ -86,20 +86,20 @@ def caps(draw: st.DrawFn) -> tuple[PixelCap, int, int]:
     steps = (*sorted(draw(st.sets(st.integers(1, 15), min_size=1))), STEPS)
     first = draw(st.integers(0, len(steps) - 1))
     allowed = steps[first : draw(st.integers(first + 1, len(steps)))]
-    allowance = Allowance(steps, allowed, draw(st.integers(0, 3)), draw(st.integers(0, 4)))
+    bounds = StepBounds(steps, allowed, draw(st.integers(0, 3)), draw(st.integers(0, 4)))
     tokens = draw(st.integers(2, 3000))
-    return PixelCap(2, draw(st.sampled_from(steps)), allowance), tokens, draw(st.integers(1, tokens))
+    return PixelCap(2, draw(st.sampled_from(steps)), bounds), tokens, draw(st.integers(1, tokens))
 
 
 @given(caps())
 def test_what_always_holds(drawn: tuple[PixelCap, int, int]) -> None:
     cap, tokens, unpredicted = drawn
-    found, without = cap.settle(unpredicted, tokens), cap.allowance.settle(cap.needed)
-    assert found.step in cap.allowance.allowed and cap.least <= found.step <= without.step
+    found, without = cap.settle(unpredicted, tokens), cap.bounds.settle(cap.needed)
+    assert found.step in cap.bounds.allowed and cap.least <= found.step <= without.step
     if tokens >= STEPS:  # of fewer a lower step may keep all too
         assert cap.settle(tokens, tokens) == without._replace(unpredicted=tokens)  # nothing is predicted
     assert cap.settle(max(1, unpredicted - 1), tokens).step <= found.step
-    if not cap.allowance.pressure and cap.allowance.allowed == cap.allowance.steps:
+    if not cap.bounds.pressure and cap.bounds.allowed == cap.bounds.steps:
         kept = -(-tokens * found.step // STEPS)
         assert found.is_enough and (found.step == without.step or kept >= unpredicted)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from foldserve.reducers import METHODS
-from foldserve.reducers.method import ScoringDecoder
+from foldserve.reducers.method import ScoredInDecoder
 from foldserve.server.engine.withdrawal.batch import ChosenImage, ChosenPrompt
 
 
@@ -60,7 +60,7 @@ def _choose_of(image: ChosenImage, scores: Tensor, rows: Tensor, hidden: Tensor,
     hidden[chosen], residual[chosen] = torch.split(reduced.tokens[0], [hidden.shape[1], residual.shape[1]], dim=-1)
 
 
-def _method(image: ChosenImage) -> ScoringDecoder:
+def _method(image: ChosenImage) -> ScoredInDecoder:
     method = METHODS[image.method]
-    assert isinstance(method, ScoringDecoder)  # as the plan chose it
+    assert isinstance(method, ScoredInDecoder)  # as the plan chose it
     return method

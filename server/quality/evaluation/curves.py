@@ -10,7 +10,7 @@ from statistics import fmean as mean
 from foldserve.loadtest.report.charts import MOST_LINES
 from foldserve.loadtest.report.estimates import Estimate
 from foldserve.reducers import METHODS
-from foldserve.reducers.method import Decoder, Kind
+from foldserve.reducers.method import InDecoder, Kind
 from foldserve.server.quality.evaluation.card import Card, Result
 from foldserve.server.quality.evaluation.variants import CONTROLS
 
@@ -95,7 +95,7 @@ def withdrawals(card: Card) -> dict[str, list[Result]]:
     found: dict[str, list[Result]] = {}
     for result in card.results:
         method = METHODS.get(result.label)
-        if result.layer is None or not isinstance(method, Decoder):
+        if result.layer is None or not isinstance(method, InDecoder):
             continue
         ratios = sorted({r.ratio for r in card.results if r.label == result.label and r.ratio is not None})
         if result.ratio is None or result.ratio in (ratios[len(ratios) // 3], ratios[-1]):

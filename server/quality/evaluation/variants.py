@@ -10,7 +10,7 @@ from typing import Any
 
 from foldserve.reducers import METHODS
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
-from foldserve.reducers.method import AcrossFrames, BeforeTower, Decoder, Preselection
+from foldserve.reducers.method import AcrossFrames, BeforeTower, InDecoder, Preselection
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.reducers.reduction import MIN_KEPT
 
@@ -164,7 +164,7 @@ def default_specs(withdraws: bool) -> list[Spec]:
     return [
         Spec(name, (("method", name),))
         for name, method in METHODS.items()
-        if (withdraws or not isinstance(method, Decoder)) and not isinstance(method, AcrossFrames)
+        if (withdraws or not isinstance(method, InDecoder)) and not isinstance(method, AcrossFrames)
     ]
 
 
@@ -223,7 +223,7 @@ def _grid(
         yield None, None  # refused once
         return
     method = METHODS.get(dict(spec.fields)["method"])
-    fixed = isinstance(method, Preselection) or (isinstance(method, Decoder) and method.default_ratio is None)
+    fixed = isinstance(method, Preselection) or (isinstance(method, InDecoder) and method.default_ratio is None)
     for layer in withdraw_layers if decoder and withdraw_layers else [None]:
         for ratio in [None] if fixed else ratios:
             yield ratio, layer

@@ -24,9 +24,9 @@ from foldserve.reducers.method import (
     AfterLastLayer,
     AfterTower,
     BeforeTower,
+    InProjector,
     InTower,
-    Projector,
-    ScoringDecoder,
+    ScoredInDecoder,
 )
 from foldserve.reducers.pixelprune import Cells
 from foldserve.reducers.plan import Plan, Reduction, VisionGeometry, make_plan
@@ -87,10 +87,10 @@ def test_copies_that_do_not_wait_are_allowed(on_device: OnDevice) -> None:
         assert (meta(3) * torch.tensor(2.0) + 1).is_meta
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not isinstance(method, Projector)])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not isinstance(method, InProjector)])
 def test_methods(on_device: OnDevice, name: str) -> None:
     method = METHODS[name]
-    if isinstance(method, ScoringDecoder):
+    if isinstance(method, ScoredInDecoder):
         with on_device():
             assert method.reduce(meta(1, 144, WIDTH), meta(1, 144), 100).tokens.shape == (1, 44, WIDTH)
     elif isinstance(method, AfterTower | BeforeTower | InTower):
