@@ -43,7 +43,7 @@ GOAL = 1.01
 WARM_UP = 1
 DECODE_PAIRS = 4  # for each other pair, which takes far longer
 PARTS = ("pairs", "clocked")
-KEEPING = ((positions, "attach"), (runner_v1, "moves"), (positions.Moves, "apply"))
+KEEPING = ((positions, "attach"), (runner_v1, "position_changes"), (positions.PositionChanges, "apply"))
 """Functions that run only for requests that keep positions."""
 
 

@@ -19,7 +19,7 @@ from foldserve.server.engine.encoder_budget import EncoderBudget
 from foldserve.server.engine.family import LOW_DETAIL_RATIO, Family, Modality
 from foldserve.server.engine.positions import CANNOT_KEEP, refuse_positions
 from foldserve.server.engine.query import with_query
-from foldserve.server.engine.withdrawal import Room, refuse_request
+from foldserve.server.engine.withdrawal import StepCapacity, refuse_request
 from foldserve.server.settings import Settings
 
 _NOTHING = Reduction()
@@ -34,7 +34,7 @@ class Planner:
 
     Attributes:
         family: of the served model; None where it can't reduce.
-        room: that a prompt has in one step of the engine.
+        step_capacity: that a prompt has in one step of the engine.
         positions: rotary positions that the model was trained for; None where the engine's runner can't keep those of
             the tokens that stay.
         encoder: what the tower takes at once; None where it is not reduced.
@@ -42,7 +42,7 @@ class Planner:
 
     family: Family | None
     settings: Settings
-    room: Room
+    step_capacity: StepCapacity
     positions: int | None = None
     encoder: EncoderBudget | None = None
     chooser: Chooser = field(init=False, repr=False)

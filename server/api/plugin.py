@@ -32,7 +32,7 @@ from foldserve.server.engine import positions
 from foldserve.server.engine.encoder_budget import encoder_budget
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.kv_cost import kv_cost
-from foldserve.server.engine.withdrawal import step_room
+from foldserve.server.engine.withdrawal import step_capacity
 from foldserve.server.settings import Settings
 
 
@@ -72,8 +72,8 @@ class FoldserveEndpoint:
             planner=Planner(
                 family,
                 settings,
-                step_room(engine_client.vllm_config),
-                positions.limit(engine_client.vllm_config),
+                step_capacity(engine_client.vllm_config),
+                positions.position_limit(engine_client.vllm_config),
                 None if family is None else encoder_budget(engine_client.vllm_config),
             ),
             kv_cost=kv_cost(engine_client.vllm_config, settings.withdraw_layer),

@@ -226,10 +226,12 @@ class FoldServingChat(OpenAIServingChat):
         self.checks.check_prompt(prompt, planned)
         self.planner.check_sizes(planned)
         self.planner.check_positions([*chain.from_iterable(planned.values())], len(fields["prompt_token_ids"]), request)
-        layer, room, choices = self.planner.settings.withdraw_layer, self.planner.room, request.progress.auto
+        layer, choices = self.planner.settings.withdraw_layer, request.progress.auto
         if settled := fields.get(SETTLED):
             choices = [choice.settled(by) for choice, by in zip(choices, settled, strict=True)]
-        request.progress.vision = vision_tokens(planned, prompt, layer, room, Choice.together(choices))
+        request.progress.vision = vision_tokens(
+            planned, prompt, layer, self.planner.step_capacity, Choice.together(choices)
+        )
         return conversation, prompt, decoded
 
     async def _heard(

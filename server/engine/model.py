@@ -50,7 +50,7 @@ class FoldModel(SupportsMultiModal):
         withdrawal.withdraw(self, vllm_config, prefix)
         self._vllm_config = vllm_config
         self.family = family_of(vllm_config.model_config)
-        self.can_keep_positions = positions.limit(vllm_config) is not None
+        self.can_keep_positions = positions.position_limit(vllm_config) is not None
         self._withdraws = withdrawal.withdraw_layer(vllm_config) is not None
 
     def get_model_state_cls(self) -> type[Any]:
@@ -98,14 +98,16 @@ class FoldModel(SupportsMultiModal):
         """Where the tokens of one image or video go; takes what `embed_multimodal` takes.
 
         Returns:
-            For each grid of `Family.left`: (group of each token, source of each group); None if all tokens stay.
+            For each grid of `Family.kept_grids`: (group of each token, source of each group); None if all tokens stay.
         """
         kwargs.pop(DUMMY_FIELD, None)
         (row,), queries = _popped(kwargs, PLAN_FIELDS), self._query_embeds(_popped(kwargs, QUERY_FIELDS))
         family = self.family
         assert family is not None, "who asks has a plan"
-        grids = family.left(self, self._pixels(family, kwargs), family.read_plan(row.tolist()), queries)
-        return [None if grid.trail is None else (grid.trail.group().tolist(), grid.source.tolist()) for grid in grids]
+        grids = family.kept_grids(self, self._pixels(family, kwargs), family.read_plan(row.tolist()), queries)
+        return [
+            None if grid.history is None else (grid.history.group().tolist(), grid.source.tolist()) for grid in grids
+        ]
 
     def unreduced(self, **inputs: Any) -> MultiModalEmbeddings:
         """vLLM's own `embed_multimodal`."""

@@ -278,7 +278,7 @@ def test_an_engine_that_has_work_and_says_nothing_is_killed(
 ) -> None:
     monkeypatch.setattr(state, "_LOOK_S", 0.02)
     steps = SimpleNamespace(at=0.0)
-    monkeypatch.setattr(state, "heard", steps)
+    monkeypatch.setattr(state, "last_stats", steps)
 
     async def scenario() -> None:
         life = Life(monkeypatch, 600, [process.pid])

@@ -17,7 +17,7 @@ from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.auto import AutoPolicy
 from foldserve.server.engine.encoder_budget import EncoderBudget
 from foldserve.server.engine.family import Family, Modality
-from foldserve.server.engine.withdrawal import Room
+from foldserve.server.engine.withdrawal import StepCapacity
 from foldserve.server.settings import Settings
 
 CLIP = VisionGeometry(576, (24, 24), layers=23, class_token=True)
@@ -47,7 +47,7 @@ class OneSize(Family):
     def encode(self, *args: Any) -> Any:
         raise NotImplementedError
 
-    def left(self, *args: Any) -> Any:
+    def kept_grids(self, *args: Any) -> Any:
         raise NotImplementedError
 
 
@@ -62,7 +62,7 @@ class Tiles(OneSize):
 
 def planner(geometry: VisionGeometry | None = CLIP, **options: Any) -> Planner:
     family = None if geometry is None else OneSize(Layout.single(geometry))
-    return Planner(family, Settings(**options), Room(100, "--max-num-batched-tokens"))
+    return Planner(family, Settings(**options), StepCapacity(100, "--max-num-batched-tokens"))
 
 
 def plans(planner: Planner, request: FoldChatRequest) -> list[ItemPlan]:
@@ -173,7 +173,7 @@ class Films(OneSize):
 def test_a_default_of_videos_alone_leaves_images_whole() -> None:
     default = Reduction("evs", "withdraw", ratio=0.5)
     family = Films(Layout((Part(CLIP),), (0,)))
-    films = Planner(family, Settings(default_reduction=default, withdraw_layer=4), Room(100, "--max-model-len"))
+    films = Planner(family, Settings(default_reduction=default, withdraw_layer=4), StepCapacity(100, "--max-model-len"))
     film: Any = {"type": "video_url", "video_url": {"url": "http://x/y.mp4"}}
     asking = FoldChatRequest(
         messages=[{"role": "user", "content": [film, *({**film, "detail": detail} for detail in ("low", "high"))]}]
@@ -209,7 +209,7 @@ class Anyres(Tiles):
 
 
 def anyres(**options: Any) -> Planner:
-    return Planner(Anyres(), Settings(**options), Room(100, "--max-num-batched-tokens"))
+    return Planner(Anyres(), Settings(**options), StepCapacity(100, "--max-num-batched-tokens"))
 
 
 def asked(planner: Planner, *details: str, **fields: Any) -> list[Reduction]:

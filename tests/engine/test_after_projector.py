@@ -23,7 +23,7 @@ from foldserve.server.engine.families.video_llava import VideoLlavaFamily
 from foldserve.server.engine.families.video_llava_model import VIDEO
 from foldserve.server.engine.family import AfterTowerFamily
 from foldserve.server.engine.model import FoldModel
-from foldserve.server.engine.vision import Survivors, project_together, reduce_features
+from foldserve.server.engine.vision import KeptTokens, project_together, reduce_features
 from tests.reducers.naive import naive_mmtok
 
 KEPT = torch.tensor([1, 3])
@@ -67,7 +67,7 @@ def test_what_a_method_sees(kind: type[_After]) -> None:
         projected.append([len(each) for each in features])
         return project_together(lambda x: x @ weight, features)
 
-    whole = [Survivors(image, torch.arange(4)) for image in images]
+    whole = [KeptTokens(image, torch.arange(4)) for image in images]
     plans: Any = [before, own, plain, own]
     left = reduce_features(whole, plans, project, queries=queries)
 
@@ -89,7 +89,7 @@ def test_what_a_method_sees(kind: type[_After]) -> None:
 def test_a_family_may_give_the_towers_features_itself() -> None:
     """One whose tower projects: what entered its merger."""
     method, merged = _Both(), torch.randn(2, 4, 3)
-    whole = [Survivors(torch.randn(4, 5), torch.arange(4)) for _ in range(2)]
+    whole = [KeptTokens(torch.randn(4, 5), torch.arange(4)) for _ in range(2)]
     plan: Any = _Plan(method)
     reduce_features(whole, [plan] * 2, tower=list(merged), queries=[torch.zeros(0, 5)] * 2)
     ((_, side),) = method.given
@@ -113,8 +113,8 @@ class _TwoParts(AfterTowerFamily):
     def project(self, model: Any, features: Sequence[Tensor]) -> Sequence[Tensor]:
         return project_together(lambda x: x @ self._weight, features)
 
-    def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
-        return Survivors(torch.cat([grid.features for grid in grids]), torch.cat([grid.source for grid in grids]))
+    def pack(self, model: Any, grids: Sequence[KeptTokens], plan: ItemPlan) -> KeptTokens:
+        return KeptTokens(torch.cat([grid.features for grid in grids]), torch.cat([grid.source for grid in grids]))
 
 
 def of_grid(tokens: int) -> VisionGeometry:

@@ -28,7 +28,7 @@ from foldserve.server.access import Access
 from foldserve.server.api.errors import EngineStopped, FoldserveError, ShuttingDown
 from foldserve.server.api.lifecycle.arguments import Shared
 from foldserve.server.api.lifecycle.processes import EngineWatch, engine_processes
-from foldserve.server.engine.stats import heard
+from foldserve.server.engine.stats import last_stats
 
 _LAST_WORDS_S = 2.0  # for clients to read the error that ends their answer
 _RETRY_AFTER_S = 10
@@ -154,7 +154,7 @@ class Lifecycle:
         while self._phase is Phase.SERVING:
             before = time.monotonic()
             await asyncio.sleep(_LOOK_S)
-            self._heard.value = max(self._heard.value, heard.at)
+            self._heard.value = max(self._heard.value, last_stats.at)
             is_silent = self._heard.value < before - _LOOK_S  # another process may have looked that long ago
             has_work = self._calls > 0 or self._engine.output_processor.has_unfinished_requests()
             silent_s = silent_s + _LOOK_S if has_work and is_silent else 0.0

@@ -11,13 +11,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from foldserve.server.engine.withdrawal.core import TokenMap
-from foldserve.server.engine.withdrawal.requests import Room, admit, prompt_items, refuse_request
+from foldserve.server.engine.withdrawal.requests import StepCapacity, admit, prompt_items, refuse_request
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 __all__ = [
-    "Room",
+    "StepCapacity",
     "TokenMap",
     "admit",
     "apply",
@@ -28,7 +28,7 @@ __all__ = [
     "prompt_items",
     "refuse_request",
     "register",
-    "step_room",
+    "step_capacity",
     "withdraw",
     "withdraw_layer",
 ]
@@ -60,7 +60,7 @@ def withdraw(model: Any, vllm_config: VllmConfig, prefix: str) -> None:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("apply", "check", "check_decoder", "configure", "first_layer", "step_room", "withdraw_layer"):
+    if name in ("apply", "check", "check_decoder", "configure", "first_layer", "step_capacity", "withdraw_layer"):
         from foldserve.server.engine.withdrawal import config
 
         return getattr(config, name)

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from vllm import envs
 from vllm.config import VllmConfig
 
-from foldserve.server.engine.families.registry import ENTRIES, family_of
-from foldserve.server.engine.withdrawal.requests import Room
+from foldserve.server.engine.families.registry import FAMILY_CLASSES, family_of
+from foldserve.server.engine.withdrawal.requests import StepCapacity
 from foldserve.server.engine.worker import WORKERS
 from foldserve.server.settings import CONFIG_KEY, Settings
 
@@ -51,15 +51,19 @@ def withdraw_layer(vllm_config: VllmConfig) -> int | None:
     return layer
 
 
-def step_room(vllm_config: VllmConfig) -> Room:
+def step_capacity(vllm_config: VllmConfig) -> StepCapacity:
     """Tokens of one request that always fit into a step when no other prompt is being computed."""
     scheduler = vllm_config.scheduler_config
     budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
     others = (scheduler.max_num_active_seqs or scheduler.max_num_seqs) - 1
-    rooms = [Room(budget - others, f"--max-num-batched-tokens {budget} less one for each of {others} other sequences")]
+    capacities = [
+        StepCapacity(
+            budget - others, f"--max-num-batched-tokens {budget} less one for each of {others} other sequences"
+        )
+    ]
     if threshold := scheduler.long_prefill_token_threshold:
-        rooms.append(Room(threshold, f"--long-prefill-token-threshold {threshold}"))
-    return min(rooms)
+        capacities.append(StepCapacity(threshold, f"--long-prefill-token-threshold {threshold}"))
+    return min(capacities)
 
 
 def configure(layer: int, *, device: Literal["cpu", "cuda"], async_scheduling: bool = True) -> dict[str, Any]:
@@ -137,7 +141,7 @@ def _conflicts(config: VllmConfig) -> Iterator[tuple[str, str]]:
     blocks = "KV blocks of the deep layers are not addressed by token position"
     positions = "the deep layers see other rows than the batch has"
     if family_of(model) is None:
-        yield f"a model of {model.architecture}", f"foldserve reduces images of {', '.join(ENTRIES)}"
+        yield f"a model of {model.architecture}", f"foldserve reduces images of {', '.join(FAMILY_CLASSES)}"
     if model.is_hybrid:
         yield "this model's decoder", "some layers keep a recurrent state, which can't forget tokens that it has seen"
     if parallel.pipeline_parallel_size > 1:

@@ -25,7 +25,7 @@ from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.plugin import register
 from foldserve.server.engine.processor import KWARG
 from foldserve.server.engine.query import text_of, with_query
-from foldserve.server.engine.withdrawal import Room, admit, prompt_items
+from foldserve.server.engine.withdrawal import StepCapacity, admit, prompt_items
 from foldserve.server.engine.worker import WORKERS, device
 from foldserve.server.settings import CONFIG_KEY
 
@@ -146,7 +146,7 @@ def _question(dialogue: Messages) -> str:
 class AnsweringEngine:
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
-        self._room: Room = withdrawal.step_room(llm.llm_engine.vllm_config)
+        self._step_capacity: StepCapacity = withdrawal.step_capacity(llm.llm_engine.vllm_config)
         self._vocab_size: int = llm.model_config.get_vocab_size()
         self._requests = 0
 
@@ -217,7 +217,7 @@ class AnsweringEngine:
     def _check(self, prompt: Any, plan: ItemPlan) -> None:
         """Checks the prompt against its plan, and as the scheduler would: a refusal there ends the engine."""
         items = prompt_items(prompt)
-        token_map = admit(items, len(prompt["prompt_token_ids"]), self._room)
+        token_map = admit(items, len(prompt["prompt_token_ids"]), self._step_capacity)
         found = [item.mm_position.get_num_embeds() for item in items], token_map.total
         if found != ([plan.kept], plan.decoder_removed):
             raise RuntimeError(f"(vision tokens, withdrawn) {found} in the prompt, where {plan} was planned")

@@ -22,7 +22,7 @@ from foldserve.reducers.method import InTower, Step
 from foldserve.reducers.plan import Plan, Reduction
 from foldserve.reducers.schedule import fold_schedule
 from foldserve.server.engine.families.qwen_vl import QwenVLFamily
-from foldserve.server.engine.qwen_tower import Walk
+from foldserve.server.engine.qwen_tower import TowerPass
 from foldserve.server.engine.tower import Tower, attend, run_layer, run_mlp
 from foldserve.server.quality.engine.kl_probe import (
     DenseAttention,
@@ -164,7 +164,7 @@ class _ByKeys(InTower):
 
 
 class _InBlock(NamedTuple):
-    """The part of a plan that `Walk` reads: `removed` of `encoded` tokens leave in one block, or in none."""
+    """The part of a plan that `TowerPass` reads: `removed` of `encoded` tokens leave in one block, or in none."""
 
     encoded: int
     removed: int
@@ -178,12 +178,12 @@ class _InBlock(NamedTuple):
         return (self.removed,) if layer == self.block else ()
 
 
-def _units(model: Any, prompt: Prompt, block: int | None = None, removed: int = 0) -> Walk:
+def _units(model: Any, prompt: Prompt, block: int | None = None, removed: int = 0) -> TowerPass:
     """A walk before the first block of Qwen's tower, in which the patches that become one token move together."""
     inputs = _inputs(model, prompt)
     (grid,) = inputs["image_grid_thw"].tolist()
     plan: Any = _InBlock(grid[1] * grid[2] // model.visual.spatial_merge_unit, removed, block)
-    return Walk(model.visual, inputs["pixel_values"], grid, plan)
+    return TowerPass(model.visual, inputs["pixel_values"], grid, plan)
 
 
 def _energy_of_units(model: Any, prompt: Prompt) -> Tensor:
