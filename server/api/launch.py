@@ -22,7 +22,7 @@ from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memo
 from foldserve.server.api import preflight
 from foldserve.server.api.announce import announce_when_ready
 from foldserve.server.api.connection import HEAD_BYTES
-from foldserve.server.api.lifecycle.arguments import SHARED, Shared, prepare
+from foldserve.server.api.lifecycle.arguments import SHARED, SharedState, prepare
 from foldserve.server.engine import withdrawal
 from foldserve.server.engine.refused_options import refuse_options
 from foldserve.server.engine.worker import WORKERS, device
@@ -74,7 +74,7 @@ def serve(argv: list[str], settings: Settings | SettingsFor, environment: Enviro
             say(f"loading {args.model_tag or args.model}")
             announce_when_ready(args)
             ServeSubcommand().cmd(args)
-    shared: Shared = getattr(args, SHARED)
+    shared: SharedState = getattr(args, SHARED)
     if shared.engine_died.is_set():
         raise SystemExit("foldserve: the engine's process has died")
 

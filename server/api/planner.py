@@ -12,7 +12,7 @@ from foldserve.reducers.item import ItemPlan, Layout, check, plan_item
 from foldserve.reducers.method import AcrossFrames
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.reducers.reduction import Positions
-from foldserve.server.api.auto import AutoRatio, Chooser
+from foldserve.server.api.auto import AutoChooser, AutoRatio
 from foldserve.server.api.errors import InvalidRequest, LimitExceeded
 from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.engine.encoder_budget import EncoderBudget
@@ -45,10 +45,10 @@ class Planner:
     step_capacity: StepCapacity
     positions: int | None = None
     encoder: EncoderBudget | None = None
-    chooser: Chooser = field(init=False, repr=False)
+    chooser: AutoChooser = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "chooser", Chooser(self.settings))
+        object.__setattr__(self, "chooser", AutoChooser(self.settings))
         self._check_cap()
         if self.settings.several_images == "tiles":
             return
@@ -72,8 +72,8 @@ class Planner:
         Raises:
             InvalidRequest, InvalidReduction: the server can't do what is asked, whatever the images are.
         """
-        if isinstance(request.asked, AutoRatio):
-            asked = self._automatic(request, request.asked)
+        if isinstance(request.requested_reduction, AutoRatio):
+            asked = self._automatic(request, request.requested_reduction)
         else:
             asked = request.reductions(self._defaults(request), self.low_detail)
         texts = request.progress.texts
@@ -104,7 +104,7 @@ class Planner:
                 raise InvalidReduction("ratio 'auto' was calibrated on images: give videos a number", "ratio")
             each, progress.auto = self.chooser.choose(asked, progress.owner, request.model, progress.images)
         except InvalidReduction as error:
-            raise as_asked(error, request) from error
+            raise with_request_param(error, request) from error
         progress.images = []
         return {"image": each} if each else {}
 
@@ -122,7 +122,7 @@ class Planner:
                 else:
                     _check_for(family, family.of_video(reduction), family.shortest_video)
         except InvalidReduction as error:
-            raise as_asked(error, request) from error
+            raise with_request_param(error, request) from error
 
     def check_sizes(self, planned: Mapping[Modality, Sequence[ItemPlan]]) -> None:
         """Refuses items for which the tower's memory was not measured, however little of them is kept.
@@ -200,7 +200,7 @@ class Planner:
             raise InvalidRequest(str(error), "prompt_logprobs") from error
 
 
-def as_asked(error: InvalidReduction, request: FoldChatRequest) -> InvalidRequest | InvalidReduction:
+def with_request_param(error: InvalidReduction, request: FoldChatRequest) -> InvalidRequest | InvalidReduction:
     """The error, with the name under which the request has the field."""
     if request.reduction_ratio is None or error.param == "positions":
         return error

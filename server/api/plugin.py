@@ -15,10 +15,10 @@ from vllm.tasks import SupportedTask
 from foldserve.server.access import Access
 from foldserve.server.api import metrics as metrics  # registers the metrics before the first scrape
 from foldserve.server.api import startup
-from foldserve.server.api.auth.guard import Guard
+from foldserve.server.api.auth.guard import AuthGuard
 from foldserve.server.api.auth.keyring import Keyring
-from foldserve.server.api.image_cache import note_sent_images
-from foldserve.server.api.lifecycle.arguments import SHARED, Shared
+from foldserve.server.api.image_cache import mirror_engine_cache
+from foldserve.server.api.lifecycle.arguments import SHARED, SharedState
 from foldserve.server.api.lifecycle.hook import LifespanHook
 from foldserve.server.api.lifecycle.state import Lifecycle
 from foldserve.server.api.limits.checks import chat_checks, items_taken
@@ -79,7 +79,7 @@ class FoldserveEndpoint:
             kv_cost=kv_cost(engine_client.vllm_config, settings.withdraw_layer),
             checks=chat_checks(engine_client, limits),
             media=media_guard(engine_client.model_config, limits, engine_client.renderer._mm_executor),
-            sent_images=note_sent_images(engine_client.renderer),
+            cache_mirror=mirror_engine_cache(engine_client.renderer),
             lifecycle=state.foldserve_lifecycle,
             online_renderer=renderer,
             request_logger=renderer.request_logger,
@@ -105,10 +105,10 @@ class FoldserveEndpoint:
 
 def _init_access(engine_client: EngineClient, state: State, args: Namespace, access: Access) -> None:
     """Guard and life cycle; under plain `vllm serve` they share their state with no other process."""
-    shared: Shared = getattr(args, SHARED, None) or Shared()
+    shared: SharedState = getattr(args, SHARED, None) or SharedState()
     vllm = engine_client.vllm_config
     capacity = vllm.scheduler_config.max_num_seqs * vllm.parallel_config.data_parallel_size + access.max_queue
-    state.foldserve_guard = Guard(
+    state.foldserve_guard = AuthGuard(
         Keyring(access.api_keys) if access.api_keys else None,
         shared.counters,
         capacity,

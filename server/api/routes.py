@@ -82,7 +82,7 @@ async def create_chat_completion(request: FoldChatRequest, raw_request: Request)
 @load_aware_call
 async def create_response(request: Annotated[FoldChatRequest, Depends(read_chat)], raw_request: Request) -> Response:
     """Answers in the form of OpenAI's Responses API; answers are not stored."""
-    return await _written(written_responses.Writer, request, raw_request)
+    return await _written(written_responses.ResponsesWriter, request, raw_request)
 
 
 @messages.post(
@@ -95,7 +95,7 @@ async def create_response(request: Annotated[FoldChatRequest, Depends(read_chat)
 @load_aware_call
 async def create_message(request: Annotated[FoldChatRequest, Depends(read_chat)], raw_request: Request) -> Response:
     """Answers in the form of Anthropic's Messages API."""
-    return await _written(written_messages.Writer, request, raw_request)
+    return await _written(written_messages.MessagesWriter, request, raw_request)
 
 
 async def _written(writer: type[StreamWriter], request: FoldChatRequest, raw_request: Request) -> Response:

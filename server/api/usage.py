@@ -10,7 +10,7 @@ from vllm.inputs import EngineInput
 
 from foldserve.reducers.item import ItemPlan
 from foldserve.server.api.errors import FoldserveError, InvalidRequest
-from foldserve.server.auto import Choice
+from foldserve.server.auto import AutoChoice
 from foldserve.server.engine.family import Modality
 from foldserve.server.engine.withdrawal import StepCapacity, TokenMap, admit, prompt_items
 
@@ -31,7 +31,7 @@ class VisionTokens:
     modalities: tuple[Modality, ...]
     withdrawn_each: tuple[int, ...]
     withdraw_layer: int | None = None
-    auto: Choice | None = None
+    auto: AutoChoice | None = None
 
     @property
     def encoded(self) -> int:
@@ -100,7 +100,7 @@ def vision_tokens(
     prompt: EngineInput,
     withdraw_layer: int | None,
     capacity: StepCapacity,
-    auto: Choice | None = None,
+    auto: AutoChoice | None = None,
 ) -> VisionTokens | None:
     """Counts the tokens of a rendered prompt; None if it has no planned images or videos.
 

@@ -18,7 +18,7 @@ from dataclasses import asdict
 import numpy as np
 from numpy.typing import NDArray
 
-from foldserve.server.video.frames import BEGUN, Bounds, Chosen, DamagedVideo, Rule, VideoTooLarge
+from foldserve.server.video.frames import BEGUN, ChosenFrames, DamagedVideo, FrameRule, VideoBounds, VideoTooLarge
 
 _ANSWER_BYTES = 1 << 20
 
@@ -52,12 +52,12 @@ class VideoDecoder:
         self._requests: socket.socket | None = None
         self._stop: Callable[[], object] = lambda: None
 
-    def measure(self, content: bytes, bounds: Bounds, rule: Rule) -> Chosen:
+    def measure(self, content: bytes, bounds: VideoBounds, rule: FrameRule) -> ChosenFrames:
         """What `decode` would give, without decoding: reads the container. Raises as `decode`."""
         with ExitStack() as open_files:
             return self._ask(content, bounds, rule, _memory_file("frames", open_files), decode=False)
 
-    def decode(self, content: bytes, bounds: Bounds, rule: Rule) -> tuple[Chosen, Frames]:
+    def decode(self, content: bytes, bounds: VideoBounds, rule: FrameRule) -> tuple[ChosenFrames, Frames]:
         """Blocks until the frames are there, at most about twice `bounds.work_s`.
 
         Raises:
@@ -79,7 +79,7 @@ class VideoDecoder:
         self._stop()
         self._requests = None
 
-    def _ask(self, content: bytes, bounds: Bounds, rule: Rule, frames: int, *, decode: bool) -> Chosen:
+    def _ask(self, content: bytes, bounds: VideoBounds, rule: FrameRule, frames: int, *, decode: bool) -> ChosenFrames:
         asked = {"bounds": asdict(bounds), "rule": asdict(rule), "decode": decode}
         for _ in range(2):
             said = self._said(json.dumps(asked).encode(), content, frames)
@@ -146,7 +146,7 @@ def _read_all(fd: int) -> bytes:
     return said
 
 
-def _result(said: dict[str, object]) -> Chosen:
+def _result(said: dict[str, object]) -> ChosenFrames:
     if isinstance(message := said.get("damaged"), str):
         raise DamagedVideo(message)
     if isinstance(message := said.get("too_large"), str):
@@ -154,4 +154,4 @@ def _result(said: dict[str, object]) -> Chosen:
     if not isinstance(values := said.get("frames"), list):
         raise DamagedVideo("the video file can't be decoded")
     count, height, width, times, total, seconds = values
-    return Chosen(count, height, width, tuple(times), total, seconds)
+    return ChosenFrames(count, height, width, tuple(times), total, seconds)

@@ -22,7 +22,7 @@ from typing import NoReturn
 import av
 
 from foldserve.server.video import file as video_file
-from foldserve.server.video.frames import BEGUN, Bounds, DamagedVideo, Rule, VideoTooLarge
+from foldserve.server.video.frames import BEGUN, DamagedVideo, FrameRule, VideoBounds, VideoTooLarge
 
 MESSAGE_BYTES = 4096
 _PAGE = resource.getpagesize()
@@ -52,7 +52,7 @@ def _work(message: bytes, content: int, room: int, answer: int) -> NoReturn:
     """Decodes one file and exits. Writes JSON: `{"frames": ...}`, or `{"damaged" or "too_large": message}`."""
     os.write(answer, BEGUN)
     asked = json.loads(message)
-    bounds, rule = Bounds(**asked["bounds"]), Rule(**asked["rule"])
+    bounds, rule = VideoBounds(**asked["bounds"]), FrameRule(**asked["rule"])
     size = os.fstat(content).st_size
     _confine(bounds, size)
 
@@ -75,7 +75,7 @@ def _work(message: bytes, content: int, room: int, answer: int) -> NoReturn:
     os._exit(0)
 
 
-def _confine(bounds: Bounds, size: int) -> None:
+def _confine(bounds: VideoBounds, size: int) -> None:
     """From here on: no new file or socket, bounded memory and time, and no output larger than the frames may be."""
     with open("/proc/self/statm") as statm:
         used = int(statm.read().split()[0]) * _PAGE

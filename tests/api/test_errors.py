@@ -30,7 +30,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from foldserve.server.api import errors
 from foldserve.server.api.errors import FoldserveError, from_vllm, render, render_event, translate
 from foldserve.server.api.schema import FoldChatRequest
-from foldserve.server.api.serving import FoldServingChat, _explained
+from foldserve.server.api.serving import FoldServingChat, _with_explained_errors
 
 SECRET = "a zygote in /usr/lib/python3/site-packages/PIL/Image.py line 7, at 0x7f00deadbeef"
 
@@ -72,7 +72,7 @@ def check(body: Any, code: str, param: str | None) -> None:
 
 def told(explain: Callable[[Exception], Exception]) -> Any:
     """A life cycle that hears of every output."""
-    return SimpleNamespace(explain=explain, heard=lambda: None)
+    return SimpleNamespace(explain=explain, note_output=lambda: None)
 
 
 @pytest.mark.parametrize(("error", "status", "code", "param"), THEIRS, ids=lambda v: type(v).__name__)
@@ -172,7 +172,7 @@ def test_what_the_engine_does_not_explain(
             yield SimpleNamespace(outputs=[SimpleNamespace(finish_reason=reason)], finished=reason is not None)
 
     async def read() -> int:
-        return len([output async for output in _explained(request, outputs(), told(lambda error: error))])
+        return len([output async for output in _with_explained_errors(request, outputs(), told(lambda error: error))])
 
     if expected is None:
         assert asyncio.run(read()) == len(before) + 1
@@ -193,7 +193,7 @@ def test_what_fails_once_the_engine_is_gone(error: Exception) -> None:
         stopped = errors.EngineStopped("the model has stopped", 10)
         explain = {True: error, False: stopped}[isinstance(error, FoldserveError)]
         request = FoldChatRequest.model_validate({"messages": [], "structured_outputs": {"regex": "x"}})
-        async for _ in _explained(request, outputs(), told(lambda error: explain)):
+        async for _ in _with_explained_errors(request, outputs(), told(lambda error: explain)):
             pass
 
     with pytest.raises(type(error) if isinstance(error, FoldserveError) else errors.EngineStopped):

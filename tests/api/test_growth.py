@@ -30,7 +30,7 @@ from vllm.renderers.hf import safe_apply_chat_template
 from vllm.tokenizers.hf import get_cached_tokenizer
 
 from foldserve.server.api.auth.counters import SharedCounters
-from foldserve.server.api.auth.guard import Guard
+from foldserve.server.api.auth.guard import AuthGuard
 from foldserve.server.api.errors import FoldserveError, render
 from foldserve.server.api.limits import template
 from foldserve.server.api.limits.body import check_body
@@ -259,7 +259,7 @@ def app(model: ModelConfig, tokenizer: Any, special: SpecialTokens) -> FastAPI:
         limits, special, 131_072, tokenizer.max_chars_per_token, known, {}, frozenset[Modality]({"image"})
     )
     app.state.foldserve_chat = Namespace(checks=checks)
-    app.state.foldserve_guard = Guard(None, SharedCounters(), 10)
+    app.state.foldserve_guard = AuthGuard(None, SharedCounters(), 10)
     app.state.foldserve_lifecycle = Namespace(request=nullcontext, explain=lambda error: error)
     app.state.foldserve_turn = asyncio.Lock()
     app.state.foldserve_unread = UnreadBodies(limits.max_body_bytes)

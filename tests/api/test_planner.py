@@ -12,7 +12,7 @@ from foldserve.reducers.item import ItemPlan, Layout, Part, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.api.errors import InvalidRequest, LimitExceeded
 from foldserve.server.api.limits.checks import shares
-from foldserve.server.api.planner import Planner, as_asked
+from foldserve.server.api.planner import Planner, with_request_param
 from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.auto import AutoPolicy
 from foldserve.server.engine.encoder_budget import EncoderBudget
@@ -333,7 +333,7 @@ def test_low_detail_leaves_the_servers_query_to_methods_that_take_it() -> None:
     ],
 )
 def test_a_refusal_names_the_field_that_the_request_has(fields: dict[str, Any], param: str, named: str) -> None:
-    assert as_asked(InvalidReduction("too small", param), request("auto", **fields)).param == named
+    assert with_request_param(InvalidReduction("too small", param), request("auto", **fields)).param == named
 
 
 def test_what_the_tower_was_not_tried_with_is_refused_whatever_is_kept() -> None:

@@ -14,10 +14,10 @@ from foldserve.loadtest.images import Images
 from foldserve.loadtest.trace import read_trace
 from foldserve.loadtest.workloads import WORKLOADS, Maker
 from foldserve.server.api.media import data_url
-from foldserve.server.api.media.budget import Budget
+from foldserve.server.api.media.budget import MediaBudget
 from foldserve.server.limits import Limits
 from foldserve.server.video.decoder import VideoDecoder
-from foldserve.server.video.frames import Rule
+from foldserve.server.video.frames import FrameRule
 
 IMAGES = Images(56)
 
@@ -38,7 +38,9 @@ def test_videos_differ_and_are_videos() -> None:
     urls = [chat[0]["content"][0]["video_url"]["url"] for chat in chats]
     assert len(set(urls)) == 3
     decoder, limits = VideoDecoder(), Limits()
-    chosen, frames = decoder.decode(data_url.read(urls[0], Budget(limits), "video"), limits.video_bounds, Rule(9))
+    chosen, frames = decoder.decode(
+        data_url.read(urls[0], MediaBudget(limits), "video"), limits.video_bounds, FrameRule(9)
+    )
     decoder.close()
     assert (chosen.file_frames, chosen.seconds, frames.pixels.shape) == (32, 4.0, (9, 56, 56, 3))
     assert len({frame.tobytes() for frame in frames.pixels}) == 9

@@ -17,8 +17,8 @@ from foldserve.reducers.ladder import STEPS, PixelCap, SettledStep, StepBounds, 
 from foldserve.reducers.plan import Reduction
 from foldserve.server import cli
 from foldserve.server.api import auto
-from foldserve.server.api.auto import AutoRatio, Chooser
-from foldserve.server.auto import AutoPolicy, Choice
+from foldserve.server.api.auto import AutoChooser, AutoRatio
+from foldserve.server.auto import AutoChoice, AutoPolicy
 from foldserve.server.pressure import Pressure
 from foldserve.server.quality.auto.command import by_group, caps_of, group_of, write_all
 from foldserve.server.quality.auto.file import AutoCalibration
@@ -58,7 +58,7 @@ def test_the_smallest_step_that_keeps_so_many(count: int, tokens: int, steps: Se
 
 
 @pytest.mark.parametrize(
-    ("unpredicted", "needed", "allowance", "settled"),
+    ("unpredicted", "needed", "bounds", "settled"),
     [
         (144, 9, StepBounds(LADDER, LADDER), (9, True)),  # a photo
         (40, 9, StepBounds(LADDER, LADDER), (5, True)),  # a page with margins
@@ -134,7 +134,7 @@ def test_a_servers_choice() -> None:
 )
 def test_where_pixels_have_no_say(group: str, bounds: tuple[float, float], step: int, target: float | None) -> None:
     """A group whose answers the cap changes too often, an unknown one, which gets what that needs; and no room."""
-    assert POLICY.choose(group, bounds) == Choice(step, group, target, is_calibrated=group != "other")
+    assert POLICY.choose(group, bounds) == AutoChoice(step, group, target, is_calibrated=group != "other")
 
 
 def test_an_unknown_group_is_capped_where_all_are() -> None:
@@ -148,18 +148,18 @@ def test_a_policy_that_can_not_be() -> None:
 
 
 def test_several_images_are_told_together() -> None:
-    one, other = Choice(5, "g", 0.05, unpredicted=40), Choice(9, "g", 0.05, unpredicted=100)
-    assert Choice.together([one, other]) == Choice(9, "g", 0.05, unpredicted=140)
-    assert Choice.together([one._replace(target=None), other]) == Choice(9, "g", None, unpredicted=140)
-    assert Choice.together([Choice(9, "g", 0.05)] * 2) == Choice(9, "g", 0.05)
-    assert Choice.together([]) is None
+    one, other = AutoChoice(5, "g", 0.05, unpredicted=40), AutoChoice(9, "g", 0.05, unpredicted=100)
+    assert AutoChoice.combined([one, other]) == AutoChoice(9, "g", 0.05, unpredicted=140)
+    assert AutoChoice.combined([one._replace(target=None), other]) == AutoChoice(9, "g", None, unpredicted=140)
+    assert AutoChoice.combined([AutoChoice(9, "g", 0.05)] * 2) == AutoChoice(9, "g", 0.05)
+    assert AutoChoice.combined([]) is None
 
 
 def test_an_image_keeps_the_level_that_it_came_with(monkeypatch: pytest.MonkeyPatch) -> None:
     level = 1
     monkeypatch.setattr(Pressure, "level", lambda self, now: level)
-    chooser = Chooser(Settings(auto=POLICY, auto_under_load=True))
-    asked = auto.parse({"ratio": "auto", "group": "ocr"})
+    chooser = AutoChooser(Settings(auto=POLICY, auto_under_load=True))
+    asked = auto.parse_reduction({"ratio": "auto", "group": "ocr"})
     assert isinstance(asked, AutoRatio)
 
     def steps(*images: str) -> list[int]:

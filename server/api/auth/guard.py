@@ -29,7 +29,7 @@ _IN_FLIGHT = "in flight"
 _SALT = re.compile(r"[A-Za-z0-9._~-]{1,128}")
 
 
-class Guard:
+class AuthGuard:
     """Checks requests before their body is read.
 
     Args:

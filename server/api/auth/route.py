@@ -16,7 +16,7 @@ from starlette.datastructures import Headers, State
 from starlette.routing import Match
 from starlette.types import Message, Receive, Scope, Send
 
-from foldserve.server.api.auth.guard import Guard
+from foldserve.server.api.auth.guard import AuthGuard
 from foldserve.server.api.auth.keys import Key
 from foldserve.server.api.auth.keys import Scope as KeyScope
 from foldserve.server.api.errors import FoldserveError, render
@@ -118,7 +118,7 @@ class WorkRoute(GuardedRoute):
 def take_place(scope: Scope) -> None:
     """Holds a `WorkRoute` request's place until the last of its answer is sent; raises FoldserveError without room."""
     state = scope["state"]
-    guard: Guard = scope["app"].state.foldserve_guard
+    guard: AuthGuard = scope["app"].state.foldserve_guard
     state[_PLACES].enter_context(guard.admit(state["foldserve_key"]))
 
 
@@ -126,7 +126,7 @@ def take_further_places(scope: Scope, answers: int) -> None:
     """Holds places for the answers beyond the first; raises FoldserveError if there is no room, or can't ever be."""
     if answers:
         state = scope["state"]
-        guard: Guard = scope["app"].state.foldserve_guard
+        guard: AuthGuard = scope["app"].state.foldserve_guard
         state[_PLACES].enter_context(guard.admit_further(state["foldserve_key"], answers))
 
 

@@ -22,7 +22,7 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class DoctorReport:
     """None: unknown, because of an earlier problem.
 
     Attributes:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from foldserve.server.api.doctor.report import Report
+from foldserve.server.api.doctor.report import DoctorReport
 from foldserve.server.api.sizes import size
 from foldserve.server.engine.plugin import ALLOW_VLLM, is_release_vllm
 
@@ -26,7 +26,7 @@ _PLATFORMS = {"cpu": "CPU", "cuda": "CUDA", "none": "none that vLLM can run on"}
 Rows = Sequence[tuple[str, str]]
 
 
-def table(report: Report) -> str:
+def table(report: DoctorReport) -> str:
     sections: list[tuple[str, Rows]] = []
     if report.model is not None:
         sections.append(("model", _model(report.model, report)))
@@ -43,7 +43,7 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _verdict(report: Report) -> str:
+def _verdict(report: DoctorReport) -> str:
     stopping = sum(problem.stops for problem in report.problems)
     warnings = len(report.problems) - stopping
     if stopping:
@@ -52,7 +52,7 @@ def _verdict(report: Report) -> str:
     return "foldserve serve would start here" + (f", with {_count(warnings, 'warning')}" if warnings else "")
 
 
-def _problems(report: Report) -> Iterator[str]:
+def _problems(report: DoctorReport) -> Iterator[str]:
     for problem in sorted(report.problems, key=lambda problem: not problem.stops):
         mark = "  problem  " if problem.stops else "  warning  "
         yield from textwrap.wrap(
@@ -67,7 +67,7 @@ def _row(name: str, value: str) -> list[str]:
     )
 
 
-def _model(model: ModelFacts, report: Report) -> Rows:
+def _model(model: ModelFacts, report: DoctorReport) -> Rows:
     rows = [
         ("name", _short_path(model.name)),
         ("architecture", f"{model.architecture}, decoder {model.decoder} with {model.layers} layers"),

@@ -25,7 +25,7 @@ _FIELDS = ("response_format", "structured_outputs")
 _THREADS = ThreadPoolExecutor(2, "form")
 
 
-class _BuiltBefore(SamplingParams):
+class _CompiledParams(SamplingParams):
     """Parameters whose form is known to compile."""
 
     def _validate_structured_outputs(self, *args: Any) -> None:
@@ -60,7 +60,7 @@ async def build(request: FoldChatRequest, engine: EngineClient) -> StructuredOut
 def put(form: StructuredOutputsParams, params: SamplingParams) -> None:
     """Gives parameters a form that `build` returned, so that vLLM does not compile it again."""
     params.structured_outputs = form
-    params.__class__ = _BuiltBefore
+    params.__class__ = _CompiledParams
 
 
 def explain(request: FoldChatRequest, error: Exception) -> Exception:

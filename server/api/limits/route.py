@@ -29,9 +29,9 @@ class UnreadBodies:
         self._free = most
 
     @contextmanager
-    def share(self) -> Iterator[_Share]:
+    def share(self) -> Iterator[_BodyShare]:
         """The bytes of one body while the context is entered."""
-        share = _Share(self)
+        share = _BodyShare(self)
         try:
             yield share
         finally:
@@ -44,7 +44,7 @@ class UnreadBodies:
         self._free -= size
 
 
-class _Share:
+class _BodyShare:
     def __init__(self, bodies: UnreadBodies) -> None:
         self._bodies = bodies
         self.taken = 0

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from foldserve.server.api import metrics
 from foldserve.server.api.errors import LimitExceeded
 from foldserve.server.api.media.decode import ImageFile
-from foldserve.server.api.media.room import BYTES_PER_PIXEL
+from foldserve.server.api.media.pixel_memory import BYTES_PER_PIXEL
 from foldserve.server.engine.family import Modality
 from foldserve.server.limits import MOST_PIXELS, Limits
 
@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Budget:
+class MediaBudget:
     """Counts over the images and videos of one request, which several threads read.
 
     `pixels_used` is width x height of images and of frames that are taken, from the files' headers.
@@ -120,8 +120,8 @@ class Budget:
         return fitting
 
     @property
-    def room_pixels(self) -> int:
-        """Pixels of a `Room` for all of them, decoded one after the other."""
+    def memory_pixels(self) -> int:
+        """Pixels of a `PixelMemory` for all of them, decoded one after the other."""
         return self._held_pixels + self._decoding_pixels
 
     def _hold(self, file: ImageFile) -> None:

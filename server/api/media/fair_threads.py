@@ -11,13 +11,13 @@ from functools import partial
 from typing import Any
 
 from foldserve.server.api.errors import ImageUnavailable, Unavailable
-from foldserve.server.api.media.room import Share
+from foldserve.server.api.media.pixel_memory import MemoryShare
 
 _RETRY_AFTER_S = 2
 
 
 @dataclass(eq=False, slots=True)
-class Turn:
+class RequestTurn:
     """A request's turn among the others.
 
     Attributes:
@@ -27,7 +27,7 @@ class Turn:
         served_until: when the owner's work would be done if each owner had one thread to itself.
     """
 
-    share: Share
+    share: MemoryShare
     seconds_left: float
     owner: str | None = None
     served_until: float = 0
@@ -37,7 +37,7 @@ class Turn:
 class _Job:
     """Holds neither the work nor its result: an image in a reference cycle would wait for garbage collection."""
 
-    turn: Turn
+    turn: RequestTurn
     large: bool
     until: float
 
@@ -47,13 +47,13 @@ class _Job:
 
 
 @dataclass(eq=False, slots=True)
-class _Waiting:
+class _QueuedJob:
     job: _Job
     work: Callable[[], Any]
     started: asyncio.Future[Future[Any]]
 
 
-class Threads:
+class FairThreads:
     """A pool of threads with fair queueing: the owner with the least expected work so far comes first.
 
     Large images leave one thread to small ones.
@@ -66,11 +66,11 @@ class Threads:
         self.pool = ThreadPoolExecutor(count, thread_name_prefix="foldserve-decode")
         self._count = count
         self._seconds = seconds
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[_QueuedJob] = []
         self._running: set[_Job] = set()
         self._served_until: dict[str, float] = {}  # by owner: keys, which are few
 
-    async def run(self, turn: Turn, expected_s: float, large: bool, work: Callable[[], Any]) -> Any:
+    async def run(self, turn: RequestTurn, expected_s: float, large: bool, work: Callable[[], Any]) -> Any:
         """The result of `work`.
 
         Raises:
@@ -79,7 +79,7 @@ class Threads:
         """
         loop = asyncio.get_running_loop()
         until = self._queue(turn, expected_s, loop.time())
-        waiting = _Waiting(_Job(turn, large, until), work, loop.create_future())
+        waiting = _QueuedJob(_Job(turn, large, until), work, loop.create_future())
         self._waiting.append(waiting)
         self._start()
         try:
@@ -100,7 +100,7 @@ class Threads:
         finally:
             turn.seconds_left -= loop.time() - began
 
-    def _queue(self, turn: Turn, expected_s: float, now: float) -> float:
+    def _queue(self, turn: RequestTurn, expected_s: float, now: float) -> float:
         before = turn.served_until if turn.owner is None else self._served_until.get(turn.owner, 0)
         until = max(now, before) + expected_s
         if turn.owner is None:
@@ -122,7 +122,7 @@ class Threads:
             self._waiting.remove(waiting)
             self._submit(waiting)
 
-    def _submit(self, waiting: _Waiting) -> None:
+    def _submit(self, waiting: _QueuedJob) -> None:
         job = waiting.job
         self._running.add(job)
         future = self.pool.submit(waiting.work)
