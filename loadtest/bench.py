@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from foldserve.loadtest.grid import Load
-from foldserve.loadtest.record import Sent
+from foldserve.loadtest.record import SentRequests
 from foldserve.loadtest.workloads import Messages
 
 CHAT = "/v1/chat/completions"
@@ -36,7 +36,7 @@ def preload() -> None:
 
 def send(
     url: str, model: str, chats: Sequence[Messages], body: dict[str, Any], load: Load, burstiness: float, seed: int
-) -> Sent:
+) -> SentRequests:
     """Sends every chat once, in order.
 
     Args:
@@ -88,7 +88,7 @@ def arguments(
     return [*options, "--request-rate", str(load.rate), "--burstiness", str(burstiness)]
 
 
-def parse(result: dict[str, Any]) -> Sent:
+def parse(result: dict[str, Any]) -> SentRequests:
     """Reads the command's result file; RuntimeError if no request was answered."""
     errors = [error.strip() for error in result["errors"] if error]
     good = [number for number, error in enumerate(result["errors"]) if not error]
@@ -98,7 +98,7 @@ def parse(result: dict[str, Any]) -> Sent:
     def of_good(name: str) -> list[Any]:
         return [result[name][number] for number in good]
 
-    return Sent(
+    return SentRequests(
         start_s=of_good("start_times"),
         ttft_s=of_good("ttfts"),
         e2e_s=of_good("latencies"),

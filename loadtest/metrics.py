@@ -48,7 +48,7 @@ def read(text: str) -> tuple[dict[str, float], dict[str, float]]:
     return dict(counters), dict(gauges)
 
 
-class Watch:
+class MetricsWatch:
     """Context that reads /metrics at its start, at its end and every `every_s` in between.
 
     A server without that page has no figures. A ValueError is raised if the page refuses the key.
@@ -66,7 +66,7 @@ class Watch:
         self.counters: dict[str, float] = {}
         self.gauges: dict[str, list[float]] = defaultdict(list)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> MetricsWatch:
         self._before, _ = self._read()
         self._thread.start()
         return self

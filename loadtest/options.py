@@ -17,7 +17,7 @@ _NEEDED = ("httpx", "jinja2", "matplotlib", "pandas", "PIL", "vllm")
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class LoadTestOptions:
     """Raises ValueError if what is asked can't be measured."""
 
     output: Path = option(Path("loadtest-results"), "DIR", "results that lie there are not measured again")

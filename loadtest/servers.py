@@ -35,7 +35,7 @@ class Server(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Remote:
+class RemoteServer:
     """A server that somebody else runs."""
 
     url: str
@@ -44,7 +44,7 @@ class Remote:
         return {}
 
 
-class Local:
+class LocalServer:
     """A server started here, on a free port.
 
     Args:
@@ -137,8 +137,8 @@ class Fleet:
         beside: bool,
     ) -> None:
         self._options, self._logs, self._beside = options, logs, beside
-        self._given = {name: Remote(url) for name, url in urls.items()}
-        self._started: dict[ServerName, Local] = {}
+        self._given = {name: RemoteServer(url) for name, url in urls.items()}
+        self._started: dict[ServerName, LocalServer] = {}
 
     def get(self, name: ServerName) -> tuple[Server, bool]:
         """The server, and whether it has just been started."""
@@ -148,7 +148,7 @@ class Fleet:
             return self._started[name], False
         if not self._beside:
             self.stop()
-        self._started[name] = Local(name, self._options[name], self._logs / f"{name}.log")
+        self._started[name] = LocalServer(name, self._options[name], self._logs / f"{name}.log")
         return self._started[name], True
 
     def stop(self) -> None:

@@ -57,7 +57,7 @@ def imports_of(file: Path, source: str) -> Iterator[str]:
     return imported(source, f"{PACKAGE}.{'.'.join(file.with_suffix('').parts)}")
 
 
-def room_of(place: str) -> str:
+def package_of(place: str) -> str:
     return max((room for room in ROOMS if within(place, room)), key=len)
 
 
@@ -65,11 +65,11 @@ def arrows() -> set[Arrow]:
     """Pairs (importer, imported) of rooms; imported may be "vllm"."""
     found = set()
     for file in SOURCES:
-        room = room_of(place_of(file))
+        room = package_of(place_of(file))
         for name in imports_of(file, (ROOT / file).read_text()):
             top, *rest = name.split(".")
             if top == PACKAGE and rest:
-                found.add((room, room_of("/".join(rest))))
+                found.add((room, package_of("/".join(rest))))
             elif top == "vllm":
                 found.add((room, top))
     return {(a, b) for a, b in found if a != b}

@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from foldserve.loadtest.micro.engine import Clock, ProbedEngine, Request
+from foldserve.loadtest.micro.engine import Clock, ProbedEngine, ProbeRequest
 from foldserve.loadtest.micro.pairs import alternate, ratio
 from foldserve.loadtest.micro.shape import ITEM_BYTES, Shape
-from foldserve.loadtest.micro.variants import Row
+from foldserve.loadtest.micro.variants import CostRatio
 from foldserve.loadtest.micro.withdrawal import TIMED, engine_options, machine, render, table
 from foldserve.reducers.plan import Reduction
 from foldserve.server.engine import positions, runner_v1
@@ -56,7 +56,7 @@ class Bench:
         self._side = shape.image_px
         self._seeds = count()
 
-    def pairs(self, pairs: int) -> Iterator[Row]:
+    def pairs(self, pairs: int) -> Iterator[CostRatio]:
         """Whole requests, alone and several at once, and decode steps of several."""
         for variant in ("keep", "renumber"):
             for requests in (1, AT_ONCE):
@@ -64,7 +64,7 @@ class Bench:
                 yield _row(variant, f"{requests} at once, whole", costs)
             yield _row(variant, f"{AT_ONCE} at once, decode step", self._decode(variant, pairs))
 
-    def clocked(self, runs: int) -> Iterator[Row]:
+    def clocked(self, runs: int) -> Iterator[CostRatio]:
         """Requests that keep positions, against their own time minus that of `KEEPING`."""
         for requests in (1, AT_ONCE):
             costs: list[tuple[Clock, Clock]] = []
@@ -106,9 +106,9 @@ class Bench:
         self._engine.clear()
         return steps
 
-    def _request(self, kind: Positions, tokens: int) -> Request:
+    def _request(self, kind: Positions, tokens: int) -> ProbeRequest:
         pixels = np.random.default_rng(next(self._seeds)).integers(0, 256, (self._side, self._side, 3), dtype=np.uint8)
-        return Request(self._prompt, Image.fromarray(pixels), Reduction(ratio=RATIO, positions=kind), tokens)
+        return ProbeRequest(self._prompt, Image.fromarray(pixels), Reduction(ratio=RATIO, positions=kind), tokens)
 
 
 @contextmanager
@@ -130,12 +130,12 @@ def _timed(variant: Callable[[], Clock], base: Callable[[], Clock], pairs: int) 
     return alternate(variant, base, WARM_UP + pairs)[WARM_UP:]
 
 
-def _row(variant: Positions, part: str, costs: Sequence[tuple[Clock, Clock]], base: str = "renumber") -> Row:
+def _row(variant: Positions, part: str, costs: Sequence[tuple[Clock, Clock]], base: str = "renumber") -> CostRatio:
     cpu = ratio([(one.cpu_ms, other.cpu_ms) for one, other in costs])
     wall = ratio([(one.wall_ms, other.wall_ms) for one, other in costs])
     goal = GOAL if variant == "keep" else None
     name = variant if variant == "keep" else "control"
-    return Row(name, base, part, cpu, wall, median(other.cpu_ms for _, other in costs), None, goal)
+    return CostRatio(name, base, part, cpu, wall, median(other.cpu_ms for _, other in costs), None, goal)
 
 
 def arguments() -> ArgumentParser:
@@ -157,7 +157,7 @@ def main() -> None:
         raise SystemExit("idle threads would count as CPU time: set OMP_NUM_THREADS=1")
     shape = Shape(args.layers, args.hidden, dtype=args.dtype)
     load = [os.getloadavg()[0]]
-    rows: list[Row] = []
+    rows: list[CostRatio] = []
     with tempfile.TemporaryDirectory(prefix="foldserve-bench-") as folder:
         options = engine_options(dtype=args.dtype, pool_mib=args.pool_mib, eager=not args.compile)
         bench = Bench(shape, shape.write(Path(folder) / "model"), **options)

@@ -38,7 +38,7 @@ _GREY_STYLES: tuple[LineStyle, ...] = ("-", (0, (1.2, 1.6)))
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class ChartPoint:
     """A point; `about` is for its tooltip."""
 
     x: float
@@ -46,13 +46,13 @@ class Point:
     about: str = ""
 
     @classmethod
-    def exact(cls, x: float, value: float, about: str = "") -> Point:
+    def exact(cls, x: float, value: float, about: str = "") -> ChartPoint:
         """A point without an interval."""
         return cls(x, Estimate(value, value, value), about)
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class ChartLine:
     """One line.
 
     Attributes:
@@ -62,7 +62,7 @@ class Line:
     """
 
     name: str
-    points: Sequence[Point]
+    points: Sequence[ChartPoint]
     colour: int | None = None
     dashed: bool = False
 
@@ -80,7 +80,7 @@ class Panel:
     """One pair of axes, with a vertical line at x = `at`."""
 
     title: str
-    lines: Sequence[Line]
+    lines: Sequence[ChartLine]
     levels: Sequence[Level] = ()
     at: float | None = None
 
@@ -106,7 +106,7 @@ class Axis:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class DrawnChart:
     """A figure and its tooltips."""
 
     figure: Figure
@@ -116,7 +116,7 @@ class Drawn:
         return as_svg(self.figure, self.marks, alone=alone)
 
 
-class Paint(ABC):
+class PanelPainter(ABC):
     """Draws one panel into a figure."""
 
     @property
@@ -146,15 +146,15 @@ class Chart:
 
     stem: str
     title: str
-    panels: Sequence[Paint]
+    panels: Sequence[PanelPainter]
     note: str = ""
     columns: int = 3
 
-    def figures(self) -> list[Drawn]:
+    def figures(self) -> list[DrawnChart]:
         """One figure per panel, for a page to lay out."""
         return [_compose([panel], 1) for panel in self.panels]
 
-    def whole(self) -> Drawn:
+    def whole(self) -> DrawnChart:
         """All panels in one figure."""
         return _compose(self.panels, self.columns)
 
@@ -162,7 +162,7 @@ class Chart:
         (folder / f"{self.stem}.svg").write_text(self.whole().svg())
 
 
-def together(charts: Sequence[Chart], columns: int) -> Drawn:
+def join_charts(charts: Sequence[Chart], columns: int) -> DrawnChart:
     """All panels of several charts in one figure."""
     return _compose([panel for chart in charts for panel in chart.panels], columns)
 
@@ -210,7 +210,7 @@ def bars(stem: str, title: str, values: Sequence[tuple[str, float]], x_name: str
     return Chart(stem, title, [_BarPanel(values, x_name)], note)
 
 
-def write(drawn: Drawn, file: Path, dpi: int = 150) -> None:
+def write(drawn: DrawnChart, file: Path, dpi: int = 150) -> None:
     """The suffix of `file` chooses the format; `dpi` is for bitmaps."""
     if file.suffix == ".svg":
         file.write_text(drawn.svg())
@@ -220,7 +220,7 @@ def write(drawn: Drawn, file: Path, dpi: int = 150) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _LinePanel(Paint):
+class _LinePanel(PanelPainter):
     panel: Panel
     x: Axis
     y: Axis
@@ -249,7 +249,7 @@ class _LinePanel(Paint):
         self._names(axes)
         return marks
 
-    def _line(self, axes: Axes, line: Line, with_bars: bool, linestyle: LineStyle) -> None:
+    def _line(self, axes: Axes, line: ChartLine, with_bars: bool, linestyle: LineStyle) -> None:
         colour = MUTED if line.colour is None else SERIES[line.colour]
         x, y = [point.x for point in line.points], [self._y(point.estimate.value) for point in line.points]
         if line.dashed:
@@ -274,15 +274,15 @@ class _LinePanel(Paint):
         estimate = level.estimate
         axes.axhspan(self._y(estimate.low), self._y(estimate.high), color=MUTED, alpha=0.15, linewidth=0, zorder=1)
         axes.axhline(self._y(estimate.value), color=MUTED, linewidth=1, zorder=2)
-        return [self._mark(axes, level.name, Point(x, estimate)) for x in axes.get_xlim()]
+        return [self._mark(axes, level.name, ChartPoint(x, estimate)) for x in axes.get_xlim()]
 
-    def _last_seen(self, axes: Axes, points: Sequence[Point]) -> Point:
+    def _last_seen(self, axes: Axes, points: Sequence[ChartPoint]) -> ChartPoint:
         """The rightmost point within the axes, or the rightmost of all if none is."""
         low, high = axes.get_ylim()
         inside = [point for point in points if low <= self._y(point.estimate.value) <= high]
         return min(inside or points, key=lambda point: abs(point.x - axes.get_xlim()[1]))
 
-    def _mark(self, axes: Axes, name: str, point: Point) -> Mark:
+    def _mark(self, axes: Axes, name: str, point: ChartPoint) -> Mark:
         estimate = point.estimate
         shown = estimate.show(self.y.digits, self.y.scale)
         if estimate.low == estimate.high:  # it has no interval
@@ -327,7 +327,7 @@ class _LinePanel(Paint):
 
 
 @dataclass(frozen=True, slots=True)
-class _HeatPanel(Paint):
+class _HeatPanel(PanelPainter):
     title: str
     rows: Sequence[str]
     columns: Sequence[str]
@@ -364,7 +364,7 @@ class _HeatPanel(Paint):
 
 
 @dataclass(frozen=True, slots=True)
-class _BarPanel(Paint):
+class _BarPanel(PanelPainter):
     values: Sequence[tuple[str, float]]
     x_name: str
 
@@ -388,7 +388,7 @@ class _BarPanel(Paint):
         return [Mark(axes, length, i, f"{name}: {length:.3g}") for i, (name, length) in enumerate(self.values)]
 
 
-def _compose(paints: Sequence[Paint], columns: int) -> Drawn:
+def _compose(paints: Sequence[PanelPainter], columns: int) -> DrawnChart:
     from matplotlib.figure import Figure
 
     columns = min(columns, len(paints))
@@ -409,7 +409,7 @@ def _compose(paints: Sequence[Paint], columns: int) -> Drawn:
                 marks += paint.paint(axes, right)
                 _make_room(axes, column * _PANEL_PT[0])
             top -= height
-    return Drawn(figure, tuple(marks))
+    return DrawnChart(figure, tuple(marks))
 
 
 def _make_room(axes: Axes, start: float) -> None:
@@ -499,9 +499,9 @@ def _broken(name: str) -> str:
     return "\n".join(lines).replace(_FIXED, " ")
 
 
-def _low(point: Point) -> float:
+def _low(point: ChartPoint) -> float:
     return point.estimate.low
 
 
-def _high(point: Point) -> float:
+def _high(point: ChartPoint) -> float:
     return point.estimate.high

@@ -6,7 +6,7 @@ import os
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from foldserve.loadtest.options import Options
+from foldserve.loadtest.options import LoadTestOptions
 from foldserve.server.commands.parser import declare
 
 _DESCRIPTION = """\
@@ -25,7 +25,7 @@ _SMOKE: dict[str, Any] = {
 
 
 def add(parser: ArgumentParser) -> None:
-    declare(parser, Options, _run, _DESCRIPTION, takes_engine_options=True, defaults=_defaults)
+    declare(parser, LoadTestOptions, _run, _DESCRIPTION, takes_engine_options=True, defaults=_defaults)
     parser.add_argument("--smoke", action="store_true", help="a few requests, to see that all of it works")
 
 
@@ -36,7 +36,7 @@ def _defaults(args: Namespace) -> dict[str, Any]:
     return model | (_SMOKE if args.smoke else {})
 
 
-def _run(options: Options, rest: list[str]) -> None:
+def _run(options: LoadTestOptions, rest: list[str]) -> None:
     import torch
 
     from foldserve.loadtest.command import run

@@ -22,7 +22,7 @@ from foldserve.server.auto import AutoPolicy, GroupRules, parse_bounds
 from foldserve.server.pressure import Pressure
 from foldserve.server.quality.auto.command import by_group, group_of
 from foldserve.server.quality.auto.file import AutoCalibration, read_for
-from foldserve.server.quality.auto.measure import StepJournal, measure, takable
+from foldserve.server.quality.auto.measure import StepJournal, measure, possible_steps
 from foldserve.server.quality.auto.page import chart, html, text
 from foldserve.server.quality.auto.rule import chosen_step, risk_bounds, samples_needed
 from foldserve.server.quality.calibration_options import CalibrationOptions
@@ -150,7 +150,7 @@ def _number(dialogue: Any) -> int:
 def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
     asked, layouts = questions("aab"), [Layout.single(VisionGeometry(16))] * 3
     (spec,) = parse_specs(["random"])
-    plans = takable(spec, layouts)
+    plans = possible_steps(spec, layouts)
     assert list(plans) == [*range(2, 16)]  # two tokens have to stay
     more: dict[str, Any] = {"answer_tokens": 4, "batch": 2}
     first = Scripted()

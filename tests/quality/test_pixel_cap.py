@@ -23,7 +23,7 @@ from foldserve.server.pressure import Pressure
 from foldserve.server.quality.auto.command import by_group, caps_of, group_of, write_all
 from foldserve.server.quality.auto.file import AutoCalibration
 from foldserve.server.quality.auto.page import chart, html, text
-from foldserve.server.quality.auto.rule import capped, monotone
+from foldserve.server.quality.auto.rule import capped, make_monotone
 from foldserve.server.quality.calibration_options import CalibrationOptions
 from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 from foldserve.server.quality.engine.offline import AnsweringModel
@@ -183,7 +183,7 @@ def test_losses_with_a_cap_by_hand() -> None:
         [True, True, False, False],
         [False, False, False, False],
     ]
-    assert capped([monotone(own) for own in changed], steps, [8, 8, 4]) == [[True] * 4, [True] * 4, [False] * 4]
+    assert capped([make_monotone(own) for own in changed], steps, [8, 8, 4]) == [[True] * 4, [True] * 4, [False] * 4]
 
 
 def test_a_group_whose_cap_costs_too_many_answers_has_none() -> None:

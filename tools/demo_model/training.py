@@ -55,7 +55,7 @@ STATE_FILE, LOG_FILE = "state.pt", "training.jsonl"
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrainingStage:
     """`steps` of `images` each. `rate` is AdamW's learning rate; Muon's is 20 times as high."""
 
     name: str
@@ -83,10 +83,12 @@ class Recipe:
     """Everything that the result depends on."""
 
     seed: int = 0
-    vision: Stage = Stage("vision", steps=900, images=32)
-    answers: Stage = Stage("answers", steps=600, images=16, vision_rate=0.1, steady=1.0)
-    practice: Stage = Stage("practice", steps=1200, images=16, vision_rate=0.1, mix="hard", warmup=10, steady=0.1)
-    withdrawal: Stage = Stage(
+    vision: TrainingStage = TrainingStage("vision", steps=900, images=32)
+    answers: TrainingStage = TrainingStage("answers", steps=600, images=16, vision_rate=0.1, steady=1.0)
+    practice: TrainingStage = TrainingStage(
+        "practice", steps=1200, images=16, vision_rate=0.1, mix="hard", warmup=10, steady=0.1
+    )
+    withdrawal: TrainingStage = TrainingStage(
         "withdrawal", 600, images=16, rate=5e-4, vision_rate=0.1, mix="long", warmup=10, steady=0.1, withdrawn=0.75
     )
     geometry: Geometry = field(default=GEOMETRY)

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from pydantic import Field
 from tqdm import tqdm  # comes with vLLM
 
-from foldserve.loadtest.report.journal import Journal, Line
+from foldserve.loadtest.report.journal import Journal, JournalLine
 from foldserve.reducers.item import ItemPlan, Layout
 from foldserve.reducers.ladder import STEPS, ratio_of
 from foldserve.reducers.plan import InvalidReduction, Reduction
@@ -44,7 +44,7 @@ class Model(Protocol):
         """A running engine."""
 
 
-class _Line(Line[list[Any]]):
+class _Line(JournalLine[list[Any]]):
     key: str = Field(alias="step")
     result: list[Any] = Field(alias="samples")
 
@@ -55,7 +55,7 @@ class StepJournal(Journal[list[Any]]):
     line = _Line
 
 
-def takable(spec: Spec, layouts: Sequence[Layout]) -> dict[int, tuple[ItemPlan, ...]]:
+def possible_steps(spec: Spec, layouts: Sequence[Layout]) -> dict[int, tuple[ItemPlan, ...]]:
     """The steps below `STEPS` that the method can take with all images, ascending, and their plans.
 
     Raises:
@@ -88,7 +88,7 @@ def measure(
     Args:
         layouts: of the questions' images at ratio 0.
         spec: the method.
-        plans: by step, see `takable`.
+        plans: by step, see `possible_steps`.
         journal: holds what an earlier run has measured, and gets the rest.
         answer_tokens: how much of each answer is compared, at most.
         batch: questions that the engine is given at once.

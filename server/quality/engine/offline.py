@@ -102,7 +102,7 @@ def render(llm: LLM, messages: Messages, **options: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Reply:
+class OfflineAnswer:
     """A greedy answer, and in `first` the (vocab,) fp32 log-probabilities of its first token."""
 
     text: str
@@ -132,7 +132,7 @@ class AnsweringModel(OfflineModel):
             llm.llm_engine.engine_core.shutdown()
 
 
-def _asked(reduction: Reduction, dialogues: Sequence[Messages]) -> list[Reduction]:
+def _with_queries(reduction: Reduction, dialogues: Sequence[Messages]) -> list[Reduction]:
     """The reduction of each dialogue's image, with its question as query."""
     return [with_query(reduction, _question(dialogue)) for dialogue in dialogues]
 
@@ -152,7 +152,7 @@ class AnsweringEngine:
 
     def ask(
         self, dialogues: Sequence[Messages], reduction: Reduction, plans: Sequence[ItemPlan], max_tokens: int
-    ) -> list[Reply]:
+    ) -> list[OfflineAnswer]:
         """Answers the dialogues, each with one image; `plans` are what `reduction` makes of the images.
 
         Raises:
@@ -161,11 +161,11 @@ class AnsweringEngine:
         """
         first = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, flat_logprobs=True, detokenize=False)
         answer = SamplingParams(temperature=0, max_tokens=max_tokens)
-        each = [*zip(dialogues, _asked(reduction, dialogues), plans, strict=True)]
+        each = [*zip(dialogues, _with_queries(reduction, dialogues), plans, strict=True)]
         outputs = self._run([(*one, params, ()) for params in (first, answer) for one in each])
-        told = [output.outputs[0] for output in outputs]
-        pairs = zip(told[: len(dialogues)], told[len(dialogues) :], strict=True)
-        return [Reply(answered.text, self._log_probabilities(begun)) for begun, answered in pairs]
+        completions = [output.outputs[0] for output in outputs]
+        pairs = zip(completions[: len(dialogues)], completions[len(dialogues) :], strict=True)
+        return [OfflineAnswer(answered.text, self._log_probabilities(begun)) for begun, answered in pairs]
 
     def answers(self, dialogues: Sequence[Messages], plans: Sequence[ItemPlan], max_tokens: int) -> list[list[int]]:
         """Token ids of the greedy answers at ratio 0, with the end-of-sequence token."""
@@ -187,7 +187,7 @@ class AnsweringEngine:
         likeliest.
         """
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        each = zip(dialogues, _asked(reduction, dialogues), plans, answers, strict=True)
+        each = zip(dialogues, _with_queries(reduction, dialogues), plans, answers, strict=True)
         outputs = self._run([(messages, own, plan, params, answer) for messages, own, plan, answer in each])
         return [
             any(_rank(place) != 1 for place in output.prompt_logprobs[-len(answer) :])

@@ -50,7 +50,7 @@ class Merged(NamedTuple):
     sizes: Tensor
 
 
-class Study(KLProbe):
+class ModelStudy(KLProbe):
     def tokens(self, image: Image, ratio: float) -> int:
         """Number of vision tokens; ValueError if the studies can't follow them or `ratio` can't be removed."""
         (layout,) = self.layouts([image])
@@ -147,7 +147,7 @@ def _merged_in(tower: Tower, index: int, hidden: Tensor, removed: int, first: in
     return Merged(tower.finish(hidden)[0].float().cpu(), merged.sizes[0, first:].float().cpu())
 
 
-class _ByKeys(InTower):
+class _KeyFolder(InTower):
     """FOLDER's merge by attention keys, for the studies alone."""
 
     name = "by keys"
@@ -163,7 +163,7 @@ class _ByKeys(InTower):
         return folder(x, fold_schedule(x.shape[1], sum(removed)), metric=attention.keys())
 
 
-class _InBlock(NamedTuple):
+class _OneBlockPlan(NamedTuple):
     """The part of a plan that `TowerPass` reads: `removed` of `encoded` tokens leave in one block, or in none."""
 
     encoded: int
@@ -172,7 +172,7 @@ class _InBlock(NamedTuple):
 
     @property
     def reducer(self) -> InTower:
-        return _ByKeys()
+        return _KeyFolder()
 
     def removed_in(self, layer: int) -> tuple[int, ...]:
         return (self.removed,) if layer == self.block else ()
@@ -182,7 +182,7 @@ def _units(model: Any, prompt: Prompt, block: int | None = None, removed: int = 
     """A walk before the first block of Qwen's tower, in which the patches that become one token move together."""
     inputs = _inputs(model, prompt)
     (grid,) = inputs["image_grid_thw"].tolist()
-    plan: Any = _InBlock(grid[1] * grid[2] // model.visual.spatial_merge_unit, removed, block)
+    plan: Any = _OneBlockPlan(grid[1] * grid[2] // model.visual.spatial_merge_unit, removed, block)
     return TowerPass(model.visual, inputs["pixel_values"], grid, plan)
 
 
@@ -205,7 +205,7 @@ def _units_merged_in(model: Any, prompt: Prompt, block: int | None, removed: int
     return Merged(left.features[:, :width].float().cpu(), walk.sizes[0].float().cpu())
 
 
-class _SeenAttention(DenseAttention):
+class _RecordingAttention(DenseAttention):
     """Modifications: stores in `seen` how much attention goes to each part of the prompt; the image is at `image`."""
 
     image: tuple[int, int]
@@ -235,7 +235,7 @@ def _attention(model: Any, prompt: Prompt) -> Tensor:
         op.image = image
     embeds = embed(model, prompt)
     places = rotary_positions(model, prompt).to(embeds.device)
-    with dense(ops, _SeenAttention):
+    with dense(ops, _RecordingAttention):
         hidden, residual = embeds, None
         for layer in decoder.whole_layers(take_deepstack(model, len(embeds))):
             hidden, residual = layer(places, hidden, residual)

@@ -48,7 +48,7 @@ class Question:
         return chat_messages({"type": "image_pil", "image_pil": self.open()}, self.history, self.text)
 
 
-class _Row(BaseModel):
+class _JsonlQuestion(BaseModel):
     """A line of a JSONL file. Other fields are ignored, except the one that holds the kind."""
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -90,7 +90,7 @@ def _from_jsonl(file: Path, kind_field: str) -> list[Question]:
         if not line.strip():
             continue
         try:
-            row = _Row.model_validate_json(line)
+            row = _JsonlQuestion.model_validate_json(line)
         except ValidationError as error:
             wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'line'}: {e['msg']}" for e in error.errors())
             raise ValueError(

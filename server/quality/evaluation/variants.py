@@ -80,7 +80,7 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class VariantRefusal:
     label: str
     ratio: float | None
     layer: int | None
@@ -181,7 +181,7 @@ def variants(
     withdraw_layers: Sequence[int],
     layouts: Sequence[Layout],
     layers: int,
-) -> tuple[list[Variant], list[Refusal]]:
+) -> tuple[list[Variant], list[VariantRefusal]]:
     """All variants to measure except ratio 0, and those that this model refuses; controls come last, at each count.
 
     Args:
@@ -191,7 +191,7 @@ def variants(
         layers: number of decoder layers.
     """
     found: list[Variant] = []
-    refused: list[Refusal] = []
+    refused: list[VariantRefusal] = []
     for spec in specs:
         for ratio, layer in _grid(spec, ratios, withdraw_layers):
             try:
@@ -200,7 +200,7 @@ def variants(
                 reduction = spec.reduction() if ratio is None else spec.reduction(ratio=ratio)
                 found.append(Variant(spec.label, ratio, layer, layers, reduction, plan_all(reduction, layouts)))
             except InvalidReduction as error:
-                refused.append(Refusal(spec.label, ratio, layer, str(error)))
+                refused.append(VariantRefusal(spec.label, ratio, layer, str(error)))
     counts = {
         (v.count, v.reduction.positions or "") for v in found if v.count < mean(layout.tokens for layout in layouts)
     }
@@ -209,7 +209,7 @@ def variants(
             try:
                 found.append(_control(name, count, positions, layouts, layers))
             except InvalidReduction as error:
-                refused.append(Refusal(f"{name} at {count} tokens", None, None, str(error)))
+                refused.append(VariantRefusal(f"{name} at {count} tokens", None, None, str(error)))
     return found, refused
 
 
