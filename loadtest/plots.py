@@ -112,7 +112,7 @@ def _chart(
     if not panels:
         return None
     most = max(point.x for panel in panels for line in panel.lines for point in line.points)
-    notes = [_DASHED] if any(line.dashed for panel in panels for line in panel.lines) else []
+    notes = [_DASHED] if any(line.is_dashed for panel in panels for line in panel.lines) else []
     notes += filter(None, [question.note])
     if left_out:
         notes.append(f"Not drawn, since others are faster: {', '.join(left_out)}.")
@@ -179,7 +179,7 @@ def _limit_line(
     if base is None or len(limits) < 2:
         return []
     points = [ChartPoint.exact(ratio, base.value * factor) for ratio, factor in limits]
-    return [ChartLine("", points, colour, dashed=True)]
+    return [ChartLine("", points, colour, is_dashed=True)]
 
 
 def _trade(

@@ -28,7 +28,7 @@ class Part:
     count: int = 1
     separators: int = 0
     name: str = ""  # for error messages, if an image has several parts
-    joinable: bool = False  # the grids are frames of a video without text between them
+    can_join: bool = False  # the grids are frames of a video without text between them
 
     @property
     def tokens(self) -> int:
@@ -36,8 +36,8 @@ class Part:
 
     @property
     def joined(self) -> Part:
-        """The part with all grids joined into one; unchanged if it is not `joinable`."""
-        if not self.joinable:
+        """The part with all grids joined into one; unchanged unless `can_join`."""
+        if not self.can_join:
             return self
         whole = replace(self.geometry, tokens=self.geometry.tokens * self.count, grid=None, frames=self.count)
         return Part(whole, separators=self.separators, name=self.name)

@@ -67,7 +67,7 @@ class Method(ABC):
     kind: ClassVar[Kind]
     stage: ClassVar[Stage]
     options: ClassVar[tuple[Option[Any], ...]] = ()  # fields of `reduction` beside those common to all methods
-    seeded: ClassVar[bool] = False  # draws at random, seeded by the image
+    is_seeded: ClassVar[bool] = False  # draws at random, seeded by the image
     keeps_grid: ClassVar[bool] = False  # the tokens that stay are a smaller grid
     keeps_positions: ClassVar[bool] = False  # the default of `positions` is "keep"
     takes_query: ClassVar[bool] = False  # chooses tokens by the question about the image, see `query_texts`

@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def is_seeded(self) -> bool:
-        return self.reducer is not None and self.reducer.seeded
+        return self.reducer is not None and self.reducer.is_seeded
 
     def with_seed(self, seed: int) -> Plan:
         return replace(self, seed=seed)

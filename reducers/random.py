@@ -42,7 +42,7 @@ class Random(AfterTower):
     name = "random"
     summary = "Keeps vision tokens drawn at random, the same ones for the same image; the control of every method."
     kind = Kind.DROP
-    seeded = True
+    is_seeded = True
 
     def reduce(self, x: Tensor, plan: Plan, width: int | None = None) -> Reduced:
         return keep(x, draw(plan.encoded, plan.kept, plan.seed))

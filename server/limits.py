@@ -107,7 +107,7 @@ class Limits:
     def to_config(self) -> dict[str, object]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
-    def within(self, *, images: int, videos: int, frames: int | None) -> Limits:
+    def lowered_to(self, *, images: int, videos: int, frames: int | None) -> Limits:
         """These limits, lowered to those of the model.
 
         Where a model takes no images or videos (0), the limit stays, since another error refuses them.

@@ -33,7 +33,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENS = (144, 576, 729, 2880)
 BLOCK_SIZE = 16
 KERNELS, REFERENCES = torch.device("cuda"), torch.device("cpu")
-"""Arguments of `ops.choose` for kernels and references, wherever the tensors are."""
+"""Arguments of `ops.select_kernels` for kernels and references, wherever the tensors are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def measure(shape: KernelShape, *, pairs: int, device: str) -> list[KernelTiming
     """All cases; the first run of each, in which kernels are compiled, is not counted."""
 
     def timed(call: Callable[[], object], chosen: torch.device) -> float:
-        ops.choose(chosen, triton=True)
+        ops.select_kernels(chosen, triton=True)
         return time_us(call, device)
 
     def compared(call: Callable[[], object], count: int) -> list[tuple[float, float]]:
@@ -133,7 +133,7 @@ def measure(shape: KernelShape, *, pairs: int, device: str) -> list[KernelTiming
             sizes = (shape.tokens, shape.batch, shape.dtype)
             rows.append(KernelTiming(name, *sizes, floor_bytes, torch_us, kernel_us, ratio(found)))
     finally:
-        ops.choose(REFERENCES, triton=True)
+        ops.select_kernels(REFERENCES, triton=True)
     return rows
 
 

@@ -58,13 +58,13 @@ class ChartLine:
     Attributes:
         name: label at its end, or "".
         colour: index into the palette; None: a reference, in grey.
-        dashed: predicted instead of measured; without marks.
+        is_dashed: predicted instead of measured; without marks.
     """
 
     name: str
     points: Sequence[ChartPoint]
     colour: int | None = None
-    dashed: bool = False
+    is_dashed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,14 +245,14 @@ class _LinePanel(PanelPainter):
         greys = iter(_GREY_STYLES * len(self.panel.lines))
         for line in self.panel.lines:
             self._line(axes, line, with_bars, "-" if line.colour is not None else next(greys))
-            marks += [self._mark(axes, line.name, point) for point in line.points if not line.dashed]
+            marks += [self._mark(axes, line.name, point) for point in line.points if not line.is_dashed]
         self._names(axes)
         return marks
 
     def _line(self, axes: Axes, line: ChartLine, with_bars: bool, linestyle: LineStyle) -> None:
         colour = MUTED if line.colour is None else SERIES[line.colour]
         x, y = [point.x for point in line.points], [self._y(point.estimate.value) for point in line.points]
-        if line.dashed:
+        if line.is_dashed:
             axes.plot(x, y, color=colour, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
             return
         is_reference = line.colour is None
@@ -456,7 +456,7 @@ def _common(panels: Sequence[Panel], y: Axis) -> Axis:
 
 
 def _has_bars(panel: Panel) -> bool:
-    return sum(line.colour is not None and not line.dashed for line in panel.lines) <= _BARS_UP_TO
+    return sum(line.colour is not None and not line.is_dashed for line in panel.lines) <= _BARS_UP_TO
 
 
 def _values(panel: Panel) -> list[float]:

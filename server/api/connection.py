@@ -195,6 +195,6 @@ def _malformed(error: h11.RemoteProtocolError) -> MalformedHttp:
     return MalformedHttp(f"this is no valid HTTP/1.1 request: {reason}", HTTPStatus.BAD_REQUEST)
 
 
-def speak_safely(server: uvicorn.Server) -> None:
+def use_safe_protocol(server: uvicorn.Server) -> None:
     """Makes a server that is about to listen use `HttpProtocol`, for which vLLM has no option."""
     server.config.http_protocol_class = HttpProtocol

@@ -68,7 +68,7 @@ def serve(argv: list[str], settings: Settings | SettingsFor, environment: Enviro
     prepare_process(environment)
     args = serve_args(argv, settings, environment, small_model)
     configure_logging_from_args(args)
-    with preflight.explained():
+    with preflight.report_failures():
         preflight.check(args)
         with preflight.claimed_address(args):
             say(f"loading {args.model_tag or args.model}")

@@ -102,10 +102,10 @@ class Planner:
         try:
             if "video" in progress.details:
                 raise InvalidReduction("ratio 'auto' was calibrated on images: give videos a number", "ratio")
-            each, progress.auto = self.chooser.choose(asked, progress.owner, request.model, progress.images)
+            each, progress.auto = self.chooser.choose(asked, progress.owner, request.model, progress.image_names)
         except InvalidReduction as error:
             raise with_request_param(error, request) from error
-        progress.images = []
+        progress.image_names = []
         return {"image": each} if each else {}
 
     def _check_modality(self, modality: Modality, reductions: Sequence[Reduction], request: FoldChatRequest) -> None:

@@ -54,7 +54,7 @@ class FoldserveEndpoint:
             raise RuntimeError("foldserve serves models that generate text: leave its plugins out to serve this one")
         settings = Settings.from_config(args.additional_config)
         family, taken = family_of(engine_client.model_config), items_taken(engine_client.model_config)
-        limits = settings.limits.within(
+        limits = settings.limits.lowered_to(
             images=taken["image"],
             videos=taken["video"],
             frames=None if family is None else family.most_frames(settings.default_reduction),

@@ -112,7 +112,7 @@ def claimed_address(args: Namespace) -> Iterator[None]:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def report_failures() -> Iterator[None]:
     """Gives the guardian the reason why the server ended; for a mistake at start-up, without a traceback."""
     try:
         yield

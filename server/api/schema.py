@@ -62,12 +62,12 @@ class RequestProgress:
 
     Attributes:
         details: `detail` of each image and each video.
-        images: of each image its URL, which may hold the image, or its uuid, if it has any.
+        image_names: of each image its URL, which may hold the image, or its uuid, if it has any.
         texts: of the message that each image and each video is in.
-        arrived: by `time.perf_counter`.
+        arrived_s: by `time.perf_counter`.
         vision: cost of its images and videos, once they are planned.
         on_its_way: its images, on their way to the engine.
-        answered: the engine has sent its last output.
+        is_answered: the engine has sent its last output.
         owner: name of its key.
         form: of the answer, once it is known that the engine can follow it.
         image_salt: divides the caches of images, see `cache_salts`.
@@ -78,12 +78,12 @@ class RequestProgress:
     """
 
     details: dict[Modality, list[str]] = field(default_factory=dict)
-    images: list[str | None] = field(default_factory=list)
+    image_names: list[str | None] = field(default_factory=list)
     texts: dict[Modality, list[str]] = field(default_factory=dict)
-    arrived: float = field(default_factory=time.perf_counter)
+    arrived_s: float = field(default_factory=time.perf_counter)
     vision: VisionTokens | None = None
     pending_images: PendingImages | None = None
-    answered: bool = False
+    is_answered: bool = False
     owner: str | None = None
     form: StructuredOutputsParams | None = None
     image_salt: str | None = None
@@ -123,7 +123,7 @@ class FoldChatRequest(ChatCompletionRequest):
         progress.details, progress.texts = media.details, media.texts
         progress.body = data if media.details else None
         if isinstance(request.requested_reduction, AutoRatio):
-            progress.images = media.images
+            progress.image_names = media.images
         return request
 
     def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:

@@ -274,8 +274,8 @@ class FoldServingChat(OpenAIServingChat):
             if first:
                 first, held = False, event
                 if not is_error:
-                    metrics.observe_first_token(progress.vision, time.perf_counter() - progress.arrived)
-            elif not progress.answered:
+                    metrics.observe_first_token(progress.vision, time.perf_counter() - progress.arrived_s)
+            elif not progress.is_answered:
                 yield held + event
                 held = ""
             elif progress.vision is not None and '"choices":[]' in event:  # unescaped quotes: never inside a text
@@ -308,7 +308,7 @@ async def _with_explained_errors(
             elif pending_images is not None:
                 pending_images.arrived()
             pending_images = None
-            progress.answered = output.finished
+            progress.is_answered = output.finished
             yield output
     except Exception as error:
         progress.failure = shown = _shown(request, error, lifecycle)
@@ -336,7 +336,7 @@ async def _timing_first_token(
     async for output in outputs:
         latency = getattr(output.metrics, "first_token_latency", 0.0)
         if output.finished and latency:
-            metrics.observe_first_token(progress.vision, started - progress.arrived + latency)
+            metrics.observe_first_token(progress.vision, started - progress.arrived_s + latency)
         yield output
 
 

@@ -45,7 +45,7 @@ def _run(args: Namespace, rest: list[str]) -> None:
         from foldserve.server.api.doctor.table import table
 
         print(table(report))
-    sys.exit(0 if report.starts else 1)
+    sys.exit(0 if report.can_start else 1)
 
 
 def _report(args: Namespace, rest: list[str]) -> DoctorReport:

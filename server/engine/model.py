@@ -185,7 +185,7 @@ def _popped(kwargs: dict[str, Any], names: Mapping[Modality, str]) -> Any:
 def _choose_kernels(config: VllmConfig) -> None:
     device, model = torch.device(config.device_config.device_type), config.model_config
     family = family_of(model)
-    if ops.choose(device, triton=Environment.read().wants_triton) and family is not None:
+    if ops.select_kernels(device, triton=Environment.read().wants_triton) and family is not None:
         text = model.hf_config.get_text_config()
         decoder = None if withdrawal.withdraw_layer(config) is None else text.hidden_size
         warm_up(replace(family.widths(model), decoder=decoder), model.dtype, device)

@@ -167,7 +167,7 @@ class Films(OneSize):
     shape_ints = 1
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        return Layout((Part(CLIP, max(1, shape[0]), joinable=shape[0] > 0),), shape)
+        return Layout((Part(CLIP, max(1, shape[0]), can_join=shape[0] > 0),), shape)
 
 
 def test_a_default_of_videos_alone_leaves_images_whole() -> None:
@@ -240,7 +240,7 @@ def test_several_images_may_be_their_base_tiles() -> None:
 
 def test_what_is_said_of_a_prompt_that_is_too_long() -> None:
     """Frames where they are equal; a base tile is one grid of an image's two."""
-    film, tiles = Layout((Part(CLIP, 4, joinable=True),), (4,)), Anyres()
+    film, tiles = Layout((Part(CLIP, 4, can_join=True),), (4,)), Anyres()
     plans: dict[Modality, list[ItemPlan]] = {
         "image": [plan_item(Reduction(first="base_only"), tiles.layout((3,)))],
         "video": [plan_item(Reduction(method, ratio=0.5), film) for method in ("folder", "evs")],

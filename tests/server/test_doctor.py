@@ -210,7 +210,7 @@ def test_a_port_in_use_hides_no_facts() -> None:
     assert [problem.text for problem in report.problems] == [
         f"can't listen on 127.0.0.1:{port}: Address already in use"
     ]
-    assert report.kv is not None and not report.starts
+    assert report.kv is not None and not report.can_start
 
 
 def test_blocks_are_of_a_size_that_the_attention_backend_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def batch(
         files, args.allowed_local_media_path = LocalFiles(Path(args.allowed_local_media_path), limits), ""
     preflight.check(args)
     survey = Survey(options.input, longest_line(limits))
-    with OutputFile(options.output, survey, options.existing) as found, preflight.explained():
+    with OutputFile(options.output, survey, options.existing) as found, preflight.report_failures():
         if found.totals.lines < len(survey):
             launch.say(f"loading {args.model}")
             uvloop.run(_answer_all(args, options, limits, files, survey, found))

@@ -42,8 +42,8 @@ class DoctorReport:
     kv: KvFacts | None = None
 
     @property
-    def starts(self) -> bool:
+    def can_start(self) -> bool:
         return not any(problem.stops for problem in self.problems)
 
     def to_json(self) -> dict[str, Any]:
-        return {"starts": self.starts, **asdict(self)}
+        return {"starts": self.can_start, **asdict(self)}

@@ -25,13 +25,13 @@ def is_large(pixels: int) -> bool:
 class MemoryShare:
     """One request's part of a `PixelMemory`, given back once it is closed and no thread works on it any more.
 
-    `large_pixels` of its `pixels` were taken as a large request. Once `closed`, it takes nothing any more.
+    `large_pixels` of its `pixels` were taken as a large request. Once `is_closed`, it takes nothing any more.
     """
 
     def __init__(self, memory: PixelMemory) -> None:
         self.pixels = 0
         self.large_pixels = 0
-        self.closed = False
+        self.is_closed = False
         self._memory = memory
         self._threads = 0
 
@@ -52,11 +52,11 @@ class MemoryShare:
 
     def close(self) -> None:
         with self._memory.lock:
-            self.closed = True
+            self.is_closed = True
         self._memory.reclaim(self)
 
     def is_over(self) -> bool:
-        return self.closed and not self._threads
+        return self.is_closed and not self._threads
 
     def _done(self) -> None:
         with self._memory.lock:
@@ -106,7 +106,7 @@ class PixelMemory:
         large = is_large(pixels)
         pixels = min(pixels, self._most_large if large else self._all)
         with self.lock:
-            if share.closed or self._free < pixels or (large and self._free_large < pixels):
+            if share.is_closed or self._free < pixels or (large and self._free_large < pixels):
                 return False
             if not ahead and any(is_large(waiting.pixels) == large for waiting in self._waiting):
                 return False

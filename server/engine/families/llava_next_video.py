@@ -54,7 +54,7 @@ class LlavaNextVideoFamily(AfterTowerFamily):
         return None if chosen_later else (videos.get_num_frames(index),)
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        return Layout((Part(self._frame, shape[0], joinable=True),), shape)
+        return Layout((Part(self._frame, shape[0], can_join=True),), shape)
 
     def most_frames(self, reduction: Reduction) -> int:
         """Frames that fit into the context after reduction, and into vLLM's profile run before it."""

@@ -361,6 +361,6 @@ def _any_size(model_config: ModelConfig) -> VisionGeometry:
 
 
 @lru_cache(maxsize=4096)
-def _layout(any_size: VisionGeometry, joinable: bool, rows: int, columns: int, frames: int) -> Layout:
+def _layout(any_size: VisionGeometry, can_join: bool, rows: int, columns: int, frames: int) -> Layout:
     geometry = replace(any_size, tokens=rows * columns, grid=(rows, columns))
-    return Layout((Part(geometry, frames, joinable=joinable),), (rows, columns, frames))
+    return Layout((Part(geometry, frames, can_join=can_join),), (rows, columns, frames))

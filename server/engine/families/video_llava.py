@@ -70,7 +70,7 @@ class VideoLlavaFamily(LlavaFamily):
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
         (frames,) = shape
-        return Layout((Part(self._frame, frames, separators=frames, joinable=True),), shape) if frames else self.largest
+        return Layout((Part(self._frame, frames, separators=frames, can_join=True),), shape) if frames else self.largest
 
     def most_frames(self, reduction: Reduction) -> int:
         return self._trained_frames

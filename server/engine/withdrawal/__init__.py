@@ -2,8 +2,8 @@
 
 Layers < K ("shallow") and >= K ("deep") have separate KV cache groups. Deep groups hold ceil(T(n) / block) blocks for n
 tokens of which T(n) are kept. In order of use: `core` (T); `spec`, `layout` (groups); `scheduler`, `manager`, `prefix`
-(blocks); `runner_v1` or `state_v2`, `batch`, `metadata` (rows and slots of a step); `decoder`, `attention`, `choose`
-(which tokens FastV and iLLaVA keep). Modules that need vLLM's engine are imported lazily.
+(blocks); `runner_v1` or `state_v2`, `batch`, `metadata` (rows and slots of a step); `decoder`, `attention`,
+`token_selection` (which tokens FastV and iLLaVA keep). Modules that need vLLM's engine are imported lazily.
 """
 
 from __future__ import annotations

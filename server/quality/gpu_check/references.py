@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from foldserve.server.quality.gpu_check.jobs import Answer, Case
 
-_METADATA = "asked"
+_METADATA_KEY = "asked"
 """The only metadata entry: the order of several would vary from file to file."""
 
 REFERENCES = Path(__file__).parent / "references.safetensors"
@@ -35,7 +35,7 @@ class References:
     @classmethod
     def load(cls, file: Path = REFERENCES) -> References:
         with safe_open(file, "np") as stored:
-            metadata = json.loads(stored.metadata()[_METADATA])
+            metadata = json.loads(stored.metadata()[_METADATA_KEY])
             pixels, prompts, ids, logprobs, margins = (
                 stored.get_tensor(name) for name in ("images", "prompt_tokens", "ids", "logprobs", "margins")
             )
@@ -59,4 +59,4 @@ class References:
         }
         cases = [case.model_dump(exclude={"tokens"}) for case in self.cases]
         metadata = json.dumps({"withdraw_layer": self.withdraw_layer, "cases": cases})
-        save_file(values, file, metadata={_METADATA: metadata})
+        save_file(values, file, metadata={_METADATA_KEY: metadata})
