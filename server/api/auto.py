@@ -124,19 +124,7 @@ class AutoChooser:
         Raises:
             InvalidReduction: nothing was calibrated, or it was for something else, or takes no query.
         """
-        settings, policy = self._settings, self._settings.auto
-        if policy is None:
-            raise InvalidReduction(
-                f"ratio 'auto' needs a calibration, which this server has not: run {_COMMAND} and start it "
-                "again with --auto, or give a number",
-                "ratio",
-            )
-        if asked.fields and Reduction.parse(asked.fields) != policy.reduction:
-            calibrated = policy.reduction.to_json() or {"method": policy.reduction.method}
-            raise InvalidReduction(
-                f"ratio 'auto' was calibrated for {calibrated} on this server: leave {', '.join(asked.fields)} out",
-                next(iter(asked.fields)),
-            )
+        settings, policy = self._settings, self._policy_for(asked)
         asked_for = policy.reduction if asked.query is None else replace(policy.reduction, query=asked.query)
         group = settings.auto_groups.of(asked.group, owner, model)
         least, most = bounds = asked.bounds or settings.auto_bounds
@@ -152,6 +140,23 @@ class AutoChooser:
             now = pressure.level(time.monotonic())
             each = [self._remembered(policy, image, group, bounds, now) for image in images]
         return [replace(asked_for, ratio=one.ratio) for one in each], each
+
+    def _policy_for(self, asked: AutoRatio) -> AutoPolicy:
+        """The calibrated policy; raises InvalidReduction unless the request asks for what was calibrated."""
+        policy = self._settings.auto
+        if policy is None:
+            raise InvalidReduction(
+                f"ratio 'auto' needs a calibration, which this server has not: run {_COMMAND} and start it "
+                "again with --auto, or give a number",
+                "ratio",
+            )
+        if asked.fields and Reduction.parse(asked.fields) != policy.reduction:
+            calibrated = policy.reduction.to_json() or {"method": policy.reduction.method}
+            raise InvalidReduction(
+                f"ratio 'auto' was calibrated for {calibrated} on this server: leave {', '.join(asked.fields)} out",
+                next(iter(asked.fields)),
+            )
+        return policy
 
     def _remembered(
         self, policy: AutoPolicy, image: str | None, group: str, bounds: tuple[float, float], now: int

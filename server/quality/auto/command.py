@@ -49,6 +49,17 @@ def run(options: CalibrationOptions, cache_dir: Path, engine_options: Sequence[s
     from foldserve.server.quality.engine.offline import AnsweringModel  # vLLM, which takes seconds
 
     model = AnsweringModel(options.model, engine_options, "calibrate")
+    return write_all(_calibrate(model, spec, questions, options, engine_options), options, cache_dir)
+
+
+def _calibrate(
+    model: AnsweringModel,
+    spec: Spec,
+    questions: Sequence[Question],
+    options: CalibrationOptions,
+    engine_options: Sequence[str],
+) -> AutoCalibration:
+    """Measures what the journal in the results folder lacks."""
     layouts = model.layouts(question.open() for question in questions)
     plans = possible_steps(spec, layouts)
     steps = tuple(plans)
@@ -63,7 +74,7 @@ def run(options: CalibrationOptions, cache_dir: Path, engine_options: Sequence[s
     changed = measure(
         model, questions, layouts, spec, plans, journal, answer_tokens=options.answer_tokens, batch=options.batch
     )
-    calibration = AutoCalibration(
+    return AutoCalibration(
         model=options.model,
         model_hash=weights,
         reduction=reduction,
@@ -78,7 +89,6 @@ def run(options: CalibrationOptions, cache_dir: Path, engine_options: Sequence[s
         pixel_cap=options.pixel_cap,
         kept_uncapped=None if caps is None else mean_share(by_group(questions, changed, steps, options.target)),
     )
-    return write_all(calibration, options, cache_dir)
 
 
 def caps_of(

@@ -104,19 +104,44 @@ def measure(
         with model.engine(None) as engine, bar:
             if _ANSWERS not in journal:
                 bar.set_postfix_str("all tokens")
-                answers: list[list[int]] = []
                 whole = plan_all(Reduction(), layouts)
-                for these in batches:
-                    asked = [question.messages() for question in questions[these]]
-                    answers += engine.answers(asked, whole[these], answer_tokens)
-                    bar.update(len(asked))
-                journal.add(_ANSWERS, answers)
+                journal.add(_ANSWERS, _answers(engine, questions, whole, batches, answer_tokens, bar))
             for step in steps:
                 bar.set_postfix_str(f"step {step} of {STEPS}")
-                reduction, changed = spec.reduction(ratio=ratio_of(step)), list[bool]()
-                for these in batches:
-                    asked = [question.messages() for question in questions[these]]
-                    changed += engine.changed(asked, reduction, plans[step][these], journal[_ANSWERS][these])
-                    bar.update(len(asked))
-                journal.add(str(step), changed)
+                reduction = spec.reduction(ratio=ratio_of(step))
+                flags = _changed(engine, questions, reduction, plans[step], journal[_ANSWERS], batches, bar)
+                journal.add(str(step), flags)
     return [list(flags) for flags in zip(*(journal[str(step)] for step in plans), strict=True)]
+
+
+def _answers(
+    engine: Engine,
+    questions: Sequence[Question],
+    plans: Sequence[ItemPlan],
+    batches: Sequence[slice],
+    answer_tokens: int,
+    bar: tqdm[Any],
+) -> list[list[int]]:
+    answers: list[list[int]] = []
+    for batch in batches:
+        dialogues = [question.messages() for question in questions[batch]]
+        answers += engine.answers(dialogues, plans[batch], answer_tokens)
+        bar.update(len(dialogues))
+    return answers
+
+
+def _changed(
+    engine: Engine,
+    questions: Sequence[Question],
+    reduction: Reduction,
+    plans: Sequence[ItemPlan],
+    answers: Sequence[Sequence[int]],
+    batches: Sequence[slice],
+    bar: tqdm[Any],
+) -> list[bool]:
+    changed: list[bool] = []
+    for batch in batches:
+        dialogues = [question.messages() for question in questions[batch]]
+        changed += engine.changed(dialogues, reduction, plans[batch], answers[batch])
+        bar.update(len(dialogues))
+    return changed
