@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from foldserve.loadtest.grid import Block, GridPoint, schedule
@@ -29,8 +30,13 @@ _NOT_THE_SAME = (
 """Options that may change without making earlier results invalid: they choose blocks, or shape the report."""
 
 
-def run(options: LoadTestOptions, engine_options: Sequence[str]) -> LoadTestReport:
+def run(
+    options: LoadTestOptions, engine_options: Sequence[str], variables: Mapping[str, str] = MappingProxyType({})
+) -> LoadTestReport:
     """Measures the blocks that the journal lacks and writes the report.
+
+    Args:
+        variables: environment variables of the servers that are started here, beside those of this process.
 
     Raises:
         ValueError: what is asked cannot be done.
@@ -40,7 +46,11 @@ def run(options: LoadTestOptions, engine_options: Sequence[str]) -> LoadTestRepo
     blocks = schedule(variants, loads, options.rounds, beside=options.beside)
     journal = BlockJournal(options.output, _identity(options, engine_options))
     fleet = Fleet(
-        options.urls(), options.server_options(engine_options), options.output / "logs", beside=options.beside
+        options.urls(),
+        options.server_options(engine_options),
+        options.output / "logs",
+        beside=options.beside,
+        variables=variables,
     )
     load = [os.getloadavg()[0]]
     try:

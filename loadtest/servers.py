@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import httpx
@@ -51,18 +52,25 @@ class LocalServer:
         name: `vllm` is started without foldserve's plugin.
         options: arguments after `serve`, the model first.
         log: file for its output.
+        variables: environment variables beside those of this process.
 
     Raises:
         RuntimeError: it did not start.
     """
 
-    def __init__(self, name: ServerName, options: Sequence[str], log: Path) -> None:
+    def __init__(
+        self,
+        name: ServerName,
+        options: Sequence[str],
+        log: Path,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         with socket.socket() as probe:
             probe.bind((HOST, 0))
             self.port = int(probe.getsockname()[1])
         self.url, self._log = f"http://{HOST}:{self.port}", log
         command = [sys.executable, "-m", _MODULES[name], "serve", *options, "--host", HOST, "--port", str(self.port)]
-        env = os.environ | ({"VLLM_PLUGINS": ""} if name == "vllm" else {})
+        env = os.environ | dict(variables) | ({"VLLM_PLUGINS": ""} if name == "vllm" else {})
         log.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         with log.open("a") as out:
@@ -126,6 +134,7 @@ class Fleet:
         options: arguments after `serve` for the servers to start.
         logs: folder for their output.
         beside: whether they may run at the same time; otherwise each has the machine to itself.
+        variables: environment variables of the servers to start.
     """
 
     def __init__(
@@ -135,8 +144,9 @@ class Fleet:
         logs: Path,
         *,
         beside: bool,
+        variables: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self._options, self._logs, self._beside = options, logs, beside
+        self._options, self._logs, self._beside, self._variables = options, logs, beside, variables
         self._given = {name: RemoteServer(url) for name, url in urls.items()}
         self._started: dict[ServerName, LocalServer] = {}
 
@@ -148,7 +158,7 @@ class Fleet:
             return self._started[name], False
         if not self._beside:
             self.stop()
-        self._started[name] = LocalServer(name, self._options[name], self._logs / f"{name}.log")
+        self._started[name] = LocalServer(name, self._options[name], self._logs / f"{name}.log", self._variables)
         return self._started[name], True
 
     def stop(self) -> None:

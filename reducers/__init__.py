@@ -63,4 +63,4 @@ def method_with_options(name: str, values: tuple[Value, ...]) -> Method:
     return type(METHODS[name])(*values)
 
 
-__all__ = ["METHODS", "Method", "Stage", "VisionGeometry", "configured"]
+__all__ = ["METHODS", "Method", "Stage", "VisionGeometry", "method_with_options"]

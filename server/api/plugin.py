@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from copy import copy
 
 from fastapi import FastAPI
@@ -63,6 +64,7 @@ class FoldserveEndpoint:
         state.foldserve_turn = asyncio.Lock()
         state.foldserve_playground = settings.access.playground
         state.foldserve_counts_drops = asyncio.create_task(metrics.count_dropped_lines())
+        state.foldserve_long_bodies = ThreadPoolExecutor(2, "long-body")
         state.foldserve_unread = UnreadBodies(limits.max_unread_bytes)
         state.foldserve_chat = _make_chat(engine_client, state, args, settings, limits)
         state.foldserve_checks = asyncio.create_task(state.foldserve_chat.quality_guard.run())

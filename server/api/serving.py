@@ -101,6 +101,7 @@ class FoldServingChat(OpenAIServingChat):
         self.quality_guard = QualityGuard(
             planner.settings.check_answers, self._score, lambda: lifecycle.is_idle, planner.chooser.raise_count
         )
+        self.form_compiler = forms.FormCompiler(self.engine_client)
         self.token_groups = reduction_map.TokenGroupReader(self.engine_client, lifecycle)
 
     async def render_chat_request(
@@ -209,7 +210,7 @@ class FoldServingChat(OpenAIServingChat):
             request.mm_processor_kwargs = {KWARG: asked}
             if caps := [choice.cap for choice in request.progress.auto if choice.cap is not None]:
                 request.mm_processor_kwargs[CAPS] = caps
-        request.progress.form = await forms.build(request, self.engine_client)
+        request.progress.form = await self.form_compiler.build(request)
         media = self.media.loaded(request.messages, request.progress.owner, request.progress.image_salt)
         async with media as decoded:
             try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
@@ -42,9 +41,8 @@ def _run(options: LoadTestOptions, rest: list[str]) -> None:
     from foldserve.loadtest.command import run
     from foldserve.server.settings import cpu_variables
 
-    if not torch.cuda.is_available():
-        os.environ.update(cpu_variables())  # plain vLLM's server is to compute as ours does
-    report = run(options, rest)
+    # plain vLLM's server is to compute as ours does
+    report = run(options, rest, {} if torch.cuda.is_available() else cpu_variables())
     failed = sum(row.failures for row in report.rows)
     print(f"Written to {options.output}: index.html, report.md, report.csv, report.json and pictures.")
     if failed:

@@ -12,6 +12,7 @@ import json
 import time
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -262,6 +263,7 @@ def app(model: ModelConfig, tokenizer: Any, special: SpecialTokens) -> FastAPI:
     app.state.foldserve_guard = AuthGuard(None, SharedCounters(), 10)
     app.state.foldserve_lifecycle = Namespace(request=nullcontext, explain=lambda error: error)
     app.state.foldserve_turn = asyncio.Lock()
+    app.state.foldserve_long_bodies = ThreadPoolExecutor(2)
     app.state.foldserve_unread = UnreadBodies(limits.max_body_bytes)
     app.router.route_class = ChatRoute
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def test_servers_are_started_anew_for_every_round(
     class Started:
         """The fake server, as if it had been started here."""
 
-        def __init__(self, name: str, options: Sequence[str], log: Path) -> None:
+        def __init__(self, name: str, options: Sequence[str], log: Path, variables: Mapping[str, str]) -> None:
             self.url, self._name = fake.url, name
             seen.append(f"+{name}")
 
@@ -197,6 +198,16 @@ def test_a_server_that_runs_is_not_started(tmp_path: Path) -> None:
     assert fleet.get("vllm") == (servers.RemoteServer("http://a"), False)
     fleet.stop()
     assert fleet.get("vllm") == (servers.RemoteServer("http://a"), False)
+
+
+def test_the_variables_are_those_of_a_server_that_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "made_up_server.py").write_text("import os\nprint('OURS is', os.environ['OURS'])\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setitem(servers._MODULES, "foldserve", "made_up_server")
+    fleet = Fleet({}, {"foldserve": []}, tmp_path, beside=False, variables={"OURS": "set"})
+    with pytest.raises(RuntimeError, match="OURS is set"):
+        fleet.get("foldserve")
+    assert "OURS" not in os.environ
 
 
 def test_smoke(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
