@@ -29,7 +29,7 @@ _LOADED = [_COMMAND, "vllm.entrypoints.cli.benchmark.main", "vllm.benchmarks.ser
 
 def preload() -> None:
     """Imports the client's modules, so that the first `send` does not wait for them."""
-    idle = _forks().Process(daemon=True)
+    idle = _fork_server().Process(daemon=True)
     idle.start()
     idle.join()
 
@@ -51,7 +51,7 @@ def send(
         options = [*arguments(url, model, len(chats), body, load, burstiness, seed), "--result-dir", name]
         options += ["--dataset-path", str(folder / "chats.jsonl"), "--result-filename", "result.json"]
         log = folder / "log"
-        client = _forks().Process(target=_serve, args=(options, log), daemon=True)
+        client = _fork_server().Process(target=_serve, args=(options, log), daemon=True)
         client.start()
         client.join()
         if client.exitcode != 0:
@@ -60,7 +60,7 @@ def send(
         return parse(json.loads((folder / "result.json").read_text()))
 
 
-def _forks() -> ForkServerContext:
+def _fork_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_LOADED)
     return context

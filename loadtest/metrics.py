@@ -62,7 +62,7 @@ class MetricsWatch:
         self._page, self._every_s = f"{url}/metrics", every_s
         self._client = httpx.Client(timeout=30, headers=keys.for_metrics())
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._poll, daemon=True)
         self.counters: dict[str, float] = {}
         self.gauges: dict[str, list[float]] = defaultdict(list)
 
@@ -80,7 +80,7 @@ class MetricsWatch:
             self._client.close()
         self.counters = {name: value - self._before.get(name, 0) for name, value in after.items()}
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         while not self._over.wait(self._every_s):
             try:
                 _, gauges = self._read()

@@ -82,7 +82,7 @@ def charts(reports: Mapping[str, Sequence[PointSummary]], accuracy: Sequence[Acc
     """
     chosen, left_out = _families([row for rows in reports.values() for row in rows])
     found = [_chart(question, reports, chosen, left_out) for question in _QUESTIONS]
-    found.insert(1, _trade(reports, chosen, accuracy))
+    found.insert(1, _trade_off(reports, chosen, accuracy))
     return [chart for chart in found if chart is not None]
 
 
@@ -182,7 +182,7 @@ def _limit_line(
     return [ChartLine("", points, colour, is_dashed=True)]
 
 
-def _trade(
+def _trade_off(
     reports: Mapping[str, Sequence[PointSummary]], families: Sequence[str], accuracy: Sequence[Accuracy]
 ) -> Chart | None:
     """Right answers against speed, at the last load."""

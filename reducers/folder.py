@@ -51,10 +51,10 @@ def folder(
             metric = group_sum(metric, steps[-1].slot, steps[-1].sizes)  # sum and mean have the same cosines
         steps.append(fold(metric, k, order="position", class_token=class_token))
     is_scaled = scale == "official" and (len(folds) > 1 or sum(folds) < (x.shape[1] - sum(folds)) // 2)
-    return merge(x, steps, scale=_official if is_scaled else None)
+    return merge(x, steps, scale=_official_scale if is_scaled else None)
 
 
-def _official(sizes: Tensor) -> Tensor:
+def _official_scale(sizes: Tensor) -> Tensor:
     return 1 + sizes.log()
 
 

@@ -207,10 +207,10 @@ def _of_cells(layout: Layout, count: int) -> Layout:
 def min_kept_cells(reduction: Reduction, layout: Layout) -> int:
     """How many cells of an image have to stay, whatever its pixels; raises InvalidReduction if it has fewer."""
     is_bound = not reduction.first and (reduction.ratio or reduction.keep_tokens)
-    return _left_of_whole(reduction, layout) if is_bound else MIN_KEPT
+    return _kept_of_single_grid(reduction, layout) if is_bound else MIN_KEPT
 
 
-def _left_of_whole(reduction: Reduction, layout: Layout) -> int:
+def _kept_of_single_grid(reduction: Reduction, layout: Layout) -> int:
     """Tokens that `ratio` or `keep_tokens` leaves of an image of one grid."""
     return layout.tokens - tokens_to_remove(reduction, layout.parts[0].geometry)
 
@@ -227,11 +227,11 @@ def check(reduction: Reduction, layout: Layout) -> None:
 
 def check_method(method: Method, layout: Layout) -> None:
     """Raises InvalidReduction if the method does not work with the model of this layout."""
-    for geometry in _worked_on(method, layout):
+    for geometry in _method_geometries(method, layout):
         method.check(geometry)
 
 
-def _worked_on(method: Method, layout: Layout) -> list[VisionGeometry]:
+def _method_geometries(method: Method, layout: Layout) -> list[VisionGeometry]:
     """Geometries that the method sees: a tile's, or those of the grids after layout."""
     if layout.tiling is not None and _works_on_tiles(method):
         return [layout.tiling.tile]
@@ -261,7 +261,7 @@ def plan_item(reduction: Reduction, layout: Layout, cells: Cells | None = None) 
 
 @lru_cache(maxsize=4096)
 def _plan_item(reduction: Reduction, layout: Layout, cells: Cells | None) -> ItemPlan:
-    base_only = reduction.base_only and _base(layout).tokens < layout.tokens
+    base_only = reduction.base_only and _base_layout(layout).tokens < layout.tokens
     if isinstance(METHODS[reduction.method], AcrossFrames):
         check_method(METHODS[reduction.method], layout)
     if reduction.pruning is None:
@@ -299,11 +299,11 @@ def _after_pruning(reduction: Reduction, layout: Layout) -> Reduction:
         return Reduction()
     own = {option.name for option in METHODS[reduction.method].options}
     options = tuple(option for option in reduction.options if option[0] in own)
-    most = _left_of_whole(reduction, layout)
+    most = _kept_of_single_grid(reduction, layout)
     return replace(reduction, first=None, options=options, ratio=None, keep_tokens=most)
 
 
-def _base(layout: Layout) -> Layout:
+def _base_layout(layout: Layout) -> Layout:
     """Layout of the base tile alone."""
     check_method(METHODS[BaseOnly.name], layout)
     base = None if layout.tiling is None else layout.tiling.base(layout.shape)
@@ -335,7 +335,7 @@ def _of_tiles(reduction: Reduction, layout: Layout) -> tuple[Plan | None, Reduct
 
 
 def _plan_parts(reduction: Reduction, layout: Layout) -> tuple[Plan, ...]:
-    return tuple(_plan_part(one, layout, i) for i, one in enumerate(_shared_out(reduction, layout)))
+    return tuple(_plan_part(one, layout, i) for i, one in enumerate(_split_keep_tokens(reduction, layout)))
 
 
 def _plan_part(reduction: Reduction, layout: Layout, index: int) -> Plan:
@@ -354,7 +354,7 @@ def _plan_part(reduction: Reduction, layout: Layout, index: int) -> Plan:
         raise InvalidReduction(text, refusal.param) from None
 
 
-def _shared_out(reduction: Reduction, layout: Layout) -> list[Reduction]:
+def _split_keep_tokens(reduction: Reduction, layout: Layout) -> list[Reduction]:
     """One reduction per part; `keep_tokens` is divided in proportion to tokens, by largest remainder."""
     parts, asked = layout.parts, reduction.keep_tokens
     if asked is None or layout.tokens == parts[0].geometry.tokens:  # one grid: nothing to share

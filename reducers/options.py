@@ -109,25 +109,25 @@ class Option(Field[_T]):
 
 @dataclass(frozen=True)
 class ChoiceOption(Option[str]):
-    words: tuple[str, ...]
+    allowed: tuple[str, ...]
 
     def parse(self, value: object) -> str:
-        if not isinstance(value, str) or value not in self.words:
-            raise self.refusal(" or ".join(repr(word) for word in self.words), value)
+        if not isinstance(value, str) or value not in self.allowed:
+            raise self.refusal(" or ".join(repr(word) for word in self.allowed), value)
         return value
 
     @property
     def count(self) -> int:
-        return len(self.words)
+        return len(self.allowed)
 
     def to_int(self, value: str) -> int:
-        return self.words.index(value)
+        return self.allowed.index(value)
 
     def from_int(self, code: int) -> str:
-        return self.words[code]
+        return self.allowed[code]
 
     def values(self) -> dict[str, Any]:
-        return {"type": "string", "enum": list(self.words)}
+        return {"type": "string", "enum": list(self.allowed)}
 
 
 class FlagOption(FlagField, Option[bool]):

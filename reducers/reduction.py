@@ -249,8 +249,10 @@ class Reduction:
         elif decoder and not method:
             _move_ratio(decoder, values)
         method = method or _DEFAULT_METHOD
-        decoder = _added(method, decoder, "withdraw", _WITHDRAW.parse(value.get("withdraw", False)))
-        decoder = _added(method, decoder, METHODS[method].decoder_half, _DECODER.parse(value.get("decoder", False)))
+        decoder = _decoder_method(method, decoder, "withdraw", _WITHDRAW.parse(value.get("withdraw", False)))
+        decoder = _decoder_method(
+            method, decoder, METHODS[method].decoder_half, _DECODER.parse(value.get("decoder", False))
+        )
         return cls(method, decoder, own, first=first, **values)
 
     def to_json(self) -> dict[str, Any]:
@@ -300,7 +302,7 @@ def _move_ratio(decoder: str, values: dict[str, Any]) -> None:
         values["decoder_ratio"] = _RATIO.parse(values.pop("ratio"))
 
 
-def _added(method: str, decoder: str | None, more: str | None, flag: bool) -> str | None:
+def _decoder_method(method: str, decoder: str | None, more: str | None, flag: bool) -> str | None:
     """The decoder's method: `more` if `flag` is set, else `decoder`."""
     if not flag:
         return decoder

@@ -49,7 +49,7 @@ class AutoChoice(NamedTuple):
     def ratio(self) -> float:
         return ratio_of(self.step)
 
-    def settled(self, by: SettledStep) -> AutoChoice:
+    def with_step(self, by: SettledStep) -> AutoChoice:
         """With what the image's pixels came to."""
         return self._replace(
             step=by.step, unpredicted=by.unpredicted, target=self.target if by.is_enough else None, cap=None

@@ -79,12 +79,12 @@ def without_detours(graph: set[Arrow]) -> set[Arrow]:
     """The transitive reduction of the graph; CycleError if folders import each other, directly or not."""
     TopologicalSorter({a: [d for c, d in graph if c == a] for a, _ in graph}).prepare()
     return {
-        (a, b) for a, b in graph if not any((a, c) in graph and _leads(graph, c, b) for c in DESCRIPTIONS if c != b)
+        (a, b) for a, b in graph if not any((a, c) in graph and _has_path(graph, c, b) for c in DESCRIPTIONS if c != b)
     }
 
 
-def _leads(graph: set[Arrow], a: str, b: str) -> bool:
-    return (a, b) in graph or any(_leads(graph, d, b) for c, d in graph if c == a)
+def _has_path(graph: set[Arrow], a: str, b: str) -> bool:
+    return (a, b) in graph or any(_has_path(graph, d, b) for c, d in graph if c == a)
 
 
 def picture(graph: set[Arrow]) -> str:

@@ -70,7 +70,7 @@ class Bench:
             costs: list[tuple[Clock, Clock]] = []
             for _ in range(WARM_UP + runs):
                 keeping = Clock()
-                with _on(keeping):
+                with _time_keeping(keeping):
                     whole = self.serve("keep", requests)
                 without = Clock(whole.cpu_ms - keeping.cpu_ms, whole.wall_ms - keeping.wall_ms)
                 costs.append((whole, without))
@@ -112,7 +112,7 @@ class Bench:
 
 
 @contextmanager
-def _on(clock: Clock) -> Iterator[None]:
+def _time_keeping(clock: Clock) -> Iterator[None]:
     """Adds the time of `KEEPING` to `clock`."""
 
     def clocked(function: Callable[..., Any], *args: Any) -> Any:

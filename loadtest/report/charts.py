@@ -251,13 +251,13 @@ class _LinePanel(PanelPainter):
 
     def _line(self, axes: Axes, line: ChartLine, with_bars: bool, linestyle: LineStyle) -> None:
         colour = MUTED if line.colour is None else SERIES[line.colour]
-        x, y = [point.x for point in line.points], [self._y(point.estimate.value) for point in line.points]
+        x, y = [point.x for point in line.points], [self._scaled_y(point.estimate.value) for point in line.points]
         if line.is_dashed:
             axes.plot(x, y, color=colour, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
             return
         is_reference = line.colour is None
         if with_bars and not is_reference:
-            low, high = ([self._y(end(point)) for point in line.points] for end in (_low, _high))
+            low, high = ([self._scaled_y(end(point)) for point in line.points] for end in (_low, _high))
             axes.vlines(x, low, high, color=colour, linewidth=1, alpha=0.55, zorder=3)
         axes.plot(
             x,
@@ -272,14 +272,16 @@ class _LinePanel(PanelPainter):
 
     def _level(self, axes: Axes, level: Level) -> list[Mark]:
         estimate = level.estimate
-        axes.axhspan(self._y(estimate.low), self._y(estimate.high), color=MUTED, alpha=0.15, linewidth=0, zorder=1)
-        axes.axhline(self._y(estimate.value), color=MUTED, linewidth=1, zorder=2)
+        axes.axhspan(
+            self._scaled_y(estimate.low), self._scaled_y(estimate.high), color=MUTED, alpha=0.15, linewidth=0, zorder=1
+        )
+        axes.axhline(self._scaled_y(estimate.value), color=MUTED, linewidth=1, zorder=2)
         return [self._mark(axes, level.name, ChartPoint(x, estimate)) for x in axes.get_xlim()]
 
     def _last_seen(self, axes: Axes, points: Sequence[ChartPoint]) -> ChartPoint:
         """The rightmost point within the axes, or the rightmost of all if none is."""
         low, high = axes.get_ylim()
-        inside = [point for point in points if low <= self._y(point.estimate.value) <= high]
+        inside = [point for point in points if low <= self._scaled_y(point.estimate.value) <= high]
         return min(inside or points, key=lambda point: abs(point.x - axes.get_xlim()[1]))
 
     def _mark(self, axes: Axes, name: str, point: ChartPoint) -> Mark:
@@ -288,9 +290,9 @@ class _LinePanel(PanelPainter):
         if estimate.low == estimate.high:  # it has no interval
             shown = shown.partition(" [")[0]
         about = ", ".join(filter(None, [name, point.about]))
-        return Mark(axes, point.x, self._y(point.estimate.value), f"{about}: {shown}")
+        return Mark(axes, point.x, self._scaled_y(point.estimate.value), f"{about}: {shown}")
 
-    def _y(self, value: float) -> float:
+    def _scaled_y(self, value: float) -> float:
         """The value as drawn: a logarithmic axis can't show 0."""
         scaled = value * self.y.scale
         return max(scaled, axis_low) if self.y.is_log and (axis_low := self.y.low or 0) else scaled
@@ -303,8 +305,8 @@ class _LinePanel(PanelPainter):
             if line.name and line.points:
                 last = self._last_seen(axes, line.points)
                 colour = MUTED if line.colour is None else SERIES[line.colour]
-                ends.append((line.name, colour, last.x, self._y(last.estimate.value)))
-        ends += [(level.name, MUTED, right, self._y(level.estimate.value)) for level in self.panel.levels]
+                ends.append((line.name, colour, last.x, self._scaled_y(last.estimate.value)))
+        ends += [(level.name, MUTED, right, self._scaled_y(level.estimate.value)) for level in self.panel.levels]
         if not ends:
             return
         box = axes.get_window_extent()

@@ -115,7 +115,7 @@ async def _run_hostile(args: argparse.Namespace) -> Siege:
 
 
 async def _look(server: SoakServer, bar: tqdm[Any]) -> HeldResources:
-    held = await server.settled()
+    held = await server.held_when_idle()
     bar.write(f"after {bar.n} requests: {held.memory_bytes / 1e6:.0f} MB, {held.files} file descriptors", sys.stderr)
     return held
 

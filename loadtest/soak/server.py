@@ -72,7 +72,7 @@ class SoakServer(LocalServer):
             memory=dict(memory),
         )
 
-    async def settled(self) -> HeldResources:
+    async def held_when_idle(self) -> HeldResources:
         """What the server holds once it is idle; a short request makes the engine update its gauges."""
         end = time.monotonic() + _SETTLES_WITHIN_S
         while True:

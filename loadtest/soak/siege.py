@@ -103,7 +103,7 @@ async def besiege(server: SoakServer, user: str, stranger: str, count: int, seed
         assert hostile.stdin is not None and hostile.stdout is not None
         await hostile.stdout.readline()
         await ask(server.address, encode("POST", "/v1/chat/completions", chat("x", [_NO_NAME], 1), user))
-        before = await server.settled()
+        before = await server.held_when_idle()
         alone = await send_all(server.address, plan(count, 0, seed, user), _AT_ONCE, bar)
         hostile.stdin.write(f"{stranger}\n".encode())
         await hostile.stdin.drain()
@@ -111,4 +111,4 @@ async def besiege(server: SoakServer, user: str, stranger: str, count: int, seed
         beside = await send_all(server.address, plan(count, 0, seed + 1, user), _AT_ONCE, bar)
         hostile.stdin.close()
         attacks, _ = await hostile.communicate()
-        return Siege(alone, beside, json.loads(attacks), before, await server.settled(), ready_within_s)
+        return Siege(alone, beside, json.loads(attacks), before, await server.held_when_idle(), ready_within_s)

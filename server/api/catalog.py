@@ -101,7 +101,7 @@ def modalities_of(method: Method, family: Family | None) -> list[Modality]:
 def _works_with(method: Method, family: Family, modality: Modality) -> bool:
     """Whether the model has what the method needs, apart from options that a request has to set."""
     try:
-        asked = _alone(method)
+        asked = _reduction_by(method)
         if modality == "image":
             family.of_image(asked, family.largest)
             check_method(method, family.largest)
@@ -113,7 +113,7 @@ def _works_with(method: Method, family: Family, modality: Modality) -> bool:
     return True
 
 
-def _alone(method: Method) -> Reduction:
+def _reduction_by(method: Method) -> Reduction:
     """A reduction by this method alone, without an amount."""
     if isinstance(method, Preselection):
         return Reduction(first=method.name)

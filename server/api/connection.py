@@ -115,32 +115,32 @@ class HttpProtocol(H11Protocol):
             return
         state = self.conn.their_state
         if state is h11.IDLE and self.conn.trailing_data[0]:
-            self._deadline.keep("head", _HEAD_S, lambda: self._late("the headers did not come whole", _HEAD_S))
+            self._deadline.keep("head", _HEAD_S, lambda: self._refuse_late("the headers did not come whole", _HEAD_S))
         elif state is h11.SEND_BODY and self.cycle.response_complete:
             self._deadline.keep("rest", _REST_S, self.transport.close)
         elif state is h11.SEND_BODY:
             self._deadline.set("body", _BODY_S, self._body_late)
         elif self.flow.read_paused:
-            self._deadline.keep("hang-up", _LOOK_S, self._look)
+            self._deadline.keep("hang-up", _LOOK_S, self._check_hang_up)
         else:
             self._deadline.clear()
 
-    def _look(self) -> None:
+    def _check_hang_up(self) -> None:
         """Notices a hang-up that unread bytes hide."""
         look = select.poll()
         look.register(self.transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
         if look.poll(0):
             self.transport.abort()
         elif self.flow.read_paused:
-            self._deadline.set("hang-up", _LOOK_S, self._look)
+            self._deadline.set("hang-up", _LOOK_S, self._check_hang_up)
 
     def _body_late(self) -> None:
         if self.flow.read_paused:  # the server is slow, not the client
             self._deadline.set("body", _BODY_S, self._body_late)
         else:
-            self._late("nothing more of the body came", _BODY_S)
+            self._refuse_late("nothing more of the body came", _BODY_S)
 
-    def _late(self, what: str, seconds: float) -> None:
+    def _refuse_late(self, what: str, seconds: float) -> None:
         self._refuse(MalformedHttp(f"{what} within {seconds:g} s", 408))
 
     def _refuse(self, error: FoldserveError) -> None:

@@ -113,10 +113,10 @@ class PendingImages:
     mm_hashes: Sequence[str]
     clock: int
 
-    def arrived(self) -> None:
+    def mark_arrived(self) -> None:
         self.mirror.reached_engine(self.mm_hashes, self.clock)
 
-    def failed(self) -> None:
+    def mark_failed(self) -> None:
         """The engine gave the request up, perhaps because it did not hold the images."""
         for mm_hash in self.mm_hashes:
             self.mirror.invalidate(mm_hash)

@@ -151,9 +151,9 @@ class QualityGuard:
             if score is None:
                 _SKIPPED.labels("impossible").inc()
             else:
-                self._note(answer, score)
+                self._record(answer, score)
 
-    def _note(self, answer: CheckedAnswer, score: AnswerScore) -> None:
+    def _record(self, answer: CheckedAnswer, score: AnswerScore) -> None:
         vision, auto = answer.vision, answer.vision.auto
         labels = (vision.method, ratio_bucket(vision), "" if auto is None else auto.label)
         changed = any(rank != 1 for rank in score.ranks)

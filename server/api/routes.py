@@ -68,7 +68,7 @@ async def create_chat_completion(request: FoldChatRequest, raw_request: Request)
     """Answers a chat whose images cost as many vision tokens as the request says."""
     answer = await _answer(request, raw_request)
     if isinstance(answer, ChatCompletionResponse):
-        return _whole(answer.model_dump(), request)
+        return _json_response(answer.model_dump(), request)
     return _stream(answer, request, raw_request)
 
 
@@ -101,7 +101,7 @@ async def create_message(request: Annotated[FoldChatRequest, Depends(read_chat)]
 async def _written(writer: type[StreamWriter], request: FoldChatRequest, raw_request: Request) -> Response:
     answer, translation = await _answer(request, raw_request), translation_of(raw_request)
     if isinstance(answer, ChatCompletionResponse):
-        return _whole(writer.whole(answer, translation), request)
+        return _json_response(writer.whole(answer, translation), request)
     return _stream(writer(translation, request.progress.vision).written(answer), request, raw_request)
 
 
@@ -127,7 +127,7 @@ def _headers(request: FoldChatRequest) -> dict[str, str]:
     return {} if vision is None else {"X-Foldserve-Vision-Tokens": vision.to_header()}
 
 
-def _whole(body: dict[str, Any], request: FoldChatRequest) -> Response:
+def _json_response(body: dict[str, Any], request: FoldChatRequest) -> Response:
     return JSONResponse(body, headers=_headers(request))
 
 

@@ -229,7 +229,7 @@ class FoldServingChat(OpenAIServingChat):
         self.planner.check_positions([*chain.from_iterable(planned.values())], len(fields["prompt_token_ids"]), request)
         layer, choices = self.planner.settings.withdraw_layer, request.progress.auto
         if settled := fields.get(SETTLED):
-            choices = [choice.settled(by) for choice, by in zip(choices, settled, strict=True)]
+            choices = [choice.with_step(by) for choice, by in zip(choices, settled, strict=True)]
         request.progress.vision = vision_tokens(
             planned, prompt, layer, self.planner.step_capacity, AutoChoice.combined(choices)
         )
@@ -303,22 +303,22 @@ async def _with_explained_errors(
             lifecycle.note_output()
             if any(choice.finish_reason == "error" for choice in output.outputs):
                 if pending_images is not None:
-                    pending_images.failed()
+                    pending_images.mark_failed()
                 if form is not None:
                     raise forms.refusal(form)
             elif pending_images is not None:
-                pending_images.arrived()
+                pending_images.mark_arrived()
             pending_images = None
             progress.is_answered = output.finished
             yield output
     except Exception as error:
-        progress.failure = shown = _shown(request, error, lifecycle)
+        progress.failure = shown = _client_error(request, error, lifecycle)
         if shown is error:
             raise
         raise shown from None
 
 
-def _shown(request: FoldChatRequest, error: Exception, lifecycle: Lifecycle) -> Exception:
+def _client_error(request: FoldChatRequest, error: Exception, lifecycle: Lifecycle) -> Exception:
     """The error for the client; the server's own faults stay as they are."""
     if (shown := lifecycle.explain(error)) is not error or isinstance(error, FoldserveError):
         return shown

@@ -70,7 +70,7 @@ class FoldModel(SupportsMultiModal):
         Without reduction this is vLLM's own path, bit for bit.
         """
         is_dummy = kwargs.pop(DUMMY_FIELD, None) is not None
-        rows_of_plans, ids = _popped(kwargs, PLAN_FIELDS), _popped(kwargs, QUERY_FIELDS)
+        rows_of_plans, ids = _pop_fields(kwargs, PLAN_FIELDS), _pop_fields(kwargs, QUERY_FIELDS)
         family = self.family
         if rows_of_plans is None or family is None:
             return super().embed_multimodal(**kwargs)
@@ -101,7 +101,7 @@ class FoldModel(SupportsMultiModal):
             For each grid of `Family.kept_grids`: (group of each token, source of each group); None if all tokens stay.
         """
         kwargs.pop(DUMMY_FIELD, None)
-        (row,), queries = _popped(kwargs, PLAN_FIELDS), self._query_embeds(_popped(kwargs, QUERY_FIELDS))
+        (row,), queries = _pop_fields(kwargs, PLAN_FIELDS), self._query_embeds(_pop_fields(kwargs, QUERY_FIELDS))
         family = self.family
         assert family is not None, "who asks has a plan"
         grids = family.kept_grids(self, self._pixels(family, kwargs), family.read_plan(row.tolist()), queries)
@@ -176,7 +176,7 @@ class FoldModel(SupportsMultiModal):
         )
 
 
-def _popped(kwargs: dict[str, Any], names: Mapping[Modality, str]) -> Any:
+def _pop_fields(kwargs: dict[str, Any], names: Mapping[Modality, str]) -> Any:
     """Remove the fields of these names; returns the one that the batch, which has one modality, contains."""
     fields = [kwargs.pop(name, None) for name in names.values()]
     return next((field for field in fields if field is not None), None)

@@ -53,7 +53,7 @@ class Pair:
         """One request from end to end; which of its images had to travel."""
         way, payload = self.prepare(*names)
         self.deliver(way, payload)
-        way.arrived()
+        way.mark_arrived()
         return [item is not None for item in payload]
 
 
@@ -76,7 +76,7 @@ def test_a_request_that_the_engine_gave_up_says_nothing() -> None:
     pair = Pair()
     pair.ask("a")
     way, _ = pair.prepare("a")
-    way.failed()
+    way.mark_failed()
     assert pair.ask("a") == [True]
 
 
@@ -96,7 +96,7 @@ def test_after_a_reset_everything_travels_again() -> None:
     pair.engine.clear_cache()
     pair.mirror.clear_cache()
     late = pair.prepare("a")
-    way.arrived()  # tells of the time before
+    way.mark_arrived()  # tells of the time before
     assert pair.prepare("a")[1] == [ITEMS["a"]]
     pair.deliver(*late)
 
@@ -127,7 +127,7 @@ def test_the_engine_holds_what_is_noted(requests: list[tuple[list[str], int | No
             return
         pair.deliver(way, payload)
         if heard is not None:
-            events[heard].append(way.arrived)
+            events[heard].append(way.mark_arrived)
 
     for time, (names, delay, heard) in enumerate(requests):
         if delay is not None:
@@ -147,7 +147,7 @@ def test_a_wrong_note_is_a_miss() -> None:
     """What all this is against; without it the test above could not fail."""
     pair = Pair()
     way, _ = pair.prepare("a")
-    way.arrived()  # it had not
+    way.mark_arrived()  # it had not
     with pytest.raises(MultiModalCacheMissError):
         pair.ask("a")
 

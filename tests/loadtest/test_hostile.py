@@ -47,7 +47,7 @@ def test_each_attack_meets_its_answer(tiny_llava: Path, tmp_path: Path) -> None:
             return type(error).__name__
 
     async def run() -> tuple[list[str], HeldResources]:
-        return await asyncio.gather(*map(outcome, attacks)), await server.settled()
+        return await asyncio.gather(*map(outcome, attacks)), await server.held_when_idle()
 
     try:
         outcomes, held = asyncio.run(run())

@@ -35,7 +35,7 @@ def image(tmp_path: Path) -> Path:
     ids=str,
 )
 def test_what_is_asked(image: Path, given: dict[str, Any], asked: dict[str, Any]) -> None:
-    assert MapOptions(image, **given).asked == Reduction.parse(asked)
+    assert MapOptions(image, **given).requested_reduction == Reduction.parse(asked)
 
 
 @pytest.mark.parametrize(

@@ -113,7 +113,7 @@ def served(policy: AutoPolicy, group: str, unpredicted: int, **more: Any) -> tup
     choice = policy.choose(group, (0, 0.75), **more)
     assert choice is not None and choice.cap is not None
     assert choice.step == choice.cap.least  # the server checks it with the fewest tokens that can stay
-    found = choice.settled(choice.cap.settle(unpredicted, 144))
+    found = choice.with_step(choice.cap.settle(unpredicted, 144))
     assert found.cap is None and found.unpredicted == unpredicted
     return found.step, found.target
 

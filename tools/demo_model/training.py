@@ -105,7 +105,7 @@ _OF_PHRASES = ("cell", "shape", "color", "size", "count")
 _LATER = ("count", "across", "along")
 
 
-def _some(classes: Mapping[str, int], names: tuple[str, ...]) -> dict[str, int]:
+def _subset(classes: Mapping[str, int], names: tuple[str, ...]) -> dict[str, int]:
     return {name: classes[name] for name in names}
 
 
@@ -118,9 +118,9 @@ class Trainer:
         geometry = recipe.geometry
         self.model = DemoLlava(geometry, special_ids().vocab_size)
         self.patch_heads = losses.ClassHeads(geometry.vision_hidden, LABELS)
-        self.phrase_heads = losses.ClassHeads(geometry.hidden_size, _some(REFERENTS, _OF_PHRASES))
-        self.late_heads = losses.ClassHeads(geometry.hidden_size, _some(REFERENTS, _LATER))
-        self.claim_heads = losses.ClassHeads(geometry.hidden_size, _some(REFERENTS, ("holds",)))
+        self.phrase_heads = losses.ClassHeads(geometry.hidden_size, _subset(REFERENTS, _OF_PHRASES))
+        self.late_heads = losses.ClassHeads(geometry.hidden_size, _subset(REFERENTS, _LATER))
+        self.claim_heads = losses.ClassHeads(geometry.hidden_size, _subset(REFERENTS, ("holds",)))
         heads = {"patch": self.patch_heads, "phrase": self.phrase_heads}
         heads |= {"late": self.late_heads, "claim": self.claim_heads}
         self.modules = nn.ModuleDict({"model": self.model, **heads})

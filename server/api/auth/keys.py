@@ -98,7 +98,7 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     except OSError as error:
         raise ValueError(f"the key file {path} can't be read: {error.strerror}") from error
     except ValidationError as error:
-        raise ValueError(f"the key file {path}: {_first(error.errors())}") from error
+        raise ValueError(f"the key file {path}: {_first_error(error.errors())}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"the key file {path} is not TOML: {error}") from error
     if not 1 <= len(entries) <= MOST_KEYS:
@@ -120,11 +120,11 @@ def entry(name: str, key: str, *, rate: str | None, concurrent: int | None, scop
     try:
         _Entry.model_validate(fields)
     except ValidationError as error:
-        raise ValueError(_first(error.errors())) from error
+        raise ValueError(_first_error(error.errors())) from error
     return "[[key]]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in fields.items()) + "\n"
 
 
-def _first(errors: list[Any]) -> str:
+def _first_error(errors: list[Any]) -> str:
     """The first error, without the rejected value: it may be a key pasted instead of its hash."""
     place = ".".join(str(part) for part in errors[0]["loc"])
     return f"{place}: {errors[0]['msg']}"

@@ -109,11 +109,11 @@ class OutputFile:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     break
-                self._note(line, number, survey)
+                self._read_line(line, number, survey)
                 whole += len(line)
         os.ftruncate(self._file, whole)
 
-    def _note(self, line: bytes, at: int, survey: Survey) -> None:
+    def _read_line(self, line: bytes, at: int, survey: Survey) -> None:
         try:
             result = jiter.from_json(line, cache_mode="none")
             number = int(result["id"].removeprefix(_PREFIX))

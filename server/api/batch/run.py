@@ -165,7 +165,7 @@ class BatchRun:
                         workers.create_task(self._work())
                 syncs.cancel()
         except BaseExceptionGroup as error:
-            raise _first(error) from None
+            raise _first_exception(error) from None
 
     async def _work(self) -> None:
         while (line := await self._room.next(self._lines)) is not None:
@@ -237,7 +237,7 @@ def _counts(reply: Reply) -> Mapping[str, int]:
     return {"encoded": int(found[1]), "kept": int(found[2])} if found and reply.status == 200 else {}
 
 
-def _first(error: BaseException) -> BaseException:
+def _first_exception(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

@@ -144,9 +144,11 @@ class StreamWriter(ABC):
     def _delta(self, choice: Json) -> str:
         delta, events = choice["delta"], ""
         if delta.get("reasoning"):
-            events += self._more("reasoning", delta["reasoning"], [])
+            events += self._continue_block("reasoning", delta["reasoning"], [])
         if delta.get("content"):
-            events += self._more("text", delta["content"], (choice.get("logprobs") or {}).get("content") or [])
+            events += self._continue_block(
+                "text", delta["content"], (choice.get("logprobs") or {}).get("content") or []
+            )
         for call in delta.get("tool_calls") or ():
             function = call.get("function") or {}
             if call["index"] != self._call:
@@ -156,7 +158,7 @@ class StreamWriter(ABC):
                 events += self._add(function["arguments"], [])
         return events
 
-    def _more(self, kind: Literal["reasoning", "text"], text: str, logprobs: list[Json]) -> str:
+    def _continue_block(self, kind: Literal["reasoning", "text"], text: str, logprobs: list[Json]) -> str:
         events = "" if self.blocks and self.blocks[-1].kind == kind else self._open(AnswerBlock(kind))
         return events + self._add(text, logprobs)
 

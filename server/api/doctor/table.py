@@ -33,7 +33,7 @@ def table(report: DoctorReport) -> str:
     if report.kv is not None:
         sections.append(("KV cache", _kv(report.kv, "image" if report.model is None else report.model.unit)))
     if report.engine is not None:
-        sections.append(("engine", [*_engine(report.engine), *_added(report.options_added)]))
+        sections.append(("engine", [*_engine(report.engine), *_added_options(report.options_added)]))
     sections.append(("machine", machine_rows(report.machine) if report.machine else ()))
     sections.append(("versions", version_rows(report.versions, report.machine)))
     lines = [_verdict(report), *_problems(report)]
@@ -133,15 +133,16 @@ def _engine(engine: EngineFacts) -> Rows:
         ("in a step", f"{engine.max_num_seqs} sequences, {engine.max_num_batched_tokens} tokens"),
         (
             "scheduling",
-            f"{_on('prefix caching', engine.prefix_caching)}, {_on('chunked prefill', engine.chunked_prefill)}, "
-            f"{_on('asynchronous', engine.async_scheduling)}",
+            f"{_on_or_off('prefix caching', engine.prefix_caching)}, "
+            f"{_on_or_off('chunked prefill', engine.chunked_prefill)}, "
+            f"{_on_or_off('asynchronous', engine.async_scheduling)}",
         ),
         ("worker", engine.worker),
         ("scheduler", engine.scheduler),
     ]
 
 
-def _added(options: Sequence[str]) -> Rows:
+def _added_options(options: Sequence[str]) -> Rows:
     return [("" if i else "options added", option) for i, option in enumerate(options)]
 
 
@@ -187,7 +188,7 @@ def _count(n: int, what: str) -> str:
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
-def _on(what: str, on: bool) -> str:
+def _on_or_off(what: str, on: bool) -> str:
     return f"{what} {'on' if on else 'off'}"
 
 

@@ -98,29 +98,32 @@ class SpecialTokens:
         budget = SpecialTokenBudget(most)
         for name in _RENDERED:
             if name in body:
-                body[name] = self._in(body[name], budget)
+                body[name] = self._neutralise_value(body[name], budget)
 
-    def _in(self, value: Any, budget: SpecialTokenBudget) -> Any:
+    def _neutralise_value(self, value: Any, budget: SpecialTokenBudget) -> Any:
         if isinstance(value, str):
             return self.neutralise([value], budget)[0]
         if isinstance(value, dict):
-            return {self._in(key, budget): self._in_field(key, inner, budget) for key, inner in value.items()}
+            return {
+                self._neutralise_value(key, budget): self._neutralise_field(key, inner, budget)
+                for key, inner in value.items()
+            }
         if isinstance(value, list):
-            return self._in_list(value, budget)
+            return self._neutralise_list(value, budget)
         return value
 
-    def _in_field(self, key: str, value: Any, budget: SpecialTokenBudget) -> Any:
+    def _neutralise_field(self, key: str, value: Any, budget: SpecialTokenBudget) -> Any:
         if key in _NOT_TEXT and isinstance(value, str | dict):
             return value
         if key == "arguments" and isinstance(value, str) and "\\" in value:
-            return self._in_json(value, budget)
-        return self._in(value, budget)
+            return self._neutralise_json(value, budget)
+        return self._neutralise_value(value, budget)
 
-    def _in_json(self, text: str, budget: SpecialTokenBudget) -> str:
+    def _neutralise_json(self, text: str, budget: SpecialTokenBudget) -> str:
         """A template gets a tool call's arguments parsed: `\\u003c` and `<\\/` are letters by then."""
         try:
             value = json.loads(text)
-            safe = self._in(value, budget)
+            safe = self._neutralise_value(value, budget)
             if safe != value:
                 text = json.dumps(safe, ensure_ascii=False)
         except ValueError:  # vLLM takes it for no arguments
@@ -129,7 +132,7 @@ class SpecialTokens:
             raise LimitExceeded("the arguments of a tool call are nested too deeply", "messages") from error
         return self.neutralise([text], budget)[0]  # for templates that show it as it is
 
-    def _in_list(self, parts: list[Any], budget: SpecialTokenBudget) -> list[Any]:
+    def _neutralise_list(self, parts: list[Any], budget: SpecialTokenBudget) -> list[Any]:
         """A template may join neighbouring texts of one message."""
         places = [(p, key) for p, part in enumerate(parts) for key in _text_keys(part)]
         done = self.neutralise([parts[p] if key is None else parts[p][key] for p, key in places], budget)
@@ -141,9 +144,9 @@ class SpecialTokens:
             elif isinstance(part, dict):
                 texts = {key: by_place[p, key] for key in _text_keys(part)}
                 others = {key: inner for key, inner in part.items() if key not in texts}
-                result.append(self._in(others, budget) | texts)
+                result.append(self._neutralise_value(others, budget) | texts)
             else:
-                result.append(self._in(part, budget))
+                result.append(self._neutralise_value(part, budget))
         return result
 
 

@@ -132,7 +132,7 @@ class ImageFile:
                 settings = {"image_mode": mode, "rgba_background_color": background}
             if self.largest is not None:
                 settings["largest"] = self.largest
-                image = _shrunk(image, *self.largest)
+                image = _shrink(image, *self.largest)
             return MediaWithBytes(self._upright(image), self.content, settings or None)
         except Exception as error:  # as above, MemoryError included
             raise _damaged() from error
@@ -144,7 +144,7 @@ class ImageFile:
         return normalize_image(image)
 
 
-def _shrunk(image: Image.Image, width: int, height: int) -> Image.Image:
+def _shrink(image: Image.Image, width: int, height: int) -> Image.Image:
     if image.width <= width and image.height <= height:
         return image
     return image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)

@@ -36,7 +36,7 @@ def strip_metadata(content: bytes) -> StrippedFile:
         elif kind[0] & _ANCILLARY or (kind == b"PLTE" and colour != _PALETTE):
             cutter.drop(at, end)
             if kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") and _is_sound(content, at, end):
-                _note(metadata, kind, content[at + 8 : end - 4])
+                _keep_metadata(metadata, kind, content[at + 8 : end - 4])
         at = end
     return StrippedFile(cutter.result(), _orientation(metadata), colour_key)
 
@@ -56,7 +56,7 @@ def _colour_key(depth: int, colour: int, data: bytes) -> int | tuple[int, ...] |
     return tuple(sample >> 8 if depth == 16 else sample for sample in samples)
 
 
-def _note(metadata: dict[bytes, bytes], kind: bytes, data: bytes) -> None:
+def _keep_metadata(metadata: dict[bytes, bytes], kind: bytes, data: bytes) -> None:
     """Keeps a chunk that may tell the orientation; the last of each kind counts, as in Pillow."""
     if kind == b"eXIf":
         metadata[b"exif"] = data

@@ -133,7 +133,7 @@ class LlavaNextFamily(AfterTowerFamily):
         grid, of_mosaic = sides(plan.layout.parts[1].geometry), None if plan.base_only else plan.grids[1]
         return [
             Region("base", side, side, WHOLE, plan.grids[0]),
-            Region("mosaic", *grid, _within(canvas, mosaic, side), of_mosaic),
+            Region("mosaic", *grid, _kept_part(canvas, mosaic, side), of_mosaic),
         ]
 
     def _tile_regions(self, shape: tuple[int, ...], tile: Plan, canvas: Box) -> Iterator[Region]:
@@ -209,7 +209,7 @@ class LlavaNextFamily(AfterTowerFamily):
         return grid[rows.start : rows.stop, columns.start : columns.stop].flatten(0, 1)
 
 
-def _within(canvas: Box, mosaic: Mosaic, side: int) -> Box:
+def _kept_part(canvas: Box, mosaic: Mosaic, side: int) -> Box:
     """The part of a canvas whose tokens stay."""
     left, top, right, bottom = canvas
     column, row = (right - left) / (mosaic.across * side), (bottom - top) / (mosaic.down * side)

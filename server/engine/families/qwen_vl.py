@@ -83,7 +83,9 @@ class QwenVLFamily(EqualGridsFamily):
         processor = info.get_hf_processor().video_processor
         pictures, metadata = video if isinstance(video, tuple) else (video, {})
         # vLLM uses the metadata for Qwen3-VL; for the others the HF processor decides
-        chosen_later = metadata.get("do_sample_frames", False) if self._apart else processor.do_sample_frames
+        chosen_later = (
+            metadata.get("do_sample_frames", False) if self._has_text_between_frames else processor.do_sample_frames
+        )
         asked = info._merge_and_resolve_mm_processor_kwargs(kwargs).get("videos_kwargs", {})
         if chosen_later or asked.keys() & FRAME_OPTIONS:
             return None
@@ -95,12 +97,12 @@ class QwenVLFamily(EqualGridsFamily):
         if isinstance(METHODS[reduction.method], BeforeTower):
             raise InvalidReduction(f"method {reduction.method!r} makes images smaller, not videos", "method")
         refuse_cells_of_video(reduction)
-        if self._apart:
+        if self._has_text_between_frames:
             refuse_choice_in_pieces(reduction)
         return reduction
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        return _layout(self._any_size, not self._apart, *shape)
+        return _layout(self._any_size, not self._has_text_between_frames, *shape)
 
     @property
     def shortest_video(self) -> Layout:
@@ -204,11 +206,11 @@ class QwenVLFamily(EqualGridsFamily):
     def positions_beyond_tokens(self, plan: ItemPlan) -> int:
         """A video's frame rate is unknown here: assumes one position per frame, as at two frames a second."""
         rows, columns, frames = plan.layout.shape
-        runs = frames if self._apart else 1
+        runs = frames if self._has_text_between_frames else 1
         return runs * positions_taken(plan, PositionGrid(frames // runs, rows, columns), plan.kept // runs) - plan.kept
 
     @property
-    def _apart(self) -> bool:
+    def _has_text_between_frames(self) -> bool:
         """Whether the prompt has text between a video's frames."""
         return self._model_config.hf_config.model_type.startswith("qwen3")
 

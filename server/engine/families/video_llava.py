@@ -134,14 +134,14 @@ def _packed(class_tokens: torch.Tensor, grids: Sequence[KeptTokens], plan: ItemP
     length = plan.layout.parts[0].geometry.tokens + 1  # of a frame
     if len(grids) == len(class_tokens):
         frames = zip(class_tokens, grids, strict=True)
-        return join_grids([_behind(first, grid) for first, grid in frames], length)
+        return join_grids([_prepend_class_token(first, grid) for first, grid in frames], length)
     (video,) = grids  # only the device knows how many tokens of a frame are left, so it sorts
     starts = torch.arange(0, plan.encoded, length, device=video.source.device)
     source, order = torch.cat([starts, video.source + video.source // (length - 1) + 1]).sort()
     return KeptTokens(torch.cat([class_tokens.flatten(0, 1), video.features])[order], source)
 
 
-def _behind(class_token: torch.Tensor, frame: KeptTokens) -> KeptTokens:
+def _prepend_class_token(class_token: torch.Tensor, frame: KeptTokens) -> KeptTokens:
     """Put the class token (1, hidden) in front of a frame."""
     source = torch.cat([torch.zeros_like(frame.source[:1]), frame.source + 1])
     return KeptTokens(torch.cat([class_token, frame.features]), source)

@@ -39,7 +39,7 @@ _Layer = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """(positions, hidden, residual) -> (hidden, residual)"""
 
 
-def _adding(layer: _Layer, level: Tensor) -> _Layer:
+def _with_deepstack(layer: _Layer, level: Tensor) -> _Layer:
     def added(positions: Tensor, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         hidden, after = layer(positions, hidden, residual)
         return hidden + level, after
@@ -162,7 +162,7 @@ class WithdrawingDecoder(nn.Module):
             return whole
 
         layers = [rejoined if layer is cut else layer for layer in self.layers]
-        return [*map(_adding, layers, deepstack), *layers[len(deepstack) :]]
+        return [*map(_with_deepstack, layers, deepstack), *layers[len(deepstack) :]]
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         embeds: Tensor = getattr(self, self._embeddings)(input_ids)

@@ -178,8 +178,8 @@ class _OneBlockPlan(NamedTuple):
         return (self.removed,) if layer == self.block else ()
 
 
-def _units(model: Any, prompt: Prompt, block: int | None = None, removed: int = 0) -> TowerPass:
-    """A walk before the first block of Qwen's tower, in which the patches that become one token move together."""
+def _tower_pass(model: Any, prompt: Prompt, block: int | None = None, removed: int = 0) -> TowerPass:
+    """A pass before the first block of Qwen's tower, in which the patches that become one token move together."""
     inputs = _inputs(model, prompt)
     (grid,) = inputs["image_grid_thw"].tolist()
     plan: Any = _OneBlockPlan(grid[1] * grid[2] // model.visual.spatial_merge_unit, removed, block)
@@ -187,22 +187,22 @@ def _units(model: Any, prompt: Prompt, block: int | None = None, removed: int = 
 
 
 def _energy_of_units(model: Any, prompt: Prompt) -> Tensor:
-    walk = _units(model, prompt)
+    tower_pass = _tower_pass(model, prompt)
     energies = []
     for index, layer in enumerate(model.visual.blocks):
-        walk.through(layer, index)
-        energies.append(torch.linalg.svdvals(walk.tokens[0].float()).square().cpu())
+        tower_pass.run_layer(layer, index)
+        energies.append(torch.linalg.svdvals(tower_pass.tokens[0].float()).square().cpu())
     return torch.stack(energies)
 
 
 def _units_merged_in(model: Any, prompt: Prompt, block: int | None, removed: int) -> Merged:
     """Without deepstack levels: tokens are compared by the tower's final output."""
-    walk = _units(model, prompt, block, removed)
+    tower_pass = _tower_pass(model, prompt, block, removed)
     for index, layer in enumerate(model.visual.blocks):
-        walk.through(layer, index)
-    (left,) = walk.finish()
+        tower_pass.run_layer(layer, index)
+    (left,) = tower_pass.finish()
     width = model.family.deciding_columns(model)
-    return Merged(left.features[:, :width].float().cpu(), walk.sizes[0].float().cpu())
+    return Merged(left.features[:, :width].float().cpu(), tower_pass.sizes[0].float().cpu())
 
 
 class _RecordingAttention(DenseAttention):

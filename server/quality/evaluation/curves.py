@@ -55,7 +55,7 @@ def curves(card: Card) -> list[Curve]:
         known.add(name)
         own = [result for result in card.results if result.label == label]
         layers = sorted({result.layer for result in own if result.layer is not None and result.ratio is not None})
-        for layer in _two_of(layers, card.layers) if layers else [None]:
+        for layer in _two_layers(layers, card.layers) if layers else [None]:
             shown = [result for result in own if layer is None or result.layer == layer]
             shown.sort(key=attrgetter("layer_tokens"), reverse=True)
             found.append(Curve(name if layer is None else f"{name} K={layer}", label, _kind(name), shown))
@@ -113,7 +113,7 @@ def _kind(name: str) -> Kind | None:
     return METHODS[name].kind if name in METHODS else None
 
 
-def _two_of(layers: Sequence[int], total: int) -> list[int]:
+def _two_layers(layers: Sequence[int], total: int) -> list[int]:
     """The layers nearest to a third and two thirds of the decoder."""
     return sorted({min(layers, key=lambda layer: abs(layer - total * part / 3)) for part in (1, 2)})
 

@@ -122,7 +122,7 @@ def _pieces(text: str) -> list[str]:
 
 def _spec(text: str) -> Spec:
     text = text.strip()
-    fields = _json(text) if text.startswith("{") else _named(text)
+    fields = _json(text) if text.startswith("{") else _parse_method(text)
     for name in _AMOUNTS:
         if name in fields:
             advice = "withdraw as +withdraw in the method" if name == "withdraw" else "amounts with --ratios"
@@ -140,7 +140,7 @@ def _json(text: str) -> dict[str, Any]:
     return fields
 
 
-def _named(text: str) -> dict[str, Any]:
+def _parse_method(text: str) -> dict[str, Any]:
     name, _, options = text.partition(":")
     fields: dict[str, Any] = {"method": name}
     for option in _pieces(options) if options else []:

@@ -22,7 +22,7 @@ def run(options: MapOptions, small_model: Path, engine_options: Sequence[str]) -
     from foldserve.server.quality.engine.mapping import MappingModel  # vLLM, which takes seconds
 
     model = MappingModel(options.model or str(small_model), engine_options)
-    plan, maps = model.map(image, options.asked, options.question)
+    plan, maps = model.map(image, options.requested_reduction, options.question)
     grids = [
         MapGrid(it.region.name, it.region.rows, it.region.columns, it.region.box, it.group, it.sizes) for it in maps
     ]

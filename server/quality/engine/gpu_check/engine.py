@@ -67,7 +67,7 @@ class SchedulerWatch:
         self.images = 0
         self._scheduler = scheduler_of(llm)
         self._schedule, self._make_stats = self._scheduler.schedule, self._scheduler.make_stats
-        self._scheduler.schedule, self._scheduler.make_stats = self._scheduled, self._made_stats
+        self._scheduler.schedule, self._scheduler.make_stats = self._scheduled, self._counting_make_stats
 
     @property
     def held_blocks(self) -> int:
@@ -81,7 +81,7 @@ class SchedulerWatch:
         self.images = max(self.images, sum(map(len, step.scheduled_encoder_inputs.values())))
         return step
 
-    def _made_stats(self, *args: Any, **options: Any) -> Any:
+    def _counting_make_stats(self, *args: Any, **options: Any) -> Any:
         stats = self._make_stats(*args, **options)
         if stats is not None and stats.cudagraph_stats is not None:
             self.steps[stats.cudagraph_stats.runtime_mode] += 1

@@ -37,8 +37,8 @@ class _Measured:
 
     def row(self) -> LoadRow:
         spec = self._spec
-        self._at_once()  # to warm up
-        rate = median(self._at_once() for _ in range(spec.rounds))
+        self._throughput()  # to warm up
+        rate = median(self._throughput() for _ in range(spec.rounds))
         times = [self._one() for _ in range(spec.singles + 1)][1:]
         output = self._llm.generate([self._prompt()], self._params(1), use_tqdm=False)[0]
         return LoadRow(
@@ -49,7 +49,7 @@ class _Measured:
             sequences=self._sequences(len(output.prompt_token_ids)),
         )
 
-    def _at_once(self) -> float:
+    def _throughput(self) -> float:
         """Requests per second."""
         prompts = [self._prompt() for _ in range(self._spec.requests)]
         start = time.perf_counter()
