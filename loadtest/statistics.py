@@ -56,7 +56,7 @@ def quantile(q: float) -> Statistic:
     return of
 
 
-def draw(rounds: Sequence[Sequence[Sequence[float]]], statistic: Statistic) -> ResampledFigure:
+def resample_rounds(rounds: Sequence[Sequence[Sequence[float]]], statistic: Statistic) -> ResampledFigure:
     """Resamples values[round][request]; ValueError if a round has none."""
     by_round = [_padded(requests) for requests in rounds]
     if not by_round or any(values.size == 0 for values in by_round):

@@ -11,7 +11,7 @@ from foldserve.loadtest.metrics import KV_USE, RUNNING, WAITING
 from foldserve.loadtest.prediction import MeanRequest, ModelShape
 from foldserve.loadtest.record import Record
 from foldserve.loadtest.report.estimates import Estimate
-from foldserve.loadtest.statistics import ResampledFigure, draw, gaps, mean, quantile, quotient, rate, runs
+from foldserve.loadtest.statistics import ResampledFigure, gaps, mean, quantile, quotient, rate, resample_rounds, runs
 
 _PERCENTILES = (50, 90, 99)
 _FULL = 0.9
@@ -119,7 +119,7 @@ def _counted(record: Record, counter: str) -> float:
 def _figures(rounds: Sequence[Record]) -> dict[str, ResampledFigure]:
     """The figures that every round has values for."""
     each = [record.sent for record in rounds]
-    found = {"requests_per_s": draw([runs(gaps(sent.start_s, sent.e2e_s)) for sent in each], rate)}
+    found = {"requests_per_s": resample_rounds([runs(gaps(sent.start_s, sent.e2e_s)) for sent in each], rate)}
     times = {
         "ttft_s": [[[value] for value in sent.ttft_s] for sent in each],
         "itl_s": [[itl for itl in sent.itl_s if itl] for sent in each],
@@ -127,9 +127,9 @@ def _figures(rounds: Sequence[Record]) -> dict[str, ResampledFigure]:
     }
     for name, by_round in times.items():
         if all(by_round):
-            found |= {f"{name}_p{p}": draw(by_round, quantile(p / 100)) for p in _PERCENTILES}
+            found |= {f"{name}_p{p}": resample_rounds(by_round, quantile(p / 100)) for p in _PERCENTILES}
     for name, values in _per_round(rounds).items():
-        found[name] = draw([[[value]] for value in values], mean)
+        found[name] = resample_rounds([[[value]] for value in values], mean)
     return found | _of_cache(rounds, found)
 
 
@@ -142,15 +142,15 @@ def _of_cache(rounds: Sequence[Record], known: Mapping[str, ResampledFigure]) ->
     seen = [_looks(record) for record in rounds]
     if not all(seen):
         return {}
-    found = {"kv_use": draw([[[use] for use, _, _ in looks] for looks in seen], mean)}
+    found = {"kv_use": resample_rounds([[[use] for use, _, _ in looks] for looks in seen], mean)}
     times = [known.get(name) for name in ("decode_s", "prefill_s")]
     if times[0] is not None and times[1] is not None and times[0].value > times[1].value:
-        found["kv_share"] = draw([[[use, running] for use, running, _ in looks] for looks in seen], quotient)
+        found["kv_share"] = resample_rounds([[[use, running] for use, running, _ in looks] for looks in seen], quotient)
     full = [
         [[running] for use, running, waiting in looks if use >= _FULL and waiting >= _QUEUE * running] for looks in seen
     ]
     if all(full):
-        found["resident_when_full"] = draw(full, mean)
+        found["resident_when_full"] = resample_rounds(full, mean)
     return found
 
 

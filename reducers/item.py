@@ -17,7 +17,7 @@ from foldserve.reducers.pixelprune import Cells, PixelPrune
 from foldserve.reducers.plan import CODES, Plan, make_plan, tokens_to_remove
 from foldserve.reducers.reduction import MIN_KEPT, InvalidReduction, Reduction
 
-__all__ = ["ItemPlan", "Layout", "Part", "Tiling", "check", "min_kept_cells", "plan_item"]
+__all__ = ["ItemPlan", "Layout", "Part", "Tiling", "check_reduction", "min_kept_cells", "plan_item"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +215,7 @@ def _kept_of_single_grid(reduction: Reduction, layout: Layout) -> int:
     return layout.tokens - tokens_to_remove(reduction, layout.parts[0].geometry)
 
 
-def check(reduction: Reduction, layout: Layout) -> None:
+def check_reduction(reduction: Reduction, layout: Layout) -> None:
     """Raises InvalidReduction if the reduction's methods do not work with the model of this layout."""
     if reduction.first:
         check_method(METHODS[reduction.first], layout)

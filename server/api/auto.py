@@ -78,7 +78,7 @@ class AutoRatio:
     query: str | None = None
 
 
-def parse_reduction(value: object) -> Reduction | AutoRatio:
+def parse_requested_reduction(value: object) -> Reduction | AutoRatio:
     """The value of a request's `reduction`; raises InvalidReduction with the field at fault."""
     if not isinstance(value, Mapping):
         return Reduction.parse(value)

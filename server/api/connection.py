@@ -16,7 +16,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from foldserve.server.api.errors import FoldserveError, MalformedHttp, render
+from foldserve.server.api.errors import FoldserveError, MalformedHttp, render_error
 
 HEAD_BYTES = 64 * 1024
 """Most bytes of request line and headers, of trailers, and of a chunk's head; default of
@@ -149,7 +149,7 @@ class HttpProtocol(H11Protocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            response = render(error)
+            response = render_error(error)
             headers = [*self.server_state.default_headers, *response.raw_headers, (b"connection", b"close")]
             events = (
                 h11.Response(status_code=response.status_code, headers=headers),

@@ -205,7 +205,7 @@ class EngineStopped(Unavailable):
 Body = dict[str, dict[str, Any]]
 
 
-def render(error: Exception, shape: Callable[[Body], dict[str, Any]] | None = None) -> JSONResponse:
+def render_error(error: Exception, shape: Callable[[Body], dict[str, Any]] | None = None) -> JSONResponse:
     """Any error as `{"error": {"message", "type", "param", "code"}}` with its status and headers.
 
     Args:
@@ -217,8 +217,8 @@ def render(error: Exception, shape: Callable[[Body], dict[str, Any]] | None = No
     return JSONResponse(body if shape is None else shape(body), known.status, known.headers)
 
 
-def render_event(error: Exception | ErrorResponse) -> str:
-    """The body of `render`, as the data of an event in a stream."""
+def render_error_event(error: Exception | ErrorResponse) -> str:
+    """The body of `render_error`, as the data of an event in a stream."""
     if isinstance(error, ErrorResponse):
         error = from_vllm(error)
     known = translate(error)

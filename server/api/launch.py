@@ -68,7 +68,7 @@ def serve(argv: list[str], settings: Settings | SettingsFor, environment: Enviro
     prepare_process(environment)
     args = serve_args(argv, settings, environment, small_model)
     configure_logging_from_args(args)
-    with preflight.report_failures():
+    with preflight.exit_with_reason():
         preflight.check(args)
         with preflight.claimed_address(args):
             say(f"loading {args.model_tag or args.model}")
@@ -199,7 +199,7 @@ def _settings_for(choose: SettingsFor, args: Namespace, refuse: Callable[[str], 
 def _add_withdrawal(args: Namespace, layer: int, refuse: Callable[[str], NoReturn]) -> None:
     """Sets the engine arguments that withdrawal needs; refuses the user's own value for one of them."""
     try:
-        withdrawal.apply(args, layer, device=device())
+        withdrawal.apply_options(args, layer, device=device())
     except ValueError as error:
         refuse(str(error))
 

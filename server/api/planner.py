@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import chain
 
 from foldserve.reducers import METHODS
-from foldserve.reducers.item import ItemPlan, Layout, check, plan_item
+from foldserve.reducers.item import ItemPlan, Layout, check_reduction, plan_item
 from foldserve.reducers.method import AcrossFrames
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.reducers.reduction import Positions
@@ -225,4 +225,4 @@ def _check_for(family: Family, reduction: Reduction, layout: Layout) -> None:
     if not family.sizes_matter:
         plan_item(reduction, layout)
     elif reduction.acts_before_decoder:
-        check(reduction, layout)
+        check_reduction(reduction, layout)

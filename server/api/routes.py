@@ -25,7 +25,7 @@ from foldserve.server.api.auth.route import FoldRoute, GuardedRoute, MetricsRout
 from foldserve.server.api.dialects import schemas, written_messages, written_responses
 from foldserve.server.api.dialects.blocks import StreamWriter
 from foldserve.server.api.dialects.route import MessagesRoute, ResponsesRoute, read_chat, translation_of
-from foldserve.server.api.errors import NoSuchModel, UnsupportedRoute, from_vllm, render
+from foldserve.server.api.errors import NoSuchModel, UnsupportedRoute, from_vllm, render_error
 from foldserve.server.api.lifecycle.health import health
 from foldserve.server.api.limits.route import ChatRoute
 from foldserve.server.api.playground.routes import playground
@@ -208,7 +208,7 @@ async def _refuse(raw_request: Request) -> None:
 
 
 async def _render_http(request: Request, error: Exception) -> Response:
-    return render(error)
+    return render_error(error)
 
 
 def drop_foreign_routes(app: FastAPI) -> None:

@@ -44,11 +44,11 @@ RequestedReduction = Reduction | AutoRatio
 
 
 def _parse_reduction(value: object) -> RequestedReduction | None:
-    return None if value is None else auto.parse_reduction(value)
+    return None if value is None else auto.parse_requested_reduction(value)
 
 
 def _parse_ratio(value: object) -> RequestedReduction | None:
-    return None if value is None else auto.parse_reduction({"ratio": value})
+    return None if value is None else auto.parse_requested_reduction({"ratio": value})
 
 
 @lru_cache(maxsize=8)

@@ -23,7 +23,7 @@ from vllm.sampling_params import SamplingParams
 from foldserve.reducers.item import ItemPlan
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.api import metrics, reduction_map
-from foldserve.server.api.errors import FoldserveError, InvalidRequest, render_event
+from foldserve.server.api.errors import FoldserveError, InvalidRequest, render_error_event
 from foldserve.server.api.image_cache import EngineCacheMirror, PendingImages
 from foldserve.server.api.lifecycle.state import Lifecycle
 from foldserve.server.api.limits import forms, template
@@ -271,7 +271,7 @@ class FoldServingChat(OpenAIServingChat):
         async for event in super().chat_completion_stream_generator(request, outputs, *args, **kwargs):
             is_error = event.startswith('data: {"error"')
             if is_error:
-                event = f"data: {render_event(progress.failure or _error_in(event))}\n\n"
+                event = f"data: {render_error_event(progress.failure or _error_in(event))}\n\n"
             if first:
                 first, held = False, event
                 if not is_error:

@@ -82,7 +82,7 @@ def test_an_id_that_comes_twice_is_refused_with_both_lines(tmp_path: Path) -> No
 
 
 def test_ids_of_one_digest_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "digest", lambda custom_id: 0 if custom_id is None else 1)
+    monkeypatch.setattr(survey, "id_digest", lambda custom_id: 0 if custom_id is None else 1)
     assert len(Survey(write(tmp_path / "in", entry("a"), entry("b")), LONGEST)) == 2
 
 

@@ -28,7 +28,7 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from foldserve.server.api import errors
-from foldserve.server.api.errors import FoldserveError, from_vllm, render, render_event, translate
+from foldserve.server.api.errors import FoldserveError, from_vllm, render_error, render_error_event, translate
 from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.api.serving import FoldServingChat, _with_explained_errors
 
@@ -77,7 +77,7 @@ def told(explain: Callable[[Exception], Exception]) -> Any:
 
 @pytest.mark.parametrize(("error", "status", "code", "param"), THEIRS, ids=lambda v: type(v).__name__)
 def test_no_text_of_a_library(error: Exception, status: int, code: str, param: str | None) -> None:
-    answer = render(error)
+    answer = render_error(error)
     assert answer.status_code == status
     check(json.loads(bytes(answer.body)), code, param)
     assert ("retry-after" in answer.headers) == (status == 503)
@@ -85,12 +85,12 @@ def test_no_text_of_a_library(error: Exception, status: int, code: str, param: s
 
 @pytest.mark.parametrize(("error", "status", "code", "param"), THEIRS, ids=lambda v: type(v).__name__)
 def test_nor_in_a_stream(error: Exception, status: int, code: str, param: str | None) -> None:
-    check(json.loads(render_event(error)), code, param)
+    check(json.loads(render_error_event(error)), code, param)
 
 
 @pytest.mark.parametrize(("error", "status", "code", "param"), THEIRS[:-5], ids=lambda v: type(v).__name__)
 def test_nor_in_a_response_that_vllm_made(error: Exception, status: int, code: str, param: str | None) -> None:
-    check(json.loads(bytes(render(from_vllm(create_error_response(error))).body)), code, param)
+    check(json.loads(bytes(render_error(from_vllm(create_error_response(error))).body)), code, param)
 
 
 def output(text: str, finish_reason: str | None = None) -> RequestOutput:

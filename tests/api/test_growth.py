@@ -32,7 +32,7 @@ from vllm.tokenizers.hf import get_cached_tokenizer
 
 from foldserve.server.api.auth.counters import SharedCounters
 from foldserve.server.api.auth.guard import AuthGuard
-from foldserve.server.api.errors import FoldserveError, render
+from foldserve.server.api.errors import FoldserveError, render_error
 from foldserve.server.api.limits import template
 from foldserve.server.api.limits.body import check_body
 from foldserve.server.api.limits.checks import ChatChecks, known_tokens
@@ -154,11 +154,11 @@ class Steps:
             self._run(body)
         except ValidationError as error:
             errors = self._measure("errors", error.errors)
-            self._measure("render", render, RequestValidationError(errors))
+            self._measure("render", render_error, RequestValidationError(errors))
         except VLLMValidationError as error:
             self._measure("blame", template.refusal, error, 1)
         except FoldserveError as error:
-            self._measure("render", render, error)
+            self._measure("render", render_error, error)
         except (TypeError, ValueError):  # vLLM's, of an odd tool call
             return
 

@@ -17,7 +17,7 @@ from foldserve.loadtest.prediction import MeanRequest, ModelShape, read_shape
 from foldserve.loadtest.quality import read_accuracy
 from foldserve.loadtest.record import BlockJournal, Record, SentRequests, joined
 from foldserve.loadtest.report.journal import RESULTS_FILE, run_identity
-from foldserve.loadtest.statistics import draw, gaps, mean, quantile, rate, runs
+from foldserve.loadtest.statistics import gaps, mean, quantile, rate, resample_rounds, runs
 from foldserve.loadtest.summary import summarise
 from foldserve.loadtest.throughput import LoadTestReport, write
 from foldserve.loadtest.throughput import read as read_report
@@ -52,7 +52,7 @@ def test_a_bootstrap_covers_the_mean_as_often_as_it_says() -> None:
     random = np.random.default_rng(0)
     hits = 0
     for _ in range(200):
-        found = draw([[[value] for value in random.normal(5, 1, 60)]], mean).estimate()
+        found = resample_rounds([[[value] for value in random.normal(5, 1, 60)]], mean).estimate()
         hits += found.low <= 5 <= found.high
     assert 0.88 <= hits / 200 <= 0.99
 
@@ -65,7 +65,7 @@ def test_answers_that_end_together_are_no_chance(wave: int) -> None:
     for _ in range(200):
         steps = random.normal(0.4 * wave, 0.04 * wave, 192 // wave)
         times = [gap for step in steps for gap in (step, *[0.0] * (wave - 1))]
-        found = draw([runs(times)], rate).estimate()
+        found = resample_rounds([runs(times)], rate).estimate()
         hits += found.low <= 2.5 <= found.high
         widths.append(found.high - found.low)
         assert [gap for run in runs(times) for gap in run] == times
@@ -74,11 +74,11 @@ def test_answers_that_end_together_are_no_chance(wave: int) -> None:
 
 
 def test_figures_of_rounds() -> None:
-    assert draw([[[1.0], [3.0]], [[5.0], [7.0]]], mean).value == 4
-    assert draw([[[1.0, 2.0], [3.0]]], quantile(0.5)).value == 2
-    assert draw([[[0.5]] * 4], rate).estimate().show(1) == "2.0 [2.0, 2.0]"
+    assert resample_rounds([[[1.0], [3.0]], [[5.0], [7.0]]], mean).value == 4
+    assert resample_rounds([[[1.0, 2.0], [3.0]]], quantile(0.5)).value == 2
+    assert resample_rounds([[[0.5]] * 4], rate).estimate().show(1) == "2.0 [2.0, 2.0]"
     with pytest.raises(ValueError, match="no values"):
-        draw([[]], mean)
+        resample_rounds([[]], mean)
     assert gaps([1.0, 1.0, 2.0], [1.0, 3.0, 1.0]) == [1.0, 1.0, 1.0]
 
 
@@ -97,7 +97,7 @@ def test_ratios_are_drawn_with_the_same_rounds() -> None:
     """A machine that is twice as slow in one round does not blur the ratio."""
     slow = [[[1.0]] * 8, [[2.0]] * 8, [[4.0]] * 8]
     half = [[[0.5]] * 8, [[1.0]] * 8, [[2.0]] * 8]
-    found = (draw(half, mean) / draw(slow, mean)).estimate()
+    found = (resample_rounds(half, mean) / resample_rounds(slow, mean)).estimate()
     assert (found.value, found.low, found.high) == (0.5, 0.5, 0.5)
 
 

@@ -280,7 +280,7 @@ def test_bounds_that_are_none(wrong: str) -> None:
 )
 def test_requests_that_are_refused(value: object, param: str, message: str) -> None:
     with pytest.raises(InvalidReduction, match=message) as refusal:
-        auto.parse_reduction(value)
+        auto.parse_requested_reduction(value)
     assert refusal.value.param == param
 
 
@@ -297,7 +297,7 @@ def test_requests_that_are_refused(value: object, param: str, message: str) -> N
 def test_what_was_not_calibrated_is_refused(
     policy: AutoPolicy | None, asked: dict[str, Any], param: str, message: str
 ) -> None:
-    parsed = auto.parse_reduction({"ratio": "auto", **asked})
+    parsed = auto.parse_requested_reduction({"ratio": "auto", **asked})
     assert isinstance(parsed, AutoRatio)
     with pytest.raises(InvalidReduction, match=message) as refusal:
         AutoChooser(Settings(auto=policy)).choose(parsed, None, "tiny", ["a"])
@@ -305,7 +305,7 @@ def test_what_was_not_calibrated_is_refused(
 
 
 def test_the_calibrated_method_may_be_named() -> None:
-    parsed = auto.parse_reduction({"ratio": "auto", "method": "folder", "group": "ocr"})
+    parsed = auto.parse_requested_reduction({"ratio": "auto", "method": "folder", "group": "ocr"})
     assert isinstance(parsed, AutoRatio)
     reductions, choices = AutoChooser(Settings(auto=POLICY)).choose(parsed, None, "tiny", ["a", "b"])
     assert (reductions, [choice.step for choice in choices]) == ([Reduction(ratio=0.75)] * 2, [4, 4])
@@ -368,7 +368,7 @@ def test_an_image_keeps_its_first_count_under_pressure(monkeypatch: pytest.Monke
     chooser = AutoChooser(Settings(auto=POLICY, auto_under_load=True))
 
     def steps(images: list[str | None], **fields: object) -> tuple[list[float | None], dict[str, object]]:
-        parsed = auto.parse_reduction({"ratio": "auto", "group": "count", **fields})
+        parsed = auto.parse_requested_reduction({"ratio": "auto", "group": "count", **fields})
         assert isinstance(parsed, AutoRatio)
         reductions, choices = chooser.choose(parsed, None, "tiny", images)
         return [reduction.ratio for reduction in reductions], choices[-1].to_json()

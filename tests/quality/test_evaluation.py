@@ -29,7 +29,7 @@ from foldserve.server.quality.evaluation.journal import Outcome, OutcomeJournal
 from foldserve.server.quality.evaluation.options import EvaluationOptions
 from foldserve.server.quality.evaluation.plots import plots
 from foldserve.server.quality.evaluation.questions import Question, data_hash, load_questions
-from foldserve.server.quality.evaluation.run import measure, reference
+from foldserve.server.quality.evaluation.run import measure, reference_variant
 from foldserve.server.quality.evaluation.scores import is_right, mean, normalise, share
 from foldserve.server.quality.evaluation.tables import html, markdown
 from foldserve.server.quality.evaluation.variants import (
@@ -299,7 +299,7 @@ QUESTIONS = [
 
 def run(model: FakeModel, folder: Path, todo: Sequence[Variant], identity: str = "run") -> OutcomeJournal:
     journal = OutcomeJournal(folder, identity)
-    measure(model, QUESTIONS, reference(LAYOUTS, LAYERS), todo, journal, max_tokens=8, batch=2)
+    measure(model, QUESTIONS, reference_variant(LAYOUTS, LAYERS), todo, journal, max_tokens=8, batch=2)
     return journal
 
 
@@ -316,7 +316,7 @@ def card_of(folder: Path, *methods: str, layers: Sequence[int] = ()) -> Card:
         tokens=144,
         layers=LAYERS,
         engine={"vLLM": "0"},
-        results=results(QUESTIONS, reference(LAYOUTS, LAYERS), todo, journal),
+        results=results(QUESTIONS, reference_variant(LAYOUTS, LAYERS), todo, journal),
         refused=refusals(refused),
     )
 

@@ -159,7 +159,7 @@ def test_an_image_keeps_the_level_that_it_came_with(monkeypatch: pytest.MonkeyPa
     level = 1
     monkeypatch.setattr(Pressure, "level", lambda self, now: level)
     chooser = AutoChooser(Settings(auto=POLICY, auto_under_load=True))
-    asked = auto.parse_reduction({"ratio": "auto", "group": "ocr"})
+    asked = auto.parse_requested_reduction({"ratio": "auto", "group": "ocr"})
     assert isinstance(asked, AutoRatio)
 
     def steps(*images: str) -> list[int]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foldserve.reducers import METHODS, fold
 from foldserve.reducers.geometry import VisionGeometry
-from foldserve.reducers.item import ItemPlan, Layout, Part, check, plan_item
+from foldserve.reducers.item import ItemPlan, Layout, Part, check_reduction, plan_item
 from foldserve.reducers.method import AcrossFrames
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, make_plan
 from foldserve.reducers.vidcom2 import budgets, likeness
@@ -182,8 +182,8 @@ def test_images_and_frames_that_lie_apart(name: str) -> None:
                 plan_item(Reduction.parse({"method": name, **amount}), layout)
             assert refusal.value.param == "method"
         with pytest.raises(InvalidReduction, match="compares the frames"):
-            check(Reduction(name, ratio=0.5), layout)
-    check(Reduction(name, ratio=0.5), FILM)
+            check_reduction(Reduction(name, ratio=0.5), layout)
+    check_reduction(Reduction(name, ratio=0.5), FILM)
 
 
 def test_plans_of_other_numbers_of_frames_are_others() -> None:

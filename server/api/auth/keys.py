@@ -86,7 +86,7 @@ def new_key() -> str:
     return _PREFIX + secrets.token_urlsafe(32)
 
 
-def digest(key: str) -> bytes:
+def key_digest(key: str) -> bytes:
     """The hash under which a key is stored."""
     return hashlib.sha256(key.encode()).digest()
 
@@ -114,7 +114,7 @@ def read_keys(path: Path) -> tuple[Key, ...]:
 
 def entry(name: str, key: str, *, rate: str | None, concurrent: int | None, scopes: list[Scope]) -> str:
     """The lines for a key, to append to a key file; raises ValueError if they would not be accepted."""
-    fields: dict[str, object] = {"name": name, "sha256": digest(key).hex(), "scopes": scopes}
+    fields: dict[str, object] = {"name": name, "sha256": key_digest(key).hex(), "scopes": scopes}
     fields |= {"rate": rate} if rate is not None else {}
     fields |= {"concurrent": concurrent} if concurrent is not None else {}
     try:

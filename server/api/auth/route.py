@@ -19,14 +19,14 @@ from starlette.types import Message, Receive, Scope, Send
 from foldserve.server.api.auth.guard import AuthGuard
 from foldserve.server.api.auth.keys import Key
 from foldserve.server.api.auth.keys import Scope as KeyScope
-from foldserve.server.api.errors import FoldserveError, render
+from foldserve.server.api.errors import FoldserveError, render_error
 
 _PLACES = "foldserve_places"
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class FoldRoute(APIRoute):
-    """A route that renders all errors, also of validation, by `errors.render`; it allows HEAD with GET."""
+    """A route that renders all errors, also of validation, by `errors.render_error`; it allows HEAD with GET."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         return super().matches({**scope, "method": "GET"} if self._is_head(scope) else scope)
@@ -57,7 +57,7 @@ class FoldRoute(APIRoute):
         return shown
 
     def render(self, error: Exception) -> Response:
-        return render(error)
+        return render_error(error)
 
 
 class OpenRoute(FoldRoute):

@@ -20,7 +20,7 @@ from foldserve.server.api import launch
 from foldserve.server.api.batch.front import open_front
 from foldserve.server.api.batch.lines import BatchLine
 from foldserve.server.api.batch.run import NOT_FOR_A_BATCH, LineAnswerer
-from foldserve.server.api.batch.survey import digest
+from foldserve.server.api.batch.survey import id_digest
 from foldserve.server.settings import CONFIG_KEY, Environment, Settings
 
 if TYPE_CHECKING:
@@ -97,7 +97,7 @@ class AnsweringActor:
 
     async def _answer(self, contents: Sequence[bytes]) -> list[str]:
         lines = [BatchLine(0, content) for content in contents]
-        numbered = [BatchLine(digest(line.custom_id), line.content) for line in lines]  # by id: a row has no number
+        numbered = [BatchLine(id_digest(line.custom_id), line.content) for line in lines]  # by id: a row has no number
         found = await asyncio.gather(*map(self._answers.answer, numbered))
         return [result.line.decode().rstrip() for result in found]
 

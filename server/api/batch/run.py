@@ -22,7 +22,7 @@ from foldserve.server.api.batch.lines import BatchLine, longest_line, read_lines
 from foldserve.server.api.batch.options import BatchOptions
 from foldserve.server.api.batch.results import LineResult, OutputFile
 from foldserve.server.api.batch.survey import Survey
-from foldserve.server.api.errors import FoldserveError, render
+from foldserve.server.api.errors import FoldserveError, render_error
 from foldserve.server.limits import Limits
 from foldserve.server.settings import Environment, Settings
 
@@ -72,7 +72,7 @@ def batch(
         files, args.allowed_local_media_path = LocalFiles(Path(args.allowed_local_media_path), limits), ""
     preflight.check(args)
     survey = Survey(options.input, longest_line(limits))
-    with OutputFile(options.output, survey, options.existing) as found, preflight.report_failures():
+    with OutputFile(options.output, survey, options.existing) as found, preflight.exit_with_reason():
         if found.totals.lines < len(survey):
             launch.say(f"loading {args.model}")
             uvloop.run(_answer_all(args, options, limits, files, survey, found))
@@ -115,7 +115,7 @@ class LineAnswerer:
             if self._files is not None:
                 await asyncio.to_thread(self._files.put_into, body)
         except FoldserveError as error:
-            refusal = render(error)
+            refusal = render_error(error)
             reply = Reply(refusal.status_code, {}, bytearray(refusal.body))
         else:
             reply = await self._post(url, body)

@@ -20,8 +20,8 @@ __all__ = [
     "StepCapacity",
     "TokenMap",
     "admit",
-    "apply",
-    "check",
+    "apply_options",
+    "check_conflicts",
     "check_decoder",
     "configure",
     "first_layer",
@@ -59,8 +59,19 @@ def withdraw(model: Any, vllm_config: VllmConfig, prefix: str) -> None:
         setattr(owner, name, WithdrawingDecoder(getattr(owner, name), vllm_config=vllm_config, prefix=prefix))
 
 
+_FROM_CONFIG = (
+    "apply_options",
+    "check_conflicts",
+    "check_decoder",
+    "configure",
+    "first_layer",
+    "step_capacity",
+    "withdraw_layer",
+)
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("apply", "check", "check_decoder", "configure", "first_layer", "step_capacity", "withdraw_layer"):
+    if name in _FROM_CONFIG:
         from foldserve.server.engine.withdrawal import config
 
         return getattr(config, name)

@@ -77,7 +77,7 @@ def configure(layer: int, *, device: Literal["cpu", "cuda"], async_scheduling: b
     }
 
 
-def apply(args: Any, layer: int, *, device: Literal["cpu", "cuda"]) -> None:
+def apply_options(args: Any, layer: int, *, device: Literal["cpu", "cuda"]) -> None:
     """Write `configure`'s values, except `additional_config`, into vLLM's parsed options or `EngineArgs`.
 
     Raises:
@@ -96,12 +96,13 @@ def check_decoder(vllm_config: VllmConfig) -> None:
     """If withdrawal is configured, check the configuration and the decoder.
 
     Raises:
-        ValueError: as `check`, or the decoder is not in `DECODERS`, or it adds image features to layers from K - 1 on.
+        ValueError: as `check_conflicts`, or the decoder is not in `DECODERS`, or it adds image features to layers from
+            K - 1 on.
     """
     layer = withdraw_layer(vllm_config)
     if layer is None:
         return
-    check(vllm_config)
+    check_conflicts(vllm_config)
     name = decoder_class(vllm_config)
     if name not in DECODERS.values():
         known = sorted(set(DECODERS.values()))
@@ -125,7 +126,7 @@ def first_layer(hf_config: Any) -> int:
     return 1 + len(getattr(hf_config.vision_config, "deepstack_visual_indexes", ()))
 
 
-def check(vllm_config: VllmConfig) -> None:
+def check_conflicts(vllm_config: VllmConfig) -> None:
     """Raises ValueError if withdrawal is configured together with a setting that it conflicts with."""
     if withdraw_layer(vllm_config) is None:
         return

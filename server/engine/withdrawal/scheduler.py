@@ -13,7 +13,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request
 
 from foldserve.server.engine.scheduler import EncoderInputs, FoldScheduler
-from foldserve.server.engine.withdrawal.config import check, step_capacity
+from foldserve.server.engine.withdrawal.config import check_conflicts, step_capacity
 from foldserve.server.engine.withdrawal.manager import DeepKVCacheManager
 from foldserve.server.engine.withdrawal.prefix import MappedHashes
 from foldserve.server.engine.withdrawal.requests import admit
@@ -29,7 +29,7 @@ class WithdrawingScheduler(FoldScheduler):
     """
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        check(vllm_config)  # foldserve's models have done this before
+        check_conflicts(vllm_config)  # foldserve's models have done this before
         super().__init__(vllm_config, *args, **kwargs)
         self._step_capacity = step_capacity(self.vllm_config)
         self._hashes: WeakValueDictionary[str, MappedHashes] = WeakValueDictionary()

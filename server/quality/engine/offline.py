@@ -92,7 +92,7 @@ class OfflineModel:
         return [count for image in images for count in processor.unpredicted([image], levels)]
 
 
-def render(llm: LLM, messages: Messages, **options: Any) -> Any:
+def render_prompt(llm: LLM, messages: Messages, **options: Any) -> Any:
     """The engine's input for a dialogue, from the model's chat template (with generation prompt) and processor."""
     template = ChatParams(chat_template_kwargs={"add_generation_prompt": True, "tokenize": False})
     renderer = llm.renderer
@@ -121,7 +121,7 @@ class AnsweringModel(OfflineModel):
         """A running engine; ValueError if withdrawal does not support the options or the decoder."""
         args = copy(self._args)
         if withdraw_layer is not None:
-            withdrawal.apply(args, withdraw_layer, device=device())
+            withdrawal.apply_options(args, withdraw_layer, device=device())
             args.additional_config = {**args.additional_config, CONFIG_KEY: {"withdraw_layer": withdraw_layer}}
         elif args.worker_cls == "auto" and args.pipeline_parallel_size == 1:
             args.worker_cls = WORKERS[device()]
@@ -201,7 +201,8 @@ class AnsweringEngine:
         engine = self._llm.llm_engine
         ids = []
         for messages, reduction, plan, params, answer in requests:
-            prompt = render(self._llm, messages, prompt_extras={"mm_processor_kwargs": {KWARG: reduction.to_json()}})
+            extras = {"mm_processor_kwargs": {KWARG: reduction.to_json()}}
+            prompt = render_prompt(self._llm, messages, prompt_extras=extras)
             self._check(prompt, plan)
             prompt["prompt_token_ids"] = [*prompt["prompt_token_ids"], *answer]
             params = params.clone()

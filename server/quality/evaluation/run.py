@@ -48,7 +48,7 @@ class Model(Protocol):
         """A running engine with K = `withdraw_layer`, or without withdrawal."""
 
 
-def reference(layouts: Sequence[Layout], layers: int) -> Variant:
+def reference_variant(layouts: Sequence[Layout], layers: int) -> Variant:
     """The variant at ratio 0, which all others are compared with."""
     return Variant("none", 0.0, None, layers, Reduction(), plan_all(Reduction(), layouts))
 

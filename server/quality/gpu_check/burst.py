@@ -14,7 +14,7 @@ in the tower, the burst takes several times as much."""
 _MIB = 2**20
 
 
-def burst(job_runner: JobRunner) -> StagePassed:
+def check_burst(job_runner: JobRunner) -> StagePassed:
     room = {"max_num_batched_tokens": _PROFILED * 144 + 100, "max_num_seqs": 64, "enable_prefix_caching": False}
     unbounded = {"serves": False}  # the server's scheduler bounds steps itself
     served = engine(job_runner, **room).model_copy(update=unbounded)

@@ -26,7 +26,7 @@ _SMOKE_TOKENS = 2
 """Tokens compared in bf16: those after the end of an answer are arbitrary."""
 
 
-def smoke(job_runner: JobRunner) -> StagePassed:
+def check_smoke(job_runner: JobRunner) -> StagePassed:
     known = References.load()
     ask = AnswerJob(engine=engine(job_runner, known.withdraw_layer), cases=known.cases, references=REFERENCES)
     found = ask_ours(job_runner, "smoke", ask)
@@ -37,7 +37,7 @@ def smoke(job_runner: JobRunner) -> StagePassed:
     return StagePassed(line, {"engine": found.facts, **comparison.details})
 
 
-def ratio_zero(job_runner: JobRunner) -> StagePassed:
+def check_ratio_zero(job_runner: JobRunner) -> StagePassed:
     known = References.load()
     ours = engine(job_runner, async_scheduling=False, max_num_batched_tokens=512)
     plain = unreduced(known)
@@ -82,7 +82,7 @@ def _first_difference(right: Answer, answer: Answer) -> str:
     return f"{answer.prompt_tokens} + {len(answer.ids)} tokens, vLLM's own {right.prompt_tokens} + {len(right.ids)}"
 
 
-def reference(job_runner: JobRunner) -> StagePassed:
+def check_reference(job_runner: JobRunner) -> StagePassed:
     known = References.load()
     arguments: dict[str, Any] = fp32_arguments(job_runner) | {
         "max_model_len": 512,

@@ -25,7 +25,7 @@ _ANY_SIZE_PX = 672
 Row = dict[str, Any]
 
 
-def load(job_runner: JobRunner) -> StagePassed:
+def measure_load(job_runner: JobRunner) -> StagePassed:
     model = job_runner.options.model or write_shape(job_runner.folder / "llava-1.5-7b-shape")
     layer = _layers(model) // 2
     size = _ON_CPU if job_runner.options.device == "cpu" else {}

@@ -26,7 +26,7 @@ _FOLLOWED, _MARGIN = 0.8, 0.3
 """Limits for fp16 against fp16. Measured for fp16 against fp32: 0.9 and 0.04, see docs/guides/gpu-check.md."""
 
 
-def machine(job_runner: JobRunner) -> StagePassed:
+def check_machine(job_runner: JobRunner) -> StagePassed:
     seen = job_runner.run("machine", "machine", MachineJob(), MachineResult)
     if not seen.silu_error <= _MOST_SILU_ERROR:
         raise StageFailed(
@@ -36,7 +36,7 @@ def machine(job_runner: JobRunner) -> StagePassed:
     return StagePassed(f"{seen.device} ({seen.capability}): {ceilings}; compiled kernels work", seen.model_dump())
 
 
-def graphs(job_runner: JobRunner) -> StagePassed:
+def check_graphs(job_runner: JobRunner) -> StagePassed:
     layer = References.load().withdraw_layer
     found: dict[str, Any] = {}
     for name, k in (("fp32", None), (f"fp32, K={layer}", layer)):
@@ -92,7 +92,7 @@ def _replayed(steps: Mapping[str, int]) -> int:
     return sum(count for mode, count in steps.items() if "NONE" not in mode)
 
 
-def sync(job_runner: JobRunner) -> StagePassed:
+def check_sync(job_runner: JobRunner) -> StagePassed:
     """In the job, a wait for the GPU or a kernel compiled after start-up is an error."""
     ask = _ask(job_runner, References.load().withdraw_layer, {"jit_monitor_mode": "error"})
     found = ask_ours(job_runner, "sync", ask.model_copy(update={"rounds": 2}), VLLM_GPU_SYNC_CHECK="error")
@@ -100,7 +100,7 @@ def sync(job_runner: JobRunner) -> StagePassed:
     return StagePassed(line, {"runner": found.runner, "steps": found.steps})
 
 
-def kernels(job_runner: JobRunner) -> StagePassed:
+def check_kernels(job_runner: JobRunner) -> StagePassed:
     seen = job_runner.run("kernels", "kernels", KernelsJob(), KernelsResult, CUBLAS_WORKSPACE_CONFIG=":4096:8")
     if seen.failures:
         name, error = next(iter(seen.failures.items()))

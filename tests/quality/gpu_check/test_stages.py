@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from foldserve.server.quality.gpu_check.burst import burst
+from foldserve.server.quality.gpu_check.burst import check_burst
 from foldserve.server.quality.gpu_check.comparison import require_alike
-from foldserve.server.quality.gpu_check.correctness import ratio_zero, reference, smoke
+from foldserve.server.quality.gpu_check.correctness import check_ratio_zero, check_reference, check_smoke
 from foldserve.server.quality.gpu_check.job_runner import StageFailed
 from foldserve.server.quality.gpu_check.jobs import (
     Answer,
@@ -24,8 +24,8 @@ from foldserve.server.quality.gpu_check.jobs import (
     LoadRow,
     MachineResult,
 )
-from foldserve.server.quality.gpu_check.load import RATIOS, load
-from foldserve.server.quality.gpu_check.on_gpu import graphs, kernels, machine, sync
+from foldserve.server.quality.gpu_check.load import RATIOS, measure_load
+from foldserve.server.quality.gpu_check.on_gpu import check_graphs, check_kernels, check_machine, check_sync
 from foldserve.server.quality.gpu_check.references import References
 from tests.quality.gpu_check.job_runners import Scripted
 
@@ -44,12 +44,12 @@ def right(case: Case) -> Answer:
 
 
 def answers(spec: AnswerJob, **changed: Any) -> AnswerResult:
-    graphs = not spec.engine.arguments.get("enforce_eager")
+    has_graphs = not spec.engine.arguments.get("enforce_eager")
     given: dict[str, Any] = {
         "model_class": OURS if spec.engine.foldserve else STOCK,
         "runner": "v2",
         "rounds": (tuple(map(right, spec.cases)),) * spec.rounds,
-        "steps": {"CUDAGraphMode.FULL": 30, "CUDAGraphMode.NONE": 4} if graphs else {"CUDAGraphMode.NONE": 34},
+        "steps": {"CUDAGraphMode.FULL": 30, "CUDAGraphMode.NONE": 4} if has_graphs else {"CUDAGraphMode.NONE": 34},
         "preemptions": 3,
         "cached_tokens": 50,
         "held_blocks": 0,
@@ -74,12 +74,12 @@ def all_right(name: str, job: str, spec: Any) -> BaseModel:
     return answers(spec)
 
 
-@pytest.mark.parametrize("stage", [smoke, ratio_zero, reference, graphs, sync])
+@pytest.mark.parametrize("stage", [check_smoke, check_ratio_zero, check_reference, check_graphs, check_sync])
 def test_right_answers_pass(stage: Callable[..., Any], tmp_path: Path) -> None:
     scripted = job_runner(tmp_path, all_right)
     assert stage(scripted).line
     plugins = [env["VLLM_PLUGINS"] for _, _, env in scripted.ran]
-    assert plugins == (["", "foldserve"] if stage is ratio_zero else ["foldserve"] * len(plugins))
+    assert plugins == (["", "foldserve"] if stage is check_ratio_zero else ["foldserve"] * len(plugins))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_right_answers_pass(stage: Callable[..., Any], tmp_path: Path) -> None:
 )
 def test_one_wrong_token_fails_the_reference(changed: dict[str, float], message: str, tmp_path: Path) -> None:
     with pytest.raises(StageFailed, match=f"1 of 27 cases are wrong, such as cdpruner 0.8: {message}"):
-        reference(job_runner(tmp_path, lambda name, job, spec: answers(spec, **last_case(spec, **changed))))
+        check_reference(job_runner(tmp_path, lambda name, job, spec: answers(spec, **last_case(spec, **changed))))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_one_wrong_token_fails_the_reference(changed: dict[str, float], message:
 )
 def test_a_reference_that_tried_too_little_fails(changed: dict[str, int], message: str, tmp_path: Path) -> None:
     with pytest.raises(StageFailed, match=message):
-        reference(job_runner(tmp_path, lambda name, job, spec: answers(spec, **changed)))
+        check_reference(job_runner(tmp_path, lambda name, job, spec: answers(spec, **changed)))
 
 
 def test_other_counts_of_tokens_fail_the_smoke_test(tmp_path: Path) -> None:
@@ -116,7 +116,7 @@ def test_other_counts_of_tokens_fail_the_smoke_test(tmp_path: Path) -> None:
         return answers(spec, rounds=(tuple(rounds),))
 
     with pytest.raises(StageFailed, match="cases are wrong, such as no image: 170 tokens in the prompt"):
-        smoke(job_runner(tmp_path, unreduced))
+        check_smoke(job_runner(tmp_path, unreduced))
 
 
 def test_rounding_does_not_fail_the_smoke_test_and_garbage_does(tmp_path: Path) -> None:
@@ -127,9 +127,9 @@ def test_rounding_does_not_fail_the_smoke_test_and_garbage_does(tmp_path: Path) 
 
         return answer
 
-    smoke(job_runner(tmp_path, off(1.0)))
+    check_smoke(job_runner(tmp_path, off(1.0)))
     with pytest.raises(StageFailed, match="27 of 27"):
-        smoke(job_runner(tmp_path, off(5.0)))
+        check_smoke(job_runner(tmp_path, off(5.0)))
 
 
 def test_one_bit_fails_ratio_zero(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_one_bit_fails_ratio_zero(tmp_path: Path) -> None:
         return answers(spec, **({} if "stock" in name else last_case(spec, logprobs=value - 1e-9)))
 
     with pytest.raises(StageFailed, match="vLLM's own"):
-        ratio_zero(job_runner(tmp_path, answer))
+        check_ratio_zero(job_runner(tmp_path, answer))
 
 
 @pytest.mark.parametrize("changed", [{"model_class": STOCK}, {"runner": "v1"}], ids=str)
@@ -148,12 +148,12 @@ def test_ratio_zero_needs_two_different_models_on_one_runner(changed: dict[str, 
         return answers(spec, **({} if "stock" in name else changed))
 
     with pytest.raises(StageFailed, match="was compared with"):
-        ratio_zero(job_runner(tmp_path, answer))
+        check_ratio_zero(job_runner(tmp_path, answer))
 
 
 def test_ratio_zero_asks_for_nothing_or_for_zero(tmp_path: Path) -> None:
     scripted = job_runner(tmp_path, all_right)
-    ratio_zero(scripted)
+    check_ratio_zero(scripted)
     (_, stock, _), (_, ours, _) = scripted.ran
     assert len(stock.cases) >= 32 and not any(case.reductions for case in stock.cases)
     assert {str(reduction) for case in ours.cases for reduction in case.reductions} == {"{}", "{'ratio': 0}"}
@@ -161,7 +161,7 @@ def test_ratio_zero_asks_for_nothing_or_for_zero(tmp_path: Path) -> None:
 
 def test_graphs_that_were_not_replayed_fail(tmp_path: Path) -> None:
     with pytest.raises(StageFailed, match="no graph was tried"):
-        graphs(job_runner(tmp_path, lambda name, job, spec: answers(spec, steps={"CUDAGraphMode.NONE": 34})))
+        check_graphs(job_runner(tmp_path, lambda name, job, spec: answers(spec, steps={"CUDAGraphMode.NONE": 34})))
 
 
 def test_graphs_that_answer_something_else_fail(tmp_path: Path) -> None:
@@ -169,12 +169,12 @@ def test_graphs_that_answer_something_else_fail(tmp_path: Path) -> None:
         return answers(spec, **({} if "eager" in name else last_case(spec, ids=7)))
 
     with pytest.raises(StageFailed, match="fp32: 1 of 40 cases are wrong"):
-        graphs(job_runner(tmp_path, answer))
+        check_graphs(job_runner(tmp_path, answer))
 
 
 def test_graphs_have_batches_of_all_sizes(tmp_path: Path) -> None:
     scripted = job_runner(tmp_path, all_right)
-    graphs(scripted)
+    check_graphs(scripted)
     assert [name for name, _, _ in scripted.ran][:3] == ["graphs-fp32-eager", "graphs-fp32", "graphs-fp32-k8-eager"]
     for _, spec, _ in scripted.ran:
         assert len({case.tokens for case in spec.cases}) == 40 == spec.engine.arguments["max_num_seqs"]
@@ -198,7 +198,7 @@ def test_sixteen_bits_are_compared_as_a_whole() -> None:
 
 def test_sync_is_an_error_in_the_job(tmp_path: Path) -> None:
     scripted = job_runner(tmp_path, all_right)
-    sync(scripted)
+    check_sync(scripted)
     ((_, spec, env),) = scripted.ran
     assert env["VLLM_GPU_SYNC_CHECK"] == "error" and spec.engine.arguments["jit_monitor_mode"] == "error"
 
@@ -210,10 +210,10 @@ def test_machine(tmp_path: Path) -> None:
         )
         return job_runner(tmp_path, lambda name, job, spec: found)
 
-    assert "800 TFLOP/s" in machine(seen(0.002)).line
+    assert "800 TFLOP/s" in check_machine(seen(0.002)).line
     for error in (0.9, float("nan")):
         with pytest.raises(StageFailed, match="not for this GPU"):
-            machine(seen(error))
+            check_machine(seen(error))
 
 
 def test_kernels(tmp_path: Path) -> None:
@@ -221,11 +221,11 @@ def test_kernels(tmp_path: Path) -> None:
         found = KernelsResult(checks=60, failures=failures, catches_a_wrong_kernel=catches)
         return job_runner(tmp_path, lambda name, job, spec: found)
 
-    assert "60 checks" in kernels(seen({}, True)).line
+    assert "60 checks" in check_kernels(seen({}, True)).line
     with pytest.raises(StageFailed, match="1 of 60 checks, such as match 2: no"):
-        kernels(seen({"match 2": "no"}, True))
+        check_kernels(seen({"match 2": "no"}, True))
     with pytest.raises(StageFailed, match="was taken for right"):
-        kernels(seen({}, False))
+        check_kernels(seen({}, False))
 
 
 @pytest.mark.parametrize(
@@ -241,9 +241,9 @@ def test_kernels(tmp_path: Path) -> None:
 def test_burst(changed: dict[str, int], message: str, tmp_path: Path) -> None:
     good = {"profiled": 3, "scheduled": 24, "encoded": 3, "answered": 200}
     memory = {"plain_bytes": 2**20, "burst_bytes": 2**20}
-    assert "1.00 of its memory" in burst(job_runner(tmp_path, lambda *_: BurstResult(**good | memory))).line
+    assert "1.00 of its memory" in check_burst(job_runner(tmp_path, lambda *_: BurstResult(**good | memory))).line
     with pytest.raises(StageFailed, match=message):
-        burst(job_runner(tmp_path, lambda *_: BurstResult(**good | changed)))
+        check_burst(job_runner(tmp_path, lambda *_: BurstResult(**good | changed)))
 
 
 def rates(*each: float) -> LoadResult:
@@ -258,16 +258,16 @@ def loaded(stock: float, *ours: float) -> Callable[[str, str, Any], BaseModel]:
 
 def test_load(tmp_path: Path) -> None:
     scripted = job_runner(tmp_path, loaded(10, 10, 14, 18, 25))
-    passed = load(scripted)
+    passed = measure_load(scripted)
     assert passed.line == "requests/s of plain vLLM's 10.0: 1.00 at 0, 1.40 at 0.5, 1.80 at 0.66, 2.50 at 0.9"
     assert [row["ratio"] for row in passed.details["rows"]] == [0, *RATIOS, 0, 0.66]
     (_, stock, stock_env), (_, ours, _), (_, withdrawn, _) = scripted.ran
     assert not stock.engine.foldserve and stock_env == {"VLLM_PLUGINS": ""} and stock.reductions == ({},)
     assert ours.image_px == 336 and withdrawn.engine.withdraw_layer == 16
     with pytest.raises(StageFailed, match=r"9\.0 requests/s at ratio 0, 90% of plain vLLM's 10\.0"):
-        load(job_runner(tmp_path, loaded(10, 9, 14, 18, 25)))
+        measure_load(job_runner(tmp_path, loaded(10, 9, 14, 18, 25)))
     with pytest.raises(StageFailed, match="reduction brings nothing") as failed:
-        load(job_runner(tmp_path, loaded(10, 10, 10, 10, 10)))
+        measure_load(job_runner(tmp_path, loaded(10, 10, 10, 10, 10)))
     assert len(failed.value.details["rows"]) == 7
 
 
@@ -278,7 +278,7 @@ def test_a_load_that_breaks_off_keeps_what_was_measured(tmp_path: Path) -> None:
         return loaded(10, 10, 14, 18, 25)(name, job, spec)
 
     with pytest.raises(StageFailed, match="no memory") as failed:
-        load(job_runner(tmp_path, answer))
+        measure_load(job_runner(tmp_path, answer))
     assert len(failed.value.details["rows"]) == 5
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from foldserve.server.engine.encoder_budget import EncoderBudget
-from foldserve.server.quality.gpu_check.burst import burst
-from foldserve.server.quality.gpu_check.correctness import reference
+from foldserve.server.quality.gpu_check.burst import check_burst
+from foldserve.server.quality.gpu_check.correctness import check_reference
 from foldserve.server.quality.gpu_check.job_runner import StageFailed
 from foldserve.server.quality.gpu_check.jobs import LoadJob
 from foldserve.server.quality.gpu_check.load import load_engine
@@ -19,7 +19,7 @@ from tests.quality.gpu_check.job_runners import InProcess
 
 
 def test_engine_meets_the_references(tmp_path: Path) -> None:
-    passed = reference(InProcess(tmp_path))
+    passed = check_reference(InProcess(tmp_path))
     known = References.load()
     assert passed.details["compared"] == len(known.cases) * known.cases[0].tokens
     assert max(passed.details["errors"].values()) < 1e-3
@@ -27,7 +27,7 @@ def test_engine_meets_the_references(tmp_path: Path) -> None:
 
 
 def test_a_burst_stays_within_the_bound(tmp_path: Path) -> None:
-    seen = burst(InProcess(tmp_path)).details
+    seen = check_burst(InProcess(tmp_path)).details
     assert seen["encoded"] == seen["profiled"] == 3 < seen["scheduled"]
 
 
@@ -35,7 +35,7 @@ def test_a_burst_without_the_bound_fails(tmp_path: Path, monkeypatch: pytest.Mon
     unbound = EncoderBudget(10**6, 10**6, 10**6)
     monkeypatch.setattr("foldserve.server.engine.model.encoder_budget", lambda config: unbound)
     with pytest.raises(StageFailed, match="the tower had"):
-        burst(InProcess(tmp_path))
+        check_burst(InProcess(tmp_path))
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])

@@ -9,14 +9,14 @@ from vllm import LLM, SamplingParams
 
 from foldserve.server.engine.facts.choices import engine_facts
 from foldserve.server.engine.processor import KWARG
-from foldserve.server.quality.engine.gpu_check.engine import SchedulerWatch, model_of, runner_name, start
+from foldserve.server.quality.engine.gpu_check.engine import SchedulerWatch, model_of, runner_name, start_engine
 from foldserve.server.quality.gpu_check.jobs import Answer, AnswerJob, AnswerResult, Case
 from foldserve.server.quality.gpu_check.references import References
 
 
 def run(spec: AnswerJob) -> AnswerResult:
     images = References.load(spec.references).images
-    llm = start(spec.engine)
+    llm = start_engine(spec.engine)
     watch = SchedulerWatch(llm)
     rounds = []
     for number in range(spec.rounds):

@@ -16,7 +16,7 @@ from foldserve.server.settings import CONFIG_KEY
 _SERVES = f"{make_scheduler.__module__}.{make_scheduler.__qualname__}"
 
 
-def start(spec: EngineSpec) -> LLM:
+def start_engine(spec: EngineSpec) -> LLM:
     """An engine with the classes that `foldserve serve` adds, or, without `spec.foldserve`, plain vLLM."""
     arguments: dict[str, Any] = {
         "seed": 0,

@@ -15,12 +15,12 @@ from vllm.sampling_params import RequestOutputKind
 from foldserve.server.engine.processor import KWARG
 from foldserve.server.engine.withdrawal.manager import DeepKVCacheManager
 from foldserve.server.engine.worker import device
-from foldserve.server.quality.engine.gpu_check.engine import SchedulerWatch, runner_name, scheduler_of, start
+from foldserve.server.quality.engine.gpu_check.engine import SchedulerWatch, runner_name, scheduler_of, start_engine
 from foldserve.server.quality.gpu_check.jobs import LoadJob, LoadResult, LoadRow
 
 
 def run(spec: LoadJob) -> LoadResult:
-    llm = start(spec.engine)
+    llm = start_engine(spec.engine)
     watch = SchedulerWatch(llm)
     rows = tuple(_Measured(llm, spec, reduction).row() for reduction in spec.reductions)
     peak = None if device() == "cpu" else torch.cuda.max_memory_allocated()
