@@ -1,4 +1,4 @@
-"""A video file's frames, under bounds. Runs in a process of its own, see `nursery`."""
+"""A video file's frames, under bounds. Runs in a process of its own, see `fork_server`."""
 
 from __future__ import annotations
 

@@ -232,20 +232,20 @@ def test_nothing_is_left_behind(decoder: VideoDecoder) -> None:
         with pytest.raises(DamagedVideo):
             decoder.decode(content[:100], BOUNDS, EIGHT)
     assert len(os.listdir("/proc/self/fd")) == before
-    (nursery,) = nurseries()
+    (fork_server,) = fork_servers()
     deadline = time.monotonic() + 10
-    while nursery.children() and time.monotonic() < deadline:
+    while fork_server.children() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not nursery.children()
+    assert not fork_server.children()
 
 
 def test_a_decoder_that_is_killed_is_replaced(decoder: VideoDecoder) -> None:
     assert taken(decoder, video(8)) == list(range(8))
-    (nursery,) = nurseries()
-    nursery.kill()
-    nursery.wait(10)
+    (fork_server,) = fork_servers()
+    fork_server.kill()
+    fork_server.wait(10)
     assert taken(decoder, video(8)) == list(range(8))
-    assert len(nurseries()) == 1
+    assert len(fork_servers()) == 1
 
 
 def test_a_decoder_that_cannot_start_is_the_servers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,9 +264,9 @@ def test_pixels_can_be_given_back_while_somebody_holds_them(decoder: VideoDecode
     assert held.max() == 0
 
 
-def nurseries() -> list[psutil.Process]:
+def fork_servers() -> list[psutil.Process]:
     alive = (child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE)  # of other tests
-    return [child for child in alive if "nursery" in " ".join(child.cmdline())]
+    return [child for child in alive if "fork_server" in " ".join(child.cmdline())]
 
 
 @pytest.mark.parametrize("frames", [1, 2, 7, 32])

@@ -1,4 +1,4 @@
-"""Forks one process per video file: `python -m foldserve.server.video.nursery FD`.
+"""Forks one process per video file: `python -m foldserve.server.video.fork_server FD`.
 
 A decoder is a million lines of C that reads a stranger's file. Its process is forked from one that has only loaded the
 libraries, so that it starts in milliseconds. It has limits on memory, processor time and output, can open nothing, and
@@ -64,14 +64,14 @@ def _work(message: bytes, content: int, room: int, answer: int) -> NoReturn:
     try:
         with os.fdopen(content, "rb", buffering=0) as file:
             chosen = video_file.read(file, bounds, rule, put if asked["decode"] else None)  # type: ignore[arg-type]  # raw is enough for it
-        said: dict[str, object] = {"frames": [getattr(chosen, name) for name in chosen.__slots__]}
+        reply: dict[str, object] = {"frames": [getattr(chosen, name) for name in chosen.__slots__]}
     except DamagedVideo as error:
-        said = {"damaged": str(error)}
+        reply = {"damaged": str(error)}
     except VideoTooLarge as error:
-        said = {"too_large": str(error)}
+        reply = {"too_large": str(error)}
     except BaseException as error:
-        said = {"failed": type(error).__name__}
-    os.write(answer, json.dumps(said).encode())
+        reply = {"failed": type(error).__name__}
+    os.write(answer, json.dumps(reply).encode())
     os._exit(0)
 
 
