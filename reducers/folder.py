@@ -34,7 +34,7 @@ def folder(
     scale: Scale = "none",
     class_token: bool = False,
 ) -> Reduced:
-    """Merge similar tokens into the mean of their group; the survivors keep their order.
+    """Merge similar tokens into the mean of their group; the tokens that stay keep their order.
 
     Args:
         x: (B, n, d), any float dtype.

@@ -35,20 +35,20 @@ class _MirroredImage:
 
 
 class EngineCacheMirror(BaseMultiModalProcessorCache):
-    """Notes of the images that the engine holds.
+    """Mirrors which images the engine's cache holds.
 
-    The engine evicts the least recently used image once all images exceed its room. The clock counts the bytes of
-    images that requests asked for, so an image used less than that room ago is still held. Half of the room is a margin
+    The engine evicts the least recently used image once all images exceed its capacity. The clock counts the bytes of
+    images that requests asked for, so an image used less than that capacity ago is still held. Half of it is a margin
     for requests that overtake each other on their way to the engine.
 
     One thread prepares images. Another reports what reached the engine; it only writes `reached`.
     """
 
-    def __init__(self, room: int) -> None:
-        """`room`: of the engine's cache, bytes."""
+    def __init__(self, capacity: int) -> None:
+        """`capacity`: of the engine's cache, bytes."""
         super().__init__()
         self.clock = 0
-        self._reach = room // 2
+        self._reach = capacity // 2
         self._images: dict[str, _MirroredImage] = {}  # by `prepared`, oldest first
         self._stats = CacheInfo(0, 0)
         self._reported = CacheInfo(0, 0)

@@ -66,7 +66,7 @@ class RequestProgress:
         texts: of the message that each image and each video is in.
         arrived_s: by `time.perf_counter`.
         vision: cost of its images and videos, once they are planned.
-        on_its_way: its images, on their way to the engine.
+        pending_images: its images, until it is known whether they reached the engine.
         is_answered: the engine has sent its last output.
         owner: name of its key.
         form: of the answer, once it is known that the engine can follow it.
