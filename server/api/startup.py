@@ -94,7 +94,7 @@ def _engine(chat: FoldServingChat) -> dict[str, str]:
     if cost.withdraw_layer is not None:
         sequence += f" ({size(cost.sequence_bytes(image + TEXT_TOKENS, image))} withdrawn)"
     return {
-        "engine": f"{engine}, up to {encoder.image_names} {family.unit}s of the largest size a tower call",
+        "engine": f"{engine}, up to {encoder.images} {family.unit}s of the largest size a tower call",
         "KV cache": f"{sequence} for a sequence of one largest {family.unit} and {TEXT_TOKENS} tokens of text",
     }
 

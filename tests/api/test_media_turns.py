@@ -253,7 +253,7 @@ def test_pixels_are_freed_at_once(failing: bool) -> None:
         end = threading.Event()
         with ThreadPoolExecutor(1) as processor:
             guard, chat = MediaGuard(Limits(), processor=processor), message()
-            free = guard._room._free
+            free = guard._memory._free
 
             async def request() -> Any:
                 async with guard.loaded([chat]):
@@ -269,9 +269,9 @@ def test_pixels_are_freed_at_once(failing: bool) -> None:
             except RuntimeError as error:
                 image = error.args[0]
             if failing:
-                assert image.media.getpixel((0, 0)) and guard._room._free < free
+                assert image.media.getpixel((0, 0)) and guard._memory._free < free
                 end.set()
-        assert image.original_bytes == b"" and guard._room._free == free
+        assert image.original_bytes == b"" and guard._memory._free == free
         with pytest.raises(ValueError, match="closed"):
             image.media.getpixel((0, 0))
 

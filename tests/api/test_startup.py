@@ -35,7 +35,7 @@ def facts(config: Any, *, is_reduced: bool = True, withdraw_layer: int | None = 
         planner=Planner(
             family=family_of(config.model_config) if is_reduced else None,
             settings=Settings(withdraw_layer=withdraw_layer),
-            room=StepCapacity(1000, "all"),
+            step_capacity=StepCapacity(1000, "all"),
             encoder=encoder_budget(config) if is_reduced else None,
         ),
         kv_cost=kv_cost(config, withdraw_layer),
