@@ -214,15 +214,15 @@ def reduction(method: Method, n: int, dtype: torch.dtype, device: str) -> Callab
 
 
 def check_method(device: str, method: Method, n: int, dtype: torch.dtype) -> None:
-    """With the kernels that `ops.choose` selects: the same decisions as torch, the same tokens except for rounding."""
+    """With the kernels of `ops.select_kernels`: the same decisions as torch, the same tokens except for rounding."""
     reduce = reduction(method, n, dtype, device)
     expected = reduce()
-    ops.choose(torch.device("cuda"), triton=True)  # in the interpreter too: this process runs checks only
+    ops.select_kernels(torch.device("cuda"), triton=True)  # in the interpreter too: this process runs checks only
     try:
         with poisoned():
             reduced = reduce()
     finally:
-        ops.choose(torch.device("cpu"), triton=False)
+        ops.select_kernels(torch.device("cpu"), triton=False)
     assert reduced.tokens.dtype == dtype
     for ours, theirs in zip(reduced[1:], expected[1:], strict=True):
         assert torch.equal(ours, theirs)

@@ -33,10 +33,16 @@ def match(metric: Tensor, *, class_token: bool = False, penalty: Tensor | None =
         ValueError: there is no odd token.
     """
     at_most_fp32(metric)
+    if metric.shape[1] < 2:
+        raise ValueError(f"a matching needs an even token and an odd one, not {metric.shape[1]} tokens")
+    norm = _token_norms(metric)
+    tile_score, tile_partner = _tile_matches(metric, norm)
+    return _best_matches(tile_score, tile_partner, norm, penalty, class_token)
+
+
+def _token_norms(metric: Tensor) -> Tensor:
+    """(B, n) fp32."""
     batch, n, width = metric.shape
-    if n < 2:
-        raise ValueError(f"a matching needs an even token and an odd one, not {n} tokens")
-    even, tiles = (n + 1) // 2, triton.cdiv(n // 2, BLOCK_ODD)
     stride, unit = image_stride(metric)
     norm = metric.new_empty(batch, n, dtype=torch.float32)
     _norms[triton.cdiv(n, BLOCK_TOKENS), batch](
@@ -51,13 +57,21 @@ def match(metric: Tensor, *, class_token: bool = False, penalty: Tensor | None =
         BLOCK_TOKENS=BLOCK_TOKENS,
         BLOCK_WIDTH=min(MOST_CHANNELS, triton.next_power_of_2(width)),
     )
-    tile_score = metric.new_empty(batch, tiles, even, dtype=torch.float32)
-    tile_partner = metric.new_empty(batch, tiles, even, dtype=torch.int32)
+    return norm
+
+
+def _tile_matches(metric: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, tiles, even) fp32 scores and int32 partners: the best odd token of each tile for each even token."""
+    batch, n, width = metric.shape
+    even, tiles = (n + 1) // 2, triton.cdiv(n // 2, BLOCK_ODD)
+    stride, unit = image_stride(metric)
+    score = metric.new_empty(batch, tiles, even, dtype=torch.float32)
+    partner = metric.new_empty(batch, tiles, even, dtype=torch.int32)
     _match[triton.cdiv(even, BLOCK_EVEN), tiles, batch](
         metric,
         norm,
-        tile_score,
-        tile_partner,
+        score,
+        partner,
         n,
         width,
         stride,
@@ -67,8 +81,16 @@ def match(metric: Tensor, *, class_token: bool = False, penalty: Tensor | None =
         BLOCK_ODD=BLOCK_ODD,
         BLOCK_WIDTH=BLOCK_BYTES // metric.element_size(),
     )
-    score = metric.new_empty(batch, even, dtype=torch.float32)
-    partner = metric.new_empty(batch, even, dtype=torch.int64)
+    return score, partner
+
+
+def _best_matches(
+    tile_score: Tensor, tile_partner: Tensor, norm: Tensor, penalty: Tensor | None, class_token: bool
+) -> tuple[Tensor, Tensor]:
+    """(B, even) fp32 scores and int64 partners: the best over the tiles."""
+    batch, tiles, even = tile_score.shape
+    score = tile_score.new_empty(batch, even)
+    partner = tile_score.new_empty(batch, even, dtype=torch.int64)
     _best[triton.cdiv(even, BLOCK_BEST), batch](
         tile_score,
         tile_partner,
@@ -76,7 +98,7 @@ def match(metric: Tensor, *, class_token: bool = False, penalty: Tensor | None =
         penalty,
         score,
         partner,
-        n,
+        norm.shape[1],
         tiles,
         *((0, 0) if penalty is None else penalty.stride()),
         CLASS_TOKEN=class_token,

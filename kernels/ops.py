@@ -16,7 +16,7 @@ from foldserve.reducers.withdraw import kv_slots
 OPS: tuple[Op[..., Any], ...] = (match, place, group_mean, group_sum, lowest_into_one, farthest_first, kv_slots)
 
 
-def choose(device: torch.device, *, triton: bool) -> bool:
+def select_kernels(device: torch.device, *, triton: bool) -> bool:
     """Make `OPS` run as Triton kernels if `triton`, `device` is a GPU and Triton is installed; else as references.
 
     A process that runs the kernels can reduce only on the GPU. A later call chooses anew.

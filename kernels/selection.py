@@ -35,19 +35,19 @@ def place(score: Tensor, partner: Tensor, n: int, k: int, order: Order) -> Fold:
         return fold.place.reference(score, partner, n, k, order)
     batch = len(score)
     slot = partner.new_empty(batch, n)
-    sizes, survivor = partner.new_empty(batch, n - k), partner.new_empty(batch, n - k)
+    sizes, kept_token = partner.new_empty(batch, n - k), partner.new_empty(batch, n - k)
     _place[batch,](
         score.contiguous(),
         partner.contiguous(),
         slot,
         sizes,
-        survivor,
+        kept_token,
         n,
         k,
         ORDER=order,
         **_blocks(MOST_TOKENS // 2),
     )
-    return Fold(slot, sizes, survivor)
+    return Fold(slot, sizes, kept_token)
 
 
 def lowest_into_one(score: Tensor, r: int) -> IntoOne:
@@ -106,7 +106,7 @@ def _place(
     partner: tl.tensor,
     slot: tl.tensor,
     sizes: tl.tensor,
-    survivor: tl.tensor,
+    kept_token: tl.tensor,
     n: int,
     k: int,
     ORDER: tl.constexpr,
@@ -139,9 +139,9 @@ def _place(
     sizes += image * (n - k)
     tl.store(sizes + even_slot, tl.full((BLOCK,), 1, tl.int64), stays)
     tl.store(sizes + odd_slot, (1 + received).to(tl.int64), is_odd)
-    survivor += image * (n - k)
-    tl.store(survivor + even_slot, (2 * index).to(tl.int64), stays)
-    tl.store(survivor + odd_slot, (2 * index + 1).to(tl.int64), is_odd)
+    kept_token += image * (n - k)
+    tl.store(kept_token + even_slot, (2 * index).to(tl.int64), stays)
+    tl.store(kept_token + odd_slot, (2 * index + 1).to(tl.int64), is_odd)
 
 
 @triton.jit(do_not_specialize=["n", "r"], do_not_specialize_on_alignment=["score"])

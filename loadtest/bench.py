@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from foldserve.loadtest.grid import Load
-from foldserve.loadtest.record import Sent
+from foldserve.loadtest.record import SentRequests
 from foldserve.loadtest.workloads import Messages
 
 CHAT = "/v1/chat/completions"
@@ -29,14 +29,14 @@ _LOADED = [_COMMAND, "vllm.entrypoints.cli.benchmark.main", "vllm.benchmarks.ser
 
 def preload() -> None:
     """Imports the client's modules, so that the first `send` does not wait for them."""
-    idle = _forks().Process(daemon=True)
+    idle = _fork_server().Process(daemon=True)
     idle.start()
     idle.join()
 
 
 def send(
     url: str, model: str, chats: Sequence[Messages], body: dict[str, Any], load: Load, burstiness: float, seed: int
-) -> Sent:
+) -> SentRequests:
     """Sends every chat once, in order.
 
     Args:
@@ -51,7 +51,7 @@ def send(
         options = [*arguments(url, model, len(chats), body, load, burstiness, seed), "--result-dir", name]
         options += ["--dataset-path", str(folder / "chats.jsonl"), "--result-filename", "result.json"]
         log = folder / "log"
-        client = _forks().Process(target=_serve, args=(options, log), daemon=True)
+        client = _fork_server().Process(target=_serve, args=(options, log), daemon=True)
         client.start()
         client.join()
         if client.exitcode != 0:
@@ -60,7 +60,7 @@ def send(
         return parse(json.loads((folder / "result.json").read_text()))
 
 
-def _forks() -> ForkServerContext:
+def _fork_server() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_LOADED)
     return context
@@ -88,7 +88,7 @@ def arguments(
     return [*options, "--request-rate", str(load.rate), "--burstiness", str(burstiness)]
 
 
-def parse(result: dict[str, Any]) -> Sent:
+def parse(result: dict[str, Any]) -> SentRequests:
     """Reads the command's result file; RuntimeError if no request was answered."""
     errors = [error.strip() for error in result["errors"] if error]
     good = [number for number, error in enumerate(result["errors"]) if not error]
@@ -98,7 +98,7 @@ def parse(result: dict[str, Any]) -> Sent:
     def of_good(name: str) -> list[Any]:
         return [result[name][number] for number in good]
 
-    return Sent(
+    return SentRequests(
         start_s=of_good("start_times"),
         ttft_s=of_good("ttfts"),
         e2e_s=of_good("latencies"),

@@ -73,7 +73,7 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class GridPoint:
     """One cell of the grid."""
 
     variant: Variant
@@ -87,7 +87,7 @@ class Point:
 class Block:
     """One measurement of a point; `number` counts the point's blocks in this round."""
 
-    point: Point
+    point: GridPoint
     round: int
     number: int = 0
 
@@ -117,7 +117,7 @@ def schedule(variants: Sequence[Variant], loads: Sequence[Load], rounds: int, *,
             its blocks of a round before the other starts.
     """
     cells = [
-        (Point(variant, load), turn)
+        (GridPoint(variant, load), turn)
         for load in loads
         for turn in range(load.blocks)
         for variant in (variants[::-1] if turn % 2 else variants)

@@ -48,7 +48,7 @@ def read(text: str) -> tuple[dict[str, float], dict[str, float]]:
     return dict(counters), dict(gauges)
 
 
-class Watch:
+class MetricsWatch:
     """Context that reads /metrics at its start, at its end and every `every_s` in between.
 
     A server without that page has no figures. A ValueError is raised if the page refuses the key.
@@ -62,11 +62,11 @@ class Watch:
         self._page, self._every_s = f"{url}/metrics", every_s
         self._client = httpx.Client(timeout=30, headers=keys.for_metrics())
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread = threading.Thread(target=self._poll, daemon=True)
         self.counters: dict[str, float] = {}
         self.gauges: dict[str, list[float]] = defaultdict(list)
 
-    def __enter__(self) -> Watch:
+    def __enter__(self) -> MetricsWatch:
         self._before, _ = self._read()
         self._thread.start()
         return self
@@ -80,7 +80,7 @@ class Watch:
             self._client.close()
         self.counters = {name: value - self._before.get(name, 0) for name, value in after.items()}
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         while not self._over.wait(self._every_s):
             try:
                 _, gauges = self._read()

@@ -17,7 +17,7 @@ _NEEDED = ("httpx", "jinja2", "matplotlib", "pandas", "PIL", "vllm")
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class LoadTestOptions:
     """Raises ValueError if what is asked can't be measured."""
 
     output: Path = option(Path("loadtest-results"), "DIR", "results that lie there are not measured again")
@@ -76,7 +76,7 @@ class Options:
             found.append("videos are made up, with an even --image-size: leave --images out")
         elif not self.trace and self.burstiness != 1 and not self.rate:
             found.append(f"--workload {self.workload} is about arrival times: give --rate")
-        elif uneven := self._uneven():
+        elif uneven := self._unequal_lengths():
             found += uneven
         else:
             too_few = [load for load in self._loads() if (load.concurrency or 0) > load.requests]
@@ -90,7 +90,7 @@ class Options:
             found.append(f'a load test needs {" and ".join(missing)}: pip install "foldserve[loadtest]"')
         return found
 
-    def _uneven(self) -> list[str]:
+    def _unequal_lengths(self) -> list[str]:
         loads = len(self._arrivals())
         counts = {name: len(getattr(self, name)) for name in ("requests", "blocks")}
         return [

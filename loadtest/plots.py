@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from foldserve.loadtest.quality import Accuracy
-from foldserve.loadtest.report.charts import MOST_LINES, Axis, Chart, Level, Line, Panel, Point, line_chart
-from foldserve.loadtest.summary import Row
+from foldserve.loadtest.report.charts import MOST_LINES, Axis, Chart, ChartLine, ChartPoint, Level, Panel, line_chart
+from foldserve.loadtest.summary import PointSummary
 
 _FULL = "ratio 0"
 _DASHED = "Dashed: what the arithmetic allows, from what was measured at ratio 0."
@@ -21,7 +21,7 @@ class _Question:
     Attributes:
         stem: file name without suffix.
         title: the question that the chart answers.
-        figure: key of `Row.figures`.
+        figure: key of `PointSummary.figures`.
         limit: predicted factor on the value at ratio 0.
         same_scale: whether the panels of all loads share an axis.
     """
@@ -30,12 +30,12 @@ class _Question:
     title: str
     figure: str
     y: Axis
-    limit: Callable[[Row], float | None]
+    limit: Callable[[PointSummary], float | None]
     same_scale: bool = True
     note: str = ""
 
 
-def _predicted(name: str) -> Callable[[Row], float | None]:
+def _predicted(name: str) -> Callable[[PointSummary], float | None]:
     return lambda row: row.limit.get(name)
 
 
@@ -75,18 +75,18 @@ _QUESTIONS = (
 )
 
 
-def charts(reports: Mapping[str, Sequence[Row]], accuracy: Sequence[Accuracy] = ()) -> list[Chart]:
+def charts(reports: Mapping[str, Sequence[PointSummary]], accuracy: Sequence[Accuracy] = ()) -> list[Chart]:
     """Charts in reading order, without panels of what was not measured.
 
     `reports` are keyed by the name for their panels, "" if there is only one.
     """
     chosen, left_out = _families([row for rows in reports.values() for row in rows])
     found = [_chart(question, reports, chosen, left_out) for question in _QUESTIONS]
-    found.insert(1, _trade(reports, chosen, accuracy))
+    found.insert(1, _trade_off(reports, chosen, accuracy))
     return [chart for chart in found if chart is not None]
 
 
-def _families(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+def _families(rows: Sequence[PointSummary]) -> tuple[list[str], list[str]]:
     """(families to draw, which are the fastest, other families)."""
     gains: dict[str, list[float]] = {}
     for row in rows:
@@ -100,7 +100,7 @@ def _families(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
 
 
 def _chart(
-    question: _Question, reports: Mapping[str, Sequence[Row]], families: Sequence[str], left_out: Sequence[str]
+    question: _Question, reports: Mapping[str, Sequence[PointSummary]], families: Sequence[str], left_out: Sequence[str]
 ) -> Chart | None:
     panels: list[Panel] = []
     for load, under in _by_load(reports):
@@ -112,7 +112,7 @@ def _chart(
     if not panels:
         return None
     most = max(point.x for panel in panels for line in panel.lines for point in line.points)
-    notes = [_DASHED] if any(line.dashed for panel in panels for line in panel.lines) else []
+    notes = [_DASHED] if any(line.is_dashed for panel in panels for line in panel.lines) else []
     notes += filter(None, [question.note])
     if left_out:
         notes.append(f"Not drawn, since others are faster: {', '.join(left_out)}.")
@@ -128,7 +128,7 @@ def _chart(
     )
 
 
-def _by_load(reports: Mapping[str, Sequence[Row]]) -> Iterator[tuple[str, dict[str, list[Row]]]]:
+def _by_load(reports: Mapping[str, Sequence[PointSummary]]) -> Iterator[tuple[str, dict[str, list[PointSummary]]]]:
     """(load, its rows by report) for the loads that all reports have."""
     for load in dict.fromkeys(str(row.load) for rows in reports.values() for row in rows):
         under = {name: [row for row in rows if str(row.load) == load] for name, rows in reports.items()}
@@ -136,16 +136,18 @@ def _by_load(reports: Mapping[str, Sequence[Row]]) -> Iterator[tuple[str, dict[s
             yield load, under
 
 
-def _panel(question: _Question, title: str, rows: Sequence[Row], families: Sequence[str]) -> Panel | None:
-    lines: list[Line] = []
+def _panel(question: _Question, title: str, rows: Sequence[PointSummary], families: Sequence[str]) -> Panel | None:
+    lines: list[ChartLine] = []
     for colour, family in enumerate(families):
         curve = [row for row in _curve(rows, family) if question.figure in row.figures]
         if any(row.variant.family == family for row in curve):
-            points = [Point(r.variant.ratio, r.figures[question.figure], f"ratio {r.variant.ratio:g}") for r in curve]
-            lines += [Line(family, points, colour), *_limit_line(question, curve, rows, colour)]
+            points = [
+                ChartPoint(r.variant.ratio, r.figures[question.figure], f"ratio {r.variant.ratio:g}") for r in curve
+            ]
+            lines += [ChartLine(family, points, colour), *_limit_line(question, curve, rows, colour)]
     full = next(row for row in rows if row.variant.family == _FULL)
     if not families and question.figure in full.figures:
-        lines.append(Line(_FULL, [Point(0.0, full.figures[question.figure])], 0))
+        lines.append(ChartLine(_FULL, [ChartPoint(0.0, full.figures[question.figure])], 0))
     if not lines:
         return None
     levels = [
@@ -156,7 +158,7 @@ def _panel(question: _Question, title: str, rows: Sequence[Row], families: Seque
     return Panel(title, lines, levels)
 
 
-def _curve(rows: Sequence[Row], family: str) -> list[Row]:
+def _curve(rows: Sequence[PointSummary], family: str) -> list[PointSummary]:
     """Rows of a family by ratio, after ratio 0 or, for a joined withdrawal, after withdrawal alone."""
     start = "withdraw" if family.endswith("+ withdraw") else family
     own = sorted(
@@ -168,17 +170,21 @@ def _curve(rows: Sequence[Row], family: str) -> list[Row]:
     return [*(row for row in rows if row.variant.family == _FULL), *own]
 
 
-def _limit_line(question: _Question, curve: Sequence[Row], rows: Sequence[Row], colour: int) -> list[Line]:
+def _limit_line(
+    question: _Question, curve: Sequence[PointSummary], rows: Sequence[PointSummary], colour: int
+) -> list[ChartLine]:
     full = next(row for row in rows if row.variant.family == _FULL)
     base = full.figures.get(question.figure)
     limits = [(row.variant.ratio, factor) for row in curve if (factor := question.limit(row)) is not None]
     if base is None or len(limits) < 2:
         return []
-    points = [Point.exact(ratio, base.value * factor) for ratio, factor in limits]
-    return [Line("", points, colour, dashed=True)]
+    points = [ChartPoint.exact(ratio, base.value * factor) for ratio, factor in limits]
+    return [ChartLine("", points, colour, is_dashed=True)]
 
 
-def _trade(reports: Mapping[str, Sequence[Row]], families: Sequence[str], accuracy: Sequence[Accuracy]) -> Chart | None:
+def _trade_off(
+    reports: Mapping[str, Sequence[PointSummary]], families: Sequence[str], accuracy: Sequence[Accuracy]
+) -> Chart | None:
     """Right answers against speed, at the last load."""
     panels = []
     for name, rows in reports.items():
@@ -187,12 +193,14 @@ def _trade(reports: Mapping[str, Sequence[Row]], families: Sequence[str], accura
         for colour, family in enumerate(families):
             shares = {each.ratio: each.share for each in accuracy if each.family == family}
             points = [
-                Point(row.to_ratio_0["requests_per_s"].value, shares[row.variant.ratio], f"ratio {row.variant.ratio:g}")
+                ChartPoint(
+                    row.to_ratio_0["requests_per_s"].value, shares[row.variant.ratio], f"ratio {row.variant.ratio:g}"
+                )
                 for row in _curve(last, family)
                 if row.variant.ratio in shares and "requests_per_s" in row.to_ratio_0
             ]
             if len(points) > 1:
-                lines.append(Line(family, points, colour))
+                lines.append(ChartLine(family, points, colour))
         if lines:
             panels.append(Panel(", ".join(filter(None, [str(rows[-1].load), name])), lines))
     if not panels:

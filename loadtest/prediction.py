@@ -9,7 +9,7 @@ from transformers import AutoConfig, PretrainedConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class MeanRequest:
     """Mean numbers of tokens per request.
 
     Attributes:
@@ -84,19 +84,19 @@ class ModelShape:
     queries: int | None = None
     qwen: QwenTower | None = None
 
-    def flops(self, request: Request) -> float:
+    def flops(self, request: MeanRequest) -> float:
         """FLOPs of one request: tower, projector, prefill and decode steps, without the output head."""
         shallow = request.text + request.kept
         return self._vision(request) + self._decoder(shallow, shallow - request.withdrawn, request.output)
 
-    def _vision(self, request: Request) -> float:
+    def _vision(self, request: MeanRequest) -> float:
         if self.qwen is not None:
             return self.qwen.flops(request.encoded)
         n, dv = request.encoded, self.vision_hidden
         tower = self.vision_layers * (n * (8 * dv * dv + 4 * dv * self.vision_mlp) + 4 * n * (self.tile or n) * dv)
         return tower + request.kept * 2 * (dv * self.hidden + self.hidden * self.hidden)
 
-    def kv_elements(self, request: Request) -> float:
+    def kv_elements(self, request: MeanRequest) -> float:
         """Elements of keys and values that a request holds halfway through its answer."""
         shallow = request.text + request.kept + request.output / 2
         first, last = self._split()

@@ -7,12 +7,12 @@ from typing import TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from foldserve.loadtest.report.journal import Journal, Line
+from foldserve.loadtest.report.journal import Journal, JournalLine
 
 _T = TypeVar("_T")
 
 
-class Sent(BaseModel):
+class SentRequests(BaseModel):
     """The answered requests as the client saw them, one entry each, and the errors of the others.
 
     Attributes:
@@ -37,13 +37,13 @@ class Record(BaseModel):
     """One block.
 
     Attributes:
-        counters, gauges: see `Watch`.
+        counters, gauges: see `MetricsWatch`.
         cpu_s: CPU time by kind of process; empty for a remote server.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sent: Sent
+    sent: SentRequests
     counters: dict[str, float]
     gauges: dict[str, list[float]]
     cpu_s: dict[str, float]
@@ -57,9 +57,9 @@ def joined(blocks: Sequence[Record]) -> Record:
         shift = end - min(sent.start_s)
         start_s += [start + shift for start in sent.start_s]
         end = max(start + e2e + shift for start, e2e in zip(sent.start_s, sent.e2e_s, strict=True))
-    fields = {name: _flat([getattr(block.sent, name) for block in blocks]) for name in Sent.model_fields}
+    fields = {name: _flat([getattr(block.sent, name) for block in blocks]) for name in SentRequests.model_fields}
     return Record(
-        sent=Sent(**fields | {"start_s": start_s}),
+        sent=SentRequests(**fields | {"start_s": start_s}),
         counters=_by_name([block.counters for block in blocks], sum),
         gauges=_by_name([block.gauges for block in blocks], _flat),
         cpu_s=_by_name([block.cpu_s for block in blocks], sum),
@@ -75,7 +75,7 @@ def _by_name(blocks: Sequence[Mapping[str, _T]], join: Callable[[list[_T]], _T])
     return {name: join([block[name] for block in blocks if name in block]) for name in names}
 
 
-class _Line(Line[Record]):
+class _Line(JournalLine[Record]):
     key: str = Field(alias="block")
     result: Record = Field(alias="record")
 

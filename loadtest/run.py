@@ -12,12 +12,12 @@ from tqdm import tqdm
 from foldserve.loadtest import bench, keys
 from foldserve.loadtest.grid import Block, Load, Variant
 from foldserve.loadtest.images import Images
-from foldserve.loadtest.metrics import Watch
-from foldserve.loadtest.options import Options
-from foldserve.loadtest.record import BlockJournal, Record, Sent
+from foldserve.loadtest.metrics import MetricsWatch
+from foldserve.loadtest.options import LoadTestOptions
+from foldserve.loadtest.record import BlockJournal, Record, SentRequests
 from foldserve.loadtest.servers import Fleet, Server
-from foldserve.loadtest.trace import Recorded, read_trace, replay
-from foldserve.loadtest.workloads import WORKLOADS, Maker, Messages
+from foldserve.loadtest.trace import TraceLine, read_trace, replay
+from foldserve.loadtest.workloads import WORKLOADS, Messages, SourceFactory
 
 _WARM_UP_TIMEOUT_S = 600
 _WARM_UP_TOKENS = 4
@@ -26,16 +26,18 @@ _WARM_UP_TOKENS = 4
 class Sender(Protocol):
     """Sends the requests of one block."""
 
-    def __call__(self, url: str, model: str, chats: Sequence[Messages], body: dict[str, Any], block: Block) -> Sent: ...
+    def __call__(
+        self, url: str, model: str, chats: Sequence[Messages], body: dict[str, Any], block: Block
+    ) -> SentRequests: ...
 
 
-class Runner:
+class BlockRunner:
     """Measures blocks on the servers of a fleet; `send` is by default `vllm bench serve`, or the replay of a trace."""
 
-    def __init__(self, options: Options, fleet: Fleet, send: Sender | None = None) -> None:
+    def __init__(self, options: LoadTestOptions, fleet: Fleet, send: Sender | None = None) -> None:
         self._options, self._fleet = options, fleet
-        self._maker = Maker(Images(options.image_size, options.images, options.repeat_images), options.words)
-        self._trace: list[Recorded] = read_trace(options.trace) if options.trace else []
+        self._sources = SourceFactory(Images(options.image_size, options.images, options.repeat_images), options.words)
+        self._trace: list[TraceLine] = read_trace(options.trace) if options.trace else []
         self._send = send or (self._replay if self._trace else self._bench)
         self._models: dict[str, str] = {}
 
@@ -66,7 +68,7 @@ class Runner:
         chats = self._chats(block.key, self._count(block.point.load))
         body = block.point.variant.body() | self._answer()
         cpu = server.cpu_s()
-        with Watch(server.url) as watch:
+        with MetricsWatch(server.url) as watch:
             sent = self._send(server.url, self._models[server.url], chats, body, block)
         spent = {kind: after - cpu[kind] for kind, after in server.cpu_s().items()}
         return Record(sent=sent, counters=watch.counters, gauges=watch.gauges, cpu_s=spent)
@@ -81,15 +83,19 @@ class Runner:
         return {"temperature": 0, "ignore_eos": True} | length
 
     def _chats(self, block: str, count: int) -> list[Messages]:
-        source = self._maker.source(block)
+        source = self._sources.source(block)
         if self._trace:
             return [line.chat(source) for line in self._trace[:count]]
         return WORKLOADS[self._options.workload].make(source, count)
 
-    def _bench(self, url: str, model: str, chats: Sequence[Messages], body: dict[str, Any], block: Block) -> Sent:
+    def _bench(
+        self, url: str, model: str, chats: Sequence[Messages], body: dict[str, Any], block: Block
+    ) -> SentRequests:
         return bench.send(url, model, chats, body, block.point.load, self._options.burstiness, self._options.seed)
 
-    def _replay(self, url: str, model: str, chats: Sequence[Messages], body: dict[str, Any], block: Block) -> Sent:
+    def _replay(
+        self, url: str, model: str, chats: Sequence[Messages], body: dict[str, Any], block: Block
+    ) -> SentRequests:
         assert block.point.load.speed is not None
         return replay(url, model, self._trace[: len(chats)], chats, body, block.point.load.speed)
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Protocol
 
 import httpx
@@ -35,7 +36,7 @@ class Server(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Remote:
+class RemoteServer:
     """A server that somebody else runs."""
 
     url: str
@@ -44,25 +45,32 @@ class Remote:
         return {}
 
 
-class Local:
+class LocalServer:
     """A server started here, on a free port.
 
     Args:
         name: `vllm` is started without foldserve's plugin.
         options: arguments after `serve`, the model first.
         log: file for its output.
+        variables: environment variables beside those of this process.
 
     Raises:
         RuntimeError: it did not start.
     """
 
-    def __init__(self, name: ServerName, options: Sequence[str], log: Path) -> None:
+    def __init__(
+        self,
+        name: ServerName,
+        options: Sequence[str],
+        log: Path,
+        variables: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         with socket.socket() as probe:
             probe.bind((HOST, 0))
             self.port = int(probe.getsockname()[1])
         self.url, self._log = f"http://{HOST}:{self.port}", log
         command = [sys.executable, "-m", _MODULES[name], "serve", *options, "--host", HOST, "--port", str(self.port)]
-        env = os.environ | ({"VLLM_PLUGINS": ""} if name == "vllm" else {})
+        env = os.environ | dict(variables) | ({"VLLM_PLUGINS": ""} if name == "vllm" else {})
         log.parent.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         with log.open("a") as out:
@@ -126,6 +134,7 @@ class Fleet:
         options: arguments after `serve` for the servers to start.
         logs: folder for their output.
         beside: whether they may run at the same time; otherwise each has the machine to itself.
+        variables: environment variables of the servers to start.
     """
 
     def __init__(
@@ -135,10 +144,11 @@ class Fleet:
         logs: Path,
         *,
         beside: bool,
+        variables: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self._options, self._logs, self._beside = options, logs, beside
-        self._given = {name: Remote(url) for name, url in urls.items()}
-        self._started: dict[ServerName, Local] = {}
+        self._options, self._logs, self._beside, self._variables = options, logs, beside, variables
+        self._given = {name: RemoteServer(url) for name, url in urls.items()}
+        self._started: dict[ServerName, LocalServer] = {}
 
     def get(self, name: ServerName) -> tuple[Server, bool]:
         """The server, and whether it has just been started."""
@@ -148,7 +158,7 @@ class Fleet:
             return self._started[name], False
         if not self._beside:
             self.stop()
-        self._started[name] = Local(name, self._options[name], self._logs / f"{name}.log")
+        self._started[name] = LocalServer(name, self._options[name], self._logs / f"{name}.log", self._variables)
         return self._started[name], True
 
     def stop(self) -> None:

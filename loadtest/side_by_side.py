@@ -9,8 +9,8 @@ from foldserve.loadtest.plots import charts
 from foldserve.loadtest.report.page import page
 from foldserve.loadtest.report.side_by_side import Measure, Pair, differences, settings
 from foldserve.loadtest.report.tables import Table
-from foldserve.loadtest.summary import Row
-from foldserve.loadtest.throughput import Report
+from foldserve.loadtest.summary import PointSummary
+from foldserve.loadtest.throughput import LoadTestReport
 
 _FIGURES = {
     "requests_per_s": Measure("requests/s", digits=3, as_ratio=True),
@@ -20,7 +20,7 @@ _FIGURES = {
 }
 
 
-def write(reports: Mapping[str, Report], folder: Path) -> None:
+def write(reports: Mapping[str, LoadTestReport], folder: Path) -> None:
     """Writes index.html and the charts as SVG for two reports, by the names that the page gives them."""
     drawn = charts({name: report.rows for name, report in reports.items()})
     for chart in drawn:
@@ -32,17 +32,17 @@ def write(reports: Mapping[str, Report], folder: Path) -> None:
     (folder / "index.html").write_text(page(title, lead=lead, facts={}, charts=drawn, tables=tables))
 
 
-def table(reports: Mapping[str, Report]) -> Table:
+def table(reports: Mapping[str, LoadTestReport]) -> Table:
     """The results that both reports have."""
     return differences(["load", "variant"], [*_FIGURES.values()], _rows(*reports.values()), [*reports])
 
 
-def _rows(first: Report, second: Report) -> Iterator[tuple[Sequence[str], Sequence[Pair]]]:
+def _rows(first: LoadTestReport, second: LoadTestReport) -> Iterator[tuple[Sequence[str], Sequence[Pair]]]:
     others = {_names(row): row for row in second.rows}
     for row in first.rows:
         if other := others.get(_names(row)):
             yield _names(row), [(row.figures.get(name), other.figures.get(name)) for name in _FIGURES]
 
 
-def _names(row: Row) -> tuple[str, str]:
+def _names(row: PointSummary) -> tuple[str, str]:
     return str(row.load), row.variant.label

@@ -18,14 +18,14 @@ RESAMPLES = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Draws:
+class ResampledFigure:
     """A figure, and its value in each of `RESAMPLES` resamples."""
 
     value: float
     drawn: Floats
 
-    def __truediv__(self, base: Draws) -> Draws:
-        return Draws(self.value / base.value, self.drawn / base.drawn)
+    def __truediv__(self, base: ResampledFigure) -> ResampledFigure:
+        return ResampledFigure(self.value / base.value, self.drawn / base.drawn)
 
     def estimate(self) -> Estimate:
         return Estimate(self.value, *interval(self.drawn))
@@ -56,7 +56,7 @@ def quantile(q: float) -> Statistic:
     return of
 
 
-def draw(rounds: Sequence[Sequence[Sequence[float]]], statistic: Statistic) -> Draws:
+def resample_rounds(rounds: Sequence[Sequence[Sequence[float]]], statistic: Statistic) -> ResampledFigure:
     """Resamples values[round][request]; ValueError if a round has none."""
     by_round = [_padded(requests) for requests in rounds]
     if not by_round or any(values.size == 0 for values in by_round):
@@ -65,7 +65,7 @@ def draw(rounds: Sequence[Sequence[Sequence[float]]], statistic: Statistic) -> D
     random = np.random.default_rng(0)
     resampled = [resample(each, statistic, RESAMPLES, random) for each in by_round]
     chosen = np.random.default_rng(1).integers(0, len(by_round), (len(by_round), RESAMPLES))
-    return Draws(values, np.stack(resampled)[chosen, np.arange(RESAMPLES)].mean(axis=0))
+    return ResampledFigure(values, np.stack(resampled)[chosen, np.arange(RESAMPLES)].mean(axis=0))
 
 
 def gaps(start_s: Sequence[float], e2e_s: Sequence[float]) -> list[float]:

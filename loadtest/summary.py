@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from foldserve.loadtest.grid import CONTROL, RATIO_0, Load, Point, Variant
+from foldserve.loadtest.grid import CONTROL, RATIO_0, GridPoint, Load, Variant
 from foldserve.loadtest.metrics import KV_USE, RUNNING, WAITING
-from foldserve.loadtest.prediction import ModelShape, Request
+from foldserve.loadtest.prediction import MeanRequest, ModelShape
 from foldserve.loadtest.record import Record
 from foldserve.loadtest.report.estimates import Estimate
-from foldserve.loadtest.statistics import Draws, draw, gaps, mean, quantile, quotient, rate, runs
+from foldserve.loadtest.statistics import ResampledFigure, gaps, mean, quantile, quotient, rate, resample_rounds, runs
 
 _PERCENTILES = (50, 90, 99)
 _FULL = 0.9
@@ -26,7 +26,7 @@ _STAGES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class PointSummary:
     """One point over all its rounds.
 
     Attributes:
@@ -49,7 +49,7 @@ class Row:
         return {"label": self.variant.label} | asdict(self)
 
     @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Row:
+    def from_json(cls, fields: Mapping[str, Any]) -> PointSummary:
         """Raises KeyError or TypeError if `fields` are not from `to_json`."""
         read: dict[str, Any] = {name: fields[name] for name in ("rounds", "requests", "failures", "limit")}
         for base in ("figures", "to_ratio_0", "to_vllm"):
@@ -57,24 +57,24 @@ class Row:
         return cls(variant=Variant(**fields["variant"]), load=Load(**fields["load"]), **read)
 
 
-def summarise(records: Mapping[Point, Sequence[Record]], shape: ModelShape | None) -> list[Row]:
+def summarise(records: Mapping[GridPoint, Sequence[Record]], shape: ModelShape | None) -> list[PointSummary]:
     figures = {point: _figures(rounds) for point, rounds in records.items()}
     return [_row(point, records, figures, shape) for point in records]
 
 
 def _row(
-    point: Point,
-    records: Mapping[Point, Sequence[Record]],
-    figures: Mapping[Point, dict[str, Draws]],
+    point: GridPoint,
+    records: Mapping[GridPoint, Sequence[Record]],
+    figures: Mapping[GridPoint, dict[str, ResampledFigure]],
     shape: ModelShape | None,
-) -> Row:
-    bases = [Point(base, point.load) for base in (RATIO_0, CONTROL)]
+) -> PointSummary:
+    bases = [GridPoint(base, point.load) for base in (RATIO_0, CONTROL)]
     ratios = [_ratios(figures[point], figures.get(base, {})) for base in bases]
     rounds = records[point]
     limit = {}
     if shape is not None and point.variant.server == "foldserve" and bases[0] in records:
         limit = _limit(shape, _mean_request(rounds), _mean_request(records[bases[0]]))
-    return Row(
+    return PointSummary(
         variant=point.variant,
         load=point.load,
         rounds=len(rounds),
@@ -87,12 +87,12 @@ def _row(
     )
 
 
-def _ratios(own: dict[str, Draws], base: dict[str, Draws]) -> dict[str, Estimate]:
+def _ratios(own: dict[str, ResampledFigure], base: dict[str, ResampledFigure]) -> dict[str, Estimate]:
     """Ratios of the figures that both have, unless the base is 0 in a resample."""
     return {name: (own[name] / base[name]).estimate() for name in own if name in base and base[name].drawn.all()}
 
 
-def _limit(shape: ModelShape, own: Request, base: Request) -> dict[str, float]:
+def _limit(shape: ModelShape, own: MeanRequest, base: MeanRequest) -> dict[str, float]:
     return {
         "requests_per_s": shape.flops(base) / shape.flops(own),
         "resident_when_full": shape.kv_elements(base) / shape.kv_elements(own),
@@ -100,7 +100,7 @@ def _limit(shape: ModelShape, own: Request, base: Request) -> dict[str, float]:
     }
 
 
-def _mean_request(rounds: Sequence[Record]) -> Request:
+def _mean_request(rounds: Sequence[Record]) -> MeanRequest:
     def per_request(counter: str) -> float:
         return sum(_counted(record, counter) for record in rounds) / len(rounds)
 
@@ -108,7 +108,7 @@ def _mean_request(rounds: Sequence[Record]) -> Request:
     prompt = sum(sum(record.sent.prompt_tokens) for record in rounds) / answered
     output = sum(sum(record.sent.output_tokens) for record in rounds) / answered
     kept = per_request("vision_kept")
-    return Request(per_request("vision_encoded"), kept, per_request("vision_withdrawn"), prompt - kept, output)
+    return MeanRequest(per_request("vision_encoded"), kept, per_request("vision_withdrawn"), prompt - kept, output)
 
 
 def _counted(record: Record, counter: str) -> float:
@@ -116,10 +116,10 @@ def _counted(record: Record, counter: str) -> float:
     return record.counters.get(counter, 0.0) / len(record.sent.e2e_s)
 
 
-def _figures(rounds: Sequence[Record]) -> dict[str, Draws]:
+def _figures(rounds: Sequence[Record]) -> dict[str, ResampledFigure]:
     """The figures that every round has values for."""
     each = [record.sent for record in rounds]
-    found = {"requests_per_s": draw([runs(gaps(sent.start_s, sent.e2e_s)) for sent in each], rate)}
+    found = {"requests_per_s": resample_rounds([runs(gaps(sent.start_s, sent.e2e_s)) for sent in each], rate)}
     times = {
         "ttft_s": [[[value] for value in sent.ttft_s] for sent in each],
         "itl_s": [[itl for itl in sent.itl_s if itl] for sent in each],
@@ -127,13 +127,13 @@ def _figures(rounds: Sequence[Record]) -> dict[str, Draws]:
     }
     for name, by_round in times.items():
         if all(by_round):
-            found |= {f"{name}_p{p}": draw(by_round, quantile(p / 100)) for p in _PERCENTILES}
+            found |= {f"{name}_p{p}": resample_rounds(by_round, quantile(p / 100)) for p in _PERCENTILES}
     for name, values in _per_round(rounds).items():
-        found[name] = draw([[[value]] for value in values], mean)
+        found[name] = resample_rounds([[[value]] for value in values], mean)
     return found | _of_cache(rounds, found)
 
 
-def _of_cache(rounds: Sequence[Record], known: Mapping[str, Draws]) -> dict[str, Draws]:
+def _of_cache(rounds: Sequence[Record], known: Mapping[str, ResampledFigure]) -> dict[str, ResampledFigure]:
     """Figures of the KV cache: its use, a request's share of it, and how many requests a full one holds.
 
     A request takes its blocks step by step during prefill. So blocks in use / running requests is a request's share
@@ -142,15 +142,15 @@ def _of_cache(rounds: Sequence[Record], known: Mapping[str, Draws]) -> dict[str,
     seen = [_looks(record) for record in rounds]
     if not all(seen):
         return {}
-    found = {"kv_use": draw([[[use] for use, _, _ in looks] for looks in seen], mean)}
+    found = {"kv_use": resample_rounds([[[use] for use, _, _ in looks] for looks in seen], mean)}
     times = [known.get(name) for name in ("decode_s", "prefill_s")]
     if times[0] is not None and times[1] is not None and times[0].value > times[1].value:
-        found["kv_share"] = draw([[[use, running] for use, running, _ in looks] for looks in seen], quotient)
+        found["kv_share"] = resample_rounds([[[use, running] for use, running, _ in looks] for looks in seen], quotient)
     full = [
         [[running] for use, running, waiting in looks if use >= _FULL and waiting >= _QUEUE * running] for looks in seen
     ]
     if all(full):
-        found["resident_when_full"] = draw(full, mean)
+        found["resident_when_full"] = resample_rounds(full, mean)
     return found
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from foldserve.loadtest.report.estimates import Estimate
 from foldserve.loadtest.report.tables import NONE, Table
-from foldserve.loadtest.summary import Row
+from foldserve.loadtest.summary import PointSummary
 
 _MAIN = [
     "load", "variant", "requests/s", "to ratio 0", "FLOPs allow", "to plain vLLM", "TTFT p50, s", "E2E p50, s",
@@ -22,7 +22,7 @@ _SERVER = [
 ]  # fmt: skip
 
 
-def tables(rows: Sequence[Row], note: str) -> list[Table]:
+def tables(rows: Sequence[PointSummary], note: str) -> list[Table]:
     """All tables, with `note` below the last."""
     return [
         Table("Throughput and latency", _MAIN, [_main_cells(row) for row in rows], labels=2, key=2),
@@ -31,7 +31,7 @@ def tables(rows: Sequence[Row], note: str) -> list[Table]:
     ]
 
 
-def _main_cells(row: Row) -> list[str]:
+def _main_cells(row: PointSummary) -> list[str]:
     return [
         *_names(row),
         _show(row.figures.get("requests_per_s"), 3),
@@ -45,12 +45,12 @@ def _main_cells(row: Row) -> list[str]:
     ]
 
 
-def _client_cells(row: Row) -> list[str]:
+def _client_cells(row: PointSummary) -> list[str]:
     names = [f"{name}_s_p{p}" for name in ("ttft", "itl", "e2e") for p in (50, 90, 99)]
     return [*_names(row), *(_show(row.figures.get(name), 3) for name in names)]
 
 
-def _server_cells(row: Row) -> list[str]:
+def _server_cells(row: PointSummary) -> list[str]:
     return [
         *_names(row),
         _show(row.figures.get("kv_share"), 3, 100),
@@ -69,7 +69,7 @@ def _server_cells(row: Row) -> list[str]:
     ]
 
 
-def as_csv(rows: Sequence[Row]) -> str:
+def as_csv(rows: Sequence[PointSummary]) -> str:
     """All figures, one line per point and figure."""
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
@@ -87,11 +87,11 @@ def as_csv(rows: Sequence[Row]) -> str:
     return text.getvalue()
 
 
-def _names(row: Row) -> list[str]:
+def _names(row: PointSummary) -> list[str]:
     return [str(row.load), row.variant.label]
 
 
-def _vision(row: Row) -> str:
+def _vision(row: PointSummary) -> str:
     """Encoded, kept and withdrawn tokens per request, without intervals, since they are counted."""
     stages = [row.figures.get(f"vision_{stage}") for stage in ("encoded", "kept", "withdrawn")]
     if None in stages:

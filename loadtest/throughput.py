@@ -14,7 +14,7 @@ from foldserve.loadtest.report.charts import Chart
 from foldserve.loadtest.report.charts import write as write_chart
 from foldserve.loadtest.report.estimates import Estimate
 from foldserve.loadtest.report.page import page
-from foldserve.loadtest.summary import Row
+from foldserve.loadtest.summary import PointSummary
 from foldserve.loadtest.tables import as_csv, tables
 
 _NOTE = (
@@ -31,19 +31,19 @@ _NOTE = (
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class LoadTestReport:
     """Results and settings of a load test; `accuracy` is from `foldserve evaluate`, or empty."""
 
     title: str
     settings: Mapping[str, str]
-    rows: Sequence[Row]
+    rows: Sequence[PointSummary]
     accuracy: Sequence[Accuracy]
 
 
 REPORT_FILE = "report.json"
 
 
-def write(report: Report, folder: Path) -> None:
+def write(report: LoadTestReport, folder: Path) -> None:
     """Writes index.html, report.md, report.json, report.csv, and every chart as SVG and PNG."""
     folder.mkdir(parents=True, exist_ok=True)
     drawn = charts({"": report.rows}, report.accuracy)
@@ -58,34 +58,34 @@ def write(report: Report, folder: Path) -> None:
     (folder / REPORT_FILE).write_text(json.dumps(fields, indent=1) + "\n")
 
 
-def read(folder: Path) -> Report:
+def read(folder: Path) -> LoadTestReport:
     """Reads report.json; ValueError if it is not from `write`."""
     file = folder / REPORT_FILE
     try:
         fields = json.loads(file.read_text())
-        return Report(
+        return LoadTestReport(
             title=fields["title"],
             settings=fields["settings"],
-            rows=[Row.from_json(row) for row in fields["rows"]],
+            rows=[PointSummary.from_json(row) for row in fields["rows"]],
             accuracy=[Accuracy(**each | {"share": Estimate(**each["share"])}) for each in fields["accuracy"]],
         )
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{file} is no report of `foldserve loadtest`: {error!r}") from error
 
 
-def _page(report: Report, drawn: Sequence[Chart]) -> str:
+def _page(report: LoadTestReport, drawn: Sequence[Chart]) -> str:
     shown = tables(report.rows, note=_NOTE)
     return page(f"Load test of {report.title}", lead=_lead(report), facts=report.settings, charts=drawn, tables=shown)
 
 
-def _lead(report: Report) -> str:
+def _lead(report: LoadTestReport) -> str:
     """Gain, machine and date; reports of earlier versions have no date."""
     gain = _gain(report.rows)
     about = [report.settings[name] for name in ("machine", "date") if name in report.settings]
     return ". ".join([*([gain] if gain else []), *about])
 
 
-def _gain(rows: Sequence[Row]) -> str:
+def _gain(rows: Sequence[PointSummary]) -> str:
     """The largest gain of a reduction; "" if nothing was reduced."""
     gains = [(row.to_ratio_0["requests_per_s"], row) for row in rows if row.variant.method and row.to_ratio_0]
     if not gains:
@@ -94,7 +94,7 @@ def _gain(rows: Sequence[Row]) -> str:
     return f"Up to {most.show()} times the requests/s of ratio 0: {row.variant.label}, {row.load}"
 
 
-def _markdown(report: Report) -> str:
+def _markdown(report: LoadTestReport) -> str:
     settings = "\n".join(f"- {name}: {value}" for name, value in report.settings.items())
     parts = [f"# Load test of {report.title}", settings]
     for table in tables(report.rows, note=_NOTE):

@@ -14,13 +14,13 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from foldserve.loadtest import keys
-from foldserve.loadtest.record import Sent
-from foldserve.loadtest.workloads import Messages, Source
+from foldserve.loadtest.record import SentRequests
+from foldserve.loadtest.workloads import Messages, MessageSource
 
 _PATIENCE_S = 600
 
 
-class Recorded(BaseModel):
+class TraceLine(BaseModel):
     """One line of a trace.
 
     Attributes:
@@ -37,16 +37,16 @@ class Recorded(BaseModel):
     images: int = Field(0, ge=0)
     words: int = Field(16, ge=1)
 
-    def chat(self, source: Source) -> Messages:
+    def chat(self, source: MessageSource) -> Messages:
         return self.messages or [source.user(self.images, self.words)]
 
 
-def read_trace(file: Path) -> list[Recorded]:
+def read_trace(file: Path) -> list[TraceLine]:
     """The lines, sorted by time; ValueError if one is malformed or there is none."""
     lines = []
     for number, text in enumerate(file.read_text().splitlines(), start=1):
         try:
-            lines.append(Recorded.model_validate_json(text))
+            lines.append(TraceLine.model_validate_json(text))
         except ValidationError as error:
             raise ValueError(f"{file}, line {number}: {error}") from error
     if not lines:
@@ -55,16 +55,16 @@ def read_trace(file: Path) -> list[Recorded]:
 
 
 def replay(
-    url: str, model: str, trace: Sequence[Recorded], chats: Sequence[Messages], body: dict[str, Any], speed: float
-) -> Sent:
+    url: str, model: str, trace: Sequence[TraceLine], chats: Sequence[Messages], body: dict[str, Any], speed: float
+) -> SentRequests:
     """Sends every chat at its recorded time, `speed` times as fast; RuntimeError if no request was answered."""
     return asyncio.run(_replay(url, model, trace, chats, body, speed))
 
 
 async def _replay(
-    url: str, model: str, trace: Sequence[Recorded], chats: Sequence[Messages], body: dict[str, Any], speed: float
-) -> Sent:
-    sent = Sent(start_s=[], ttft_s=[], e2e_s=[], itl_s=[], prompt_tokens=[], output_tokens=[], errors=[])
+    url: str, model: str, trace: Sequence[TraceLine], chats: Sequence[Messages], body: dict[str, Any], speed: float
+) -> SentRequests:
+    sent = SentRequests(start_s=[], ttft_s=[], e2e_s=[], itl_s=[], prompt_tokens=[], output_tokens=[], errors=[])
     limits = httpx.Limits(max_connections=None)
     async with (
         httpx.AsyncClient(base_url=url, timeout=_PATIENCE_S, limits=limits, headers=keys.for_chats()) as client,
@@ -81,7 +81,7 @@ async def _replay(
     return sent
 
 
-async def _send(client: httpx.AsyncClient, fields: dict[str, Any], sent: Sent) -> None:
+async def _send(client: httpx.AsyncClient, fields: dict[str, Any], sent: SentRequests) -> None:
     """Streams one answer and adds it to `sent`."""
     start, times, usage = time.perf_counter(), [], None
     try:

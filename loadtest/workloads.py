@@ -34,35 +34,35 @@ _IMAGES = 3
 
 
 @dataclass(frozen=True, slots=True)
-class Maker:
+class SourceFactory:
     """Makes different requests for every block; `words` is the length of a question."""
 
     images: Images
     words: int
 
-    def source(self, block: str) -> Source:
+    def source(self, block: str) -> MessageSource:
         """The source for a block, independent of other blocks."""
-        return Source(self, block)
+        return MessageSource(self, block)
 
 
-class Source:
+class MessageSource:
     """Parts of messages for one block; the block's name decides the number of its first image."""
 
-    def __init__(self, maker: Maker, block: str) -> None:
-        self._maker = maker
+    def __init__(self, factory: SourceFactory, block: str) -> None:
+        self._factory = factory
         self._random = random.Random(block)
         self._numbers = count(self._random.getrandbits(64))
 
     def image(self) -> dict[str, Any]:
-        return {"type": "image_url", "image_url": {"url": self._maker.images.url(next(self._numbers))}}
+        return {"type": "image_url", "image_url": {"url": self._factory.images.url(next(self._numbers))}}
 
     def text(self, words: int | None = None) -> dict[str, Any]:
         """Random words, so that no question is a prefix of another."""
-        length = self._maker.words if words is None else words
+        length = self._factory.words if words is None else words
         return {"type": "text", "text": " ".join(self._random.choices(_WORDS, k=length))}
 
     def video(self) -> dict[str, Any]:
-        return {"type": "video_url", "video_url": {"url": self._maker.images.video_url(next(self._numbers))}}
+        return {"type": "video_url", "video_url": {"url": self._factory.images.video_url(next(self._numbers))}}
 
     def user(self, images: int, words: int | None = None) -> dict[str, Any]:
         """A user's message with the images before the text."""
@@ -80,28 +80,28 @@ class Workload:
     """
 
     describe: str
-    make: Callable[[Source, int], list[Messages]]
+    make: Callable[[MessageSource, int], list[Messages]]
     output_tokens: int = 16
     burstiness: float = 1.0
 
 
-def _chat(source: Source, n: int) -> list[Messages]:
+def _chat(source: MessageSource, n: int) -> list[Messages]:
     return [[source.user(1)] for _ in range(n)]
 
 
-def _several(source: Source, n: int) -> list[Messages]:
+def _several(source: MessageSource, n: int) -> list[Messages]:
     return [[source.user(_IMAGES)] for _ in range(n)]
 
 
-def _mix(source: Source, n: int) -> list[Messages]:
+def _mix(source: MessageSource, n: int) -> list[Messages]:
     return [[source.user(number % 2)] for number in range(n)]
 
 
-def _video(source: Source, n: int) -> list[Messages]:
+def _video(source: MessageSource, n: int) -> list[Messages]:
     return [[{"role": "user", "content": [source.video(), source.text()]}] for _ in range(n)]
 
 
-def _turns(source: Source, n: int) -> list[Messages]:
+def _turns(source: MessageSource, n: int) -> list[Messages]:
     """All dialogues' first turns, then all second ones, ...: so each turn comes long after the one before."""
     dialogues = [[source.user(1)] for _ in range(-(-n // _TURNS))]
     chats = [list(dialogue) for dialogue in dialogues]

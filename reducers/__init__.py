@@ -59,8 +59,8 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 
 
 @cache
-def configured(name: str, values: tuple[Value, ...]) -> Method:
+def method_with_options(name: str, values: tuple[Value, ...]) -> Method:
     return type(METHODS[name])(*values)
 
 
-__all__ = ["METHODS", "Method", "Stage", "VisionGeometry", "configured"]
+__all__ = ["METHODS", "Method", "Stage", "VisionGeometry", "method_with_options"]

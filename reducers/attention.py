@@ -14,7 +14,7 @@ from foldserve.reducers.fold import at_least_fp32, true_fp32
 _QUERIES_AT_ONCE = 64
 
 
-def _same(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x
 
 
@@ -28,7 +28,7 @@ class LayerAttention:
     key_bias: Tensor | None = None  # (B, n), added to the logits of every query; ln(size) in proportional attention
     class_token: bool = False  # token 0 is the class token
     ranks: int = 1  # tensor-parallel ranks, which have equally many heads
-    mean_over_ranks: Callable[[Tensor], Tensor] = _same
+    mean_over_ranks: Callable[[Tensor], Tensor] = _identity
     unrotated_key: Tensor | None = None  # `key` before rotary position embedding, if the tower uses it
 
     def keys(self) -> Tensor:

@@ -14,8 +14,8 @@ from torch import Tensor
 from foldserve.reducers import cosines
 from foldserve.reducers.cosines import Rows
 from foldserve.reducers.fold import Reduced, true_fp32, unit_rows
-from foldserve.reducers.method import ONLY_TOKENS, AfterProjector, Kind, Seen
-from foldserve.reducers.options import Choice
+from foldserve.reducers.method import NO_SIDE_INPUTS, AfterProjector, Kind, SideInputs
+from foldserve.reducers.options import ChoiceOption
 from foldserve.reducers.random import keep
 from foldserve.reducers.refusal import InvalidReduction
 
@@ -36,7 +36,7 @@ def cdpruner(x: Tensor, kept: int, *, metric: Tensor | None = None, relevance: T
         relevance: (B, n), scales the rows and columns of the DPP's kernel; None: 1.
     """
     metric = x if metric is None else metric
-    images = cosines.together(x.shape[1])
+    images = cosines.images_at_once(x.shape[1])
     relevance = torch.ones(x.shape[:2], device=x.device) if relevance is None else relevance
     parts = zip(torch.split(metric, images), torch.split(relevance, images), strict=True)
     found = [largest_volume(unit_rows(some), kept, own) for some, own in parts]
@@ -86,7 +86,7 @@ def _greedy_map(rows: Rows, gain: Tensor, relevance: Tensor, kept: int) -> Tenso
     return torch.cat(picks, dim=1)
 
 
-class _Relevance(Choice):
+class _Relevance(ChoiceOption):
     def parse(self, value: object) -> str:
         if value in ("text", "clip"):
             raise InvalidReduction(
@@ -107,5 +107,5 @@ class CDPruner(AfterProjector):
     options = (_Relevance("relevance", "none", "tokens weigh alike: no text is looked at", ("none",)),)
     relevance: str
 
-    def reduce(self, x: Tensor, plan: Plan, width: int | None = None, seen: Seen = ONLY_TOKENS) -> Reduced:
+    def reduce(self, x: Tensor, plan: Plan, width: int | None = None, side: SideInputs = NO_SIDE_INPUTS) -> Reduced:
         return cdpruner(x, plan.kept, metric=x[..., :width])

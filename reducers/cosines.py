@@ -26,7 +26,7 @@ def holds_matrix(tokens: int) -> bool:
     return tokens**2 <= fold.AT_ONCE
 
 
-def together(tokens: int) -> int:
+def images_at_once(tokens: int) -> int:
     """Number of images whose matrices are held at a time, at least one."""
     return max(1, fold.AT_ONCE // tokens**2)
 

@@ -16,9 +16,9 @@ from foldserve.reducers import cosines
 from foldserve.reducers.cosines import Rows
 from foldserve.reducers.fold import Fold, Reduced, at_least_fp32, group_sizes, merge, unit_rows
 from foldserve.reducers.geometry import VisionGeometry
-from foldserve.reducers.method import ONLY_TOKENS, AfterProjector, Kind, Seen
+from foldserve.reducers.method import NO_SIDE_INPUTS, AfterProjector, Kind, SideInputs
 from foldserve.reducers.ops import Op
-from foldserve.reducers.options import Choice, Value
+from foldserve.reducers.options import ChoiceOption, Value
 from foldserve.reducers.random import keep
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def divprune(
         rest: "merge" averages each of the other tokens into its nearest pick.
     """
     metric = x if metric is None else metric
-    found = [_choose(some, kept, geometry, rest) for some in torch.split(metric, cosines.together(x.shape[1]))]
+    found = [_choose(some, kept, geometry, rest) for some in torch.split(metric, cosines.images_at_once(x.shape[1]))]
     source = torch.cat([own for own, _ in found])
     if rest == "drop":
         return keep(x, source)
@@ -168,21 +168,23 @@ class DivPrune(AfterProjector):
     paper = "DivPrune: Diversity-based Visual Token Pruning for Large Multimodal Models"
     kind = Kind.DROP
     options = (
-        Choice(
+        ChoiceOption(
             "geometry",
             "plain",
             "'centered' measures from the image's mean token (arXiv 2608.30263), on Qwen-VL by 'standardized' channels",
             ("plain", "centered", "standardized"),
         ),
-        Choice("rest", "drop", "'merge' averages the other tokens into the nearest that stays", ("drop", "merge")),
+        ChoiceOption(
+            "rest", "drop", "'merge' averages the other tokens into the nearest that stays", ("drop", "merge")
+        ),
     )
     geometry: Geometry
     rest: Rest
 
-    def settled(self, geometry: VisionGeometry, *, keeps_positions: bool) -> tuple[Value, ...]:
+    def resolved_options(self, geometry: VisionGeometry, *, keeps_positions: bool) -> tuple[Value, ...]:
         """Turns "centered" into "standardized" where the paper does, on Qwen-VL."""
         is_standardized = self.geometry == "centered" and geometry.merges_patches
         return ("standardized" if is_standardized else self.geometry, self.rest)
 
-    def reduce(self, x: Tensor, plan: Plan, width: int | None = None, seen: Seen = ONLY_TOKENS) -> Reduced:
+    def reduce(self, x: Tensor, plan: Plan, width: int | None = None, side: SideInputs = NO_SIDE_INPUTS) -> Reduced:
         return divprune(x, plan.kept, metric=x[..., :width], geometry=self.geometry, rest=self.rest)

@@ -53,7 +53,7 @@ class EVS(AcrossFrames):
     summary = "Of a video, keeps its first frame and the vision tokens that change most from a frame to the next."
     paper = "Efficient Video Sampling: Pruning Temporally Redundant Tokens for Faster VLM Inference"
 
-    def least(self, geometry: VisionGeometry) -> tuple[int, str]:
+    def min_kept(self, geometry: VisionGeometry) -> tuple[int, str]:
         return geometry.tokens // geometry.frames, "the first frame"
 
     def reduce(self, x: Tensor, plan: Plan, width: int | None = None) -> fold.Reduced:

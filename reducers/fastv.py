@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from foldserve.reducers.fold import Reduced
-from foldserve.reducers.illava import without
-from foldserve.reducers.method import ScoringDecoder
+from foldserve.reducers.illava import remaining_indices
+from foldserve.reducers.method import ScoredInDecoder
 from foldserve.reducers.random import keep
 
 
@@ -18,10 +18,10 @@ def fastv(x: Tensor, score: Tensor, r: int) -> Reduced:
         score: (B, n), see `illava.image_score`.
         r: 0 <= r <= n.
     """
-    return keep(x, without(score.argsort(dim=-1, stable=True)[:, :r], score.shape[1]))
+    return keep(x, remaining_indices(score.argsort(dim=-1, stable=True)[:, :r], score.shape[1]))
 
 
-class FastV(ScoringDecoder):
+class FastV(ScoredInDecoder):
     """Rounds the number of kept tokens half to even, as the authors do."""
 
     name = "fastv"

@@ -39,7 +39,7 @@ class Fold(NamedTuple):
 
     slot: Tensor  # (B, n) int64, index in the folded sequence; a merged token has its partner's
     sizes: Tensor  # (B, n - k) int64, tokens in each slot
-    survivor: Tensor  # (B, n - k) int64, the token in each slot that was not merged into another
+    kept_token: Tensor  # (B, n - k) int64, the token in each slot that was not merged into another
 
 
 def fold(metric: Tensor, k: int, *, order: Order, class_token: bool = False, penalty: Tensor | None = None) -> Fold:
@@ -136,8 +136,8 @@ def place(score: Tensor, partner: Tensor, n: int, k: int, order: Order) -> Fold:
     slot[:, 0::2] = torch.where(stays, even_slot, odd_slot.gather(1, partner))
     target[:, 0::2] = torch.where(stays, even_slot, n_out)  # merged tokens go to an extra column, cut off below
     slot[:, 1::2] = target[:, 1::2] = odd_slot
-    survivor = rank.new_empty(batch, n_out + 1).scatter_(1, target, index)[:, :n_out]
-    return Fold(slot, group_sizes(slot, n_out), survivor)
+    kept_token = rank.new_empty(batch, n_out + 1).scatter_(1, target, index)[:, :n_out]
+    return Fold(slot, group_sizes(slot, n_out), kept_token)
 
 
 def merge(
@@ -160,7 +160,7 @@ def merge(
     group, _, source = steps[0] if steps else _identity(x)
     for step in steps[1:]:
         group = step.slot.gather(1, group)
-        source = source.gather(1, step.survivor)
+        source = source.gather(1, step.kept_token)
     total = source
 
     def mean(some: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from foldserve.reducers.fold import Fold, Reduced, at_least_fp32, fold, group_sum, merge
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import AfterTower, InTower, Kind, Step
-from foldserve.reducers.options import Choice, FlagOption
+from foldserve.reducers.options import ChoiceOption, FlagOption
 from foldserve.reducers.refusal import InvalidReduction
 from foldserve.reducers.schedule import fold_schedule
 
@@ -34,7 +34,7 @@ def folder(
     scale: Scale = "none",
     class_token: bool = False,
 ) -> Reduced:
-    """Merge similar tokens into the mean of their group; the survivors keep their order.
+    """Merge similar tokens into the mean of their group; the tokens that stay keep their order.
 
     Args:
         x: (B, n, d), any float dtype.
@@ -51,10 +51,10 @@ def folder(
             metric = group_sum(metric, steps[-1].slot, steps[-1].sizes)  # sum and mean have the same cosines
         steps.append(fold(metric, k, order="position", class_token=class_token))
     is_scaled = scale == "official" and (len(folds) > 1 or sum(folds) < (x.shape[1] - sum(folds)) // 2)
-    return merge(x, steps, scale=_official if is_scaled else None)
+    return merge(x, steps, scale=_official_scale if is_scaled else None)
 
 
-def _official(sizes: Tensor) -> Tensor:
+def _official_scale(sizes: Tensor) -> Tensor:
     return 1 + sizes.log()
 
 
@@ -99,7 +99,7 @@ class Folder(AfterTower):
     kind = Kind.MERGE
     paper = _PAPER
     options = (
-        Choice("scale", "none", "'official' multiplies by 1 + ln(size) as the authors do", ("none", "official")),
+        ChoiceOption("scale", "none", "'official' multiplies by 1 + ln(size) as the authors do", ("none", "official")),
         FlagOption(
             "match_class_token",
             False,

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from foldserve.reducers.fold import Reduced, at_least_fp32, by_columns, group_sizes, group_sum
 from foldserve.reducers.geometry import VisionGeometry
-from foldserve.reducers.method import InTower, Kind, ScoringDecoder, Step
+from foldserve.reducers.method import InTower, Kind, ScoredInDecoder, Step
 from foldserve.reducers.ops import Op
-from foldserve.reducers.options import Layers
+from foldserve.reducers.options import LayersOption
 from foldserve.reducers.refusal import InvalidReduction
 from foldserve.reducers.schedule import even_schedule
 
@@ -65,7 +65,7 @@ def lowest_into_one(score: Tensor, r: int) -> IntoOne:
     lowest = score.argsort(dim=-1, stable=True)[:, : r + 1]  # (B, r + 1)
     weights = torch.arange(r + 1, 0, -1, device=score.device, dtype=score.dtype)
     weight = weights.new_ones(batch, n).scatter_(1, lowest, (weights / weights.sum()).expand(batch, -1))
-    source = without(lowest[:, :r], n)
+    source = remaining_indices(lowest[:, :r], n)
     slot = torch.zeros_like(lowest[:, :1]).expand(batch, n).scatter(1, source, _count(n - r, lowest))
     merged_into = slot.gather(1, lowest[:, r:])  # (B, 1), slot of the highest of the merged tokens
     group = slot.scatter(1, lowest, merged_into.expand_as(lowest))
@@ -82,7 +82,7 @@ def image_score(last_row: Tensor, is_image: Tensor) -> Tensor:
     return last_row.masked_fill(~is_image, torch.inf)
 
 
-def without(removed: Tensor, n: int) -> Tensor:
+def remaining_indices(removed: Tensor, n: int) -> Tensor:
     """(B, r) distinct indices -> (B, n - r), the other indices, ascending."""
     gone = removed.new_zeros(removed.shape[0], n).scatter_(1, removed, 1)
     return gone.argsort(dim=-1, stable=True)[:, : n - removed.shape[1]]
@@ -110,7 +110,7 @@ class Illava(InTower):
     kind = Kind.MERGE
     paper = _PAPER
     options = (
-        Layers(
+        LayersOption(
             "layers",
             None,
             "tower layers in which tokens go, by default [5, 6, 7, 8]; of Qwen2.5-VL [7, 15], of videos of "
@@ -121,7 +121,7 @@ class Illava(InTower):
     lays_out_squares = True
     decoder_half = "illava_decoder"
 
-    def settled(self, geometry: VisionGeometry, *, keeps_positions: bool) -> tuple[tuple[int, ...]]:
+    def resolved_options(self, geometry: VisionGeometry, *, keeps_positions: bool) -> tuple[tuple[int, ...]]:
         return (self._layers_of(geometry),)
 
     def _layers_of(self, geometry: VisionGeometry) -> tuple[int, ...]:
@@ -159,7 +159,7 @@ class Illava(InTower):
         return reduced._replace(sizes=group_sizes(reduced.group, reduced.tokens.shape[1], sizes))
 
 
-class IllavaDecoder(ScoringDecoder):
+class IllavaDecoder(ScoredInDecoder):
     name = "illava_decoder"
     summary = "Merges the vision tokens that the last prompt token attends to least, before decoder layer K."
     paper = _PAPER

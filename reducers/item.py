@@ -9,15 +9,15 @@ from functools import lru_cache
 from math import isqrt
 from typing import Protocol
 
-from foldserve.reducers import METHODS, Method, configured
+from foldserve.reducers import METHODS, Method, method_with_options
 from foldserve.reducers.base_only import BaseOnly
 from foldserve.reducers.geometry import Stage, VisionGeometry
-from foldserve.reducers.method import AcrossFrames, Decoder
+from foldserve.reducers.method import AcrossFrames, InDecoder
 from foldserve.reducers.pixelprune import Cells, PixelPrune
 from foldserve.reducers.plan import CODES, Plan, make_plan, tokens_to_remove
 from foldserve.reducers.reduction import MIN_KEPT, InvalidReduction, Reduction
 
-__all__ = ["ItemPlan", "Layout", "Part", "Tiling", "at_least", "check", "plan_item"]
+__all__ = ["ItemPlan", "Layout", "Part", "Tiling", "check_reduction", "min_kept_cells", "plan_item"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class Part:
     count: int = 1
     separators: int = 0
     name: str = ""  # for error messages, if an image has several parts
-    joinable: bool = False  # the grids are frames of a video without text between them
+    can_join: bool = False  # the grids are frames of a video without text between them
 
     @property
     def tokens(self) -> int:
@@ -36,8 +36,8 @@ class Part:
 
     @property
     def joined(self) -> Part:
-        """The part with all grids joined into one; unchanged if it is not `joinable`."""
-        if not self.joinable:
+        """The part with all grids joined into one; unchanged unless `can_join`."""
+        if not self.can_join:
             return self
         whole = replace(self.geometry, tokens=self.geometry.tokens * self.count, grid=None, frames=self.count)
         return Part(whole, separators=self.separators, name=self.name)
@@ -204,34 +204,34 @@ def _of_cells(layout: Layout, count: int) -> Layout:
     return replace(layout, parts=(replace(part, geometry=geometry),))
 
 
-def at_least(reduction: Reduction, layout: Layout) -> int:
+def min_kept_cells(reduction: Reduction, layout: Layout) -> int:
     """How many cells of an image have to stay, whatever its pixels; raises InvalidReduction if it has fewer."""
     is_bound = not reduction.first and (reduction.ratio or reduction.keep_tokens)
-    return _left_of_whole(reduction, layout) if is_bound else MIN_KEPT
+    return _kept_of_single_grid(reduction, layout) if is_bound else MIN_KEPT
 
 
-def _left_of_whole(reduction: Reduction, layout: Layout) -> int:
+def _kept_of_single_grid(reduction: Reduction, layout: Layout) -> int:
     """Tokens that `ratio` or `keep_tokens` leaves of an image of one grid."""
     return layout.tokens - tokens_to_remove(reduction, layout.parts[0].geometry)
 
 
-def check(reduction: Reduction, layout: Layout) -> None:
+def check_reduction(reduction: Reduction, layout: Layout) -> None:
     """Raises InvalidReduction if the reduction's methods do not work with the model of this layout."""
     if reduction.first:
         check_method(METHODS[reduction.first], layout)
     if reduction.first and reduction.pruning is not None:
         layout = _of_cells(layout, layout.tokens)
     if not reduction.base_only or reduction.ratio or reduction.keep_tokens:
-        check_method(configured(reduction.method, reduction.option_values), layout)
+        check_method(method_with_options(reduction.method, reduction.option_values), layout)
 
 
 def check_method(method: Method, layout: Layout) -> None:
     """Raises InvalidReduction if the method does not work with the model of this layout."""
-    for geometry in _worked_on(method, layout):
+    for geometry in _method_geometries(method, layout):
         method.check(geometry)
 
 
-def _worked_on(method: Method, layout: Layout) -> list[VisionGeometry]:
+def _method_geometries(method: Method, layout: Layout) -> list[VisionGeometry]:
     """Geometries that the method sees: a tile's, or those of the grids after layout."""
     if layout.tiling is not None and _works_on_tiles(method):
         return [layout.tiling.tile]
@@ -261,7 +261,7 @@ def plan_item(reduction: Reduction, layout: Layout, cells: Cells | None = None) 
 
 @lru_cache(maxsize=4096)
 def _plan_item(reduction: Reduction, layout: Layout, cells: Cells | None) -> ItemPlan:
-    base_only = reduction.base_only and _base(layout).tokens < layout.tokens
+    base_only = reduction.base_only and _base_layout(layout).tokens < layout.tokens
     if isinstance(METHODS[reduction.method], AcrossFrames):
         check_method(METHODS[reduction.method], layout)
     if reduction.pruning is None:
@@ -299,11 +299,11 @@ def _after_pruning(reduction: Reduction, layout: Layout) -> Reduction:
         return Reduction()
     own = {option.name for option in METHODS[reduction.method].options}
     options = tuple(option for option in reduction.options if option[0] in own)
-    most = _left_of_whole(reduction, layout)
+    most = _kept_of_single_grid(reduction, layout)
     return replace(reduction, first=None, options=options, ratio=None, keep_tokens=most)
 
 
-def _base(layout: Layout) -> Layout:
+def _base_layout(layout: Layout) -> Layout:
     """Layout of the base tile alone."""
     check_method(METHODS[BaseOnly.name], layout)
     base = None if layout.tiling is None else layout.tiling.base(layout.shape)
@@ -335,7 +335,7 @@ def _of_tiles(reduction: Reduction, layout: Layout) -> tuple[Plan | None, Reduct
 
 
 def _plan_parts(reduction: Reduction, layout: Layout) -> tuple[Plan, ...]:
-    return tuple(_plan_part(one, layout, i) for i, one in enumerate(_shared_out(reduction, layout)))
+    return tuple(_plan_part(one, layout, i) for i, one in enumerate(_split_keep_tokens(reduction, layout)))
 
 
 def _plan_part(reduction: Reduction, layout: Layout, index: int) -> Plan:
@@ -354,7 +354,7 @@ def _plan_part(reduction: Reduction, layout: Layout, index: int) -> Plan:
         raise InvalidReduction(text, refusal.param) from None
 
 
-def _shared_out(reduction: Reduction, layout: Layout) -> list[Reduction]:
+def _split_keep_tokens(reduction: Reduction, layout: Layout) -> list[Reduction]:
     """One reduction per part; `keep_tokens` is divided in proportion to tokens, by largest remainder."""
     parts, asked = layout.parts, reduction.keep_tokens
     if asked is None or layout.tokens == parts[0].geometry.tokens:  # one grid: nothing to share
@@ -380,7 +380,7 @@ def _in_decoder(reduction: Reduction, kept: int) -> tuple[str, int]:
     if reduction.decoder is None:
         return "none", 0
     method = METHODS[reduction.decoder]
-    assert isinstance(method, Decoder)  # as Reduction checked
+    assert isinstance(method, InDecoder)  # as Reduction checked
     removed = method.removed(kept, reduction.decoder_ratio)
     if removed == kept and not reduction.withdraw:
         raise InvalidReduction(

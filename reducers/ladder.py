@@ -32,7 +32,7 @@ def step_for(count: int, tokens: int, steps: Sequence[int]) -> int:
     return next(step for step in steps if ceil(Fraction(tokens * step, STEPS)) >= count or step == STEPS)
 
 
-class Settled(NamedTuple):
+class SettledStep(NamedTuple):
     """The step that an image gets."""
 
     step: int
@@ -41,7 +41,7 @@ class Settled(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Allowance:
+class StepBounds:
     """The steps that an image may get."""
 
     steps: tuple[int, ...]  # all possible ones, ascending, ending in `STEPS`
@@ -49,12 +49,12 @@ class Allowance:
     more: int = 0  # steps added to what the image needs
     pressure: int = 0  # allowed steps subtracted because of the server's load
 
-    def settle(self, needed: int) -> Settled:
+    def settle(self, needed: int) -> SettledStep:
         """The step of an image that needs step `needed`."""
         wanted = self.steps[min(self.steps.index(needed) + self.more, len(self.steps) - 1)]
         place = next((place for place, step in enumerate(self.allowed) if step >= wanted), len(self.allowed) - 1)
         step = self.allowed[max(0, place - self.pressure)]
-        return Settled(step, step >= wanted)
+        return SettledStep(step, step >= wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +63,14 @@ class PixelCap:
 
     levels: int  # difference of pixels up to which cells are alike, see `pixelprune.unpredicted`
     needed: int  # step without the cap
-    allowance: Allowance
+    bounds: StepBounds
 
     @property
     def least(self) -> int:
         """The lowest step that an image can get."""
-        return self.allowance.allowed[0]
+        return self.bounds.allowed[0]
 
-    def settle(self, unpredicted: int, tokens: int) -> Settled:
+    def settle(self, unpredicted: int, tokens: int) -> SettledStep:
         """The step of an image with `tokens` tokens and `unpredicted` unpredicted cells."""
-        needed = min(self.needed, step_for(unpredicted, tokens, self.allowance.steps))
-        return self.allowance.settle(needed)._replace(unpredicted=unpredicted)
+        needed = min(self.needed, step_for(unpredicted, tokens, self.bounds.steps))
+        return self.bounds.settle(needed)._replace(unpredicted=unpredicted)

@@ -21,21 +21,21 @@ if TYPE_CHECKING:
     from foldserve.reducers.plan import Plan
 
 __all__ = [
-    "ONLY_TOKENS",
+    "NO_SIDE_INPUTS",
     "QUERY_TOKENS",
     "AcrossFrames",
     "AfterLastLayer",
     "AfterProjector",
     "AfterTower",
     "BeforeTower",
-    "Decoder",
+    "InDecoder",
+    "InProjector",
     "InTower",
     "Kind",
     "Method",
     "Preselection",
-    "Projector",
-    "ScoringDecoder",
-    "Seen",
+    "ScoredInDecoder",
+    "SideInputs",
     "Stage",
     "Step",
 ]
@@ -67,7 +67,7 @@ class Method(ABC):
     kind: ClassVar[Kind]
     stage: ClassVar[Stage]
     options: ClassVar[tuple[Option[Any], ...]] = ()  # fields of `reduction` beside those common to all methods
-    seeded: ClassVar[bool] = False  # draws at random, seeded by the image
+    is_seeded: ClassVar[bool] = False  # draws at random, seeded by the image
     keeps_grid: ClassVar[bool] = False  # the tokens that stay are a smaller grid
     keeps_positions: ClassVar[bool] = False  # the default of `positions` is "keep"
     takes_query: ClassVar[bool] = False  # chooses tokens by the question about the image, see `query_texts`
@@ -79,7 +79,7 @@ class Method(ABC):
         for option, value in zip(self.options, self.values, strict=True):
             setattr(self, option.name, value)
 
-    def settled(self, geometry: VisionGeometry, *, keeps_positions: bool) -> tuple[Value, ...]:
+    def resolved_options(self, geometry: VisionGeometry, *, keeps_positions: bool) -> tuple[Value, ...]:
         """Values of the options on this model, which decides those that are None.
 
         Raises:
@@ -219,7 +219,7 @@ class AcrossFrames(AfterTower):
     kind = Kind.DROP
 
     @abstractmethod
-    def least(self, geometry: VisionGeometry) -> tuple[int, str]:
+    def min_kept(self, geometry: VisionGeometry) -> tuple[int, str]:
         """The least number of tokens that it keeps of a video, and what these are, for messages."""
 
     def check(self, geometry: VisionGeometry) -> None:
@@ -230,7 +230,7 @@ class AcrossFrames(AfterTower):
             )
 
     def removable(self, geometry: VisionGeometry, removed: int) -> int:
-        tokens, (least, what) = geometry.tokens, self.least(geometry)
+        tokens, (least, what) = geometry.tokens, self.min_kept(geometry)
         if tokens - removed < least:
             raise InvalidReduction(
                 f"method {self.name!r} keeps {what} of a video, {least} of {tokens} tokens here, not "
@@ -240,7 +240,7 @@ class AcrossFrames(AfterTower):
         return removed
 
 
-class Seen(NamedTuple):
+class SideInputs(NamedTuple):
     """What a method after the projector may see beside the projected tokens.
 
     Attributes:
@@ -253,7 +253,7 @@ class Seen(NamedTuple):
     queries: Sequence[Tensor] | None = None
 
 
-ONLY_TOKENS = Seen()
+NO_SIDE_INPUTS = SideInputs()
 
 
 class AfterProjector(AfterTower):
@@ -271,11 +271,11 @@ class AfterProjector(AfterTower):
             )
 
     @abstractmethod
-    def reduce(self, x: Tensor, plan: Plan, width: int | None = None, seen: Seen = ONLY_TOKENS) -> Reduced:
+    def reduce(self, x: Tensor, plan: Plan, width: int | None = None, side: SideInputs = NO_SIDE_INPUTS) -> Reduced:
         """(B, n, D) of the decoder's width -> plan.kept tokens; see `AfterTower.reduce`."""
 
 
-class Projector(Method):
+class InProjector(Method):
     """Trained into a checkpoint's projector, which fixes the number of tokens; requests cannot choose it."""
 
     kind = Kind.MERGE
@@ -297,7 +297,7 @@ class Projector(Method):
         )
 
 
-class Decoder(Method):
+class InDecoder(Method):
     """Removes tokens from the decoder, from the server's withdrawal layer K on."""
 
     kind = Kind.DECODER
@@ -317,7 +317,7 @@ class Decoder(Method):
         """Tokens to remove from an image that has so many."""
 
 
-class ScoringDecoder(Decoder):
+class ScoredInDecoder(InDecoder):
     """Keeps the tokens to which the prompt's last token attends most in layer K - 1."""
 
     merges: ClassVar[bool] = False  # into tokens that stay, which needs the hidden states after layer K - 1

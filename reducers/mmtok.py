@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from foldserve.reducers.fold import AT_ONCE, Reduced, true_fp32, unit_rows
 from foldserve.reducers.geometry import VisionGeometry
-from foldserve.reducers.method import ONLY_TOKENS, QUERY_TOKENS, AfterProjector, Kind, Seen
-from foldserve.reducers.options import Choice, Value
+from foldserve.reducers.method import NO_SIDE_INPUTS, QUERY_TOKENS, AfterProjector, Kind, SideInputs
+from foldserve.reducers.options import ChoiceOption, Value
 from foldserve.reducers.random import keep
 from foldserve.reducers.refusal import InvalidReduction
 
@@ -152,7 +152,7 @@ class MMTok(AfterProjector):
     summary = "Keeps the vision tokens that cover the words of the question, and the image, best."
     paper = "MMTok: Multimodal Coverage Maximization for Efficient Inference of VLMs"
     options = (
-        Choice(
+        ChoiceOption(
             "query_form",
             None,
             "what counts of the query: its keywords, or all of it as a question (default: `keywords`; of Qwen-VL "
@@ -165,7 +165,7 @@ class MMTok(AfterProjector):
     needs_tower = True
     query_form: str
 
-    def settled(self, geometry: VisionGeometry, *, keeps_positions: bool) -> tuple[Value, ...]:
+    def resolved_options(self, geometry: VisionGeometry, *, keeps_positions: bool) -> tuple[Value, ...]:
         return (self.query_form or ("question" if geometry.merges_patches else "keywords"),)
 
     def removable(self, geometry: VisionGeometry, removed: int) -> int:
@@ -183,15 +183,15 @@ class MMTok(AfterProjector):
             return keywords(query).split()
         return [f"Question: {query}"] if query.strip() else []
 
-    def reduce(self, x: Tensor, plan: Plan, width: int | None = None, seen: Seen = ONLY_TOKENS) -> Reduced:
-        assert seen.tower is not None
+    def reduce(self, x: Tensor, plan: Plan, width: int | None = None, side: SideInputs = NO_SIDE_INPUTS) -> Reduced:
+        assert side.tower is not None
         n, temperature = x.shape[1], TEXT_TEMPERATURE[self.query_form]
-        queries = seen.queries or [x.new_empty(0, x.shape[2])] * len(x)
+        queries = side.queries or [x.new_empty(0, x.shape[2])] * len(x)
         at_once = max(1, AT_ONCE // (n * (QUERY_TOKENS + n)))
         source = []
         for first in range(0, len(x), at_once):
             some = slice(first, first + at_once)
-            each = zip(x[some, :, :width], seen.tower[some], queries[some], strict=True)
+            each = zip(x[some, :, :width], side.tower[some], queries[some], strict=True)
             covers = torch.stack([coverage(*image, text_temperature=temperature) for image in each])
             source.append(most_covering(covers, plan.kept))
         return keep(x, torch.cat(source))

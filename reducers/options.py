@@ -37,7 +37,7 @@ class Field(ABC, Generic[_T]):
         return InvalidReduction(f"{self.name} must be {expected}, not {_short(value)}", self.name)
 
 
-class Share(Field[float]):
+class ShareField(Field[float]):
     """A share of an image's vision tokens."""
 
     def parse(self, value: object) -> float:
@@ -50,7 +50,7 @@ class Share(Field[float]):
 
 
 @dataclass(frozen=True)
-class Count(Field[int]):
+class CountField(Field[int]):
     least: int
 
     def parse(self, value: object) -> int:
@@ -62,7 +62,7 @@ class Count(Field[int]):
         return {"type": "integer", "minimum": self.least}
 
 
-class Flag(Field[bool]):
+class FlagField(Field[bool]):
     def parse(self, value: object) -> bool:
         if not isinstance(value, bool):
             raise self.refusal("true or false", value)
@@ -73,7 +73,7 @@ class Flag(Field[bool]):
 
 
 @dataclass(frozen=True)
-class Text(Field[str]):
+class TextField(Field[str]):
     longest: int
 
     def parse(self, value: object) -> str:
@@ -108,29 +108,29 @@ class Option(Field[_T]):
 
 
 @dataclass(frozen=True)
-class Choice(Option[str]):
-    words: tuple[str, ...]
+class ChoiceOption(Option[str]):
+    allowed: tuple[str, ...]
 
     def parse(self, value: object) -> str:
-        if not isinstance(value, str) or value not in self.words:
-            raise self.refusal(" or ".join(repr(word) for word in self.words), value)
+        if not isinstance(value, str) or value not in self.allowed:
+            raise self.refusal(" or ".join(repr(word) for word in self.allowed), value)
         return value
 
     @property
     def count(self) -> int:
-        return len(self.words)
+        return len(self.allowed)
 
     def to_int(self, value: str) -> int:
-        return self.words.index(value)
+        return self.allowed.index(value)
 
     def from_int(self, code: int) -> str:
-        return self.words[code]
+        return self.allowed[code]
 
     def values(self) -> dict[str, Any]:
-        return {"type": "string", "enum": list(self.words)}
+        return {"type": "string", "enum": list(self.allowed)}
 
 
-class FlagOption(Flag, Option[bool]):
+class FlagOption(FlagField, Option[bool]):
     @property
     def count(self) -> int:
         return 2
@@ -143,7 +143,7 @@ class FlagOption(Flag, Option[bool]):
 
 
 @dataclass(frozen=True)
-class Number(Option[int]):
+class NumberOption(Option[int]):
     least: int
     most: int
 
@@ -166,7 +166,7 @@ class Number(Option[int]):
         return {"type": "integer", "minimum": self.least, "maximum": self.most}
 
 
-class Layers(Option[tuple[int, ...]]):
+class LayersOption(Option[tuple[int, ...]]):
     """Numbers of tower layers, the first being 0; kept in ascending order."""
 
     def parse(self, value: object) -> tuple[int, ...]:

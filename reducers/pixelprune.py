@@ -15,7 +15,7 @@ from torch import Tensor
 
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import Kind, Preselection
-from foldserve.reducers.options import Choice, Number
+from foldserve.reducers.options import ChoiceOption, NumberOption
 from foldserve.reducers.refusal import InvalidReduction
 
 Prediction = Literal["anchored", "sliding"]
@@ -166,8 +166,8 @@ class PixelPrune(Preselection):
     kind = Kind.INPUT
     keeps_positions = True
     options = (
-        Number("tau", 0, "largest difference, in levels, of pixels that are alike", 0, 255),
-        Choice(
+        NumberOption("tau", 0, "largest difference, in levels, of pixels that are alike", 0, 255),
+        ChoiceOption(
             "predictor",
             "anchored",
             "from what a decoder would show, so that no error is above tau, or from the neighbours' own pixels",
@@ -186,14 +186,14 @@ class PixelPrune(Preselection):
                 "method",
             )
 
-    def choose(self, cells: Tensor, at_least: int) -> Cells | None:
+    def choose(self, cells: Tensor, min_kept: int) -> Cells | None:
         """The cells that stay, of (rows, columns, values) uint8 on the CPU; None if all do.
 
-        If fewer than `at_least` would stay, those that differ most from their prediction stay too; ties keep the last.
+        If fewer than `min_kept` would stay, those that differ most from their prediction stay too; ties keep the last.
         """
         stays, difference = predict(cells, self.tau, self.predictor)
-        if int(stays.sum()) < at_least:
+        if int(stays.sum()) < min_kept:
             rank = difference.int().masked_fill(stays, 256).flatten()
-            most = rank.flip(0).argsort(descending=True, stable=True)[:at_least]
+            most = rank.flip(0).argsort(descending=True, stable=True)[:min_kept]
             stays = torch.zeros_like(stays).flatten().index_fill(0, len(rank) - 1 - most, True).view_as(stays)
         return None if bool(stays.all()) else Cells.of(stays)

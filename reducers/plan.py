@@ -11,7 +11,7 @@ from functools import lru_cache
 from math import isqrt
 from typing import ClassVar
 
-from foldserve.reducers import METHODS, Method, configured
+from foldserve.reducers import METHODS, Method, method_with_options
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import Step
 from foldserve.reducers.options import Value, pack, unpack
@@ -57,7 +57,7 @@ class Plan:
 
     @property
     def reducer(self) -> Method | None:
-        return None if self.is_identity else configured(self.method, self.options)
+        return None if self.is_identity else method_with_options(self.method, self.options)
 
     @property
     def folds(self) -> tuple[int, ...]:
@@ -68,7 +68,7 @@ class Plan:
 
     @property
     def is_seeded(self) -> bool:
-        return self.reducer is not None and self.reducer.seeded
+        return self.reducer is not None and self.reducer.is_seeded
 
     def with_seed(self, seed: int) -> Plan:
         return replace(self, seed=seed)
@@ -86,7 +86,7 @@ class Plan:
         plan = cls("none", geometry.tokens)
         if removed:
             values = unpack(METHODS[CODES[method]].options, code)
-            plan = _plan(configured(CODES[method], values), geometry, removed)
+            plan = _plan(method_with_options(CODES[method], values), geometry, removed)
         return plan.with_seed(seed) if seed else plan
 
 
@@ -97,8 +97,9 @@ def make_plan(reduction: Reduction, geometry: VisionGeometry) -> Plan:
     Raises:
         InvalidReduction: the grid has too few tokens, or the method does not work with the model.
     """
-    asked = configured(reduction.method, reduction.option_values)
-    method = configured(asked.name, asked.settled(geometry, keeps_positions=reduction.positions == "keep"))
+    asked = method_with_options(reduction.method, reduction.option_values)
+    options = asked.resolved_options(geometry, keeps_positions=reduction.positions == "keep")
+    method = method_with_options(asked.name, options)
     removed = tokens_to_remove(reduction, geometry)
     if removed or reduction.method != Reduction().method:
         method.check(geometry)

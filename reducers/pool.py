@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from foldserve.reducers.fold import Reduced, at_least_fp32, by_columns
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import AfterTower, Kind
-from foldserve.reducers.options import Choice
+from foldserve.reducers.options import ChoiceOption
 from foldserve.reducers.refusal import InvalidReduction
 from foldserve.reducers.schedule import least_ratio
 
@@ -71,7 +71,7 @@ class Pool(AfterTower):
     summary = "Averages k x k windows of vision tokens, or k neighbours in a row; the control of every merging method."
     kind = Kind.MERGE
     keeps_grid = True
-    options = (Choice("window", "square", "k x k windows of the grid, or k in a row of it", ("square", "row")),)
+    options = (ChoiceOption("window", "square", "k x k windows of the grid, or k in a row of it", ("square", "row")),)
     window: str
 
     def check(self, geometry: VisionGeometry) -> None:

@@ -49,7 +49,7 @@ def prumerge(x: Tensor, attention: Tensor, selected: Tensor, cosine: Tensor) -> 
     weights = attention.unsqueeze(1).expand(-1, m, -1).gather(2, bags)
     weights[..., 0] = 1
     rest = attention.scatter(1, selected, 0.0)  # (B, n)
-    tokens = torch.cat([weighted_sums(x, bags, weights), weighted_sums(x, _all_of(x), rest.unsqueeze(1))], dim=1)
+    tokens = torch.cat([weighted_sums(x, bags, weights), weighted_sums(x, _all_indices(x), rest.unsqueeze(1))], dim=1)
 
     slots = torch.arange(m, device=x.device).expand_as(selected)
     group = torch.full_like(rest, m, dtype=torch.int64).scatter(1, selected, slots)
@@ -69,7 +69,7 @@ def weighted_sums(x: Tensor, members: Tensor, weights: Tensor) -> Tensor:
     return F.embedding_bag(rows, values, mode="sum", per_sample_weights=weights).view(*members.shape[:2], width)
 
 
-def _all_of(x: Tensor) -> Tensor:
+def _all_indices(x: Tensor) -> Tensor:
     """(B, 1, n) indices."""
     return torch.arange(x.shape[1], device=x.device).expand(x.shape[0], 1, -1)
 

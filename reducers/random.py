@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from foldserve.reducers.plan import Plan
 
 
-def draw(n: int, kept: int, seed: int) -> Tensor:
+def draw_indices(n: int, kept: int, seed: int) -> Tensor:
     """(kept,) int64 of n indices, ascending, on the CPU; a seed gives the same draw on every machine."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randperm(n, generator=generator)[:kept].sort().values
@@ -42,7 +42,7 @@ class Random(AfterTower):
     name = "random"
     summary = "Keeps vision tokens drawn at random, the same ones for the same image; the control of every method."
     kind = Kind.DROP
-    seeded = True
+    is_seeded = True
 
     def reduce(self, x: Tensor, plan: Plan, width: int | None = None) -> Reduced:
-        return keep(x, draw(plan.encoded, plan.kept, plan.seed))
+        return keep(x, draw_indices(plan.encoded, plan.kept, plan.seed))

@@ -8,10 +8,21 @@ from functools import cached_property
 from reprlib import repr as _short
 from typing import Any, Literal, get_args
 
-from foldserve.reducers import METHODS, configured
+from foldserve.reducers import METHODS, method_with_options
 from foldserve.reducers.base_only import BaseOnly
-from foldserve.reducers.method import AfterTower, Decoder, Method, Preselection
-from foldserve.reducers.options import Choice, Count, Field, Flag, Option, Share, Text, Value, parse_options, to_json
+from foldserve.reducers.method import AfterTower, InDecoder, Method, Preselection
+from foldserve.reducers.options import (
+    ChoiceOption,
+    CountField,
+    Field,
+    FlagField,
+    Option,
+    ShareField,
+    TextField,
+    Value,
+    parse_options,
+    to_json,
+)
 from foldserve.reducers.pixelprune import PixelPrune
 from foldserve.reducers.refusal import InvalidReduction
 
@@ -34,8 +45,8 @@ class _Methods(Field[Any]):
         methods = [_known(name) for name in names]
         first = methods[0].name if isinstance(methods[0], Preselection) else None
         others = methods[1:] if first else methods
-        before = [method.name for method in others if not isinstance(method, Decoder)]
-        in_decoder = [method.name for method in others if isinstance(method, Decoder)]
+        before = [method.name for method in others if not isinstance(method, InDecoder)]
+        in_decoder = [method.name for method in others if isinstance(method, InDecoder)]
         in_order = [*before, *in_decoder] == [method.name for method in others]
         twice = any(isinstance(METHODS[name], Preselection) for name in before)
         if not in_order or len(before) > 1 or len(in_decoder) > 1 or twice:
@@ -52,29 +63,29 @@ _METHOD = _Methods(
     "a method, or one before the decoder and one in it, joined by `+` (also behind `base_only+` or `pixelprune+`): "
     + ", ".join(METHODS),
 )
-_QUERY = Text(
+_QUERY = TextField(
     "query",
     None,
     "what the tokens that stay are chosen by, of a method that asks for it; default: the text of the message that the "
     "image is in",
     MAX_QUERY,
 )
-_RATIO = Share("ratio", None, "share of tokens removed")
+_RATIO = ShareField("ratio", None, "share of tokens removed")
 _VALUES: tuple[Field[Any], ...] = (
     _RATIO,
-    Count("keep_tokens", None, "tokens kept per image; instead of `ratio`", MIN_KEPT),
-    Choice(
+    CountField("keep_tokens", None, "tokens kept per image; instead of `ratio`", MIN_KEPT),
+    ChoiceOption(
         "positions",
         None,
         "rotary positions of the tokens that stay: counted anew, or those that they had in the image",
         get_args(Positions),
     ),
-    Share("decoder_ratio", None, "share of an image's remaining tokens that the method in the decoder removes"),
+    ShareField("decoder_ratio", None, "share of an image's remaining tokens that the method in the decoder removes"),
     _QUERY,
 )
 """Fields that are attributes of `Reduction`; None if left out."""
-_WITHDRAW = Flag("withdraw", False, "short for `+withdraw` in `method`")
-_DECODER = Flag("decoder", False, "add the method's own half in the decoder")
+_WITHDRAW = FlagField("withdraw", False, "short for `+withdraw` in `method`")
+_DECODER = FlagField("decoder", False, "add the method's own half in the decoder")
 _COMMON = {field.name: field for field in (_METHOD, *_VALUES, _WITHDRAW, _DECODER)}
 
 FIELDS: Mapping[str, Field[Any]] = _COMMON | {
@@ -112,7 +123,7 @@ class Reduction:
     query: str | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(_known(self.method), Decoder):
+        if isinstance(_known(self.method), InDecoder):
             raise InvalidReduction(f"method {self.method!r} works in the decoder: it goes into `decoder`", "method")
         if self.method == BaseOnly.name:
             raise InvalidReduction(f"method {self.method!r} decides what is encoded: it goes into `first`", "method")
@@ -151,7 +162,7 @@ class Reduction:
                 raise InvalidReduction("decoder_ratio needs a method that works in the decoder", "decoder_ratio")
             return
         method = _known(self.decoder)
-        if not isinstance(method, Decoder):
+        if not isinstance(method, InDecoder):
             raise InvalidReduction(_not_together(self.method, self.decoder), "method")
         if method.default_ratio is None:
             if self.decoder_ratio is not None:
@@ -190,7 +201,7 @@ class Reduction:
         method = METHODS[self.first or self.method]
         if not isinstance(method, PixelPrune):
             return None
-        found = configured(method.name, self._values_of(method))  # one object for equal options
+        found = method_with_options(method.name, self._values_of(method))  # one object for equal options
         assert isinstance(found, PixelPrune)
         return found
 
@@ -238,8 +249,10 @@ class Reduction:
         elif decoder and not method:
             _move_ratio(decoder, values)
         method = method or _DEFAULT_METHOD
-        decoder = _added(method, decoder, "withdraw", _WITHDRAW.parse(value.get("withdraw", False)))
-        decoder = _added(method, decoder, METHODS[method].decoder_half, _DECODER.parse(value.get("decoder", False)))
+        decoder = _decoder_method(method, decoder, "withdraw", _WITHDRAW.parse(value.get("withdraw", False)))
+        decoder = _decoder_method(
+            method, decoder, METHODS[method].decoder_half, _DECODER.parse(value.get("decoder", False))
+        )
         return cls(method, decoder, own, first=first, **values)
 
     def to_json(self) -> dict[str, Any]:
@@ -289,7 +302,7 @@ def _move_ratio(decoder: str, values: dict[str, Any]) -> None:
         values["decoder_ratio"] = _RATIO.parse(values.pop("ratio"))
 
 
-def _added(method: str, decoder: str | None, more: str | None, flag: bool) -> str | None:
+def _decoder_method(method: str, decoder: str | None, more: str | None, flag: bool) -> str | None:
     """The decoder's method: `more` if `flag` is set, else `decoder`."""
     if not flag:
         return decoder

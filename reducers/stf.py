@@ -16,7 +16,7 @@ from reprlib import repr as _short
 import torch
 from torch import Tensor, nn
 
-from foldserve.reducers.method import Projector
+from foldserve.reducers.method import InProjector
 
 LAYERS = (23, 21, 18, 15, 12, 9, 6, 3)
 """CLIP-L blocks of the released checkpoints. The paper starts at 24, but the checkpoints' select layer -2 is 23."""
@@ -132,7 +132,7 @@ def _side(patches: int, kernel: int) -> int:
     return side
 
 
-class Stf(Projector):
+class Stf(InProjector):
     name = "stf"
     summary = "Fuses windows of vision tokens in a trained projector; the checkpoint fixes how many are left."
     paper = "Learning Compact Vision Tokens for Efficient Large Multimodal Models"

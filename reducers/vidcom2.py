@@ -58,7 +58,7 @@ def budgets(to_video: Tensor, retention: float) -> Tensor:
     return (share * n).round().long().clamp(1, n)
 
 
-def within(score: Tensor, budget: Tensor) -> Tensor:
+def within_budget(score: Tensor, budget: Tensor) -> Tensor:
     """(B, frames, n), (B, frames) -> bool: the tokens of lowest score in each frame; ties go to the earlier token."""
     order = score.argsort(dim=-1, stable=True)
     rank = torch.empty_like(order).scatter_(
@@ -75,7 +75,7 @@ def vidcom2(x: Tensor, frames: int, kept: int, retention: float | None = None) -
     """
     to_video, to_frame = likeness(x, frames)
     score = to_video + to_frame
-    chosen = within(score, budgets(to_video, kept / x.shape[1] if retention is None else retention))
+    chosen = within_budget(score, budgets(to_video, kept / x.shape[1] if retention is None else retention))
     by_score = score.flatten(1).argsort(dim=-1, stable=True)
     first = (~chosen.flatten(1).gather(1, by_score)).byte().argsort(dim=-1, stable=True)  # within the budgets first
     return by_score.gather(1, first[:, :kept]).sort(dim=-1).values
@@ -114,7 +114,7 @@ class VidCom2(AcrossFrames):
     )
     paper = "Video Compression Commander: Plug-and-Play Inference Acceleration for Video Large Language Models"
 
-    def least(self, geometry: VisionGeometry) -> tuple[int, str]:
+    def min_kept(self, geometry: VisionGeometry) -> tuple[int, str]:
         return geometry.frames, "a token for each frame"
 
     def reduce(self, x: Tensor, plan: Plan, width: int | None = None) -> fold.Reduced:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from foldserve.reducers.fold import Reduced, by_columns, group_sizes, group_sum, true_fp32, unit_rows
 from foldserve.reducers.geometry import VisionGeometry
-from foldserve.reducers.illava import without
+from foldserve.reducers.illava import remaining_indices
 from foldserve.reducers.method import AfterLastLayer, Kind
 from foldserve.reducers.options import FlagOption
 from foldserve.reducers.prumerge import most_attended
@@ -51,7 +51,7 @@ def visionzip(x: Tensor, score: Tensor, keys: Tensor, dominant: int, contextual:
     if not 0 <= contextual <= others:
         raise ValueError(f"{others} tokens cannot be merged into {contextual}")
     selected = most_attended(score, dominant).sort(dim=1).values
-    rest = without(selected, x.shape[1])  # (B, others)
+    rest = remaining_indices(selected, x.shape[1])  # (B, others)
     targets = rest[:, :: max(1, others // max(1, contextual))][:, :contextual]
     source = torch.cat([selected, targets], dim=1)
     slots = torch.arange(dominant + contextual, device=x.device).expand_as(source)
@@ -97,7 +97,7 @@ class VisionZip(AfterLastLayer):
     )
     class_token: bool | None
 
-    def settled(self, geometry: VisionGeometry, *, keeps_positions: bool) -> tuple[bool]:
+    def resolved_options(self, geometry: VisionGeometry, *, keeps_positions: bool) -> tuple[bool]:
         if self.class_token and keeps_positions:
             raise InvalidReduction(
                 "class_token needs positions 'renumber', for the class token has no position in the image: send "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from foldserve.reducers.method import Decoder
+from foldserve.reducers.method import InDecoder
 from foldserve.reducers.ops import Op
 
 
@@ -32,7 +32,7 @@ def kv_slots(block_table: Tensor, request_of: Tensor, positions: Tensor, block_s
     return F.pad(slots, (0, unused), value=-1) if unused else slots
 
 
-class Withdraw(Decoder):
+class Withdraw(InDecoder):
     """All vision tokens leave at layer K. The engine does the work, since it owns the KV cache."""
 
     name = "withdraw"

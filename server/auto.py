@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from foldserve.reducers.ladder import STEPS, Allowance, PixelCap, Settled, ratio_of, steps_within
+from foldserve.reducers.ladder import STEPS, PixelCap, SettledStep, StepBounds, ratio_of, steps_within
 from foldserve.reducers.plan import Reduction
 
 DEFAULT_GROUP = "default"
@@ -17,7 +17,7 @@ BOUNDS = (0.0, 0.75)
 """Least and most of an image's tokens that go, unless somebody says otherwise."""
 
 
-class Choice(NamedTuple):
+class AutoChoice(NamedTuple):
     """What one image gets.
 
     Attributes:
@@ -49,14 +49,14 @@ class Choice(NamedTuple):
     def ratio(self) -> float:
         return ratio_of(self.step)
 
-    def settled(self, by: Settled) -> Choice:
+    def with_step(self, by: SettledStep) -> AutoChoice:
         """With what the image's pixels came to."""
         return self._replace(
             step=by.step, unpredicted=by.unpredicted, target=self.target if by.is_enough else None, cap=None
         )
 
     @classmethod
-    def together(cls, each: Sequence[Choice]) -> Choice | None:
+    def combined(cls, each: Sequence[AutoChoice]) -> AutoChoice | None:
         """Of a request's images the last one's, with the cells of all; nothing is promised that is not of each.
 
         None without images.
@@ -74,7 +74,7 @@ class Choice(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Groups:
+class GroupRules:
     """The operator's map from whom asks, and for which model, to a group; a request's own word comes first.
 
     Attributes:
@@ -86,7 +86,7 @@ class Groups:
     models: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, text: str) -> Groups:
+    def parse(cls, text: str) -> GroupRules:
         """Reads `{"keys": {name: group}, "models": {name: group}}`; ValueError where it is something else."""
         try:
             return cls.from_config(json.loads(text))
@@ -96,7 +96,7 @@ class Groups:
             ) from error
 
     @classmethod
-    def from_config(cls, config: object) -> Groups:
+    def from_config(cls, config: object) -> GroupRules:
         if not isinstance(config, Mapping) or not config.keys() <= {"keys", "models"}:
             raise ValueError(f"groups are given by keys and models, not {config!r}")
         for names in config.values():
@@ -149,7 +149,7 @@ class AutoPolicy:
 
     def choose(
         self, group: str, bounds: tuple[float, float], pressure: int | None = None, *, more: int = 0
-    ) -> Choice | None:
+    ) -> AutoChoice | None:
         """The step of a group within bounds, least and most of the tokens that go; None where there is none.
 
         Args:
@@ -160,16 +160,16 @@ class AutoPolicy:
         allowed = tuple(step for step in steps if step in steps_within(*bounds))
         if not allowed:
             return None
-        allowance = Allowance(steps, allowed, more, pressure or 0)
+        step_bounds = StepBounds(steps, allowed, more, pressure or 0)
         is_calibrated = group in self.groups
         as_of = {group} if is_calibrated else self.groups.keys()
         needed = max(self.groups[name] for name in as_of)
         promised = self.target if is_calibrated else None
         if self.pixel_cap is None or self.uncapped & as_of or allowed[0] == STEPS:
-            step, is_enough, _ = allowance.settle(needed)
-            return Choice(step, group, promised if is_enough else None, pressure, is_calibrated)
-        cap = PixelCap(self.pixel_cap, needed, allowance)
-        return Choice(cap.least, group, promised, pressure, is_calibrated, cap)
+            step, is_enough, _ = step_bounds.settle(needed)
+            return AutoChoice(step, group, promised if is_enough else None, pressure, is_calibrated)
+        cap = PixelCap(self.pixel_cap, needed, step_bounds)
+        return AutoChoice(cap.least, group, promised, pressure, is_calibrated, cap)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> AutoPolicy:

@@ -102,10 +102,10 @@ def guard(command: Sequence[str], name: str = "serve") -> int:
     output.install()
     _prctl(_SET_CHILD_SUBREAPER, 1)  # orphans become our children
     with TemporaryDirectory(prefix="foldserve-") as folder:
-        return _Guarded(command, Path(folder), name).run()
+        return _GuardedProcess(command, Path(folder), name).run()
 
 
-class _Guarded:
+class _GuardedProcess:
     def __init__(self, command: Sequence[str], folder: Path, name: str) -> None:
         self._name = name
         self._listens, self._failure = folder / _LISTENS, folder / _FAILURE

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from foldserve.server.options import flag, option
-from foldserve.server.video.frames import Bounds, Rule
+from foldserve.server.video.frames import FrameRule, VideoBounds
 
 MOST_PIXELS = 178_956_970
 """Pillow refuses larger images."""
@@ -107,7 +107,7 @@ class Limits:
     def to_config(self) -> dict[str, object]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
 
-    def within(self, *, images: int, videos: int, frames: int | None) -> Limits:
+    def lowered_to(self, *, images: int, videos: int, frames: int | None) -> Limits:
         """These limits, lowered to those of the model.
 
         Where a model takes no images or videos (0), the limit stays, since another error refuses them.
@@ -139,8 +139,8 @@ class Limits:
         return int(self.max_video_mb * 1e6)
 
     @property
-    def video_bounds(self) -> Bounds:
-        return Bounds(
+    def video_bounds(self) -> VideoBounds:
+        return VideoBounds(
             seconds=self.max_video_seconds,
             frame_pixels=int(self.max_video_megapixels * 1e6),
             pixels=self.max_media_pixels,
@@ -149,8 +149,8 @@ class Limits:
         )
 
     @property
-    def video_rule(self) -> Rule:
-        return Rule(self.video_frames, self.video_fps or None)
+    def video_rule(self) -> FrameRule:
+        return FrameRule(self.video_frames, self.video_fps or None)
 
     @property
     def max_media_bytes(self) -> int:

@@ -33,7 +33,7 @@ _AT_THE_END_S = 1.0  # for what is queued when the process ends
 _log = logging.getLogger(__name__)
 
 
-class Queued(io.RawIOBase):
+class QueuedStream(io.RawIOBase):
     """A file descriptor, written at once if that can't block, and by a thread otherwise.
 
     Waking the thread costs as much as a hundred direct writes. A terminal always needs it: it has no non-blocking
@@ -55,7 +55,7 @@ class Queued(io.RawIOBase):
         self._queue: deque[bytes] = deque()
         self._queued_bytes = 0
         self._drops = False
-        self._told = self.dropped_lines
+        self._reported = self.dropped_lines
         self._failed = False
         self._unstarted = [None]
 
@@ -77,7 +77,7 @@ class Queued(io.RawIOBase):
 
     def _write_now(self, piece: bytes) -> int:
         """Returns how many bytes were written without blocking: to a pipe, all or none."""
-        if self._queue or self._failed or self._told < self.dropped_lines or len(piece) > select.PIPE_BUF:
+        if self._queue or self._failed or self._reported < self.dropped_lines or len(piece) > select.PIPE_BUF:
             return 0
         try:
             if stat.S_ISREG(os.fstat(self._descriptor).st_mode):  # has no reader to wait for
@@ -130,8 +130,8 @@ class Queued(io.RawIOBase):
                 self._queued_bytes = self._queued_bytes - len(joined) if self._queue else 0
                 self.dropped_lines += 0 if written else joined.count(b"\n")
                 self._drops = self._drops and bool(self._queue)
-                missing = 0 if self._queue or not written else self.dropped_lines - self._told
-                self._told += missing
+                missing = 0 if self._queue or not written else self.dropped_lines - self._reported
+                self._reported += missing
             if missing:
                 with suppress(Exception):  # somebody else's filter or handler
                     _log.warning("%s was not read in time: %d lines dropped", self._name, missing)
@@ -168,37 +168,37 @@ class Queued(io.RawIOBase):
             return 0
 
 
-_queued: list[Queued] = []
+_streams: list[QueuedStream] = []
 
 
 def install() -> None:
     """Replaces `sys.stdout` and `sys.stderr` of this process. Idempotent."""
-    if not _queued:
+    if not _streams:
         sys.stdout = _queue_stream(sys.stdout, "standard output")
         sys.stderr = _queue_stream(sys.stderr, "standard error")
         atexit.register(_finish)
 
 
 def dropped_lines() -> int:
-    return sum(queued.dropped_lines for queued in _queued)
+    return sum(queued.dropped_lines for queued in _streams)
 
 
 def _queue_stream(stream: TextIO | None, name: str) -> Any:
     if stream is None:  # closed by the parent process: its descriptor may be another file by now
         return None
     stream.flush()
-    queued = Queued(stream.fileno(), name)
-    _queued.append(queued)
+    queued = QueuedStream(stream.fileno(), name)
+    _streams.append(queued)
     return io.TextIOWrapper(queued, stream.encoding, stream.errors, line_buffering=True)
 
 
 def _finish() -> None:
     """Waits for the reader. If it stalls, later output of C code (nanobind lists its leaks) goes to /dev/null."""
     until = time.monotonic() + _AT_THE_END_S
-    while not all(queued.is_read() for queued in _queued):
+    while not all(queued.is_read() for queued in _streams):
         if time.monotonic() >= until:
             nowhere = os.open(os.devnull, os.O_WRONLY)
-            for queued in _queued:
+            for queued in _streams:
                 os.dup2(nowhere, queued.fileno())
             return
         time.sleep(0.01)

@@ -13,7 +13,7 @@ from foldserve.reducers import METHODS
 from foldserve.reducers.method import AfterTower
 from foldserve.reducers.reduction import InvalidReduction, Positions, Reduction
 from foldserve.server.access import Access
-from foldserve.server.auto import BOUNDS, AutoPolicy, Groups, parse_bounds
+from foldserve.server.auto import BOUNDS, AutoPolicy, GroupRules, parse_bounds
 from foldserve.server.limits import Limits
 from foldserve.server.options import option
 
@@ -82,12 +82,12 @@ class Settings:
         'shares of an image\'s tokens that go where "ratio" is "auto", for requests that do not say (default: 0,0.75)',
         parse=parse_bounds,
     )
-    auto_groups: Groups = option(
-        Groups(),
+    auto_groups: GroupRules = option(
+        GroupRules(),
         "JSON",
         'group of requests with "ratio": "auto" that name none, by the name of their key or model: '
         '{"keys": {"scanner": "ocr"}, "models": {}} (default: none)',
-        parse=Groups.parse,
+        parse=GroupRules.parse,
     )
     auto_under_load: bool = option(
         False,
@@ -136,7 +136,7 @@ class Settings:
         config["access"] = Access.from_config(config.get("access") or {})
         config["auto"] = AutoPolicy.from_config(config["auto"]) if config.get("auto") else None
         config["auto_bounds"] = tuple(config.get("auto_bounds") or BOUNDS)
-        config["auto_groups"] = Groups.from_config(config.get("auto_groups") or {})
+        config["auto_groups"] = GroupRules.from_config(config.get("auto_groups") or {})
         return cls(**config)
 
     def to_config(self) -> dict[str, object]:

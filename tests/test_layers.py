@@ -133,6 +133,12 @@ def test_the_check_itself(file: str, source: str, broken: list[str]) -> None:
     assert broken_arrows(Path(file), source) == broken
 
 
+def test_only_tests_import_tests() -> None:
+    files = [*SOURCES, *(path.relative_to(ROOT) for path in (ROOT / "tools").rglob("*.py"))]
+    found = [(file, name) for file in files for name in imports_of(file, (ROOT / file).read_text())]
+    assert [pair for pair in found if pair[1].split(".")[0] == "tests"] == []
+
+
 def test_kernels_is_no_regular_package() -> None:
     # With an __init__.py, `import kernels` works from the root of the repository, and transformers probes that name.
     assert not (ROOT / "kernels" / "__init__.py").exists()
@@ -158,7 +164,7 @@ def test_what_the_picture_shows(arrow: tuple[str, str], shown: str | None) -> No
 
 
 @pytest.mark.parametrize("arrow", [("reducers", "kernels"), ("server", "server/commands")], ids=" -> ".join)
-def test_rooms_import_each_other_in_no_circle(arrow: tuple[str, str]) -> None:
+def test_folders_import_each_other_in_no_circle(arrow: tuple[str, str]) -> None:
     picture(arrows())
     with pytest.raises(CycleError):
         picture(arrows() | {arrow})

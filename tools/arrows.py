@@ -13,7 +13,7 @@ PACKAGE = "foldserve"
 FOLDERS = ("server", "reducers", "kernels", "loadtest", "deploy")
 SOURCES = sorted(path.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
-ROOMS = {
+DESCRIPTIONS = {
     "server/cli": "the command line",
     "server/commands": "one command a file",
     "server/api": "the OpenAI front",
@@ -57,49 +57,54 @@ def imports_of(file: Path, source: str) -> Iterator[str]:
     return imported(source, f"{PACKAGE}.{'.'.join(file.with_suffix('').parts)}")
 
 
-def room_of(place: str) -> str:
-    return max((room for room in ROOMS if within(place, room)), key=len)
+def folder_of(place: str) -> str:
+    return max((folder for folder in DESCRIPTIONS if within(place, folder)), key=len)
 
 
 def arrows() -> set[Arrow]:
-    """Pairs (importer, imported) of rooms; imported may be "vllm"."""
+    """Pairs (importer, imported) of folders; imported may be "vllm"."""
     found = set()
     for file in SOURCES:
-        room = room_of(place_of(file))
+        folder = folder_of(place_of(file))
         for name in imports_of(file, (ROOT / file).read_text()):
             top, *rest = name.split(".")
             if top == PACKAGE and rest:
-                found.add((room, room_of("/".join(rest))))
+                found.add((folder, folder_of("/".join(rest))))
             elif top == "vllm":
-                found.add((room, top))
+                found.add((folder, top))
     return {(a, b) for a, b in found if a != b}
 
 
 def without_detours(graph: set[Arrow]) -> set[Arrow]:
-    """The transitive reduction of the graph; CycleError if rooms import each other, directly or not."""
+    """The transitive reduction of the graph; CycleError if folders import each other, directly or not."""
     TopologicalSorter({a: [d for c, d in graph if c == a] for a, _ in graph}).prepare()
-    return {(a, b) for a, b in graph if not any((a, c) in graph and _leads(graph, c, b) for c in ROOMS if c != b)}
+    return {
+        (a, b) for a, b in graph if not any((a, c) in graph and _has_path(graph, c, b) for c in DESCRIPTIONS if c != b)
+    }
 
 
-def _leads(graph: set[Arrow], a: str, b: str) -> bool:
-    return (a, b) in graph or any(_leads(graph, d, b) for c, d in graph if c == a)
+def _has_path(graph: set[Arrow], a: str, b: str) -> bool:
+    return (a, b) in graph or any(_has_path(graph, d, b) for c, d in graph if c == a)
 
 
 def picture(graph: set[Arrow]) -> str:
     """The diagram in Mermaid, which GitHub renders."""
     with_vllm = {a for a, b in graph if b == "vllm"}
     ours = {arrow for arrow in graph if "vllm" not in arrow}
-    order = [room for room in ROOMS if any(room in arrow for arrow in ours)]
+    order = [folder for folder in DESCRIPTIONS if any(folder in arrow for arrow in ours)]
     lines = ["flowchart TD"]
-    lines += [f'    {_id(room)}["<b>{room}</b><br>{ROOMS[room]}"]{_style(room in with_vllm)}' for room in order]
+    lines += [
+        f'    {_id(folder)}["<b>{folder}</b><br>{DESCRIPTIONS[folder]}"]{_style(folder in with_vllm)}'
+        for folder in order
+    ]
     drawn = sorted(without_detours(ours), key=lambda arrow: (order.index(arrow[0]), order.index(arrow[1])))
     lines += [f"    {_id(a)} --> {_id(b)}" for a, b in drawn]
     lines += ["    classDef vllm stroke-width:3px"]
     return "\n".join(["```mermaid", *lines, "```"]) + "\n"
 
 
-def _id(room: str) -> str:
-    return room.replace("/", "_")
+def _id(folder: str) -> str:
+    return folder.replace("/", "_")
 
 
 def _style(with_vllm: bool) -> str:

@@ -24,8 +24,8 @@ from foldserve.loadtest import bench
 from foldserve.loadtest.grid import Load, Variant
 from foldserve.loadtest.images import Images
 from foldserve.loadtest.micro.pairs import ratio
-from foldserve.loadtest.servers import Local
-from foldserve.loadtest.workloads import WORKLOADS, Maker, Messages
+from foldserve.loadtest.servers import LocalServer
+from foldserve.loadtest.workloads import WORKLOADS, Messages, SourceFactory
 
 _LOOK_S = 0.005  # between two looks at the batch's output
 
@@ -39,10 +39,10 @@ class Bench:
     def __init__(self, args: Namespace, options: Sequence[str], folder: Path) -> None:
         self._args, self._folder = args, folder
         self._command = [args.model, *options]
-        self._maker = Maker(Images(args.image_size), words=48)
+        self._sources = SourceFactory(Images(args.image_size), words=48)
 
     def http(self, round: int) -> Rates:
-        server = Local("foldserve", self._command, self._folder / "server.log")
+        server = LocalServer("foldserve", self._command, self._folder / "server.log")
         try:
             bench.preload()
             model = str(httpx.get(f"{server.url}/v1/models").raise_for_status().json()["data"][0]["id"])
@@ -78,7 +78,7 @@ class Bench:
         return int(self._args.warm_up + self._args.requests)
 
     def _chats(self, ratio: float, round: int) -> list[Messages]:
-        source = self._maker.source(f"ratio {ratio:g}, round {round}")
+        source = self._sources.source(f"ratio {ratio:g}, round {round}")
         return WORKLOADS["chat"].make(source, self._count)
 
     def _body(self, ratio: float) -> dict[str, Any]:

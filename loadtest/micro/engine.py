@@ -45,7 +45,7 @@ class StepCost:
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class ProbeRequest:
     """A prompt with one `<image>`, the image, the reduction (None: none is sent), and the number of output tokens."""
 
     prompt: Sequence[int]
@@ -89,7 +89,7 @@ class ProbedEngine:
         free: int = self._pool.get_num_free_blocks()
         return self.usable_blocks - free
 
-    def add(self, request: Request) -> str:
+    def add(self, request: ProbeRequest) -> str:
         """Adds a request, which runs from the next `step` on; returns its id in outputs."""
         from vllm import SamplingParams
 
@@ -111,7 +111,7 @@ class ProbedEngine:
             outputs = self._llm.llm_engine.step()
         return StepCost(self._forward, whole, outputs)
 
-    def prefill(self, request: Request) -> StepCost:
+    def prefill(self, request: ProbeRequest) -> StepCost:
         """Runs a request for one token, whose prompt has to fit into one step."""
         self.add(request)
         cost = self.step()

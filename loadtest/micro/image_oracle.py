@@ -27,7 +27,7 @@ import httpx
 
 from foldserve.loadtest.images import Images
 from foldserve.loadtest.metrics import read
-from foldserve.loadtest.servers import Local
+from foldserve.loadtest.servers import LocalServer
 
 _HITS, _QUERIES = "vllm:mm_cache_hits_total", "vllm:mm_cache_queries_total"
 _WATCHER = "watcher"
@@ -40,7 +40,7 @@ Ask = Callable[[str], float]
 
 
 @dataclass(frozen=True, slots=True)
-class Try:
+class Guess:
     """One guess.
 
     Attributes:
@@ -55,7 +55,7 @@ class Try:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class GuesserResult:
     """Results of a guesser. Guessing at random gives a `right_share` of 0.5, +- `chance_within` (95 %)."""
 
     tries: int
@@ -67,7 +67,7 @@ class Found:
     hits_fresh: float
 
     @classmethod
-    def of(cls, tries: Sequence[Try]) -> Found:
+    def of(cls, tries: Sequence[Guess]) -> GuesserResult:
         seen, fresh = ([each for each in tries if each.seen is kind] for kind in (True, False))
         return cls(
             tries=len(tries),
@@ -80,13 +80,13 @@ class Found:
         )
 
 
-def threshold(tries: Sequence[Try]) -> float:
+def threshold(tries: Sequence[Guess]) -> float:
     """The time limit for guessing "seen" that guesses most of `tries` right."""
     choices = sorted({-inf, *(each.seconds for each in tries), inf})
     return max(choices, key=lambda seconds: sum((each.seconds < seconds) == each.seen for each in tries))
 
 
-def right_share(tries: Sequence[Try]) -> float:
+def right_share(tries: Sequence[Guess]) -> float:
     """Share of right guesses; each half of the tries is guessed with the threshold of the other half."""
     right = 0
     for half, other in ((tries[::2], tries[1::2]), (tries[1::2], tries[::2])):
@@ -97,7 +97,7 @@ def right_share(tries: Sequence[Try]) -> float:
 
 def measure(
     alice: Ask, guesser: Ask, hits: Callable[[], float], pictures: Iterator[str], tries: int, times: int
-) -> list[Try]:
+) -> list[Guess]:
     """Runs the tries in random order, half of them with a picture of Alice's.
 
     Args:
@@ -114,18 +114,20 @@ def measure(
             alice(hers)
         before = hits()
         seconds = guesser(hers if seen else own)
-        found.append(Try(seen, seconds, hits() - before))
+        found.append(Guess(seen, seconds, hits() - before))
     return found
 
 
-class _Server:
+class _GuardedServer:
     """A server with a client for each key."""
 
     def __init__(self, options: Sequence[str], folder: Path) -> None:
         file = folder / "keys.toml"
         scopes = {"alice": "api", "bob": "api", _WATCHER: "metrics"}
         keys = {name: _add_key(file, name, scope) for name, scope in scopes.items()}
-        self._local = Local("foldserve", ["--api-keys", str(file), "--api-server-count", "2", *options], folder / "log")
+        self._local = LocalServer(
+            "foldserve", ["--api-keys", str(file), "--api-server-count", "2", *options], folder / "log"
+        )
         each_anew = httpx.Limits(max_keepalive_connections=0)  # either API process may take the next request
         self._clients = {
             name: httpx.Client(
@@ -174,7 +176,7 @@ def _add_key(file: Path, name: str, scope: str) -> str:
     return made.stderr.split()[-1]
 
 
-def render(found: dict[str, Found]) -> str:
+def render(found: dict[str, GuesserResult]) -> str:
     """A Markdown table with one row per guesser."""
     lines = [
         "| who guesses | tries | Alice's | own | right by time | chance (95 %) | cache hits: Alice's, own |",
@@ -197,15 +199,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every try there")
     args, options = parser.parse_known_args(argv)
     pictures = map(Images(args.side).url, count())
-    tries: dict[str, list[Try]] = {}
+    tries: dict[str, list[Guess]] = {}
     with TemporaryDirectory(prefix="foldserve-oracle-") as folder:
-        server = _Server(options, Path(folder))
+        server = _GuardedServer(options, Path(folder))
         try:
             for name, number in (("alice", _WARM_UP), ("bob", args.tries), ("alice", args.tries)):
                 tries[name] = measure(server.ask("alice"), server.ask(name), server.hits, pictures, number, args.times)
         finally:
             server.stop()
-    print(render({"Bob": Found.of(tries["bob"]), "Alice, as a control": Found.of(tries["alice"])}))
+    print(render({"Bob": GuesserResult.of(tries["bob"]), "Alice, as a control": GuesserResult.of(tries["alice"])}))
     if args.json:
         args.json.write_text(json.dumps({name: [asdict(each) for each in of] for name, of in tries.items()}) + "\n")
 

@@ -33,11 +33,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 TOKENS = (144, 576, 729, 2880)
 BLOCK_SIZE = 16
 KERNELS, REFERENCES = torch.device("cuda"), torch.device("cpu")
-"""Arguments of `ops.choose` for kernels and references, wherever the tensors are."""
+"""Arguments of `ops.select_kernels` for kernels and references, wherever the tensors are."""
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class KernelShape:
     """Images of `tokens` tokens; `width` is that of the vision tower, `key_width` that of one of its heads."""
 
     tokens: int
@@ -48,7 +48,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class KernelTiming:
     """Medians over the pairs; `floor_bytes` is the least memory traffic."""
 
     name: str
@@ -65,7 +65,7 @@ Case = tuple[str, int, Callable[[], object]]
 """Name, least memory traffic in bytes, call."""
 
 
-def cases(shape: Shape, device: str) -> Iterator[Case]:
+def cases(shape: KernelShape, device: str) -> Iterator[Case]:
     """All cases. Methods that reduce once remove two thirds of the tokens; a layer of others removes 1/24 or 1/6."""
     n, images = shape.tokens, shape.batch
     even, folded = (n + 1) // 2, n - n // 3
@@ -93,7 +93,7 @@ def cases(shape: Shape, device: str) -> Iterator[Case]:
     yield from _of_the_decoder(shape, device)
 
 
-def _of_the_decoder(shape: Shape, device: str) -> Iterator[Case]:
+def _of_the_decoder(shape: KernelShape, device: str) -> Iterator[Case]:
     """Cases of the decoder: 64 text tokens per prompt enter the deep layers."""
     text = 64
     blocks = -(-text // BLOCK_SIZE)
@@ -114,11 +114,11 @@ def time_us(call: Callable[[], object], device: str) -> float:
 
 
 @torch.inference_mode()
-def measure(shape: Shape, *, pairs: int, device: str) -> list[Row]:
+def measure(shape: KernelShape, *, pairs: int, device: str) -> list[KernelTiming]:
     """All cases; the first run of each, in which kernels are compiled, is not counted."""
 
     def timed(call: Callable[[], object], chosen: torch.device) -> float:
-        ops.choose(chosen, triton=True)
+        ops.select_kernels(chosen, triton=True)
         return time_us(call, device)
 
     def compared(call: Callable[[], object], count: int) -> list[tuple[float, float]]:
@@ -131,13 +131,13 @@ def measure(shape: Shape, *, pairs: int, device: str) -> list[Row]:
             found = compared(call, pairs)
             kernel_us, torch_us = (median(times) for times in zip(*found, strict=True))
             sizes = (shape.tokens, shape.batch, shape.dtype)
-            rows.append(Row(name, *sizes, floor_bytes, torch_us, kernel_us, ratio(found)))
+            rows.append(KernelTiming(name, *sizes, floor_bytes, torch_us, kernel_us, ratio(found)))
     finally:
-        ops.choose(REFERENCES, triton=True)
+        ops.select_kernels(REFERENCES, triton=True)
     return rows
 
 
-def render(row: Row) -> str:
+def render(row: KernelTiming) -> str:
     """One line of a Markdown table."""
     floor = f"{row.floor_bytes / 1e6:.2f}"
     return f"| {row.name} | {row.tokens} | {floor} | {row.torch_us:.0f} | {row.kernel_us:.0f} | {row.kernel_to_torch} |"
@@ -157,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "a machine with an NVIDIA GPU; what the kernels compute is tested without one (tests/kernels)"
         )
     print(f"{torch.cuda.get_device_name()}, medians of {args.pairs} pairs")
-    rows: list[Row] = []
+    rows: list[KernelTiming] = []
     for dtype in args.dtype:
         for batch in args.batch:
             print(
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             print("|---|---|---|---|---|---|")
             for tokens in args.tokens:
-                found = measure(Shape(tokens, batch, dtype), pairs=args.pairs, device="cuda")
+                found = measure(KernelShape(tokens, batch, dtype), pairs=args.pairs, device="cuda")
                 print(*map(render, found), sep="\n", flush=True)
                 rows += found
     if args.json:

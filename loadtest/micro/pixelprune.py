@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from foldserve.loadtest.micro.engine import Clock, ProbedEngine, Request
+from foldserve.loadtest.micro.engine import Clock, ProbedEngine, ProbeRequest
 from foldserve.loadtest.micro.pairs import alternate, ratio
 from foldserve.reducers.plan import Reduction
 from foldserve.server.engine.worker import WORKERS, device
@@ -81,7 +81,7 @@ class Bench:
         """Cost of one request with a new image."""
         image, self._tower, whole = KINDS[kind](next(self._numbers), self._side), Clock(), Clock()
         with whole.running():
-            step = self._engine.prefill(Request(self._prompt, image, reduction))
+            step = self._engine.prefill(ProbeRequest(self._prompt, image, reduction))
         return Cost(whole.cpu_ms, self._tower.cpu_ms, len(step.outputs[0].prompt_token_ids))
 
     @property

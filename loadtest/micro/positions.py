@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from foldserve.loadtest.micro.engine import Clock, ProbedEngine, Request
+from foldserve.loadtest.micro.engine import Clock, ProbedEngine, ProbeRequest
 from foldserve.loadtest.micro.pairs import alternate, ratio
 from foldserve.loadtest.micro.shape import ITEM_BYTES, Shape
-from foldserve.loadtest.micro.variants import Row
+from foldserve.loadtest.micro.variants import CostRatio
 from foldserve.loadtest.micro.withdrawal import TIMED, engine_options, machine, render, table
 from foldserve.reducers.plan import Reduction
 from foldserve.server.engine import positions, runner_v1
@@ -43,7 +43,7 @@ GOAL = 1.01
 WARM_UP = 1
 DECODE_PAIRS = 4  # for each other pair, which takes far longer
 PARTS = ("pairs", "clocked")
-KEEPING = ((positions, "attach"), (runner_v1, "moves"), (positions.Moves, "apply"))
+KEEPING = ((positions, "attach"), (runner_v1, "position_changes"), (positions.PositionChanges, "apply"))
 """Functions that run only for requests that keep positions."""
 
 
@@ -56,7 +56,7 @@ class Bench:
         self._side = shape.image_px
         self._seeds = count()
 
-    def pairs(self, pairs: int) -> Iterator[Row]:
+    def pairs(self, pairs: int) -> Iterator[CostRatio]:
         """Whole requests, alone and several at once, and decode steps of several."""
         for variant in ("keep", "renumber"):
             for requests in (1, AT_ONCE):
@@ -64,13 +64,13 @@ class Bench:
                 yield _row(variant, f"{requests} at once, whole", costs)
             yield _row(variant, f"{AT_ONCE} at once, decode step", self._decode(variant, pairs))
 
-    def clocked(self, runs: int) -> Iterator[Row]:
+    def clocked(self, runs: int) -> Iterator[CostRatio]:
         """Requests that keep positions, against their own time minus that of `KEEPING`."""
         for requests in (1, AT_ONCE):
             costs: list[tuple[Clock, Clock]] = []
             for _ in range(WARM_UP + runs):
                 keeping = Clock()
-                with _on(keeping):
+                with _time_keeping(keeping):
                     whole = self.serve("keep", requests)
                 without = Clock(whole.cpu_ms - keeping.cpu_ms, whole.wall_ms - keeping.wall_ms)
                 costs.append((whole, without))
@@ -106,13 +106,13 @@ class Bench:
         self._engine.clear()
         return steps
 
-    def _request(self, kind: Positions, tokens: int) -> Request:
+    def _request(self, kind: Positions, tokens: int) -> ProbeRequest:
         pixels = np.random.default_rng(next(self._seeds)).integers(0, 256, (self._side, self._side, 3), dtype=np.uint8)
-        return Request(self._prompt, Image.fromarray(pixels), Reduction(ratio=RATIO, positions=kind), tokens)
+        return ProbeRequest(self._prompt, Image.fromarray(pixels), Reduction(ratio=RATIO, positions=kind), tokens)
 
 
 @contextmanager
-def _on(clock: Clock) -> Iterator[None]:
+def _time_keeping(clock: Clock) -> Iterator[None]:
     """Adds the time of `KEEPING` to `clock`."""
 
     def clocked(function: Callable[..., Any], *args: Any) -> Any:
@@ -130,12 +130,12 @@ def _timed(variant: Callable[[], Clock], base: Callable[[], Clock], pairs: int) 
     return alternate(variant, base, WARM_UP + pairs)[WARM_UP:]
 
 
-def _row(variant: Positions, part: str, costs: Sequence[tuple[Clock, Clock]], base: str = "renumber") -> Row:
+def _row(variant: Positions, part: str, costs: Sequence[tuple[Clock, Clock]], base: str = "renumber") -> CostRatio:
     cpu = ratio([(one.cpu_ms, other.cpu_ms) for one, other in costs])
     wall = ratio([(one.wall_ms, other.wall_ms) for one, other in costs])
     goal = GOAL if variant == "keep" else None
     name = variant if variant == "keep" else "control"
-    return Row(name, base, part, cpu, wall, median(other.cpu_ms for _, other in costs), None, goal)
+    return CostRatio(name, base, part, cpu, wall, median(other.cpu_ms for _, other in costs), None, goal)
 
 
 def arguments() -> ArgumentParser:
@@ -157,7 +157,7 @@ def main() -> None:
         raise SystemExit("idle threads would count as CPU time: set OMP_NUM_THREADS=1")
     shape = Shape(args.layers, args.hidden, dtype=args.dtype)
     load = [os.getloadavg()[0]]
-    rows: list[Row] = []
+    rows: list[CostRatio] = []
     with tempfile.TemporaryDirectory(prefix="foldserve-bench-") as folder:
         options = engine_options(dtype=args.dtype, pool_mib=args.pool_mib, eager=not args.compile)
         bench = Bench(shape, shape.write(Path(folder) / "model"), **options)

@@ -31,7 +31,7 @@ from foldserve.reducers import METHODS
 from foldserve.reducers.attention import LayerAttention
 from foldserve.reducers.downsample import interpolate_positions, resize
 from foldserve.reducers.fold import Reduced
-from foldserve.reducers.method import AfterProjector, AfterTower, BeforeTower, InTower, Seen
+from foldserve.reducers.method import AfterProjector, AfterTower, BeforeTower, InTower, SideInputs
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -44,7 +44,7 @@ PRODUCT = 1024
 
 
 @dataclass(frozen=True, slots=True)
-class Tower:
+class TowerShape:
     """Shape of a vision tower.
 
     Attributes:
@@ -94,16 +94,16 @@ class Tower:
 TOWERS = {
     tower.whole.tokens: tower
     for tower in (
-        Tower("CLIP-L/14-336", 24, 1, 23, 1024, 4096, 16, 14, class_token=True),
-        Tower("SigLIP-so400m/14-384", 27, 1, 26, 1152, 4304, 16, 14, class_token=False, embedding=3584),
-        Tower("CLIP-L/14-336, 5 tiles", 24, 5, 23, 1024, 4096, 16, 14, class_token=True),
-        Tower("SigLIP-so400m/14-384, 12 tiles", 27, 12, 26, 1152, 4304, 16, 14, class_token=False, embedding=3584),
+        TowerShape("CLIP-L/14-336", 24, 1, 23, 1024, 4096, 16, 14, class_token=True),
+        TowerShape("SigLIP-so400m/14-384", 27, 1, 26, 1152, 4304, 16, 14, class_token=False, embedding=3584),
+        TowerShape("CLIP-L/14-336, 5 tiles", 24, 5, 23, 1024, 4096, 16, 14, class_token=True),
+        TowerShape("SigLIP-so400m/14-384, 12 tiles", 27, 12, 26, 1152, 4304, 16, 14, class_token=False, embedding=3584),
     )
 }
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class ReducerTiming:
     """Medians.
 
     Attributes:
@@ -132,7 +132,7 @@ class Inputs:
         embedded: (1, tiles * patches, embedding) output of the projector.
     """
 
-    tower: Tower
+    tower: TowerShape
     pixels: Tensor
     hidden: Tensor
     qkv: Tensor
@@ -140,7 +140,7 @@ class Inputs:
     projector: nn.Module
 
     @classmethod
-    def draw(cls, tower: Tower, dtype: torch.dtype, device: str) -> Inputs:
+    def draw(cls, tower: TowerShape, dtype: torch.dtype, device: str) -> Inputs:
         n = tower.side**2 + tower.class_token
         shapes = [(3, tower.side * tower.patch, tower.side * tower.patch), (n, tower.width), (n, 3 * tower.width)]
         pixels, hidden, qkv = (torch.randn(tower.tiles, *shape, device=device).to(dtype) for shape in shapes)
@@ -210,7 +210,7 @@ def project(inputs: Inputs, tokens: int) -> Tensor:
 def after_projector(inputs: Inputs, plan: Plan) -> Reduced:
     method = plan.reducer
     assert isinstance(method, AfterProjector)
-    seen = Seen(_features(inputs), [inputs.embedded[0, :QUERY]])
+    seen = SideInputs(_features(inputs), [inputs.embedded[0, :QUERY]])
     return method.reduce(inputs.embedded, plan, None, seen)
 
 
@@ -227,7 +227,7 @@ def before_tower(inputs: Inputs, plan: Plan) -> tuple[Tensor, Tensor]:
     return resize(inputs.pixels, *plan.grid, patch=inputs.tower.patch), positions
 
 
-def least_flops(method: str, tower: Tower, kept: int) -> int:
+def least_flops(method: str, tower: TowerShape, kept: int) -> int:
     """FLOPs of the products that a method can't do without, each cosine once since it is symmetric; 0 if unknown."""
     n, width, embedding = tower.whole.tokens, tower.width, tower.embedding
     if method == "divprune":  # the first pick needs all
@@ -257,14 +257,14 @@ def time_ms(call: Callable[[], object], device: str) -> float:
 
 @torch.inference_mode()
 def measure(
-    tower: Tower,
+    tower: TowerShape,
     dtype: str,
     *,
     ratios: tuple[float, ...],
     rounds: int,
     device: str,
     methods: Collection[str] = METHODS,
-) -> list[Row]:
+) -> list[ReducerTiming]:
     """Measures methods and ratios on one tower in one dtype; the first run of each is not counted."""
     encoder = tower.build().to(device, DTYPES[dtype])
     inputs = Inputs.draw(tower, DTYPES[dtype], device)
@@ -290,11 +290,13 @@ def measure(
         taken = estimate(times, lambda values: np.median(values, axis=-1))
         least = least_flops(method, tower, kept) * ms_per_flop
         share = taken.value / encoder_ms
-        found.append(Row(tower.name, tower.whole.tokens, dtype, method, kept, encoder_ms, taken, share, least))
+        found.append(
+            ReducerTiming(tower.name, tower.whole.tokens, dtype, method, kept, encoder_ms, taken, share, least)
+        )
     return found
 
 
-def render(row: Row) -> str:
+def render(row: ReducerTiming) -> str:
     """One line of a Markdown table."""
     ratio, least = 1 - row.kept / row.tokens, "-"
     if row.least_ms:
@@ -312,7 +314,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="runs of the encoder per table (%(default)s)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    rows: list[Row] = []
+    rows: list[ReducerTiming] = []
     print(f"{args.device}, {torch.get_num_threads()} threads, medians of {args.rounds} rounds")
     for tokens in args.tokens:
         for dtype in args.dtype:

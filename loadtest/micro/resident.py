@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from foldserve.loadtest.micro.engine import ProbedEngine, Request
+from foldserve.loadtest.micro.engine import ProbedEngine, ProbeRequest
 from foldserve.loadtest.micro.shape import Shape
 
 STEPS = 2  # all prompts in one step, then all requests decode together
@@ -39,7 +39,7 @@ class Resident:
 
 
 def count_resident(
-    name: str, engine: ProbedEngine, shape: Shape, request: Request, vision: int, deep_vision: int
+    name: str, engine: ProbedEngine, shape: Shape, request: ProbeRequest, vision: int, deep_vision: int
 ) -> Resident:
     """Sends more equal requests than fit, and counts those that run after each has generated `STEPS` tokens.
 

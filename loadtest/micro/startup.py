@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 
 from foldserve.loadtest.grid import ServerName
 from foldserve.loadtest.micro.pairs import Ratio, alternate, ratio
-from foldserve.loadtest.servers import Local
+from foldserve.loadtest.servers import LocalServer
 
 Cost = tuple[float, float]
 """Wall and CPU seconds."""
@@ -23,7 +23,7 @@ Cost = tuple[float, float]
 
 def start(name: ServerName, options: Sequence[str], log: Path) -> Cost:
     """Starts a server and stops it once it answers."""
-    server = Local(name, options, log)
+    server = LocalServer(name, options, log)
     try:
         return server.start_s, sum(server.cpu_s().values())
     finally:

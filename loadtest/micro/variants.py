@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from foldserve.loadtest.micro.engine import ProbedEngine, Request, StepCost
+from foldserve.loadtest.micro.engine import ProbedEngine, ProbeRequest, StepCost
 from foldserve.loadtest.micro.pairs import Ratio, alternate, ratio
 from foldserve.loadtest.micro.resident import Resident, count_resident
 from foldserve.loadtest.micro.shape import Shape
@@ -32,7 +32,7 @@ WARM_UP = 1
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
+class CostRatio:
     """One comparison of `forward` or the whole `step`; `flops` and `goal` are ratios too."""
 
     variant: str
@@ -56,7 +56,7 @@ class Bench:
         image = self.plain.tokenizer.convert_tokens_to_ids("<image>")
         words = self.plain.tokenizer.encode("What is in this picture?")
         prompt = [image, *islice(cycle(words), shape.text)]
-        self.requests = {name: Request(prompt, shape.image(), each) for name, each in REDUCTIONS.items()}
+        self.requests = {name: ProbeRequest(prompt, shape.image(), each) for name, each in REDUCTIONS.items()}
 
     def _start(self, withdraw_layer: int | None) -> ProbedEngine:
         return ProbedEngine(self._checkpoint, withdraw_layer, **self._options)
@@ -66,7 +66,7 @@ class Bench:
         plan = plan_item(REDUCTIONS[name] or Reduction(), Layout.single(VisionGeometry(self.shape.vision)))
         return plan.kept, plan.kept_deep
 
-    def prefill(self, pairs: int) -> Iterator[Row]:
+    def prefill(self, pairs: int) -> Iterator[CostRatio]:
         """Prefill cost of each reduction relative to none, in the engine with withdrawal."""
         full = self.shape.flops(*self.vision_tokens("nothing"))
         base = partial(self.withdrawing.prefill, self.requests["nothing"])
@@ -75,7 +75,7 @@ class Bench:
             flops = self.shape.flops(*self.vision_tokens(name)) / full
             yield from _rows(name, "nothing", _timed(variant, base, pairs), flops, GOALS.get(name))
 
-    def idle(self, pairs: int) -> Iterator[Row]:
+    def idle(self, pairs: int) -> Iterator[CostRatio]:
         """Cost of the engine with withdrawal when no request withdraws, relative to the one without.
 
         The control is a second engine without withdrawal: equal engines differ by where their weights lie in memory.
@@ -121,9 +121,9 @@ def _timed(
 
 def _rows(
     variant: str, base: str, costs: Sequence[tuple[StepCost, StepCost]], flops: float | None, goal: float | None
-) -> Iterator[Row]:
+) -> Iterator[CostRatio]:
     for part in ("forward", "step"):
         clocks = [(getattr(one, part), getattr(other, part)) for one, other in costs]
         cpu = ratio([(one.cpu_ms, other.cpu_ms) for one, other in clocks])
         wall = ratio([(one.wall_ms, other.wall_ms) for one, other in clocks])
-        yield Row(variant, base, part, cpu, wall, median(other.cpu_ms for _, other in clocks), flops, goal)
+        yield CostRatio(variant, base, part, cpu, wall, median(other.cpu_ms for _, other in clocks), flops, goal)

@@ -20,14 +20,14 @@ import torch
 
 from foldserve.loadtest.micro.resident import MIB, Resident
 from foldserve.loadtest.micro.shape import ITEM_BYTES, DType, Shape
-from foldserve.loadtest.micro.variants import Bench, Row
+from foldserve.loadtest.micro.variants import Bench, CostRatio
 
 TIMED = "| variant / base | part | CPU time ratio [95 %] | wall time ratio [95 %] | base, CPU ms | FLOPs | goal |"
 PARTS = ("prefill", "idle", "resident")
 COUNTED = "| engine, request | resident | formula | MiB held | MiB by formula | excess in blocks | as predicted |"
 
 
-def render(row: Row) -> str:
+def render(row: CostRatio) -> str:
     """A line of the table."""
     flops, goal = ("" if value is None else f"{value:.3f}" for value in (row.flops, row.goal))
     names = f"{row.variant} / {row.base} | {row.part}"
@@ -87,9 +87,9 @@ def table(head: str) -> str:
     return f"{head}\n|{'---|' * (head.count('|') - 1)}"
 
 
-def measure(bench: Bench, parts: Sequence[str], pairs: int) -> tuple[list[Row], list[Resident]]:
+def measure(bench: Bench, parts: Sequence[str], pairs: int) -> tuple[list[CostRatio], list[Resident]]:
     """Prints each figure as it is measured, and returns all."""
-    rows: list[Row] = []
+    rows: list[CostRatio] = []
     counts: list[Resident] = []
     print(table(TIMED))
     for row in chain.from_iterable(part(pairs) for part in (bench.prefill, bench.idle) if part.__name__ in parts):

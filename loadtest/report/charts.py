@@ -38,7 +38,7 @@ _GREY_STYLES: tuple[LineStyle, ...] = ("-", (0, (1.2, 1.6)))
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
+class ChartPoint:
     """A point; `about` is for its tooltip."""
 
     x: float
@@ -46,25 +46,25 @@ class Point:
     about: str = ""
 
     @classmethod
-    def exact(cls, x: float, value: float, about: str = "") -> Point:
+    def exact(cls, x: float, value: float, about: str = "") -> ChartPoint:
         """A point without an interval."""
         return cls(x, Estimate(value, value, value), about)
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class ChartLine:
     """One line.
 
     Attributes:
         name: label at its end, or "".
         colour: index into the palette; None: a reference, in grey.
-        dashed: predicted instead of measured; without marks.
+        is_dashed: predicted instead of measured; without marks.
     """
 
     name: str
-    points: Sequence[Point]
+    points: Sequence[ChartPoint]
     colour: int | None = None
-    dashed: bool = False
+    is_dashed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ class Panel:
     """One pair of axes, with a vertical line at x = `at`."""
 
     title: str
-    lines: Sequence[Line]
+    lines: Sequence[ChartLine]
     levels: Sequence[Level] = ()
     at: float | None = None
 
@@ -106,7 +106,7 @@ class Axis:
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
+class DrawnChart:
     """A figure and its tooltips."""
 
     figure: Figure
@@ -116,7 +116,7 @@ class Drawn:
         return as_svg(self.figure, self.marks, alone=alone)
 
 
-class Paint(ABC):
+class PanelPainter(ABC):
     """Draws one panel into a figure."""
 
     @property
@@ -146,15 +146,15 @@ class Chart:
 
     stem: str
     title: str
-    panels: Sequence[Paint]
+    panels: Sequence[PanelPainter]
     note: str = ""
     columns: int = 3
 
-    def figures(self) -> list[Drawn]:
+    def figures(self) -> list[DrawnChart]:
         """One figure per panel, for a page to lay out."""
         return [_compose([panel], 1) for panel in self.panels]
 
-    def whole(self) -> Drawn:
+    def whole(self) -> DrawnChart:
         """All panels in one figure."""
         return _compose(self.panels, self.columns)
 
@@ -162,7 +162,7 @@ class Chart:
         (folder / f"{self.stem}.svg").write_text(self.whole().svg())
 
 
-def together(charts: Sequence[Chart], columns: int) -> Drawn:
+def join_charts(charts: Sequence[Chart], columns: int) -> DrawnChart:
     """All panels of several charts in one figure."""
     return _compose([panel for chart in charts for panel in chart.panels], columns)
 
@@ -210,7 +210,7 @@ def bars(stem: str, title: str, values: Sequence[tuple[str, float]], x_name: str
     return Chart(stem, title, [_BarPanel(values, x_name)], note)
 
 
-def write(drawn: Drawn, file: Path, dpi: int = 150) -> None:
+def write(drawn: DrawnChart, file: Path, dpi: int = 150) -> None:
     """The suffix of `file` chooses the format; `dpi` is for bitmaps."""
     if file.suffix == ".svg":
         file.write_text(drawn.svg())
@@ -220,7 +220,7 @@ def write(drawn: Drawn, file: Path, dpi: int = 150) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _LinePanel(Paint):
+class _LinePanel(PanelPainter):
     panel: Panel
     x: Axis
     y: Axis
@@ -245,19 +245,19 @@ class _LinePanel(Paint):
         greys = iter(_GREY_STYLES * len(self.panel.lines))
         for line in self.panel.lines:
             self._line(axes, line, with_bars, "-" if line.colour is not None else next(greys))
-            marks += [self._mark(axes, line.name, point) for point in line.points if not line.dashed]
+            marks += [self._mark(axes, line.name, point) for point in line.points if not line.is_dashed]
         self._names(axes)
         return marks
 
-    def _line(self, axes: Axes, line: Line, with_bars: bool, linestyle: LineStyle) -> None:
+    def _line(self, axes: Axes, line: ChartLine, with_bars: bool, linestyle: LineStyle) -> None:
         colour = MUTED if line.colour is None else SERIES[line.colour]
-        x, y = [point.x for point in line.points], [self._y(point.estimate.value) for point in line.points]
-        if line.dashed:
+        x, y = [point.x for point in line.points], [self._scaled_y(point.estimate.value) for point in line.points]
+        if line.is_dashed:
             axes.plot(x, y, color=colour, linewidth=1, linestyle=(0, (4, 3)), zorder=2)
             return
         is_reference = line.colour is None
         if with_bars and not is_reference:
-            low, high = ([self._y(end(point)) for point in line.points] for end in (_low, _high))
+            low, high = ([self._scaled_y(end(point)) for point in line.points] for end in (_low, _high))
             axes.vlines(x, low, high, color=colour, linewidth=1, alpha=0.55, zorder=3)
         axes.plot(
             x,
@@ -272,25 +272,27 @@ class _LinePanel(Paint):
 
     def _level(self, axes: Axes, level: Level) -> list[Mark]:
         estimate = level.estimate
-        axes.axhspan(self._y(estimate.low), self._y(estimate.high), color=MUTED, alpha=0.15, linewidth=0, zorder=1)
-        axes.axhline(self._y(estimate.value), color=MUTED, linewidth=1, zorder=2)
-        return [self._mark(axes, level.name, Point(x, estimate)) for x in axes.get_xlim()]
+        axes.axhspan(
+            self._scaled_y(estimate.low), self._scaled_y(estimate.high), color=MUTED, alpha=0.15, linewidth=0, zorder=1
+        )
+        axes.axhline(self._scaled_y(estimate.value), color=MUTED, linewidth=1, zorder=2)
+        return [self._mark(axes, level.name, ChartPoint(x, estimate)) for x in axes.get_xlim()]
 
-    def _last_seen(self, axes: Axes, points: Sequence[Point]) -> Point:
+    def _last_seen(self, axes: Axes, points: Sequence[ChartPoint]) -> ChartPoint:
         """The rightmost point within the axes, or the rightmost of all if none is."""
         low, high = axes.get_ylim()
-        inside = [point for point in points if low <= self._y(point.estimate.value) <= high]
+        inside = [point for point in points if low <= self._scaled_y(point.estimate.value) <= high]
         return min(inside or points, key=lambda point: abs(point.x - axes.get_xlim()[1]))
 
-    def _mark(self, axes: Axes, name: str, point: Point) -> Mark:
+    def _mark(self, axes: Axes, name: str, point: ChartPoint) -> Mark:
         estimate = point.estimate
         shown = estimate.show(self.y.digits, self.y.scale)
         if estimate.low == estimate.high:  # it has no interval
             shown = shown.partition(" [")[0]
         about = ", ".join(filter(None, [name, point.about]))
-        return Mark(axes, point.x, self._y(point.estimate.value), f"{about}: {shown}")
+        return Mark(axes, point.x, self._scaled_y(point.estimate.value), f"{about}: {shown}")
 
-    def _y(self, value: float) -> float:
+    def _scaled_y(self, value: float) -> float:
         """The value as drawn: a logarithmic axis can't show 0."""
         scaled = value * self.y.scale
         return max(scaled, axis_low) if self.y.is_log and (axis_low := self.y.low or 0) else scaled
@@ -303,8 +305,8 @@ class _LinePanel(Paint):
             if line.name and line.points:
                 last = self._last_seen(axes, line.points)
                 colour = MUTED if line.colour is None else SERIES[line.colour]
-                ends.append((line.name, colour, last.x, self._y(last.estimate.value)))
-        ends += [(level.name, MUTED, right, self._y(level.estimate.value)) for level in self.panel.levels]
+                ends.append((line.name, colour, last.x, self._scaled_y(last.estimate.value)))
+        ends += [(level.name, MUTED, right, self._scaled_y(level.estimate.value)) for level in self.panel.levels]
         if not ends:
             return
         box = axes.get_window_extent()
@@ -327,7 +329,7 @@ class _LinePanel(Paint):
 
 
 @dataclass(frozen=True, slots=True)
-class _HeatPanel(Paint):
+class _HeatPanel(PanelPainter):
     title: str
     rows: Sequence[str]
     columns: Sequence[str]
@@ -364,7 +366,7 @@ class _HeatPanel(Paint):
 
 
 @dataclass(frozen=True, slots=True)
-class _BarPanel(Paint):
+class _BarPanel(PanelPainter):
     values: Sequence[tuple[str, float]]
     x_name: str
 
@@ -388,7 +390,7 @@ class _BarPanel(Paint):
         return [Mark(axes, length, i, f"{name}: {length:.3g}") for i, (name, length) in enumerate(self.values)]
 
 
-def _compose(paints: Sequence[Paint], columns: int) -> Drawn:
+def _compose(paints: Sequence[PanelPainter], columns: int) -> DrawnChart:
     from matplotlib.figure import Figure
 
     columns = min(columns, len(paints))
@@ -409,7 +411,7 @@ def _compose(paints: Sequence[Paint], columns: int) -> Drawn:
                 marks += paint.paint(axes, right)
                 _make_room(axes, column * _PANEL_PT[0])
             top -= height
-    return Drawn(figure, tuple(marks))
+    return DrawnChart(figure, tuple(marks))
 
 
 def _make_room(axes: Axes, start: float) -> None:
@@ -456,7 +458,7 @@ def _common(panels: Sequence[Panel], y: Axis) -> Axis:
 
 
 def _has_bars(panel: Panel) -> bool:
-    return sum(line.colour is not None and not line.dashed for line in panel.lines) <= _BARS_UP_TO
+    return sum(line.colour is not None and not line.is_dashed for line in panel.lines) <= _BARS_UP_TO
 
 
 def _values(panel: Panel) -> list[float]:
@@ -499,9 +501,9 @@ def _broken(name: str) -> str:
     return "\n".join(lines).replace(_FIXED, " ")
 
 
-def _low(point: Point) -> float:
+def _low(point: ChartPoint) -> float:
     return point.estimate.low
 
 
-def _high(point: Point) -> float:
+def _high(point: ChartPoint) -> float:
     return point.estimate.high

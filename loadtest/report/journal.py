@@ -13,7 +13,7 @@ RESULTS_FILE = "results.jsonl"
 _T = TypeVar("_T")
 
 
-class Line(BaseModel, Generic[_T]):
+class JournalLine(BaseModel, Generic[_T]):
     """One result. A subclass names `key` and `result` in the file, by aliases."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_by_name=True, serialize_by_alias=True)
@@ -36,7 +36,7 @@ class Journal(Generic[_T]):
         ValueError: the file holds a line that is no result.
     """
 
-    line: ClassVar[type[Line[Any]]]
+    line: ClassVar[type[JournalLine[Any]]]
 
     def __init__(self, folder: Path, run: str) -> None:
         self._file, self._run = folder / RESULTS_FILE, run

@@ -18,8 +18,8 @@ from tqdm import tqdm
 from foldserve.loadtest.soak.death import kill_engine
 from foldserve.loadtest.soak.load import send_all, stream_at_once
 from foldserve.loadtest.soak.mix import plan
-from foldserve.loadtest.soak.report import READY_WITHIN_S, Report
-from foldserve.loadtest.soak.server import Held, Server
+from foldserve.loadtest.soak.report import READY_WITHIN_S, SoakReport
+from foldserve.loadtest.soak.server import HeldResources, SoakServer
 from foldserve.loadtest.soak.siege import PROBED_WITHIN_S, Siege, besiege, make_keys
 
 _STREAM_TOKENS = 16
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs a soak test; exit status 1 if something was left over or went wrong."""
     args = _parser().parse_args(argv)
     _allow_files(args.streams * _FILES_A_STREAM + _OTHER_FILES)
-    report: Report | Siege
+    report: SoakReport | Siege
     report = asyncio.run(_run_hostile(args)) if args.hostile else asyncio.run(_run(args))
     text = json.dumps(report.to_json(), indent=1)
     if args.output:
@@ -81,13 +81,13 @@ def _allow_files(count: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (count, hard))
 
 
-async def _run(args: argparse.Namespace) -> Report:
+async def _run(args: argparse.Namespace) -> SoakReport:
     started = time.monotonic()
     requests = plan(args.requests, args.abort_share, args.seed)
     warming = int(args.requests * args.warm_share)
     parts = [(args.requests - warming) * i // args.looks for i in range(args.looks + 1)]
     with TemporaryDirectory() as folder:
-        server = Server(args.options, args.log or Path(folder) / "log")
+        server = SoakServer(args.options, args.log or Path(folder) / "log")
         try:
             with tqdm(total=args.requests + args.streams, unit="req", smoothing=0.05) as bar:
                 soak = await send_all(server.address, islice(requests, warming), args.at_once, bar)
@@ -98,7 +98,7 @@ async def _run(args: argparse.Namespace) -> Report:
                     looks.append(await _look(server, bar))
             death = await kill_engine(server, args.at_once)
             seconds = round(time.monotonic() - started, 1)
-            return Report(looks, soak, streams, death, seconds, args.ready_within or READY_WITHIN_S)
+            return SoakReport(looks, soak, streams, death, seconds, args.ready_within or READY_WITHIN_S)
         finally:
             server.stop()
 
@@ -107,15 +107,15 @@ async def _run_hostile(args: argparse.Namespace) -> Siege:
     with TemporaryDirectory() as folder:
         keys = Path(folder) / "keys.toml"
         user, stranger = make_keys(keys)
-        server = Server([*args.options, "--api-keys", str(keys)], args.log or Path(folder) / "log", user)
+        server = SoakServer([*args.options, "--api-keys", str(keys)], args.log or Path(folder) / "log", user)
         try:
             return await besiege(server, user, stranger, args.hostile, args.seed, args.ready_within or PROBED_WITHIN_S)
         finally:
             server.stop()
 
 
-async def _look(server: Server, bar: tqdm[Any]) -> Held:
-    held = await server.settled()
+async def _look(server: SoakServer, bar: tqdm[Any]) -> HeldResources:
+    held = await server.held_when_idle()
     bar.write(f"after {bar.n} requests: {held.memory_bytes / 1e6:.0f} MB, {held.files} file descriptors", sys.stderr)
     return held
 

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 
 from foldserve.loadtest.soak.mix import chat
-from foldserve.loadtest.soak.server import Server
+from foldserve.loadtest.soak.server import SoakServer
 from foldserve.loadtest.soak.wire import Address, ask, encode
 
 _TOKENS = 900
@@ -36,7 +36,7 @@ class Death:
     wrong: list[str] = field(default_factory=list)
 
 
-async def kill_engine(server: Server, clients: int) -> Death:
+async def kill_engine(server: SoakServer, clients: int) -> Death:
     """Kills the engine while it has `clients` requests, half of them streams; the server ends with it."""
     waiting = [asyncio.create_task(_listen(server.address, number)) for number in range(clients)]
     async with asyncio.timeout(_PATIENCE_S):

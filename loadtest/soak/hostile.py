@@ -51,7 +51,7 @@ def _asking(make: Callable[[], object]) -> Callable[[Address, str], Awaitable[st
     return run
 
 
-def _same(body: object) -> Callable[[], bytes]:
+def _encode_once(body: object) -> Callable[[], bytes]:
     """Encodes a body once, since it takes long."""
     made = json.dumps(body).encode()
     return lambda: made
@@ -129,11 +129,11 @@ def make_attacks() -> dict[str, Attack]:
         "streams that nobody reads": Attack(8, _never_read),
         "a grammar that is dear to follow": Attack(4, _asking(lambda: _structured("(((a*b?)*c?)*d?)*"))),
         "nested repetition": Attack(1, _asking(lambda: _structured("((a{0,200}){0,200}){0,200}"))),
-        "special tokens": Attack(2, _asking(_same(_text(3_000_000, "<s>")))),
-        "the longest text": Attack(1, _asking(_same(_text(30_000_000, "<imag")))),
-        "many keys": Attack(1, _asking(_same(chat("x", [], 4) | {f"key-{i}": 1 for i in range(190_000)}))),
-        "large progressive JPEGs": Attack(2, _asking(_same(chat("what", progressive, 4)))),
-        "large PNGs of 16 bits": Attack(1, _asking(_same(chat("what", deep, 4)))),
+        "special tokens": Attack(2, _asking(_encode_once(_text(3_000_000, "<s>")))),
+        "the longest text": Attack(1, _asking(_encode_once(_text(30_000_000, "<imag")))),
+        "many keys": Attack(1, _asking(_encode_once(chat("x", [], 4) | {f"key-{i}": 1 for i in range(190_000)}))),
+        "large progressive JPEGs": Attack(2, _asking(_encode_once(chat("what", progressive, 4)))),
+        "large PNGs of 16 bits": Attack(1, _asking(_encode_once(chat("what", deep, 4)))),
         "names that nobody knows": Attack(4, _asking(_names)),
         "tokens that nobody knows": Attack(
             2, _asking(lambda: chat("x", [], 4) | {"logit_bias": {"447": 100, "999999": 100}, "logprobs": True})

@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from foldserve.loadtest.soak.mix import HangUp, Planned, chat
+from foldserve.loadtest.soak.mix import HangUp, PlannedRequest, chat
 from foldserve.loadtest.soak.wire import Address, ask, connect, encode, read_status
 
 _READY_EVERY_S = 0.1
@@ -22,7 +22,7 @@ _EVENTS_MIDWAY = 5
 
 
 @dataclass(slots=True)
-class Outcome:
+class LoadOutcome:
     """Results of some requests.
 
     Attributes:
@@ -37,17 +37,17 @@ class Outcome:
     ready_s: float = 0.0
     took_s: list[float] = field(default_factory=list)
 
-    def __add__(self, other: Outcome) -> Outcome:
+    def __add__(self, other: LoadOutcome) -> LoadOutcome:
         ready_s, took_s = max(self.ready_s, other.ready_s), self.took_s + other.took_s
-        return Outcome(self.counts + other.counts, self.wrong + other.wrong, ready_s, took_s)
+        return LoadOutcome(self.counts + other.counts, self.wrong + other.wrong, ready_s, took_s)
 
     def to_json(self) -> dict[str, Any]:
         return {"counts": dict(self.counts), "wrong": self.wrong, "ready_s": round(self.ready_s, 3)}
 
 
-async def send_all(address: Address, requests: Iterable[Planned], at_once: int, bar: tqdm[Any]) -> Outcome:
+async def send_all(address: Address, requests: Iterable[PlannedRequest], at_once: int, bar: tqdm[Any]) -> LoadOutcome:
     """Sends the requests in order, at most `at_once` at a time."""
-    outcome = Outcome()
+    outcome = LoadOutcome()
     waiting = iter(requests)
 
     async def client() -> None:
@@ -71,17 +71,17 @@ async def send_all(address: Address, requests: Iterable[Planned], at_once: int, 
     return outcome
 
 
-async def stream_at_once(address: Address, count: int, tokens: int, bar: tqdm[Any]) -> Outcome:
+async def stream_at_once(address: Address, count: int, tokens: int, bar: tqdm[Any]) -> LoadOutcome:
     """Opens `count` streams at the same time."""
     requests = [
-        Planned(chat(f"stream {number}", [], tokens) | {"stream": True}, 200, HangUp.NEVER, 0)
+        PlannedRequest(chat(f"stream {number}", [], tokens) | {"stream": True}, 200, HangUp.NEVER, 0)
         for number in range(count)
     ]
     return await send_all(address, requests, count, bar)
 
 
-async def _send(address: Address, request: Planned, outcome: Outcome) -> str:
-    """Sends one request and returns its key in `Outcome.counts`."""
+async def _send(address: Address, request: PlannedRequest, outcome: LoadOutcome) -> str:
+    """Sends one request and returns its key in `LoadOutcome.counts`."""
     data = encode("POST", request.path, request.body, request.key)
     if request.hang_up is HangUp.NEVER:
         started = time.perf_counter()
@@ -105,7 +105,7 @@ async def _send(address: Address, request: Planned, outcome: Outcome) -> str:
     return f"hung up {request.hang_up.value}"
 
 
-async def _read_events(reader: asyncio.StreamReader, count: int, outcome: Outcome) -> None:
+async def _read_events(reader: asyncio.StreamReader, count: int, outcome: LoadOutcome) -> None:
     """Reads up to `count` events of a stream; it may have fewer, since tokens that come together make one event."""
     for _ in range(count):
         event = await reader.readuntil(b"\n\n")
@@ -115,7 +115,7 @@ async def _read_events(reader: asyncio.StreamReader, count: int, outcome: Outcom
             return
 
 
-def _watch(address: Address, outcome: Outcome, ended: threading.Event) -> None:
+def _watch(address: Address, outcome: LoadOutcome, ended: threading.Event) -> None:
     """Measures how long `/health/ready` takes, and records every failure.
 
     Runs in a thread with its own event loop: a thousand clients in this process must not make the server look slow.

@@ -31,7 +31,7 @@ class HangUp(Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Planned:
+class PlannedRequest:
     """One request.
 
     Attributes:
@@ -49,7 +49,7 @@ class Planned:
     path = _PATH
 
 
-def plan(count: int, abort_share: float, seed: int, key: str | None = None) -> Iterator[Planned]:
+def plan(count: int, abort_share: float, seed: int, key: str | None = None) -> Iterator[PlannedRequest]:
     """`count` requests, of which about `abort_share` are aborted, evenly at all points."""
     rng = random.Random(seed)
     images = [_image(i) for i in range(_IMAGES)]
@@ -61,7 +61,7 @@ def plan(count: int, abort_share: float, seed: int, key: str | None = None) -> I
         body["stream"] = hang_up in (HangUp.FIRST_TOKEN, HangUp.MIDWAY) or rng.random() < 0.5
         body |= rng.choice(({}, {}, {"reduction_ratio": rng.choice((0.25, 0.5, 0.75, 0.9))}))
         body |= {"reduction_ratio": 1.5} if bad else {}
-        yield Planned(body, 400 if bad else 200, hang_up, rng.uniform(0, _LONGEST_WAIT_S), key)
+        yield PlannedRequest(body, 400 if bad else 200, hang_up, rng.uniform(0, _LONGEST_WAIT_S), key)
 
 
 def chat(text: str, images: list[str], tokens: int) -> dict[str, Any]:

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from foldserve.loadtest.soak.death import Death
-from foldserve.loadtest.soak.load import Outcome
-from foldserve.loadtest.soak.server import Held
+from foldserve.loadtest.soak.load import LoadOutcome
+from foldserve.loadtest.soak.server import HeldResources
 
 MEMORY_GROWTH = 0.05
 """Largest growth of memory since the server was warm, as a share."""
@@ -19,7 +19,7 @@ ENDED_WITHIN_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class SoakReport:
     """Results of a soak test.
 
     Attributes:
@@ -30,9 +30,9 @@ class Report:
         ready_within_s: longest time that `/health/ready` may take.
     """
 
-    looks: Sequence[Held]
-    soak: Outcome
-    streams: Outcome
+    looks: Sequence[HeldResources]
+    soak: LoadOutcome
+    streams: LoadOutcome
     death: Death
     seconds: float
     ready_within_s: float = READY_WITHIN_S

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from foldserve.loadtest.metrics import KV_USE, RUNNING, WAITING, read
-from foldserve.loadtest.servers import HOST, Local
+from foldserve.loadtest.servers import HOST, LocalServer
 from foldserve.loadtest.soak.mix import chat
 from foldserve.loadtest.soak.wire import Address, ask, encode
 
@@ -21,7 +21,7 @@ _SETTLES_WITHIN_S = 30
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class HeldResources:
     """What the idle server holds.
 
     Attributes:
@@ -41,7 +41,7 @@ class Held:
         return sum(self.memory.values())
 
 
-class Server(Local):
+class SoakServer(LocalServer):
     """`foldserve serve` on a free port; without a model in `options` it serves the demo model."""
 
     def __init__(self, options: Sequence[str], log: Path, key: str | None = None) -> None:
@@ -58,21 +58,21 @@ class Server(Local):
         """Number of requests running or waiting in the engine, as of its last step."""
         return _requests(await self._gauges())
 
-    async def held(self) -> Held:
+    async def held(self) -> HeldResources:
         """What the server holds now; the engine's gauges are those of its last step."""
         gauges = await self._gauges()
         processes = self.processes()
         memory: Counter[str] = Counter()
         for process in processes:
             memory[_title(process)] += process.memory_full_info().uss
-        return Held(
+        return HeldResources(
             requests=_requests(gauges),
             kv_share=gauges.get(KV_USE, 0.0),
             files=sum(process.num_fds() for process in processes),
             memory=dict(memory),
         )
 
-    async def settled(self) -> Held:
+    async def held_when_idle(self) -> HeldResources:
         """What the server holds once it is idle; a short request makes the engine update its gauges."""
         end = time.monotonic() + _SETTLES_WITHIN_S
         while True:

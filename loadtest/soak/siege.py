@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from foldserve.loadtest.soak.load import Outcome, send_all
+from foldserve.loadtest.soak.load import LoadOutcome, send_all
 from foldserve.loadtest.soak.mix import chat, plan
-from foldserve.loadtest.soak.server import Held, Server
+from foldserve.loadtest.soak.server import HeldResources, SoakServer
 from foldserve.loadtest.soak.wire import ask, encode
 
 PROBED_WITHIN_S = 5.0
@@ -39,11 +39,11 @@ class Siege:
         ready_within_s: longest time that `/health/ready` may take.
     """
 
-    alone: Outcome
-    beside: Outcome
+    alone: LoadOutcome
+    beside: LoadOutcome
     attacks: Mapping[str, Mapping[str, int]]
-    before: Held
-    after: Held
+    before: HeldResources
+    after: HeldResources
     ready_within_s: float
 
     def failures(self) -> Iterator[str]:
@@ -73,7 +73,7 @@ class Siege:
         }
 
 
-def _user(outcome: Outcome) -> dict[str, Any]:
+def _user(outcome: LoadOutcome) -> dict[str, Any]:
     quantiles = np.quantile(outcome.took_s, [0.5, 0.99]).round(3).tolist() if outcome.took_s else [None, None]
     return outcome.to_json() | dict(zip(("p50_s", "p99_s"), quantiles, strict=True))
 
@@ -89,7 +89,7 @@ def make_keys(file: Path) -> tuple[str, str]:
     return user, stranger
 
 
-async def besiege(server: Server, user: str, stranger: str, count: int, seed: int, ready_within_s: float) -> Siege:
+async def besiege(server: SoakServer, user: str, stranger: str, count: int, seed: int, ready_within_s: float) -> Siege:
     """Sends `count` requests of the user, first alone, then again while the stranger's clients attack."""
     with tqdm(total=2 * count, unit="req", smoothing=0.05) as bar:
         command = [sys.executable, "-m", "foldserve.loadtest.soak.hostile"]
@@ -103,7 +103,7 @@ async def besiege(server: Server, user: str, stranger: str, count: int, seed: in
         assert hostile.stdin is not None and hostile.stdout is not None
         await hostile.stdout.readline()
         await ask(server.address, encode("POST", "/v1/chat/completions", chat("x", [_NO_NAME], 1), user))
-        before = await server.settled()
+        before = await server.held_when_idle()
         alone = await send_all(server.address, plan(count, 0, seed, user), _AT_ONCE, bar)
         hostile.stdin.write(f"{stranger}\n".encode())
         await hostile.stdin.drain()
@@ -111,4 +111,4 @@ async def besiege(server: Server, user: str, stranger: str, count: int, seed: in
         beside = await send_all(server.address, plan(count, 0, seed + 1, user), _AT_ONCE, bar)
         hostile.stdin.close()
         attacks, _ = await hostile.communicate()
-        return Siege(alone, beside, json.loads(attacks), before, await server.settled(), ready_within_s)
+        return Siege(alone, beside, json.loads(attacks), before, await server.held_when_idle(), ready_within_s)

@@ -16,7 +16,7 @@ class Address:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class HttpResponse:
     """A complete response; a chunked `body` still holds its chunk headers."""
 
     status: int
@@ -53,9 +53,9 @@ async def read_status(reader: asyncio.StreamReader) -> int:
     return int(line.split()[1])
 
 
-async def ask(address: Address, request: bytes) -> Answer:
+async def ask(address: Address, request: bytes) -> HttpResponse:
     """Sends a request and reads the whole answer."""
     async with connect(address) as (reader, writer):
         writer.write(request)
         await writer.drain()
-        return Answer(await read_status(reader), await reader.read())
+        return HttpResponse(await read_status(reader), await reader.read())

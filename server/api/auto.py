@@ -10,10 +10,10 @@ from typing import Any
 
 from cachetools import TTLCache
 
-from foldserve.reducers.options import Field, Flag
+from foldserve.reducers.options import Field, FlagField
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.reducers.reduction import FIELDS
-from foldserve.server.auto import AutoPolicy, Choice, check_bounds
+from foldserve.server.auto import AutoChoice, AutoPolicy, check_bounds
 from foldserve.server.pressure import pressure
 from foldserve.server.settings import Settings
 
@@ -25,7 +25,7 @@ _REMEMBERED_S = 600
 _COMMAND = "`foldserve calibrate MODEL --auto --data requests.jsonl`"
 
 
-class _Group(Field[str]):
+class _GroupField(Field[str]):
     def parse(self, value: object) -> str:
         if not isinstance(value, str) or not 1 <= len(value) <= _LONGEST_GROUP:
             raise self.refusal(f"a word of at most {_LONGEST_GROUP} characters", value)
@@ -35,7 +35,7 @@ class _Group(Field[str]):
         return {"type": "string", "minLength": 1, "maxLength": _LONGEST_GROUP}
 
 
-class _Bounds(Field[tuple[float, float]]):
+class _BoundsField(Field[tuple[float, float]]):
     def parse(self, value: object) -> tuple[float, float]:
         if not isinstance(value, list) or len(value) != 2:
             raise self.refusal("a pair such as [0, 0.75]", value)
@@ -50,9 +50,9 @@ class _Bounds(Field[tuple[float, float]]):
         return {"type": "array", "items": FIELDS["ratio"].values(), "minItems": 2, "maxItems": 2}
 
 
-_GROUP = _Group("group", None, 'with `ratio: "auto"`: which of the calibrated groups the request belongs to')
-_BOUNDS = _Bounds("bounds", None, 'with `ratio: "auto"`: least and most of the tokens that may go')
-_UNDER_LOAD = Flag(
+_GROUP = _GroupField("group", None, 'with `ratio: "auto"`: which of the calibrated groups the request belongs to')
+_BOUNDS = _BoundsField("bounds", None, 'with `ratio: "auto"`: least and most of the tokens that may go')
+_UNDER_LOAD = FlagField(
     "under_load", None, 'with `ratio: "auto"`: fewer tokens, within the bounds, while the server is full'
 )
 AUTO_FIELDS: Mapping[str, Field[Any]] = {field.name: field for field in (_GROUP, _BOUNDS, _UNDER_LOAD)}
@@ -78,7 +78,7 @@ class AutoRatio:
     query: str | None = None
 
 
-def parse(value: object) -> Reduction | AutoRatio:
+def parse_requested_reduction(value: object) -> Reduction | AutoRatio:
     """The value of a request's `reduction`; raises InvalidReduction with the field at fault."""
     if not isinstance(value, Mapping):
         return Reduction.parse(value)
@@ -95,7 +95,7 @@ def parse(value: object) -> Reduction | AutoRatio:
     return AutoRatio(fields, **own)
 
 
-class Chooser:
+class AutoChooser:
     """What a server does with such requests.
 
     An image keeps its first count for ten minutes, so that later turns of a chat find it in the prefix cache, whatever
@@ -113,7 +113,7 @@ class Chooser:
 
     def choose(
         self, asked: AutoRatio, owner: str | None, model: str | None, images: Sequence[str | None]
-    ) -> tuple[list[Reduction], list[Choice]]:
+    ) -> tuple[list[Reduction], list[AutoChoice]]:
         """The reduction of each image, of the fewest tokens where its pixels are still to settle them, and why.
 
         Args:
@@ -124,19 +124,7 @@ class Chooser:
         Raises:
             InvalidReduction: nothing was calibrated, or it was for something else, or takes no query.
         """
-        settings, policy = self._settings, self._settings.auto
-        if policy is None:
-            raise InvalidReduction(
-                f"ratio 'auto' needs a calibration, which this server has not: run {_COMMAND} and start it "
-                "again with --auto, or give a number",
-                "ratio",
-            )
-        if asked.fields and Reduction.parse(asked.fields) != policy.reduction:
-            calibrated = policy.reduction.to_json() or {"method": policy.reduction.method}
-            raise InvalidReduction(
-                f"ratio 'auto' was calibrated for {calibrated} on this server: leave {', '.join(asked.fields)} out",
-                next(iter(asked.fields)),
-            )
+        settings, policy = self._settings, self._policy_for(asked)
         asked_for = policy.reduction if asked.query is None else replace(policy.reduction, query=asked.query)
         group = settings.auto_groups.of(asked.group, owner, model)
         least, most = bounds = asked.bounds or settings.auto_bounds
@@ -150,12 +138,29 @@ class Chooser:
         each = [choice] * len(images)
         if under_load:
             now = pressure.level(time.monotonic())
-            each = [self._first(policy, image, group, bounds, now) for image in images]
+            each = [self._remembered(policy, image, group, bounds, now) for image in images]
         return [replace(asked_for, ratio=one.ratio) for one in each], each
 
-    def _first(
+    def _policy_for(self, asked: AutoRatio) -> AutoPolicy:
+        """The calibrated policy; raises InvalidReduction unless the request asks for what was calibrated."""
+        policy = self._settings.auto
+        if policy is None:
+            raise InvalidReduction(
+                f"ratio 'auto' needs a calibration, which this server has not: run {_COMMAND} and start it "
+                "again with --auto, or give a number",
+                "ratio",
+            )
+        if asked.fields and Reduction.parse(asked.fields) != policy.reduction:
+            calibrated = policy.reduction.to_json() or {"method": policy.reduction.method}
+            raise InvalidReduction(
+                f"ratio 'auto' was calibrated for {calibrated} on this server: leave {', '.join(asked.fields)} out",
+                next(iter(asked.fields)),
+            )
+        return policy
+
+    def _remembered(
         self, policy: AutoPolicy, image: str | None, group: str, bounds: tuple[float, float], now: int
-    ) -> Choice:
+    ) -> AutoChoice:
         """What an image got when it first came, or gets now."""
         key = None if image is None else (hash(image), group, bounds)
         level = now if key is None else self._levels.setdefault(key, now)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from foldserve.reducers import METHODS, Method
 from foldserve.reducers.base_only import BaseOnly
 from foldserve.reducers.item import Layout, check_method, plan_item
-from foldserve.reducers.method import AcrossFrames, Decoder, Preselection, Projector
+from foldserve.reducers.method import AcrossFrames, InDecoder, InProjector, Preselection
 from foldserve.reducers.options import Field
 from foldserve.reducers.reduction import FIELDS, Reduction
 from foldserve.reducers.refusal import InvalidReduction
@@ -101,7 +101,7 @@ def modalities_of(method: Method, family: Family | None) -> list[Modality]:
 def _works_with(method: Method, family: Family, modality: Modality) -> bool:
     """Whether the model has what the method needs, apart from options that a request has to set."""
     try:
-        asked = _alone(method)
+        asked = _reduction_by(method)
         if modality == "image":
             family.of_image(asked, family.largest)
             check_method(method, family.largest)
@@ -113,15 +113,15 @@ def _works_with(method: Method, family: Family, modality: Modality) -> bool:
     return True
 
 
-def _alone(method: Method) -> Reduction:
+def _reduction_by(method: Method) -> Reduction:
     """A reduction by this method alone, without an amount."""
     if isinstance(method, Preselection):
         return Reduction(first=method.name)
-    return Reduction(decoder=method.name) if isinstance(method, Decoder) else Reduction(method.name)
+    return Reduction(decoder=method.name) if isinstance(method, InDecoder) else Reduction(method.name)
 
 
 def _max_removed(method: Method, largest: Layout) -> int:
     """The most tokens that one image can lose."""
     if isinstance(method, BaseOnly):
         return plan_item(Reduction(first="base_only"), largest).removed
-    return 0 if isinstance(method, AcrossFrames | Projector) else largest.removable
+    return 0 if isinstance(method, AcrossFrames | InProjector) else largest.removable

@@ -16,7 +16,7 @@ import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from foldserve.server.api.errors import FoldserveError, MalformedHttp, render
+from foldserve.server.api.errors import FoldserveError, MalformedHttp, render_error
 
 HEAD_BYTES = 64 * 1024
 """Most bytes of request line and headers, of trailers, and of a chunk's head; default of
@@ -115,32 +115,32 @@ class HttpProtocol(H11Protocol):
             return
         state = self.conn.their_state
         if state is h11.IDLE and self.conn.trailing_data[0]:
-            self._deadline.keep("head", _HEAD_S, lambda: self._late("the headers did not come whole", _HEAD_S))
+            self._deadline.keep("head", _HEAD_S, lambda: self._refuse_late("the headers did not come whole", _HEAD_S))
         elif state is h11.SEND_BODY and self.cycle.response_complete:
             self._deadline.keep("rest", _REST_S, self.transport.close)
         elif state is h11.SEND_BODY:
             self._deadline.set("body", _BODY_S, self._body_late)
         elif self.flow.read_paused:
-            self._deadline.keep("hang-up", _LOOK_S, self._look)
+            self._deadline.keep("hang-up", _LOOK_S, self._check_hang_up)
         else:
             self._deadline.clear()
 
-    def _look(self) -> None:
+    def _check_hang_up(self) -> None:
         """Notices a hang-up that unread bytes hide."""
         look = select.poll()
         look.register(self.transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
         if look.poll(0):
             self.transport.abort()
         elif self.flow.read_paused:
-            self._deadline.set("hang-up", _LOOK_S, self._look)
+            self._deadline.set("hang-up", _LOOK_S, self._check_hang_up)
 
     def _body_late(self) -> None:
         if self.flow.read_paused:  # the server is slow, not the client
             self._deadline.set("body", _BODY_S, self._body_late)
         else:
-            self._late("nothing more of the body came", _BODY_S)
+            self._refuse_late("nothing more of the body came", _BODY_S)
 
-    def _late(self, what: str, seconds: float) -> None:
+    def _refuse_late(self, what: str, seconds: float) -> None:
         self._refuse(MalformedHttp(f"{what} within {seconds:g} s", 408))
 
     def _refuse(self, error: FoldserveError) -> None:
@@ -149,7 +149,7 @@ class HttpProtocol(H11Protocol):
             self.cycle.disconnected = True
             self.cycle.message_event.set()
         if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            response = render(error)
+            response = render_error(error)
             headers = [*self.server_state.default_headers, *response.raw_headers, (b"connection", b"close")]
             events = (
                 h11.Response(status_code=response.status_code, headers=headers),
@@ -195,6 +195,6 @@ def _malformed(error: h11.RemoteProtocolError) -> MalformedHttp:
     return MalformedHttp(f"this is no valid HTTP/1.1 request: {reason}", HTTPStatus.BAD_REQUEST)
 
 
-def speak_safely(server: uvicorn.Server) -> None:
+def use_safe_protocol(server: uvicorn.Server) -> None:
     """Makes a server that is about to listen use `HttpProtocol`, for which vLLM has no option."""
     server.config.http_protocol_class = HttpProtocol

@@ -39,7 +39,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from foldserve.reducers.plan import InvalidReduction
-from foldserve.server.api.words import of_field, of_pydantic
+from foldserve.server.api.library_errors import describe_pydantic_error, describe_refused_field
 
 _LONGEST_MESSAGE = 500
 _log = logging.getLogger(__name__)
@@ -205,7 +205,7 @@ class EngineStopped(Unavailable):
 Body = dict[str, dict[str, Any]]
 
 
-def render(error: Exception, shape: Callable[[Body], dict[str, Any]] | None = None) -> JSONResponse:
+def render_error(error: Exception, shape: Callable[[Body], dict[str, Any]] | None = None) -> JSONResponse:
     """Any error as `{"error": {"message", "type", "param", "code"}}` with its status and headers.
 
     Args:
@@ -217,8 +217,8 @@ def render(error: Exception, shape: Callable[[Body], dict[str, Any]] | None = No
     return JSONResponse(body if shape is None else shape(body), known.status, known.headers)
 
 
-def render_event(error: Exception | ErrorResponse) -> str:
-    """The body of `render`, as the data of an event in a stream."""
+def render_error_event(error: Exception | ErrorResponse) -> str:
+    """The body of `render_error`, as the data of an event in a stream."""
     if isinstance(error, ErrorResponse):
         error = from_vllm(error)
     known = translate(error)
@@ -261,7 +261,7 @@ def from_vllm(response: ErrorResponse) -> FoldserveError:
     if status == HTTPStatus.NOT_FOUND:
         return NoSuchModel()
     param = _FIELDS.get(response.error.param or "", response.error.param)
-    return _with_status(FoldserveError(of_field(param), param), status)
+    return _with_status(FoldserveError(describe_refused_field(param), param), status)
 
 
 _FIELDS = {"input_text": "messages", "input_tokens": "messages"}  # what vLLM calls the prompt
@@ -304,7 +304,7 @@ def _from_pydantic(errors: Sequence[dict[str, object]]) -> FoldserveError:
     if isinstance(cause, InvalidReduction):
         is_short_form = path == "reduction_ratio"
         return InvalidRequest(str(cause), path if is_short_form else _reduction_path(cause.param))
-    return InvalidRequest(f"{path or 'the body'} {of_pydantic(first)}", path or None)
+    return InvalidRequest(f"{path or 'the body'} {describe_pydantic_error(first)}", path or None)
 
 
 def _reduction_path(param: str) -> str:

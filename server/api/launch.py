@@ -22,7 +22,7 @@ from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memo
 from foldserve.server.api import preflight
 from foldserve.server.api.announce import announce_when_ready
 from foldserve.server.api.connection import HEAD_BYTES
-from foldserve.server.api.lifecycle.arguments import SHARED, Shared, prepare
+from foldserve.server.api.lifecycle.arguments import SHARED, SharedState, prepare
 from foldserve.server.engine import withdrawal
 from foldserve.server.engine.refused_options import refuse_options
 from foldserve.server.engine.worker import WORKERS, device
@@ -68,13 +68,13 @@ def serve(argv: list[str], settings: Settings | SettingsFor, environment: Enviro
     prepare_process(environment)
     args = serve_args(argv, settings, environment, small_model)
     configure_logging_from_args(args)
-    with preflight.explained():
+    with preflight.exit_with_reason():
         preflight.check(args)
         with preflight.claimed_address(args):
             say(f"loading {args.model_tag or args.model}")
             announce_when_ready(args)
             ServeSubcommand().cmd(args)
-    shared: Shared = getattr(args, SHARED)
+    shared: SharedState = getattr(args, SHARED)
     if shared.engine_died.is_set():
         raise SystemExit("foldserve: the engine's process has died")
 
@@ -133,7 +133,18 @@ def serve_args(
     for name in refused:
         if getattr(args, name) != options.get_default(name):
             options.error(f"--{name.replace('_', '-')} has no meaning for foldserve {command}: leave it out")
+    _complete(args, _choices(args, environment, small_model, say), defaults, say)
+    if not isinstance(settings, Settings):
+        settings = _settings_for(settings, args, options.error, say)
+    _refuse_unsupported(args, environment, options.error)
+    _set_engine_options(args, settings, options.error)
+    prepare(args, settings.access, options.error)
+    args.additional_config = {**args.additional_config, CONFIG_KEY: settings.to_config()}
+    return args
 
+
+def _choices(args: Namespace, environment: Environment, small_model: Path, say: Say) -> dict[str, object]:
+    """Our defaults for options that the user may have left open, by the option's name."""
     choices: dict[str, object] = {}
     small = args.model_tag is None and args.model is None
     if small:
@@ -143,20 +154,12 @@ def serve_args(
         choices |= _cpu_choices(args, environment, small)
     if small:
         choices["structured_outputs_config"] = StructuredOutputsConfig(**_SMALL_MODEL_JSON)
-    _complete(args, choices, defaults, say)
+    return choices
 
-    if not isinstance(settings, Settings):
-        settings = _settings_for(settings, args, options.error, say)
+
+def _refuse_unsupported(args: Namespace, environment: Environment, refuse: Callable[[str], NoReturn]) -> None:
     if CONFIG_KEY in args.additional_config:
-        options.error(f"{CONFIG_KEY!r} in --additional-config is set by foldserve's own options: use those")
-    if settings.withdraw_layer is not None:
-        _add_withdrawal(args, settings.withdraw_layer, options.error)
-    elif args.worker_cls == "auto" and args.pipeline_parallel_size == 1:
-        args.worker_cls = WORKERS[device()]
-    if args.scheduler_cls is None:
-        args.scheduler_cls = _SCHEDULER
-    if settings.limits.max_videos_per_request == 0:
-        args.limit_mm_per_prompt = {"video": 0, **args.limit_mm_per_prompt}  # none is profiled
+        refuse(f"{CONFIG_KEY!r} in --additional-config is set by foldserve's own options: use those")
     try:
         refuse_options(
             encoder_graphs=args.compilation_config.cudagraph_mm_encoder,
@@ -164,12 +167,21 @@ def serve_args(
             video_pruning_rate=args.video_pruning_rate,
         )
     except ValueError as error:
-        options.error(str(error))
+        refuse(str(error))
     for variable in environment.refused:
-        options.error(f"not taken from the environment: {variable}")
-    prepare(args, settings.access, options.error)
-    args.additional_config = {**args.additional_config, CONFIG_KEY: settings.to_config()}
-    return args
+        refuse(f"not taken from the environment: {variable}")
+
+
+def _set_engine_options(args: Namespace, settings: Settings, refuse: Callable[[str], NoReturn]) -> None:
+    """Sets our worker and scheduler, and what the settings mean for the engine."""
+    if settings.withdraw_layer is not None:
+        _add_withdrawal(args, settings.withdraw_layer, refuse)
+    elif args.worker_cls == "auto" and args.pipeline_parallel_size == 1:
+        args.worker_cls = WORKERS[device()]
+    if args.scheduler_cls is None:
+        args.scheduler_cls = _SCHEDULER
+    if settings.limits.max_videos_per_request == 0:
+        args.limit_mm_per_prompt = {"video": 0, **args.limit_mm_per_prompt}  # none is profiled
 
 
 def _settings_for(choose: SettingsFor, args: Namespace, refuse: Callable[[str], NoReturn], say: Say) -> Settings:
@@ -187,7 +199,7 @@ def _settings_for(choose: SettingsFor, args: Namespace, refuse: Callable[[str], 
 def _add_withdrawal(args: Namespace, layer: int, refuse: Callable[[str], NoReturn]) -> None:
     """Sets the engine arguments that withdrawal needs; refuses the user's own value for one of them."""
     try:
-        withdrawal.apply(args, layer, device=device())
+        withdrawal.apply_options(args, layer, device=device())
     except ValueError as error:
         refuse(str(error))
 

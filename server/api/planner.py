@@ -8,18 +8,18 @@ from functools import lru_cache
 from itertools import chain
 
 from foldserve.reducers import METHODS
-from foldserve.reducers.item import ItemPlan, Layout, check, plan_item
+from foldserve.reducers.item import ItemPlan, Layout, check_reduction, plan_item
 from foldserve.reducers.method import AcrossFrames
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.reducers.reduction import Positions
-from foldserve.server.api.auto import AutoRatio, Chooser
+from foldserve.server.api.auto import AutoChooser, AutoRatio
 from foldserve.server.api.errors import InvalidRequest, LimitExceeded
 from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.engine.encoder_budget import EncoderBudget
 from foldserve.server.engine.family import LOW_DETAIL_RATIO, Family, Modality
 from foldserve.server.engine.positions import CANNOT_KEEP, refuse_positions
 from foldserve.server.engine.query import with_query
-from foldserve.server.engine.withdrawal import Room, refuse_request
+from foldserve.server.engine.withdrawal import StepCapacity, refuse_request
 from foldserve.server.settings import Settings
 
 _NOTHING = Reduction()
@@ -34,7 +34,7 @@ class Planner:
 
     Attributes:
         family: of the served model; None where it can't reduce.
-        room: that a prompt has in one step of the engine.
+        step_capacity: that a prompt has in one step of the engine.
         positions: rotary positions that the model was trained for; None where the engine's runner can't keep those of
             the tokens that stay.
         encoder: what the tower takes at once; None where it is not reduced.
@@ -42,13 +42,13 @@ class Planner:
 
     family: Family | None
     settings: Settings
-    room: Room
+    step_capacity: StepCapacity
     positions: int | None = None
     encoder: EncoderBudget | None = None
-    chooser: Chooser = field(init=False, repr=False)
+    chooser: AutoChooser = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "chooser", Chooser(self.settings))
+        object.__setattr__(self, "chooser", AutoChooser(self.settings))
         self._check_cap()
         if self.settings.several_images == "tiles":
             return
@@ -72,8 +72,8 @@ class Planner:
         Raises:
             InvalidRequest, InvalidReduction: the server can't do what is asked, whatever the images are.
         """
-        if isinstance(request.asked, AutoRatio):
-            asked = self._automatic(request, request.asked)
+        if isinstance(request.requested_reduction, AutoRatio):
+            asked = self._automatic(request, request.requested_reduction)
         else:
             asked = request.reductions(self._defaults(request), self.low_detail)
         texts = request.progress.texts
@@ -102,10 +102,10 @@ class Planner:
         try:
             if "video" in progress.details:
                 raise InvalidReduction("ratio 'auto' was calibrated on images: give videos a number", "ratio")
-            each, progress.auto = self.chooser.choose(asked, progress.owner, request.model, progress.images)
+            each, progress.auto = self.chooser.choose(asked, progress.owner, request.model, progress.image_names)
         except InvalidReduction as error:
-            raise as_asked(error, request) from error
-        progress.images = []
+            raise with_request_param(error, request) from error
+        progress.image_names = []
         return {"image": each} if each else {}
 
     def _check_modality(self, modality: Modality, reductions: Sequence[Reduction], request: FoldChatRequest) -> None:
@@ -122,7 +122,7 @@ class Planner:
                 else:
                     _check_for(family, family.of_video(reduction), family.shortest_video)
         except InvalidReduction as error:
-            raise as_asked(error, request) from error
+            raise with_request_param(error, request) from error
 
     def check_sizes(self, planned: Mapping[Modality, Sequence[ItemPlan]]) -> None:
         """Refuses items for which the tower's memory was not measured, however little of them is kept.
@@ -200,7 +200,7 @@ class Planner:
             raise InvalidRequest(str(error), "prompt_logprobs") from error
 
 
-def as_asked(error: InvalidReduction, request: FoldChatRequest) -> InvalidRequest | InvalidReduction:
+def with_request_param(error: InvalidReduction, request: FoldChatRequest) -> InvalidRequest | InvalidReduction:
     """The error, with the name under which the request has the field."""
     if request.reduction_ratio is None or error.param == "positions":
         return error
@@ -225,4 +225,4 @@ def _check_for(family: Family, reduction: Reduction, layout: Layout) -> None:
     if not family.sizes_matter:
         plan_item(reduction, layout)
     elif reduction.acts_before_decoder:
-        check(reduction, layout)
+        check_reduction(reduction, layout)

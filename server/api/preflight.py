@@ -112,7 +112,7 @@ def claimed_address(args: Namespace) -> Iterator[None]:
 
 
 @contextmanager
-def explained() -> Iterator[None]:
+def exit_with_reason() -> Iterator[None]:
     """Gives the guardian the reason why the server ended; for a mistake at start-up, without a traceback."""
     try:
         yield

@@ -18,7 +18,7 @@ from vllm.sampling_params import SamplingParams
 
 from foldserve.server.api.metrics import ratio_bucket
 from foldserve.server.api.usage import VisionTokens
-from foldserve.server.auto import Choice
+from foldserve.server.auto import AutoChoice
 
 _LABELS = ["method", "ratio_bucket", "group"]
 _CHECKED = Counter(
@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Answer:
+class CheckedAnswer:
     """The answer to a request that is to be checked.
 
     Attributes:
@@ -66,7 +66,7 @@ class Answer:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
 
-    def hear(self, output: RequestOutput) -> None:
+    def add_output(self, output: RequestOutput) -> None:
         for choice in output.outputs:
             if choice.index == 0:
                 self.token_ids += choice.token_ids
@@ -89,7 +89,7 @@ def is_greedy(params: SamplingParams) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Score:
+class AnswerScore:
     """An answer's tokens, scored with all vision tokens; rank 1 is the likeliest token."""
 
     ranks: Sequence[int]
@@ -109,22 +109,22 @@ class QualityGuard:
     def __init__(
         self,
         every: int,
-        score: Callable[[Answer], Awaitable[Score | None]],
+        score: Callable[[CheckedAnswer], Awaitable[AnswerScore | None]],
         is_idle: Callable[[], bool],
         raise_count: Callable[[str], None],
     ) -> None:
         self._every, self._score, self._is_idle, self._raise_count = every, score, is_idle, raise_count
         self._seen = 0
-        self._waiting: deque[Answer] = deque()
+        self._waiting: deque[CheckedAnswer] = deque()
         self._windows: dict[str, deque[bool]] = {}
         self._came = asyncio.Event()
 
-    def wants(self) -> bool:
+    def should_check_next(self) -> bool:
         """Whether the next reduced answer should be checked; counts it."""
         self._seen += 1
         return self._every > 0 and self._seen % self._every == 0
 
-    def offer(self, answer: Answer) -> None:
+    def enqueue(self, answer: CheckedAnswer) -> None:
         """Queues an answer; a full queue drops its oldest one."""
         if not answer.token_ids:
             return
@@ -151,9 +151,9 @@ class QualityGuard:
             if score is None:
                 _SKIPPED.labels("impossible").inc()
             else:
-                self._note(answer, score)
+                self._record(answer, score)
 
-    def _note(self, answer: Answer, score: Score) -> None:
+    def _record(self, answer: CheckedAnswer, score: AnswerScore) -> None:
         vision, auto = answer.vision, answer.vision.auto
         labels = (vision.method, ratio_bucket(vision), "" if auto is None else auto.label)
         changed = any(rank != 1 for rank in score.ranks)
@@ -163,7 +163,7 @@ class QualityGuard:
         if auto is not None and auto.target is not None and answer.is_greedy:
             self._watch(auto, auto.target, changed)
 
-    def _watch(self, auto: Choice, target: float, changed: bool) -> None:
+    def _watch(self, auto: AutoChoice, target: float, changed: bool) -> None:
         """Raises a group's count once more of its last answers changed than the target and chance explain."""
         window = self._windows.setdefault(auto.group, deque(maxlen=_WINDOW))
         window.append(changed)

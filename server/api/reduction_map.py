@@ -32,7 +32,7 @@ def check(request: FoldChatRequest) -> None:
         raise InvalidRequest("a map needs an image or a video: send one as part of a message's content", "messages")
 
 
-class TokenGroups:
+class TokenGroupReader:
     """Asks the engine where tokens went, one image at a time.
 
     `lifecycle` tells when the engine has ended, and takes it for hung if it does not answer.

@@ -25,7 +25,7 @@ from foldserve.server.api.auth.route import FoldRoute, GuardedRoute, MetricsRout
 from foldserve.server.api.dialects import schemas, written_messages, written_responses
 from foldserve.server.api.dialects.blocks import StreamWriter
 from foldserve.server.api.dialects.route import MessagesRoute, ResponsesRoute, read_chat, translation_of
-from foldserve.server.api.errors import NoSuchModel, UnsupportedRoute, from_vllm, render
+from foldserve.server.api.errors import NoSuchModel, UnsupportedRoute, from_vllm, render_error
 from foldserve.server.api.lifecycle.health import health
 from foldserve.server.api.limits.route import ChatRoute
 from foldserve.server.api.playground.routes import playground
@@ -68,7 +68,7 @@ async def create_chat_completion(request: FoldChatRequest, raw_request: Request)
     """Answers a chat whose images cost as many vision tokens as the request says."""
     answer = await _answer(request, raw_request)
     if isinstance(answer, ChatCompletionResponse):
-        return _whole(answer.model_dump(), request)
+        return _json_response(answer.model_dump(), request)
     return _stream(answer, request, raw_request)
 
 
@@ -82,7 +82,7 @@ async def create_chat_completion(request: FoldChatRequest, raw_request: Request)
 @load_aware_call
 async def create_response(request: Annotated[FoldChatRequest, Depends(read_chat)], raw_request: Request) -> Response:
     """Answers in the form of OpenAI's Responses API; answers are not stored."""
-    return await _written(written_responses.Writer, request, raw_request)
+    return await _written(written_responses.ResponsesWriter, request, raw_request)
 
 
 @messages.post(
@@ -95,13 +95,13 @@ async def create_response(request: Annotated[FoldChatRequest, Depends(read_chat)
 @load_aware_call
 async def create_message(request: Annotated[FoldChatRequest, Depends(read_chat)], raw_request: Request) -> Response:
     """Answers in the form of Anthropic's Messages API."""
-    return await _written(written_messages.Writer, request, raw_request)
+    return await _written(written_messages.MessagesWriter, request, raw_request)
 
 
 async def _written(writer: type[StreamWriter], request: FoldChatRequest, raw_request: Request) -> Response:
     answer, translation = await _answer(request, raw_request), translation_of(raw_request)
     if isinstance(answer, ChatCompletionResponse):
-        return _whole(writer.whole(answer, translation), request)
+        return _json_response(writer.whole(answer, translation), request)
     return _stream(writer(translation, request.progress.vision).written(answer), request, raw_request)
 
 
@@ -127,7 +127,7 @@ def _headers(request: FoldChatRequest) -> dict[str, str]:
     return {} if vision is None else {"X-Foldserve-Vision-Tokens": vision.to_header()}
 
 
-def _whole(body: dict[str, Any], request: FoldChatRequest) -> Response:
+def _json_response(body: dict[str, Any], request: FoldChatRequest) -> Response:
     return JSONResponse(body, headers=_headers(request))
 
 
@@ -208,7 +208,7 @@ async def _refuse(raw_request: Request) -> None:
 
 
 async def _render_http(request: Request, error: Exception) -> Response:
-    return render(error)
+    return render_error(error)
 
 
 def drop_foreign_routes(app: FastAPI) -> None:

@@ -16,13 +16,13 @@ from foldserve.reducers.reduction import FIELDS, Reduction
 from foldserve.server.api import auto
 from foldserve.server.api.auto import AutoRatio
 from foldserve.server.api.errors import InvalidRequest
-from foldserve.server.api.image_cache import OnItsWay
+from foldserve.server.api.image_cache import PendingImages
 from foldserve.server.api.limits import forms
 from foldserve.server.api.limits.body import media_of
 from foldserve.server.api.limits.misplaced import URL_FIELDS
-from foldserve.server.api.quality_guard import Answer, is_greedy
+from foldserve.server.api.quality_guard import CheckedAnswer, is_greedy
 from foldserve.server.api.usage import VisionTokens
-from foldserve.server.auto import Choice
+from foldserve.server.auto import AutoChoice
 from foldserve.server.engine.fair_queue import KEY
 from foldserve.server.engine.family import Modality
 from foldserve.server.engine.query import text_of
@@ -40,15 +40,15 @@ _RATIO_SCHEMA = _SHARE_OR_AUTO | {"description": "short for `reduction.ratio`"}
 DETAILS = ("auto", "low", "high", "original")
 
 
-Asked = Reduction | AutoRatio
+RequestedReduction = Reduction | AutoRatio
 
 
-def _parse_reduction(value: object) -> Asked | None:
-    return None if value is None else auto.parse(value)
+def _parse_reduction(value: object) -> RequestedReduction | None:
+    return None if value is None else auto.parse_requested_reduction(value)
 
 
-def _parse_ratio(value: object) -> Asked | None:
-    return None if value is None else auto.parse({"ratio": value})
+def _parse_ratio(value: object) -> RequestedReduction | None:
+    return None if value is None else auto.parse_requested_reduction({"ratio": value})
 
 
 @lru_cache(maxsize=8)
@@ -57,17 +57,17 @@ def _by_detail(default: Reduction, low: Reduction) -> Mapping[str, Reduction]:
 
 
 @dataclass(slots=True)
-class Progress:
+class RequestProgress:
     """What is known of a request so far.
 
     Attributes:
         details: `detail` of each image and each video.
-        images: of each image its URL, which may hold the image, or its uuid, if it has any.
+        image_names: of each image its URL, which may hold the image, or its uuid, if it has any.
         texts: of the message that each image and each video is in.
-        arrived: by `time.perf_counter`.
+        arrived_s: by `time.perf_counter`.
         vision: cost of its images and videos, once they are planned.
-        on_its_way: its images, on their way to the engine.
-        answered: the engine has sent its last output.
+        pending_images: its images, until it is known whether they reached the engine.
+        is_answered: the engine has sent its last output.
         owner: name of its key.
         form: of the answer, once it is known that the engine can follow it.
         image_salt: divides the caches of images, see `cache_salts`.
@@ -78,19 +78,19 @@ class Progress:
     """
 
     details: dict[Modality, list[str]] = field(default_factory=dict)
-    images: list[str | None] = field(default_factory=list)
+    image_names: list[str | None] = field(default_factory=list)
     texts: dict[Modality, list[str]] = field(default_factory=dict)
-    arrived: float = field(default_factory=time.perf_counter)
+    arrived_s: float = field(default_factory=time.perf_counter)
     vision: VisionTokens | None = None
-    on_its_way: OnItsWay | None = None
-    answered: bool = False
+    pending_images: PendingImages | None = None
+    is_answered: bool = False
     owner: str | None = None
     form: StructuredOutputsParams | None = None
     image_salt: str | None = None
     failure: Exception | None = None
-    auto: Sequence[Choice] = ()
+    auto: Sequence[AutoChoice] = ()
     body: Mapping[str, Any] | None = None
-    answer: Answer | None = None
+    answer: CheckedAnswer | None = None
 
 
 class FoldChatRequest(ChatCompletionRequest):
@@ -98,16 +98,21 @@ class FoldChatRequest(ChatCompletionRequest):
 
     field_names: ClassVar[set[str] | None] = None  # the base class has a cache of that name, which must not be shared
 
-    reduction: Annotated[Asked | None, PlainValidator(_parse_reduction), WithJsonSchema(_REDUCTION_SCHEMA)] = None
-    reduction_ratio: Annotated[Asked | None, PlainValidator(_parse_ratio), WithJsonSchema(_RATIO_SCHEMA)] = None
+    reduction: Annotated[
+        RequestedReduction | None, PlainValidator(_parse_reduction), WithJsonSchema(_REDUCTION_SCHEMA)
+    ] = None
+    reduction_ratio: Annotated[
+        RequestedReduction | None, PlainValidator(_parse_ratio), WithJsonSchema(_RATIO_SCHEMA)
+    ] = None
 
-    _progress: Progress = PrivateAttr(default_factory=Progress)  # one, since pydantic is slow with private ones
+    # one, since pydantic is slow with private attributes
+    _progress: RequestProgress = PrivateAttr(default_factory=RequestProgress)
 
     @model_validator(mode="wrap")
     @classmethod
     def _read_parts(cls, data: Any, handler: Any) -> Any:
         """Reads images and videos before validation turns message content into one-shot iterators."""
-        media = _read_media(data) if isinstance(data, dict) else _Media()
+        media = _read_media(data) if isinstance(data, dict) else _MediaParts()
         request = handler(data)
         if request.reduction is not None and request.reduction_ratio is not None:
             raise InvalidRequest(
@@ -117,8 +122,8 @@ class FoldChatRequest(ChatCompletionRequest):
         progress = request._progress
         progress.details, progress.texts = media.details, media.texts
         progress.body = data if media.details else None
-        if isinstance(request.asked, AutoRatio):
-            progress.images = media.images
+        if isinstance(request.requested_reduction, AutoRatio):
+            progress.image_names = media.images
         return request
 
     def to_sampling_params(self, *args: Any, **kwargs: Any) -> SamplingParams:
@@ -134,7 +139,7 @@ class FoldChatRequest(ChatCompletionRequest):
         return params
 
     @property
-    def progress(self) -> Progress:
+    def progress(self) -> RequestProgress:
         return self._progress
 
     @property
@@ -142,14 +147,14 @@ class FoldChatRequest(ChatCompletionRequest):
         return bool(self._progress.details)
 
     @property
-    def asked(self) -> Asked | None:
+    def requested_reduction(self) -> RequestedReduction | None:
         return self.reduction if self.reduction is not None else self.reduction_ratio
 
     def reductions(
         self, default: Mapping[Modality, Reduction], low: Mapping[Modality, Reduction]
     ) -> dict[Modality, list[Reduction]]:
         """One per image and video, in prompt order: the explicit one, `low` for `detail: "low"`, or `default`."""
-        explicit = self.asked
+        explicit = self.requested_reduction
         assert not isinstance(explicit, AutoRatio)  # the planner turns it into reductions
         reductions: dict[Modality, list[Reduction]] = {}
         for modality, details in self._progress.details.items():
@@ -159,17 +164,17 @@ class FoldChatRequest(ChatCompletionRequest):
 
 
 @dataclass(frozen=True, slots=True)
-class _Media:
-    """Images and videos of a raw chat body; see `Progress`."""
+class _MediaParts:
+    """Images and videos of a raw chat body; see `RequestProgress`."""
 
     details: dict[Modality, list[str]] = field(default_factory=dict)
     texts: dict[Modality, list[str]] = field(default_factory=dict)
     images: list[str | None] = field(default_factory=list)
 
 
-def _read_media(body: Mapping[str, Any]) -> _Media:
+def _read_media(body: Mapping[str, Any]) -> _MediaParts:
     """Leaves unknown shapes to validation."""
-    media = _Media()
+    media = _MediaParts()
     messages = body.get("messages")
     for m, message in enumerate(messages if isinstance(messages, list) else []):
         content = message.get("content") if isinstance(message, dict) else None

@@ -23,17 +23,17 @@ from vllm.sampling_params import SamplingParams
 from foldserve.reducers.item import ItemPlan
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.api import metrics, reduction_map
-from foldserve.server.api.errors import FoldserveError, InvalidRequest, render_event
-from foldserve.server.api.image_cache import OnItsWay, SentImages
+from foldserve.server.api.errors import FoldserveError, InvalidRequest, render_error_event
+from foldserve.server.api.image_cache import EngineCacheMirror, PendingImages
 from foldserve.server.api.lifecycle.state import Lifecycle
 from foldserve.server.api.limits import forms, template
 from foldserve.server.api.limits.checks import ChatChecks
-from foldserve.server.api.media.guard import Decoded, DecodedMedia, MediaGuard
-from foldserve.server.api.planner import Planner, as_asked
-from foldserve.server.api.quality_guard import Answer, QualityGuard, Score
-from foldserve.server.api.schema import FoldChatRequest, Progress
+from foldserve.server.api.media.guard import DecodedItem, DecodedMedia, MediaGuard
+from foldserve.server.api.planner import Planner, with_request_param
+from foldserve.server.api.quality_guard import AnswerScore, CheckedAnswer, QualityGuard
+from foldserve.server.api.schema import FoldChatRequest, RequestProgress
 from foldserve.server.api.usage import VisionTokens, vision_tokens
-from foldserve.server.auto import Choice
+from foldserve.server.auto import AutoChoice
 from foldserve.server.engine.family import Modality
 from foldserve.server.engine.grid_map import grid_maps, needs_engine, seconds_of
 from foldserve.server.engine.kv_cost import KvCost
@@ -87,7 +87,7 @@ class FoldServingChat(OpenAIServingChat):
         kv_cost: KvCost,
         checks: ChatChecks,
         media: MediaGuard,
-        sent_images: SentImages | None,
+        cache_mirror: EngineCacheMirror | None,
         lifecycle: Lifecycle,
         **kwargs: Any,
     ) -> None:
@@ -96,12 +96,13 @@ class FoldServingChat(OpenAIServingChat):
         self.media = media
         self.planner = planner
         self.kv_cost = kv_cost
-        self.sent_images = sent_images
+        self.cache_mirror = cache_mirror
         self.lifecycle = lifecycle
         self.quality_guard = QualityGuard(
             planner.settings.check_answers, self._score, lambda: lifecycle.is_idle, planner.chooser.raise_count
         )
-        self.token_groups = reduction_map.TokenGroups(self.engine_client, lifecycle)
+        self.form_compiler = forms.FormCompiler(self.engine_client)
+        self.token_groups = reduction_map.TokenGroupReader(self.engine_client, lifecycle)
 
     async def render_chat_request(
         self, request: FoldChatRequest
@@ -111,12 +112,12 @@ class FoldServingChat(OpenAIServingChat):
         if isinstance(rendered, ErrorResponse):
             return rendered
         vision = progress.vision
-        if body is not None and vision is not None and vision.is_reduced and self.quality_guard.wants():
-            progress.answer = Answer(body, vision, (request.cache_salt, progress.image_salt))
+        if body is not None and vision is not None and vision.is_reduced and self.quality_guard.should_check_next():
+            progress.answer = CheckedAnswer(body, vision, (request.cache_salt, progress.image_salt))
         metrics.observe_accepted(vision, self.kv_cost)
         return rendered
 
-    async def _score(self, answer: Answer) -> Score | None:
+    async def _score(self, answer: CheckedAnswer) -> AnswerScore | None:
         """Scores an answer for `QualityGuard` in one prefill of the request, with all vision tokens, and answer."""
         kept = {name: value for name, value in answer.body.items() if name not in _NOT_SCORED}
         request = FoldChatRequest.model_validate(kept | {"reduction_ratio": 0, "max_tokens": 1})
@@ -138,10 +139,10 @@ class FoldServingChat(OpenAIServingChat):
             f"foldserve-check-{uuid4().hex}",
         )
         found: list[Any] = []
-        async for output in _explained(request, outputs, self.lifecycle):
+        async for output in _with_explained_errors(request, outputs, self.lifecycle):
             found = output.prompt_logprobs or found
         tokens = [next(iter(place.values())) for place in found[-len(answer.token_ids) :]]
-        return Score([token.rank for token in tokens], [token.logprob for token in tokens])
+        return AnswerScore([token.rank for token in tokens], [token.logprob for token in tokens])
 
     async def _rendered(
         self, request: FoldChatRequest
@@ -149,12 +150,12 @@ class FoldServingChat(OpenAIServingChat):
         """Renders the prompt, and notes in `request.progress` what its media cost."""
         if (refusal := await self._check_model(request)) is not None:
             return refusal
-        clock = 0 if self.sent_images is None else self.sent_images.clock
+        clock = 0 if self.cache_mirror is None else self.cache_mirror.clock
         conversation, prompt, _ = await self._planned(request, super().render_chat_request)
         progress, fields = request.progress, dict(prompt)
-        if progress.vision is not None and self.sent_images is not None:
+        if progress.vision is not None and self.cache_mirror is not None:
             hashes = [*chain.from_iterable(fields["mm_hashes"].values())]
-            progress.on_its_way = OnItsWay(self.sent_images, hashes, clock)
+            progress.pending_images = PendingImages(self.cache_mirror, hashes, clock)
         return conversation, [prompt]
 
     async def map_tokens(self, request: FoldChatRequest) -> dict[str, object] | ErrorResponse:
@@ -188,7 +189,7 @@ class FoldServingChat(OpenAIServingChat):
         }
 
     async def _mapped(
-        self, modality: Modality, plan: ItemPlan, item: MultiModalKwargsItem, decoded: Decoded
+        self, modality: Modality, plan: ItemPlan, item: MultiModalKwargsItem, decoded: DecodedItem
     ) -> dict[str, object]:
         family, info = self.planner.family, self.renderer.get_mm_processor().info
         assert family is not None
@@ -209,7 +210,7 @@ class FoldServingChat(OpenAIServingChat):
             request.mm_processor_kwargs = {KWARG: asked}
             if caps := [choice.cap for choice in request.progress.auto if choice.cap is not None]:
                 request.mm_processor_kwargs[CAPS] = caps
-        request.progress.form = await forms.build(request, self.engine_client)
+        request.progress.form = await self.form_compiler.build(request)
         media = self.media.loaded(request.messages, request.progress.owner, request.progress.image_salt)
         async with media as decoded:
             try:
@@ -217,7 +218,7 @@ class FoldServingChat(OpenAIServingChat):
             except VLLMValidationError as error:
                 raise template.refusal(error, len(request.messages)) or error from None
             except InvalidReduction as error:  # an image whose size does not allow the reduction
-                raise as_asked(error, request) from error
+                raise with_request_param(error, request) from error
         if isinstance(rendered, ErrorResponse):  # vLLM refuses only one thing in this way here
             raise InvalidRequest('this server can\'t call tools: leave `tools` out, or send "none"', "tool_choice")
         conversation, (prompt,) = rendered
@@ -226,22 +227,24 @@ class FoldServingChat(OpenAIServingChat):
         self.checks.check_prompt(prompt, planned)
         self.planner.check_sizes(planned)
         self.planner.check_positions([*chain.from_iterable(planned.values())], len(fields["prompt_token_ids"]), request)
-        layer, room, choices = self.planner.settings.withdraw_layer, self.planner.room, request.progress.auto
+        layer, choices = self.planner.settings.withdraw_layer, request.progress.auto
         if settled := fields.get(SETTLED):
-            choices = [choice.settled(by) for choice, by in zip(choices, settled, strict=True)]
-        request.progress.vision = vision_tokens(planned, prompt, layer, room, Choice.together(choices))
+            choices = [choice.with_step(by) for choice, by in zip(choices, settled, strict=True)]
+        request.progress.vision = vision_tokens(
+            planned, prompt, layer, self.planner.step_capacity, AutoChoice.combined(choices)
+        )
         return conversation, prompt, decoded
 
-    async def _heard(
+    async def _observed(
         self, request: FoldChatRequest, outputs: AsyncIterator[RequestOutput]
     ) -> AsyncGenerator[RequestOutput, None]:
         """Passes outputs on, and collects them if the answer is to be checked."""
         answer = request.progress.answer
-        async for output in _explained(request, outputs, self.lifecycle):
+        async for output in _with_explained_errors(request, outputs, self.lifecycle):
             if answer is not None:
-                answer.hear(output)
+                answer.add_output(output)
                 if output.finished:
-                    self.quality_guard.offer(answer)
+                    self.quality_guard.enqueue(answer)
             yield output
 
     async def chat_completion_full_generator(
@@ -252,7 +255,7 @@ class FoldServingChat(OpenAIServingChat):
         **kwargs: Any,
     ) -> ErrorResponse | ChatCompletionResponse:
         progress = request.progress
-        outputs = _timing_first_token(progress, self._heard(request, result_generator))
+        outputs = _timing_first_token(progress, self._observed(request, result_generator))
         response = await super().chat_completion_full_generator(request, outputs, *args, **kwargs)
         if isinstance(response, ChatCompletionResponse) and progress.vision is not None:
             response.usage.vision_tokens = progress.vision.to_json()
@@ -263,17 +266,17 @@ class FoldServingChat(OpenAIServingChat):
     ) -> AsyncGenerator[str, None]:
         """Sends events that come without a wait between them as one: the role with the first text, and the end."""
         progress = request.progress
-        outputs = self._heard(request, result_generator)
+        outputs = self._observed(request, result_generator)
         held, first = "", True
         async for event in super().chat_completion_stream_generator(request, outputs, *args, **kwargs):
             is_error = event.startswith('data: {"error"')
             if is_error:
-                event = f"data: {render_event(progress.failure or _error_in(event))}\n\n"
+                event = f"data: {render_error_event(progress.failure or _error_in(event))}\n\n"
             if first:
                 first, held = False, event
                 if not is_error:
-                    metrics.observe_first_token(progress.vision, time.perf_counter() - progress.arrived)
-            elif not progress.answered:
+                    metrics.observe_first_token(progress.vision, time.perf_counter() - progress.arrived_s)
+            elif not progress.is_answered:
                 yield held + event
                 held = ""
             elif progress.vision is not None and '"choices":[]' in event:  # unescaped quotes: never inside a text
@@ -284,7 +287,7 @@ class FoldServingChat(OpenAIServingChat):
             yield held
 
 
-async def _explained(
+async def _with_explained_errors(
     request: FoldChatRequest, outputs: AsyncIterator[RequestOutput], lifecycle: Lifecycle
 ) -> AsyncGenerator[RequestOutput, None]:
     """Passes outputs on; converts a late refusal into our own error before vLLM logs or sends its own.
@@ -293,29 +296,29 @@ async def _explained(
     first output tells that the request's images are in the engine.
     """
     progress = request.progress
-    on_its_way = progress.on_its_way
+    pending_images = progress.pending_images
     form = forms.field(request)
     try:
         async for output in outputs:
-            lifecycle.heard()
+            lifecycle.note_output()
             if any(choice.finish_reason == "error" for choice in output.outputs):
-                if on_its_way is not None:
-                    on_its_way.failed()
+                if pending_images is not None:
+                    pending_images.mark_failed()
                 if form is not None:
                     raise forms.refusal(form)
-            elif on_its_way is not None:
-                on_its_way.arrived()
-            on_its_way = None
-            progress.answered = output.finished
+            elif pending_images is not None:
+                pending_images.mark_arrived()
+            pending_images = None
+            progress.is_answered = output.finished
             yield output
     except Exception as error:
-        progress.failure = shown = _shown(request, error, lifecycle)
+        progress.failure = shown = _client_error(request, error, lifecycle)
         if shown is error:
             raise
         raise shown from None
 
 
-def _shown(request: FoldChatRequest, error: Exception, lifecycle: Lifecycle) -> Exception:
+def _client_error(request: FoldChatRequest, error: Exception, lifecycle: Lifecycle) -> Exception:
     """The error for the client; the server's own faults stay as they are."""
     if (shown := lifecycle.explain(error)) is not error or isinstance(error, FoldserveError):
         return shown
@@ -327,14 +330,14 @@ def _error_in(event: str) -> ErrorResponse:
 
 
 async def _timing_first_token(
-    progress: Progress, outputs: AsyncIterator[RequestOutput]
+    progress: RequestProgress, outputs: AsyncIterator[RequestOutput]
 ) -> AsyncGenerator[RequestOutput, None]:
     """Passes outputs on; the engine reports the first token's latency from when it got the request."""
     started = time.perf_counter()
     async for output in outputs:
         latency = getattr(output.metrics, "first_token_latency", 0.0)
         if output.finished and latency:
-            metrics.observe_first_token(progress.vision, started - progress.arrived + latency)
+            metrics.observe_first_token(progress.vision, started - progress.arrived_s + latency)
         yield output
 
 

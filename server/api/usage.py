@@ -10,9 +10,9 @@ from vllm.inputs import EngineInput
 
 from foldserve.reducers.item import ItemPlan
 from foldserve.server.api.errors import FoldserveError, InvalidRequest
-from foldserve.server.auto import Choice
+from foldserve.server.auto import AutoChoice
 from foldserve.server.engine.family import Modality
-from foldserve.server.engine.withdrawal import Room, TokenMap, admit, prompt_items
+from foldserve.server.engine.withdrawal import StepCapacity, TokenMap, admit, prompt_items
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class VisionTokens:
     modalities: tuple[Modality, ...]
     withdrawn_each: tuple[int, ...]
     withdraw_layer: int | None = None
-    auto: Choice | None = None
+    auto: AutoChoice | None = None
 
     @property
     def encoded(self) -> int:
@@ -99,14 +99,14 @@ def vision_tokens(
     planned: Mapping[Modality, Sequence[ItemPlan]],
     prompt: EngineInput,
     withdraw_layer: int | None,
-    room: Room,
-    auto: Choice | None = None,
+    capacity: StepCapacity,
+    auto: AutoChoice | None = None,
 ) -> VisionTokens | None:
     """Counts the tokens of a rendered prompt; None if it has no planned images or videos.
 
     Args:
         planned: by modality, each in prompt order.
-        room: of a prompt in one step of the engine.
+        capacity: for a prompt in one step of the engine.
         auto: the choice for `ratio: "auto"`.
 
     Raises:
@@ -130,7 +130,7 @@ def vision_tokens(
     if all(plan.decoder == "none" for plan in plans):
         return VisionTokens(plans, modalities, (0,) * len(plans), withdraw_layer, auto)
     try:
-        token_map = admit(prompt_items(fields), len(fields["prompt_token_ids"]), room)
+        token_map = admit(prompt_items(fields), len(fields["prompt_token_ids"]), capacity)
     except ValueError as error:
         raise InvalidRequest(str(error), "messages") from error
     return VisionTokens(plans, modalities, tuple(_withdrawn(token_map, places)), withdraw_layer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from foldserve.server.api.batch.options import Existing, Options
+from foldserve.server.api.batch.options import BatchOptions, Existing
 from foldserve.server.commands.parser import describe
 from foldserve.server.commands.serve import declare_batch_options, help_or_rest, read_settings
 from foldserve.server.settings import Environment
@@ -51,11 +51,11 @@ def _run(args: Namespace, rest: list[str]) -> None:
         settings = read_settings(args, environment)
     except ValueError as error:
         args.fail(str(error))
-    from foldserve.server.api.logs.config import configured
+    from foldserve.server.api.logs.config import shared_logging_config
     from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 
     level = args.log_level or environment.log_level or ("INFO" if args.verbose else "WARNING")  # no line per request
-    with configured(args.log_format, level, verbose=args.verbose, own=environment.own_logging):
+    with shared_logging_config(args.log_format, level, verbose=args.verbose, own=environment.own_logging):
         from foldserve.server.api.batch.run import batch  # imports vllm, which looks at once how to log
 
         try:
@@ -64,8 +64,8 @@ def _run(args: Namespace, rest: list[str]) -> None:
             args.fail(str(error))
 
 
-def _options(args: Namespace) -> Options:
+def _options(args: Namespace) -> BatchOptions:
     if args.input is None or args.output is None:
         raise ValueError("give both files: -i requests.jsonl -o results.jsonl")
     existing: Existing = "resume" if args.resume else "overwrite" if args.overwrite else "refuse"
-    return Options(args.input, args.output, existing, args.concurrency)
+    return BatchOptions(args.input, args.output, existing, args.concurrency)

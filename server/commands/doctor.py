@@ -15,7 +15,7 @@ from foldserve.server.commands.serve import declare_options, help_or_rest, read_
 from foldserve.server.settings import Environment
 
 if TYPE_CHECKING:
-    from foldserve.server.api.doctor.report import Report
+    from foldserve.server.api.doctor.report import DoctorReport
 
 _DESCRIPTION = """\
 Says in seconds whether and how `foldserve serve` with the same arguments would run here. Needs no GPU and loads no
@@ -45,16 +45,16 @@ def _run(args: Namespace, rest: list[str]) -> None:
         from foldserve.server.api.doctor.table import table
 
         print(table(report))
-    sys.exit(0 if report.starts else 1)
+    sys.exit(0 if report.can_start else 1)
 
 
-def _report(args: Namespace, rest: list[str]) -> Report:
-    from foldserve.server.api.doctor.report import Problem, Report
+def _report(args: Namespace, rest: list[str]) -> DoctorReport:
+    from foldserve.server.api.doctor.report import DoctorReport, Problem
     from foldserve.server.api.doctor.versions import Versions
 
     versions = Versions.read()
     if versions.problem is not None:  # nothing else can be imported
-        return Report((Problem(versions.problem),), versions)
+        return DoctorReport((Problem(versions.problem),), versions)
     from foldserve.server.api.doctor.examine import examine
     from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 
@@ -62,4 +62,4 @@ def _report(args: Namespace, rest: list[str]) -> Report:
         environment = Environment.read()
         return examine(rest, read_settings(args, environment), environment, CHECKPOINT, args.model_runner)
     except ValueError as error:
-        return Report((Problem(str(error)),), versions)
+        return DoctorReport((Problem(str(error)),), versions)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from argparse import ArgumentParser, Namespace
 from typing import Any
 
-from foldserve.loadtest.options import Options
+from foldserve.loadtest.options import LoadTestOptions
 from foldserve.server.commands.parser import declare
 
 _DESCRIPTION = """\
@@ -25,7 +24,7 @@ _SMOKE: dict[str, Any] = {
 
 
 def add(parser: ArgumentParser) -> None:
-    declare(parser, Options, _run, _DESCRIPTION, takes_engine_options=True, defaults=_defaults)
+    declare(parser, LoadTestOptions, _run, _DESCRIPTION, takes_engine_options=True, defaults=_defaults)
     parser.add_argument("--smoke", action="store_true", help="a few requests, to see that all of it works")
 
 
@@ -36,15 +35,14 @@ def _defaults(args: Namespace) -> dict[str, Any]:
     return model | (_SMOKE if args.smoke else {})
 
 
-def _run(options: Options, rest: list[str]) -> None:
+def _run(options: LoadTestOptions, rest: list[str]) -> None:
     import torch
 
     from foldserve.loadtest.command import run
     from foldserve.server.settings import cpu_variables
 
-    if not torch.cuda.is_available():
-        os.environ.update(cpu_variables())  # plain vLLM's server is to compute as ours does
-    report = run(options, rest)
+    # plain vLLM's server is to compute as ours does
+    report = run(options, rest, {} if torch.cuda.is_available() else cpu_variables())
     failed = sum(row.failures for row in report.rows)
     print(f"Written to {options.output}: index.html, report.md, report.csv, report.json and pictures.")
     if failed:

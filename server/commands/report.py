@@ -81,11 +81,11 @@ def _kinds() -> list[_Kind]:
     from foldserve.server.quality.evaluation.tables import write_page as write_card
     from foldserve.server.quality.gpu_check import side_by_side as checks
     from foldserve.server.quality.gpu_check.page import write_page as write_check
-    from foldserve.server.quality.gpu_check.result import RESULTS_FILE, Results
+    from foldserve.server.quality.gpu_check.result import RESULTS_FILE, CheckResults
 
     return [
         _Kind("loadtest", throughput.REPORT_FILE, throughput.read, throughput.write, loads.write),
-        _Kind("gpu-check", RESULTS_FILE, lambda f: Results.read(f / RESULTS_FILE), write_check, checks.write),
+        _Kind("gpu-check", RESULTS_FILE, lambda f: CheckResults.read(f / RESULTS_FILE), write_check, checks.write),
         _Kind("evaluate", CARD_FILE, lambda f: Card.read(f / CARD_FILE), write_card, cards.write),
     ]
 

@@ -156,11 +156,11 @@ def _run(args: Namespace, rest: list[str]) -> None:
         settings = read_settings(args, environment)
     except ValueError as error:
         args.fail(str(error))
-    from foldserve.server.api.logs.config import configured
+    from foldserve.server.api.logs.config import shared_logging_config
     from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 
     level = args.log_level or environment.log_level
-    with configured(args.log_format, level, verbose=args.verbose, own=environment.own_logging):
+    with shared_logging_config(args.log_format, level, verbose=args.verbose, own=environment.own_logging):
         from foldserve.server.api import launch, preflight  # import vllm, which sets up its logging at once
 
         try:

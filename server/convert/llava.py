@@ -101,9 +101,9 @@ class LlavaSource:
         found = shapes_of(parts)
         expected = self._expected(projector)
         if missing := sorted(expected.keys() - found.keys()):
-            raise ConversionError(f"tensors are missing: {_some(missing)}")
+            raise ConversionError(f"tensors are missing: {_list_some(missing)}")
         if odd := sorted(found.keys() - expected.keys()):
-            raise ConversionError(f"tensors that no {self._kind} of this config has: {_some(odd)}")
+            raise ConversionError(f"tensors that no {self._kind} of this config has: {_list_some(odd)}")
         for name, shape in expected.items():
             if found[name] != shape:
                 raise ConversionError(
@@ -161,7 +161,7 @@ def _copy(parts: Sequence[Part], writer: ShardedWriter, rows: int) -> str:
     return dtype
 
 
-def _some(tensors: list[str]) -> str:
+def _list_some(tensors: list[str]) -> str:
     more = len(tensors) - _NAMED
     return ", ".join(tensors[:_NAMED]) + (f" and {more} more" if more > 0 else "")
 

@@ -60,7 +60,7 @@ def read_json(file: Path) -> dict[str, Any]:
 def _weight_files(folder: Path) -> list[Path]:
     for whole in _WHOLE:
         if (folder / f"{whole}.index.json").is_file():
-            return _indexed(folder / f"{whole}.index.json")
+            return _indexed_files(folder / f"{whole}.index.json")
         if (folder / whole).is_file():
             return [folder / whole]
     hint = ": it is a LoRA adapter, merge it into its base model first" if _is_adapter(folder) else ""
@@ -71,7 +71,7 @@ def _is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
-def _indexed(index: Path) -> list[Path]:
+def _indexed_files(index: Path) -> list[Path]:
     places = read_json(index).get("weight_map")
     if not isinstance(places, Mapping) or not all(isinstance(name, str) for name in places.values()):
         raise ConversionError(f"{index} has no `weight_map` of tensor and file names")

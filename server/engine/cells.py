@@ -9,13 +9,13 @@ from transformers import BatchFeature
 from vllm.inputs import MultiModalHashes
 from vllm.multimodal.parse import MultiModalDataItems
 
-from foldserve.reducers.item import Layout, at_least
+from foldserve.reducers.item import Layout, min_kept_cells
 from foldserve.reducers.pixelprune import Cells, PixelPrune, unpredicted
 from foldserve.reducers.reduction import InvalidReduction, Reduction
 
 
 @dataclass(frozen=True, slots=True)
-class Mask:
+class CellMaskQuestion:
     """Everything that determines which cells of an image stay."""
 
     image: str  # vLLM's hash
@@ -24,10 +24,10 @@ class Mask:
     least: int  # cells that have to stay
 
     @classmethod
-    def of(cls, image: str, layout: Layout, reduction: Reduction) -> Mask | None:
+    def of(cls, image: str, layout: Layout, reduction: Reduction) -> CellMaskQuestion | None:
         """None if the reduction does not choose by pixels."""
         pruning = reduction.pruning
-        return None if pruning is None else cls(image, layout, pruning, at_least(reduction, layout))
+        return None if pruning is None else cls(image, layout, pruning, min_kept_cells(reduction, layout))
 
     def answer(self, cells: Tensor) -> Cells | None:
         """Cells of (rows, columns, values) that stay; None if all do; raises InvalidReduction unless uint8."""
@@ -36,7 +36,7 @@ class Mask:
 
 
 @dataclass(frozen=True, slots=True)
-class Unpredicted:
+class CellCountQuestion:
     """Everything that determines how many cells of an image its pixels do not predict."""
 
     image: str  # vLLM's hash
@@ -50,7 +50,7 @@ class Unpredicted:
         return unpredicted(cells, self.levels)
 
 
-Question = Mask | Unpredicted
+PixelQuestion = CellMaskQuestion | CellCountQuestion
 """A question about an image's pixels; equal questions have equal answers, so answers are cached."""
 
 
@@ -63,7 +63,7 @@ def _check_bytes(cells: Tensor, what: str, advice: str, param: str) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class PixelFindings:
     """What is known from the pixels of a request's images."""
 
     cells: tuple[Cells | None, ...]  # of each image, those that the tower sees; None: all
@@ -71,10 +71,10 @@ class Seen:
     processed: BatchFeature | None = None  # the images at `places`, if they had to be processed
     places: tuple[int, ...] = ()
 
-    def of(self, places: tuple[int, ...]) -> Seen:
+    def subset(self, places: tuple[int, ...]) -> PixelFindings:
         """The same for a subset of the images."""
         processed = self.processed if places == self.places else None
-        return Seen(tuple(self.cells[i] for i in places), self.hashes, processed, tuple(range(len(places))))
+        return PixelFindings(tuple(self.cells[i] for i in places), self.hashes, processed, tuple(range(len(places))))
 
     def processed_of(self, mm_items: MultiModalDataItems) -> BatchFeature | None:
         """All items of the request, if they have all been processed."""

@@ -51,7 +51,7 @@ class FairSteps:
         look = self._next_look <= 0 or 2 * self._light_running <= self._looked_at
         return light if (self._behind > 0 or look) and not self._is_idle else None
 
-    def begun(self, output: object, *, own: bool, computes: bool, decodes: bool) -> None:
+    def note_planned(self, output: object, *, own: bool, computes: bool, decodes: bool) -> None:
         """Record that a step was planned.
 
         Args:
@@ -70,7 +70,7 @@ class FairSteps:
         self._behind += self._lost(own, expected)
         self._in_flight.append(_Step(output, own, decodes, self._clock(), expected))
 
-    def ended(self, output: object) -> None:
+    def note_results(self, output: object) -> None:
         """Record that the results of a step have arrived."""
         if not self._in_flight or self._in_flight[0].output is not output:
             return

@@ -16,12 +16,12 @@ from vllm.config import ModelConfig
 from foldserve.kernels.warm_up import Widths
 from foldserve.reducers import METHODS
 from foldserve.reducers.item import ItemPlan, Layout
-from foldserve.reducers.method import AcrossFrames, ScoringDecoder
+from foldserve.reducers.method import AcrossFrames, ScoredInDecoder
 from foldserve.reducers.plan import Plan
 from foldserve.reducers.reduction import InvalidReduction, Positions, Reduction
 from foldserve.server.engine.positions import PositionMap, SequencePositions
 from foldserve.server.engine.regions import WHOLE, Box, Region, sides
-from foldserve.server.engine.vision import Survivors, one_after_another, reduce_features, rows, untouched
+from foldserve.server.engine.vision import KeptTokens, all_kept, join_grids, reduce_features, take_members
 
 Modality = Literal["image", "video"]
 MODALITIES: Sequence[Modality] = get_args(Modality)
@@ -84,21 +84,21 @@ class Family(ABC):
     @abstractmethod
     def encode(
         self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan], queries: Sequence[Tensor] = ()
-    ) -> Sequence[Survivors]:
+    ) -> Sequence[KeptTokens]:
         """Tower, projector and reduction of some images: embeddings (plan.kept, hidden) of each.
 
         Args:
             model: vLLM's model.
             inputs: those of vLLM's `embed_multimodal`, one image per plan, with normalized pixels.
             plans: some of them remove tokens before the decoder.
-            queries: one per image, see `Seen`; empty if no image has one.
+            queries: one per image, see `SideInputs`; empty if no image has one.
         """
 
     @abstractmethod
-    def left(
+    def kept_grids(
         self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan, queries: Sequence[Tensor] = ()
-    ) -> Sequence[Survivors]:
-        """What is left of each encoded grid of one image, in the order of `regions`; the plan removes some tokens."""
+    ) -> Sequence[KeptTokens]:
+        """What stays of each encoded grid of one image, in the order of `regions`; the plan removes some tokens."""
 
     def regions(self, plan: ItemPlan, modality: Modality, size: tuple[int, int], info: Any) -> list[Region]:
         """The grids of an image or video of (width, height) pixels, in prompt order, and what each shows.
@@ -163,7 +163,7 @@ class Family(ABC):
 
     def select(self, inputs: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
         """Inputs of `embed_multimodal` for some of its images or videos."""
-        return {name: rows(value, places) for name, value in inputs.items()}
+        return {name: take_members(value, places) for name, value in inputs.items()}
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
         return self.largest
@@ -244,7 +244,7 @@ class AfterTowerFamily(Family):
         return features
 
     @abstractmethod
-    def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
+    def pack(self, model: Any, grids: Sequence[KeptTokens], plan: ItemPlan) -> KeptTokens:
         """Join what is left of an image's grids, (kept, hidden) each, and its separators, in prompt order.
 
         `source` indexes a grid's tokens in `grids`, and the unreduced image's embeddings in the result.
@@ -252,25 +252,25 @@ class AfterTowerFamily(Family):
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan], queries: Sequence[Tensor] = ()
-    ) -> Sequence[Survivors]:
-        grids = iter(self._left(model, inputs, plans, queries))
+    ) -> Sequence[KeptTokens]:
+        grids = iter(self._kept_grids(model, inputs, plans, queries))
         counts = [sum(part.count for part in plan.laid_out.parts) for plan in plans]
         return [self.pack(model, list(islice(grids, n)), plan) for n, plan in zip(counts, plans, strict=True)]
 
-    def left(
+    def kept_grids(
         self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan, queries: Sequence[Tensor] = ()
-    ) -> Sequence[Survivors]:
-        return self._left(model, inputs, [plan], queries)
+    ) -> Sequence[KeptTokens]:
+        return self._kept_grids(model, inputs, [plan], queries)
 
-    def _left(
+    def _kept_grids(
         self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan], queries: Sequence[Tensor]
-    ) -> list[Survivors]:
+    ) -> list[KeptTokens]:
         """What is left of the grids of all images, projected."""
-        whole: list[Survivors] = []
+        whole: list[KeptTokens] = []
         grid_plans: list[Plan] = []
         for parts, plan in zip(self.grids(model, inputs, plans), plans, strict=True):
             for features, grid_plan in zip(parts, plan.grids, strict=True):
-                whole += untouched(features)
+                whole += all_kept(features)
                 grid_plans += [grid_plan] * len(features)
         project, deciding = partial(self.project, model), self.deciding_columns(model)
         own_queries = of_each_grid(queries, [sum(part.count for part in plan.laid_out.parts) for plan in plans])
@@ -289,14 +289,14 @@ class EqualGridsFamily(AfterTowerFamily):
         each = zip(model.unreduced(**inputs), plans, strict=True)
         return [[item.view(plan.laid_out.parts[0].count, -1, item.shape[-1])] for item, plan in each]
 
-    def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
+    def pack(self, model: Any, grids: Sequence[KeptTokens], plan: ItemPlan) -> KeptTokens:
         (grid_plan,) = plan.grids
-        return one_after_another(grids, grid_plan.encoded)
+        return join_grids(grids, grid_plan.encoded)
 
 
 def refuse_choice_in_pieces(reduction: Reduction, pieces: str = "a video's frames") -> None:
     """Raises InvalidReduction if a method chooses among tokens of several `pieces` with text between them."""
-    if isinstance(METHODS.get(reduction.decoder or ""), ScoringDecoder):
+    if isinstance(METHODS.get(reduction.decoder or ""), ScoredInDecoder):
         raise InvalidReduction(
             f"method {reduction.decoder!r} chooses among tokens that lie in one piece, and this model puts text "
             f"between {pieces}: withdraw them all, or reduce before the decoder",

@@ -50,7 +50,7 @@ class FoldModel(SupportsMultiModal):
         withdrawal.withdraw(self, vllm_config, prefix)
         self._vllm_config = vllm_config
         self.family = family_of(vllm_config.model_config)
-        self.can_keep_positions = positions.limit(vllm_config) is not None
+        self.can_keep_positions = positions.position_limit(vllm_config) is not None
         self._withdraws = withdrawal.withdraw_layer(vllm_config) is not None
 
     def get_model_state_cls(self) -> type[Any]:
@@ -70,7 +70,7 @@ class FoldModel(SupportsMultiModal):
         Without reduction this is vLLM's own path, bit for bit.
         """
         is_dummy = kwargs.pop(DUMMY_FIELD, None) is not None
-        rows_of_plans, ids = _popped(kwargs, PLAN_FIELDS), _popped(kwargs, QUERY_FIELDS)
+        rows_of_plans, ids = _pop_fields(kwargs, PLAN_FIELDS), _pop_fields(kwargs, QUERY_FIELDS)
         family = self.family
         if rows_of_plans is None or family is None:
             return super().embed_multimodal(**kwargs)
@@ -98,14 +98,16 @@ class FoldModel(SupportsMultiModal):
         """Where the tokens of one image or video go; takes what `embed_multimodal` takes.
 
         Returns:
-            For each grid of `Family.left`: (group of each token, source of each group); None if all tokens stay.
+            For each grid of `Family.kept_grids`: (group of each token, source of each group); None if all tokens stay.
         """
         kwargs.pop(DUMMY_FIELD, None)
-        (row,), queries = _popped(kwargs, PLAN_FIELDS), self._query_embeds(_popped(kwargs, QUERY_FIELDS))
+        (row,), queries = _pop_fields(kwargs, PLAN_FIELDS), self._query_embeds(_pop_fields(kwargs, QUERY_FIELDS))
         family = self.family
         assert family is not None, "who asks has a plan"
-        grids = family.left(self, self._pixels(family, kwargs), family.read_plan(row.tolist()), queries)
-        return [None if grid.trail is None else (grid.trail.group().tolist(), grid.source.tolist()) for grid in grids]
+        grids = family.kept_grids(self, self._pixels(family, kwargs), family.read_plan(row.tolist()), queries)
+        return [
+            None if grid.history is None else (grid.history.group().tolist(), grid.source.tolist()) for grid in grids
+        ]
 
     def unreduced(self, **inputs: Any) -> MultiModalEmbeddings:
         """vLLM's own `embed_multimodal`."""
@@ -174,7 +176,7 @@ class FoldModel(SupportsMultiModal):
         )
 
 
-def _popped(kwargs: dict[str, Any], names: Mapping[Modality, str]) -> Any:
+def _pop_fields(kwargs: dict[str, Any], names: Mapping[Modality, str]) -> Any:
     """Remove the fields of these names; returns the one that the batch, which has one modality, contains."""
     fields = [kwargs.pop(name, None) for name in names.values()]
     return next((field for field in fields if field is not None), None)
@@ -183,7 +185,7 @@ def _popped(kwargs: dict[str, Any], names: Mapping[Modality, str]) -> Any:
 def _choose_kernels(config: VllmConfig) -> None:
     device, model = torch.device(config.device_config.device_type), config.model_config
     family = family_of(model)
-    if ops.choose(device, triton=Environment.read().wants_triton) and family is not None:
+    if ops.select_kernels(device, triton=Environment.read().wants_triton) and family is not None:
         text = model.hf_config.get_text_config()
         decoder = None if withdrawal.withdraw_layer(config) is None else text.hidden_size
         warm_up(replace(family.widths(model), decoder=decoder), model.dtype, device)

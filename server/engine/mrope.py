@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from foldserve.server.engine.family import Family
 
 
-class Grid(NamedTuple):
+class PositionGrid(NamedTuple):
     """Grid of an unreduced image or video, or of one frame of a video with text between its frames."""
 
     frames: int
@@ -52,7 +52,7 @@ class Grid(NamedTuple):
 class GridPositions(PositionMap):
     """Kept tokens keep time, row and column; all other positions are those of `MropeModel`."""
 
-    def __init__(self, grids: Mapping[int, Grid], beyond: int) -> None:
+    def __init__(self, grids: Mapping[int, PositionGrid], beyond: int) -> None:
         """Takes the grids of items that keep their positions, by the item's offset in the prompt."""
         self._grids, self.beyond = grids, beyond
 
@@ -120,28 +120,28 @@ class MropeModel(FoldModel):
             yield first, _reduced_positions(plan, grid, tokens), positions_taken(plan, grid, tokens)
 
 
-def grid_of(feature: Any, plan: ItemPlan, family: Family) -> Grid:
+def grid_of(feature: Any, plan: ItemPlan, family: Family) -> PositionGrid:
     """Grid of a multimodal feature; of one frame, if there is text between its frames."""
     rows, columns, frames = plan.layout.shape
     apart = len(feature.mm_position.extract_embeds_range()) > 1
-    return Grid(1 if apart else frames, rows, columns, family.frame_step(feature))
+    return PositionGrid(1 if apart else frames, rows, columns, family.frame_step(feature))
 
 
-def positions_taken(plan: ItemPlan, grid: Grid, tokens: int) -> int:
+def positions_taken(plan: ItemPlan, grid: PositionGrid, tokens: int) -> int:
     """How many positions an item or frame takes of which `tokens` are left; see `MropeModel`."""
-    left = _left(plan, grid)
+    left = _kept_grid(plan, grid)
     return tokens if left is None else left.taken
 
 
-def _reduced_positions(plan: ItemPlan, grid: Grid, tokens: int) -> NDArray[np.int64]:
+def _reduced_positions(plan: ItemPlan, grid: PositionGrid, tokens: int) -> NDArray[np.int64]:
     """(3, tokens) relative positions of an item or frame; 0 for tokens that keep their positions."""
     if plan.keeps_positions:
         return np.zeros((3, tokens), np.int64)
-    left = _left(plan, grid)
+    left = _kept_grid(plan, grid)
     return _text(tokens) if left is None else left.all_places()
 
 
-def _left(plan: ItemPlan, grid: Grid) -> Grid | None:
+def _kept_grid(plan: ItemPlan, grid: PositionGrid) -> PositionGrid | None:
     """Grid whose positions the remaining tokens take; None if they are numbered like text."""
     (grid_plan,) = plan.grids
     if plan.is_identity or plan.keeps_positions:

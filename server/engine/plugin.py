@@ -25,11 +25,11 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from foldserve.server.engine import patches, refused_options, withdrawal
-    from foldserve.server.engine.families.registry import ENTRIES
+    from foldserve.server.engine.families.registry import FAMILY_CLASSES
 
     patches.apply()
     _enable_amx()
-    for architecture, entry in ENTRIES.items():
+    for architecture, entry in FAMILY_CLASSES.items():
         ModelRegistry.register_model(architecture, entry.model_path)
         own = MODELS_CONFIG_MAP.get(architecture, refused_options.EarlyChecks)
         MODELS_CONFIG_MAP[architecture] = refused_options.with_early_checks(own)

@@ -47,16 +47,16 @@ CANNOT_KEEP = (
 )
 
 
-def limit(vllm_config: VllmConfig) -> int | None:
+def position_limit(vllm_config: VllmConfig) -> int | None:
     """Positions that the model was trained for; None if the engine can't keep positions, see `CANNOT_KEEP`."""
     parallel = vllm_config.parallel_config
     ours = vllm_config.use_v2_model_runner or parallel.worker_cls.startswith("foldserve.")
     if not ours or parallel.pipeline_parallel_size > 1 or parallel.use_ubatching or vllm_config.speculative_config:
         return None
-    return trained(vllm_config.model_config)
+    return trained_positions(vllm_config.model_config)
 
 
-def trained(model_config: ModelConfig) -> int:
+def trained_positions(model_config: ModelConfig) -> int:
     """Positions that the model was trained for: the end of its rotary table, beyond which a GPU would read."""
     return max(model_config.hf_text_config.max_position_embeddings, model_config.max_model_len)
 
@@ -92,7 +92,7 @@ class PositionMap(ABC):
         """(n,) of `detach` -> (n,) or (dimensions, n): offsets of an image's tokens from that position."""
 
 
-class Run(NamedTuple):
+class TokenRun(NamedTuple):
     """A contiguous run [start, end) of an image's tokens; it takes `removed` positions beyond one per token."""
 
     start: int
@@ -103,7 +103,7 @@ class Run(NamedTuple):
 class SequencePositions(PositionMap):
     """One-dimensional positions: images that keep their positions leave gaps in vLLM's numbering."""
 
-    def __init__(self, runs: Sequence[Run]) -> None:
+    def __init__(self, runs: Sequence[TokenRun]) -> None:
         self.runs = tuple(runs)
         self.beyond = sum(run.removed for run in runs)  # also the offset of all tokens after the last run
 
@@ -116,7 +116,7 @@ class SequencePositions(PositionMap):
             if length is not None:
                 pieces = feature.mm_position.extract_embeds_range()
                 removed = (length - sum(last + 1 - first for first, last in pieces)) // len(pieces)
-                runs += [Run(first, last + 1, removed) for first, last in pieces]
+                runs += [TokenRun(first, last + 1, removed) for first, last in pieces]
         return cls(runs) if runs else None
 
     def shifts(self, start: int, end: int) -> NDArray[np.int64]:
@@ -144,7 +144,7 @@ class Chunk(NamedTuple):
     end: int
 
 
-class Moves(NamedTuple):
+class PositionChanges(NamedTuple):
     """Changes to the positions of a step's tokens.
 
     Attributes:
@@ -164,8 +164,10 @@ class Moves(NamedTuple):
             positions[..., first_row : first_row + places.shape[-1]] += places
 
 
-def moves(step: Iterable[Chunk], embeds: Iterable[torch.Tensor]) -> tuple[Moves, list[torch.Tensor]]:
-    """The moves of a step, and its images' embeddings without the columns of `attach`, in the order of the chunks."""
+def position_changes(
+    step: Iterable[Chunk], embeds: Iterable[torch.Tensor]
+) -> tuple[PositionChanges, list[torch.Tensor]]:
+    """The changes of a step, and its images' embeddings without the columns of `attach`, in the order of the chunks."""
     shifts: list[NDArray[np.int64]] = []
     plain: list[torch.Tensor] = []
     images: list[tuple[int, torch.Tensor]] = []
@@ -190,7 +192,7 @@ def moves(step: Iterable[Chunk], embeds: Iterable[torch.Tensor]) -> tuple[Moves,
                     done += end - run
             plain.append(item)
         row += length
-    return Moves(np.concatenate(shifts), images), plain
+    return PositionChanges(np.concatenate(shifts), images), plain
 
 
 def _runs(place: Any, first: int, last: int) -> Iterator[tuple[int, int]]:
@@ -202,7 +204,9 @@ def _runs(place: Any, first: int, last: int) -> Iterator[tuple[int, int]]:
             yield max(start, first), min(final + 1, last)
 
 
-def checked_map(family: Any, features: Sequence[Any], prompt_tokens: int, asked: int, limit: int) -> PositionMap | None:
+def checked_position_map(
+    family: Any, features: Sequence[Any], prompt_tokens: int, asked: int, limit: int
+) -> PositionMap | None:
     """`Family.position_map`, with a last check that no position exceeds the rotary table.
 
     The server checks before, and the processor as far as it knows the request.

@@ -27,12 +27,12 @@ from vllm.utils.cache import LRUCache
 
 from foldserve.reducers import METHODS
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
-from foldserve.reducers.ladder import PixelCap, Settled, ratio_of
+from foldserve.reducers.ladder import PixelCap, SettledStep, ratio_of
 from foldserve.reducers.method import QUERY_TOKENS, BeforeTower, Method
 from foldserve.reducers.pixelprune import Cells
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import positions
-from foldserve.server.engine.cells import Mask, Question, Seen, Unpredicted
+from foldserve.server.engine.cells import CellCountQuestion, CellMaskQuestion, PixelFindings, PixelQuestion
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.family import PLAN_FIELDS, QUERY_FIELDS, Family, Modality
 from foldserve.server.engine.identity import ItemIdentity
@@ -52,7 +52,7 @@ PLANS = "foldserve_plans"
 """Key in the processor's result: the plans by modality, for the API's response."""
 
 SETTLED = "foldserve_settled"
-"""Key beside `PLANS`: the `Settled` of each image that came with a cap."""
+"""Key beside `PLANS`: the `SettledStep` of each image that came with a cap."""
 
 _NOT_REDUCED: Mapping[Modality, str] = {
     "image": "only images can be reduced, by a tower that is known, not embeddings",
@@ -70,8 +70,8 @@ _NOT_SEEN = (
 )
 _MOST_SHAPES = 65_536  # a hundred bytes each
 _MOST_ANSWERS = 4_096  # masks of 2 KiB at most
-_SEEN = "foldserve_seen"
-"""Key in `mm_processor_kwargs`, added by `apply` if pixels decide what stays of an image: a `Seen`."""
+_FINDINGS = "foldserve_findings"
+"""Key in `mm_processor_kwargs`, added by `apply` if pixels decide what stays of an image: a `PixelFindings`."""
 
 _Kwargs = Mapping[str, object]
 _Uuids = Mapping[str, Sequence[str | None]]
@@ -105,7 +105,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         processed = super().apply(inputs, timing_ctx)
         if planned:
             beyond = sum(map(self._planned_family.positions_beyond_tokens, chain.from_iterable(planned.values())))
-            limit = positions.trained(self.info.ctx.model_config)
+            limit = positions.trained_positions(self.info.ctx.model_config)
             positions.refuse_positions(len(processed["prompt_token_ids"]), beyond, 1, limit)
         return cast(MultiModalInput, {**processed, PLANS: planned, SETTLED: settled})
 
@@ -116,9 +116,9 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         family = self._planned_family
         pixels = family.pixels(self._processed(items, {"image": plans}, {}), "image")
         each = zip(pixels, [plan.layout for plan in plans], strict=True)
-        return [Unpredicted("", layout, levels).answer(family.cells(own, layout)) for own, layout in each]
+        return [CellCountQuestion("", layout, levels).answer(family.cells(own, layout)) for own, layout in each]
 
-    def _with_caps(self, inputs: ProcessorInputs) -> tuple[ProcessorInputs, list[Settled]]:
+    def _with_caps(self, inputs: ProcessorInputs) -> tuple[ProcessorInputs, list[SettledStep]]:
         """The inputs with the ratios that their images' pixels determine, and what each image got.
 
         Raises:
@@ -129,46 +129,46 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         inputs = replace(inputs, hf_processor_mm_kwargs=kwargs)
         if not caps:
             return inputs, []
-        asked = self._asked(items, kwargs, "image")
-        whole = self.plans(items, without_ours(kwargs), "image", inputs.mm_uuid_items)
+        asked = self._reductions(items, kwargs, "image")
+        whole = self.plans(items, without_own_options(kwargs), "image", inputs.mm_uuid_items)
         if not whole:  # embeddings: refused, as with every reduction
             self.plans(items, kwargs, "image", inputs.mm_uuid_items)
         hashes = self._stock_hashes(inputs)
         questions = [
-            Unpredicted(image_hash, plan.layout, cap.levels)
+            CellCountQuestion(image_hash, plan.layout, cap.levels)
             for image_hash, plan, cap in zip(hashes["image"], whole, caps, strict=True)
         ]
-        counts, seen = self._ask(inputs, questions, hashes, whole)
+        counts, findings = self._answer_questions(inputs, questions, hashes, whole)
         if any(isinstance(METHODS[reduction.method], BeforeTower) for reduction in asked):
-            seen = replace(seen, processed=None)  # they may make the image smaller before it is processed
+            findings = replace(findings, processed=None)  # they may make the image smaller before it is processed
         settled = [cap.settle(count, plan.encoded) for cap, count, plan in zip(caps, counts, whole, strict=True)]
         ratios = [ratio_of(one.step) for one in settled]
         reductions = [replace(one, ratio=ratio).to_json() for one, ratio in zip(asked, ratios, strict=True)]
         of_all = {**_by_modality(kwargs.get(KWARG)), "image": reductions}
-        return replace(inputs, hf_processor_mm_kwargs={**kwargs, KWARG: of_all, _SEEN: seen}), settled
+        return replace(inputs, hf_processor_mm_kwargs={**kwargs, KWARG: of_all, _FINDINGS: findings}), settled
 
     def _with_cells(self, inputs: ProcessorInputs) -> ProcessorInputs:
-        """The inputs with the cells that their images' pixels choose, under `_SEEN`; raises as `_with_caps`."""
+        """The inputs with the cells that their images' pixels choose, under `_FINDINGS`; raises as `_with_caps`."""
         items, kwargs = inputs.mm_data_items, inputs.hf_processor_mm_kwargs
-        asked = self._asked(items, kwargs, "image")
+        asked = self._reductions(items, kwargs, "image")
         if all(reduction.pruning is None for reduction in asked):
             return inputs
         plans = self.plans(items, kwargs, "image", inputs.mm_uuid_items)  # as if all cells stayed
         hashes = self._stock_hashes(inputs)
         masks = [
-            Mask.of(image_hash, plan.layout, reduction)
+            CellMaskQuestion.of(image_hash, plan.layout, reduction)
             for image_hash, plan, reduction in zip(hashes["image"], plans, asked, strict=True)
         ]
-        cells, seen = self._ask(inputs, masks, hashes, plans)
-        return replace(inputs, hf_processor_mm_kwargs={**kwargs, _SEEN: replace(seen, cells=tuple(cells))})
+        cells, findings = self._answer_questions(inputs, masks, hashes, plans)
+        return replace(inputs, hf_processor_mm_kwargs={**kwargs, _FINDINGS: replace(findings, cells=tuple(cells))})
 
-    def _ask(
+    def _answer_questions(
         self,
         inputs: ProcessorInputs,
-        questions: Sequence[Question | None],
+        questions: Sequence[PixelQuestion | None],
         hashes: MultiModalHashes,
         plans: Sequence[ItemPlan],
-    ) -> tuple[list[Any], Seen]:
+    ) -> tuple[list[Any], PixelFindings]:
         """The answer for each image, None if it has no question, and the images processed for that.
 
         Raises:
@@ -181,24 +181,24 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
             raise InvalidReduction(_NOT_SEEN, param="")
         if images:
             data = MultiModalDataItems({"image": ImageProcessorItems(images)})
-            stock = without_ours(inputs.hf_processor_mm_kwargs)
+            stock = without_own_options(inputs.hf_processor_mm_kwargs)
             processed = self._processed(data, {"image": [plans[i] for i, _ in unknown]}, stock)
             pixels = self._planned_family.pixels(processed, "image")
             for (_, one), own in zip(unknown, pixels, strict=True):
                 known[one] = self._answers[one] = one.answer(self._planned_family.cells(own, one.layout))
         answers = [None if one is None else known[one] for one in questions]
-        return answers, Seen((None,) * len(questions), hashes, processed, tuple(i for i, _ in unknown))
+        return answers, PixelFindings((None,) * len(questions), hashes, processed, tuple(i for i, _ in unknown))
 
     @cached_property
-    def _answers(self) -> LRUCache[Question | None, Any]:
+    def _answers(self) -> LRUCache[PixelQuestion | None, Any]:
         return LRUCache(capacity=_MOST_ANSWERS)
 
     def _apply_hf_processor_main(self, mm_items: MultiModalDataItems, hf_kwargs: _Kwargs) -> BatchFeature:
         planned = self._all_plans(mm_items, hf_kwargs)
-        seen = hf_kwargs.get(_SEEN)
-        processed = seen.processed_of(mm_items) if isinstance(seen, Seen) else None
+        findings = hf_kwargs.get(_FINDINGS)
+        processed = findings.processed_of(mm_items) if isinstance(findings, PixelFindings) else None
         if processed is None:
-            processed = self._processed(mm_items, planned, without_ours(hf_kwargs))
+            processed = self._processed(mm_items, planned, without_own_options(hf_kwargs))
         for modality, plans in planned.items():
             items = zip(plans, self._planned_family.pixels(processed, modality), strict=True)
             seeded = [plan.with_seed(self._seed(pixels)) if plan.is_seeded else plan for plan, pixels in items]
@@ -238,8 +238,8 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
 
     def _get_mm_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
         planned = self._all_plans(inputs.mm_data_items, inputs.hf_processor_mm_kwargs, inputs.mm_uuid_items)
-        seen = inputs.hf_processor_mm_kwargs.get(_SEEN)
-        hashes = dict(seen.hashes if isinstance(seen, Seen) else self._stock_hashes(inputs))
+        findings = inputs.hf_processor_mm_kwargs.get(_FINDINGS)
+        hashes = dict(findings.hashes if isinstance(findings, PixelFindings) else self._stock_hashes(inputs))
         for h in chain.from_iterable(hashes.values()):
             ItemIdentity(h)  # a client's uuid must not look like a reduction that no plan made
         for modality, plans in planned.items():
@@ -252,7 +252,7 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
         return hashes
 
     def _stock_hashes(self, inputs: ProcessorInputs) -> MultiModalHashes:
-        stock = replace(inputs, hf_processor_mm_kwargs=without_ours(inputs.hf_processor_mm_kwargs))
+        stock = replace(inputs, hf_processor_mm_kwargs=without_own_options(inputs.hf_processor_mm_kwargs))
         return super()._get_mm_hashes(stock)
 
     def _get_cache_missing_processor_kwargs(
@@ -267,10 +267,10 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
             for modality, each in asked.items()
             if isinstance(each, list) and modality in mm_is_cached
         }
-        seen = inputs.hf_processor_mm_kwargs.get(_SEEN)
-        if isinstance(seen, Seen):
-            seen = seen.of(tuple(i for i, hit in enumerate(mm_is_cached["image"]) if not hit))
-        return {**kwargs, KWARG: {**asked, **missing}, _SEEN: seen}
+        findings = inputs.hf_processor_mm_kwargs.get(_FINDINGS)
+        if isinstance(findings, PixelFindings):
+            findings = findings.subset(tuple(i for i, hit in enumerate(mm_is_cached["image"]) if not hit))
+        return {**kwargs, KWARG: {**asked, **missing}, _FINDINGS: findings}
 
     def _identity(self, image_hash: str, plan: ItemPlan, query: tuple[int, ...]) -> str:
         if not plan.is_identity:
@@ -321,9 +321,9 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
     ) -> list[ItemPlan]:
         """One plan per image or video; empty for embeddings. Items with a uuid seen before need not be sent again."""
         count = mm_items.get_count(modality, strict=False)
-        reductions = self._asked(mm_items, kwargs, modality)
+        reductions = self._reductions(mm_items, kwargs, modality)
         names = (uuids or {}).get(modality) or [None] * count
-        layouts = self._layouts(mm_items[modality], modality, without_ours(kwargs), names) if count else []
+        layouts = self._layouts(mm_items[modality], modality, without_own_options(kwargs), names) if count else []
         if not layouts:
             if any(reduction != Reduction() for reduction in reductions):
                 is_sent = all(mm_items[modality].get(i) is not None for i in range(count))
@@ -334,14 +334,14 @@ class FoldProcessor(BaseMultiModalProcessor[Any]):
             reductions = [family.of_video(reduction) for reduction in reductions]
         else:
             reductions = [family.of_image(*each) for each in zip(reductions, layouts, strict=True)]
-        seen = kwargs.get(_SEEN)
-        cells = seen.cells if isinstance(seen, Seen) and modality == "image" else [None] * count
+        findings = kwargs.get(_FINDINGS)
+        cells = findings.cells if isinstance(findings, PixelFindings) and modality == "image" else [None] * count
         return [
             _plan(family.with_positions(one), layout, own, f"{modality} {i + 1} of {count}: " if count > 1 else "")
             for i, (one, layout, own) in enumerate(zip(reductions, layouts, cells, strict=True))
         ]
 
-    def _asked(self, mm_items: MultiModalDataItems, kwargs: _Kwargs, modality: Modality) -> list[Reduction]:
+    def _reductions(self, mm_items: MultiModalDataItems, kwargs: _Kwargs, modality: Modality) -> list[Reduction]:
         """The requested reduction of each image or video."""
         count = mm_items.get_count(modality, strict=False)
         if not count and modality != "image":
@@ -420,7 +420,7 @@ class ShortenedRuns(FoldProcessor):
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
         planned: Mapping[Any, list[ItemPlan]] = self._all_plans(mm_items, hf_processor_mm_kwargs)
-        updates = super()._get_prompt_updates(mm_items, without_ours(hf_processor_mm_kwargs), out_mm_kwargs)
+        updates = super()._get_prompt_updates(mm_items, without_own_options(hf_processor_mm_kwargs), out_mm_kwargs)
         return [_shortened(one, planned[one.modality]) if one.modality in planned else one for one in updates]
 
 
@@ -485,5 +485,5 @@ def _text(value: object) -> str:
     return json.dumps(value, default=repr)  # what is not JSON fails as a reduction
 
 
-def without_ours(kwargs: _Kwargs) -> _Kwargs:
-    return {key: value for key, value in kwargs.items() if key not in (KWARG, _SEEN, DUMMY_FIELD)}
+def without_own_options(kwargs: _Kwargs) -> _Kwargs:
+    return {key: value for key, value in kwargs.items() if key not in (KWARG, _FINDINGS, DUMMY_FIELD)}

@@ -24,12 +24,12 @@ from foldserve.reducers.method import AfterLastLayer, InTower
 from foldserve.reducers.pixelprune import Cells
 from foldserve.reducers.plan import Plan
 from foldserve.server.engine.tower import mean_over_ranks
-from foldserve.server.engine.vision import Move, Survivors, Trail
+from foldserve.server.engine.vision import IndexMap, KeptTokens, TokenHistory
 
 
 def encode_reducing(
     visual: Any, pixels: Tensor, grid: Sequence[int], plan: Plan, cells: Cells | None = None
-) -> list[Survivors]:
+) -> list[KeptTokens]:
     """Run images with one grid and one plan through the tower. The caller does what the plan does after the tower.
 
     Args:
@@ -41,27 +41,27 @@ def encode_reducing(
     Returns:
         What is left of each image in raster order; deepstack levels are the last columns of the features.
     """
-    return _walked(visual, pixels, grid, plan, cells).finish()
+    return _run_tower(visual, pixels, grid, plan, cells).finish()
 
 
 def encode_showing_patches(
     visual: Any, pixels: Tensor, grid: Sequence[int], plan: Plan, cells: Cells | None = None
-) -> tuple[list[Survivors], list[Tensor]]:
+) -> tuple[list[KeptTokens], list[Tensor]]:
     """`encode_reducing` for a plan that acts after the tower.
 
     Returns:
         images: unreduced.
         means: (n, C) per image, in raster order: mean of each token's patches before the merger.
     """
-    walk = _walked(visual, pixels, grid, plan, cells)
-    return walk.finish(), [*walk.means()]
+    tower_pass = _run_tower(visual, pixels, grid, plan, cells)
+    return tower_pass.finish(), [*tower_pass.means()]
 
 
-def _walked(visual: Any, pixels: Tensor, grid: Sequence[int], plan: Plan, cells: Cells | None) -> Walk:
-    walk = Walk(visual, pixels, grid, plan, cells)
+def _run_tower(visual: Any, pixels: Tensor, grid: Sequence[int], plan: Plan, cells: Cells | None) -> TowerPass:
+    tower_pass = TowerPass(visual, pixels, grid, plan, cells)
     for index, layer in enumerate(visual.blocks):
-        walk.through(layer, index)
-    return walk
+        tower_pass.run_layer(layer, index)
+    return tower_pass
 
 
 class _Windows(NamedTuple):
@@ -84,7 +84,7 @@ class _Windows(NamedTuple):
         return cls(window, number, side**2)
 
 
-class Walk:
+class TowerPass:
     """Images with one grid and one plan on their way through the layers.
 
     Tokens are (B, n, patches * C); the layers see (B * n * patches, 1, C). `_source` (B, n) numbers an image's tokens
@@ -117,11 +117,11 @@ class Walk:
         self._levels: list[Tensor] = []
         self._source = entering.expand(len(patches), -1)
         self._sizes = torch.ones_like(self._source)
-        self._moves = [Move(raster.expand_as(self._source), n)]
+        self._maps = [IndexMap(raster.expand_as(self._source), n)]
         self._is_reduced = False
         self._lay_out()
 
-    def through(self, layer: Any, index: int) -> None:
+    def run_layer(self, layer: Any, index: int) -> None:
         """Run a layer with the plan's steps in it."""
         steps = self._plan.removed_in(index)
         key_bias = None
@@ -164,16 +164,16 @@ class Walk:
         order = self._raster[self._source].argsort(dim=1)
         return means.gather(1, order.unsqueeze(-1).expand_as(means))
 
-    def finish(self) -> list[Survivors]:
+    def finish(self) -> list[KeptTokens]:
         hidden = self._flat()
         if self._windows is not None and hidden.dtype == torch.float16:
             hidden = cast_overflow_tensors(hidden)  # as vLLM does
         merged = self._visual.merger(hidden).view(*self._source.shape, -1)
         features, source = torch.cat([merged, *self._levels], dim=-1), self._raster[self._source]
         order = source.argsort(dim=1)
-        moves = [*self._moves, Move(order, order.shape[1])]
+        maps = [*self._maps, IndexMap(order, order.shape[1])]
         each = enumerate(zip(features, source, order, strict=True))
-        return [Survivors(own[places], tokens[places], Trail(moves, row)) for row, (own, tokens, places) in each]
+        return [KeptTokens(own[places], tokens[places], TokenHistory(maps, row)) for row, (own, tokens, places) in each]
 
     @property
     def _ends_tower(self) -> bool:
@@ -276,13 +276,13 @@ class Walk:
         widths = [part.shape[-1] for part in (self._tokens, *self._levels)]
         assert self._method is not None  # it has steps
         columns, sizes, place, group = self._method.reduce(columns, self._sizes, attention, steps, self._plan)
-        self._moves.append(Move(group))
+        self._maps.append(IndexMap(group))
         source = self._source.gather(1, place)
         if self._windows is not None:  # back into window order, which the method may have changed
             order = source.argsort(dim=1)
             columns = columns.gather(1, order.unsqueeze(-1).expand_as(columns))
             sizes, source = sizes.gather(1, order), source.gather(1, order)
-            self._moves.append(Move(order, order.shape[1]))
+            self._maps.append(IndexMap(order, order.shape[1]))
         tokens, *self._levels = columns.split_with_sizes(widths, dim=-1)
         self._tokens, self._sizes, self._source = tokens.contiguous(), sizes, source
         self._is_reduced = True

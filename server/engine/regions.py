@@ -38,7 +38,7 @@ def sides(geometry: VisionGeometry) -> tuple[int, int]:
     return geometry.grid
 
 
-def seen(image_processor: Any, size: tuple[int, int]) -> Box:
+def visible_box(image_processor: Any, size: tuple[int, int]) -> Box:
     """The part of an image of (width, height) pixels that a processor with a fixed output size keeps."""
     width, height = size
     if getattr(image_processor, "do_pad", False):  # to a square
@@ -58,7 +58,7 @@ def _centred(width: float, height: float) -> Box:
     return (1 - width) / 2, (1 - height) / 2, (1 + width) / 2, (1 + height) / 2
 
 
-def cut(box: Box, down: int, across: int) -> Iterator[Box]:
+def split_box(box: Box, down: int, across: int) -> Iterator[Box]:
     """Equal pieces of a box, in raster order."""
     left, top, right, bottom = box
     width, height = (right - left) / across, (bottom - top) / down

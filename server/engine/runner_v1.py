@@ -7,7 +7,13 @@ from typing import Any
 import torch
 
 from foldserve.server.engine.per_request import PerRequest
-from foldserve.server.engine.positions import Chunk, PositionMap, checked_map, moves, trained
+from foldserve.server.engine.positions import (
+    Chunk,
+    PositionMap,
+    checked_position_map,
+    position_changes,
+    trained_positions,
+)
 
 
 class PositionsRunner:
@@ -28,8 +34,8 @@ class PositionsRunner:
             return embeds, is_embed
         maps = {name: self._position_maps.of(self.requests, name) for name in self.input_batch.req_ids}
         if any(maps.values()):
-            moved, embeds = moves((self._chunk(scheduler_output, *one) for one in maps.items()), embeds)
-            moved.apply(self.mrope_positions.gpu if self.uses_mrope else self.positions)
+            changes, embeds = position_changes((self._chunk(scheduler_output, *one) for one in maps.items()), embeds)
+            changes.apply(self.mrope_positions.gpu if self.uses_mrope else self.positions)
         return embeds, is_embed
 
     def _chunk(self: Any, scheduler_output: Any, request_id: str, positions: PositionMap | None) -> Chunk:
@@ -39,5 +45,5 @@ class PositionsRunner:
 
     def _position_map(self: Any, state: Any) -> PositionMap | None:
         asked = state.sampling_params.max_tokens
-        family, limit = self.get_model().family, trained(self.model_config)
-        return checked_map(family, state.mm_features, state.num_prompt_tokens, asked, limit)
+        family, limit = self.get_model().family, trained_positions(self.model_config)
+        return checked_position_map(family, state.mm_features, state.num_prompt_tokens, asked, limit)

@@ -90,12 +90,12 @@ class FoldScheduler(Scheduler):
         output = self._schedule_without(held, *args, **kwargs) if held else super().schedule(*args, **kwargs)
         tokens, requests = output.total_num_scheduled_tokens, len(output.num_scheduled_tokens)
         decodes = tokens <= requests * (1 + self.num_spec_tokens)
-        self._steps.begun(output, own=light is not None, computes=tokens > 0, decodes=decodes)
+        self._steps.note_planned(output, own=light is not None, computes=tokens > 0, decodes=decodes)
         return output
 
     def update_from_output(self, scheduler_output: SchedulerOutput, *args: Any) -> dict[int, EngineCoreOutputs]:
         outputs: dict[int, EngineCoreOutputs] = super().update_from_output(scheduler_output, *args)
-        self._steps.ended(scheduler_output)
+        self._steps.note_results(scheduler_output)
         return outputs
 
     def _schedule_without(self, held: list[Request], *args: Any, **kwargs: Any) -> SchedulerOutput:

@@ -18,7 +18,14 @@ from vllm.v1.worker.gpu.model_states.mamba_hybrid import MambaHybridModelState
 from vllm.v1.worker.gpu.states import RequestState
 
 from foldserve.server.engine.padding_rows import PaddingRowsV2, masked_rows
-from foldserve.server.engine.positions import Chunk, Moves, PositionMap, checked_map, moves, trained
+from foldserve.server.engine.positions import (
+    Chunk,
+    PositionChanges,
+    PositionMap,
+    checked_position_map,
+    position_changes,
+    trained_positions,
+)
 
 
 class GatheringState(ModelState):
@@ -30,14 +37,14 @@ class GatheringState(ModelState):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._position_maps: dict[str, PositionMap] = {}
-        self._moves: Moves | None = None
+        self._changes: PositionChanges | None = None
 
     def gather_mm_embeddings(
         self, input_batch: InputBatch, draft_lookahead: int = 0
     ) -> tuple[list[torch.Tensor], torch.Tensor]:
         embeds, is_embed = super().gather_mm_embeddings(input_batch, draft_lookahead)
         if any(name in self._position_maps for name in input_batch.req_ids):
-            self._moves, embeds = moves(self._chunks(input_batch), embeds)
+            self._changes, embeds = position_changes(self._chunks(input_batch), embeds)
         return embeds, is_embed
 
     def _chunks(self, input_batch: InputBatch) -> Iterator[Chunk]:
@@ -67,8 +74,8 @@ class FoldModelState(DefaultModelState, GatheringState):
         super().add_request(req_index, new_req_data)
         if not self._keeps_positions or new_req_data.sampling_params is None:
             return
-        asked, limit = new_req_data.sampling_params.max_tokens or 0, trained(self.model_config)
-        found = checked_map(self.model.family, new_req_data.mm_features, new_req_data.prompt_len, asked, limit)
+        asked, limit = new_req_data.sampling_params.max_tokens or 0, trained_positions(self.model_config)
+        found = checked_position_map(self.model.family, new_req_data.mm_features, new_req_data.prompt_len, asked, limit)
         if found is not None:
             self._position_maps[new_req_data.req_id] = found
 
@@ -81,9 +88,9 @@ class FoldModelState(DefaultModelState, GatheringState):
         if self._positions is not None:
             positions = self._positions[: input_batch.num_tokens_after_padding]
             inputs["positions"] = positions.copy_(input_batch.positions)
-        if self._moves is not None:
-            self._moves.apply(inputs["positions"])
-            self._moves = None
+        if self._changes is not None:
+            self._changes.apply(inputs["positions"])
+            self._changes = None
         return inputs
 
     def prepare_dummy_inputs(self, num_reqs: int, num_tokens: int) -> dict[str, Any]:

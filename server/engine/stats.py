@@ -25,13 +25,13 @@ _PRESSURE = Gauge(
 )
 
 
-class _Heard:
+class _LastStats:
     """`time.monotonic` of the last statistics from an engine."""
 
     at = 0.0
 
 
-heard = _Heard()
+last_stats = _LastStats()
 
 
 class ResidentCapacity(StatLoggerBase):
@@ -48,10 +48,10 @@ class ResidentCapacity(StatLoggerBase):
         engine_idx: int = 0,
         **_: Any,
     ) -> None:
-        heard.at = time.monotonic()
+        last_stats.at = time.monotonic()
         if scheduler_stats is not None:
-            pressure.observe(scheduler_stats.num_waiting_reqs, scheduler_stats.kv_cache_usage, heard.at)
-            _PRESSURE.set(pressure.level(heard.at))
+            pressure.observe(scheduler_stats.num_waiting_reqs, scheduler_stats.kv_cache_usage, last_stats.at)
+            _PRESSURE.set(pressure.level(last_stats.at))
         if scheduler_stats is not None and scheduler_stats.num_running_reqs and scheduler_stats.kv_cache_usage:
             self._gauge.set(scheduler_stats.num_running_reqs / scheduler_stats.kv_cache_usage)
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from vllm.utils.torch_utils import async_tensor_h2d
 
-from foldserve.reducers.method import AfterLastLayer, AfterProjector, AfterTower, BeforeTower, InTower, Seen
+from foldserve.reducers.method import AfterLastLayer, AfterProjector, AfterTower, BeforeTower, InTower, SideInputs
 from foldserve.reducers.pixelprune import Cells
 from foldserve.reducers.plan import Plan
 from foldserve.server.engine.tower import Tower, attend, run_layer, run_mlp
@@ -23,100 +23,102 @@ _K = TypeVar("_K", bound=Hashable)
 _P = TypeVar("_P")
 
 
-class Move(NamedTuple):
+class IndexMap(NamedTuple):
     """One step that moves or drops tokens of a batch.
 
     Attributes:
-        places: (B, n) int64: new index of each token, -1 if it is dropped; with `chosen_of`, the token at each new
+        places: (B, n) int64: new index of each token, -1 if it is dropped; with `selected_from`, the token at each new
             index.
-        chosen_of: number of tokens of which `places` selects or permutes some.
+        selected_from: number of tokens of which `places` selects or permutes some.
     """
 
     places: torch.Tensor
-    chosen_of: int | None = None
+    selected_from: int | None = None
 
-    def targets(self, row: int) -> torch.Tensor:
+    def new_indices(self, row: int) -> torch.Tensor:
         """(tokens,) int64: new index of each token of one image, -1 if it is dropped."""
         own = self.places[row]
-        if self.chosen_of is None:
+        if self.selected_from is None:
             return own
-        return own.new_full((self.chosen_of,), -1).scatter_(0, own, torch.arange(len(own), device=own.device))
+        return own.new_full((self.selected_from,), -1).scatter_(0, own, torch.arange(len(own), device=own.device))
 
 
-class Trail(NamedTuple):
-    """The moves of one image's tokens, evaluated on demand.
+class TokenHistory(NamedTuple):
+    """The index maps that one image's tokens went through, evaluated on demand.
 
     Attributes:
-        moves: those of its batch, in order.
+        maps: those of its batch, in order.
         row: of the image in the batch.
-        leading: number of class tokens in front before the moves, and after them if they are not features.
-        before: earlier moves, in another batch.
+        leading: number of class tokens in front before the maps, and after them if they are not features.
+        earlier: maps, in another batch.
     """
 
-    moves: Sequence[Move]
+    maps: Sequence[IndexMap]
     row: int
     leading: tuple[int, int] = (0, 0)
-    before: Trail | None = None
+    earlier: TokenHistory | None = None
 
     def group(self) -> torch.Tensor:
         """(n,) int64: the remaining token that each token of the unreduced grid went into; -1 if it was dropped."""
-        place = None if self.before is None else self.before.group()
-        for move in self.moves:
-            own = move.targets(self.row)
+        place = None if self.earlier is None else self.earlier.group()
+        for index_map in self.maps:
+            own = index_map.new_indices(self.row)
             place = own if place is None else torch.where(place < 0, place, own[place.clamp(min=0)])
-        assert place is not None, "a trail has moves"
+        assert place is not None, "a history has maps"
         entering, leaving = self.leading
         return (place[entering:] - leaving).clamp(min=-1)
 
 
-class Survivors(NamedTuple):
+class KeptTokens(NamedTuple):
     """What is left of one image."""
 
     features: torch.Tensor  # (kept, C)
     source: torch.Tensor  # (kept,) int64, on the device: the unreduced image's token whose place each one takes
-    trail: Trail | None = None  # None if nothing was removed, or for several grids joined
+    history: TokenHistory | None = None  # None if nothing was removed, or for several grids joined
 
 
 def encode_images(
-    tower: nn.Module,
+    vision_model: nn.Module,
     pixel_values: torch.Tensor,
     plans: Sequence[Plan],
     select_strategy: str,
     cells: Sequence[Cells | None] = (),
-) -> list[Survivors]:
+) -> list[KeptTokens]:
     """Run the tower with the methods before and in it. Images share a batch as far as their plans agree.
 
     Args:
-        tower: vLLM's CLIP or SigLIP vision model, built up to the feature layer.
+        vision_model: vLLM's CLIP or SigLIP vision model, built up to the feature layer.
         pixel_values: (B, 3, H, W).
         plans: B plans.
         select_strategy: `vision_feature_select_strategy` of the checkpoint.
         cells: per image, those that enter the tower (None: all); empty: all enter.
     """
-    walk = Tower(tower, select_strategy)
+    tower = Tower(vision_model, select_strategy)
 
-    def encode(seen: tuple[tuple[int, int] | None, Cells | None], members: list[int]) -> Sequence[Survivors]:
-        pixels, group = rows(pixel_values, members), [plans[i] for i in members]
-        grid, entering = seen
+    def encode(entering_grid: tuple[tuple[int, int] | None, Cells | None], members: list[int]) -> Sequence[KeptTokens]:
+        pixels, group = take_members(pixel_values, members), [plans[i] for i in members]
+        grid, entering = entering_grid
         if entering is not None:
             places = async_tensor_h2d(entering.places(), pixels.device)
-            features = walk.finish(_run(walk, walk.embed(pixels, places=places)))
+            features = tower.finish(_run_layers(tower, tower.embed(pixels, places=places)))
             each = places.expand(len(features), -1)
-            return _survivors(features, each, [Move(each, prod(walk.grid))])
+            return _kept_tokens(features, each, [IndexMap(each, prod(tower.grid))])
         if grid is not None:
             method = group[0].reducer
             assert isinstance(method, BeforeTower)  # as _tower_grid saw
-            features = walk.finish(_run(walk, walk.embed(method.resize(pixels, grid, walk.patch_size), grid)))
-            return _survivors(features, method.source(walk.grid, grid, features.device).expand(len(features), -1))
+            smaller = method.resize(pixels, grid, tower.patch_size)
+            features = tower.finish(_run_layers(tower, tower.embed(smaller, grid)))
+            source = method.source(tower.grid, grid, features.device)
+            return _kept_tokens(features, source.expand(len(features), -1))
         if any(_acts_in_tower(plan) for plan in group):
-            return _run_reducing(walk, walk.embed(pixels), group)
-        return untouched(walk.run(pixels))
+            return _run_reducing(tower, tower.embed(pixels), group)
+        return all_kept(tower.run(pixels))
 
     each = [(_tower_grid(plan), own) for plan, own in zip(plans, cells or [None] * len(plans), strict=True)]
-    return in_groups(each, lambda seen: seen, encode)
+    return run_in_groups(each, lambda entering_grid: entering_grid, encode)
 
 
-def as_they_are(features: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+def no_projection(features: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
     """`Project` for features that are projected already."""
     return features
 
@@ -129,25 +131,25 @@ def project_together(
 
 
 def reduce_features(
-    images: Sequence[Survivors],
+    images: Sequence[KeptTokens],
     plans: Sequence[Plan],
-    project: Project = as_they_are,
+    project: Project = no_projection,
     width: int | None = None,
     *,
     tower: Sequence[torch.Tensor] | None = None,
     queries: Sequence[torch.Tensor] = (),
-) -> list[Survivors]:
+) -> list[KeptTokens]:
     """Apply the projector and the methods after the tower; `AfterProjector` methods run after the projector.
 
     Args:
         images: the tower's output, one per grid.
         plans: one per grid.
         width: see `AfterTower.reduce`.
-        tower: per grid `Seen.tower` (n, C), if that is not what is projected.
-        queries: one per grid, see `Seen`; empty if no image has one.
+        tower: per grid `SideInputs.tower` (n, C), if that is not what is projected.
+        queries: one per grid, see `SideInputs`; empty if no image has one.
     """
 
-    def run(is_projected_first: bool, members: list[int]) -> Sequence[Survivors]:
+    def run(is_projected_first: bool, members: list[int]) -> Sequence[KeptTokens]:
         own, own_plans = [images[i] for i in members], [plans[i] for i in members]
         if not is_projected_first:
             return _projected(_reduced(own, own_plans, width), project)
@@ -155,22 +157,22 @@ def reduce_features(
         own_queries = [queries[i] for i in members] if queries else ()
         return _reduced(_projected(own, project), own_plans, width, of_tower, own_queries)
 
-    return in_groups(plans, lambda plan: isinstance(plan.reducer, AfterProjector), run)
+    return run_in_groups(plans, lambda plan: isinstance(plan.reducer, AfterProjector), run)
 
 
-def _projected(images: Sequence[Survivors], project: Project) -> list[Survivors]:
+def _projected(images: Sequence[KeptTokens], project: Project) -> list[KeptTokens]:
     features = project([image.features for image in images])
     return [image._replace(features=own) for image, own in zip(images, features, strict=True)]
 
 
 def _reduced(
-    images: Sequence[Survivors],
+    images: Sequence[KeptTokens],
     plans: Sequence[Plan],
     width: int | None,
     tower: Sequence[torch.Tensor] = (),
     queries: Sequence[torch.Tensor] = (),
-) -> list[Survivors]:
-    def reduce(plan: Plan, members: list[int]) -> Sequence[Survivors]:
+) -> list[KeptTokens]:
+    def reduce(plan: Plan, members: list[int]) -> Sequence[KeptTokens]:
         method, group = plan.reducer, [images[i] for i in members]
         if not isinstance(method, AfterTower):
             return group
@@ -178,20 +180,20 @@ def _reduced(
         if isinstance(method, AfterProjector):
             of_tower = _batch([tower[i] for i in members]) if method.needs_tower else None
             own_queries = [queries[i] for i in members] if method.takes_query and queries else None
-            reduced = method.reduce(batch, plan, width, Seen(of_tower, own_queries))
+            reduced = method.reduce(batch, plan, width, SideInputs(of_tower, own_queries))
         else:
             reduced = method.reduce(batch, plan, width)
-        left = _survivors(reduced.tokens, reduced.source, [Move(reduced.group)])
-        return [_behind(*pair) for pair in zip(group, left, strict=True)]
+        left = _kept_tokens(reduced.tokens, reduced.source, [IndexMap(reduced.group)])
+        return [_chained(*pair) for pair in zip(group, left, strict=True)]
 
-    return in_groups(plans, lambda plan: plan, reduce)
+    return run_in_groups(plans, lambda plan: plan, reduce)
 
 
-def _behind(image: Survivors, left: Survivors) -> Survivors:
+def _chained(image: KeptTokens, left: KeptTokens) -> KeptTokens:
     """Join a second reduction to the first one of the same image."""
-    if image.trail is None or left.trail is None:
+    if image.history is None or left.history is None:
         return left
-    return left._replace(source=image.source[left.source], trail=left.trail._replace(before=image.trail))
+    return left._replace(source=image.source[left.source], history=left.history._replace(earlier=image.history))
 
 
 def _batch(features: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -199,7 +201,7 @@ def _batch(features: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([*features]) if len(features) > 1 else features[0][None]
 
 
-def rows(x: Any, members: Sequence[int]) -> Any:
+def take_members(x: Any, members: Sequence[int]) -> Any:
     """x[members] of a tensor or list, without an index tensor, which would be a host-to-device copy per group."""
     if len(members) == len(x):
         return x
@@ -208,63 +210,63 @@ def rows(x: Any, members: Sequence[int]) -> Any:
     return torch.stack([x[i] for i in members])
 
 
-def _survivors(
-    features: torch.Tensor, source: torch.Tensor, moves: Sequence[Move] = (), leading: tuple[int, int] = (0, 0)
-) -> list[Survivors]:
+def _kept_tokens(
+    features: torch.Tensor, source: torch.Tensor, maps: Sequence[IndexMap] = (), leading: tuple[int, int] = (0, 0)
+) -> list[KeptTokens]:
     images = enumerate(zip(features, source, strict=True))
-    return [Survivors(*image, Trail(moves, row, leading) if moves else None) for row, image in images]
+    return [KeptTokens(*image, TokenHistory(maps, row, leading) if maps else None) for row, image in images]
 
 
-def one_after_another(grids: Sequence[Survivors], encoded: int) -> Survivors:
+def join_grids(grids: Sequence[KeptTokens], encoded: int) -> KeptTokens:
     """Join equal grids of `encoded` tokens each, such as a video's frames, into one."""
-    return Survivors(
+    return KeptTokens(
         torch.cat([grid.features for grid in grids]),
         torch.cat([grid.source + i * encoded for i, grid in enumerate(grids)]),
     )
 
 
-def untouched(features: torch.Tensor) -> list[Survivors]:
+def all_kept(features: torch.Tensor) -> list[KeptTokens]:
     """(B, n, C) unreduced images."""
-    return _survivors(features, _count(features))
+    return _kept_tokens(features, _indices(features))
 
 
-def _count(x: torch.Tensor) -> torch.Tensor:
+def _indices(x: torch.Tensor) -> torch.Tensor:
     """(B, n, C) -> (B, n) indices."""
     return torch.arange(x.shape[1], device=x.device).expand(x.shape[0], -1)
 
 
-def _run(tower: Tower, hidden: torch.Tensor) -> torch.Tensor:
+def _run_layers(tower: Tower, hidden: torch.Tensor) -> torch.Tensor:
     for layer in tower.layers:
         hidden = run_layer(layer, hidden)
     return hidden
 
 
-def _run_reducing(tower: Tower, hidden: torch.Tensor, plans: Sequence[Plan]) -> list[Survivors]:
+def _run_reducing(tower: Tower, hidden: torch.Tensor, plans: Sequence[Plan]) -> list[KeptTokens]:
     """Run all layers. Images leave the common batch, grouped by plan, at the first layer in which their plan acts."""
     together = list(range(len(plans)))  # images that are still in `hidden`
-    groups: list[_Group] = []
+    groups: list[_TowerPass] = []
     for index, layer in enumerate(tower.layers):
         leaving = [i for i in together if _acts_in_tower(plans[i]) and plans[i].removed_in(index)]
-        for plan, members in _by(leaving, lambda i: plans[i]).items():
-            groups.append(_Group.of(plan, members, rows(hidden, [together.index(i) for i in members])))
+        for plan, members in _group_by(leaving, lambda i: plans[i]).items():
+            groups.append(_TowerPass.of(plan, members, take_members(hidden, [together.index(i) for i in members])))
         if leaving:
             staying = [i for i in together if i not in leaving]
-            hidden = rows(hidden, [together.index(i) for i in staying]) if staying else hidden[:0]
+            hidden = take_members(hidden, [together.index(i) for i in staying]) if staying else hidden[:0]
             together = staying
         for group in groups:
-            group.through(layer, index)
+            group.run_layer(layer, index)
         if together:
             hidden = run_layer(layer, hidden)
-    out: dict[int, Survivors] = {}
+    out: dict[int, KeptTokens] = {}
     for group in groups:
         out |= zip(group.members, group.finish(tower), strict=True)
     if together:
-        out |= zip(together, untouched(tower.finish(hidden)), strict=True)
+        out |= zip(together, all_kept(tower.finish(hidden)), strict=True)
     return [out[i] for i in range(len(plans))]
 
 
 @dataclass(slots=True)
-class _Group:
+class _TowerPass:
     """Images with one plan on their way through the layers."""
 
     plan: Plan
@@ -272,19 +274,19 @@ class _Group:
     hidden: torch.Tensor  # (B, n, C)
     sizes: torch.Tensor  # (B, n) int64, patches in each token
     source: torch.Tensor  # (B, n) int64, the entering token whose place each one takes
-    moves: list[Move]  # empty until tokens are removed
+    maps: list[IndexMap]  # empty until tokens are removed
 
     @classmethod
-    def of(cls, plan: Plan, members: list[int], hidden: torch.Tensor) -> _Group:
-        count = _count(hidden)
+    def of(cls, plan: Plan, members: list[int], hidden: torch.Tensor) -> _TowerPass:
+        count = _indices(hidden)
         return cls(plan, members, hidden, torch.ones_like(count), count, [])
 
-    def through(self, layer: nn.Module, index: int) -> None:
+    def run_layer(self, layer: nn.Module, index: int) -> None:
         """Run a layer with the plan's steps in it."""
         method = self.plan.reducer
         assert isinstance(method, InTower)
         steps = self.plan.removed_in(index)
-        key_bias = self.sizes.log() if self.moves and method.proportional_attention else None
+        key_bias = self.sizes.log() if self.maps and method.proportional_attention else None
         if not steps and key_bias is None:
             self.hidden = run_layer(layer, self.hidden)
             return
@@ -294,16 +296,16 @@ class _Group:
         if steps:
             hidden, self.sizes, source, group = method.reduce(hidden, self.sizes, attention, steps, self.plan)
             self.source = self.source.gather(1, source)
-            self.moves.append(Move(group))
+            self.maps.append(IndexMap(group))
         self.hidden = hidden if self._ends_tower else run_mlp(layer, hidden)
 
-    def finish(self, tower: Tower) -> list[Survivors]:
+    def finish(self, tower: Tower) -> list[KeptTokens]:
         """Features, and sources counted in patches; a class token's source is -1."""
         source, leading = self.source - int(tower.class_token), int(tower.class_token)
         if tower.class_token and not self._ends_tower:
             source = source[:, 1:]
         features = tower.finish(self.hidden, all_tokens=self._ends_tower)
-        return _survivors(features, source, self.moves, (leading, 0 if self._ends_tower else leading))
+        return _kept_tokens(features, source, self.maps, (leading, 0 if self._ends_tower else leading))
 
     @property
     def _ends_tower(self) -> bool:
@@ -320,17 +322,17 @@ def _tower_grid(plan: Plan) -> tuple[int, int] | None:
     return plan.grid if isinstance(plan.reducer, BeforeTower) else None
 
 
-def in_groups(
-    plans: Sequence[_P], key: Callable[[_P], _K], run: Callable[[_K, list[int]], Sequence[Survivors]]
-) -> list[Survivors]:
+def run_in_groups(
+    plans: Sequence[_P], key: Callable[[_P], _K], run: Callable[[_K, list[int]], Sequence[KeptTokens]]
+) -> list[KeptTokens]:
     """Call `run(key, indices)` once per key; results in the order of the images."""
-    out: dict[int, Survivors] = {}
-    for group, members in _by(range(len(plans)), lambda i: key(plans[i])).items():
+    out: dict[int, KeptTokens] = {}
+    for group, members in _group_by(range(len(plans)), lambda i: key(plans[i])).items():
         out |= zip(members, run(group, members), strict=True)
     return [out[i] for i in range(len(plans))]
 
 
-def _by(items: Iterable[int], key: Callable[[int], _K]) -> dict[_K, list[int]]:
+def _group_by(items: Iterable[int], key: Callable[[int], _K]) -> dict[_K, list[int]]:
     groups: dict[_K, list[int]] = {}
     for i in items:
         groups.setdefault(key(i), []).append(i)

@@ -12,7 +12,7 @@ FILE_NAME = "withdrawal.json"
 _SAMPLED_BYTES = 1 << 20
 
 
-class OfModel(BaseModel):
+class CalibrationFile(BaseModel):
     """A calibration file, valid only for the weights that it was measured on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -43,7 +43,7 @@ class OfModel(BaseModel):
             raise ValueError(f"the calibration in {file} is of {self.model} with other weights: {advice}")
 
 
-class Calibration(OfModel):
+class Calibration(CalibrationFile):
     """Result of a search for the withdrawal layer.
 
     Attributes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from foldserve.loadtest.report.charts import Axis, Level, Line, Panel, Point, line_chart, write
+from foldserve.loadtest.report.charts import Axis, ChartLine, ChartPoint, Level, Panel, line_chart, write
 from foldserve.loadtest.report.estimates import Estimate
 from foldserve.server.quality.calibration_file import Calibration
 
@@ -16,11 +16,11 @@ def can_plot() -> bool:
 
 def plot(calibration: Calibration, file: Path) -> None:
     """Draws mean KL against K, with eta and the layer found; the suffix of `file` chooses the format."""
-    curve = [Point.exact(float(layer), kl, f"K={layer}") for layer, kl in calibration.kl.items()]
-    lines = [Line(f"mean KL, {calibration.samples} samples", curve, 0)]
+    curve = [ChartPoint.exact(float(layer), kl, f"K={layer}") for layer, kl in calibration.kl.items()]
+    lines = [ChartLine(f"mean KL, {calibration.samples} samples", curve, 0)]
     if calibration.withdraw_layer is not None:
         found = calibration.withdraw_layer
-        lines.append(Line(f"K={found}", [point for point in curve if point.x == found], 1))
+        lines.append(ChartLine(f"K={found}", [point for point in curve if point.x == found], 1))
     least = min(calibration.kl.values())
     panel = Panel(_found(calibration), lines, [Level("most accepted (eta)", Estimate(*[calibration.eta] * 3))])
     chart = line_chart(

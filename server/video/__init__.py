@@ -2,6 +2,6 @@
 
 frames.py   what is asked of a file, and the result
 file.py     a file's frames under bounds; runs in a process of its own
-nursery.py  the process that forks one process per file
+fork_server.py  the process that forks one process per file
 decoder.py  asks for frames, in the server's process
 """

@@ -18,7 +18,7 @@ from dataclasses import asdict
 import numpy as np
 from numpy.typing import NDArray
 
-from foldserve.server.video.frames import BEGUN, Bounds, Chosen, DamagedVideo, Rule, VideoTooLarge
+from foldserve.server.video.frames import BEGUN, ChosenFrames, DamagedVideo, FrameRule, VideoBounds, VideoTooLarge
 
 _ANSWER_BYTES = 1 << 20
 
@@ -52,12 +52,12 @@ class VideoDecoder:
         self._requests: socket.socket | None = None
         self._stop: Callable[[], object] = lambda: None
 
-    def measure(self, content: bytes, bounds: Bounds, rule: Rule) -> Chosen:
+    def measure(self, content: bytes, bounds: VideoBounds, rule: FrameRule) -> ChosenFrames:
         """What `decode` would give, without decoding: reads the container. Raises as `decode`."""
         with ExitStack() as open_files:
             return self._ask(content, bounds, rule, _memory_file("frames", open_files), decode=False)
 
-    def decode(self, content: bytes, bounds: Bounds, rule: Rule) -> tuple[Chosen, Frames]:
+    def decode(self, content: bytes, bounds: VideoBounds, rule: FrameRule) -> tuple[ChosenFrames, Frames]:
         """Blocks until the frames are there, at most about twice `bounds.work_s`.
 
         Raises:
@@ -79,19 +79,19 @@ class VideoDecoder:
         self._stop()
         self._requests = None
 
-    def _ask(self, content: bytes, bounds: Bounds, rule: Rule, frames: int, *, decode: bool) -> Chosen:
+    def _ask(self, content: bytes, bounds: VideoBounds, rule: FrameRule, frames: int, *, decode: bool) -> ChosenFrames:
         asked = {"bounds": asdict(bounds), "rule": asdict(rule), "decode": decode}
         for _ in range(2):
-            said = self._said(json.dumps(asked).encode(), content, frames)
-            if said == BEGUN:  # a limit has ended it
+            reply = self._reply(json.dumps(asked).encode(), content, frames)
+            if reply == BEGUN:  # a limit has ended it
                 raise VideoTooLarge("the video takes too much time or memory to decode: make it shorter or smaller")
-            if said:
-                return _result(json.loads(said))
+            if reply:
+                return _result(json.loads(reply))
             with self._lock:  # it ended before it began the file
                 self._end()
         raise DecoderUnavailable("the process that decodes videos does not stay up")
 
-    def _said(self, message: bytes, content: bytes, frames: int) -> bytes:
+    def _reply(self, message: bytes, content: bytes, frames: int) -> bytes:
         with ExitStack() as open_files:
             source = _memory_file("source", open_files)
             answer, theirs = (open_files.enter_context(os.fdopen(fd, "rb", 0)) for fd in os.pipe())
@@ -117,7 +117,7 @@ class VideoDecoder:
     def _start(self) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            command = [sys.executable, "-m", "foldserve.server.video.nursery", str(theirs.fileno())]
+            command = [sys.executable, "-m", "foldserve.server.video.fork_server", str(theirs.fileno())]
             process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
         self._requests, self._stop = ours, weakref.finalize(self, _stop, process, ours)
 
@@ -140,18 +140,18 @@ def _write_all(fd: int, content: bytes) -> None:
 
 
 def _read_all(fd: int) -> bytes:
-    said = b""
-    while len(said) < _ANSWER_BYTES and (more := os.read(fd, _ANSWER_BYTES)):
-        said += more
-    return said
+    reply = b""
+    while len(reply) < _ANSWER_BYTES and (more := os.read(fd, _ANSWER_BYTES)):
+        reply += more
+    return reply
 
 
-def _result(said: dict[str, object]) -> Chosen:
-    if isinstance(message := said.get("damaged"), str):
+def _result(reply: dict[str, object]) -> ChosenFrames:
+    if isinstance(message := reply.get("damaged"), str):
         raise DamagedVideo(message)
-    if isinstance(message := said.get("too_large"), str):
+    if isinstance(message := reply.get("too_large"), str):
         raise VideoTooLarge(message)
-    if not isinstance(values := said.get("frames"), list):
+    if not isinstance(values := reply.get("frames"), list):
         raise DamagedVideo("the video file can't be decoded")
     count, height, width, times, total, seconds = values
-    return Chosen(count, height, width, tuple(times), total, seconds)
+    return ChosenFrames(count, height, width, tuple(times), total, seconds)

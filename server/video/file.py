@@ -1,4 +1,4 @@
-"""A video file's frames, under bounds. Runs in a process of its own, see `nursery`."""
+"""A video file's frames, under bounds. Runs in a process of its own, see `fork_server`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from av.video.frame import VideoFrame
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
-from foldserve.server.video.frames import Bounds, Chosen, DamagedVideo, Rule, VideoTooLarge
+from foldserve.server.video.frames import ChosenFrames, DamagedVideo, FrameRule, VideoBounds, VideoTooLarge
 
 _CODECS = frozenset({"av1", "h264", "hevc", "libdav1d", "mpeg4", "vp8", "vp9"})
 _MOST_STREAMS = 32
@@ -45,7 +45,7 @@ def demuxer(head: bytes) -> str:
     raise DamagedVideo("the file is no MP4 or WebM video")
 
 
-def read(file: io.BufferedIOBase, bounds: Bounds, rule: Rule, put: Put | None) -> Chosen:
+def read(file: io.BufferedIOBase, bounds: VideoBounds, rule: FrameRule, put: Put | None) -> ChosenFrames:
     """Passes the chosen frames of a file to `put`, upright and in RGB.
 
     Without `put`, decodes nothing and finds only their number and size, as before rotation.
@@ -65,7 +65,7 @@ def read(file: io.BufferedIOBase, bounds: Bounds, rule: Rule, put: Put | None) -
         raise _damaged() from error
 
 
-def _read(container: InputContainer, bounds: Bounds, rule: Rule, put: Put | None) -> Chosen:
+def _read(container: InputContainer, bounds: VideoBounds, rule: FrameRule, put: Put | None) -> ChosenFrames:
     stream = _stream(container)
     _check_header(container, stream, bounds)
     packets = _packets(container, stream, bounds)
@@ -81,7 +81,9 @@ def _read(container: InputContainer, bounds: Bounds, rule: Rule, put: Put | None
         )
     height_width = (height, width) if put is None else _decode(container, stream, packets, places, put)
     step = times[-1] / (len(times) - 1) if len(times) > 1 else 0.0
-    return Chosen(len(places), *height_width, tuple(times[place] for place in places), len(times), times[-1] + step)
+    return ChosenFrames(
+        len(places), *height_width, tuple(times[place] for place in places), len(times), times[-1] + step
+    )
 
 
 def _decode(
@@ -113,7 +115,7 @@ def _stream(container: InputContainer) -> VideoStream:
     return stream
 
 
-def _check_header(container: InputContainer, stream: VideoStream, bounds: Bounds) -> None:
+def _check_header(container: InputContainer, stream: VideoStream, bounds: VideoBounds) -> None:
     """Checks what the container says, before anything is decoded."""
     context = stream.codec_context
     width, height = context.width, context.height
@@ -132,7 +134,7 @@ def _check_header(container: InputContainer, stream: VideoStream, bounds: Bounds
     context.options = {"max_pixels": str(bounds.frame_pixels)}  # a stream may have another size than its container says
 
 
-def _packets(container: InputContainer, stream: VideoStream, bounds: Bounds) -> list[_Packet]:
+def _packets(container: InputContainer, stream: VideoStream, bounds: VideoBounds) -> list[_Packet]:
     """All frames that are shown, by their time; decodes nothing."""
     packets: dict[int, _Packet] = {}
     count = 0
@@ -182,10 +184,10 @@ def _damaged() -> DamagedVideo:
     return DamagedVideo("the video file is damaged or cut short")
 
 
-def _too_long(seconds: float, bounds: Bounds) -> VideoTooLarge:
+def _too_long(seconds: float, bounds: VideoBounds) -> VideoTooLarge:
     shown = f"{seconds:.0f} s" if math.isfinite(seconds) and seconds < 1e9 else "an endless time"
     return VideoTooLarge(f"the video takes {shown}: at most {bounds.seconds:g} s are allowed; cut it")
 
 
-def _too_many(bounds: Bounds) -> VideoTooLarge:
+def _too_many(bounds: VideoBounds) -> VideoTooLarge:
     return VideoTooLarge(f"the video has more than {bounds.file_frames} frames: lower its frame rate, or cut it")

@@ -25,7 +25,7 @@ class VideoTooLarge(VideoError):
 
 
 @dataclass(frozen=True, slots=True)
-class Bounds:
+class VideoBounds:
     """Limits of one file.
 
     Attributes:
@@ -46,7 +46,7 @@ class Bounds:
 
 
 @dataclass(frozen=True, slots=True)
-class Rule:
+class FrameRule:
     """Which frames are taken: evenly spaced in time, the first and the last among them, at most `frames`.
 
     `fps` is the most frames a second; None for as many as `frames` allows.
@@ -71,7 +71,7 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class ChosenFrames:
     """The frames that were taken: `count` of `height` x `width` pixels, upright.
 
     Attributes:
@@ -88,7 +88,7 @@ class Chosen:
     seconds: float
 
     @classmethod
-    def of_pictures(cls, count: int, height: int, width: int) -> Chosen:
+    def of_pictures(cls, count: int, height: int, width: int) -> ChosenFrames:
         return cls(count, height, width, tuple(i / _SAMPLED_AT for i in range(count)), count, count / _SAMPLED_AT)
 
     def metadata(self) -> dict[str, object]:

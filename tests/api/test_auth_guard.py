@@ -16,24 +16,24 @@ from starlette.datastructures import Headers
 from starlette.types import Message, Receive, Scope, Send
 
 from foldserve.server.api.auth.counters import SharedCounters
-from foldserve.server.api.auth.guard import CacheSalts, Guard, cache_salts
-from foldserve.server.api.auth.keys import Key, digest
+from foldserve.server.api.auth.guard import AuthGuard, CacheSalts, cache_salts
+from foldserve.server.api.auth.keys import Key, key_digest
 from foldserve.server.api.auth.route import GuardedRoute, MetricsRoute, OpenRoute, WorkRoute, take_place
 from foldserve.server.api.errors import Forbidden, InvalidRequest, TooManyRequests, Unauthorized, Unavailable
 
-ALICE = Key("alice", digest("key-of-alice"))
-BOB = Key("bob", digest("key-of-bob"), scopes=frozenset({"metrics"}))
+ALICE = Key("alice", key_digest("key-of-alice"))
+BOB = Key("bob", key_digest("key-of-bob"), scopes=frozenset({"metrics"}))
 
 
 class Ring:
     """The two keys above."""
 
     def find(self, presented: str) -> Key | None:
-        return next((key for key in (ALICE, BOB) if key.digest == digest(presented)), None)
+        return next((key for key in (ALICE, BOB) if key.digest == key_digest(presented)), None)
 
 
-def guard(capacity: int = 10, **options: Any) -> Guard:
-    return Guard(Ring(), SharedCounters(), capacity, **options)  # type: ignore[arg-type]
+def guard(capacity: int = 10, **options: Any) -> AuthGuard:
+    return AuthGuard(Ring(), SharedCounters(), capacity, **options)  # type: ignore[arg-type]
 
 
 def headers(*values: str) -> Headers:
@@ -88,7 +88,7 @@ def test_scopes() -> None:
 
 
 def test_without_keys_everybody_may() -> None:
-    assert Guard(None, SharedCounters(), 1).identify(headers("Bearer whatever"), "api") is None
+    assert AuthGuard(None, SharedCounters(), 1).identify(headers("Bearer whatever"), "api") is None
 
 
 def test_a_full_server() -> None:

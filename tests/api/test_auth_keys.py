@@ -16,7 +16,7 @@ from limits.strategies import FixedWindowRateLimiter
 from foldserve.server import cli
 from foldserve.server.api.auth.counters import SharedCounters
 from foldserve.server.api.auth.keyring import Keyring
-from foldserve.server.api.auth.keys import MOST_KEYS, Key, digest, entry, new_key, read_keys
+from foldserve.server.api.auth.keys import MOST_KEYS, Key, entry, key_digest, new_key, read_keys
 
 HASH = "ab" * 32
 
@@ -36,8 +36,8 @@ def test_hash_key_writes_what_serve_reads(tmp_path: Path, capsys: pytest.Capture
     secret = alice.err.split()[-1]
     assert re.fullmatch(r"fsk-[A-Za-z0-9_-]{43}", secret)
     assert secret not in alice.out
-    assert keys[0] == Key("alice", digest(secret), parse("5/second"), 2, frozenset({"api", "metrics"}))
-    assert keys[1] == Key("bob", digest(bob.err.split()[-1]))
+    assert keys[0] == Key("alice", key_digest(secret), parse("5/second"), 2, frozenset({"api", "metrics"}))
+    assert keys[1] == Key("bob", key_digest(bob.err.split()[-1]))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +102,7 @@ SALTS = st.none() | st.text(string.ascii_letters + string.digits + "._~-", min_s
 
 @given(SALTS, SALTS)
 def test_salts_differ_between_keys_and_between_the_salts_of_one(one: str | None, other: str | None) -> None:
-    alice, bob = Key("alice", digest("a")), Key("bob", digest("b"))
+    alice, bob = Key("alice", key_digest("a")), Key("bob", key_digest("b"))
     assert alice.cache_salt(one) != bob.cache_salt(other)
     assert (alice.cache_salt(one) == alice.cache_salt(other)) == (one == other)
     assert re.fullmatch("[0-9a-f]{64}", alice.cache_salt(one))

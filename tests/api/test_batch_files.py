@@ -17,9 +17,9 @@ import pytest
 from foldserve.server.api.batch import lines, results, run, survey
 from foldserve.server.api.batch.files import LocalFiles
 from foldserve.server.api.batch.front import Reply
-from foldserve.server.api.batch.lines import Line, read_lines, read_request
-from foldserve.server.api.batch.results import Result, Results
-from foldserve.server.api.batch.run import Answers, EngineEnded, Progress, Run
+from foldserve.server.api.batch.lines import BatchLine, read_lines, read_request
+from foldserve.server.api.batch.results import LineResult, OutputFile
+from foldserve.server.api.batch.run import BatchRun, EngineEnded, LineAnswerer, ProgressBar
 from foldserve.server.api.batch.survey import Survey
 from foldserve.server.api.errors import FoldserveError
 from foldserve.server.limits import Limits
@@ -69,7 +69,7 @@ def test_lines_are_numbered_and_long_ones_cut(tmp_path: Path) -> None:
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_what_is_no_request(content: object, param: str | None, says: str) -> None:
-    line = Line(1, (content if isinstance(content, str) else json.dumps(content)).encode())
+    line = BatchLine(1, (content if isinstance(content, str) else json.dumps(content)).encode())
     with pytest.raises(FoldserveError, match=says) as refusal:
         read_request(line, [URL], Limits())
     assert refusal.value.param == param
@@ -82,7 +82,7 @@ def test_an_id_that_comes_twice_is_refused_with_both_lines(tmp_path: Path) -> No
 
 
 def test_ids_of_one_digest_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "digest", lambda custom_id: 0 if custom_id is None else 1)
+    monkeypatch.setattr(survey, "id_digest", lambda custom_id: 0 if custom_id is None else 1)
     assert len(Survey(write(tmp_path / "in", entry("a"), entry("b")), LONGEST)) == 2
 
 
@@ -91,23 +91,23 @@ def asked(tmp_path: Path) -> Survey:
     return Survey(write(tmp_path / "in", entry("a"), entry("b"), "{broken", entry("c")), LONGEST)
 
 
-def add(found: Results, number: int, custom_id: str | None) -> None:
+def add(found: OutputFile, number: int, custom_id: str | None) -> None:
     body = b'{"usage":{"vision_tokens":{"encoded":10,"kept":4}}}'
-    found.add(Result(results.answer(number, custom_id, 200, "", body), is_answer=True, encoded=10, kept=4))
+    found.add(LineResult(results.answer(number, custom_id, 200, "", body), is_answer=True, encoded=10, kept=4))
 
 
 def test_a_line_cut_off_anywhere_is_answered_again(asked: Survey, tmp_path: Path) -> None:
     """And zeros, which a file system may leave behind where a machine lost power."""
     path = tmp_path / "out"
-    with Results(path, asked, "refuse") as found:
+    with OutputFile(path, asked, "refuse") as found:
         add(found, 1, "a")
-        found.add(Result(results.failure(3, None, {"code": "x", "message": "y", "param": None})))
+        found.add(LineResult(results.failure(3, None, {"code": "x", "message": "y", "param": None})))
         whole = path.stat().st_size
         add(found, 2, "b")
     content = path.read_bytes()
     for end in [content[:cut] for cut in range(whole, len(content))] + [content[:whole] + bytes(100)]:
         path.write_bytes(end)
-        with Results(path, asked, "resume") as found:
+        with OutputFile(path, asked, "resume") as found:
             assert [number in found for number in (1, 2, 3, 4)] == [True, False, True, False]
             assert (found.totals.lines, found.totals.refused, found.totals.encoded, found.totals.kept) == (2, 1, 10, 4)
         assert path.read_bytes() == content[:whole]
@@ -115,23 +115,23 @@ def test_a_line_cut_off_anywhere_is_answered_again(asked: Survey, tmp_path: Path
 
 def test_results_that_are_there(asked: Survey, tmp_path: Path) -> None:
     path = tmp_path / "out"
-    with Results(path, asked, "resume") as found:
+    with OutputFile(path, asked, "resume") as found:
         add(found, 1, "a")
         with pytest.raises(ValueError, match="another run writes there"):
-            Results(path, asked, "resume")
+            OutputFile(path, asked, "resume")
     with pytest.raises(ValueError, match="--resume answers the missing lines, --overwrite begins anew"):
-        Results(path, asked, "refuse")
+        OutputFile(path, asked, "refuse")
     other = Survey(write(tmp_path / "other", entry("z")), LONGEST)
     with pytest.raises(ValueError, match="answers 'a', which is not what line 1 of the input asks"):
-        Results(path, other, "resume")
+        OutputFile(path, other, "resume")
     with path.open("ab") as file:
         file.write(path.read_bytes())
     with pytest.raises(ValueError, match="line 2, answers 'a', which has been answered before"):
-        Results(path, asked, "resume")
+        OutputFile(path, asked, "resume")
     write(path, '{"no": "result"}')
     with pytest.raises(ValueError, match="line 1, is no result of a batch"):
-        Results(path, asked, "resume")
-    with Results(path, asked, "overwrite") as found:
+        OutputFile(path, asked, "resume")
+    with OutputFile(path, asked, "overwrite") as found:
         assert 1 not in found
     assert path.read_bytes() == b""
 
@@ -161,9 +161,9 @@ class Slow:
 
 def answer_all(path: Path, output: Path, front: Any, at_once: int = 8, limits: Limits = Limits()) -> None:  # noqa: B008
     seen = Survey(path, lines.longest_line(limits))
-    with Results(output, seen, "resume") as found, path.open("rb") as file, Progress(len(seen), found) as bar:
+    with OutputFile(output, seen, "resume") as found, path.open("rb") as file, ProgressBar(len(seen), found) as bar:
         missing = (line for line in read_lines(file, lines.longest_line(limits)) if line.number not in found)
-        asyncio.run(Run(Answers(front, limits), missing, limits.max_unread_bytes, found, bar).answer(at_once))
+        asyncio.run(BatchRun(LineAnswerer(front, limits), missing, limits.max_unread_bytes, found, bar).answer(at_once))
 
 
 def test_killed_at_random_each_line_is_answered_once(tmp_path: Path) -> None:

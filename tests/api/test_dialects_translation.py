@@ -144,7 +144,7 @@ def written(writer: StreamWriter, pieces: list[str]) -> list[list[dict[str, Any]
 
 
 def test_reasoning_and_tool_calls_in_events_of_the_responses_api() -> None:
-    pieces = written(written_responses.Writer(Translation(Limits())), STREAM)
+    pieces = written(written_responses.ResponsesWriter(Translation(Limits())), STREAM)
     assert len(pieces) == len(STREAM)
     events = [event for each in pieces for event in each]
     assert [event["sequence_number"] for event in events] == list(range(len(events)))
@@ -166,7 +166,7 @@ def test_reasoning_and_tool_calls_in_events_of_the_responses_api() -> None:
 
 
 def test_reasoning_and_tool_calls_in_events_of_the_messages_api() -> None:
-    pieces = written(written_messages.Writer(Translation(Limits())), STREAM)
+    pieces = written(written_messages.MessagesWriter(Translation(Limits())), STREAM)
     assert len(pieces) == len(STREAM)
     events = [event for each in pieces for event in each]
     for event in events:
@@ -189,10 +189,10 @@ def test_an_error_ends_a_stream(begun: bool) -> None:
     pieces = [*(STREAM[:1] if begun else []), failed]
     sent = Translation(Limits(), paths={"response_format": "text.format"})
     told = {"message": "text.format can't be met", "param": "text.format", "code": "x"}
-    *_, (event,) = written(written_responses.Writer(sent), pieces)
+    *_, (event,) = written(written_responses.ResponsesWriter(sent), pieces)
     assert event == {"type": "error", "sequence_number": event["sequence_number"], "error": event["error"]} | told
     assert event["error"] == FAILED | told
-    *_, (event,) = written(written_messages.Writer(sent), pieces)
+    *_, (event,) = written(written_messages.MessagesWriter(sent), pieces)
     assert event == {"type": "error", "error": told | {"type": "invalid_request_error"}}
 
 
@@ -206,10 +206,10 @@ def test_tool_calls_in_whole_answers(arguments: str) -> None:
     """A call that the request chose ends with "stop". Arguments may have been cut."""
     call = {"id": "call_0", "type": "function", "function": {"name": "look", "arguments": arguments}}
     chat = answer({"reasoning": "hm", "tool_calls": [call]}, finish_reason="stop")
-    response = Response.model_validate(written_responses.Writer.whole(chat, Translation(Limits())))
+    response = Response.model_validate(written_responses.ResponsesWriter.whole(chat, Translation(Limits())))
     assert [item.type for item in response.output] == ["reasoning", "function_call"]
     assert response.output[1].arguments == arguments  # type: ignore[union-attr]
-    message = Message.model_validate(written_messages.Writer.whole(chat, Translation(Limits())))
+    message = Message.model_validate(written_messages.MessagesWriter.whole(chat, Translation(Limits())))
     assert [block.type for block in message.content] == ["thinking", "tool_use"]
     assert message.content[1].input == ({"at": 1} if arguments == '{"at": 1}' else {})  # type: ignore[union-attr]
     assert message.stop_reason == "tool_use"
@@ -217,8 +217,11 @@ def test_tool_calls_in_whole_answers(arguments: str) -> None:
 
 def test_an_answer_that_says_nothing() -> None:
     for chat in (answer({"content": None}), answer({"content": ""}, stop_reason=2)):
-        assert Response.model_validate(written_responses.Writer.whole(chat, Translation(Limits()))).output_text == ""
-        message = written_messages.Writer.whole(chat, Translation(Limits()))
+        assert (
+            Response.model_validate(written_responses.ResponsesWriter.whole(chat, Translation(Limits()))).output_text
+            == ""
+        )
+        message = written_messages.MessagesWriter.whole(chat, Translation(Limits()))
         assert message["content"] == [{"type": "text", "text": ""}]
         assert (message["stop_reason"], message["stop_sequence"]) == ("end_turn", None)
 

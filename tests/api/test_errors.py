@@ -28,9 +28,9 @@ from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from foldserve.server.api import errors
-from foldserve.server.api.errors import FoldserveError, from_vllm, render, render_event, translate
+from foldserve.server.api.errors import FoldserveError, from_vllm, render_error, render_error_event, translate
 from foldserve.server.api.schema import FoldChatRequest
-from foldserve.server.api.serving import FoldServingChat, _explained
+from foldserve.server.api.serving import FoldServingChat, _with_explained_errors
 
 SECRET = "a zygote in /usr/lib/python3/site-packages/PIL/Image.py line 7, at 0x7f00deadbeef"
 
@@ -72,12 +72,12 @@ def check(body: Any, code: str, param: str | None) -> None:
 
 def told(explain: Callable[[Exception], Exception]) -> Any:
     """A life cycle that hears of every output."""
-    return SimpleNamespace(explain=explain, heard=lambda: None)
+    return SimpleNamespace(explain=explain, note_output=lambda: None)
 
 
 @pytest.mark.parametrize(("error", "status", "code", "param"), THEIRS, ids=lambda v: type(v).__name__)
 def test_no_text_of_a_library(error: Exception, status: int, code: str, param: str | None) -> None:
-    answer = render(error)
+    answer = render_error(error)
     assert answer.status_code == status
     check(json.loads(bytes(answer.body)), code, param)
     assert ("retry-after" in answer.headers) == (status == 503)
@@ -85,12 +85,12 @@ def test_no_text_of_a_library(error: Exception, status: int, code: str, param: s
 
 @pytest.mark.parametrize(("error", "status", "code", "param"), THEIRS, ids=lambda v: type(v).__name__)
 def test_nor_in_a_stream(error: Exception, status: int, code: str, param: str | None) -> None:
-    check(json.loads(render_event(error)), code, param)
+    check(json.loads(render_error_event(error)), code, param)
 
 
 @pytest.mark.parametrize(("error", "status", "code", "param"), THEIRS[:-5], ids=lambda v: type(v).__name__)
 def test_nor_in_a_response_that_vllm_made(error: Exception, status: int, code: str, param: str | None) -> None:
-    check(json.loads(bytes(render(from_vllm(create_error_response(error))).body)), code, param)
+    check(json.loads(bytes(render_error(from_vllm(create_error_response(error))).body)), code, param)
 
 
 def output(text: str, finish_reason: str | None = None) -> RequestOutput:
@@ -172,7 +172,7 @@ def test_what_the_engine_does_not_explain(
             yield SimpleNamespace(outputs=[SimpleNamespace(finish_reason=reason)], finished=reason is not None)
 
     async def read() -> int:
-        return len([output async for output in _explained(request, outputs(), told(lambda error: error))])
+        return len([output async for output in _with_explained_errors(request, outputs(), told(lambda error: error))])
 
     if expected is None:
         assert asyncio.run(read()) == len(before) + 1
@@ -193,7 +193,7 @@ def test_what_fails_once_the_engine_is_gone(error: Exception) -> None:
         stopped = errors.EngineStopped("the model has stopped", 10)
         explain = {True: error, False: stopped}[isinstance(error, FoldserveError)]
         request = FoldChatRequest.model_validate({"messages": [], "structured_outputs": {"regex": "x"}})
-        async for _ in _explained(request, outputs(), told(lambda error: explain)):
+        async for _ in _with_explained_errors(request, outputs(), told(lambda error: explain)):
             pass
 
     with pytest.raises(type(error) if isinstance(error, FoldserveError) else errors.EngineStopped):

@@ -70,6 +70,6 @@ def test_only_a_mistake_at_the_start_shows_no_traceback(
     if listens:
         guardian.report_listening(0)
     is_mistake = not listens and error is not RuntimeError
-    with pytest.raises(SystemExit if is_mistake else error), preflight.explained():
+    with pytest.raises(SystemExit if is_mistake else error), preflight.exit_with_reason():
         raise error("why")
     assert (tmp_path / "failure").read_text() == "why"

@@ -50,7 +50,7 @@ def verify(params: SamplingParams, engine: Any) -> None:
 
 def test_others_are_served_while_a_form_is_built(engine: Any) -> None:
     async def rounds_beside() -> int:
-        building = asyncio.create_task(forms.build(asking(**schema(ADDRESSES)), engine))
+        building = asyncio.create_task(forms.FormCompiler(engine).build(asking(**schema(ADDRESSES))))
         rounds = 0
         while not building.done():
             await asyncio.sleep(0.001)
@@ -70,7 +70,7 @@ def test_it_is_built_once(fields: dict[str, object], engine: Any, monkeypatch: p
     request = asking(**fields)
     wanted = request.to_sampling_params(4, {})
     verify(wanted, engine)
-    request.progress.form = asyncio.run(forms.build(request, engine))
+    request.progress.form = asyncio.run(forms.FormCompiler(engine).build(request))
     monkeypatch.setattr("vllm.v1.structured_output.backend_xgrammar.validate_xgrammar_grammar", None)
     found = request.to_sampling_params(4, {})
     for params in (found, copy(found), deepcopy(found)):  # as for several answers
@@ -95,14 +95,14 @@ def test_it_is_built_once(fields: dict[str, object], engine: Any, monkeypatch: p
     ids=lambda fields: " ".join(fields),
 )
 def test_other_fields_do_not_matter(fields: dict[str, object], engine: Any) -> None:
-    form = asyncio.run(forms.build(asking(structured_outputs={"regex": "a+"}, **fields), engine))
+    form = asyncio.run(forms.FormCompiler(engine).build(asking(structured_outputs={"regex": "a+"}, **fields)))
     assert form is not None
     assert form.regex == "a+"
 
 
 def test_without_a_form_nothing_is_built(engine: Any) -> None:
     request = asking()
-    assert asyncio.run(forms.build(request, engine)) is None
+    assert asyncio.run(forms.FormCompiler(engine).build(request)) is None
     assert type(request.to_sampling_params(4, {})) is SamplingParams
 
 
@@ -118,5 +118,5 @@ def test_without_a_form_nothing_is_built(engine: Any) -> None:
 )
 def test_what_can_not_be_built_is_refused(fields: dict[str, object], engine: Any) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        asyncio.run(forms.build(asking(**fields), engine))
+        asyncio.run(forms.FormCompiler(engine).build(asking(**fields)))
     assert caught.value.param in fields

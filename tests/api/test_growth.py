@@ -12,6 +12,7 @@ import json
 import time
 from argparse import Namespace
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,8 @@ from vllm.renderers.hf import safe_apply_chat_template
 from vllm.tokenizers.hf import get_cached_tokenizer
 
 from foldserve.server.api.auth.counters import SharedCounters
-from foldserve.server.api.auth.guard import Guard
-from foldserve.server.api.errors import FoldserveError, render
+from foldserve.server.api.auth.guard import AuthGuard
+from foldserve.server.api.errors import FoldserveError, render_error
 from foldserve.server.api.limits import template
 from foldserve.server.api.limits.body import check_body
 from foldserve.server.api.limits.checks import ChatChecks, known_tokens
@@ -153,11 +154,11 @@ class Steps:
             self._run(body)
         except ValidationError as error:
             errors = self._measure("errors", error.errors)
-            self._measure("render", render, RequestValidationError(errors))
+            self._measure("render", render_error, RequestValidationError(errors))
         except VLLMValidationError as error:
             self._measure("blame", template.refusal, error, 1)
         except FoldserveError as error:
-            self._measure("render", render, error)
+            self._measure("render", render_error, error)
         except (TypeError, ValueError):  # vLLM's, of an odd tool call
             return
 
@@ -259,9 +260,10 @@ def app(model: ModelConfig, tokenizer: Any, special: SpecialTokens) -> FastAPI:
         limits, special, 131_072, tokenizer.max_chars_per_token, known, {}, frozenset[Modality]({"image"})
     )
     app.state.foldserve_chat = Namespace(checks=checks)
-    app.state.foldserve_guard = Guard(None, SharedCounters(), 10)
+    app.state.foldserve_guard = AuthGuard(None, SharedCounters(), 10)
     app.state.foldserve_lifecycle = Namespace(request=nullcontext, explain=lambda error: error)
     app.state.foldserve_turn = asyncio.Lock()
+    app.state.foldserve_long_bodies = ThreadPoolExecutor(2)
     app.state.foldserve_unread = UnreadBodies(limits.max_body_bytes)
     app.router.route_class = ChatRoute
 

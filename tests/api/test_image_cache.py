@@ -14,7 +14,7 @@ from vllm.multimodal.cache import LruKeyReplicatedReceiverCache, MultiModalCache
 from vllm.multimodal.cache.base import MultiModalProcessorCacheInItem
 from vllm.multimodal.inputs import MultiModalFeatureSpec, MultiModalKwargsItem, PlaceholderRange
 
-from foldserve.server.api.image_cache import OnItsWay, SentImages, note_sent_images
+from foldserve.server.api.image_cache import EngineCacheMirror, PendingImages, mirror_engine_cache
 
 ROOM = 1000
 SIZES = {"a": 100, "b": 100, "c": 250, "d": 300, "e": 400, "big": 600}
@@ -27,20 +27,20 @@ class Pair:
     """Both sides of the way to the engine."""
 
     def __init__(self) -> None:
-        self.notes = SentImages(ROOM)
+        self.mirror = EngineCacheMirror(ROOM)
         model = SimpleNamespace(get_multimodal_config=lambda: SimpleNamespace(mm_processor_cache_gb=ROOM / 2**30))
         self.engine = LruKeyReplicatedReceiverCache(model)
 
-    def prepare(self, *names: str) -> tuple[OnItsWay, Payload]:
-        clock = self.notes.clock
-        known = self.notes.is_cached(list(names))
+    def prepare(self, *names: str) -> tuple[PendingImages, Payload]:
+        clock = self.mirror.clock
+        known = self.mirror.is_cached(list(names))
         items: list[MultiModalProcessorCacheInItem] = [
             None if there else (ITEMS[name], []) for name, there in zip(names, known, strict=True)
         ]
-        payload = [self.notes.get_and_update_item(item, name)[0] for item, name in zip(items, names, strict=True)]
-        return OnItsWay(self.notes, names, clock), payload
+        payload = [self.mirror.get_and_update_item(item, name)[0] for item, name in zip(items, names, strict=True)]
+        return PendingImages(self.mirror, names, clock), payload
 
-    def deliver(self, way: OnItsWay, payload: Payload) -> None:
+    def deliver(self, way: PendingImages, payload: Payload) -> None:
         position = PlaceholderRange(0, 1)
         specs = [
             MultiModalFeatureSpec(item, "image", name, position, name)
@@ -53,7 +53,7 @@ class Pair:
         """One request from end to end; which of its images had to travel."""
         way, payload = self.prepare(*names)
         self.deliver(way, payload)
-        way.arrived()
+        way.mark_arrived()
         return [item is not None for item in payload]
 
 
@@ -61,8 +61,8 @@ def test_an_image_travels_once() -> None:
     pair = Pair()
     assert pair.ask("a", "b") == [True, True]
     assert pair.ask("b", "a", "c") == [False, False, True]
-    assert (pair.notes.make_stats(), pair.notes.make_stats(delta=True)) == ((2, 5), (2, 5))
-    assert pair.notes.make_stats(delta=True) == (0, 0)
+    assert (pair.mirror.make_stats(), pair.mirror.make_stats(delta=True)) == ((2, 5), (2, 5))
+    assert pair.mirror.make_stats(delta=True) == (0, 0)
 
 
 def test_an_image_that_was_only_prepared_travels_again() -> None:
@@ -76,7 +76,7 @@ def test_a_request_that_the_engine_gave_up_says_nothing() -> None:
     pair = Pair()
     pair.ask("a")
     way, _ = pair.prepare("a")
-    way.failed()
+    way.mark_failed()
     assert pair.ask("a") == [True]
 
 
@@ -86,7 +86,7 @@ def test_a_note_lasts_as_long_as_the_image_is_used() -> None:
     assert [pair.ask("a", name)[0] for name in ("b", "c", "b", "c")] == [False] * 4
     pair.ask("big")
     assert pair.ask("a") == [True]
-    assert set(pair.notes._notes) == {"a"}  # what is too old is forgotten altogether
+    assert set(pair.mirror._images) == {"a"}  # what is too old is forgotten altogether
 
 
 def test_after_a_reset_everything_travels_again() -> None:
@@ -94,9 +94,9 @@ def test_after_a_reset_everything_travels_again() -> None:
     way, payload = pair.prepare("a")
     pair.deliver(way, payload)
     pair.engine.clear_cache()
-    pair.notes.clear_cache()
+    pair.mirror.clear_cache()
     late = pair.prepare("a")
-    way.arrived()  # tells of the time before
+    way.mark_arrived()  # tells of the time before
     assert pair.prepare("a")[1] == [ITEMS["a"]]
     pair.deliver(*late)
 
@@ -122,12 +122,12 @@ def test_the_engine_holds_what_is_noted(requests: list[tuple[list[str], int | No
     pair = Pair()
     events: dict[int, list[Callable[[], None]]] = defaultdict(list)
 
-    def deliver(way: OnItsWay, payload: Payload, heard: int | None) -> None:
-        if pair.notes.clock - way.clock > ROOM // 2:  # it has hung for too long
+    def deliver(way: PendingImages, payload: Payload, heard: int | None) -> None:
+        if pair.mirror.clock - way.clock > ROOM // 2:  # it has hung for too long
             return
         pair.deliver(way, payload)
         if heard is not None:
-            events[heard].append(way.arrived)
+            events[heard].append(way.mark_arrived)
 
     for time, (names, delay, heard) in enumerate(requests):
         if delay is not None:
@@ -147,7 +147,7 @@ def test_a_wrong_note_is_a_miss() -> None:
     """What all this is against; without it the test above could not fail."""
     pair = Pair()
     way, _ = pair.prepare("a")
-    way.arrived()  # it had not
+    way.mark_arrived()  # it had not
     with pytest.raises(MultiModalCacheMissError):
         pair.ask("a")
 
@@ -155,5 +155,5 @@ def test_a_wrong_note_is_a_miss() -> None:
 def test_other_caches_are_left_alone() -> None:
     for cache in (None, MultiModalProcessorOnlyCache.__new__(MultiModalProcessorOnlyCache)):
         renderer = SimpleNamespace(_mm_processor_cache=cache)
-        assert note_sent_images(renderer) is None
+        assert mirror_engine_cache(renderer) is None
         assert renderer._mm_processor_cache is cache

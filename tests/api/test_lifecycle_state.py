@@ -19,7 +19,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from foldserve.server.access import Access
 from foldserve.server.api.errors import EngineStopped, InvalidRequest, ShuttingDown
 from foldserve.server.api.lifecycle import state
-from foldserve.server.api.lifecycle.arguments import Shared
+from foldserve.server.api.lifecycle.arguments import SharedState
 from foldserve.server.api.lifecycle.processes import EngineWatch, engine_processes
 from foldserve.server.api.lifecycle.state import Lifecycle, Phase
 
@@ -66,7 +66,7 @@ class Life:
         self.died = multiprocessing.get_context("spawn").Event()
         self.server = SimpleNamespace(should_exit=False, force_exit=False)
         access = Access(shutdown_timeout_s=timeout_s, engine_timeout_s=3)  # type: ignore[arg-type]
-        self.cycle = Lifecycle(self.engine, access, Shared(engine_died=self.died))
+        self.cycle = Lifecycle(self.engine, access, SharedState(engine_died=self.died))
         self.cycle.start(self.server)  # type: ignore[arg-type]
 
     async def request(self, seconds: float) -> str:
@@ -278,7 +278,7 @@ def test_an_engine_that_has_work_and_says_nothing_is_killed(
 ) -> None:
     monkeypatch.setattr(state, "_LOOK_S", 0.02)
     steps = SimpleNamespace(at=0.0)
-    monkeypatch.setattr(state, "heard", steps)
+    monkeypatch.setattr(state, "last_stats", steps)
 
     async def scenario() -> None:
         life = Life(monkeypatch, 600, [process.pid])
@@ -288,7 +288,7 @@ def test_an_engine_that_has_work_and_says_nothing_is_killed(
         while not request.done():
             await asyncio.sleep(0.02)
             if stopped == "outputs":
-                life.cycle.heard()
+                life.cycle.note_output()
             elif stopped == "steps":
                 steps.at = time.monotonic()
         if stopped == "silent":
@@ -314,7 +314,7 @@ def test_a_process_that_was_stopped_itself_blames_nobody(monkeypatch: pytest.Mon
         for _ in range(3):
             await asyncio.sleep(0.05)
             time.sleep(1)
-            life.cycle.heard()
+            life.cycle.note_output()
         assert life.cycle.phase is Phase.SERVING
         life.cycle.stop()
 

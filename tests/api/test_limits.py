@@ -485,7 +485,7 @@ def body_of(headers: dict[str, str], chunks: list[bytes]) -> Callable[[], bytes]
 
     from foldserve.server.api.auth import route
     from foldserve.server.api.auth.counters import SharedCounters
-    from foldserve.server.api.auth.guard import Guard
+    from foldserve.server.api.auth.guard import AuthGuard
     from foldserve.server.api.limits.route import CheckedRequest, UnreadBodies
 
     waiting = list(chunks)
@@ -497,7 +497,7 @@ def body_of(headers: dict[str, str], chunks: list[bytes]) -> Callable[[], bytes]
     limits = SimpleNamespace(limits=Limits(max_body_mb=0.001))
     state = {
         "foldserve_chat": SimpleNamespace(checks=limits),
-        "foldserve_guard": Guard(None, SharedCounters(), 1),
+        "foldserve_guard": AuthGuard(None, SharedCounters(), 1),
         "foldserve_unread": UnreadBodies(10_000),
     }
     app = SimpleNamespace(state=SimpleNamespace(**state))

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from starlette.types import Receive, Scope, Send
 
-from foldserve.server.api.logs.config import STARTUP, VARIABLE, configured, json_formatter, logging_config
+from foldserve.server.api.logs.config import STARTUP, VARIABLE, json_formatter, logging_config, shared_logging_config
 from foldserve.server.api.logs.context import RequestIdFilter, choose_request_id, request_id
 from foldserve.server.api.logs.middleware import RequestLog
 
@@ -135,12 +135,12 @@ def test_json_of_every_process(tmp_path: Path) -> None:
 
 def test_the_configuration_lives_as_long_as_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    with configured("json", "DEBUG", verbose=False, own=False):
+    with shared_logging_config("json", "DEBUG", verbose=False, own=False):
         file = Path(os.environ[VARIABLE])
         assert json.loads(file.read_text())["loggers"]["vllm"]["level"] == "DEBUG"
     assert VARIABLE not in os.environ
     assert not file.exists()
-    with configured("text", "INFO", verbose=False, own=True):
+    with shared_logging_config("text", "INFO", verbose=False, own=True):
         assert VARIABLE not in os.environ
 
 
@@ -159,7 +159,7 @@ def test_whose_lines_are_shown(
     log_format: str, level: str | None, verbose: bool, ours: str, vllms: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    with configured(log_format, level, verbose=verbose, own=False):
+    with shared_logging_config(log_format, level, verbose=verbose, own=False):
         loggers = json.loads(Path(os.environ[VARIABLE]).read_text())["loggers"]
     assert {name: logger["level"] for name, logger in loggers.items()} == {
         "foldserve": ours,

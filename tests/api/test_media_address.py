@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foldserve.server.api.errors import RefusedUrl
-from foldserve.server.api.media.address import Policy, is_public
+from foldserve.server.api.media.address import HostPolicy, is_public
 
 PRIVATE = [
     "0.0.0.0",
@@ -72,7 +72,7 @@ def test_urls_of_private_addresses(address: str) -> None:
     host = f"[{address}]" if ":" in address else address
     for url in (f"http://{host}/x.png", f"https://{host}:8443/x.png", f"HTTP://{host}"):
         with pytest.raises(RefusedUrl):
-            Policy().check(url)
+            HostPolicy().check(url)
 
 
 SPELLINGS = [
@@ -147,7 +147,7 @@ SPELLINGS = [
 @pytest.mark.parametrize("url", SPELLINGS, ids=lambda url: ascii(url)[:60])
 def test_refused_urls(url: str) -> None:
     with pytest.raises(RefusedUrl) as refusal:
-        Policy().check(url)
+        HostPolicy().check(url)
     assert "127.0.0.1" not in str(refusal.value)
 
 
@@ -172,7 +172,7 @@ PNG = "iVBORw0KGgoAAAANSUhEUgAAAEgAAAAwCAIAAAA=" * 300
 )
 def test_raw_base64_is_told_what_is_missing(text: str) -> None:
     with pytest.raises(RefusedUrl, match="before base64, with data:image/TYPE;base64,"):
-        Policy().check(text)
+        HostPolicy().check(text)
 
 
 @pytest.mark.parametrize(
@@ -190,14 +190,14 @@ def test_raw_base64_is_told_what_is_missing(text: str) -> None:
     ],
 )
 def test_accepted_urls_stay_as_they_are(url: str, host: str) -> None:
-    checked = Policy().check(url)
+    checked = HostPolicy().check(url)
     assert checked.raw_host == host
     if url.isascii():
         assert str(checked) == url
 
 
 def test_domains_of_the_operator() -> None:
-    policy = Policy(domains={"images.example.com"})
+    policy = HostPolicy(domains={"images.example.com"})
     assert policy.check("https://Images.Example.com./a")
     for url in ("https://example.com/a", "https://evil.images.example.com/a", "https://images.example.com.evil.org/a"):
         with pytest.raises(RefusedUrl, match="media domains"):
@@ -205,7 +205,7 @@ def test_domains_of_the_operator() -> None:
 
 
 def test_private_hosts_of_the_operator() -> None:
-    policy = Policy(private_hosts={"127.0.0.2", "minio"})
+    policy = HostPolicy(private_hosts={"127.0.0.2", "minio"})
     assert policy.check("http://127.0.0.2:9000/a")
     assert policy.permits("MinIO.", "10.0.0.7")
     assert not policy.permits("minio.evil.org", "10.0.0.7")
@@ -221,7 +221,7 @@ HOST_CHARACTERS = "0123456789abcdefxABCDEFX.:%[]@\\/-_ ①⓪。\uff11"
 def test_no_spelling_reaches_a_private_address(host: str) -> None:
     """What the check lets through is a name, or an address that the system too reads as a public one."""
     try:
-        url = Policy().check(f"http://{host}/x")
+        url = HostPolicy().check(f"http://{host}/x")
     except RefusedUrl:
         return
     try:

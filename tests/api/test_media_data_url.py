@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from foldserve.server.api.errors import InvalidImage, LimitExceeded
 from foldserve.server.api.media import data_url
-from foldserve.server.api.media.budget import Budget
+from foldserve.server.api.media.budget import MediaBudget
 from foldserve.server.limits import Limits
 from tests.api.test_media_decode import data
 
@@ -22,7 +22,7 @@ from tests.api.test_media_decode import data
     [data(b"x"), data(b"xy", "image/svg+xml"), data(b"xyz", "image/png;name=a.png"), data(b"x").replace("d", "D", 1)],
 )
 def test_data_urls(url: str) -> None:
-    budget = Budget(Limits())
+    budget = MediaBudget(Limits())
     assert data_url.is_data_url(url)
     content = data_url.read(url, budget)
     assert b"xyz".startswith(content) and len(content) == budget.bytes_used
@@ -65,14 +65,14 @@ def test_data_urls(url: str) -> None:
 )
 def test_bad_data_urls(url: str) -> None:
     with pytest.raises(InvalidImage, match="data: URL"):
-        data_url.read(url, Budget(Limits()))
+        data_url.read(url, MediaBudget(Limits()))
 
 
 def test_data_urls_are_measured_before_they_are_decoded() -> None:
     limits = Limits(max_image_mb=0.003)
-    assert len(data_url.read(data(bytes(3000)), Budget(limits))) == 3000
+    assert len(data_url.read(data(bytes(3000)), MediaBudget(limits))) == 3000
     with pytest.raises(LimitExceeded, match=r"0\.003 MB"):
-        data_url.read(data(bytes(3001)), Budget(limits))
+        data_url.read(data(bytes(3001)), MediaBudget(limits))
 
 
 TOKEN_CHARACTERS = "abcXYZ019!#$%&'*+-.^_`{|}~"
@@ -88,19 +88,19 @@ PARAMETERS = st.lists(st.tuples(TOKENS, TOKENS | ESCAPED | QUOTED), max_size=8)
 def test_the_grammar(subtype: str, parameters: list[tuple[str, str]], word: str, content: bytes) -> None:
     head = "".join(f";{name}={value}" for name, value in parameters)
     url = f"data:image/{subtype}{head};{word},{base64.b64encode(content + b'.').decode()}"
-    assert data_url.read(url, Budget(Limits())) == content + b"."
+    assert data_url.read(url, MediaBudget(Limits())) == content + b"."
 
 
 @given(content=st.binary(min_size=1), escape=st.randoms(use_true_random=False), lower=st.booleans())
 def test_escapes_in_base64(content: bytes, escape: object, lower: bool) -> None:
     choose = escape.random  # type: ignore[attr-defined]
     text = "".join(f"%{ord(c):02X}" if choose() < 0.5 else c for c in base64.b64encode(content).decode())
-    budget = Budget(Limits(max_image_mb=len(content) / 1e6))
+    budget = MediaBudget(Limits(max_image_mb=len(content) / 1e6))
     assert (
         data_url.read("data:image/png;base64," + (text.lower() if lower and choose() < 0 else text), budget) == content
     )
     with pytest.raises(LimitExceeded):
-        data_url.read("data:image/png;base64," + text, Budget(Limits(max_image_mb=(len(content) - 1) / 1e6)))
+        data_url.read("data:image/png;base64," + text, MediaBudget(Limits(max_image_mb=(len(content) - 1) / 1e6)))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_escapes_in_base64(content: bytes, escape: object, lower: bool) -> None:
     ids=lambda head: ascii(head)[11:40],
 )
 def test_heads_that_clients_send(head: str) -> None:
-    assert data_url.read(f"{head};base64,YWJj", Budget(Limits())) == b"abc"
+    assert data_url.read(f"{head};base64,YWJj", MediaBudget(Limits())) == b"abc"
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_time_grows_no_faster_than_the_url(start: str, piece: str) -> None:
         for _ in range(3):
             began = time.thread_time()
             with suppress(InvalidImage, LimitExceeded):
-                data_url.read(url, Budget(Limits()))
+                data_url.read(url, MediaBudget(Limits()))
             best = min(best, time.thread_time() - began)
         return best
 

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from vllm.multimodal.media import ImageMediaIO
 
 from foldserve.server.api.errors import FoldserveError, InvalidImage, LimitExceeded
-from foldserve.server.api.media.budget import Budget
+from foldserve.server.api.media.budget import MediaBudget
 from foldserve.server.api.media.decode import ImageFile
 from foldserve.server.limits import Limits
 from tests.images import photo
@@ -32,7 +32,7 @@ def encode(image: Image.Image, format: str, **options: Any) -> bytes:
 
 def decode(content: bytes, limits: Limits | None = None) -> Any:
     file = ImageFile.open(content)
-    Budget(limits or Limits()).spend_pixels(*file.image.size)
+    MediaBudget(limits or Limits()).spend_pixels(*file.image.size)
     return file.decode()
 
 
@@ -177,7 +177,7 @@ def test_webp_canvas_of_a_terabyte() -> None:
 
 
 def test_pixels_of_all_images_together() -> None:
-    budget = Budget(Limits(max_image_megapixels=1, max_media_megapixels=2.5))
+    budget = MediaBudget(Limits(max_image_megapixels=1, max_media_megapixels=2.5))
     budget.spend_pixels(1000, 1000)
     budget.spend_pixels(1000, 1000)
     with pytest.raises(LimitExceeded, match=r"more than 2\.5 megapixels together"):

@@ -24,17 +24,17 @@ from foldserve.server.api.errors import (
     RefusedUrl,
     Unavailable,
 )
-from foldserve.server.api.media.address import Policy, join
-from foldserve.server.api.media.budget import Budget
+from foldserve.server.api.media.address import HostPolicy, join
+from foldserve.server.api.media.budget import MediaBudget
 from foldserve.server.api.media.decode import ImageFile
 from foldserve.server.api.media.fetch import CheckedResolver, open_fetcher
 from foldserve.server.api.media.guard import MediaGuard
-from foldserve.server.api.media.room import Room
+from foldserve.server.api.media.pixel_memory import PixelMemory
 from foldserve.server.limits import Limits
 from tests.api.hostile import HOST, PHOTO, Handler, hostile_server
 from tests.images import data_uri, photo
 
-POLICY = Policy(private_hosts={HOST})
+POLICY = HostPolicy(private_hosts={HOST})
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,9 @@ def web() -> Iterator[str]:
         yield url
 
 
-def get(url: str, policy: Policy = POLICY, budget: Budget | None = None) -> bytes:
+def get(url: str, policy: HostPolicy = POLICY, budget: MediaBudget | None = None) -> bytes:
     async def run() -> bytes:
-        async with open_fetcher(policy, budget or Budget(Limits())) as fetcher:
+        async with open_fetcher(policy, budget or MediaBudget(Limits())) as fetcher:
             return await fetcher.get(url)
 
     return asyncio.run(run())
@@ -58,7 +58,7 @@ def fails(error: type[FoldserveError], url: str, message: str, **options: Any) -
 
 
 def test_a_photo(web: str) -> None:
-    budget = Budget(Limits())
+    budget = MediaBudget(Limits())
     assert get(f"{web}/photo", budget=budget) == PHOTO
     assert budget.bytes_used == len(PHOTO)
 
@@ -67,7 +67,7 @@ def test_redirects_are_followed_within_the_same_bounds(web: str) -> None:
     assert get(f"{web}/relative") == PHOTO
     assert get(f"{web}/redirect/{web}/relative") == PHOTO
     fails(ImageUnavailable, f"{web}/loop", "more than 3 times")
-    fails(ImageUnavailable, f"{web}/relative", "more than 0 times", budget=Budget(Limits(max_media_redirects=0)))
+    fails(ImageUnavailable, f"{web}/relative", "more than 0 times", budget=MediaBudget(Limits(max_media_redirects=0)))
     fails(ImageUnavailable, f"{web}/nowhere", "to nowhere")
 
 
@@ -153,21 +153,21 @@ def test_errors_of_the_url_itself_name_no_redirect(web: str) -> None:
 def test_any_location_leads_to_an_ascii_url_or_our_error(location: str) -> None:
     try:
         joined = join(URL("http://example.com/a/b?c"), location)
-        Policy().check(joined)
+        HostPolicy().check(joined)
     except RefusedUrl:
         return
     assert joined.isascii() and " " not in joined
 
 
 def test_redirects_leave_the_domains_of_the_operator(web: str) -> None:
-    policy = Policy(domains={HOST}, private_hosts={HOST, "127.0.0.1"})
+    policy = HostPolicy(domains={HOST}, private_hosts={HOST, "127.0.0.1"})
     assert get(f"{web}/photo", policy) == PHOTO
     fails(RefusedUrl, f"{web}/redirect/http://127.0.0.1:1/x", "media domains", policy=policy)
 
 
 def test_loopback_is_refused_without_being_asked(web: str) -> None:
     Handler.asked.clear()
-    fails(RefusedUrl, f"{web}/photo", "public internet", policy=Policy())
+    fails(RefusedUrl, f"{web}/photo", "public internet", policy=HostPolicy())
     port = web.rpartition(":")[2]
     for host in ("localhost", "LOCALHOST"):
         fails(RefusedUrl, f"http://{host}:{port}/photo", "public internet")
@@ -232,7 +232,7 @@ def test_no_tls_and_no_server(web: str) -> None:
 
 
 def test_the_budget_is_the_requests(web: str) -> None:
-    budget = Budget(Limits(max_image_mb=len(PHOTO) / 1e6, max_media_mb=1.5 * len(PHOTO) / 1e6))
+    budget = MediaBudget(Limits(max_image_mb=len(PHOTO) / 1e6, max_media_mb=1.5 * len(PHOTO) / 1e6))
     assert get(f"{web}/photo", budget=budget) == PHOTO
     fails(LimitExceeded, f"{web}/photo", "together", budget=budget)
 
@@ -259,7 +259,7 @@ class Answers(AbstractResolver):
 
 @pytest.mark.parametrize("addresses", [["127.0.0.1"], ["8.8.8.8", "10.0.0.1"], ["::ffff:127.0.0.1"], ["fe80::1%eth0"]])
 def test_names_with_a_private_address(addresses: list[str]) -> None:
-    resolver = CheckedResolver(Policy(), Answers(addresses))
+    resolver = CheckedResolver(HostPolicy(), Answers(addresses))
     with pytest.raises(RefusedUrl):
         asyncio.run(resolver.resolve("rebind.example", 80))
     assert not resolver.permitted
@@ -269,16 +269,16 @@ def test_rebinding(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A name that is public when first asked and private after that is asked once: the checked answer is used."""
     answers = Answers([HOST], ["127.0.0.1"])
     monkeypatch.setattr("foldserve.server.api.media.fetch.SystemResolver", lambda: answers)
-    policy = Policy(private_hosts={"rebind.example"})
+    policy = HostPolicy(private_hosts={"rebind.example"})
     assert get(web.replace(HOST, "rebind.example") + "/photo", policy) == PHOTO
     assert answers.asked == 1
 
 
 def test_the_socket_itself_is_checked(web: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Were URL and resolver checks to miss one, the address is looked at again where the connection is opened."""
-    monkeypatch.setattr(Policy, "check", lambda self, text: __import__("yarl").URL(text))
+    monkeypatch.setattr(HostPolicy, "check", lambda self, text: __import__("yarl").URL(text))
     Handler.asked.clear()
-    fails(ImageUnavailable, f"{web}/photo", "no connection", policy=Policy())
+    fails(ImageUnavailable, f"{web}/photo", "no connection", policy=HostPolicy())
     assert Handler.asked == []
 
 
@@ -340,7 +340,7 @@ def test_pixels_of_all_requests_have_a_bound(patient: bool) -> None:
 
     async def run() -> None:
         guard = MediaGuard(limits)
-        guard._room = Room(limits.max_prepared_pixels, 60 if patient else 0.2)
+        guard._memory = PixelMemory(limits.max_prepared_pixels, 60 if patient else 0.2)
         done = asyncio.Event()
         tasks = [asyncio.create_task(hold(guard, number, done)) for number in range(2)]
         while len(entered) < 2:
@@ -385,12 +385,12 @@ def test_a_request_that_ended_while_its_image_was_read_holds_no_pixels(monkeypat
 
     async def run() -> None:
         guard = MediaGuard(Limits())
-        free = guard._room._free
+        free = guard._memory._free
         part = {"type": "image_url", "image_url": {"url": data_uri(photo(1))}}
 
         async def one(message: dict[str, Any]) -> None:
             async with guard.loaded([message]):
-                assert guard._room._free < free
+                assert guard._memory._free < free
 
         gone = asyncio.create_task(one({"role": "user", "content": [part]}))
         await asyncio.sleep(0.1)
@@ -398,6 +398,6 @@ def test_a_request_that_ended_while_its_image_was_read_holds_no_pixels(monkeypat
         await asyncio.gather(gone, return_exceptions=True)
         await one({"role": "user", "content": [part]})
         guard._threads.pool.shutdown()
-        assert guard._room._free == free
+        assert guard._memory._free == free
 
     asyncio.run(run())

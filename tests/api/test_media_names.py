@@ -14,7 +14,7 @@ from aiohttp.abc import AbstractResolver, ResolveResult
 
 from foldserve.server.api.errors import ImageUnavailable
 from foldserve.server.api.media.guard import MediaGuard
-from foldserve.server.api.media.names import NamesInTurn, SystemResolver
+from foldserve.server.api.media.names import NameLimiter, SystemResolver
 from foldserve.server.limits import Limits
 from tests.api.hostile import HOST, PHOTO, dns_server, hostile_server
 
@@ -45,7 +45,7 @@ async def load(guard: MediaGuard, *urls: str, owner: str | None = None) -> list[
 async def guard_of(dns: tuple[str, list[str]]) -> AsyncIterator[MediaGuard]:
     guard = MediaGuard(LIMITS)
     async with aclosing(SystemResolver([dns[0]])) as resolver:
-        guard._names = NamesInTurn(resolver)
+        guard._names = NameLimiter(resolver)
         yield guard
 
 
@@ -134,7 +134,7 @@ class Slow(AbstractResolver):
 def test_names_at_once(owners: list[str | None], most: int) -> None:
     async def run() -> None:
         slow = Slow()
-        names = NamesInTurn(slow)
+        names = NameLimiter(slow)
         views = [names.of_request(owner) for owner in owners]
         asks = [asyncio.create_task(view.resolve(f"{number}.example")) for view in views for number in range(16)]
         for _ in range(50):
@@ -151,7 +151,7 @@ def test_who_hangs_up_waits_for_no_name() -> None:
     async def run() -> None:
         slow = Slow()
         guard = MediaGuard(LIMITS)
-        guard._names = NamesInTurn(slow)
+        guard._names = NameLimiter(slow)
         gone = asyncio.create_task(load(guard, *silent(5), owner="a"))
         await until(lambda: slow.now == 2)
         await end([gone])

@@ -13,7 +13,7 @@ from PIL import Image
 from prometheus_client import REGISTRY
 
 from foldserve.server.api.errors import LimitExceeded
-from foldserve.server.api.media.budget import Budget
+from foldserve.server.api.media.budget import MediaBudget
 from foldserve.server.api.media.decode import ImageFile
 from foldserve.server.limits import Limits
 from tests.api.test_media_decode import encode, solid_png
@@ -23,7 +23,7 @@ SMALL = Limits(oversized="scale", max_image_megapixels=0.1, max_media_megapixels
 
 
 def decode(content: bytes, limits: Limits = SMALL) -> Any:
-    return Budget(limits).admit(ImageFile.open(content)).decode()
+    return MediaBudget(limits).admit(ImageFile.open(content)).decode()
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF"])
@@ -68,7 +68,7 @@ def test_it_is_upright(orientation: int) -> None:
 
 
 def test_a_large_jpeg_is_never_held_whole() -> None:
-    file = Budget(SMALL).admit(ImageFile.open(encode(photo(2, 1600, 1200), "JPEG")))
+    file = MediaBudget(SMALL).admit(ImageFile.open(encode(photo(2, 1600, 1200), "JPEG")))
     assert file.decoded_pixels == file.image.size[0] * file.image.size[1] == 200 * 150
     assert file.decode().media.size == (200, 150)
 
@@ -109,7 +109,7 @@ def test_a_side_that_would_get_too_short() -> None:
 
 
 def test_all_images_of_a_request_share_one_bound() -> None:
-    budget = Budget(SMALL)
+    budget = MediaBudget(SMALL)
     content = encode(photo(2, 520, 300), "PNG")
     budget.admit(ImageFile.open(content))
     with pytest.raises(LimitExceeded, match="together"):
@@ -140,7 +140,7 @@ def test_it_is_told(caplog: pytest.LogCaptureFixture) -> None:
 def test_any_size_fits_or_is_refused(width: int, height: int, format: str, progressive: bool) -> None:
     options = {"progressive": progressive} if format == "JPEG" else {}
     content = encode(Image.new("RGB", (width, height), (9, 99, 199)), format, **options)
-    budget = Budget(SMALL)
+    budget = MediaBudget(SMALL)
     try:
         image = budget.admit(ImageFile.open(content)).decode().media
     except LimitExceeded:

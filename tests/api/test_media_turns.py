@@ -13,10 +13,10 @@ import pytest
 
 from foldserve.server.api.errors import ImageUnavailable, Unavailable
 from foldserve.server.api.media.decode import ImageFile
+from foldserve.server.api.media.fair_threads import FairThreads, RequestTurn
 from foldserve.server.api.media.guard import MediaGuard
 from foldserve.server.api.media.memory import Trimmer
-from foldserve.server.api.media.room import Room, Share
-from foldserve.server.api.media.turns import Threads, Turn
+from foldserve.server.api.media.pixel_memory import MemoryShare, PixelMemory
 from foldserve.server.limits import Limits
 from tests.images import data_uri, photo
 
@@ -52,14 +52,14 @@ async def until(condition: Callable[[], Any]) -> None:
 
 
 @asynccontextmanager
-async def turn_of(owner: str | None = None) -> AsyncIterator[Turn]:
-    async with Room(100, PATIENCE_S).share() as share:
-        yield Turn(share, PATIENCE_S, owner)
+async def turn_of(owner: str | None = None) -> AsyncIterator[RequestTurn]:
+    async with PixelMemory(100, PATIENCE_S).share() as share:
+        yield RequestTurn(share, PATIENCE_S, owner)
 
 
 def test_one_at_a_time_of_a_key_and_others_beside_it() -> None:
     async def run() -> None:
-        threads, work = Threads(4, PATIENCE_S), Work()
+        threads, work = FairThreads(4, PATIENCE_S), Work()
         async with turn_of("alice") as alice, turn_of("alice") as again, turn_of("bob") as bob:
             tasks = [
                 asyncio.create_task(threads.run(alice if number % 2 else again, 1, True, work.job(f"alice{number}")))
@@ -83,7 +83,7 @@ def test_one_at_a_time_of_a_key_and_others_beside_it() -> None:
 
 def test_without_keys_each_request_is_its_own_owner() -> None:
     async def run() -> None:
-        threads, work = Threads(3, PATIENCE_S), Work()
+        threads, work = FairThreads(3, PATIENCE_S), Work()
         async with turn_of() as one, turn_of() as other:
             tasks = [
                 asyncio.create_task(threads.run(turn, 1, False, work.job(name)))
@@ -100,7 +100,7 @@ def test_without_keys_each_request_is_its_own_owner() -> None:
 
 def test_large_ones_leave_a_thread() -> None:
     async def run() -> None:
-        threads, work = Threads(2, PATIENCE_S), Work()
+        threads, work = FairThreads(2, PATIENCE_S), Work()
         async with turn_of() as a, turn_of() as b, turn_of() as c:
             tasks = [
                 asyncio.create_task(threads.run(turn, 1, large, work.job(name)))
@@ -119,7 +119,7 @@ def test_who_has_had_least_comes_first() -> None:
     """Alice's flood came first; bob's one request overtakes all of it that has not begun."""
 
     async def run() -> None:
-        threads, work = Threads(1, PATIENCE_S), Work()
+        threads, work = FairThreads(1, PATIENCE_S), Work()
         async with turn_of("alice") as alice, turn_of("bob") as bob:
             tasks = [
                 asyncio.create_task(threads.run(alice, 2, True, work.job(f"alice{number}"))) for number in range(5)
@@ -137,7 +137,7 @@ def test_who_has_had_least_comes_first() -> None:
 
 def test_time_in_the_queue_is_the_servers_fault() -> None:
     async def run() -> None:
-        threads, work = Threads(1, 0.2), Work()
+        threads, work = FairThreads(1, 0.2), Work()
         async with turn_of() as first, turn_of() as second:
             busy = asyncio.create_task(threads.run(first, 1, False, work.job("busy")))
             await until(lambda: work.begun)
@@ -154,10 +154,10 @@ def test_time_in_the_queue_is_the_servers_fault() -> None:
 
 def test_time_at_work_is_the_images() -> None:
     async def run() -> None:
-        threads, work = Threads(1, 0.2), Work()
-        async with Room(100, 1).share() as share:
+        threads, work = FairThreads(1, 0.2), Work()
+        async with PixelMemory(100, 1).share() as share:
             with pytest.raises(ImageUnavailable, match=r"decoded within 0\.2 s"):
-                await threads.run(Turn(share, 0.2), 1, False, work.job("slow"))
+                await threads.run(RequestTurn(share, 0.2), 1, False, work.job("slow"))
         work.end()
         threads.pool.shutdown()
 
@@ -167,19 +167,19 @@ def test_time_at_work_is_the_images() -> None:
 @pytest.mark.parametrize("cancelled", [True, False], ids=["hung-up", "timed-out"])
 def test_memory_is_held_until_the_thread_is_done(cancelled: bool) -> None:
     async def run() -> None:
-        threads, work, room = Threads(1, 1 if cancelled else 0.2), Work(), Room(100, PATIENCE_S)
+        threads, work, memory = FairThreads(1, 1 if cancelled else 0.2), Work(), PixelMemory(100, PATIENCE_S)
 
         async def request() -> None:
-            async with room.share() as share:
+            async with memory.share() as share:
                 await share.take(70)
-                await threads.run(Turn(share, 60 if cancelled else 0.2), 1, False, work.job("slow"))
+                await threads.run(RequestTurn(share, 60 if cancelled else 0.2), 1, False, work.job("slow"))
 
         task = asyncio.create_task(request())
         await until(lambda: work.begun)
         if cancelled:
             task.cancel()
         await asyncio.gather(task, return_exceptions=True)
-        async with room.share() as other:
+        async with memory.share() as other:
             assert not other.take_now(70)
             work.end()
             await other.take(70)
@@ -190,8 +190,8 @@ def test_memory_is_held_until_the_thread_is_done(cancelled: bool) -> None:
 
 def test_large_requests_leave_room() -> None:
     async def run() -> None:
-        room = Room(4 * LARGE, 0.1)
-        async with room.share() as a, room.share() as b, room.share() as c, room.share() as d:
+        memory = PixelMemory(4 * LARGE, 0.1)
+        async with memory.share() as a, memory.share() as b, memory.share() as c, memory.share() as d:
             assert a.take_now(2 * LARGE) and not b.take_now(2 * LARGE)
             with pytest.raises(Unavailable, match="too many images") as caught:
                 await b.take(2 * LARGE)
@@ -204,12 +204,12 @@ def test_large_requests_leave_room() -> None:
 
 def test_what_asks_for_more_than_there_is_gets_its_turn_alone() -> None:
     async def run() -> None:
-        room = Room(2 * LARGE, PATIENCE_S)
-        async with room.share() as a:
+        memory = PixelMemory(2 * LARGE, PATIENCE_S)
+        async with memory.share() as a:
             assert a.take_now(5 * LARGE)
-            async with room.share() as b:
+            async with memory.share() as b:
                 assert not b.take_now(5 * LARGE) and b.take_now(1_000_000)
-        async with room.share() as again:
+        async with memory.share() as again:
             assert again.take_now(5 * LARGE)
 
     asyncio.run(run())
@@ -217,14 +217,14 @@ def test_what_asks_for_more_than_there_is_gets_its_turn_alone() -> None:
 
 def test_waiting_is_in_order_and_small_ones_pass_large_ones() -> None:
     async def run() -> None:
-        room, served = Room(4 * LARGE, PATIENCE_S), list[str]()
+        memory, served = PixelMemory(4 * LARGE, PATIENCE_S), list[str]()
 
-        async def wait(name: str, share: Share, pixels: int) -> None:
+        async def wait(name: str, share: MemoryShare, pixels: int) -> None:
             await share.take(pixels)
             served.append(name)
 
-        async with room.share() as b, room.share() as c, room.share() as d:
-            async with room.share() as a:
+        async with memory.share() as b, memory.share() as c, memory.share() as d:
+            async with memory.share() as a:
                 assert a.take_now(3 * LARGE)
                 tasks = [
                     asyncio.create_task(wait(name, share, pixels))
@@ -253,7 +253,7 @@ def test_pixels_are_freed_at_once(failing: bool) -> None:
         end = threading.Event()
         with ThreadPoolExecutor(1) as processor:
             guard, chat = MediaGuard(Limits(), processor=processor), message()
-            free = guard._room._free
+            free = guard._memory._free
 
             async def request() -> Any:
                 async with guard.loaded([chat]):
@@ -269,9 +269,9 @@ def test_pixels_are_freed_at_once(failing: bool) -> None:
             except RuntimeError as error:
                 image = error.args[0]
             if failing:
-                assert image.media.getpixel((0, 0)) and guard._room._free < free
+                assert image.media.getpixel((0, 0)) and guard._memory._free < free
                 end.set()
-        assert image.original_bytes == b"" and guard._room._free == free
+        assert image.original_bytes == b"" and guard._memory._free == free
         with pytest.raises(ValueError, match="closed"):
             image.media.getpixel((0, 0))
 

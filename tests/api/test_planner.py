@@ -12,12 +12,12 @@ from foldserve.reducers.item import ItemPlan, Layout, Part, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.api.errors import InvalidRequest, LimitExceeded
 from foldserve.server.api.limits.checks import shares
-from foldserve.server.api.planner import Planner, as_asked
+from foldserve.server.api.planner import Planner, with_request_param
 from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.auto import AutoPolicy
 from foldserve.server.engine.encoder_budget import EncoderBudget
 from foldserve.server.engine.family import Family, Modality
-from foldserve.server.engine.withdrawal import Room
+from foldserve.server.engine.withdrawal import StepCapacity
 from foldserve.server.settings import Settings
 
 CLIP = VisionGeometry(576, (24, 24), layers=23, class_token=True)
@@ -47,7 +47,7 @@ class OneSize(Family):
     def encode(self, *args: Any) -> Any:
         raise NotImplementedError
 
-    def left(self, *args: Any) -> Any:
+    def kept_grids(self, *args: Any) -> Any:
         raise NotImplementedError
 
 
@@ -62,7 +62,7 @@ class Tiles(OneSize):
 
 def planner(geometry: VisionGeometry | None = CLIP, **options: Any) -> Planner:
     family = None if geometry is None else OneSize(Layout.single(geometry))
-    return Planner(family, Settings(**options), Room(100, "--max-num-batched-tokens"))
+    return Planner(family, Settings(**options), StepCapacity(100, "--max-num-batched-tokens"))
 
 
 def plans(planner: Planner, request: FoldChatRequest) -> list[ItemPlan]:
@@ -167,13 +167,13 @@ class Films(OneSize):
     shape_ints = 1
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        return Layout((Part(CLIP, max(1, shape[0]), joinable=shape[0] > 0),), shape)
+        return Layout((Part(CLIP, max(1, shape[0]), can_join=shape[0] > 0),), shape)
 
 
 def test_a_default_of_videos_alone_leaves_images_whole() -> None:
     default = Reduction("evs", "withdraw", ratio=0.5)
     family = Films(Layout((Part(CLIP),), (0,)))
-    films = Planner(family, Settings(default_reduction=default, withdraw_layer=4), Room(100, "--max-model-len"))
+    films = Planner(family, Settings(default_reduction=default, withdraw_layer=4), StepCapacity(100, "--max-model-len"))
     film: Any = {"type": "video_url", "video_url": {"url": "http://x/y.mp4"}}
     asking = FoldChatRequest(
         messages=[{"role": "user", "content": [film, *({**film, "detail": detail} for detail in ("low", "high"))]}]
@@ -209,7 +209,7 @@ class Anyres(Tiles):
 
 
 def anyres(**options: Any) -> Planner:
-    return Planner(Anyres(), Settings(**options), Room(100, "--max-num-batched-tokens"))
+    return Planner(Anyres(), Settings(**options), StepCapacity(100, "--max-num-batched-tokens"))
 
 
 def asked(planner: Planner, *details: str, **fields: Any) -> list[Reduction]:
@@ -240,7 +240,7 @@ def test_several_images_may_be_their_base_tiles() -> None:
 
 def test_what_is_said_of_a_prompt_that_is_too_long() -> None:
     """Frames where they are equal; a base tile is one grid of an image's two."""
-    film, tiles = Layout((Part(CLIP, 4, joinable=True),), (4,)), Anyres()
+    film, tiles = Layout((Part(CLIP, 4, can_join=True),), (4,)), Anyres()
     plans: dict[Modality, list[ItemPlan]] = {
         "image": [plan_item(Reduction(first="base_only"), tiles.layout((3,)))],
         "video": [plan_item(Reduction(method, ratio=0.5), film) for method in ("folder", "evs")],
@@ -333,7 +333,7 @@ def test_low_detail_leaves_the_servers_query_to_methods_that_take_it() -> None:
     ],
 )
 def test_a_refusal_names_the_field_that_the_request_has(fields: dict[str, Any], param: str, named: str) -> None:
-    assert as_asked(InvalidReduction("too small", param), request("auto", **fields)).param == named
+    assert with_request_param(InvalidReduction("too small", param), request("auto", **fields)).param == named
 
 
 def test_what_the_tower_was_not_tried_with_is_refused_whatever_is_kept() -> None:

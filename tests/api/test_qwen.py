@@ -240,8 +240,8 @@ def test_a_bad_video_is_the_clients_error(client: OpenAI, content: bytes, code: 
 def test_a_decoder_that_dies_costs_nobody_else(server: Live, client: OpenAI) -> None:
     """The process that decoders are forked from is killed while others are served; the next video has a new one."""
     ask(client, clip(VIDEO))
-    (nursery,) = (each for each in server.tree() if "video.nursery" in " ".join(each.cmdline()))
-    nursery.kill()
+    (fork_server,) = (each for each in server.tree() if "video.fork_server" in " ".join(each.cmdline()))
+    fork_server.kill()
     assert ask(client, image(SMALL))["vision_tokens"]["kept"] == ENCODED[SMALL]
     assert ask(client, clip(VIDEO))["vision_tokens"]["kept"] == 4 * GROUP
 

@@ -16,7 +16,7 @@ from vllm.multimodal.inputs import MultiModalBatchedField, MultiModalFieldElem, 
 
 from foldserve.server.api.errors import EngineStopped, InvalidRequest
 from foldserve.server.api.lifecycle.state import Phase
-from foldserve.server.api.reduction_map import TokenGroups
+from foldserve.server.api.reduction_map import TokenGroupReader
 from foldserve.server.engine.grid_map import seconds_of
 from tests.api.live import CHAT, chat
 from tests.images import data_uri, photo
@@ -159,10 +159,10 @@ class FakeLifecycle:
 ITEM = MultiModalKwargsItem({"x": MultiModalFieldElem(torch.zeros(2), MultiModalBatchedField())})
 
 
-def asked(engine: FakeEngine, lifecycle: FakeLifecycle | None = None) -> TokenGroups:
+def asked(engine: FakeEngine, lifecycle: FakeLifecycle | None = None) -> TokenGroupReader:
     client: Any = engine
     life: Any = lifecycle or FakeLifecycle()
-    return TokenGroups(client, life)
+    return TokenGroupReader(client, life)
 
 
 def test_one_at_a_time_also_when_the_first_client_has_gone() -> None:

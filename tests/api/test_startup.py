@@ -17,7 +17,7 @@ from foldserve.server.engine.encoder_budget import encoder_budget
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.kv_cost import kv_cost
 from foldserve.server.engine.plugin import ALLOW_VLLM, vllm_version
-from foldserve.server.engine.withdrawal import Room
+from foldserve.server.engine.withdrawal import StepCapacity
 from foldserve.server.limits import Limits
 from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 from foldserve.server.settings import Settings
@@ -35,7 +35,7 @@ def facts(config: Any, *, is_reduced: bool = True, withdraw_layer: int | None = 
         planner=Planner(
             family=family_of(config.model_config) if is_reduced else None,
             settings=Settings(withdraw_layer=withdraw_layer),
-            room=Room(1000, "all"),
+            step_capacity=StepCapacity(1000, "all"),
             encoder=encoder_budget(config) if is_reduced else None,
         ),
         kv_cost=kv_cost(config, withdraw_layer),

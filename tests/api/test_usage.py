@@ -12,10 +12,10 @@ from foldserve.reducers.plan import Reduction, VisionGeometry
 from foldserve.server.api.errors import FoldserveError, InvalidRequest
 from foldserve.server.api.usage import vision_tokens
 from foldserve.server.engine.identity import ItemIdentity
-from foldserve.server.engine.withdrawal import Room
+from foldserve.server.engine.withdrawal import StepCapacity
 
 CLIP = Layout.single(VisionGeometry(144, (12, 12), layers=3, class_token=True))
-ROOM = Room(200, "--max-num-batched-tokens 215 less one for each of 15 other sequences")
+ROOM = StepCapacity(200, "--max-num-batched-tokens 215 less one for each of 15 other sequences")
 
 
 def plan(reduction: dict[str, object]) -> ItemPlan:
@@ -52,7 +52,7 @@ def test_tokens_removed_in_the_decoder_are_withdrawn(method: str) -> None:
 
 def test_images_with_modes_of_their_own() -> None:
     plans = [plan({"withdraw": True, "ratio": 0.75}), plan({"method": "fastv"}), plan({"keep_tokens": 9})]
-    vision = vision_tokens({"image": plans}, prompt(plans, 5), 4, Room(300, "none"))
+    vision = vision_tokens({"image": plans}, prompt(plans, 5), 4, StepCapacity(300, "none"))
     assert vision is not None
     assert vision.withdrawn_each == (36, 72, 0) and vision.decoder == "mixed"
 

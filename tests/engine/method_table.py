@@ -31,10 +31,9 @@ from tests import (
     siglip_checkpoint,
     video_checkpoint,
 )
+from tools.reference.methods import END, PAGE, START
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGE, README = ROOT / "docs" / "reference" / "methods.md", ROOT / "README.md"
-START, END = "<!-- python -m tests.engine.method_table -->\n", "<!-- end of the table -->\n"
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 Write = Callable[[Path, Path], object]
 """Makes a checkpoint in a folder; the second is one of LLaVA-1.5."""

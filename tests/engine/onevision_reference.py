@@ -42,7 +42,7 @@ class OnevisionReference(NextReference):
             return super().of_squares(shape, side)
         half = (side + 1) // 2
         return Layout(
-            (Part(VisionGeometry(half**2, (half, half)), shape[0], separators=1, joinable=True),), shape, self
+            (Part(VisionGeometry(half**2, (half, half)), shape[0], separators=1, can_join=True),), shape, self
         )
 
     def base(self, shape: tuple[int, ...]) -> Layout | None:

@@ -17,7 +17,7 @@ from foldserve.reducers.folder import folder, folder_cls
 from foldserve.reducers.illava import illava
 from foldserve.reducers.plan import Plan
 from foldserve.reducers.prumerge import most_attended, prumerge
-from foldserve.reducers.random import draw
+from foldserve.reducers.random import draw_indices
 from foldserve.reducers.tome import tome, turbo
 from tests.engine import plain_diversity
 from tests.reducers.naive import naive_visionzip
@@ -152,7 +152,7 @@ def _groups(features: Tensor, plan: Plan, held: list[list[int]], project: Projec
     if plan.method == "folder":
         group = folder(features, plan.folds).group[0].tolist()
     elif plan.method == "random":
-        kept = draw(plan.encoded, plan.kept, plan.seed).tolist()
+        kept = draw_indices(plan.encoded, plan.kept, plan.seed).tolist()
         group = [kept.index(i) if i in kept else -1 for i in range(plan.encoded)]
     elif plan.grid is not None:  # of windows, or of places in a smaller image
         rows, columns = plan.grid
@@ -224,7 +224,7 @@ def _of_tower(features: Tensor, source: Tensor, plan: Plan) -> tuple[Tensor, Ten
         reduced = folder(features, plan.folds, scale="official" if "official" in plan.options else "none")
         return reduced.tokens, reduced.source
     if plan.method == "random":
-        kept = draw(plan.encoded, plan.kept, plan.seed)
+        kept = draw_indices(plan.encoded, plan.kept, plan.seed)
         return features[:, kept], kept[None]
     if plan.method == "pool":
         assert plan.grid is not None

@@ -15,7 +15,7 @@ from vllm.lora.layers import VocabParallelEmbeddingWithLoRA
 from foldserve.reducers.fold import Reduced
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part, plan_item
-from foldserve.reducers.method import ONLY_TOKENS, AfterProjector, AfterTower, Seen
+from foldserve.reducers.method import NO_SIDE_INPUTS, AfterProjector, AfterTower, SideInputs
 from foldserve.reducers.random import keep
 from foldserve.reducers.reduction import Reduction
 from foldserve.server.engine.families.mmvp import MmvpFamily
@@ -23,7 +23,7 @@ from foldserve.server.engine.families.video_llava import VideoLlavaFamily
 from foldserve.server.engine.families.video_llava_model import VIDEO
 from foldserve.server.engine.family import AfterTowerFamily
 from foldserve.server.engine.model import FoldModel
-from foldserve.server.engine.vision import Survivors, project_together, reduce_features
+from foldserve.server.engine.vision import KeptTokens, project_together, reduce_features
 from tests.reducers.naive import naive_mmtok
 
 KEPT = torch.tensor([1, 3])
@@ -38,10 +38,10 @@ class _After(AfterProjector):
     """Notes what it sees."""
 
     def __init__(self) -> None:
-        self.given: list[tuple[Tensor, Seen]] = []
+        self.given: list[tuple[Tensor, SideInputs]] = []
 
-    def reduce(self, x: Tensor, plan: Any, width: int | None = None, seen: Seen = ONLY_TOKENS) -> Reduced:
-        self.given.append((x, seen))
+    def reduce(self, x: Tensor, plan: Any, width: int | None = None, side: SideInputs = NO_SIDE_INPUTS) -> Reduced:
+        self.given.append((x, side))
         return keep(x, KEPT)
 
 
@@ -67,7 +67,7 @@ def test_what_a_method_sees(kind: type[_After]) -> None:
         projected.append([len(each) for each in features])
         return project_together(lambda x: x @ weight, features)
 
-    whole = [Survivors(image, torch.arange(4)) for image in images]
+    whole = [KeptTokens(image, torch.arange(4)) for image in images]
     plans: Any = [before, own, plain, own]
     left = reduce_features(whole, plans, project, queries=queries)
 
@@ -76,24 +76,24 @@ def test_what_a_method_sees(kind: type[_After]) -> None:
         source = torch.arange(4) if plan is plain else KEPT
         assert torch.equal(survivor.source, source)
         torch.testing.assert_close(survivor.features, (image @ weight)[source])
-    ((x, seen),) = method.given
+    ((x, side),) = method.given
     torch.testing.assert_close(x, torch.stack([images[1], images[3]]) @ weight)
     if kind is _After:
-        assert seen == ONLY_TOKENS
+        assert side == NO_SIDE_INPUTS
         return
-    assert seen.tower is not None and seen.queries is not None
-    assert torch.equal(seen.tower, torch.stack([images[1], images[3]]))
-    assert [query is queries[i] for query, i in zip(seen.queries, (1, 3), strict=True)] == [True, True]
+    assert side.tower is not None and side.queries is not None
+    assert torch.equal(side.tower, torch.stack([images[1], images[3]]))
+    assert [query is queries[i] for query, i in zip(side.queries, (1, 3), strict=True)] == [True, True]
 
 
 def test_a_family_may_give_the_towers_features_itself() -> None:
     """One whose tower projects: what entered its merger."""
     method, merged = _Both(), torch.randn(2, 4, 3)
-    whole = [Survivors(torch.randn(4, 5), torch.arange(4)) for _ in range(2)]
+    whole = [KeptTokens(torch.randn(4, 5), torch.arange(4)) for _ in range(2)]
     plan: Any = _Plan(method)
     reduce_features(whole, [plan] * 2, tower=list(merged), queries=[torch.zeros(0, 5)] * 2)
-    ((_, seen),) = method.given
-    assert seen.tower is not None and torch.equal(seen.tower, merged)
+    ((_, side),) = method.given
+    assert side.tower is not None and torch.equal(side.tower, merged)
 
 
 class _TwoParts(AfterTowerFamily):
@@ -113,8 +113,8 @@ class _TwoParts(AfterTowerFamily):
     def project(self, model: Any, features: Sequence[Tensor]) -> Sequence[Tensor]:
         return project_together(lambda x: x @ self._weight, features)
 
-    def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
-        return Survivors(torch.cat([grid.features for grid in grids]), torch.cat([grid.source for grid in grids]))
+    def pack(self, model: Any, grids: Sequence[KeptTokens], plan: ItemPlan) -> KeptTokens:
+        return KeptTokens(torch.cat([grid.features for grid in grids]), torch.cat([grid.source for grid in grids]))
 
 
 def of_grid(tokens: int) -> VisionGeometry:

@@ -37,12 +37,12 @@ class Engine:
         light = self.steps.light_keys(running, waiting)
         own = light is not None
         output = object()
-        self.steps.begun(output, own=own, computes=computes, decodes=decodes)
+        self.steps.note_planned(output, own=own, computes=computes, decodes=decodes)
         self._queue.append((output, self.own_s if own else self.full_s))
         while len(self._queue) > self.ahead:
             output, took = self._queue.popleft()
             self.now += took
-            self.steps.ended(output)
+            self.steps.note_results(output)
         self.kinds.append(own)
         return own
 
@@ -148,5 +148,5 @@ def test_any_order_of_events(events: list[str], ahead: int) -> None:
     }
     for event in events:
         own = engine.step(running[event]())
-        engine.steps.ended(object())
+        engine.steps.note_results(object())
         assert not own or event == "both"

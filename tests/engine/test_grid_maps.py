@@ -10,7 +10,7 @@ from foldserve.server.engine.regions import WHOLE, Region
 
 
 def test_a_video_whose_frames_are_one_grid_is_shown_frame_by_frame() -> None:
-    layout = Layout((Part(VisionGeometry(4, (2, 2)), 3, joinable=True),))
+    layout = Layout((Part(VisionGeometry(4, (2, 2)), 3, can_join=True),))
     (plan,) = plan_item(Reduction(method="vidcom2", keep_tokens=3), layout).grids
     regions = [Region(f"frame {i}", 2, 2, WHOLE, plan) for i in (1, 2, 3)]
     found = [([0, -1, 1, -1, -1, -1, -1, -1, -1, -1, -1, 2], [0, 2, 11])]

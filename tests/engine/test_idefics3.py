@@ -23,7 +23,7 @@ from foldserve.reducers.item import plan_item
 from foldserve.reducers.reduction import InvalidReduction, Reduction
 from foldserve.server.engine import withdrawal
 from foldserve.server.engine.families.idefics3 import Idefics3Family
-from foldserve.server.engine.families.registry import ENTRIES, family_of
+from foldserve.server.engine.families.registry import FAMILY_CLASSES, family_of
 from foldserve.server.engine.positions import SequencePositions
 from foldserve.server.quality.engine.kl_probe import chat_prompt, probe
 from tests import idefics3_checkpoint
@@ -151,7 +151,7 @@ def test_calibration_withdraws_the_same_tokens(llm: Any, reference: Idefics3Refe
 def test_ratio_0_is_vllms_own_bit_for_bit(checkpoint: Path, reference: Idefics3Reference) -> None:
     """And on the same engine reduced images in chunks, some of them preempted."""
     (architecture,) = json.loads((checkpoint / "config.json").read_text())["architectures"]
-    module, stock_class = ENTRIES[architecture].model.partition(".")[0], f"Stock{architecture}"
+    module, stock_class = FAMILY_CLASSES[architecture].model.partition(".")[0], f"Stock{architecture}"
     ModelRegistry.register_model(stock_class, f"vllm.model_executor.models.{module}:{architecture}")
     plain = [*(one_image(*size) for size in SIZES), two_images({}, {})]
     stock = start_engine(checkpoint, hf_overrides={"architectures": [stock_class]}, worker_cls="auto", **CUT)

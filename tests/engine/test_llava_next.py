@@ -289,9 +289,9 @@ def test_a_variant_that_is_not_reduced_gets_pixels_as_vllm_sends_them(checkpoint
 
 def test_newlines_stay_at_the_ends_of_rows() -> None:
     from foldserve.server.engine.families.llava_next import end_rows
-    from foldserve.server.engine.vision import Survivors
+    from foldserve.server.engine.vision import KeptTokens
 
-    left = Survivors(
+    left = KeptTokens(
         torch.tensor([[5.0], [0.0], [2.0]]), torch.tensor([5, 0, 2])
     )  # of 3 rows of 2; the second is empty
     packed = end_rows(left, 3, 2, torch.tensor([-1.0]))

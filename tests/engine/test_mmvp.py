@@ -16,7 +16,7 @@ from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import withdrawal
 from foldserve.server.engine.families.mmvp import ARCHITECTURE, MmvpFamily
 from foldserve.server.engine.families.registry import family_of
-from foldserve.server.engine.vision import Survivors
+from foldserve.server.engine.vision import KeptTokens
 from tests import mmvp_checkpoint
 from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
 from tests.engine.maps import engine_maps, members
@@ -120,8 +120,8 @@ def test_prompts_hold_the_tokens_of_both_towers(llm: Any) -> None:
 
 def test_tokens_stand_by_place_and_clips_first() -> None:
     model = SimpleNamespace(multi_modal_projector=SimpleNamespace(clip=lambda x: x, dino=lambda x: -x))
-    clip = Survivors(torch.tensor([[3.0], [1.0], [5.0]]), torch.tensor([3, 1, 5]))
-    dino = Survivors(torch.tensor([[1.0], [4.0], [5.0]]), torch.tensor([1, 4, 5]))
+    clip = KeptTokens(torch.tensor([[3.0], [1.0], [5.0]]), torch.tensor([3, 1, 5]))
+    dino = KeptTokens(torch.tensor([[1.0], [4.0], [5.0]]), torch.tensor([1, 4, 5]))
     layout = family().largest
     features = family().project(model, [clip.features, dino.features])
     grids = [grid._replace(features=own) for grid, own in zip([clip, dino], features, strict=True)]

@@ -13,7 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.cache import MultiModalProcessorOnlyCache
 
-from foldserve.reducers.ladder import STEPS, Allowance, PixelCap
+from foldserve.reducers.ladder import STEPS, PixelCap, StepBounds
 from foldserve.reducers.plan import InvalidReduction
 from foldserve.server.engine.processor import SETTLED
 from tests import qwen_checkpoint
@@ -21,8 +21,8 @@ from tests.images import page, photo
 from tests.reducers.naive import naive_pixelprune
 
 LADDER = tuple(range(1, STEPS + 1))
-ALLOWANCE = Allowance(LADDER, LADDER[3:])
-CAP = PixelCap(2, 13, ALLOWANCE)
+STEP_BOUNDS = StepBounds(LADDER, LADDER[3:])
+CAP = PixelCap(2, 13, STEP_BOUNDS)
 ASKED = {"ratio": 0.75}
 """As the server sends it: with the fewest tokens that an image can get."""
 
@@ -112,7 +112,7 @@ def test_a_page_gets_what_its_pixels_do_not_predict_and_a_photo_what_its_group_n
 def test_levels_decide(processor: Processor) -> None:
     image = processor.page(1)
     kept = {
-        levels: processor([image], [PixelCap(levels, 16, Allowance(LADDER, LADDER))])[0][0] for levels in (0, 2, 255)
+        levels: processor([image], [PixelCap(levels, 16, StepBounds(LADDER, LADDER))])[0][0] for levels in (0, 2, 255)
     }
     assert kept[0] == processor.tokens > kept[2] > kept[255] == max(2, sixteenths(processor.tokens, 1))
 
@@ -123,11 +123,11 @@ def test_one_count_is_one_identity(processor: Processor) -> None:
     _, names, ((step, _, _),) = processor([image], [CAP])
     ratio = (STEPS - step) / STEPS
     assert processor([image], None, {"ratio": ratio})[1] == names
-    assert processor([image], [PixelCap(2, 14, ALLOWANCE)])[1] == names
-    others = [processor([image], [cap])[1] for cap in (PixelCap(0, 13, ALLOWANCE), PixelCap(255, 13, ALLOWANCE))]
+    assert processor([image], [PixelCap(2, 14, STEP_BOUNDS)])[1] == names
+    others = [processor([image], [cap])[1] for cap in (PixelCap(0, 13, STEP_BOUNDS), PixelCap(255, 13, STEP_BOUNDS))]
     others += [processor([image], None, {"ratio": 3 / 16})[1], processor([processor.page(2)], [CAP])[1]]
     assert names not in others and others[0] == others[2]
-    whole = processor([image], [PixelCap(0, 16, ALLOWANCE)])
+    whole = processor([image], [PixelCap(0, 16, STEP_BOUNDS)])
     assert whole == ([processor.tokens], processor([image], None, {})[1], whole[2])
 
 
@@ -151,7 +151,7 @@ def test_images_are_processed_once_and_what_their_pixels_say_is_remembered(
     assert processor([None, None], [CAP, CAP], uuids=uuids, cache=cache) == (kept, names, settled)
     assert batches == [2]
     with pytest.raises(InvalidReduction, match="send the image with its uuid"):
-        processor([None], [PixelCap(3, 13, ALLOWANCE)], uuids=["a"], cache=cache)
+        processor([None], [PixelCap(3, 13, STEP_BOUNDS)], uuids=["a"], cache=cache)
 
 
 def test_a_smaller_image_is_looked_at_as_it_came(processor: Processor) -> None:

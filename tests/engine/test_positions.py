@@ -22,7 +22,7 @@ from foldserve.server.engine.identity import ItemIdentity
 from foldserve.server.engine.positions import SequencePositions, attach, detach
 from foldserve.server.engine.runner_v1 import PositionsRunner
 from foldserve.server.engine.state_v2 import FoldModelState
-from foldserve.server.engine.vision import Survivors, reduce_features
+from foldserve.server.engine.vision import KeptTokens, reduce_features
 from foldserve.server.engine.worker import WORKERS
 
 WIDTH = 3
@@ -57,8 +57,8 @@ def engine_config(**changes: Any) -> Any:
 
 
 def test_positions_end_with_what_the_model_was_trained_for() -> None:
-    assert positions.limit(engine_config()) == 4096
-    assert positions.limit(engine_config(worker_cls="auto", use_v2_model_runner=True)) == 4096
+    assert positions.position_limit(engine_config()) == 4096
+    assert positions.position_limit(engine_config(worker_cls="auto", use_v2_model_runner=True)) == 4096
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_positions_end_with_what_the_model_was_trained_for() -> None:
     ids=lambda other: next(iter(other)),
 )
 def test_engines_that_cannot_keep_positions(other: dict[str, Any]) -> None:
-    assert positions.limit(engine_config(**other)) is None
+    assert positions.position_limit(engine_config(**other)) is None
 
 
 @dataclass
@@ -189,7 +189,7 @@ class State(FoldModelState):
     """Ours, of model runner V2, without an engine around it."""
 
     def __init__(self, batch: list[Request], device: str) -> None:
-        self._position_maps, self._moves, self._keeps_positions = {}, None, True
+        self._position_maps, self._changes, self._keeps_positions = {}, None, True
         self.model: Any = SimpleNamespace(family=ONE_NUMBER)
         self._positions = torch.full((100,), 7, device=device)
         self.rope_state = self.prompt_embeds_state = self.mm_pruner = None
@@ -267,7 +267,7 @@ def test_the_encoder_reads_no_survivor_back(method: str) -> None:
     plan = make_plan(
         Reduction.parse({"method": method, "ratio": 0.75, "positions": "keep"}), VisionGeometry(144, (12, 12), 3)
     )
-    whole = Survivors(torch.zeros(144, WIDTH, device="meta"), torch.arange(144, device="meta"))
+    whole = KeptTokens(torch.zeros(144, WIDTH, device="meta"), torch.arange(144, device="meta"))
     (left,) = reduce_features([whole], [plan])
     assert attach(left.features, left.source).shape == (36, WIDTH + 3)
 

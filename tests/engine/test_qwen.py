@@ -22,7 +22,7 @@ from foldserve.reducers.downsample import grid_for
 from foldserve.reducers.item import plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.server.engine import qwen_tower, withdrawal
-from foldserve.server.engine.families.registry import ENTRIES, family_of
+from foldserve.server.engine.families.registry import FAMILY_CLASSES, family_of
 from foldserve.server.engine.mrope import GridPositions
 from foldserve.server.engine.processor import FoldProcessor
 from tests import qwen_checkpoint
@@ -239,7 +239,7 @@ def test_ratio_0_is_vllms_own_bit_for_bit(
 ) -> None:
     """And on the same engine reduced images and videos in chunks, some of them preempted."""
     (architecture,) = json.loads((checkpoint / "config.json").read_text())["architectures"]
-    module = ENTRIES[architecture].model.partition(".")[0]
+    module = FAMILY_CLASSES[architecture].model.partition(".")[0]
     stock_class = f"Stock{architecture}"
     ModelRegistry.register_model(stock_class, f"vllm.model_executor.models.{module}:{architecture}")
     plain = [one_image(*size) for size in SIZES] + [two_images({}, {})]
@@ -543,7 +543,7 @@ def test_the_reference_tells_deepstack_levels_of_other_tokens(
     assert_different(llm, expect)
 
 
-class StaleTables(qwen_tower.Walk):
+class StaleTables(qwen_tower.TowerPass):
     """Rotary tables of the tokens that were in the places of those that are left."""
 
     def _lay_out(self) -> None:
@@ -554,7 +554,7 @@ class StaleTables(qwen_tower.Walk):
         self._tables = tables
 
 
-class StaleWindows(qwen_tower.Walk):
+class StaleWindows(qwen_tower.TowerPass):
     """Windows as long as they were, up to the end."""
 
     _before: torch.Tensor
@@ -567,7 +567,7 @@ class StaleWindows(qwen_tower.Walk):
             self._before, self._cut = every, (every.clamp(max=int(ends[-1])), most)
 
 
-class LevelsLeftBehind(qwen_tower.Walk):
+class LevelsLeftBehind(qwen_tower.TowerPass):
     """Deepstack levels of the tokens that stay, without those that go."""
 
     def _reduce(self, attention: Any, steps: tuple[int, ...]) -> None:
@@ -577,7 +577,7 @@ class LevelsLeftBehind(qwen_tower.Walk):
         self._levels = [torch.stack([own[place] for own, place in zip(level, places, strict=True)]) for level in levels]
 
 
-class RotatedKeys(qwen_tower.Walk):
+class RotatedKeys(qwen_tower.TowerPass):
     """Keys with their positions in them."""
 
     def _attend(self, *args: Any) -> tuple[torch.Tensor, Any]:
@@ -585,14 +585,14 @@ class RotatedKeys(qwen_tower.Walk):
         return hidden, replace(attention, unrotated_key=None)
 
 
-class WindowByWindow(qwen_tower.Walk):
+class WindowByWindow(qwen_tower.TowerPass):
     """The last layer's tokens in the order of their windows."""
 
     def _into_raster_order(self) -> None:
         pass
 
 
-WRONG_WALKS: dict[str, dict[type[qwen_tower.Walk], str]] = {
+WRONG_PASSES: dict[str, dict[type[qwen_tower.TowerPass], str]] = {
     "qwen2_vl": {StaleTables: "illava", RotatedKeys: "visionzip"},
     "qwen2_5_vl": {
         StaleTables: "illava",
@@ -605,15 +605,15 @@ WRONG_WALKS: dict[str, dict[type[qwen_tower.Walk], str]] = {
 """And the method that shows it."""
 
 
-def test_the_reference_tells_a_wrong_walk(
+def test_the_reference_tells_a_wrong_pass(
     llm: Any,
     checkpoint: Path,
     expect: Callable[[Case], Answer],
     in_the_tower: list[Case],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    for wrong, method in WRONG_WALKS[checkpoint.name].items():
-        monkeypatch.setattr(qwen_tower, "Walk", wrong)
+    for wrong, method in WRONG_PASSES[checkpoint.name].items():
+        monkeypatch.setattr(qwen_tower, "TowerPass", wrong)
         forget(llm)
         assert_different(llm, expect, next(case for case in in_the_tower if case.reductions[0]["method"] == method))
 

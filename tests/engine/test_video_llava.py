@@ -296,13 +296,13 @@ def test_the_reference_tells_class_tokens_in_another_place(
     llm: Any, expect: Callable[[Case], Answer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Behind their frames."""
-    behind = video_llava._behind
+    prepend = video_llava._prepend_class_token
 
     def wrong(class_token: torch.Tensor, frame: Any) -> Any:
-        right = behind(class_token, frame)
+        right = prepend(class_token, frame)
         return type(right)(right.features.roll(-1, 0), right.source)
 
-    monkeypatch.setattr(video_llava, "_behind", wrong)
+    monkeypatch.setattr(video_llava, "_prepend_class_token", wrong)
     forget(llm)
     case = one_video(2, ratio=0.5)
     want, expected = expect(case)

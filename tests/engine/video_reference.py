@@ -46,7 +46,7 @@ class VideoLlavaReference(WithdrawingReference):
             return Layout((Part(self.geometry),), (0,))
         grid, count = (self.side, self.side), len(image)
         frame = VisionGeometry(self.side**2, grid, behind_class_token=bool(self.first))
-        return Layout((Part(frame, count, separators=self.first * count, joinable=True),), (count,))
+        return Layout((Part(frame, count, separators=self.first * count, can_join=True),), (count,))
 
     @property
     def side(self) -> int:

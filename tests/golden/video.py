@@ -5,7 +5,7 @@ from __future__ import annotations
 from foldserve.reducers.evs import change, most_changed
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.plan import InvalidReduction, Reduction, make_plan
-from foldserve.reducers.vidcom2 import budgets, likeness, vidcom2, within
+from foldserve.reducers.vidcom2 import budgets, likeness, vidcom2, within_budget
 from tests.golden.case import Case, Row, assert_equal
 
 
@@ -23,7 +23,7 @@ def check_vidcom2(case: Case) -> None:
     to_video, to_frame = likeness(video, params["frames"])
     budget = budgets(to_video, params["retention"])
     assert_equal("per_frame_authors", budget[0], golden["per_frame_authors"])
-    chosen = within(to_video + to_frame, budget).flatten().nonzero().flatten()
+    chosen = within_budget(to_video + to_frame, budget).flatten().nonzero().flatten()
     assert_equal("indices_authors", chosen, golden["indices_authors"])
     served = vidcom2(video, params["frames"], params["n_out"], params["retention"])
     assert_equal("indices", served[0], golden["indices"])

@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 from foldserve.kernels import ops
 from foldserve.loadtest.micro.compare import compare, figures
-from foldserve.loadtest.micro.kernels import Shape, measure, render
+from foldserve.loadtest.micro.kernels import KernelShape, measure, render
 from foldserve.reducers.ops import Op
 
 
@@ -23,7 +23,7 @@ def check_benchmark(device: str) -> None:
         return call(self, *args, **options)
 
     with patch.object(Op, "__call__", noting):
-        found = measure(Shape(24, 1, "bf16", width=16, key_width=8), pairs=1, device=device)
+        found = measure(KernelShape(24, 1, "bf16", width=16, key_width=8), pairs=1, device=device)
     assert called == set(ops.OPS)
     assert all(op._run == op.reference for op in ops.OPS)
     assert all(row.torch_us > 0 and row.kernel_us > 0 and row.floor_bytes > 0 for row in found)

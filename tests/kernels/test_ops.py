@@ -36,7 +36,7 @@ TWINS = {
 @pytest.fixture(autouse=True)
 def references_afterwards() -> Iterator[None]:
     yield
-    ops.choose(torch.device("cpu"), triton=True)
+    ops.select_kernels(torch.device("cpu"), triton=True)
 
 
 def in_use() -> dict[str, object]:
@@ -46,20 +46,20 @@ def in_use() -> dict[str, object]:
 def test_kernels_on_a_gpu_else_torch() -> None:
     references = {op.reference.__name__: op.reference for op in ops.OPS}
     assert in_use() == references
-    ops.choose(torch.device("cuda", 1), triton=True)
+    ops.select_kernels(torch.device("cuda", 1), triton=True)
     assert in_use() == TWINS
-    ops.choose(torch.device("cpu"), triton=True)
+    ops.select_kernels(torch.device("cpu"), triton=True)
     assert in_use() == references
 
 
 def test_torch_on_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "find_spec", lambda name: None)
-    ops.choose(torch.device("cuda"), triton=True)
+    ops.select_kernels(torch.device("cuda"), triton=True)
     assert not in_use().items() & TWINS.items()
 
 
 def test_torch_on_a_gpu_where_no_kernels_are_wanted() -> None:
-    ops.choose(torch.device("cuda"), triton=False)
+    ops.select_kernels(torch.device("cuda"), triton=False)
     assert not in_use().items() & TWINS.items()
 
 

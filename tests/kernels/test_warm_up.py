@@ -16,7 +16,7 @@ from foldserve.kernels import ops
 from foldserve.kernels.warm_up import Widths, warm_up
 from foldserve.reducers import METHODS
 from foldserve.reducers.attention import LayerAttention
-from foldserve.reducers.method import AfterProjector, AfterTower, InTower, ScoringDecoder
+from foldserve.reducers.method import AfterProjector, AfterTower, InTower, ScoredInDecoder
 from foldserve.reducers.ops import Op
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 from foldserve.server.engine.withdrawal.batch import BatchMaps
@@ -74,7 +74,7 @@ def served(dtype: torch.dtype) -> None:
         for tokens, layers in ((64, 3), (121, 6)):
             geometry = VisionGeometry(tokens, None, layers, class_token=class_token)
             for name, method in METHODS.items():
-                if isinstance(method, ScoringDecoder):
+                if isinstance(method, ScoredInDecoder):
                     reduce_in_decoder(method, tokens, dtype)
                 for options, ratio in product(OPTIONS.get(name, [{}]), (0.1, 0.4, 0.66, 0.9)):
                     try:
@@ -101,7 +101,7 @@ def reduce(plan: Plan, geometry: VisionGeometry, images: int, dtype: torch.dtype
                 x, sizes, *_ = method.reduce(x, sizes, attention, removed, plan)
 
 
-def reduce_in_decoder(method: ScoringDecoder, tokens: int, dtype: torch.dtype) -> None:
+def reduce_in_decoder(method: ScoredInDecoder, tokens: int, dtype: torch.dtype) -> None:
     addends, scores = torch.randn(tokens + 40, 2 * 48).to(dtype), torch.rand(tokens + 40)
     for first in (0, 5, 16):
         own = slice(first, first + tokens)

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from foldserve.loadtest.report.charts import Chart, Drawn
+from foldserve.loadtest.report.charts import Chart, DrawnChart
 
 LEAST_PLOT = 0.5
 """Share of a figure that the plots have."""
@@ -25,7 +25,7 @@ def check(chart: Chart) -> None:
     assert not problems, f"{chart.stem}: {problems}"
 
 
-def unreadable(drawn: Drawn, used: float = 1) -> Iterator[str]:
+def unreadable(drawn: DrawnChart, used: float = 1) -> Iterator[str]:
     """What is cut off, what covers what, and plots that are squeezed.
 
     Args:

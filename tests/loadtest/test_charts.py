@@ -17,15 +17,15 @@ from matplotlib.figure import Figure
 from foldserve.loadtest.micro.openvino.engines import Contender
 from foldserve.loadtest.micro.openvino.report import Cell, read_results, results
 from foldserve.loadtest.micro.openvino.report import charts as openvino_charts
-from foldserve.loadtest.micro.openvino.runs import Run
+from foldserve.loadtest.micro.openvino.runs import LoadRun
 from foldserve.loadtest.plots import charts
 from foldserve.loadtest.quality import Accuracy
-from foldserve.loadtest.report.charts import Axis, Drawn, Line, Panel, Point, bars, heat_map, line_chart
+from foldserve.loadtest.report.charts import Axis, ChartLine, ChartPoint, DrawnChart, Panel, bars, heat_map, line_chart
 from foldserve.loadtest.report.estimates import Estimate
 from foldserve.loadtest.report.labels import spread
 from foldserve.loadtest.report.side_by_side import difference, ratio
 from foldserve.loadtest.report.theme import SERIES
-from foldserve.loadtest.summary import Row
+from foldserve.loadtest.summary import PointSummary
 from tests.loadtest.made_up import about, rows
 from tests.loadtest.readable import check, unreadable
 
@@ -66,20 +66,20 @@ def test_what_was_not_measured_is_not_drawn() -> None:
     assert [chart.stem for chart in charts({"": [replace_figures(row) for row in bare]})] == ["throughput"]
 
 
-def replace_figures(row: Row) -> Row:
+def replace_figures(row: PointSummary) -> PointSummary:
     figures = {"requests_per_s": row.figures["requests_per_s"]}
-    return Row(row.variant, row.load, 1, 1, 0, figures, row.to_ratio_0, {}, {})
+    return PointSummary(row.variant, row.load, 1, 1, 0, figures, row.to_ratio_0, {}, {})
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1, 1e4])
 def test_any_size_of_numbers_fits(scale: float) -> None:
-    points = [Point(x, about(scale * (1 + x))) for x in (0.0, 0.5, 0.9)]
-    check(line_chart("any", "Any?", [Panel("Panel", [Line("a method", points, 0)])], Axis("x"), Axis("y", low=0)))
+    points = [ChartPoint(x, about(scale * (1 + x))) for x in (0.0, 0.5, 0.9)]
+    check(line_chart("any", "Any?", [Panel("Panel", [ChartLine("a method", points, 0)])], Axis("x"), Axis("y", low=0)))
 
 
 def test_names_of_lines_that_end_at_the_same_place_do_not_touch() -> None:
-    lines = [Line(f"method_{i} K=4", [Point(0, about(1)), Point(1, about(1))], i) for i in range(6)]
-    lines += [Line(name, [Point(0, about(1)), Point(1, about(1))]) for name in ("random", "downsample")]
+    lines = [ChartLine(f"method_{i} K=4", [ChartPoint(0, about(1)), ChartPoint(1, about(1))], i) for i in range(6)]
+    lines += [ChartLine(name, [ChartPoint(0, about(1)), ChartPoint(1, about(1))]) for name in ("random", "downsample")]
     for low in (0.0, 1.0):
         check(line_chart("ends", "?", [Panel("All alike", lines)], Axis("x"), Axis("y", low=low)))
 
@@ -94,7 +94,7 @@ def test_maps_and_bars_can_be_read() -> None:
 def test_engines_beside_each_other_can_be_read() -> None:
     names = [("foldserve", "folder"), ("foldserve", "folder + withdraw"), ("openvino", "pruning_ratio")]
     contenders = [Contender(e, n if r else "none", r, 784) for e, n in names for r in (0.0, 0.5)]
-    cells = [Cell(c, n, [Run(2 + i, (0.1,), 0)]) for n in (1, 8) for i, c in enumerate(dict.fromkeys(contenders))]
+    cells = [Cell(c, n, [LoadRun(2 + i, (0.1,), 0)]) for n in (1, 8) for i, c in enumerate(dict.fromkeys(contenders))]
     for chart in openvino_charts(results(cells)):
         check(chart)
     for chart in openvino_charts(read_results(BENCHMARKS / "openvino-cpu.json")):
@@ -113,7 +113,7 @@ def test_the_check_sees_what_is_wrong() -> None:
     axes.text(0.5, 0.5, "one text")
     axes.text(0.52, 0.5, "another")
     axes.text(0.9, -2, "below the edge")
-    found = " ".join(unreadable(Drawn(figure)))
+    found = " ".join(unreadable(DrawnChart(figure)))
     assert "'one text' and 'another' overlap" in found
     assert "'below the edge' is cut off" in found
     assert "the plots have 0.16" in found
@@ -139,8 +139,10 @@ def test_labels_stay_where_there_is_room() -> None:
 
 
 def test_an_svg_follows_the_theme_and_tells_its_values() -> None:
-    line = Line("folder <b>", [Point(0.0, Estimate(1, 0.9, 1.1), "ratio 0"), Point(0.5, Estimate(2, 1.8, 2.2))], 0)
-    other = Line("tome", [Point(0.5, Estimate(2.001, 2, 2.1))], 1)
+    line = ChartLine(
+        "folder <b>", [ChartPoint(0.0, Estimate(1, 0.9, 1.1), "ratio 0"), ChartPoint(0.5, Estimate(2, 1.8, 2.2))], 0
+    )
+    other = ChartLine("tome", [ChartPoint(0.5, Estimate(2.001, 2, 2.1))], 1)
     chart = line_chart("x", "?", [Panel("P", [line, other])], Axis("x"), Axis("y", low=0))
     (drawn,) = chart.figures()
     alone, inline = drawn.svg(), drawn.svg(alone=False)

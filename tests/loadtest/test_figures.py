@@ -11,15 +11,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForImageTextToText
 
-from foldserve.loadtest.grid import CONTROL, RATIO_0, Load, Point, Variant
+from foldserve.loadtest.grid import CONTROL, RATIO_0, GridPoint, Load, Variant
 from foldserve.loadtest.metrics import KV_USE, RUNNING, WAITING, read
-from foldserve.loadtest.prediction import ModelShape, Request, read_shape
+from foldserve.loadtest.prediction import MeanRequest, ModelShape, read_shape
 from foldserve.loadtest.quality import read_accuracy
-from foldserve.loadtest.record import BlockJournal, Record, Sent, joined
+from foldserve.loadtest.record import BlockJournal, Record, SentRequests, joined
 from foldserve.loadtest.report.journal import RESULTS_FILE, run_identity
-from foldserve.loadtest.statistics import draw, gaps, mean, quantile, rate, runs
+from foldserve.loadtest.statistics import gaps, mean, quantile, rate, resample_rounds, runs
 from foldserve.loadtest.summary import summarise
-from foldserve.loadtest.throughput import Report, write
+from foldserve.loadtest.throughput import LoadTestReport, write
 from foldserve.loadtest.throughput import read as read_report
 from tests import qwen_checkpoint
 
@@ -32,7 +32,7 @@ def record(seconds: float, kept: int, seed: int = 0, api_s: float = 0.5, decode_
     """20 requests, one after the other, of about `seconds` each."""
     each = np.random.default_rng(seed).normal(seconds, 0.05 * seconds, 20)
     start = np.concatenate([[0], np.cumsum(each)[:-1]])
-    sent = Sent(
+    sent = SentRequests(
         start_s=start.tolist(),
         ttft_s=(each / 2).tolist(),
         e2e_s=each.tolist(),
@@ -52,7 +52,7 @@ def test_a_bootstrap_covers_the_mean_as_often_as_it_says() -> None:
     random = np.random.default_rng(0)
     hits = 0
     for _ in range(200):
-        found = draw([[[value] for value in random.normal(5, 1, 60)]], mean).estimate()
+        found = resample_rounds([[[value] for value in random.normal(5, 1, 60)]], mean).estimate()
         hits += found.low <= 5 <= found.high
     assert 0.88 <= hits / 200 <= 0.99
 
@@ -65,7 +65,7 @@ def test_answers_that_end_together_are_no_chance(wave: int) -> None:
     for _ in range(200):
         steps = random.normal(0.4 * wave, 0.04 * wave, 192 // wave)
         times = [gap for step in steps for gap in (step, *[0.0] * (wave - 1))]
-        found = draw([runs(times)], rate).estimate()
+        found = resample_rounds([runs(times)], rate).estimate()
         hits += found.low <= 2.5 <= found.high
         widths.append(found.high - found.low)
         assert [gap for run in runs(times) for gap in run] == times
@@ -74,11 +74,11 @@ def test_answers_that_end_together_are_no_chance(wave: int) -> None:
 
 
 def test_figures_of_rounds() -> None:
-    assert draw([[[1.0], [3.0]], [[5.0], [7.0]]], mean).value == 4
-    assert draw([[[1.0, 2.0], [3.0]]], quantile(0.5)).value == 2
-    assert draw([[[0.5]] * 4], rate).estimate().show(1) == "2.0 [2.0, 2.0]"
+    assert resample_rounds([[[1.0], [3.0]], [[5.0], [7.0]]], mean).value == 4
+    assert resample_rounds([[[1.0, 2.0], [3.0]]], quantile(0.5)).value == 2
+    assert resample_rounds([[[0.5]] * 4], rate).estimate().show(1) == "2.0 [2.0, 2.0]"
     with pytest.raises(ValueError, match="no values"):
-        draw([[]], mean)
+        resample_rounds([[]], mean)
     assert gaps([1.0, 1.0, 2.0], [1.0, 3.0, 1.0]) == [1.0, 1.0, 1.0]
 
 
@@ -97,15 +97,15 @@ def test_ratios_are_drawn_with_the_same_rounds() -> None:
     """A machine that is twice as slow in one round does not blur the ratio."""
     slow = [[[1.0]] * 8, [[2.0]] * 8, [[4.0]] * 8]
     half = [[[0.5]] * 8, [[1.0]] * 8, [[2.0]] * 8]
-    found = (draw(half, mean) / draw(slow, mean)).estimate()
+    found = (resample_rounds(half, mean) / resample_rounds(slow, mean)).estimate()
     assert (found.value, found.low, found.high) == (0.5, 0.5, 0.5)
 
 
 def test_rows_compare_with_both_bases() -> None:
     points = {
-        Point(CONTROL, LOAD): [record(0.98, 100, 0), record(0.98, 100, 1)],
-        Point(RATIO_0, LOAD): [record(1.0, 100, 2), record(1.0, 100, 3)],
-        Point(FOLDED, LOAD): [record(0.5, 50, 4, api_s=0.55), record(0.5, 50, 5, api_s=0.55)],
+        GridPoint(CONTROL, LOAD): [record(0.98, 100, 0), record(0.98, 100, 1)],
+        GridPoint(RATIO_0, LOAD): [record(1.0, 100, 2), record(1.0, 100, 3)],
+        GridPoint(FOLDED, LOAD): [record(0.5, 50, 4, api_s=0.55), record(0.5, 50, 5, api_s=0.55)],
     }
     shape = ModelShape(512, 1408, 8, 512, 64, 128, 1)
     control, full, folded = summarise(points, shape)
@@ -133,9 +133,9 @@ def test_the_cache_is_told_of_only_where_it_can_be_seen() -> None:
         (seen.model_copy(update={"gauges": gauges}), {"kv_use", "kv_share"}),
         (seen.model_copy(update={"gauges": {}}), set()),
     ):
-        (row,) = summarise({Point(RATIO_0, LOAD): [one, one]}, None)
+        (row,) = summarise({GridPoint(RATIO_0, LOAD): [one, one]}, None)
         assert {"kv_use", "kv_share", "resident_when_full"} & row.figures.keys() == expected
-    (row,) = summarise({Point(RATIO_0, LOAD): [seen.model_copy(update={"gauges": gauges})]}, None)
+    (row,) = summarise({GridPoint(RATIO_0, LOAD): [seen.model_copy(update={"gauges": gauges})]}, None)
     assert row.figures["kv_share"].value == pytest.approx(1.45 / 110)
 
 
@@ -144,23 +144,25 @@ def test_predictions_are_those_of_the_design() -> None:
 
     The last with layer K-1 whole, of which the withdrawn tokens skip the output projection and the MLP.
     """
-    full, folded = Request(576, 576, 0, 64, 1), Request(576, 192, 0, 64, 1)
-    withdrawn = Request(576, 192, 192, 64, 1)
+    full, folded = MeanRequest(576, 576, 0, 64, 1), MeanRequest(576, 192, 0, 64, 1)
+    withdrawn = MeanRequest(576, 192, 192, 64, 1)
     tower = 23 * (576 * (8 * 1024**2 + 4 * 1024 * 4096) + 4 * 576**2 * 1024)
 
-    def decoder(request: Request) -> float:
+    def decoder(request: MeanRequest) -> float:
         return SEVEN_B.flops(request) - tower - request.kept * 2 * (1024 * 4096 + 4096**2)
 
     skipped = 192 * (2 * 4096**2 + 6 * 4096 * 11008)
     flops = decoder(full), decoder(folded), decoder(withdrawn) + skipped
     assert [round(each / 1e12, 2) for each in flops] == [8.4, 3.33, 2.08]
-    kv = [SEVEN_B.kv_elements(Request(576, r.kept, r.withdrawn, 64, 0)) * 2 / 2**20 for r in (full, folded, withdrawn)]
+    kv = [
+        SEVEN_B.kv_elements(MeanRequest(576, r.kept, r.withdrawn, 64, 0)) * 2 / 2**20 for r in (full, folded, withdrawn)
+    ]
     assert kv == [320, 128, 80]
 
 
 def test_tiles_attend_to_themselves() -> None:
     """Five tiles of 576 tokens cost the tower five times what one does."""
-    one, five = (Request(n, 576, 0, 64, 1) for n in (576, 5 * 576))
+    one, five = (MeanRequest(n, 576, 0, 64, 1) for n in (576, 5 * 576))
     tower = 23 * (576 * (8 * 1024**2 + 4 * 1024 * 4096) + 4 * 576**2 * 1024)
     assert SEVEN_B.flops(five) - SEVEN_B.flops(one) == 4 * tower
 
@@ -202,7 +204,7 @@ def test_flops_of_qwen_are_those_that_torch_counts(model_type: str, tmp_path: Pa
         hidden = torch.zeros(1, 50, shape.hidden)
         model.language_model(inputs_embeds=hidden, use_cache=False)
     whole_square = shape.layers * 2 * 50 * 50 * (shape.queries or shape.hidden)  # torch counts all of it, causal or not
-    predicted = shape.flops(Request(0, 0, 0, 50, 1)) + whole_square
+    predicted = shape.flops(MeanRequest(0, 0, 0, 50, 1)) + whole_square
     assert counter.get_total_flops() == pytest.approx(predicted, rel=1e-3)
 
 
@@ -245,9 +247,9 @@ def test_the_report_stands_alone_and_shows_every_interval(tmp_path: Path) -> Non
     card.write_text(json.dumps({"results": results}))
     accuracy = read_accuracy(card)
     assert [(a.family, a.ratio, a.share.value) for a in accuracy] == [("folder", 0, 0.9), ("folder", 0.5, 0.85)]
-    points = {Point(v, LOAD): [record(1.0, 100), record(1.1, 100, 1)] for v in (CONTROL, RATIO_0, FOLDED)}
+    points = {GridPoint(v, LOAD): [record(1.0, 100), record(1.1, 100, 1)] for v in (CONTROL, RATIO_0, FOLDED)}
     rows = summarise(points, ModelShape(512, 1408, 8, 512, 64, 128, 1))
-    write(Report("<model>", {"machine": "2 CPUs"}, rows, accuracy), tmp_path)
+    write(LoadTestReport("<model>", {"machine": "2 CPUs"}, rows, accuracy), tmp_path)
     page = (tmp_path / "index.html").read_text()
     assert page.count("<svg") == 5 and "&lt;model&gt;" in page and "What does speed cost in right answers?" in page
     assert "folder, ratio 0.5: " in page

@@ -9,7 +9,7 @@ import pytest
 
 from foldserve.loadtest.bench import arguments, parse
 from foldserve.loadtest.grid import CONTROL, RATIO_0, Load, Variant, schedule, variants
-from foldserve.loadtest.options import Options
+from foldserve.loadtest.options import LoadTestOptions
 
 
 def test_variants() -> None:
@@ -79,22 +79,24 @@ def test_blocks_of_a_round_alternate_too() -> None:
 )
 def test_what_cannot_be_measured_is_refused(changed: dict[str, Any], said: str, tmp_path: Path) -> None:
     good: dict[str, Any] = {"output": tmp_path, "url": "http://somewhere"}
-    Options(**good)
+    LoadTestOptions(**good)
     with pytest.raises(ValueError, match=said):
-        Options(**(good | changed))
+        LoadTestOptions(**(good | changed))
 
 
 def test_options_of_servers_and_loads(tmp_path: Path) -> None:
-    options = Options(tmp_path, model="m", withdraw_layer=3, workload="bursts", rate=(2.0,))
+    options = LoadTestOptions(tmp_path, model="m", withdraw_layer=3, workload="bursts", rate=(2.0,))
     assert options.server_options(["--x"]) == {"foldserve": ["m", "--x", "--withdraw-layer", "3"], "vllm": ["m", "--x"]}
     assert options.grid()[1] == [Load(rate=2.0, requests=128)]
-    each = Options(tmp_path, url="http://a", concurrency=(1, 8), rate=(2.0,), requests=(4, 16, 32), blocks=(3, 2, 1))
+    each = LoadTestOptions(
+        tmp_path, url="http://a", concurrency=(1, 8), rate=(2.0,), requests=(4, 16, 32), blocks=(3, 2, 1)
+    )
     assert [(str(load), load.requests, load.blocks) for load in each.grid()[1]] == [
         ("1 at once", 4, 3), ("8 at once", 16, 2), ("2 requests/s", 32, 1),
     ]  # fmt: skip
-    running = Options(tmp_path, url="http://a/", control_url="http://b")
+    running = LoadTestOptions(tmp_path, url="http://a/", control_url="http://b")
     assert running.urls() == {"foldserve": "http://a", "vllm": "http://b"}
-    assert running.has_control and not Options(tmp_path, url="http://a").has_control
+    assert running.has_control and not LoadTestOptions(tmp_path, url="http://a").has_control
 
 
 def test_arguments_of_the_client() -> None:

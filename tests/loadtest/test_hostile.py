@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from foldserve.loadtest.soak.hostile import make_attacks
-from foldserve.loadtest.soak.load import Outcome
-from foldserve.loadtest.soak.server import Held, Server
+from foldserve.loadtest.soak.load import LoadOutcome
+from foldserve.loadtest.soak.server import HeldResources, SoakServer
 from foldserve.loadtest.soak.siege import Siege, make_keys
 
 EXPECTED = {
@@ -38,7 +38,7 @@ def test_each_attack_meets_its_answer(tiny_llava: Path, tmp_path: Path) -> None:
     options = [str(tiny_llava), "--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
     options += ["--kv-cache-memory-bytes", str(64 << 20), "--api-keys", str(tmp_path / "keys.toml")]
     attacks = make_attacks()
-    server = Server(options, tmp_path / "log", user)
+    server = SoakServer(options, tmp_path / "log", user)
 
     async def outcome(name: str) -> str:
         try:
@@ -46,8 +46,8 @@ def test_each_attack_meets_its_answer(tiny_llava: Path, tmp_path: Path) -> None:
         except OSError as error:
             return type(error).__name__
 
-    async def run() -> tuple[list[str], Held]:
-        return await asyncio.gather(*map(outcome, attacks)), await server.settled()
+    async def run() -> tuple[list[str], HeldResources]:
+        return await asyncio.gather(*map(outcome, attacks)), await server.held_when_idle()
 
     try:
         outcomes, held = asyncio.run(run())
@@ -59,16 +59,16 @@ def test_each_attack_meets_its_answer(tiny_llava: Path, tmp_path: Path) -> None:
     assert (held.requests, held.kv_share) == (0, 0)
 
 
-HELD = Held(0, 0, 100, {"engine": 600, "api": 400})
-GOOD = Siege(Outcome(took_s=[1.0]), Outcome(took_s=[2.0]), {"half a body": {"408": 3}}, HELD, HELD, 1.0)
+HELD = HeldResources(0, 0, 100, {"engine": 600, "api": 400})
+GOOD = Siege(LoadOutcome(took_s=[1.0]), LoadOutcome(took_s=[2.0]), {"half a body": {"408": 3}}, HELD, HELD, 1.0)
 
 
 @pytest.mark.parametrize(
     ("siege", "failure"),
     [
-        (replace(GOOD, beside=Outcome(wrong=["200 was expected: 503"])), "200 was expected: 503"),
-        (replace(GOOD, beside=Outcome(ready_s=1.2)), "took 1.20 s, beside hostile clients"),
-        (replace(GOOD, alone=Outcome(ready_s=1.2)), "took 1.20 s, alone"),
+        (replace(GOOD, beside=LoadOutcome(wrong=["200 was expected: 503"])), "200 was expected: 503"),
+        (replace(GOOD, beside=LoadOutcome(ready_s=1.2)), "took 1.20 s, beside hostile clients"),
+        (replace(GOOD, alone=LoadOutcome(ready_s=1.2)), "took 1.20 s, alone"),
         (replace(GOOD, attacks={"half a body": {}}), "never tried to its end: half a body"),
         (replace(GOOD, attacks={"half a body": {"500": 1}}), "half a body: {'500': 1}"),
         (replace(GOOD, after=replace(HELD, requests=2)), "left in the engine: 2 requests"),
@@ -84,7 +84,7 @@ def test_what_a_siege_says_of_a_bad_server(siege: Siege, failure: str) -> None:
 
 
 def test_figures_of_the_user() -> None:
-    report = replace(GOOD, beside=Outcome(took_s=[0.1] * 99 + [5.0])).to_json()
+    report = replace(GOOD, beside=LoadOutcome(took_s=[0.1] * 99 + [5.0])).to_json()
     assert report["beside"]["p50_s"] == 0.1
     assert 0.1 < report["beside"]["p99_s"] <= 5.0
-    assert (report["alone"]["p50_s"], replace(GOOD, alone=Outcome()).to_json()["alone"]["p50_s"]) == (1.0, None)
+    assert (report["alone"]["p50_s"], replace(GOOD, alone=LoadOutcome()).to_json()["alone"]["p50_s"]) == (1.0, None)

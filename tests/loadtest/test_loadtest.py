@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,9 @@ import pytest
 from foldserve.loadtest import bench, servers
 from foldserve.loadtest.command import run
 from foldserve.loadtest.grid import Block, Load, schedule
-from foldserve.loadtest.options import Options
-from foldserve.loadtest.record import BlockJournal, Record, Sent
-from foldserve.loadtest.run import Runner
+from foldserve.loadtest.options import LoadTestOptions
+from foldserve.loadtest.record import BlockJournal, Record, SentRequests
+from foldserve.loadtest.run import BlockRunner
 from foldserve.loadtest.servers import Fleet
 from foldserve.loadtest.trace import read_trace, replay
 from foldserve.loadtest.workloads import Messages
@@ -39,10 +40,10 @@ def write_trace(file: Path, *questions: str) -> Path:
     return file
 
 
-def answered(requests: int) -> Sent:
+def answered(requests: int) -> SentRequests:
     """Each in a second, with two tokens."""
     times, tokens = [1.0] * requests, [2] * requests
-    return Sent(
+    return SentRequests(
         start_s=times, ttft_s=times, e2e_s=times, itl_s=[], prompt_tokens=tokens, output_tokens=tokens, errors=[]
     )
 
@@ -78,7 +79,9 @@ def test_the_client_is_loaded_once_and_says_what_went_wrong(fake: Fake) -> None:
 
 def test_a_run_ends_in_a_report_and_is_not_done_twice(fake: Fake, tmp_path: Path) -> None:
     trace = write_trace(tmp_path / "trace.jsonl", "one", "two", "three")
-    options = Options(tmp_path / "out", url=fake.url, trace=trace, ratios=(0.5,), rounds=2, speed=(4.0,), warm_up=1)
+    options = LoadTestOptions(
+        tmp_path / "out", url=fake.url, trace=trace, ratios=(0.5,), rounds=2, speed=(4.0,), warm_up=1
+    )
     report = run(options, [])
     assert [row.variant.label for row in report.rows] == ["ratio 0", "folder 0.5"]
     for row, kept in zip(report.rows, (ENCODED, ENCODED // 2), strict=True):
@@ -98,7 +101,7 @@ def test_a_run_ends_in_a_report_and_is_not_done_twice(fake: Fake, tmp_path: Path
 def test_keys_come_from_the_environment(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.keys = ("of alice", "of prometheus")
     trace = write_trace(tmp_path / "trace.jsonl", "one", "two")
-    options = Options(tmp_path / "out", url=fake.url, trace=trace, ratios=(), rounds=1, speed=(4.0,), warm_up=1)
+    options = LoadTestOptions(tmp_path / "out", url=fake.url, trace=trace, ratios=(), rounds=1, speed=(4.0,), warm_up=1)
     monkeypatch.setenv("OPENAI_API_KEY", "of alice")
     with pytest.raises(ValueError, match="set METRICS_KEY"):
         run(options, [])
@@ -111,18 +114,20 @@ def test_keys_come_from_the_environment(fake: Fake, tmp_path: Path, monkeypatch:
 def test_a_refused_variant_ends_the_run_before_anything_is_measured(fake: Fake, tmp_path: Path) -> None:
     fake.refuse = "this model can't"
     trace = write_trace(tmp_path / "trace.jsonl", "one")
-    options = Options(tmp_path / "out", url=fake.url, trace=trace, ratios=(0.5,))
+    options = LoadTestOptions(tmp_path / "out", url=fake.url, trace=trace, ratios=(0.5,))
     with pytest.raises(ValueError, match=r"refuses folder 0\.5: this model can't"):
         run(options, [])
     assert not (tmp_path / "out" / "results.jsonl").exists()
 
 
 def test_blocks_that_are_there_are_left_alone(fake: Fake, tmp_path: Path) -> None:
-    options = Options(tmp_path, url=fake.url, ratios=(0.5,), rounds=2, concurrency=(1,), requests=(3,), image_size=28)
+    options = LoadTestOptions(
+        tmp_path, url=fake.url, ratios=(0.5,), rounds=2, concurrency=(1,), requests=(3,), image_size=28
+    )
     asked: list[str] = []
     images: list[str] = []
 
-    def send(url: str, model: str, chats: Sequence[Messages], body: dict[str, Any], block: Block) -> Sent:
+    def send(url: str, model: str, chats: Sequence[Messages], body: dict[str, Any], block: Block) -> SentRequests:
         asked.append(block.key)
         images.extend(chat[0]["content"][0]["image_url"]["url"] for chat in chats)
         assert (url, model, body["max_completion_tokens"]) == (fake.url, "fake", 16)
@@ -131,15 +136,15 @@ def test_blocks_that_are_there_are_left_alone(fake: Fake, tmp_path: Path) -> Non
     variants, loads = options.grid()
     blocks = schedule(variants, loads, 2, beside=False)
     journal = BlockJournal(tmp_path, "run")
-    done = Sent(start_s=[0], ttft_s=[1], e2e_s=[1], itl_s=[], prompt_tokens=[1], output_tokens=[1], errors=[])
+    done = SentRequests(start_s=[0], ttft_s=[1], e2e_s=[1], itl_s=[], prompt_tokens=[1], output_tokens=[1], errors=[])
     journal.add(blocks[1].key, Record(sent=done, counters={}, gauges={}, cpu_s={}))
     fleet = Fleet(options.urls(), {}, tmp_path, beside=False)
-    Runner(options, fleet, send).measure(blocks, variants, journal)
+    BlockRunner(options, fleet, send).measure(blocks, variants, journal)
     assert asked == [blocks[0].key, blocks[2].key, blocks[3].key]
     assert len(set(images)) == len(images) == 9
     assert all(block.key in journal for block in blocks)
     variants, loads = dataclasses.replace(options, ratios=(0.25, 0.5), blocks=(2,)).grid()
-    Runner(options, fleet, send).measure(schedule(variants, loads, 2, beside=False), variants, journal)
+    BlockRunner(options, fleet, send).measure(schedule(variants, loads, 2, beside=False), variants, journal)
     assert len(set(images)) == len(images) == 9 + 8 * 3, "added ones are new to a server that has seen the others"
 
 
@@ -161,7 +166,7 @@ def test_servers_are_started_anew_for_every_round(
     class Started:
         """The fake server, as if it had been started here."""
 
-        def __init__(self, name: str, options: Sequence[str], log: Path) -> None:
+        def __init__(self, name: str, options: Sequence[str], log: Path, variables: Mapping[str, str]) -> None:
             self.url, self._name = fake.url, name
             seen.append(f"+{name}")
 
@@ -171,28 +176,38 @@ def test_servers_are_started_anew_for_every_round(
         def stop(self) -> None:
             seen.append(f"-{self._name}")
 
-    def send(url: str, model: str, chats: Sequence[Messages], body: dict[str, Any], block: Block) -> Sent:
+    def send(url: str, model: str, chats: Sequence[Messages], body: dict[str, Any], block: Block) -> SentRequests:
         seen.append(block.point.variant.server)
         return answered(len(chats))
 
-    monkeypatch.setattr(servers, "Local", Started)
-    options = Options(
+    monkeypatch.setattr(servers, "LocalServer", Started)
+    options = LoadTestOptions(
         tmp_path, model="m", ratios=(), rounds=2, beside=beside, restart=restart,
         concurrency=(1,), requests=(1,), image_size=28,
     )  # fmt: skip
     variants, loads = options.grid()
     fleet = Fleet(options.urls(), options.server_options([]), tmp_path, beside=beside)
     blocks = schedule(variants, loads, options.rounds, beside=beside)
-    Runner(options, fleet, send).measure(blocks, variants, BlockJournal(tmp_path, "run"))
+    BlockRunner(options, fleet, send).measure(blocks, variants, BlockJournal(tmp_path, "run"))
     assert " ".join(seen) == expected
 
 
 def test_a_server_that_runs_is_not_started(tmp_path: Path) -> None:
     """Nor ended, even if one of its kind could be."""
     fleet = Fleet({"vllm": "http://a"}, {"vllm": ["m"], "foldserve": ["m"]}, tmp_path, beside=False)
-    assert fleet.get("vllm") == (servers.Remote("http://a"), False)
+    assert fleet.get("vllm") == (servers.RemoteServer("http://a"), False)
     fleet.stop()
-    assert fleet.get("vllm") == (servers.Remote("http://a"), False)
+    assert fleet.get("vllm") == (servers.RemoteServer("http://a"), False)
+
+
+def test_the_variables_are_those_of_a_server_that_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "made_up_server.py").write_text("import os\nprint('OURS is', os.environ['OURS'])\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setitem(servers._MODULES, "foldserve", "made_up_server")
+    fleet = Fleet({}, {"foldserve": []}, tmp_path, beside=False, variables={"OURS": "set"})
+    with pytest.raises(RuntimeError, match="OURS is set"):
+        fleet.get("foldserve")
+    assert "OURS" not in os.environ
 
 
 def test_smoke(tiny_llava: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,7 +6,7 @@ from itertools import count
 
 import pytest
 
-from foldserve.loadtest.micro.image_oracle import Found, Try, measure, render, right_share
+from foldserve.loadtest.micro.image_oracle import Guess, GuesserResult, measure, render, right_share
 
 
 class Caches:
@@ -41,7 +41,7 @@ def test_who_finds_what(guesser: str, shared: bool, finds: bool) -> None:
         tries=40,
         times=2,
     )
-    found = Found.of(tries)
+    found = GuesserResult.of(tries)
     assert sum(each.seen for each in tries) == 20
     assert (found.hits_seen, found.hits_fresh) == (20 if finds else 0, 0)
     assert (found.seen_ms, found.fresh_ms) == (100 if finds else 1000, 1000)
@@ -51,12 +51,12 @@ def test_who_finds_what(guesser: str, shared: bool, finds: bool) -> None:
 
 def test_what_is_learnt_from_a_try_is_not_used_on_it() -> None:
     """Else noise alone would be guessed well."""
-    tries = [Try(seen=number % 4 < 2, seconds=1 + number % 2, hits=0) for number in range(100)]
+    tries = [Guess(seen=number % 4 < 2, seconds=1 + number % 2, hits=0) for number in range(100)]
     assert right_share(tries) == 0.5
 
 
 def test_a_row_for_each_guesser() -> None:
-    tries = [Try(seen=number % 4 < 2, seconds=0.1, hits=0) for number in range(100)]
-    assert render({"Bob": Found.of(tries)}).splitlines()[2] == (
+    tries = [Guess(seen=number % 4 < 2, seconds=0.1, hits=0) for number in range(100)]
+    assert render({"Bob": GuesserResult.of(tries)}).splitlines()[2] == (
         "| Bob | 100 | 100.0 ms | 100.0 ms | 50% | 40% to 60% | 0, 0 |"
     )

@@ -6,17 +6,17 @@ from dataclasses import replace
 
 import pytest
 
-from foldserve.loadtest.micro.reducers import PROJECTION, TOWERS, Tower, least_flops, measure, render
+from foldserve.loadtest.micro.reducers import PROJECTION, TOWERS, TowerShape, least_flops, measure, render
 from foldserve.reducers import METHODS
-from foldserve.reducers.method import AcrossFrames, Decoder, Preselection, Projector
+from foldserve.reducers.method import AcrossFrames, InDecoder, InProjector, Preselection
 
-TINY = Tower("tiny", 6, 1, 9, 32, 32, 2, 2, class_token=True)
+TINY = TowerShape("tiny", 6, 1, 9, 32, 32, 2, 2, class_token=True)
 
 
 @pytest.mark.parametrize("tower", [TINY, replace(TINY, class_token=False), replace(TINY, tiles=5)], ids=str)
-def test_every_method_that_works_on_a_tower_is_timed(tower: Tower) -> None:
+def test_every_method_that_works_on_a_tower_is_timed(tower: TowerShape) -> None:
     rows = measure(tower, "fp32", ratios=(0.5, 0.75), rounds=1, device="cpu")
-    others = AcrossFrames | Preselection | Decoder | Projector
+    others = AcrossFrames | Preselection | InDecoder | InProjector
     before_the_decoder = {name for name, method in METHODS.items() if not isinstance(method, others)}
     left_out = set() if tower.class_token else {"folder_cls", "turbo", "prumerge"}
     assert {row.method for row in rows} == {PROJECTION} | before_the_decoder - left_out

@@ -15,8 +15,8 @@ from foldserve.loadtest.micro.openvino.__main__ import contenders
 from foldserve.loadtest.micro.openvino.engines import PROMPT, Contender, Foldserve, Setup
 from foldserve.loadtest.micro.openvino.older import write_older
 from foldserve.loadtest.micro.openvino.report import Cell, charts, read_results, results, tables
-from foldserve.loadtest.micro.openvino.runs import Load, Remote, Run, noise
-from foldserve.loadtest.report.charts import together
+from foldserve.loadtest.micro.openvino.runs import Load, LoadRun, RemoteEngine, noise
+from foldserve.loadtest.report.charts import join_charts
 from foldserve.reducers.plan import Reduction
 from tests import qwen_checkpoint
 
@@ -26,10 +26,10 @@ TOKEN_BYTES = 2 * 2 * 32 * 2  # per layer: a key and a value, two heads of 32, 1
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Remote]:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RemoteEngine]:
     checkpoint = qwen_checkpoint.write(tmp_path_factory.mktemp("openvino") / "model", "qwen2_5_vl")
     setup = Setup(threads=1, kv_gib=1)
-    remote = Remote(partial(Foldserve, checkpoint, setup, withdraw_layer=WITHDRAW_LAYER, eager=True))
+    remote = RemoteEngine(partial(Foldserve, checkpoint, setup, withdraw_layer=WITHDRAW_LAYER, eager=True))
     yield remote
     remote.stop()
 
@@ -39,7 +39,7 @@ def blocks(tokens: int) -> int:
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.5])
-def test_kv_in_use_is_that_of_the_kept_tokens(engine: Remote, ratio: float) -> None:
+def test_kv_in_use_is_that_of_the_kept_tokens(engine: RemoteEngine, ratio: float) -> None:
     mine = [each for each in contenders(ratio, PX) if each.engine == "foldserve" and each.name != "downsample"]
     for contender in mine:
         run = engine.measure(contender, Load(requests=3, concurrency=2, tokens=4, seed=1))
@@ -56,7 +56,7 @@ def test_kv_in_use_is_that_of_the_kept_tokens(engine: Remote, ratio: float) -> N
 
 def test_an_engine_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="nowhere"):
-        Remote(partial(Foldserve, tmp_path / "nowhere", Setup(1), withdraw_layer=4, eager=True))
+        RemoteEngine(partial(Foldserve, tmp_path / "nowhere", Setup(1), withdraw_layer=4, eager=True))
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.75, 0.9])
@@ -76,7 +76,7 @@ def test_images_differ_by_seed_and_number() -> None:
 
 def test_the_table_compares_within_rounds() -> None:
     cells = [
-        Cell(each, 8, [Run(speed * machine, (0.1, 0.3, 0.2), 5 << 20) for machine in (1.0, 0.5, 2.0)])
+        Cell(each, 8, [LoadRun(speed * machine, (0.1, 0.3, 0.2), 5 << 20) for machine in (1.0, 0.5, 2.0)])
         for each, speed in zip(contenders(0.5, 784), (3.0, 2.0, 4.0, 1.0, 1.0), strict=True)
     ]
     (table,) = tables(results(cells))
@@ -93,21 +93,21 @@ def test_the_page_the_data_and_the_picture_agree() -> None:
     for table in tables(saved):
         assert table.markdown() in page
     shown = ElementTree.fromstring(picture).iter("{http://www.w3.org/2000/svg}title")
-    drawn = ElementTree.fromstring(together(charts(saved), 2).svg()).iter("{http://www.w3.org/2000/svg}title")
+    drawn = ElementTree.fromstring(join_charts(charts(saved), 2).svg()).iter("{http://www.w3.org/2000/svg}title")
     assert [title.text for title in shown] == [title.text for title in drawn]
 
 
 def test_what_was_saved_is_read_as_it_was(tmp_path: Path) -> None:
-    cells = [Cell(each, 8, [Run(2.0, (0.1, 0.3), 5 << 20)] * 3) for each in contenders(0.5, 784)]
+    cells = [Cell(each, 8, [LoadRun(2.0, (0.1, 0.3), 5 << 20)] * 3) for each in contenders(0.5, 784)]
     (tmp_path / "figures.json").write_text(json.dumps({"results": [asdict(each) for each in results(cells)]}))
     again = read_results(tmp_path / "figures.json")
     assert [table.cells for table in tables(again)] == [table.cells for table in tables(results(cells))]
 
 
 def test_the_picture_has_a_panel_for_each_load_and_figure() -> None:
-    none = [Cell(each, n, [Run(1, (0.1,), 0)]) for n in (1, 8) for each in contenders(0, 784)]
-    some = [Cell(each, n, [Run(2, (0.1,), 0)]) for n in (1, 8) for each in contenders(0.5, 784)]
-    figure = together(charts(results([*none, *some])), 2).figure
+    none = [Cell(each, n, [LoadRun(1, (0.1,), 0)]) for n in (1, 8) for each in contenders(0, 784)]
+    some = [Cell(each, n, [LoadRun(2, (0.1,), 0)]) for n in (1, 8) for each in contenders(0.5, 784)]
+    figure = join_charts(charts(results([*none, *some])), 2).figure
     assert [len(axes.get_lines()) > 0 for axes in figure.axes] == [True] * 4
     assert Contender("openvino", "none", 0, 784) in [cell.contender for cell in none]
 

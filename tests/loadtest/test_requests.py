@@ -12,12 +12,12 @@ from PIL import Image
 
 from foldserve.loadtest.images import Images
 from foldserve.loadtest.trace import read_trace
-from foldserve.loadtest.workloads import WORKLOADS, Maker
+from foldserve.loadtest.workloads import WORKLOADS, SourceFactory
 from foldserve.server.api.media import data_url
-from foldserve.server.api.media.budget import Budget
+from foldserve.server.api.media.budget import MediaBudget
 from foldserve.server.limits import Limits
 from foldserve.server.video.decoder import VideoDecoder
-from foldserve.server.video.frames import Rule
+from foldserve.server.video.frames import FrameRule
 
 IMAGES = Images(56)
 
@@ -34,11 +34,13 @@ def test_images_differ_unless_repeats_are_asked_for() -> None:
 
 
 def test_videos_differ_and_are_videos() -> None:
-    chats = WORKLOADS["video"].make(Maker(IMAGES, words=5).source("a"), 3)
+    chats = WORKLOADS["video"].make(SourceFactory(IMAGES, words=5).source("a"), 3)
     urls = [chat[0]["content"][0]["video_url"]["url"] for chat in chats]
     assert len(set(urls)) == 3
     decoder, limits = VideoDecoder(), Limits()
-    chosen, frames = decoder.decode(data_url.read(urls[0], Budget(limits), "video"), limits.video_bounds, Rule(9))
+    chosen, frames = decoder.decode(
+        data_url.read(urls[0], MediaBudget(limits), "video"), limits.video_bounds, FrameRule(9)
+    )
     decoder.close()
     assert (chosen.file_frames, chosen.seconds, frames.pixels.shape) == (32, 4.0, (9, 56, 56, 3))
     assert len({frame.tobytes() for frame in frames.pixels}) == 9
@@ -69,7 +71,7 @@ def test_a_folder_smaller_than_the_run_gives_new_images(tmp_path: Path) -> None:
     ],
 )
 def test_workloads(name: str, images: list[int], messages: list[int]) -> None:
-    maker = Maker(IMAGES, words=5)
+    maker = SourceFactory(IMAGES, words=5)
     chats = WORKLOADS[name].make(maker.source("a"), 6)
     assert [json.dumps(chat).count('"image_url":') for chat in chats] == images
     assert [len(chat) for chat in chats] == messages
@@ -80,7 +82,7 @@ def test_workloads(name: str, images: list[int], messages: list[int]) -> None:
 
 
 def test_turns_go_on_with_the_same_image() -> None:
-    chats = WORKLOADS["turns"].make(Maker(IMAGES, words=5).source("a"), 8)
+    chats = WORKLOADS["turns"].make(SourceFactory(IMAGES, words=5).source("a"), 8)
     for turn in range(1, 4):
         assert chats[2 * turn][: len(chats[2 * turn - 2])] == chats[2 * turn - 2]
 
@@ -93,7 +95,7 @@ def test_a_trace_is_read_in_order_and_checked(tmp_path: Path) -> None:
     ]
     file.write_text("\n".join(json.dumps(line) for line in lines))
     first, second = read_trace(file)
-    source = Maker(IMAGES, words=5).source("a")
+    source = SourceFactory(IMAGES, words=5).source("a")
     assert first.chat(source) == [{"role": "user", "content": "hello"}]
     assert [part["type"] for part in second.chat(source)[0]["content"]] == ["image_url", "image_url", "text"]
     file.write_text('{"timestamp_s": 1}\n')

@@ -12,10 +12,10 @@ import pytest
 
 from foldserve.loadtest.soak.__main__ import main
 from foldserve.loadtest.soak.death import Death
-from foldserve.loadtest.soak.load import Outcome
+from foldserve.loadtest.soak.load import LoadOutcome
 from foldserve.loadtest.soak.mix import HangUp, plan
-from foldserve.loadtest.soak.report import Report
-from foldserve.loadtest.soak.server import Held
+from foldserve.loadtest.soak.report import SoakReport
+from foldserve.loadtest.soak.server import HeldResources
 
 REQUESTS, STREAMS, LOOKS, AT_ONCE = 300, 64, 2, 16
 
@@ -48,12 +48,14 @@ def test_the_mix() -> None:
     assert requests == list(plan(2000, 0.3, seed=1))
 
 
-HELD = Held(0, 0, 100, {"engine": 600, "api": 400})
+HELD = HeldResources(0, 0, 100, {"engine": 600, "api": 400})
 DEATH = Death(clients=9, red_s=0.9, heard_s=4.9, ended_s=9.9, exit_status=1)
-GOOD = Report([HELD, replace(HELD, files=99, memory={"engine": 640, "api": 400})], Outcome(), Outcome(), DEATH, 1.0)
+GOOD = SoakReport(
+    [HELD, replace(HELD, files=99, memory={"engine": 640, "api": 400})], LoadOutcome(), LoadOutcome(), DEATH, 1.0
+)
 
 
-def ends_with(**fields: Any) -> Report:
+def ends_with(**fields: Any) -> SoakReport:
     return replace(GOOD, looks=[HELD, replace(HELD, **fields)])
 
 
@@ -64,10 +66,10 @@ def ends_with(**fields: Any) -> Report:
         (replace(GOOD, looks=[replace(HELD, kv_share=0.01), HELD]), "1.00% of the KV cache"),
         (ends_with(files=101), "file descriptors: 100 when warm, 101 at the end"),
         (ends_with(memory={"engine": 651, "api": 400}), "memory grew by 5.1%"),
-        (replace(GOOD, soak=Outcome(wrong=["200 was expected: 500"])), "200 was expected: 500"),
-        (replace(GOOD, soak=Outcome(ready_s=1.2)), "took 1.20 s beside the mixed requests"),
-        (replace(GOOD, streams=Outcome(ready_s=1.5)), "took 1.50 s beside the streams"),
-        (replace(GOOD, streams=Outcome(ready_s=5.1), ready_within_s=5.0), "took 5.10 s beside the streams"),
+        (replace(GOOD, soak=LoadOutcome(wrong=["200 was expected: 500"])), "200 was expected: 500"),
+        (replace(GOOD, soak=LoadOutcome(ready_s=1.2)), "took 1.20 s beside the mixed requests"),
+        (replace(GOOD, streams=LoadOutcome(ready_s=1.5)), "took 1.50 s beside the streams"),
+        (replace(GOOD, streams=LoadOutcome(ready_s=5.1), ready_within_s=5.0), "took 5.10 s beside the streams"),
         (replace(GOOD, death=replace(DEATH, wrong=["instead of an answer"])), "instead of an answer"),
         (replace(GOOD, death=replace(DEATH, red_s=5.1)), "green for 5.10 s"),
         (replace(GOOD, death=replace(DEATH, heard_s=5.1)), "heard of it after 5.10 s"),
@@ -76,7 +78,7 @@ def ends_with(**fields: Any) -> Report:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_a_bad_server_is_called_bad(report: Report, failure: str) -> None:
+def test_a_bad_server_is_called_bad(report: SoakReport, failure: str) -> None:
     (said,) = report.failures()
     assert failure in said
     assert list(GOOD.failures()) == []

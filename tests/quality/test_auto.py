@@ -17,12 +17,12 @@ from foldserve.reducers.item import ItemPlan, Layout
 from foldserve.reducers.ladder import STEPS, ratio_of, steps_within
 from foldserve.reducers.plan import InvalidReduction, Reduction, VisionGeometry, make_plan
 from foldserve.server.api import auto
-from foldserve.server.api.auto import AutoRatio, Chooser
-from foldserve.server.auto import AutoPolicy, Groups, parse_bounds
+from foldserve.server.api.auto import AutoChooser, AutoRatio
+from foldserve.server.auto import AutoPolicy, GroupRules, parse_bounds
 from foldserve.server.pressure import Pressure
 from foldserve.server.quality.auto.command import by_group, group_of
 from foldserve.server.quality.auto.file import AutoCalibration, read_for
-from foldserve.server.quality.auto.measure import StepJournal, measure, takable
+from foldserve.server.quality.auto.measure import StepJournal, measure, possible_steps
 from foldserve.server.quality.auto.page import chart, html, text
 from foldserve.server.quality.auto.rule import chosen_step, risk_bounds, samples_needed
 from foldserve.server.quality.calibration_options import CalibrationOptions
@@ -150,7 +150,7 @@ def _number(dialogue: Any) -> int:
 def test_a_stopped_run_goes_on_where_it_was(tmp_path: Path) -> None:
     asked, layouts = questions("aab"), [Layout.single(VisionGeometry(16))] * 3
     (spec,) = parse_specs(["random"])
-    plans = takable(spec, layouts)
+    plans = possible_steps(spec, layouts)
     assert list(plans) == [*range(2, 16)]  # two tokens have to stay
     more: dict[str, Any] = {"answer_tokens": 4, "batch": 2}
     first = Scripted()
@@ -243,18 +243,18 @@ def test_no_calibrated_step_within_bounds() -> None:
 
 
 def test_the_group_is_the_requests_or_its_keys_or_its_models() -> None:
-    groups = Groups({"scanner": "ocr"}, {"counter": "count"})
+    groups = GroupRules({"scanner": "ocr"}, {"counter": "count"})
     assert groups.of("x", "scanner", "counter") == "x"
     assert groups.of(None, "scanner", "counter") == "ocr"
     assert groups.of(None, "someone", "counter") == "count"
     assert groups.of(None, None, "tiny") == "default"
-    assert Groups.parse('{"keys": {"scanner": "ocr"}, "models": {"counter": "count"}}') == groups
+    assert GroupRules.parse('{"keys": {"scanner": "ocr"}, "models": {"counter": "count"}}') == groups
 
 
 @pytest.mark.parametrize("wrong", ["[]", '{"key": {}}', '{"keys": {"a": 1}}', "nothing"])
 def test_groups_that_are_none(wrong: str) -> None:
     with pytest.raises(ValueError, match="is needed"):
-        Groups.parse(wrong)
+        GroupRules.parse(wrong)
 
 
 @pytest.mark.parametrize("wrong", ["0.5", "0.5,0.2", "a,b", "0,1", "-1,0.5"])
@@ -280,7 +280,7 @@ def test_bounds_that_are_none(wrong: str) -> None:
 )
 def test_requests_that_are_refused(value: object, param: str, message: str) -> None:
     with pytest.raises(InvalidReduction, match=message) as refusal:
-        auto.parse(value)
+        auto.parse_requested_reduction(value)
     assert refusal.value.param == param
 
 
@@ -297,17 +297,17 @@ def test_requests_that_are_refused(value: object, param: str, message: str) -> N
 def test_what_was_not_calibrated_is_refused(
     policy: AutoPolicy | None, asked: dict[str, Any], param: str, message: str
 ) -> None:
-    parsed = auto.parse({"ratio": "auto", **asked})
+    parsed = auto.parse_requested_reduction({"ratio": "auto", **asked})
     assert isinstance(parsed, AutoRatio)
     with pytest.raises(InvalidReduction, match=message) as refusal:
-        Chooser(Settings(auto=policy)).choose(parsed, None, "tiny", ["a"])
+        AutoChooser(Settings(auto=policy)).choose(parsed, None, "tiny", ["a"])
     assert refusal.value.param == param
 
 
 def test_the_calibrated_method_may_be_named() -> None:
-    parsed = auto.parse({"ratio": "auto", "method": "folder", "group": "ocr"})
+    parsed = auto.parse_requested_reduction({"ratio": "auto", "method": "folder", "group": "ocr"})
     assert isinstance(parsed, AutoRatio)
-    reductions, choices = Chooser(Settings(auto=POLICY)).choose(parsed, None, "tiny", ["a", "b"])
+    reductions, choices = AutoChooser(Settings(auto=POLICY)).choose(parsed, None, "tiny", ["a", "b"])
     assert (reductions, [choice.step for choice in choices]) == ([Reduction(ratio=0.75)] * 2, [4, 4])
 
 
@@ -365,10 +365,10 @@ def test_a_server_whose_clients_have_hung_up_is_free() -> None:
 def test_an_image_keeps_its_first_count_under_pressure(monkeypatch: pytest.MonkeyPatch) -> None:
     level = 0
     monkeypatch.setattr(Pressure, "level", lambda self, now: level)
-    chooser = Chooser(Settings(auto=POLICY, auto_under_load=True))
+    chooser = AutoChooser(Settings(auto=POLICY, auto_under_load=True))
 
     def steps(images: list[str | None], **fields: object) -> tuple[list[float | None], dict[str, object]]:
-        parsed = auto.parse({"ratio": "auto", "group": "count", **fields})
+        parsed = auto.parse_requested_reduction({"ratio": "auto", "group": "count", **fields})
         assert isinstance(parsed, AutoRatio)
         reductions, choices = chooser.choose(parsed, None, "tiny", images)
         return [reduction.ratio for reduction in reductions], choices[-1].to_json()

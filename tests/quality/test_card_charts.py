@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from foldserve.reducers import METHODS
-from foldserve.reducers.method import Decoder, Kind
-from foldserve.server.quality.evaluation.card import Card, Result
-from foldserve.server.quality.evaluation.curves import best, choose, curves
+from foldserve.reducers.method import InDecoder, Kind
+from foldserve.server.quality.evaluation.card import Card, VariantResult
+from foldserve.server.quality.evaluation.curves import best, choose_curves, curves
 from foldserve.server.quality.evaluation.plots import plots
 from foldserve.server.quality.evaluation.scores import Score, share
 from foldserve.server.quality.evaluation.side_by_side import table
@@ -25,13 +25,13 @@ TOKENS, LAYERS = 576, 32
 
 def result(
     label: str, ratio: float | None, right: float, *, layer: int | None = None, is_control: bool = False
-) -> Result:
+) -> VariantResult:
     """Of 100 questions, 10 of a kind, of which `right` are answered well; reading suffers first."""
     kept = TOKENS if ratio is None else round(TOKENS * (1 - ratio))
     tokens = float(kept) if layer is None else (TOKENS * layer + kept * (LAYERS - layer) * (ratio is not None)) / LAYERS
     kinds = {kind: _share(10, right * (0.5 if kind == "ocr" and right < 1 else 1)) for kind in KINDS}
     kl = Score(1 - right, 0.9 * (1 - right), 1.1 * (1 - right), 100)
-    return Result(
+    return VariantResult(
         label=label, ratio=ratio, layer=layer, reduction={"method": label}, kept=kept, kept_deep=0,
         layer_tokens=tokens, count=round(tokens), is_control=is_control, accuracy=_share(100, right), ocr=kinds["ocr"],
         kinds=kinds, lost=0, gained=0, kl=kl, agreement=_share(100, right),
@@ -43,10 +43,10 @@ def _share(count: int, right: float) -> Score:
     return share([True] * hits + [False] * (count - hits))
 
 
-def _results(loss: float) -> Iterator[Result]:
+def _results(loss: float) -> Iterator[VariantResult]:
     yield result("none", 0.0, 1.0).model_copy(update={"reduction": {}})
     for number, (name, method) in enumerate(METHODS.items()):
-        if isinstance(method, Decoder):
+        if isinstance(method, InDecoder):
             for layer in (4, 8, 16, 24):
                 for ratio in [None] if method.default_ratio is None else RATIOS:
                     yield result(name, ratio, 1 - (ratio or 1) * (1 - layer / LAYERS), layer=layer)
@@ -89,7 +89,7 @@ def test_at_most_six_methods_of_a_kind_are_drawn_and_the_others_are_named() -> N
     """The test's methods lose more the later they stand in the registry."""
     of_kind = [name for name, method in METHODS.items() if method.kind == Kind.MERGE]
     assert len(of_kind) >= 8
-    assert choose([card()], Kind.MERGE).names == of_kind[:6]
+    assert choose_curves([card()], Kind.MERGE).names == of_kind[:6]
     chart = plots({"": card()})[0]
     svg = chart.whole().svg()
     assert all(f">{name}<" in svg for name in (*of_kind[:6], *CONTROLS))

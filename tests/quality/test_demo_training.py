@@ -17,19 +17,19 @@ from foldserve.server.quality.demo.examples import questions
 from foldserve.server.quality.demo.questions import ALL_KINDS, UNKNOWN, Turn, ask
 from foldserve.server.quality.demo.scene import draw_scene
 from tools.demo_model import losses
-from tools.demo_model.batch import PREFIX_TOKENS, Batch, Text, draw_batch, encode, normalise, pack
+from tools.demo_model.batch import PREFIX_TOKENS, Batch, PackedText, draw_batch, encode, normalise, pack
 from tools.demo_model.export import export
 from tools.demo_model.model import DemoLlava, Masks, rotation
 from tools.demo_model.muon import orthogonalise
 from tools.demo_model.tokenizer import build_tokenizer, special_ids
-from tools.demo_model.training import GEOMETRY, Recipe, Stage, Trainer, forward
+from tools.demo_model.training import GEOMETRY, Recipe, Trainer, TrainingStage, forward
 
 TINY = replace(GEOMETRY, hidden_size=64, num_layers=3, num_heads=2, vision_hidden=32, vision_layers=3, vision_heads=1)
 RECIPE = Recipe(
-    vision=Stage("vision", steps=3, images=2, warmup=2),
-    answers=Stage("answers", steps=3, images=2, vision_rate=0.1, warmup=2, steady=1.0),
-    practice=Stage("practice", steps=3, images=2, vision_rate=0.1, mix="hard", warmup=2),
-    withdrawal=Stage("withdrawal", steps=2, images=2, vision_rate=0.1, mix="long", warmup=1, withdrawn=0.5),
+    vision=TrainingStage("vision", steps=3, images=2, warmup=2),
+    answers=TrainingStage("answers", steps=3, images=2, vision_rate=0.1, warmup=2, steady=1.0),
+    practice=TrainingStage("practice", steps=3, images=2, vision_rate=0.1, mix="hard", warmup=2),
+    withdrawal=TrainingStage("withdrawal", steps=2, images=2, vision_rate=0.1, mix="long", warmup=1, withdrawn=0.5),
     geometry=TINY,
     text_tokens=96,
     phrase_layer=2,
@@ -51,9 +51,9 @@ def logits(model: DemoLlava, batch: Batch) -> torch.Tensor:
         return model.logits(forward(model, model.vision(batch.pixels), batch, {last})[last])
 
 
-def rows(text: Text, **changes: torch.Tensor) -> Text:
+def rows(text: PackedText, **changes: torch.Tensor) -> PackedText:
     """`text`, one row, as a batch of one."""
-    return Text(**{name: value[None] for name, value in (vars(text) | changes).items()})
+    return PackedText(**{name: value[None] for name, value in (vars(text) | changes).items()})
 
 
 def test_a_packed_dialogue_has_the_logits_it_has_alone(model: DemoLlava) -> None:
@@ -67,7 +67,7 @@ def test_a_packed_dialogue_has_the_logits_it_has_alone(model: DemoLlava) -> None
     assert int(packed.segments.max()) + 1 == len(dialogues)
     for segment in range(len(dialogues)):
         own = packed.segments == segment
-        alone = Text(**{name: value[own] for name, value in vars(packed).items()})
+        alone = PackedText(**{name: value[own] for name, value in vars(packed).items()})
         apart = logits(model, Batch(pixels, labels, rows(alone), order, span))[0]
         torch.testing.assert_close(together[own], apart, rtol=1e-4, atol=1e-5)
 
@@ -144,7 +144,7 @@ def _prefix_states(model: DemoLlava, layers: int) -> torch.Tensor:
 
 
 def test_half_of_the_images_are_withdrawn_from_the_early_layer_on(tmp_path: Path) -> None:
-    stage = Stage("withdrawal", steps=1, images=400, withdrawn=0.5)
+    stage = TrainingStage("withdrawal", steps=1, images=400, withdrawn=0.5)
     geometry = replace(TINY, num_layers=6)
     trainer = Trainer(
         replace(RECIPE, vision=stage, geometry=geometry, early_layer=3), tmp_path, CPU, compile_blocks=False
@@ -212,10 +212,10 @@ def test_a_directory_of_another_seed_is_refused(tmp_path: Path) -> None:
 
 def test_training_learns_and_logs(tmp_path: Path) -> None:
     stages = [
-        Stage("vision", 2, 2),
-        Stage("answers", 12, 4, rate=3e-3, warmup=2, steady=1.0),
-        Stage("practice", 2, 2, mix="hard"),
-        Stage("withdrawal", 1, 2, mix="long", withdrawn=1.0),
+        TrainingStage("vision", 2, 2),
+        TrainingStage("answers", 12, 4, rate=3e-3, warmup=2, steady=1.0),
+        TrainingStage("practice", 2, 2, mix="hard"),
+        TrainingStage("withdrawal", 1, 2, mix="long", withdrawn=1.0),
     ]
     recipe = replace(RECIPE, vision=stages[0], answers=stages[1], practice=stages[2], withdrawal=stages[3])
     Trainer(recipe, tmp_path, CPU, compile_blocks=False).run(log_every=4)
@@ -229,7 +229,7 @@ def test_training_learns_and_logs(tmp_path: Path) -> None:
 
 
 def test_rates_rise_stay_and_fall() -> None:
-    stage = Stage("vision", steps=1000, images=1, rate=1.0, warmup=50, steady=0.5)
+    stage = TrainingStage("vision", steps=1000, images=1, rate=1.0, warmup=50, steady=0.5)
     rates = [stage.rate_at(step) for step in range(1000)]
     assert rates[0] == 1 / 50 and rates[50:501] == [1.0] * 451
     assert all(a > b for a, b in pairwise(rates[501:])) and rates[-1] < 0.01
@@ -248,7 +248,7 @@ def test_the_export_is_the_model_that_was_trained(model: DemoLlava, tmp_path: Pa
             theirs = stock(**inputs).logits[0, 146:]
         ids = inputs["input_ids"][0, 146:]
         count = len(ids)
-        row = Text(
+        row = PackedText(
             ids,
             torch.arange(count),
             torch.zeros_like(ids),

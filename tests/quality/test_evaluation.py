@@ -19,7 +19,7 @@ from PIL import Image
 from foldserve.loadtest.report.journal import RESULTS_FILE, run_identity
 from foldserve.reducers import METHODS, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part, plan_item
-from foldserve.reducers.method import AcrossFrames, Decoder
+from foldserve.reducers.method import AcrossFrames, InDecoder
 from foldserve.reducers.plan import Reduction
 from foldserve.server import cli
 from foldserve.server.api.catalog import served_card
@@ -29,7 +29,7 @@ from foldserve.server.quality.evaluation.journal import Outcome, OutcomeJournal
 from foldserve.server.quality.evaluation.options import EvaluationOptions
 from foldserve.server.quality.evaluation.plots import plots
 from foldserve.server.quality.evaluation.questions import Question, data_hash, load_questions
-from foldserve.server.quality.evaluation.run import measure, reference
+from foldserve.server.quality.evaluation.run import measure, reference_variant
 from foldserve.server.quality.evaluation.scores import is_right, mean, normalise, share
 from foldserve.server.quality.evaluation.tables import html, markdown
 from foldserve.server.quality.evaluation.variants import (
@@ -143,7 +143,7 @@ def test_controls_and_withdrawal_are_added_where_they_are_missing() -> None:
     assert [spec.label for spec in complete(parse_specs(["folder"]), True)] == ["folder", *CONTROLS, "withdraw"]
     of_images = {name for name, method in METHODS.items() if not isinstance(method, AcrossFrames)}
     assert {spec.label for spec in default_specs(True)} == of_images
-    in_decoder = {name for name, method in METHODS.items() if isinstance(method, Decoder)}
+    in_decoder = {name for name, method in METHODS.items() if isinstance(method, InDecoder)}
     assert {spec.label for spec in default_specs(False)} == of_images - in_decoder
 
 
@@ -299,7 +299,7 @@ QUESTIONS = [
 
 def run(model: FakeModel, folder: Path, todo: Sequence[Variant], identity: str = "run") -> OutcomeJournal:
     journal = OutcomeJournal(folder, identity)
-    measure(model, QUESTIONS, reference(LAYOUTS, LAYERS), todo, journal, max_tokens=8, batch=2)
+    measure(model, QUESTIONS, reference_variant(LAYOUTS, LAYERS), todo, journal, max_tokens=8, batch=2)
     return journal
 
 
@@ -316,7 +316,7 @@ def card_of(folder: Path, *methods: str, layers: Sequence[int] = ()) -> Card:
         tokens=144,
         layers=LAYERS,
         engine={"vLLM": "0"},
-        results=results(QUESTIONS, reference(LAYOUTS, LAYERS), todo, journal),
+        results=results(QUESTIONS, reference_variant(LAYOUTS, LAYERS), todo, journal),
         refused=refusals(refused),
     )
 

@@ -24,7 +24,7 @@ from foldserve.server.quality.analysis.report import Analysis
 from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 from foldserve.server.quality.demo.examples import questions as demo_questions
 from foldserve.server.quality.engine.offline import AnsweringModel
-from foldserve.server.quality.evaluation.card import Card, Result
+from foldserve.server.quality.evaluation.card import Card, VariantResult
 from foldserve.server.quality.evaluation.questions import Question
 from foldserve.server.quality.evaluation.scores import is_right
 from foldserve.server.quality.evaluation.variants import CONTROLS, plan_all
@@ -146,7 +146,7 @@ def card(tiny_llava: Path, data: Path, tmp_path_factory: pytest.TempPathFactory)
     return first
 
 
-def of(card: Card, label: str) -> Result:
+def of(card: Card, label: str) -> VariantResult:
     (result,) = [result for result in card.results if result.label == label and not result.is_control]
     return result
 

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from foldserve.reducers.reduction import InvalidReduction, Reduction
-from foldserve.server.quality.maps.drawing import Grid, draw
+from foldserve.server.quality.maps.drawing import MapGrid, draw
 from foldserve.server.quality.maps.options import MapOptions
 
 GREY = (150, 150, 150)
@@ -35,7 +35,7 @@ def image(tmp_path: Path) -> Path:
     ids=str,
 )
 def test_what_is_asked(image: Path, given: dict[str, Any], asked: dict[str, Any]) -> None:
-    assert MapOptions(image, **given).asked == Reduction.parse(asked)
+    assert MapOptions(image, **given).requested_reduction == Reduction.parse(asked)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_an_image_that_is_not_there() -> None:
 
 def picture(group: list[int], sizes: list[int], box: tuple[float, float, float, float] = WHOLE) -> Any:
     """Colours in the middle of the four tokens of a grey image."""
-    found = draw(Image.new("RGB", (100, 100), GREY), [Grid("", 2, 2, box, group, sizes)], "title")
+    found = draw(Image.new("RGB", (100, 100), GREY), [MapGrid("", 2, 2, box, group, sizes)], "title")
     side = 960
     return [found.getpixel((16 + x * side // 4, 16 + y * side // 4)) for y in (1, 3) for x in (1, 3)]
 
@@ -83,15 +83,15 @@ def test_what_no_grid_shows_is_dim() -> None:
 
 
 def test_groups_have_borders_and_tokens_of_one_group_none() -> None:
-    found = draw(Image.new("RGB", (100, 100), GREY), [Grid("", 2, 2, WHOLE, [0, 0, 1, 2], [2, 1, 1])], "title")
+    found = draw(Image.new("RGB", (100, 100), GREY), [MapGrid("", 2, 2, WHOLE, [0, 0, 1, 2], [2, 1, 1])], "title")
     between_alone, in_one_group = found.getpixel((16 + 480, 16 + 720)), found.getpixel((16 + 480, 16 + 240))
     assert between_alone == (0, 0, 0)
     assert in_one_group == found.getpixel((16 + 240, 16 + 240))
 
 
 def test_tiles_share_a_panel_beside_the_whole_image() -> None:
-    grids = [Grid("base", 2, 2, WHOLE, [0, 1, 2, 3], [1] * 4)]
+    grids = [MapGrid("base", 2, 2, WHOLE, [0, 1, 2, 3], [1] * 4)]
     one = draw(Image.new("RGB", (100, 100), GREY), grids, "title")
-    grids += [Grid(f"tile {i}", 2, 2, (i / 2, 0, i / 2 + 0.5, 1), [0, 1, 2, 3], [1] * 4) for i in (0, 1)]
+    grids += [MapGrid(f"tile {i}", 2, 2, (i / 2, 0, i / 2 + 0.5, 1), [0, 1, 2, 3], [1] * 4) for i in (0, 1)]
     two = draw(Image.new("RGB", (100, 100), GREY), grids, "title")
     assert two.width > two.height and one.width < one.height

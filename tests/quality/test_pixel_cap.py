@@ -13,17 +13,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from foldserve.reducers.ladder import STEPS, Allowance, PixelCap, Settled, ratio_of, step_for
+from foldserve.reducers.ladder import STEPS, PixelCap, SettledStep, StepBounds, ratio_of, step_for
 from foldserve.reducers.plan import Reduction
 from foldserve.server import cli
 from foldserve.server.api import auto
-from foldserve.server.api.auto import AutoRatio, Chooser
-from foldserve.server.auto import AutoPolicy, Choice
+from foldserve.server.api.auto import AutoChooser, AutoRatio
+from foldserve.server.auto import AutoChoice, AutoPolicy
 from foldserve.server.pressure import Pressure
 from foldserve.server.quality.auto.command import by_group, caps_of, group_of, write_all
 from foldserve.server.quality.auto.file import AutoCalibration
 from foldserve.server.quality.auto.page import chart, html, text
-from foldserve.server.quality.auto.rule import capped, monotone
+from foldserve.server.quality.auto.rule import capped, make_monotone
 from foldserve.server.quality.calibration_options import CalibrationOptions
 from foldserve.server.quality.demo.checkpoint import CHECKPOINT
 from foldserve.server.quality.engine.offline import AnsweringModel
@@ -58,26 +58,26 @@ def test_the_smallest_step_that_keeps_so_many(count: int, tokens: int, steps: Se
 
 
 @pytest.mark.parametrize(
-    ("unpredicted", "needed", "allowance", "settled"),
+    ("unpredicted", "needed", "bounds", "settled"),
     [
-        (144, 9, Allowance(LADDER, LADDER), (9, True)),  # a photo
-        (40, 9, Allowance(LADDER, LADDER), (5, True)),  # a page with margins
-        (81, 9, Allowance(LADDER, LADDER), (9, True)),
-        (40, 16, Allowance(LADDER, LADDER), (5, True)),  # where all tokens are needed, of those there are
-        (40, 9, Allowance(LADDER, LADDER[6:]), (7, True)),  # never below the bounds
-        (144, 9, Allowance(LADDER, LADDER[:8]), (8, False)),
-        (40, 9, Allowance(LADDER, LADDER[:8]), (5, True)),  # the bounds take nothing that a page needs
-        (144, 9, Allowance(LADDER, LADDER[3:], pressure=2), (7, False)),
-        (40, 9, Allowance(LADDER, LADDER[3:], pressure=1), (4, False)),
-        (40, 9, Allowance(LADDER, LADDER[3:], pressure=4), (4, False)),
-        (1, 9, Allowance(LADDER, LADDER[3:], pressure=4), (4, True)),
-        (40, 9, Allowance(LADDER, LADDER, more=1), (6, True)),
-        (144, 9, Allowance(LADDER, LADDER, more=1), (10, True)),
-        (40, 8, Allowance((4, 8, 12, 16), (4, 8, 12, 16)), (8, True)),
+        (144, 9, StepBounds(LADDER, LADDER), (9, True)),  # a photo
+        (40, 9, StepBounds(LADDER, LADDER), (5, True)),  # a page with margins
+        (81, 9, StepBounds(LADDER, LADDER), (9, True)),
+        (40, 16, StepBounds(LADDER, LADDER), (5, True)),  # where all tokens are needed, of those there are
+        (40, 9, StepBounds(LADDER, LADDER[6:]), (7, True)),  # never below the bounds
+        (144, 9, StepBounds(LADDER, LADDER[:8]), (8, False)),
+        (40, 9, StepBounds(LADDER, LADDER[:8]), (5, True)),  # the bounds take nothing that a page needs
+        (144, 9, StepBounds(LADDER, LADDER[3:], pressure=2), (7, False)),
+        (40, 9, StepBounds(LADDER, LADDER[3:], pressure=1), (4, False)),
+        (40, 9, StepBounds(LADDER, LADDER[3:], pressure=4), (4, False)),
+        (1, 9, StepBounds(LADDER, LADDER[3:], pressure=4), (4, True)),
+        (40, 9, StepBounds(LADDER, LADDER, more=1), (6, True)),
+        (144, 9, StepBounds(LADDER, LADDER, more=1), (10, True)),
+        (40, 8, StepBounds((4, 8, 12, 16), (4, 8, 12, 16)), (8, True)),
     ],
 )
-def test_the_rule_by_hand(unpredicted: int, needed: int, allowance: Allowance, settled: tuple[int, bool]) -> None:
-    assert PixelCap(2, needed, allowance).settle(unpredicted, 144) == Settled(*settled, unpredicted)
+def test_the_rule_by_hand(unpredicted: int, needed: int, bounds: StepBounds, settled: tuple[int, bool]) -> None:
+    assert PixelCap(2, needed, bounds).settle(unpredicted, 144) == SettledStep(*settled, unpredicted)
 
 
 @st.composite
@@ -86,20 +86,20 @@ def caps(draw: st.DrawFn) -> tuple[PixelCap, int, int]:
     steps = (*sorted(draw(st.sets(st.integers(1, 15), min_size=1))), STEPS)
     first = draw(st.integers(0, len(steps) - 1))
     allowed = steps[first : draw(st.integers(first + 1, len(steps)))]
-    allowance = Allowance(steps, allowed, draw(st.integers(0, 3)), draw(st.integers(0, 4)))
+    bounds = StepBounds(steps, allowed, draw(st.integers(0, 3)), draw(st.integers(0, 4)))
     tokens = draw(st.integers(2, 3000))
-    return PixelCap(2, draw(st.sampled_from(steps)), allowance), tokens, draw(st.integers(1, tokens))
+    return PixelCap(2, draw(st.sampled_from(steps)), bounds), tokens, draw(st.integers(1, tokens))
 
 
 @given(caps())
 def test_what_always_holds(drawn: tuple[PixelCap, int, int]) -> None:
     cap, tokens, unpredicted = drawn
-    found, without = cap.settle(unpredicted, tokens), cap.allowance.settle(cap.needed)
-    assert found.step in cap.allowance.allowed and cap.least <= found.step <= without.step
+    found, without = cap.settle(unpredicted, tokens), cap.bounds.settle(cap.needed)
+    assert found.step in cap.bounds.allowed and cap.least <= found.step <= without.step
     if tokens >= STEPS:  # of fewer a lower step may keep all too
         assert cap.settle(tokens, tokens) == without._replace(unpredicted=tokens)  # nothing is predicted
     assert cap.settle(max(1, unpredicted - 1), tokens).step <= found.step
-    if not cap.allowance.pressure and cap.allowance.allowed == cap.allowance.steps:
+    if not cap.bounds.pressure and cap.bounds.allowed == cap.bounds.steps:
         kept = -(-tokens * found.step // STEPS)
         assert found.is_enough and (found.step == without.step or kept >= unpredicted)
 
@@ -113,7 +113,7 @@ def served(policy: AutoPolicy, group: str, unpredicted: int, **more: Any) -> tup
     choice = policy.choose(group, (0, 0.75), **more)
     assert choice is not None and choice.cap is not None
     assert choice.step == choice.cap.least  # the server checks it with the fewest tokens that can stay
-    found = choice.settled(choice.cap.settle(unpredicted, 144))
+    found = choice.with_step(choice.cap.settle(unpredicted, 144))
     assert found.cap is None and found.unpredicted == unpredicted
     return found.step, found.target
 
@@ -134,7 +134,7 @@ def test_a_servers_choice() -> None:
 )
 def test_where_pixels_have_no_say(group: str, bounds: tuple[float, float], step: int, target: float | None) -> None:
     """A group whose answers the cap changes too often, an unknown one, which gets what that needs; and no room."""
-    assert POLICY.choose(group, bounds) == Choice(step, group, target, is_calibrated=group != "other")
+    assert POLICY.choose(group, bounds) == AutoChoice(step, group, target, is_calibrated=group != "other")
 
 
 def test_an_unknown_group_is_capped_where_all_are() -> None:
@@ -148,18 +148,18 @@ def test_a_policy_that_can_not_be() -> None:
 
 
 def test_several_images_are_told_together() -> None:
-    one, other = Choice(5, "g", 0.05, unpredicted=40), Choice(9, "g", 0.05, unpredicted=100)
-    assert Choice.together([one, other]) == Choice(9, "g", 0.05, unpredicted=140)
-    assert Choice.together([one._replace(target=None), other]) == Choice(9, "g", None, unpredicted=140)
-    assert Choice.together([Choice(9, "g", 0.05)] * 2) == Choice(9, "g", 0.05)
-    assert Choice.together([]) is None
+    one, other = AutoChoice(5, "g", 0.05, unpredicted=40), AutoChoice(9, "g", 0.05, unpredicted=100)
+    assert AutoChoice.combined([one, other]) == AutoChoice(9, "g", 0.05, unpredicted=140)
+    assert AutoChoice.combined([one._replace(target=None), other]) == AutoChoice(9, "g", None, unpredicted=140)
+    assert AutoChoice.combined([AutoChoice(9, "g", 0.05)] * 2) == AutoChoice(9, "g", 0.05)
+    assert AutoChoice.combined([]) is None
 
 
 def test_an_image_keeps_the_level_that_it_came_with(monkeypatch: pytest.MonkeyPatch) -> None:
     level = 1
     monkeypatch.setattr(Pressure, "level", lambda self, now: level)
-    chooser = Chooser(Settings(auto=POLICY, auto_under_load=True))
-    asked = auto.parse({"ratio": "auto", "group": "ocr"})
+    chooser = AutoChooser(Settings(auto=POLICY, auto_under_load=True))
+    asked = auto.parse_requested_reduction({"ratio": "auto", "group": "ocr"})
     assert isinstance(asked, AutoRatio)
 
     def steps(*images: str) -> list[int]:
@@ -183,7 +183,7 @@ def test_losses_with_a_cap_by_hand() -> None:
         [True, True, False, False],
         [False, False, False, False],
     ]
-    assert capped([monotone(own) for own in changed], steps, [8, 8, 4]) == [[True] * 4, [True] * 4, [False] * 4]
+    assert capped([make_monotone(own) for own in changed], steps, [8, 8, 4]) == [[True] * 4, [True] * 4, [False] * 4]
 
 
 def test_a_group_whose_cap_costs_too_many_answers_has_none() -> None:

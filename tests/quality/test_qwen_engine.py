@@ -152,4 +152,4 @@ def test_an_image_of_too_many_tokens_is_refused(checkpoint: Path, monkeypatch: p
 
     monkeypatch.setattr(study, "MOST_TOKENS", 20)
     with pytest.raises(ValueError, match="an image of 256 x 192 pixels has 48 vision tokens"):
-        study.Study(str(checkpoint), VLLMS, command="analyze").tokens(PHOTOS[0], 0.5)
+        study.ModelStudy(str(checkpoint), VLLMS, command="analyze").tokens(PHOTOS[0], 0.5)

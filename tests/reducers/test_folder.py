@@ -170,11 +170,11 @@ def test_half_precision_is_fp32_inside(batch: Batch, dtype: torch.dtype) -> None
 @pytest.mark.parametrize("order", ["position", "unmerged_first"])
 def test_ties_go_to_the_first(order: Any) -> None:
     same = torch.ones(2, 9, 1)
-    survivor = fold(same, 3, order=order).survivor
+    kept_token = fold(same, 3, order=order).kept_token
     left = [1, 3, 5, 6, 7, 8] if order == "position" else [6, 8, 1, 3, 5, 7]
-    assert survivor.tolist() == [left, left]
+    assert kept_token.tolist() == [left, left]
     assert fold(same, 3, order=order).sizes.sum(dim=1).tolist() == [9, 9]
-    assert fold(same, 3, order="position", class_token=True).survivor[0].tolist() == [0, 1, 3, 5, 7, 8]
+    assert fold(same, 3, order="position", class_token=True).kept_token[0].tolist() == [0, 1, 3, 5, 7, 8]
 
 
 @given(batches())

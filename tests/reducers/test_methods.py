@@ -19,11 +19,11 @@ from foldserve.reducers.method import (
     AfterLastLayer,
     AfterProjector,
     AfterTower,
-    Decoder,
+    InDecoder,
+    InProjector,
     InTower,
     Kind,
-    Projector,
-    Seen,
+    SideInputs,
 )
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
 from tests.reducers.check import draw
@@ -37,7 +37,7 @@ ALL_WINDOWS = replace(QWEN2_5, windowed_layers=tuple(range(32)))
 LARGE = VisionGeometry(4225, (65, 65), 32, varies=True, shows_tower=True)
 NO_GRID = VisionGeometry(577, None, 23, class_token=True)
 STF = VisionGeometry(144, projector="stf", stages=frozenset())
-FREE = [name for name, method in METHODS.items() if not isinstance(method, BaseOnly | Decoder | Projector)]
+FREE = [name for name, method in METHODS.items() if not isinstance(method, BaseOnly | InDecoder | InProjector)]
 
 
 @st.composite
@@ -80,18 +80,18 @@ def test_a_method_does_with_tokens_what_its_kind_says(name: str) -> None:
     if isinstance(method, AfterTower):
         plan = make_plan(Reduction.parse({"method": name, "ratio": 0.75}), geometry)
         (x,) = draw(1, (1, geometry.tokens, 8))
-        seen: dict[str, Any] = {"seen": Seen(x)} if isinstance(method, AfterProjector) else {}
+        side: dict[str, Any] = {"side": SideInputs(x)} if isinstance(method, AfterProjector) else {}
         assert isinstance(plan.reducer, AfterTower)
-        reduced = plan.reducer.reduce(x, plan, **seen)
+        reduced = plan.reducer.reduce(x, plan, **side)
         is_dropped = bool((reduced.group == -1).any())
         assert method.kind == (Kind.DROP if is_dropped else Kind.MERGE)
         if is_dropped:
             assert torch.equal(reduced.tokens[0], x[0, reduced.source[0]])
     elif isinstance(method, AfterLastLayer):
         assert method.kind in (Kind.MERGE, Kind.DROP)
-    elif isinstance(method, InTower | Projector):
+    elif isinstance(method, InTower | InProjector):
         assert method.kind == Kind.MERGE  # `test_a_method_leaves_what_its_plan_says` counts what it merges
-    elif isinstance(method, Decoder):
+    elif isinstance(method, InDecoder):
         assert method.kind == Kind.DECODER
     else:
         assert method.kind == Kind.INPUT
@@ -110,8 +110,8 @@ def run(plan: Plan, geometry: VisionGeometry) -> int:
     first = int(geometry.class_token and isinstance(method, InTower))
     (x,) = draw(plan.removed, (2, geometry.tokens + first, 8))
     if isinstance(method, AfterTower):
-        seen: dict[str, Any] = {"seen": Seen(x)} if isinstance(method, AfterProjector) else {}
-        reduced = method.reduce(x, plan, **seen)
+        side: dict[str, Any] = {"side": SideInputs(x)} if isinstance(method, AfterProjector) else {}
+        reduced = method.reduce(x, plan, **side)
         assert_distinct(reduced.source)
         assert reduced.sizes.shape == reduced.source.shape == reduced.tokens.shape[:2]
         return reduced.tokens.shape[1]

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from foldserve.reducers import mmtok
 from foldserve.reducers.fold import Reduced
-from foldserve.reducers.method import Seen
+from foldserve.reducers.method import SideInputs
 from foldserve.reducers.mmtok import MMTok, coverage, keywords, most_covering
 from foldserve.reducers.plan import Plan, Reduction, VisionGeometry, make_plan
 from tests.reducers.check import assert_nothing_read, draw, few
@@ -31,7 +31,7 @@ def plan_of(n: int, kept: int, form: str = "keywords") -> Plan:
 
 def reduce(x: Tensor, plan: Plan, tower: Tensor, queries: list[Tensor] | None) -> Reduced:
     assert isinstance(plan.reducer, MMTok)
-    return plan.reducer.reduce(x, plan, None, Seen(tower, queries))
+    return plan.reducer.reduce(x, plan, None, SideInputs(tower, queries))
 
 
 def drawn(seed: int, n: int, lengths: tuple[int, ...]) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from foldserve.reducers.item import ItemPlan, Layout, Part, at_least, plan_item
+from foldserve.reducers.item import ItemPlan, Layout, Part, min_kept_cells, plan_item
 from foldserve.reducers.pixelprune import Cells, PixelPrune, Prediction, predict, unpredicted
 from foldserve.reducers.plan import InvalidReduction, Reduction, VisionGeometry
 from tests.reducers.check import few
@@ -148,7 +148,7 @@ def test_plans(asked: dict[str, object], cells: int, kept: int, method: str) -> 
     ids=str,
 )
 def test_an_amount_is_a_bound_of_the_rule_alone(asked: dict[str, object], least: int) -> None:
-    assert at_least(Reduction.parse(asked), LAYOUT) == least
+    assert min_kept_cells(Reduction.parse(asked), LAYOUT) == least
 
 
 @pytest.mark.parametrize("method", ["pixelprune", "pixelprune+folder"])
@@ -189,7 +189,7 @@ REFUSED: list[tuple[dict[str, object], Layout, str, str]] = [
 def test_refused(asked: dict[str, object], layout: Layout, param: str, message: str) -> None:
     with pytest.raises(InvalidReduction, match=message) as refusal:
         reduction = Reduction.parse(asked)
-        at_least(reduction, layout)
+        min_kept_cells(reduction, layout)
         plan_item(reduction, layout)
     assert refusal.value.param == param
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from foldserve.reducers import METHODS
 from foldserve.reducers.base_only import BaseOnly
-from foldserve.reducers.method import Decoder
+from foldserve.reducers.method import InDecoder
 from foldserve.reducers.plan import InvalidReduction, Reduction
 
 amounts: st.SearchStrategy[dict[str, Any]] = st.one_of(
@@ -25,7 +25,9 @@ amounts: st.SearchStrategy[dict[str, Any]] = st.one_of(
 @st.composite
 def reductions(draw: st.DrawFn) -> dict[str, Any]:
     """Valid JSON forms."""
-    method = draw(st.sampled_from(sorted(name for name, m in METHODS.items() if not isinstance(m, BaseOnly | Decoder))))
+    method = draw(
+        st.sampled_from(sorted(name for name, m in METHODS.items() if not isinstance(m, BaseOnly | InDecoder)))
+    )
     optional: dict[str, st.SearchStrategy[Any]] = {"withdraw": st.booleans()}
     optional |= {o.name: st.just(o.default) for o in METHODS[method].options if o.default is not None}
     if METHODS[method].takes_query:

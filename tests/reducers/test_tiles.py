@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from foldserve.reducers import METHODS
 from foldserve.reducers.geometry import Stage, VisionGeometry
-from foldserve.reducers.item import ItemPlan, Layout, Part, check, plan_item
+from foldserve.reducers.item import ItemPlan, Layout, Part, check_reduction, plan_item
 from foldserve.reducers.plan import InvalidReduction, Reduction
 
 TILE = VisionGeometry(81, (9, 9), 8, class_token=True, any_resolution=True)
@@ -93,11 +93,11 @@ def test_refused(layout: Layout, asked: dict[str, Any], param: str, told: str) -
 
 
 def test_what_can_be_checked_before_an_image_is_known() -> None:
-    check(Reduction(first="base_only"), IMAGE)
-    check(Reduction("illava", options=(("layers", (0,)),), ratio=0.5), IMAGE)
+    check_reduction(Reduction(first="base_only"), IMAGE)
+    check_reduction(Reduction("illava", options=(("layers", (0,)),), ratio=0.5), IMAGE)
     for reduction, layout in ((Reduction(first="base_only"), ONE_GRID), (Reduction("tome", ratio=0.5), IMAGE)):
         with pytest.raises(InvalidReduction):
-            check(reduction, layout)
+            check_reduction(reduction, layout)
 
 
 def test_an_image_that_is_its_base_tile_stays_whole() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from foldserve.reducers import METHODS, fold
 from foldserve.reducers.geometry import VisionGeometry
-from foldserve.reducers.item import ItemPlan, Layout, Part, check, plan_item
+from foldserve.reducers.item import ItemPlan, Layout, Part, check_reduction, plan_item
 from foldserve.reducers.method import AcrossFrames
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, make_plan
 from foldserve.reducers.vidcom2 import budgets, likeness
@@ -109,12 +109,12 @@ def test_vidcom2_gives_a_frame_that_is_unlike_the_others_more() -> None:
 
 
 GEOMETRY = VisionGeometry(100)
-FILM = Layout((Part(GEOMETRY, 4, separators=1, joinable=True),), (4,))
+FILM = Layout((Part(GEOMETRY, 4, separators=1, can_join=True),), (4,))
 
 
 @given(st.integers(1, 9), st.integers(2, 99), st.integers(0, 9), names, st.floats(0, 1, exclude_max=True))
 def test_a_ratio_holds_for_the_whole_video(frames: int, n: int, separators: int, name: str, ratio: float) -> None:
-    layout = Layout((Part(VisionGeometry(n), frames, separators, joinable=True),), (frames,))
+    layout = Layout((Part(VisionGeometry(n), frames, separators, can_join=True),), (frames,))
     try:
         plan = plan_item(Reduction(name, ratio=ratio), layout)
     except InvalidReduction as refusal:
@@ -165,7 +165,7 @@ def test_too_few_tokens(asked: dict[str, Any], param: str, told: str) -> None:
 
 @given(st.integers(3, 400), st.integers(3, 2000), names)
 def test_the_ratio_that_is_told_works(frames: int, n: int, name: str) -> None:
-    layout = Layout((Part(VisionGeometry(n), frames, joinable=True),))
+    layout = Layout((Part(VisionGeometry(n), frames, can_join=True),))
     with pytest.raises(InvalidReduction) as refusal:
         plan_item(Reduction(name, keep_tokens=2), layout)
     told = float(str(refusal.value).rsplit(" ", 1)[1])
@@ -182,14 +182,14 @@ def test_images_and_frames_that_lie_apart(name: str) -> None:
                 plan_item(Reduction.parse({"method": name, **amount}), layout)
             assert refusal.value.param == "method"
         with pytest.raises(InvalidReduction, match="compares the frames"):
-            check(Reduction(name, ratio=0.5), layout)
-    check(Reduction(name, ratio=0.5), FILM)
+            check_reduction(Reduction(name, ratio=0.5), layout)
+    check_reduction(Reduction(name, ratio=0.5), FILM)
 
 
 def test_plans_of_other_numbers_of_frames_are_others() -> None:
     """Videos of as many tokens don't share a batch then."""
     few_, many = (
-        plan_item(Reduction("vidcom2", ratio=0.5), Layout((Part(VisionGeometry(100 // count), count, joinable=True),)))
+        plan_item(Reduction("vidcom2", ratio=0.5), Layout((Part(VisionGeometry(100 // count), count, can_join=True),)))
         for count in (4, 10)
     )
     assert few_.kept == many.kept == 50 and few_.grids != many.grids

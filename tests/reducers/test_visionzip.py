@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from foldserve.reducers import configured
+from foldserve.reducers import method_with_options
 from foldserve.reducers.attention import LayerAttention
 from foldserve.reducers.fold import Reduced
 from foldserve.reducers.plan import Reduction, VisionGeometry, make_plan
@@ -104,7 +104,7 @@ def test_with_the_class_token_and_without_it(in_prompt: bool, kept: int) -> None
     """It is first, as it was; a patch more is kept where it stays out."""
     geometry = VisionGeometry(144, (12, 12), 3, class_token=True)
     plan = make_plan(Reduction("visionzip", options=(("class_token", in_prompt),), keep_tokens=kept), geometry)
-    method = configured(plan.method, plan.options)
+    method = method_with_options(plan.method, plan.options)
     assert isinstance(method, VisionZip)
     x, query, key = draw(kept, (2, 145, 8), (2, 145, 2, 4), (2, 145, 2, 4))
     attention = LayerAttention(query, key, 0.5, class_token=True)

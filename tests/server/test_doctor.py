@@ -18,7 +18,7 @@ import pytest
 from foldserve.server.api.doctor import machine
 from foldserve.server.api.doctor.examine import examine, machine_problems, memory_problems
 from foldserve.server.api.doctor.machine import Gpu, Machine
-from foldserve.server.api.doctor.report import Problem, Report
+from foldserve.server.api.doctor.report import DoctorReport, Problem
 from foldserve.server.api.doctor.table import table
 from foldserve.server.api.doctor.versions import Versions
 from foldserve.server.api.sizes import size
@@ -37,7 +37,7 @@ ENVIRONMENT = Environment(Path("/cache"), None, False, "g++")
 VERSIONS = Versions("0.1.0", "0.32.0", "0.32.0", "2.13.0", "5.19.0", "3.9.0", "3.12.3")
 H200 = Gpu("NVIDIA H200", "9.0", 140 * GIB, 139 * GIB)
 MACHINE = Machine("cuda", "13.0", "580.65.06", (H200, H200), True, 32, ("AVX-512", "AVX2"), 200 * GIB, 256 * GIB, GIB)
-REPORT = Report(
+REPORT = DoctorReport(
     problems=(),
     versions=VERSIONS,
     machine=MACHINE,
@@ -100,7 +100,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     os.environ.update(before)
 
 
-def look(*argv: str, settings: Settings = Settings()) -> Report:  # noqa: B008
+def look(*argv: str, settings: Settings = Settings()) -> DoctorReport:  # noqa: B008
     return examine(["--port", "0", *argv], settings, ENVIRONMENT, CHECKPOINT, "auto")
 
 
@@ -210,7 +210,7 @@ def test_a_port_in_use_hides_no_facts() -> None:
     assert [problem.text for problem in report.problems] == [
         f"can't listen on 127.0.0.1:{port}: Address already in use"
     ]
-    assert report.kv is not None and not report.starts
+    assert report.kv is not None and not report.can_start
 
 
 def test_blocks_are_of_a_size_that_the_attention_backend_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -81,6 +81,7 @@ def test_bad_bounds(argv: list[str], message: str, chosen: list[Limits], capsys:
 
 def test_a_models_own_bounds_only_lower_them() -> None:
     limits = Limits(max_images_per_request=3, max_videos_per_request=2, video_frames=16)
-    assert limits.within(images=999, videos=999, frames=None) == limits
-    assert limits.within(images=999, videos=1, frames=8) == replace(limits, max_videos_per_request=1, video_frames=8)
-    assert limits.within(images=2, videos=0, frames=32) == replace(limits, max_images_per_request=2)
+    assert limits.lowered_to(images=999, videos=999, frames=None) == limits
+    lowered = limits.lowered_to(images=999, videos=1, frames=8)
+    assert lowered == replace(limits, max_videos_per_request=1, video_frames=8)
+    assert limits.lowered_to(images=2, videos=0, frames=32) == replace(limits, max_images_per_request=2)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from foldserve.server.output import _QUEUE_BYTES, Queued
+from foldserve.server.output import _QUEUE_BYTES, QueuedStream
 
 PATIENCE_S = 60
 LINE = b"%06d " + b"x" * 200 + b"\n"
@@ -25,7 +25,7 @@ class Pipe:
 
     def __init__(self) -> None:
         self._reads, self._writes = os.pipe()
-        self.queued = Queued(self._writes, "standard output")
+        self.queued = QueuedStream(self._writes, "standard output")
         self.sent = 0
 
     def send(self, lines: int = 1) -> None:
@@ -69,7 +69,7 @@ def test_lines_come_in_order(pipe: Pipe) -> None:
 @pytest.mark.parametrize("kind", ["pipe", "file"])
 def test_what_can_not_wait_is_written_without_a_thread(kind: str, tmp_path: Path) -> None:
     reads, target = os.pipe() if kind == "pipe" else (0, os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT))
-    queued = Queued(target, "standard output")
+    queued = QueuedStream(target, "standard output")
     started = threading.active_count()
     queued.write(b"line\n")
     assert (os.read(reads, 100) if kind == "pipe" else (tmp_path / "log").read_bytes()) == b"line\n"
@@ -79,7 +79,7 @@ def test_what_can_not_wait_is_written_without_a_thread(kind: str, tmp_path: Path
 def test_a_terminal_is_written_by_the_thread() -> None:
     """Ctrl-S stops it, and no write to it refuses to wait."""
     leader, terminal = os.openpty()
-    Queued(terminal, "standard output").write(b"line\n")
+    QueuedStream(terminal, "standard output").write(b"line\n")
     assert select.select([leader], [], [], PATIENCE_S)[0]
     assert os.read(leader, 100) == b"line\r\n"
 
@@ -133,7 +133,7 @@ def test_what_can_not_be_written_is_told_once(gone: bool, capsys: pytest.Capture
         os.close(reads)
     else:
         target = os.open("/dev/full", os.O_WRONLY)
-    queued = Queued(target, "standard output")
+    queued = QueuedStream(target, "standard output")
     for number in range(50):
         queued.write(LINE % number)
     wait(lambda: queued.dropped_lines == 50)
@@ -146,7 +146,7 @@ def test_a_disk_that_has_room_again(tmp_path: Path, caplog: pytest.LogCaptureFix
     full = os.open("/dev/full", os.O_WRONLY)
     working = os.dup(target)
     os.dup2(full, target)
-    queued = Queued(target, "standard output")
+    queued = QueuedStream(target, "standard output")
     queued.write(b"lost\n")
     wait(lambda: queued.dropped_lines == 1)
     os.dup2(working, target)

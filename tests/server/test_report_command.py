@@ -12,14 +12,14 @@ import pytest
 from foldserve.loadtest import throughput
 from foldserve.server import cli
 from foldserve.server.quality.evaluation.card import CARD_FILE
-from foldserve.server.quality.gpu_check.result import RESULTS_FILE, Result, Results
+from foldserve.server.quality.gpu_check.result import RESULTS_FILE, CheckResults, StageResult
 from tests.loadtest.made_up import rows
 from tests.quality.test_card_charts import card
 
 
 def load_test(folder: Path) -> None:
     settings = {"machine": "2 CPUs", "date": "2026-11-30"}
-    throughput.write(throughput.Report(folder.name, settings, rows(("folder",), (1,), (0.5,)), []), folder)
+    throughput.write(throughput.LoadTestReport(folder.name, settings, rows(("folder",), (1,), (0.5,)), []), folder)
 
 
 def evaluation(folder: Path) -> None:
@@ -37,9 +37,9 @@ def gpu_check(folder: Path) -> None:
     }
     row |= {"itl_ms": 1.0, "sequences": 5, "peak_bytes": None}
     found = {"requests": 4, "tokens": 4, "rows": [row, row | {"engine": "foldserve"}]}
-    stage = Result(stage="load", status="PASS", seconds=1, shows="speed", line="fast", details=found)
+    stage = StageResult(stage="load", status="PASS", seconds=1, shows="speed", line="fast", details=found)
     folder.mkdir()
-    results = Results(device="cuda", facts={"GPU 0": folder.name}, stages=(stage,))
+    results = CheckResults(device="cuda", facts={"GPU 0": folder.name}, stages=(stage,))
     (folder / RESULTS_FILE).write_text(results.model_dump_json())
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from foldserve.reducers.reduction import InvalidReduction, Reduction
 from foldserve.server.access import Access
-from foldserve.server.auto import AutoPolicy, Groups
+from foldserve.server.auto import AutoPolicy, GroupRules
 from foldserve.server.limits import Limits
 from foldserve.server.settings import Environment, Settings, cpu_variables, parse_reduction
 
@@ -51,7 +51,7 @@ def test_config_is_json_from_which_the_settings_can_be_read() -> None:
         "keep",
         auto=auto,
         auto_bounds=(0.25, 0.5),
-        auto_groups=Groups({"key": "ocr"}),
+        auto_groups=GroupRules({"key": "ocr"}),
         auto_under_load=True,
         check_answers=7,
     )

@@ -17,11 +17,11 @@ import psutil
 import pytest
 
 from foldserve.server.video.decoder import DecoderUnavailable, VideoDecoder
-from foldserve.server.video.frames import Bounds, Chosen, DamagedVideo, Rule, VideoError, VideoTooLarge
+from foldserve.server.video.frames import ChosenFrames, DamagedVideo, FrameRule, VideoBounds, VideoError, VideoTooLarge
 from tests.videos import joined, numbers, video
 
-BOUNDS = Bounds(seconds=60, frame_pixels=640 * 480, pixels=40 * 640 * 480, file_frames=3000, work_s=5)
-EIGHT = Rule(8)
+BOUNDS = VideoBounds(seconds=60, frame_pixels=640 * 480, pixels=40 * 640 * 480, file_frames=3000, work_s=5)
+EIGHT = FrameRule(8)
 EVENLY = [0, 8, 16, 25, 33, 42, 50, 59]  # of 60
 
 
@@ -32,7 +32,7 @@ def decoder() -> Iterator[VideoDecoder]:
     decoder.close()
 
 
-def taken(decoder: VideoDecoder, content: bytes, rule: Rule = EIGHT, bounds: Bounds = BOUNDS) -> list[int]:
+def taken(decoder: VideoDecoder, content: bytes, rule: FrameRule = EIGHT, bounds: VideoBounds = BOUNDS) -> list[int]:
     """Which frames; what is measured before is what comes."""
     chosen, frames = decoder.decode(content, bounds, rule)
     measured = decoder.measure(content, bounds, rule)
@@ -56,20 +56,20 @@ def test_evenly_spaced_frames_of_every_codec(decoder: VideoDecoder, codec: str, 
 def test_frames_are_found_across_key_frames_and_open_groups(decoder: VideoDecoder) -> None:
     content = video(options={"g": "12", "bf": "3", "x264-params": "open-gop=1"})
     assert taken(decoder, content) == EVENLY
-    assert taken(decoder, content, Rule(60)) == list(range(60))
+    assert taken(decoder, content, FrameRule(60)) == list(range(60))
 
 
 def test_a_rate_takes_so_many_a_second(decoder: VideoDecoder) -> None:
     content = video()  # 6 s at 10 a second
-    assert taken(decoder, content, Rule(32, fps=1.0)) == [0, 9, 19, 29, 39, 49, 59]
-    assert len(taken(decoder, content, Rule(4, fps=1.0))) == 4
+    assert taken(decoder, content, FrameRule(32, fps=1.0)) == [0, 9, 19, 29, 39, 49, 59]
+    assert len(taken(decoder, content, FrameRule(4, fps=1.0))) == 4
 
 
 def test_frames_of_uneven_times_are_those_shown_then(decoder: VideoDecoder) -> None:
     times = [0, 0.1, 0.2, 0.3, 5, 5.1, 5.2, 5.3, 10]
     content = video(len(times), times=times)
-    assert taken(decoder, content, Rule(5)) == [0, 3, 4, 7, 8]  # at 0, 2.5, 5, 7.5 and 10 s
-    chosen = decoder.measure(content, BOUNDS, Rule(5))
+    assert taken(decoder, content, FrameRule(5)) == [0, 3, 4, 7, 8]  # at 0, 2.5, 5, 7.5 and 10 s
+    chosen = decoder.measure(content, BOUNDS, FrameRule(5))
     assert chosen.times == pytest.approx([0, 0.3, 5, 5.3, 10], abs=1e-3)
     meta = chosen.metadata()
     places, fps = meta["frames_indices"], meta["fps"]
@@ -203,7 +203,7 @@ def test_time_is_bounded(decoder: VideoDecoder) -> None:
     bounds = replace(BOUNDS, seconds=1000, pixels=2900 * 640 * 480, work_s=0.5)
     start = time.monotonic()
     with pytest.raises(VideoTooLarge, match="time or memory"):
-        decoder.decode(content, bounds, Rule(2900))
+        decoder.decode(content, bounds, FrameRule(2900))
     assert time.monotonic() - start < 30  # the bound, and a busy machine
 
 
@@ -220,7 +220,7 @@ def test_damage_anywhere_is_frames_or_a_refusal(decoder: VideoDecoder) -> None:
         except VideoError:
             refused += 1
     assert refused > 20
-    assert taken(decoder, files[0], Rule(20)) == list(range(20))
+    assert taken(decoder, files[0], FrameRule(20)) == list(range(20))
 
 
 def test_nothing_is_left_behind(decoder: VideoDecoder) -> None:
@@ -232,20 +232,20 @@ def test_nothing_is_left_behind(decoder: VideoDecoder) -> None:
         with pytest.raises(DamagedVideo):
             decoder.decode(content[:100], BOUNDS, EIGHT)
     assert len(os.listdir("/proc/self/fd")) == before
-    (nursery,) = nurseries()
+    (fork_server,) = fork_servers()
     deadline = time.monotonic() + 10
-    while nursery.children() and time.monotonic() < deadline:
+    while fork_server.children() and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not nursery.children()
+    assert not fork_server.children()
 
 
 def test_a_decoder_that_is_killed_is_replaced(decoder: VideoDecoder) -> None:
     assert taken(decoder, video(8)) == list(range(8))
-    (nursery,) = nurseries()
-    nursery.kill()
-    nursery.wait(10)
+    (fork_server,) = fork_servers()
+    fork_server.kill()
+    fork_server.wait(10)
     assert taken(decoder, video(8)) == list(range(8))
-    assert len(nurseries()) == 1
+    assert len(fork_servers()) == 1
 
 
 def test_a_decoder_that_cannot_start_is_the_servers_fault(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,16 +257,16 @@ def test_a_decoder_that_cannot_start_is_the_servers_fault(monkeypatch: pytest.Mo
 
 
 def test_pixels_can_be_given_back_while_somebody_holds_them(decoder: VideoDecoder) -> None:
-    _, frames = decoder.decode(video(40, 640, 480, options={"preset": "ultrafast"}), BOUNDS, Rule(32))
+    _, frames = decoder.decode(video(40, 640, 480, options={"preset": "ultrafast"}), BOUNDS, FrameRule(32))
     held = frames.pixels[5]
     assert held.max() > 0
     frames.release()
     assert held.max() == 0
 
 
-def nurseries() -> list[psutil.Process]:
+def fork_servers() -> list[psutil.Process]:
     alive = (child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE)  # of other tests
-    return [child for child in alive if "nursery" in " ".join(child.cmdline())]
+    return [child for child in alive if "fork_server" in " ".join(child.cmdline())]
 
 
 @pytest.mark.parametrize("frames", [1, 2, 7, 32])
@@ -275,7 +275,7 @@ def test_a_rule_takes_at_most_so_many_in_order(frames: int, fps: float | None) -
     random_ = random.Random(frames)
     for _ in range(50):
         times = sorted(random_.uniform(0, 20) for _ in range(random_.randint(1, 100)))
-        places = Rule(frames, fps).choose(times)
+        places = FrameRule(frames, fps).choose(times)
         assert 1 <= len(places) <= frames and places[0] == 0
         assert all(a < b for a, b in pairwise(places))
         if fps is not None:
@@ -285,7 +285,7 @@ def test_a_rule_takes_at_most_so_many_in_order(frames: int, fps: float | None) -
 
 
 def test_a_list_of_pictures_has_a_second_each() -> None:
-    meta = Chosen.of_pictures(3, 10, 20).metadata()
+    meta = ChosenFrames.of_pictures(3, 10, 20).metadata()
     assert (meta["fps"], meta["frames_indices"], meta["duration"]) == (1.0, [0, 1, 2], 3.0)
 
 

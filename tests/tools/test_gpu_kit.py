@@ -141,7 +141,7 @@ LIMIT = 240 * 1024
 def packed(wheels: list[Path], tmp_path: Path, **settings: object) -> list[Path]:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    chosen = pack.Settings(**{"limit": LIMIT} | settings)  # type: ignore[arg-type]
+    chosen = pack.KitSettings(**{"limit": LIMIT} | settings)  # type: ignore[arg-type]
     pack.pack(wheels, tmp_path / "out", chosen, scratch)
     return sorted((tmp_path / "out").iterdir())
 

@@ -29,7 +29,7 @@ _GIVE_UP_AFTER = 8  # questions in a row that do not fit
 
 
 @dataclass(frozen=True)
-class Text:
+class PackedText:
     """One packed row of T tokens, or a batch of rows with a leading dimension.
 
     Attributes:
@@ -71,15 +71,15 @@ class Batch:
 
     pixels: Tensor
     labels: Tensor
-    text: Text
+    text: PackedText
     order: Tensor
     span: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        moved = {field.name: getattr(self.text, field.name).to(device) for field in fields(Text)}
+        moved = {field.name: getattr(self.text, field.name).to(device) for field in fields(PackedText)}
         rest = (self.pixels, self.labels, self.order, self.span)
         pixels, labels, order, span = (tensor.to(device) for tensor in rest)
-        return Batch(pixels, labels, Text(**moved), order, span)
+        return Batch(pixels, labels, PackedText(**moved), order, span)
 
     def positions(self) -> Tensor:
         """(batch, prefix + patches + T) positions: vision tokens spread evenly over their span, then the text."""
@@ -104,7 +104,9 @@ def draw_batch(rng: np.random.Generator, images: int, tokens: int, mix: str = "e
     """
     scenes = [draw_scene(rng) for _ in range(images)]
     rows = [pack(rng, _dialogues(rng, scene, tokens, mix), tokens) for scene in scenes]
-    text = Text(**{field.name: torch.stack([getattr(row, field.name) for row in rows]) for field in fields(Text)})
+    text = PackedText(
+        **{field.name: torch.stack([getattr(row, field.name) for row in rows]) for field in fields(PackedText)}
+    )
     patches = scenes[0].labels.shape[0]
     order = np.argsort(rng.random((images, patches)), axis=1)
     span = np.where(rng.random(images) < 0.5, patches, rng.integers(patches // 8, patches, images))
@@ -132,9 +134,9 @@ def _dialogues(rng: np.random.Generator, scene: Scene, tokens: int, mix: str) ->
     return list({dialogue.turns[-1].question: dialogue for dialogue in asked if dialogue is not None}.values())
 
 
-def pack(rng: np.random.Generator, dialogues: list[Dialogue], tokens: int) -> Text:
+def pack(rng: np.random.Generator, dialogues: list[Dialogue], tokens: int) -> PackedText:
     """Fills a row of `tokens` with as many dialogues as fit, in order, with small changes of wording."""
-    columns: dict[str, list[int]] = {field.name: [] for field in fields(Text)}
+    columns: dict[str, list[int]] = {field.name: [] for field in fields(PackedText)}
     misses = segment = 0
     for dialogue in dialogues:
         ids, targets, referents = encode(tuple(_vary(rng, turn) for turn in dialogue.turns))
@@ -162,11 +164,11 @@ def pack(rng: np.random.Generator, dialogues: list[Dialogue], tokens: int) -> Te
     for name, column in columns.items():
         column += [fill[name]] * (missing * (len(REFERENTS) if name == "referents" else 1))
     tensors = {name: torch.tensor(column) for name, column in columns.items()}
-    return Text(**tensors | {"referents": tensors["referents"].view(tokens, len(REFERENTS))})
+    return PackedText(**tensors | {"referents": tensors["referents"].view(tokens, len(REFERENTS))})
 
 
 def encode(turns: tuple[Turn, ...]) -> tuple[list[int], list[int], list[tuple[int, ...]]]:
-    """(ids, targets, referents) of a dialogue behind `<s>USER:<image>`; see `Text`."""
+    """(ids, targets, referents) of a dialogue behind `<s>USER:<image>`; see `PackedText`."""
     tokenizer, special = build_tokenizer(), special_ids()
     ids: list[int] = []
     targets: list[int] = []

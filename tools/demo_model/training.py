@@ -55,7 +55,7 @@ STATE_FILE, LOG_FILE = "state.pt", "training.jsonl"
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrainingStage:
     """`steps` of `images` each. `rate` is AdamW's learning rate; Muon's is 20 times as high."""
 
     name: str
@@ -83,10 +83,12 @@ class Recipe:
     """Everything that the result depends on."""
 
     seed: int = 0
-    vision: Stage = Stage("vision", steps=900, images=32)
-    answers: Stage = Stage("answers", steps=600, images=16, vision_rate=0.1, steady=1.0)
-    practice: Stage = Stage("practice", steps=1200, images=16, vision_rate=0.1, mix="hard", warmup=10, steady=0.1)
-    withdrawal: Stage = Stage(
+    vision: TrainingStage = TrainingStage("vision", steps=900, images=32)
+    answers: TrainingStage = TrainingStage("answers", steps=600, images=16, vision_rate=0.1, steady=1.0)
+    practice: TrainingStage = TrainingStage(
+        "practice", steps=1200, images=16, vision_rate=0.1, mix="hard", warmup=10, steady=0.1
+    )
+    withdrawal: TrainingStage = TrainingStage(
         "withdrawal", 600, images=16, rate=5e-4, vision_rate=0.1, mix="long", warmup=10, steady=0.1, withdrawn=0.75
     )
     geometry: Geometry = field(default=GEOMETRY)
@@ -103,7 +105,7 @@ _OF_PHRASES = ("cell", "shape", "color", "size", "count")
 _LATER = ("count", "across", "along")
 
 
-def _some(classes: Mapping[str, int], names: tuple[str, ...]) -> dict[str, int]:
+def _subset(classes: Mapping[str, int], names: tuple[str, ...]) -> dict[str, int]:
     return {name: classes[name] for name in names}
 
 
@@ -116,9 +118,9 @@ class Trainer:
         geometry = recipe.geometry
         self.model = DemoLlava(geometry, special_ids().vocab_size)
         self.patch_heads = losses.ClassHeads(geometry.vision_hidden, LABELS)
-        self.phrase_heads = losses.ClassHeads(geometry.hidden_size, _some(REFERENTS, _OF_PHRASES))
-        self.late_heads = losses.ClassHeads(geometry.hidden_size, _some(REFERENTS, _LATER))
-        self.claim_heads = losses.ClassHeads(geometry.hidden_size, _some(REFERENTS, ("holds",)))
+        self.phrase_heads = losses.ClassHeads(geometry.hidden_size, _subset(REFERENTS, _OF_PHRASES))
+        self.late_heads = losses.ClassHeads(geometry.hidden_size, _subset(REFERENTS, _LATER))
+        self.claim_heads = losses.ClassHeads(geometry.hidden_size, _subset(REFERENTS, ("holds",)))
         heads = {"patch": self.patch_heads, "phrase": self.phrase_heads}
         heads |= {"late": self.late_heads, "claim": self.claim_heads}
         self.modules = nn.ModuleDict({"model": self.model, **heads})

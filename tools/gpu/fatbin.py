@@ -18,7 +18,7 @@ _PTX, _MACHINE_CODE = 1, 2
 _ENTRY_HEADER = range(48, 257)
 
 
-class Entry(NamedTuple):
+class FatbinEntry(NamedTuple):
     """An entry of a container; `capability` is 90 for 9.0, `code` includes the header."""
 
     kind: int
@@ -49,7 +49,7 @@ def prune(library: bytes, capability: int) -> tuple[bytes, Counter[str]]:
     return bytes(data), counts
 
 
-def _entries(data: bytearray, place: int, end: int) -> Iterator[Entry]:
+def _entries(data: bytearray, place: int, end: int) -> Iterator[FatbinEntry]:
     """The entries up to the first malformed one."""
     while place + _ENTRY_HEADER.start <= end:
         kind, _, header, size = struct.unpack_from("<HHIQ", data, place)
@@ -57,11 +57,11 @@ def _entries(data: bytearray, place: int, end: int) -> Iterator[Entry]:
         after = place + header + size
         if kind not in (_PTX, _MACHINE_CODE) or header not in _ENTRY_HEADER or after > end:
             return
-        yield Entry(kind, capability, bytes(data[place:after]))
+        yield FatbinEntry(kind, capability, bytes(data[place:after]))
         place = after
 
 
-def _useful(entries: list[Entry], capability: int) -> tuple[list[Entry], str]:
+def _useful(entries: list[FatbinEntry], capability: int) -> tuple[list[FatbinEntry], str]:
     """Machine code for this GPU, else the newest PTX that it can run, else the smallest entry: one has to stay."""
     if code := [entry for entry in entries if entry.kind == _MACHINE_CODE and entry.capability == capability]:
         return code, "machine code"

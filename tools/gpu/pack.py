@@ -49,7 +49,7 @@ _LARGE_LIBRARY = MIB
 
 
 @dataclass(frozen=True, slots=True)
-class Settings:
+class KitSettings:
     """Attributes:
     limit: most bytes of a part.
     most_parts: None: no limit.
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--wheels", type=Path, help="folder with all wheels, vLLM's too: nothing is fetched")
     args = parser.parse_args(argv)
     have = frozenset(_names(args.have.read_text())) if args.have else frozenset[str]()
-    settings = Settings(int(args.limit_mib * MIB), args.parts, int(args.capability.replace(".", "")), have)
+    settings = KitSettings(int(args.limit_mib * MIB), args.parts, int(args.capability.replace(".", "")), have)
     try:
         with tempfile.TemporaryDirectory(prefix="foldserve-kit-") as scratch:
             wheels = args.wheels or _fetch(Path(scratch) / "wheels", args.vllm, have)
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
 
 
-def pack(wheels: Iterable[Path], out: Path, settings: Settings, scratch: Path) -> None:
+def pack(wheels: Iterable[Path], out: Path, settings: KitSettings, scratch: Path) -> None:
     """Writes the parts; ValueError, with nothing left behind, if they are too many or too large."""
     site = scratch / "site"
     for wheel in wheels:

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 from foldserve.reducers import METHODS
 from foldserve.reducers.method import Method
-from tests.engine.method_table import END, PAGE, START
 from tools.reference.markdown import code, table
 
-_PAGE = """\
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "reference" / "methods.md"
+START, END = "<!-- python -m tests.engine.method_table -->\n", "<!-- end of the table -->\n"
+"""Marks around the table of methods and models."""
+
+_TEXT = """\
 # Methods
 
 Values of `reduction.method`. `a+b` joins a method that works before the decoder with one in it; `base_only+a` and
@@ -25,7 +29,7 @@ Values of `reduction.method`. `a+b` joins a method that works before the decoder
 
 def page() -> str:
     head = ["Method", "Works", "What it does", "Its own fields"]
-    return _PAGE.format(methods=table(head, map(_row, METHODS.values())), models=_models())
+    return _TEXT.format(methods=table(head, map(_row, METHODS.values())), models=_models())
 
 
 def _row(method: Method) -> list[str]:

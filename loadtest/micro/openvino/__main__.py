@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from foldserve.loadtest.micro.openvino.engines import Contender, Engine, Foldserve, OpenVino, Setup
 from foldserve.loadtest.micro.openvino.report import Cell, draw, results, tables
-from foldserve.loadtest.micro.openvino.runs import Load, Remote
+from foldserve.loadtest.micro.openvino.runs import Load, RemoteEngine
 from foldserve.loadtest.micro.withdrawal import machine
 
 _UNIT_PX = 28  # one token of Qwen2.5-VL: 2 x 2 patches of 14
@@ -67,7 +67,7 @@ def measure(args: Namespace) -> list[Cell]:
         "foldserve": partial(Foldserve, args.model, setup, withdraw_layer=args.withdraw_layer, eager=args.eager),
         "openvino": partial(OpenVino, args.exported, setup, kv_precision=args.kv_precision),
     }
-    engines = {name: Remote(each) for name, each in start.items()}
+    engines = {name: RemoteEngine(each) for name, each in start.items()}
     cells = [
         Cell(contender, concurrency)
         for concurrency in args.concurrency

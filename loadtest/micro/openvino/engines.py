@@ -98,9 +98,9 @@ class Foldserve:
     def add(self, number: int, image: Pixels, tokens: int) -> None:
         from PIL import Image
 
-        from foldserve.loadtest.micro.engine import Request
+        from foldserve.loadtest.micro.engine import ProbeRequest
 
-        name = self._engine.add(Request(self._prompt, Image.fromarray(image), self._reduction, tokens))
+        name = self._engine.add(ProbeRequest(self._prompt, Image.fromarray(image), self._reduction, tokens))
         self._numbers[name] = number
 
     def step(self) -> Sequence[tuple[int, int]]:

@@ -15,9 +15,9 @@ import numpy as np
 from pydantic import TypeAdapter
 
 from foldserve.loadtest.micro.openvino.engines import Contender
-from foldserve.loadtest.micro.openvino.runs import Run
+from foldserve.loadtest.micro.openvino.runs import LoadRun
 from foldserve.loadtest.micro.pairs import Ratio, ratio
-from foldserve.loadtest.report.charts import Axis, Chart, Line, Panel, Point, line_chart, together, write
+from foldserve.loadtest.report.charts import Axis, Chart, ChartLine, ChartPoint, Panel, join_charts, line_chart, write
 from foldserve.loadtest.report.estimates import Estimate, estimate
 from foldserve.loadtest.report.tables import NONE, Table
 
@@ -32,15 +32,15 @@ class Cell:
 
     contender: Contender
     concurrency: int
-    runs: list[Run] = field(default_factory=list)
+    runs: list[LoadRun] = field(default_factory=list)
 
-    def figure(self, read: Callable[[Run], float]) -> Estimate:
+    def figure(self, read: Callable[[LoadRun], float]) -> Estimate:
         """Median over the rounds."""
         return estimate([read(run) for run in self.runs], lambda values: np.median(values, axis=-1))
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class ContenderResult:
     """Figures of a contender at a concurrency.
 
     Attributes:
@@ -57,16 +57,16 @@ class Result:
     kv_mib: float
 
 
-def results(cells: Sequence[Cell]) -> list[Result]:
+def results(cells: Sequence[Cell]) -> list[ContenderResult]:
     return [_result(cell, cells) for cell in cells]
 
 
-def read_results(file: Path) -> list[Result]:
+def read_results(file: Path) -> list[ContenderResult]:
     """Reads a file that `--json` wrote."""
-    return TypeAdapter(list[Result]).validate_python(json.loads(file.read_text())["results"])
+    return TypeAdapter(list[ContenderResult]).validate_python(json.loads(file.read_text())["results"])
 
 
-def tables(results: Sequence[Result]) -> list[Table]:
+def tables(results: Sequence[ContenderResult]) -> list[Table]:
     """One table per concurrency."""
     return [
         Table(f"{level} at once", _HEADINGS, [_cells(each) for each in results if each.concurrency == level], 3)
@@ -74,7 +74,7 @@ def tables(results: Sequence[Result]) -> list[Table]:
     ]
 
 
-def charts(results: Sequence[Result]) -> list[Chart]:
+def charts(results: Sequence[ContenderResult]) -> list[Chart]:
     """Requests/s and TTFT against the ratio, one panel per concurrency."""
     return [
         _chart(
@@ -94,15 +94,17 @@ def charts(results: Sequence[Result]) -> list[Chart]:
     ]
 
 
-def draw(results: Sequence[Result], picture: Path) -> None:
-    write(together(charts(results), 2), picture)
+def draw(results: Sequence[ContenderResult], picture: Path) -> None:
+    write(join_charts(charts(results), 2), picture)
 
 
-def _levels(results: Sequence[Result]) -> list[int]:
+def _levels(results: Sequence[ContenderResult]) -> list[int]:
     return list(dict.fromkeys(result.concurrency for result in results))
 
 
-def _chart(stem: str, title: str, results: Sequence[Result], read: Callable[[Result], Estimate], y: Axis) -> Chart:
+def _chart(
+    stem: str, title: str, results: Sequence[ContenderResult], read: Callable[[ContenderResult], Estimate], y: Axis
+) -> Chart:
     panels = [
         Panel(f"{level} at once", _curves([each for each in results if each.concurrency == level], read))
         for level in _levels(results)
@@ -112,12 +114,12 @@ def _chart(stem: str, title: str, results: Sequence[Result], read: Callable[[Res
     )
 
 
-def _curves(results: Sequence[Result], read: Callable[[Result], Estimate]) -> list[Line]:
+def _curves(results: Sequence[ContenderResult], read: Callable[[ContenderResult], Estimate]) -> list[ChartLine]:
     return [
-        Line(
+        ChartLine(
             f"{'OpenVINO GenAI' if engine == 'openvino' else engine}: {method}",
             [
-                Point(result.ratio, read(result), f"ratio {result.ratio:g}")
+                ChartPoint(result.ratio, read(result), f"ratio {result.ratio:g}")
                 for result in results
                 if result.engine == engine and result.method in (method, "none")
             ],
@@ -127,7 +129,7 @@ def _curves(results: Sequence[Result], read: Callable[[Result], Estimate]) -> li
     ]
 
 
-def _result(cell: Cell, cells: Sequence[Cell]) -> Result:
+def _result(cell: Cell, cells: Sequence[Cell]) -> ContenderResult:
     contender = cell.contender
     theirs = next(
         other
@@ -137,7 +139,7 @@ def _result(cell: Cell, cells: Sequence[Cell]) -> Result:
         and other.contender.engine == "openvino"
     )
     pairs = [(a.requests_per_s, b.requests_per_s) for a, b in zip(cell.runs, theirs.runs, strict=True)]
-    return Result(
+    return ContenderResult(
         contender.engine,
         contender.name,
         contender.ratio,
@@ -149,7 +151,7 @@ def _result(cell: Cell, cells: Sequence[Cell]) -> Result:
     )
 
 
-def _cells(result: Result) -> list[str]:
+def _cells(result: ContenderResult) -> list[str]:
     return [
         f"{result.ratio:g}",
         "OpenVINO" if result.engine == "openvino" else "ours",

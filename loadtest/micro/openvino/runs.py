@@ -25,7 +25,7 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class LoadRun:
     """Results of a load.
 
     Attributes:
@@ -38,7 +38,7 @@ class Run:
     kv_bytes: int
 
 
-class Remote:
+class RemoteEngine:
     """An engine in another process; raises RuntimeError with its message if it fails."""
 
     def __init__(self, start: Callable[[], Engine]) -> None:
@@ -49,9 +49,9 @@ class Remote:
         theirs.close()
         self._answer()
 
-    def measure(self, contender: Contender, load: Load) -> Run:
+    def measure(self, contender: Contender, load: Load) -> LoadRun:
         self._pipe.send((contender, load))
-        answer: Run = self._answer()
+        answer: LoadRun = self._answer()
         return answer
 
     def stop(self) -> None:
@@ -68,7 +68,7 @@ class Remote:
         return answer
 
 
-def measure(engine: Engine, contender: Contender, load: Load) -> Run:
+def measure(engine: Engine, contender: Contender, load: Load) -> LoadRun:
     """Keeps `concurrency` requests running until all are answered."""
     engine.prepare(contender)
     images = [noise(contender.px, (load.seed, number)) for number in range(load.requests)]
@@ -91,7 +91,7 @@ def measure(engine: Engine, contender: Contender, load: Load) -> Run:
             if tokens >= load.tokens:
                 running.remove(number)
     took = time.perf_counter() - start
-    return Run(load.requests / took, tuple(first[i] - added[i] for i in range(load.requests)), most)
+    return LoadRun(load.requests / took, tuple(first[i] - added[i] for i in range(load.requests)), most)
 
 
 def noise(px: int, seed: tuple[int, int]) -> Pixels:

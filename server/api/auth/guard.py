@@ -29,7 +29,7 @@ _IN_FLIGHT = "in flight"
 _SALT = re.compile(r"[A-Za-z0-9._~-]{1,128}")
 
 
-class Guard:
+class AuthGuard:
     """Checks requests before their body is read.
 
     Args:
@@ -64,7 +64,7 @@ class Guard:
         """
         if self._keyring is None or scope in self._open_scopes:
             return None
-        key = self._keyring.find(_presented(headers, header))
+        key = self._keyring.find(_presented_key(headers, header))
         if key is None:
             raise Unauthorized("the API key is not valid")
         if scope not in key.scopes:
@@ -165,7 +165,7 @@ def cache_salts(key: Key | None, chosen: str | None) -> CacheSalts:
     return CacheSalts(salt, salt)
 
 
-def _presented(headers: Headers, header: str | None) -> str:
+def _presented_key(headers: Headers, header: str | None) -> str:
     """The bearer token (RFC 6750, section 2.1) or the value of `header`; raises Unauthorized unless just one came."""
     sent = headers.getlist("authorization")
     plain = [] if header is None else headers.getlist(header)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from foldserve.server.api.auth.keys import Key, digest, read_keys
+from foldserve.server.api.auth.keys import Key, key_digest, read_keys
 
 _LOOK_EVERY_S = 1.0
 _log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ class Keyring:
     def find(self, presented: str) -> Key | None:
         """The key whose hash is that of `presented`; always compares all of them, in constant time."""
         self._reload_if_changed()
-        wanted = digest(presented)
+        wanted = key_digest(presented)
         found = None
         for key in self._keys:
             if hmac.compare_digest(key.digest, wanted):

@@ -86,7 +86,7 @@ def new_key() -> str:
     return _PREFIX + secrets.token_urlsafe(32)
 
 
-def digest(key: str) -> bytes:
+def key_digest(key: str) -> bytes:
     """The hash under which a key is stored."""
     return hashlib.sha256(key.encode()).digest()
 
@@ -98,7 +98,7 @@ def read_keys(path: Path) -> tuple[Key, ...]:
     except OSError as error:
         raise ValueError(f"the key file {path} can't be read: {error.strerror}") from error
     except ValidationError as error:
-        raise ValueError(f"the key file {path}: {_first(error.errors())}") from error
+        raise ValueError(f"the key file {path}: {_first_error(error.errors())}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"the key file {path} is not TOML: {error}") from error
     if not 1 <= len(entries) <= MOST_KEYS:
@@ -114,17 +114,17 @@ def read_keys(path: Path) -> tuple[Key, ...]:
 
 def entry(name: str, key: str, *, rate: str | None, concurrent: int | None, scopes: list[Scope]) -> str:
     """The lines for a key, to append to a key file; raises ValueError if they would not be accepted."""
-    fields: dict[str, object] = {"name": name, "sha256": digest(key).hex(), "scopes": scopes}
+    fields: dict[str, object] = {"name": name, "sha256": key_digest(key).hex(), "scopes": scopes}
     fields |= {"rate": rate} if rate is not None else {}
     fields |= {"concurrent": concurrent} if concurrent is not None else {}
     try:
         _Entry.model_validate(fields)
     except ValidationError as error:
-        raise ValueError(_first(error.errors())) from error
+        raise ValueError(_first_error(error.errors())) from error
     return "[[key]]\n" + "".join(f"{name} = {json.dumps(value)}\n" for name, value in fields.items()) + "\n"
 
 
-def _first(errors: list[Any]) -> str:
+def _first_error(errors: list[Any]) -> str:
     """The first error, without the rejected value: it may be a key pasted instead of its hash."""
     place = ".".join(str(part) for part in errors[0]["loc"])
     return f"{place}: {errors[0]['msg']}"

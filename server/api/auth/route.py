@@ -16,17 +16,17 @@ from starlette.datastructures import Headers, State
 from starlette.routing import Match
 from starlette.types import Message, Receive, Scope, Send
 
-from foldserve.server.api.auth.guard import Guard
+from foldserve.server.api.auth.guard import AuthGuard
 from foldserve.server.api.auth.keys import Key
 from foldserve.server.api.auth.keys import Scope as KeyScope
-from foldserve.server.api.errors import FoldserveError, render
+from foldserve.server.api.errors import FoldserveError, render_error
 
 _PLACES = "foldserve_places"
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class FoldRoute(APIRoute):
-    """A route that renders all errors, also of validation, by `errors.render`; it allows HEAD with GET."""
+    """A route that renders all errors, also of validation, by `errors.render_error`; it allows HEAD with GET."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
         return super().matches({**scope, "method": "GET"} if self._is_head(scope) else scope)
@@ -57,7 +57,7 @@ class FoldRoute(APIRoute):
         return shown
 
     def render(self, error: Exception) -> Response:
-        return render(error)
+        return render_error(error)
 
 
 class OpenRoute(FoldRoute):
@@ -118,7 +118,7 @@ class WorkRoute(GuardedRoute):
 def take_place(scope: Scope) -> None:
     """Holds a `WorkRoute` request's place until the last of its answer is sent; raises FoldserveError without room."""
     state = scope["state"]
-    guard: Guard = scope["app"].state.foldserve_guard
+    guard: AuthGuard = scope["app"].state.foldserve_guard
     state[_PLACES].enter_context(guard.admit(state["foldserve_key"]))
 
 
@@ -126,7 +126,7 @@ def take_further_places(scope: Scope, answers: int) -> None:
     """Holds places for the answers beyond the first; raises FoldserveError if there is no room, or can't ever be."""
     if answers:
         state = scope["state"]
-        guard: Guard = scope["app"].state.foldserve_guard
+        guard: AuthGuard = scope["app"].state.foldserve_guard
         state[_PLACES].enter_context(guard.admit_further(state["foldserve_key"], answers))
 
 

@@ -20,7 +20,7 @@ _SKIP_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class BatchLine:
     """A line that is not blank. `number` counts from 1, blank lines included.
 
     `content` has only the first bytes of a line that is not whole.
@@ -46,7 +46,7 @@ def longest_line(limits: Limits) -> int:
     return limits.max_body_bytes + _ENVELOPE_BYTES
 
 
-def read_lines(file: BinaryIO, longest: int) -> Iterator[Line]:
+def read_lines(file: BinaryIO, longest: int) -> Iterator[BatchLine]:
     """Yields the lines of a file, and holds one at a time."""
     number = 0
     while content := file.readline(longest + 1):
@@ -56,10 +56,10 @@ def read_lines(file: BinaryIO, longest: int) -> Iterator[Line]:
         while not piece.endswith(b"\n") and (piece := file.readline(_SKIP_BYTES)):
             continue
         if content.strip():
-            yield Line(number, content if is_whole else content[:_HEAD_BYTES], is_whole)
+            yield BatchLine(number, content if is_whole else content[:_HEAD_BYTES], is_whole)
 
 
-def read_request(line: Line, urls: Collection[str], limits: Limits) -> tuple[str, dict[str, Any]]:
+def read_request(line: BatchLine, urls: Collection[str], limits: Limits) -> tuple[str, dict[str, Any]]:
     """The url and the body of a line; `urls` are those that are served.
 
     Raises InvalidRequest, UnsupportedRoute or BodyTooLarge for an invalid line; its body is not checked.

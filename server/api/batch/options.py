@@ -10,7 +10,7 @@ Existing = Literal["refuse", "resume", "overwrite"]  # for results that exist al
 
 
 @dataclass(frozen=True, slots=True)
-class Options:
+class BatchOptions:
     """Options of one run; raises ValueError for a file or a number that can't be used.
 
     `concurrency` is the number of requests in flight; None for as many as keep the engine busy.

@@ -18,9 +18,9 @@ from foldserve.server import guardian
 from foldserve.server.access import UNBOUNDED_QUEUE, Access
 from foldserve.server.api import launch
 from foldserve.server.api.batch.front import open_front
-from foldserve.server.api.batch.lines import Line
-from foldserve.server.api.batch.run import NOT_FOR_A_BATCH, Answers
-from foldserve.server.api.batch.survey import digest
+from foldserve.server.api.batch.lines import BatchLine
+from foldserve.server.api.batch.run import NOT_FOR_A_BATCH, LineAnswerer
+from foldserve.server.api.batch.survey import id_digest
 from foldserve.server.settings import CONFIG_KEY, Environment, Settings
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def answered(
     """
     # Small files come as one block: a single actor would answer it, and keep nothing of it before its end.
     return requests.repartition(target_num_rows_per_block=rows).map_batches(
-        Answerer,
+        AnsweringActor,
         fn_constructor_args=(model, options, settings.to_config()),
         concurrency=actors,
         num_gpus=gpus,
@@ -68,7 +68,7 @@ def answered(
     )
 
 
-class Answerer:
+class AnsweringActor:
     """An actor's engine, which ends with the actor, however that ends.
 
     `settings` come from `Settings.to_config`. Raises ValueError for options that vLLM's parser or we refuse.
@@ -89,15 +89,15 @@ class Answerer:
         threading.Thread(target=self._loop.run_forever, name="foldserve-batch", daemon=True).start()
         self._held = AsyncExitStack()
         front = self._wait(self._held.enter_async_context(open_front(args)))
-        self._answers = Answers(front, own.limits)
+        self._answers = LineAnswerer(front, own.limits)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
         contents = [str(line).encode("utf-8", "surrogatepass") for line in rows[LINE]]
         return rows | {RESULT: self._wait(self._answer(contents))}
 
     async def _answer(self, contents: Sequence[bytes]) -> list[str]:
-        lines = [Line(0, content) for content in contents]
-        numbered = [Line(digest(line.custom_id), line.content) for line in lines]  # by id: a row has no number
+        lines = [BatchLine(0, content) for content in contents]
+        numbered = [BatchLine(id_digest(line.custom_id), line.content) for line in lines]  # by id: a row has no number
         found = await asyncio.gather(*map(self._answers.answer, numbered))
         return [result.line.decode().rstrip() for result in found]
 

@@ -19,7 +19,7 @@ _PREFIX = "batch_req_"
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
+class LineResult:
     """A line of the output, and its part of the totals."""
 
     line: bytes
@@ -35,14 +35,14 @@ class Totals:
     encoded: int = 0
     kept: int = 0
 
-    def add(self, result: Result) -> None:
+    def add(self, result: LineResult) -> None:
         self.lines += 1
         self.refused += not result.is_answer
         self.encoded += result.encoded
         self.kept += result.kept
 
 
-class Results:
+class OutputFile:
     """The output of a run; no other run can write it at the same time.
 
     A line is appended by one write once its answer is complete. A killed process leaves whole lines and at most one
@@ -65,7 +65,7 @@ class Results:
             os.close(self._file)
             raise
 
-    def __enter__(self) -> Results:
+    def __enter__(self) -> OutputFile:
         return self
 
     def __exit__(
@@ -77,7 +77,7 @@ class Results:
     def __contains__(self, number: int) -> bool:
         return bool(self._done[number])
 
-    def add(self, result: Result) -> None:
+    def add(self, result: LineResult) -> None:
         rest = memoryview(result.line)
         while rest:
             rest = rest[os.write(self._file, rest) :]
@@ -109,11 +109,11 @@ class Results:
             for number, line in enumerate(file, start=1):
                 if not line.endswith(b"\n"):
                     break
-                self._note(line, number, survey)
+                self._read_line(line, number, survey)
                 whole += len(line)
         os.ftruncate(self._file, whole)
 
-    def _note(self, line: bytes, at: int, survey: Survey) -> None:
+    def _read_line(self, line: bytes, at: int, survey: Survey) -> None:
         try:
             result = jiter.from_json(line, cache_mode="none")
             number = int(result["id"].removeprefix(_PREFIX))
@@ -128,7 +128,7 @@ class Results:
                 + ": resume with the input that the results belong to, or --overwrite them"
             )
         self._done[number] = 1
-        self.totals.add(Result(line, *counts))
+        self.totals.add(LineResult(line, *counts))
 
 
 def answer(number: int, custom_id: str | None, status: int, request_id: str, body: bytes) -> bytes:

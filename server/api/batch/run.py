@@ -18,11 +18,11 @@ from foldserve.server.api import launch, preflight
 from foldserve.server.api.batch import results
 from foldserve.server.api.batch.files import LocalFiles
 from foldserve.server.api.batch.front import Front, Reply, open_front
-from foldserve.server.api.batch.lines import Line, longest_line, read_lines, read_request
-from foldserve.server.api.batch.options import Options
-from foldserve.server.api.batch.results import Result, Results
+from foldserve.server.api.batch.lines import BatchLine, longest_line, read_lines, read_request
+from foldserve.server.api.batch.options import BatchOptions
+from foldserve.server.api.batch.results import LineResult, OutputFile
 from foldserve.server.api.batch.survey import Survey
-from foldserve.server.api.errors import FoldserveError, render
+from foldserve.server.api.errors import FoldserveError, render_error
 from foldserve.server.limits import Limits
 from foldserve.server.settings import Environment, Settings
 
@@ -50,7 +50,7 @@ class EngineEnded(RuntimeError):
 
 def batch(
     argv: list[str],
-    options: Options,
+    options: BatchOptions,
     settings: Settings | launch.SettingsFor,
     environment: Environment,
     small_model: Path,
@@ -72,7 +72,7 @@ def batch(
         files, args.allowed_local_media_path = LocalFiles(Path(args.allowed_local_media_path), limits), ""
     preflight.check(args)
     survey = Survey(options.input, longest_line(limits))
-    with Results(options.output, survey, options.existing) as found, preflight.explained():
+    with OutputFile(options.output, survey, options.existing) as found, preflight.exit_with_reason():
         if found.totals.lines < len(survey):
             launch.say(f"loading {args.model}")
             uvloop.run(_answer_all(args, options, limits, files, survey, found))
@@ -82,46 +82,46 @@ def batch(
 
 
 async def _answer_all(
-    args: Namespace, options: Options, limits: Limits, files: LocalFiles | None, survey: Survey, found: Results
+    args: Namespace, options: BatchOptions, limits: Limits, files: LocalFiles | None, survey: Survey, found: OutputFile
 ) -> None:
     async with open_front(args) as front:
-        with options.input.open("rb") as file, Progress(len(survey), found) as progress:
+        with options.input.open("rb") as file, ProgressBar(len(survey), found) as progress:
             lines = (
                 line
                 for line in read_lines(file, longest_line(limits))
                 if line.number <= survey.last and line.number not in found
             )
-            run = Run(Answers(front, limits, files), lines, limits.max_unread_bytes, found, progress)
+            run = BatchRun(LineAnswerer(front, limits, files), lines, limits.max_unread_bytes, found, progress)
             await run.answer(options.concurrency or front.runs_at_once + -(-front.runs_at_once // _QUEUED))
 
 
-class Answers:
+class LineAnswerer:
     """Answers single lines; None for `files` allows no `file:` URLs."""
 
     def __init__(self, front: Front, limits: Limits, files: LocalFiles | None = None) -> None:
         self._front, self._limits, self._files = front, limits, files
         self._urls = front.urls
 
-    async def answer(self, line: Line) -> Result:
+    async def answer(self, line: BatchLine) -> LineResult:
         """The result of a line, even an invalid one; raises EngineEnded if the engine is gone."""
         number, custom_id = line.number, line.custom_id
         try:
             url, body = read_request(line, self._urls, self._limits)
         except FoldserveError as error:
             shown = {"code": error.code, "message": str(error), "param": error.param}
-            return Result(results.failure(number, custom_id, shown))
+            return LineResult(results.failure(number, custom_id, shown))
         del line
         try:
             if self._files is not None:
                 await asyncio.to_thread(self._files.put_into, body)
         except FoldserveError as error:
-            refusal = render(error)
+            refusal = render_error(error)
             reply = Reply(refusal.status_code, {}, bytearray(refusal.body))
         else:
             reply = await self._post(url, body)
         request_id = reply.headers.get("x-request-id", "")
         content = results.answer(number, custom_id, reply.status, request_id, bytes(reply.body))
-        return Result(content, reply.status == 200, **_counts(reply))
+        return LineResult(content, reply.status == 200, **_counts(reply))
 
     async def _post(self, url: str, body: dict[str, object]) -> Reply:
         """The reply; retries while the server has no room."""
@@ -137,18 +137,23 @@ class Answers:
         return reply
 
 
-class Run:
+class BatchRun:
     """Answers several lines at a time, and writes each answer to the output as soon as it is complete.
 
     The lines in flight have at most `most_bytes`.
     """
 
     def __init__(
-        self, answers: Answers, lines: Iterator[Line], most_bytes: int, found: Results, progress: Progress
+        self,
+        answers: LineAnswerer,
+        lines: Iterator[BatchLine],
+        most_bytes: int,
+        found: OutputFile,
+        progress: ProgressBar,
     ) -> None:
         self._answers, self._lines = answers, lines
         self._found, self._progress = found, progress
-        self._room = _ByteRoom(most_bytes)
+        self._room = _ByteLimit(most_bytes)
 
     async def answer(self, at_once: int) -> None:
         """Returns once all lines have a result; raises EngineEnded if the engine ended before."""
@@ -160,7 +165,7 @@ class Run:
                         workers.create_task(self._work())
                 syncs.cancel()
         except BaseExceptionGroup as error:
-            raise _first(error) from None
+            raise _first_exception(error) from None
 
     async def _work(self) -> None:
         while (line := await self._room.next(self._lines)) is not None:
@@ -177,17 +182,17 @@ class Run:
             await asyncio.to_thread(self._found.sync)
 
 
-class Progress:
+class ProgressBar:
     """The progress bar: lines with a result, vision tokens saved, time left."""
 
-    def __init__(self, lines: int, found: Results) -> None:
+    def __init__(self, lines: int, found: OutputFile) -> None:
         self._found = found
         every_s = _BAR_S if sys.stderr.isatty() else _LOG_S
         self._bar = tqdm(
             total=lines, initial=found.totals.lines, desc="foldserve batch", unit="line", mininterval=every_s
         )
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -201,7 +206,7 @@ class Progress:
         self._bar.update()
 
 
-class _ByteRoom:
+class _ByteLimit:
     """Bounds the bytes of the lines in flight, but lets a single longer line pass."""
 
     def __init__(self, most: int) -> None:
@@ -209,7 +214,7 @@ class _ByteRoom:
         self._turn = asyncio.Lock()
         self._given = asyncio.Event()
 
-    async def next(self, lines: Iterator[Line]) -> Line | None:
+    async def next(self, lines: Iterator[BatchLine]) -> BatchLine | None:
         """The next line, once there is room for it; callers wait one at a time."""
         async with self._turn:
             line = next(lines, None)
@@ -232,7 +237,7 @@ def _counts(reply: Reply) -> Mapping[str, int]:
     return {"encoded": int(found[1]), "kept": int(found[2])} if found and reply.status == 200 else {}
 
 
-def _first(error: BaseException) -> BaseException:
+def _first_exception(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error

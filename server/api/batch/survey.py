@@ -13,7 +13,7 @@ from foldserve.server.api.batch.lines import read_lines
 NO_ID = 0  # for a line whose `custom_id` can't be read
 
 
-def digest(custom_id: str | None) -> int:
+def id_digest(custom_id: str | None) -> int:
     """64 bits of an id: the digests of 10^6 ids take less memory than one image."""
     if custom_id is None:
         return NO_ID
@@ -32,7 +32,7 @@ class Survey:
         with path.open("rb") as file:
             for line in read_lines(file, longest):
                 numbers.append(line.number)
-                digests.append(digest(line.custom_id))
+                digests.append(id_digest(line.custom_id))
         self._numbers = np.frombuffer(numbers, np.uint64)
         self._digests = np.frombuffer(digests, np.uint64)
         self._refuse_duplicates()
@@ -47,7 +47,7 @@ class Survey:
     def has(self, number: int, custom_id: str | None) -> bool:
         """Whether line `number` has this id."""
         at = int(np.searchsorted(self._numbers, np.uint64(number)))
-        return at < len(self) and int(self._numbers[at]) == number and int(self._digests[at]) == digest(custom_id)
+        return at < len(self) and int(self._numbers[at]) == number and int(self._digests[at]) == id_digest(custom_id)
 
     def _refuse_duplicates(self) -> None:
         values, counts = np.unique(self._digests, return_counts=True)
@@ -61,7 +61,7 @@ class Survey:
         with self._path.open("rb") as file:
             for line in read_lines(file, self._longest):
                 custom_id = line.custom_id
-                if custom_id is None or digest(custom_id) not in digests:
+                if custom_id is None or id_digest(custom_id) not in digests:
                     continue
                 if custom_id in first:
                     raise ValueError(

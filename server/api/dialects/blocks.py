@@ -19,7 +19,7 @@ _EVENT, _END = "data: ", "[DONE]"
 
 
 @dataclass(slots=True)
-class Block:
+class AnswerBlock:
     """One block of an answer.
 
     Attributes:
@@ -37,7 +37,7 @@ class Block:
 
 
 @dataclass(slots=True)
-class Ended:
+class AnswerEnd:
     """How an answer ended.
 
     Attributes:
@@ -51,22 +51,22 @@ class Ended:
     usage: Json
 
 
-def blocks_of(answer: ChatCompletionResponse) -> list[Block]:
+def blocks_of(answer: ChatCompletionResponse) -> list[AnswerBlock]:
     """Blocks of a whole answer; an empty answer is one empty text."""
     choice = answer.choices[0]
     message = choice.message
-    blocks = [Block("reasoning", message.reasoning)] if message.reasoning else []
+    blocks = [AnswerBlock("reasoning", message.reasoning)] if message.reasoning else []
     if message.content or not message.tool_calls:
         logprobs = (choice.logprobs.content if choice.logprobs else None) or []
-        blocks.append(Block("text", message.content or "", logprobs=[token.model_dump() for token in logprobs]))
+        blocks.append(AnswerBlock("text", message.content or "", logprobs=[token.model_dump() for token in logprobs]))
     for call in message.tool_calls:
-        blocks.append(Block("tool_call", call.function.arguments, call.id, call.function.name))
+        blocks.append(AnswerBlock("tool_call", call.function.arguments, call.id, call.function.name))
     return blocks
 
 
-def ended(answer: ChatCompletionResponse, blocks: Sequence[Block]) -> Ended:
+def answer_end(answer: ChatCompletionResponse, blocks: Sequence[AnswerBlock]) -> AnswerEnd:
     choice = answer.choices[0]
-    return _ended(choice.finish_reason, _stop_text(choice.stop_reason), answer.usage.model_dump(), blocks)
+    return _answer_end(choice.finish_reason, _stop_text(choice.stop_reason), answer.usage.model_dump(), blocks)
 
 
 class StreamWriter(ABC):
@@ -78,7 +78,7 @@ class StreamWriter(ABC):
     def __init__(self, translation: Translation, vision: VisionTokens | None = None) -> None:
         self.translation = translation
         self.vision = vision
-        self.blocks: list[Block] = []
+        self.blocks: list[AnswerBlock] = []
         self._started = False
         self._call: int | None = None
         self._reason: str | None = None
@@ -103,19 +103,19 @@ class StreamWriter(ABC):
         """Events at the beginning; `chunk` is the chat's first."""
 
     @abstractmethod
-    def open_block(self, block: Block) -> str:
+    def open_block(self, block: AnswerBlock) -> str:
         """Events for the beginning of a block, which is the last one so far."""
 
     @abstractmethod
-    def add(self, block: Block, text: str, logprobs: list[Json]) -> str:
+    def add(self, block: AnswerBlock, text: str, logprobs: list[Json]) -> str:
         """Events for more of the last block."""
 
     @abstractmethod
-    def close_block(self, block: Block, cut: bool) -> str:
+    def close_block(self, block: AnswerBlock, cut: bool) -> str:
         """Events for the end of the last block. `cut`: the answer had no room for all of it."""
 
     @abstractmethod
-    def end(self, how: Ended) -> str:
+    def end(self, how: AnswerEnd) -> str:
         """Events at the end, after the last block."""
 
     @abstractmethod
@@ -124,7 +124,7 @@ class StreamWriter(ABC):
 
     def _write(self, chunk: Json) -> str:
         if (error := chunk.get("error")) is not None:
-            message = self.translation.words(error["message"], error["param"])
+            message = self.translation.with_client_names(error["message"], error["param"])
             return self.fail({**error, "message": message, "param": self.translation.as_sent(error["param"])})
         events = ""
         if not self._started:
@@ -136,31 +136,33 @@ class StreamWriter(ABC):
             self._stop = _stop_text(choice.get("stop_reason")) or self._stop
         if not chunk["choices"]:  # the last chunk, with the usage
             if not self.blocks:
-                events += self._open(Block("text"))
+                events += self._open(AnswerBlock("text"))
             events += self.close_block(self.blocks[-1], self._reason == "length")
-            events += self.end(_ended(self._reason, self._stop, chunk["usage"], self.blocks))
+            events += self.end(_answer_end(self._reason, self._stop, chunk["usage"], self.blocks))
         return events
 
     def _delta(self, choice: Json) -> str:
         delta, events = choice["delta"], ""
         if delta.get("reasoning"):
-            events += self._more("reasoning", delta["reasoning"], [])
+            events += self._continue_block("reasoning", delta["reasoning"], [])
         if delta.get("content"):
-            events += self._more("text", delta["content"], (choice.get("logprobs") or {}).get("content") or [])
+            events += self._continue_block(
+                "text", delta["content"], (choice.get("logprobs") or {}).get("content") or []
+            )
         for call in delta.get("tool_calls") or ():
             function = call.get("function") or {}
             if call["index"] != self._call:
                 self._call = call["index"]
-                events += self._open(Block("tool_call", "", call.get("id") or "", function.get("name") or ""))
+                events += self._open(AnswerBlock("tool_call", "", call.get("id") or "", function.get("name") or ""))
             if function.get("arguments"):
                 events += self._add(function["arguments"], [])
         return events
 
-    def _more(self, kind: Literal["reasoning", "text"], text: str, logprobs: list[Json]) -> str:
-        events = "" if self.blocks and self.blocks[-1].kind == kind else self._open(Block(kind))
+    def _continue_block(self, kind: Literal["reasoning", "text"], text: str, logprobs: list[Json]) -> str:
+        events = "" if self.blocks and self.blocks[-1].kind == kind else self._open(AnswerBlock(kind))
         return events + self._add(text, logprobs)
 
-    def _open(self, block: Block) -> str:
+    def _open(self, block: AnswerBlock) -> str:
         events = self.close_block(self.blocks[-1], False) if self.blocks else ""
         self.blocks.append(block)
         return events + self.open_block(block)
@@ -181,10 +183,10 @@ def own_id(prefix: str, chat_id: str) -> str:
     return f"{prefix}_{chat_id.removeprefix('chatcmpl-')}"
 
 
-def _ended(reason: str | None, stop: str | None, usage: Json, blocks: Sequence[Block]) -> Ended:
+def _answer_end(reason: str | None, stop: str | None, usage: Json, blocks: Sequence[AnswerBlock]) -> AnswerEnd:
     """vLLM reports "stop" for a tool call that the request forced."""
     called = reason == "stop" and stop is None and any(block.kind == "tool_call" for block in blocks)
-    return Ended("tool_calls" if called else reason, stop, usage)
+    return AnswerEnd("tool_calls" if called else reason, stop, usage)
 
 
 def _stop_text(reason: object) -> str | None:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from foldserve.server.api.dialects import messages, responses, written_messages
 from foldserve.server.api.dialects.translation import Translation
-from foldserve.server.api.errors import render, translate
+from foldserve.server.api.errors import render_error, translate
 from foldserve.server.api.limits.route import ChatRoute, CheckedRequest
 from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.limits import Limits
@@ -84,4 +84,4 @@ class MessagesRoute(_TranslatedRoute):
     key_header = "x-api-key"
 
     def render(self, error: Exception) -> Response:
-        return render(error, written_messages.error_body)
+        return render_error(error, written_messages.error_body)

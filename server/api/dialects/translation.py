@@ -98,11 +98,11 @@ class Translation:
         """A chat request's error, with the field as the client named it."""
         sent = self.as_sent(error.param)
         if sent != error.param:
-            error.args = (self.words(str(error), error.param),)
+            error.args = (self.with_client_names(str(error), error.param),)
             error.param = sent
         return error
 
-    def words(self, message: str, param: str | None) -> str:
+    def with_client_names(self, message: str, param: str | None) -> str:
         """A message with the client's name of the field. `messages` stays, since it is also an ordinary word."""
         if param is None or param == "messages":
             return message

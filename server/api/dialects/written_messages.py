@@ -8,7 +8,16 @@ from typing import Any
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 
-from foldserve.server.api.dialects.blocks import Block, Ended, Json, StreamWriter, blocks_of, ended, event, own_id
+from foldserve.server.api.dialects.blocks import (
+    AnswerBlock,
+    AnswerEnd,
+    Json,
+    StreamWriter,
+    answer_end,
+    blocks_of,
+    event,
+    own_id,
+)
 from foldserve.server.api.dialects.translation import Translation
 
 _ERRORS = {
@@ -31,24 +40,24 @@ def error_body(body: Mapping[str, Json]) -> Json:
     return {"type": "error", "error": _error(body["error"])}
 
 
-class Writer(StreamWriter):
+class MessagesWriter(StreamWriter):
     """Writes an answer, or the events of a stream. Clients that assemble a stream take `usage` from its first event."""
 
     @staticmethod
     def whole(answer: ChatCompletionResponse, translation: Translation) -> Json:
         message = _message(answer.id, answer.model)
         blocks = blocks_of(answer)
-        how, content = ended(answer, blocks), [_block(block) for block in blocks]
-        return message | {"content": content, "usage": _usage(how.usage)} | _stopped(how)
+        how, content = answer_end(answer, blocks), [_block(block) for block in blocks]
+        return message | {"content": content, "usage": _usage(how.usage)} | _stop_fields(how)
 
     def begin(self, chunk: Mapping[str, Any]) -> str:
         usage = _usage(chunk["usage"] | ({} if self.vision is None else {"vision_tokens": self.vision.to_json()}))
         return _event("message_start", message=_message(chunk["id"], chunk["model"]) | {"usage": usage})
 
-    def open_block(self, block: Block) -> str:
+    def open_block(self, block: AnswerBlock) -> str:
         return _event("content_block_start", index=self._index, content_block=_block(block))
 
-    def add(self, block: Block, text: str, logprobs: list[Json]) -> str:
+    def add(self, block: AnswerBlock, text: str, logprobs: list[Json]) -> str:
         kind, field = {
             "reasoning": ("thinking_delta", "thinking"),
             "text": ("text_delta", "text"),
@@ -56,11 +65,11 @@ class Writer(StreamWriter):
         }[block.kind]
         return _event("content_block_delta", index=self._index, delta={"type": kind, field: text})
 
-    def close_block(self, block: Block, cut: bool) -> str:
+    def close_block(self, block: AnswerBlock, cut: bool) -> str:
         return _event("content_block_stop", index=self._index)
 
-    def end(self, how: Ended) -> str:
-        return _event("message_delta", delta=_stopped(how), usage=_usage(how.usage)) + _event("message_stop")
+    def end(self, how: AnswerEnd) -> str:
+        return _event("message_delta", delta=_stop_fields(how), usage=_usage(how.usage)) + _event("message_stop")
 
     def fail(self, error: Json) -> str:
         return _event("error", error=_error(error))
@@ -83,7 +92,7 @@ def _message(chat_id: str, model: str) -> Json:
     return {"id": own_id("msg", chat_id), "type": "message", "role": "assistant", "model": model} | unknown
 
 
-def _block(block: Block) -> Json:
+def _block(block: AnswerBlock) -> Json:
     if block.kind == "text":
         return {"type": "text", "text": block.text}
     if block.kind == "reasoning":
@@ -100,7 +109,7 @@ def _arguments(text: str) -> Json:
     return arguments if isinstance(arguments, dict) else {}
 
 
-def _stopped(how: Ended) -> Json:
+def _stop_fields(how: AnswerEnd) -> Json:
     if how.reason == "length":
         return {"stop_reason": "max_tokens", "stop_sequence": None}
     if how.reason == "tool_calls":

@@ -8,7 +8,16 @@ from typing import Any
 
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionResponse
 
-from foldserve.server.api.dialects.blocks import Block, Ended, Json, StreamWriter, blocks_of, ended, event, own_id
+from foldserve.server.api.dialects.blocks import (
+    AnswerBlock,
+    AnswerEnd,
+    Json,
+    StreamWriter,
+    answer_end,
+    blocks_of,
+    event,
+    own_id,
+)
 from foldserve.server.api.dialects.translation import Translation
 from foldserve.server.api.usage import VisionTokens
 
@@ -27,7 +36,7 @@ _BY_DEFAULT: Mapping[str, Any] = {
 }
 
 
-class Writer(StreamWriter):
+class ResponsesWriter(StreamWriter):
     """Writes an answer, or the numbered events of a stream."""
 
     def __init__(self, translation: Translation, vision: VisionTokens | None = None) -> None:
@@ -39,7 +48,7 @@ class Writer(StreamWriter):
     def whole(answer: ChatCompletionResponse, translation: Translation) -> Json:
         blocks = blocks_of(answer)
         response = _Response(own_id("resp", answer.id), answer.created, answer.model, translation.echo)
-        return response.finished(blocks, ended(answer, blocks))
+        return response.finished(blocks, answer_end(answer, blocks))
 
     def begin(self, chunk: Mapping[str, Any]) -> str:
         sent = self.translation.echo
@@ -47,16 +56,16 @@ class Writer(StreamWriter):
         started = {"response": self._response.body(_IN_PROGRESS)}
         return self._event("response.created", started) + self._event("response.in_progress", started)
 
-    def open_block(self, block: Block) -> str:
-        item = self._item(Block(block.kind, "", block.call_id, block.name), _IN_PROGRESS)
+    def open_block(self, block: AnswerBlock) -> str:
+        item = self._item(AnswerBlock(block.kind, "", block.call_id, block.name), _IN_PROGRESS)
         if block.kind != "tool_call":
             item["content"] = []
         events = self._event("response.output_item.added", {"output_index": self._index, "item": item})
         if block.kind != "tool_call":
-            events += self._event("response.content_part.added", self._place | {"part": _part(Block(block.kind))})
+            events += self._event("response.content_part.added", self._place | {"part": _part(AnswerBlock(block.kind))})
         return events
 
-    def add(self, block: Block, text: str, logprobs: list[Json]) -> str:
+    def add(self, block: AnswerBlock, text: str, logprobs: list[Json]) -> str:
         place = self._place | {"delta": text}
         if block.kind == "text":
             return self._event("response.output_text.delta", place | {"logprobs": logprobs})
@@ -65,7 +74,7 @@ class Writer(StreamWriter):
         del place["content_index"]
         return self._event("response.function_call_arguments.delta", place)
 
-    def close_block(self, block: Block, cut: bool) -> str:
+    def close_block(self, block: AnswerBlock, cut: bool) -> str:
         place = self._place
         if block.kind == "tool_call":
             del place["content_index"]
@@ -79,7 +88,7 @@ class Writer(StreamWriter):
         item = self._item(block, _INCOMPLETE if cut else _COMPLETED)
         return events + self._event("response.output_item.done", {"output_index": self._index, "item": item})
 
-    def end(self, how: Ended) -> str:
+    def end(self, how: AnswerEnd) -> str:
         response = self._response.finished(self.blocks, how)
         return self._event(f"response.{response['status']}", {"response": response})
 
@@ -97,7 +106,7 @@ class Writer(StreamWriter):
         block = self.blocks[-1]
         return {"item_id": self._response.item_id(block, self._index), "output_index": self._index, "content_index": 0}
 
-    def _item(self, block: Block, status: str) -> Json:
+    def _item(self, block: AnswerBlock, status: str) -> Json:
         return self._response.item(block, self._index, status)
 
     def _event(self, name: str, fields: Json) -> str:
@@ -134,7 +143,7 @@ class _Response:
             "truncation": "disabled",
         }
 
-    def finished(self, blocks: list[Block], how: Ended) -> Json:
+    def finished(self, blocks: list[AnswerBlock], how: AnswerEnd) -> Json:
         """The object with output. If the answer was cut, its last item is incomplete."""
         status = _INCOMPLETE if how.reason == "length" else _COMPLETED
         statuses = [_COMPLETED] * (len(blocks) - 1) + [status]
@@ -146,10 +155,10 @@ class _Response:
             ending["incomplete_details"] = {"reason": "max_output_tokens"}
         return self.body(status) | ending
 
-    def item_id(self, block: Block, index: int) -> str:
+    def item_id(self, block: AnswerBlock, index: int) -> str:
         return f"{_PREFIXES[block.kind]}_{self._key.removeprefix('resp_')}_{index}"
 
-    def item(self, block: Block, index: int, status: str) -> Json:
+    def item(self, block: AnswerBlock, index: int, status: str) -> Json:
         own = {"id": self.item_id(block, index), "status": status}
         if block.kind == "tool_call":
             call = {"call_id": block.call_id, "name": block.name, "arguments": block.text}
@@ -160,7 +169,7 @@ class _Response:
         return own | {"type": "message", "role": "assistant"} | content
 
 
-def _part(block: Block) -> Json:
+def _part(block: AnswerBlock) -> Json:
     if block.kind == "reasoning":
         return {"type": "reasoning_text", "text": block.text}
     return {"type": "output_text", "text": block.text, "annotations": [], "logprobs": block.logprobs}

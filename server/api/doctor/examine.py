@@ -19,7 +19,7 @@ from foldserve.reducers import Stage
 from foldserve.server.api import launch, preflight
 from foldserve.server.api.catalog import served_methods
 from foldserve.server.api.doctor.machine import Machine
-from foldserve.server.api.doctor.report import Problem, Report
+from foldserve.server.api.doctor.report import DoctorReport, Problem
 from foldserve.server.api.doctor.versions import Versions
 from foldserve.server.api.logs.failure import reason
 from foldserve.server.engine.facts.choices import engine_facts
@@ -41,7 +41,7 @@ class RefusingParser(FlexibleArgumentParser):
 
 
 @dataclass
-class _Found:
+class _PartialReport:
     """Fields of the report, as they become known."""
 
     problems: list[Problem] = field(default_factory=list)
@@ -62,7 +62,7 @@ def examine(
     environment: Environment,
     small_model: Path,
     runner_option: str,
-) -> Report:
+) -> DoctorReport:
     """Describes the server that these arguments of `launch.serve` would start.
 
     Args:
@@ -71,10 +71,10 @@ def examine(
     Raises:
         ValueError: `CUDA_VISIBLE_DEVICES` names GPUs that are not here.
     """
-    found, machine, added = _Found(), Machine.read(), list[str]()
+    found, machine, added = _PartialReport(), Machine.read(), list[str]()
     found.problems += machine_problems(machine, environment)
     if machine.platform == "none":
-        return Report(tuple(found.problems), Versions.read(), machine)
+        return DoctorReport(tuple(found.problems), Versions.read(), machine)
     with found.noting():
         launch.prepare_process(environment)
         args = launch.serve_args(
@@ -89,10 +89,10 @@ def examine(
         with found.noting(), preflight.claimed_address(args):
             pass
         _look_at_engine(args, machine, runner_option, found)
-    return Report(tuple(found.problems), Versions.read(), machine, tuple(added), **found.fields)
+    return DoctorReport(tuple(found.problems), Versions.read(), machine, tuple(added), **found.fields)
 
 
-def _look_at_engine(args: Namespace, machine: Machine, runner_option: str, found: _Found) -> None:
+def _look_at_engine(args: Namespace, machine: Machine, runner_option: str, found: _PartialReport) -> None:
     args.model = args.model_tag or args.model
     config = AsyncEngineArgs.from_cli_args(args).create_engine_config(UsageContext.OPENAI_API_SERVER)
     found.problems += memory_problems(config, machine)

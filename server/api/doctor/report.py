@@ -22,7 +22,7 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
+class DoctorReport:
     """None: unknown, because of an earlier problem.
 
     Attributes:
@@ -42,8 +42,8 @@ class Report:
     kv: KvFacts | None = None
 
     @property
-    def starts(self) -> bool:
+    def can_start(self) -> bool:
         return not any(problem.stops for problem in self.problems)
 
     def to_json(self) -> dict[str, Any]:
-        return {"starts": self.starts, **asdict(self)}
+        return {"starts": self.can_start, **asdict(self)}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from foldserve.server.api.doctor.report import Report
+from foldserve.server.api.doctor.report import DoctorReport
 from foldserve.server.api.sizes import size
 from foldserve.server.engine.plugin import ALLOW_VLLM, is_release_vllm
 
@@ -26,14 +26,14 @@ _PLATFORMS = {"cpu": "CPU", "cuda": "CUDA", "none": "none that vLLM can run on"}
 Rows = Sequence[tuple[str, str]]
 
 
-def table(report: Report) -> str:
+def table(report: DoctorReport) -> str:
     sections: list[tuple[str, Rows]] = []
     if report.model is not None:
         sections.append(("model", _model(report.model, report)))
     if report.kv is not None:
         sections.append(("KV cache", _kv(report.kv, "image" if report.model is None else report.model.unit)))
     if report.engine is not None:
-        sections.append(("engine", [*_engine(report.engine), *_added(report.options_added)]))
+        sections.append(("engine", [*_engine(report.engine), *_added_options(report.options_added)]))
     sections.append(("machine", machine_rows(report.machine) if report.machine else ()))
     sections.append(("versions", version_rows(report.versions, report.machine)))
     lines = [_verdict(report), *_problems(report)]
@@ -43,7 +43,7 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
-def _verdict(report: Report) -> str:
+def _verdict(report: DoctorReport) -> str:
     stopping = sum(problem.stops for problem in report.problems)
     warnings = len(report.problems) - stopping
     if stopping:
@@ -52,7 +52,7 @@ def _verdict(report: Report) -> str:
     return "foldserve serve would start here" + (f", with {_count(warnings, 'warning')}" if warnings else "")
 
 
-def _problems(report: Report) -> Iterator[str]:
+def _problems(report: DoctorReport) -> Iterator[str]:
     for problem in sorted(report.problems, key=lambda problem: not problem.stops):
         mark = "  problem  " if problem.stops else "  warning  "
         yield from textwrap.wrap(
@@ -67,7 +67,7 @@ def _row(name: str, value: str) -> list[str]:
     )
 
 
-def _model(model: ModelFacts, report: Report) -> Rows:
+def _model(model: ModelFacts, report: DoctorReport) -> Rows:
     rows = [
         ("name", _short_path(model.name)),
         ("architecture", f"{model.architecture}, decoder {model.decoder} with {model.layers} layers"),
@@ -133,15 +133,16 @@ def _engine(engine: EngineFacts) -> Rows:
         ("in a step", f"{engine.max_num_seqs} sequences, {engine.max_num_batched_tokens} tokens"),
         (
             "scheduling",
-            f"{_on('prefix caching', engine.prefix_caching)}, {_on('chunked prefill', engine.chunked_prefill)}, "
-            f"{_on('asynchronous', engine.async_scheduling)}",
+            f"{_on_or_off('prefix caching', engine.prefix_caching)}, "
+            f"{_on_or_off('chunked prefill', engine.chunked_prefill)}, "
+            f"{_on_or_off('asynchronous', engine.async_scheduling)}",
         ),
         ("worker", engine.worker),
         ("scheduler", engine.scheduler),
     ]
 
 
-def _added(options: Sequence[str]) -> Rows:
+def _added_options(options: Sequence[str]) -> Rows:
     return [("" if i else "options added", option) for i, option in enumerate(options)]
 
 
@@ -187,7 +188,7 @@ def _count(n: int, what: str) -> str:
     return f"{n} {what}" if n == 1 else f"{n} {what}s"
 
 
-def _on(what: str, on: bool) -> str:
+def _on_or_off(what: str, on: bool) -> str:
     return f"{what} {'on' if on else 'off'}"
 
 

@@ -14,7 +14,7 @@ from foldserve.server.access import Access
 from foldserve.server.api.auth.counters import SharedCounters
 from foldserve.server.api.logs.config import VARIABLE
 
-SHARED = "foldserve_shared"  # attribute of vLLM's arguments that carries `Shared` to the API processes
+SHARED = "foldserve_shared"  # attribute of vLLM's arguments that carries `SharedState` to the API processes
 
 _GRACE_S = 10
 """vLLM kills a process this long after our own timeout: time to end answers that were cut off, and the engine."""
@@ -32,27 +32,27 @@ _REFUSED = {
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
+class SharedState:
     """State that the processes of one server share. It can travel only in the arguments of a spawned process.
 
     Attributes:
         counters: requests in flight, and those that count towards a rate.
         engine_died: set when the engine has ended although nobody asked the server to.
-        heard: `time.monotonic` of the last engine output in any API process.
+        last_output: `time.monotonic` of the last engine output in any API process.
     """
 
     counters: SharedCounters = field(default_factory=SharedCounters)
     engine_died: Event = field(default_factory=lambda: multiprocessing.get_context("spawn").Event())
-    heard: c_double = field(default_factory=lambda: multiprocessing.get_context("spawn").RawValue(c_double, 0.0))
+    last_output: c_double = field(default_factory=lambda: multiprocessing.get_context("spawn").RawValue(c_double, 0.0))
 
 
-def prepare(args: Namespace, access: Access, refuse: Callable[[str], NoReturn]) -> Shared:
+def prepare(args: Namespace, access: Access, refuse: Callable[[str], NoReturn]) -> SharedState:
     """Fills in vLLM's arguments, and refuses those that would undo what the server promises."""
     for name, why in _REFUSED.items():
         if getattr(args, name, None):
             refuse(f"not taken: {why}")
     args.shutdown_timeout = access.shutdown_timeout_s + _GRACE_S
     args.disable_uvicorn_access_log = True  # ours has one line per request, with its id
-    shared = Shared()
+    shared = SharedState()
     setattr(args, SHARED, shared)
     return shared

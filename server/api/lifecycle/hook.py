@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from foldserve.server.api.connection import speak_safely
+from foldserve.server.api.connection import use_safe_protocol
 from foldserve.server.api.routes import drop_foreign_routes
 
 
@@ -27,7 +27,7 @@ class LifespanHook:
         async def send_and_start(message: Message) -> None:
             if message["type"] == "lifespan.startup.complete":
                 drop_foreign_routes(scope["app"])
-                speak_safely(state.server)
+                use_safe_protocol(state.server)
                 state.foldserve_lifecycle.start(state.server)
             elif message["type"] == "lifespan.shutdown.complete":
                 lifecycle.stop()

@@ -26,9 +26,9 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from foldserve.server import guardian
 from foldserve.server.access import Access
 from foldserve.server.api.errors import EngineStopped, FoldserveError, ShuttingDown
-from foldserve.server.api.lifecycle.arguments import Shared
+from foldserve.server.api.lifecycle.arguments import SharedState
 from foldserve.server.api.lifecycle.processes import EngineWatch, engine_processes
-from foldserve.server.engine.stats import heard
+from foldserve.server.engine.stats import last_stats
 
 _LAST_WORDS_S = 2.0  # for clients to read the error that ends their answer
 _RETRY_AFTER_S = 10
@@ -45,12 +45,12 @@ class Phase(Enum):
 class Lifecycle:
     """The life of one API process. `access` has its timeouts; `shared` connects it with the other API processes."""
 
-    def __init__(self, engine: AsyncLLM, access: Access, shared: Shared) -> None:
+    def __init__(self, engine: AsyncLLM, access: Access, shared: SharedState) -> None:
         self._engine = engine
         self._timeout_s = access.shutdown_timeout_s
         self._engine_timeout_s = access.engine_timeout_s
         self._engine_died = shared.engine_died
-        self._heard = shared.heard
+        self._last_output = shared.last_output
         self._phase = Phase.SERVING
         self._in_flight = 0
         self._calls = 0
@@ -90,7 +90,7 @@ class Lifecycle:
         self._outputs = self._engine.output_handler
         assert self._outputs is not None, "vLLM starts it where a loop runs"
         self._outputs.add_done_callback(self._on_outputs_end)
-        self._run(self._listen())
+        self._run(self._watch_for_hangs())
 
     def stop(self) -> None:
         """Ends the watch; called when the server or the batch has ended."""
@@ -137,15 +137,15 @@ class Lifecycle:
         self._calls += 1
         try:
             yield
-            self.heard()
+            self.note_output()
         finally:
             self._calls -= 1
 
-    def heard(self) -> None:
+    def note_output(self) -> None:
         """Notes an output of the engine."""
-        self._heard.value = time.monotonic()
+        self._last_output.value = time.monotonic()
 
-    async def _listen(self) -> None:
+    async def _watch_for_hangs(self) -> None:
         """Ends the server when its engine hangs.
 
         Counts silent checks instead of time: a process that was itself stopped has missed no output.
@@ -154,8 +154,8 @@ class Lifecycle:
         while self._phase is Phase.SERVING:
             before = time.monotonic()
             await asyncio.sleep(_LOOK_S)
-            self._heard.value = max(self._heard.value, heard.at)
-            is_silent = self._heard.value < before - _LOOK_S  # another process may have looked that long ago
+            self._last_output.value = max(self._last_output.value, last_stats.at)
+            is_silent = self._last_output.value < before - _LOOK_S  # another process may have looked that long ago
             has_work = self._calls > 0 or self._engine.output_processor.has_unfinished_requests()
             silent_s = silent_s + _LOOK_S if has_work and is_silent else 0.0
             if silent_s >= self._engine_timeout_s:

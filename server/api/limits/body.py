@@ -36,7 +36,7 @@ _SCHEMAS = ("response_format", "structured_outputs", "tools")
 
 
 @dataclass(slots=True)
-class Contents:
+class BodyCounts:
     """Counts over a chat's messages. `parts` includes tool calls; the text of all `characters` goes into the prompt."""
 
     images: int = 0
@@ -45,7 +45,7 @@ class Contents:
     characters: int = 0
 
 
-def check_body(body: Mapping[str, Any], limits: Limits) -> Contents:
+def check_body(body: Mapping[str, Any], limits: Limits) -> BodyCounts:
     """Refuses what clients may not set, what would be ignored, media but images and videos, and too much."""
     for name, reason in _NOT_A_CLIENTS.items():
         if body.get(name) is not None:
@@ -61,7 +61,7 @@ def check_body(body: Mapping[str, Any], limits: Limits) -> Contents:
         if body.get(name) is not None and len(json.dumps(body[name])) > limits.max_schema_kb * 1000:
             raise LimitExceeded(f"{name} is longer than {limits.max_schema_kb:g} kB", name)
         check_repetition(body.get(name), (None, name))
-    contents = Contents()
+    contents = BodyCounts()
     if isinstance(body.get("messages"), list):
         _check_messages(body["messages"], contents, limits)
     return contents
@@ -99,7 +99,7 @@ def _check_functions(body: Mapping[str, Any]) -> None:
     )
 
 
-def _check_messages(messages: list[Any], contents: Contents, limits: Limits) -> None:
+def _check_messages(messages: list[Any], contents: BodyCounts, limits: Limits) -> None:
     if len(messages) > limits.max_messages:
         raise LimitExceeded(f"a chat may have {limits.max_messages} messages at most, not {len(messages)}", "messages")
     for m, message in enumerate(messages):
@@ -119,7 +119,7 @@ def _check_messages(messages: list[Any], contents: Contents, limits: Limits) -> 
             raise LimitExceeded(f"a request may have {most} {kind} at most, not {count}", "messages")
 
 
-def _check_content(content: object, path: Path, contents: Contents, limits: Limits) -> None:
+def _check_content(content: object, path: Path, contents: BodyCounts, limits: Limits) -> None:
     if isinstance(content, str):
         contents.characters += len(content)
     elif isinstance(content, list):
@@ -130,14 +130,14 @@ def _check_content(content: object, path: Path, contents: Contents, limits: Limi
         raise InvalidRequest("content must be a text or a list of parts", to_text(path))
 
 
-def _add_parts(number: int, contents: Contents, limits: Limits) -> None:
+def _add_parts(number: int, contents: BodyCounts, limits: Limits) -> None:
     contents.parts += number
     if contents.parts > limits.max_parts:
         most = limits.max_parts
         raise LimitExceeded(f"a chat may have {most} parts of contents and tool calls at most", "messages")
 
 
-def _check_tool_calls(calls: object, path: Path, contents: Contents, limits: Limits) -> None:
+def _check_tool_calls(calls: object, path: Path, contents: BodyCounts, limits: Limits) -> None:
     if calls is None:
         return
     if not isinstance(calls, list):
@@ -162,7 +162,7 @@ def _check_arguments(arguments: str, path: Path, limits: Limits) -> None:
         return
 
 
-def _check_part(part: object, path: Path, contents: Contents) -> None:
+def _check_part(part: object, path: Path, contents: BodyCounts) -> None:
     if not isinstance(part, dict):
         raise InvalidRequest("a part of a message must be an object", to_text(path))
     if part.get("uuid") is not None:

@@ -18,11 +18,11 @@ from vllm.renderers.chat_utils import PROMPT_EMBEDS_PLACEHOLDER_TOKEN
 
 from foldserve.reducers.item import ItemPlan
 from foldserve.server.api.errors import InvalidRequest, LimitExceeded
+from foldserve.server.api.library_errors import describe_refused_field
 from foldserve.server.api.limits.body import check_body
 from foldserve.server.api.limits.fields import check_fields
 from foldserve.server.api.limits.special_tokens import SpecialTokens
 from foldserve.server.api.limits.strict_json import parse
-from foldserve.server.api.words import of_field
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.family import MODALITIES, Modality
 from foldserve.server.engine.moved import MODALITY_PLACEHOLDERS_MAP
@@ -94,7 +94,7 @@ class ChatChecks:
         """Checks the fields of a validated request; raises InvalidRequest with the path of a bad one."""
         check_fields(request, self.limits, self.context, self.tokens)
         if request.thinking_token_budget is not None and not self.bounds_thinking:
-            raise InvalidRequest(of_field("thinking_token_budget"), "thinking_token_budget")
+            raise InvalidRequest(describe_refused_field("thinking_token_budget"), "thinking_token_budget")
         if request.truncate_prompt_tokens is not None and request.truncation_side is None:
             request.truncation_side = self.truncation_side  # without it, vLLM tokenizes a long text before it cuts it
 

@@ -31,7 +31,27 @@ def check_fields(request: FoldChatRequest, limits: Limits, context: int, tokens:
         InvalidRequest, LimitExceeded: with the field as `param`.
     """
     values = vars(request)  # read as attributes, OpenAI's older names warn
-    for name, least, most in (
+    for name, least, most in _ranges(limits, context):
+        _check_range(values[name], name, least, most)
+    if values["top_p"] == 0:
+        raise LimitExceeded("top_p must be above 0 and at most 1", "top_p")
+    _check_repetition(values["repetition_detection"])
+    _check_together(values)
+    for name in ("stop", "bad_words"):
+        _check_strings(values[name], name, limits)
+    for name in ("logit_bias", "stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
+        _check_tokens(values[name], name, tokens)
+    for name in ("request_id", "session_id"):
+        value = values[name]
+        if value is not None and not _NAME.fullmatch(value):
+            raise InvalidRequest(f"{name} must be 1 to 128 letters, digits or one of ._:/=+-", name)
+    if values["truncate_prompt_tokens"] is not None and request.has_media:
+        raise InvalidRequest("a prompt with images or videos can't be cut: leave this out", "truncate_prompt_tokens")
+
+
+def _ranges(limits: Limits, context: int) -> tuple[tuple[str, float, float], ...]:
+    """Fields with their least and their largest value."""
+    return (
         ("n", 1, limits.max_choices),
         ("max_tokens", 1, context),
         ("max_completion_tokens", 1, context),
@@ -49,22 +69,7 @@ def check_fields(request: FoldChatRequest, limits: Limits, context: int, tokens:
         ("priority", -1000, 1000),
         ("stream_interval", 1, context),
         ("routed_experts_prompt_start", 0, context),
-    ):
-        _check_range(values[name], name, least, most)
-    if values["top_p"] == 0:
-        raise LimitExceeded("top_p must be above 0 and at most 1", "top_p")
-    _check_repetition(values["repetition_detection"])
-    _check_together(values)
-    for name in ("stop", "bad_words"):
-        _check_strings(values[name], name, limits)
-    for name in ("logit_bias", "stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
-        _check_tokens(values[name], name, tokens)
-    for name in ("request_id", "session_id"):
-        value = values[name]
-        if value is not None and not _NAME.fullmatch(value):
-            raise InvalidRequest(f"{name} must be 1 to 128 letters, digits or one of ._:/=+-", name)
-    if values["truncate_prompt_tokens"] is not None and request.has_media:
-        raise InvalidRequest("a prompt with images or videos can't be cut: leave this out", "truncate_prompt_tokens")
+    )
 
 
 def _check_together(values: Mapping[str, Any]) -> None:

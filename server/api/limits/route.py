@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -15,7 +15,6 @@ from foldserve.server.api.errors import BodyTooLarge, Unavailable
 from foldserve.server.api.limits import coding
 from foldserve.server.api.limits.checks import ChatChecks
 
-_LONG = ThreadPoolExecutor(2, "long-body")
 _Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
@@ -29,9 +28,9 @@ class UnreadBodies:
         self._free = most
 
     @contextmanager
-    def share(self) -> Iterator[_Share]:
+    def share(self) -> Iterator[_BodyShare]:
         """The bytes of one body while the context is entered."""
-        share = _Share(self)
+        share = _BodyShare(self)
         try:
             yield share
         finally:
@@ -44,7 +43,7 @@ class UnreadBodies:
         self._free -= size
 
 
-class _Share:
+class _BodyShare:
     def __init__(self, bodies: UnreadBodies) -> None:
         self._bodies = bodies
         self.taken = 0
@@ -85,7 +84,8 @@ class CheckedRequest(Request):
         if not hasattr(self, "_json"):
             content = await self.body()
             if self.checks.is_long(content):
-                self._json = await asyncio.get_running_loop().run_in_executor(_LONG, self.read, content)
+                threads: Executor = self.app.state.foldserve_long_bodies
+                self._json = await asyncio.get_running_loop().run_in_executor(threads, self.read, content)
             else:
                 async with self.app.state.foldserve_turn:
                     await asyncio.sleep(0)  # the next body's turn is in another round of the event loop

@@ -19,7 +19,7 @@ _RENDERED = ("messages", "tools", "documents")  # a chat template may put these 
 _NOT_TEXT = ("image_url", "role", "type", "video_url")
 
 
-class Allowance:
+class SpecialTokenBudget:
     """The special tokens that a body's texts may still hold."""
 
     def __init__(self, most: int) -> None:
@@ -62,7 +62,7 @@ class SpecialTokens:
                 return character
         raise ValueError("this tokenizer finds its special tokens in any text: it can't be served to the public")
 
-    def neutralise(self, texts: Sequence[str], allowance: Allowance | None = None) -> list[str]:
+    def neutralise(self, texts: Sequence[str], budget: SpecialTokenBudget | None = None) -> list[str]:
         """Breaks up every special token in consecutive texts, also across their borders.
 
         One pass inserts a character after the first letter of each token, overlapping ones included. The result holds
@@ -70,9 +70,9 @@ class SpecialTokens:
         """
         whole = "".join(texts)
         found = self._first_letters.finditer(whole)
-        splits = [match.end() for match in (islice(found, allowance.left + 1) if allowance else found)]
-        if allowance:
-            allowance.spend(len(splits))
+        splits = [match.end() for match in (islice(found, budget.left + 1) if budget else found)]
+        if budget:
+            budget.spend(len(splits))
         if not splits:
             return list(texts)
         safe, begin, done = [], 0, 0
@@ -95,44 +95,47 @@ class SpecialTokens:
 
         Raises LimitExceeded for more than `most` special tokens; each becomes two tokens or more.
         """
-        allowance = Allowance(most)
+        budget = SpecialTokenBudget(most)
         for name in _RENDERED:
             if name in body:
-                body[name] = self._in(body[name], allowance)
+                body[name] = self._neutralise_value(body[name], budget)
 
-    def _in(self, value: Any, allowance: Allowance) -> Any:
+    def _neutralise_value(self, value: Any, budget: SpecialTokenBudget) -> Any:
         if isinstance(value, str):
-            return self.neutralise([value], allowance)[0]
+            return self.neutralise([value], budget)[0]
         if isinstance(value, dict):
-            return {self._in(key, allowance): self._in_field(key, inner, allowance) for key, inner in value.items()}
+            return {
+                self._neutralise_value(key, budget): self._neutralise_field(key, inner, budget)
+                for key, inner in value.items()
+            }
         if isinstance(value, list):
-            return self._in_list(value, allowance)
+            return self._neutralise_list(value, budget)
         return value
 
-    def _in_field(self, key: str, value: Any, allowance: Allowance) -> Any:
+    def _neutralise_field(self, key: str, value: Any, budget: SpecialTokenBudget) -> Any:
         if key in _NOT_TEXT and isinstance(value, str | dict):
             return value
         if key == "arguments" and isinstance(value, str) and "\\" in value:
-            return self._in_json(value, allowance)
-        return self._in(value, allowance)
+            return self._neutralise_json(value, budget)
+        return self._neutralise_value(value, budget)
 
-    def _in_json(self, text: str, allowance: Allowance) -> str:
+    def _neutralise_json(self, text: str, budget: SpecialTokenBudget) -> str:
         """A template gets a tool call's arguments parsed: `\\u003c` and `<\\/` are letters by then."""
         try:
             value = json.loads(text)
-            safe = self._in(value, allowance)
+            safe = self._neutralise_value(value, budget)
             if safe != value:
                 text = json.dumps(safe, ensure_ascii=False)
         except ValueError:  # vLLM takes it for no arguments
             pass
         except RecursionError as error:
             raise LimitExceeded("the arguments of a tool call are nested too deeply", "messages") from error
-        return self.neutralise([text], allowance)[0]  # for templates that show it as it is
+        return self.neutralise([text], budget)[0]  # for templates that show it as it is
 
-    def _in_list(self, parts: list[Any], allowance: Allowance) -> list[Any]:
+    def _neutralise_list(self, parts: list[Any], budget: SpecialTokenBudget) -> list[Any]:
         """A template may join neighbouring texts of one message."""
         places = [(p, key) for p, part in enumerate(parts) for key in _text_keys(part)]
-        done = self.neutralise([parts[p] if key is None else parts[p][key] for p, key in places], allowance)
+        done = self.neutralise([parts[p] if key is None else parts[p][key] for p, key in places], budget)
         by_place = dict(zip(places, done, strict=True))
         result = []
         for p, part in enumerate(parts):
@@ -141,9 +144,9 @@ class SpecialTokens:
             elif isinstance(part, dict):
                 texts = {key: by_place[p, key] for key in _text_keys(part)}
                 others = {key: inner for key, inner in part.items() if key not in texts}
-                result.append(self._in(others, allowance) | texts)
+                result.append(self._neutralise_value(others, budget) | texts)
             else:
-                result.append(self._in(part, allowance))
+                result.append(self._neutralise_value(part, budget))
         return result
 
 

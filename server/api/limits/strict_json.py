@@ -16,7 +16,7 @@ _LARGEST_INTEGER = 2**63 - 1
 Path = tuple[Any, str | int] | None  # (path of the container, key in it)
 
 
-class _KeyTwice(dict[str, Any]):
+class _DuplicateKeys(dict[str, Any]):
     """An object in which `key` came more than once."""
 
     key: str
@@ -79,7 +79,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) == len(pairs):
         return value
     seen: set[str] = set()
-    twice = _KeyTwice(value)
+    twice = _DuplicateKeys(value)
     twice.key = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
     return twice
 
@@ -103,7 +103,7 @@ def _check(value: Any, limits: Limits) -> None:
 
 
 def _check_keys(item: dict[str, Any], path: Path) -> None:
-    if isinstance(item, _KeyTwice):
+    if isinstance(item, _DuplicateKeys):
         raise InvalidRequest("a key came twice in one object: send it once", to_text((path, item.key)))
     for key in item:
         _check_scalar(key, path)

@@ -24,7 +24,7 @@ def refusal(error: Exception, messages: int) -> InvalidRequest | None:
         return None
     # `raise_exception` of a template quotes the model's makers; any other error is a library's
     reason = f": {cause!s:.{_LONGEST_REASON}}" if type(cause) is TemplateError else ""
-    at = _at(cause, conversation)
+    at = _failing_message(cause, conversation)
     if at is None or len(conversation) != messages:  # system messages may have been merged
         return InvalidRequest(f"the model's chat template refuses these messages{reason}", "messages")
     role = conversation[at].get("role")
@@ -32,7 +32,7 @@ def refusal(error: Exception, messages: int) -> InvalidRequest | None:
     return InvalidRequest(f"the model's chat template refuses {path} (role: {role!s:.40}){reason}", path)
 
 
-def _at(cause: BaseException, conversation: Sequence[Mapping[str, Any]]) -> int | None:
+def _failing_message(cause: BaseException, conversation: Sequence[Mapping[str, Any]]) -> int | None:
     """The message that the template was at: a variable of its innermost frame that holds one."""
     places = {id(message): place for place, message in enumerate(conversation)}
     found = [places[id(v)] for frame in _frames(cause) for v in frame.f_locals.values() if id(v) in places]

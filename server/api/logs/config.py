@@ -29,7 +29,7 @@ _HERE = "foldserve.server.api.logs"
 STARTUP = "foldserve.startup"  # logger of the table at start-up
 
 
-class OurChoices(logging.Filter):
+class OwnChoicesFilter(logging.Filter):
     """Drops vLLM's warnings about our own choices, which an operator can't change; --verbose shows them."""
 
     _BEGIN = (
@@ -48,7 +48,7 @@ class OurChoices(logging.Filter):
         return record.levelno > logging.WARNING or not record.getMessage().startswith(self._BEGIN)
 
 
-class OneLineEach(logging.Filter):
+class OneLineFilter(logging.Filter):
     """Shortens to one line what vLLM logs each second with a traceback while file descriptors are used up."""
 
     def filter(self, record: logging.LogRecord) -> bool:
@@ -96,8 +96,8 @@ def logging_config(log_format: str, level: str, vllm_level: str, *, color: bool 
         "disable_existing_loggers": False,
         "filters": {
             "request_id": {"()": f"{_HERE}.context.RequestIdFilter"},
-            "our_choices": {"()": f"{_HERE}.config.OurChoices"},
-            "one_line_each": {"()": f"{_HERE}.config.OneLineEach"},
+            "our_choices": {"()": f"{_HERE}.config.OwnChoicesFilter"},
+            "one_line_each": {"()": f"{_HERE}.config.OneLineFilter"},
         },
         "formatters": {
             "chosen": text if is_text else {"()": f"{_HERE}.config.json_formatter"},
@@ -135,7 +135,7 @@ def _logger(level: str, *handlers: str) -> dict[str, Any]:
 
 
 @contextmanager
-def configured(log_format: str, level: str | None, *, verbose: bool, own: bool) -> Iterator[None]:
+def shared_logging_config(log_format: str, level: str | None, *, verbose: bool, own: bool) -> Iterator[None]:
     """Makes processes started inside log alike; enter it before vllm is imported.
 
     Args:

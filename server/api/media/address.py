@@ -45,7 +45,7 @@ def is_public(text: str) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Policy:
+class HostPolicy:
     """The operator's choice of hosts.
 
     `domains` are the only hosts that may be asked (empty: all). `private_hosts` may have addresses that are not public.

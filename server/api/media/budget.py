@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from foldserve.server.api import metrics
 from foldserve.server.api.errors import LimitExceeded
 from foldserve.server.api.media.decode import ImageFile
-from foldserve.server.api.media.room import BYTES_PER_PIXEL
+from foldserve.server.api.media.pixel_memory import BYTES_PER_PIXEL
 from foldserve.server.engine.family import Modality
 from foldserve.server.limits import MOST_PIXELS, Limits
 
@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
-class Budget:
+class MediaBudget:
     """Counts over the images and videos of one request, which several threads read.
 
     `pixels_used` is width x height of images and of frames that are taken, from the files' headers.
@@ -72,10 +72,11 @@ class Budget:
             self._hold(file)
             return file
         self._check_shape(*file.size)
-        scaled = file.scaled(*self._fitting(*file.size))
+        scaled = file.scaled(*self._largest_fitting_size(*file.size))
         if scaled.decoded_pixels > self.limits.max_media_pixels or math.prod(file.size) > MOST_PIXELS:
             raise LimitExceeded(
-                f"{_named(*file.size)}, too many pixels to be scaled down: save it as a baseline JPEG, or smaller"
+                f"{_describe_size(*file.size)}, too many pixels to be scaled down: save it as a baseline JPEG, or "
+                "smaller"
             )
         self._count(scaled.decoded_pixels)
         self._hold(scaled)
@@ -87,7 +88,7 @@ class Budget:
         """Checks an image's size from its header, and counts it; raises LimitExceeded as `admit`."""
         self._check_shape(width, height)
         if excess := self._excess(width, height):
-            raise LimitExceeded(f"{_named(width, height)}: {excess}")
+            raise LimitExceeded(f"{_describe_size(width, height)}: {excess}")
         self._count(width * height)
 
     def _check_shape(self, width: int, height: int) -> None:
@@ -95,10 +96,12 @@ class Budget:
         limits = self.limits
         short, long = sorted((width, height))
         if short < limits.min_image_side:
-            raise LimitExceeded(f"{_named(width, height)}: both sides need {limits.min_image_side} pixels or more")
+            raise LimitExceeded(
+                f"{_describe_size(width, height)}: both sides need {limits.min_image_side} pixels or more"
+            )
         if long > limits.max_image_aspect * short:
             raise LimitExceeded(
-                f"{_named(width, height)}: a side may be {limits.max_image_aspect:g} times the other at most"
+                f"{_describe_size(width, height)}: a side may be {limits.max_image_aspect:g} times the other at most"
             )
 
     def _excess(self, width: int, height: int) -> str | None:
@@ -110,18 +113,18 @@ class Budget:
             return f"a side may have {limits.max_image_side} pixels at most"
         return None
 
-    def _fitting(self, width: int, height: int) -> tuple[int, int]:
+    def _largest_fitting_size(self, width: int, height: int) -> tuple[int, int]:
         """The largest size of the same aspect within the limits."""
         limits = self.limits
         scale = min(limits.max_image_side / max(width, height), math.sqrt(limits.max_image_pixels / (width * height)))
         fitting = int(width * scale), int(height * scale)
         if min(fitting) < limits.min_image_side:
-            raise LimitExceeded(f"{_named(width, height)}: too long to be scaled down")
+            raise LimitExceeded(f"{_describe_size(width, height)}: too long to be scaled down")
         return fitting
 
     @property
-    def room_pixels(self) -> int:
-        """Pixels of a `Room` for all of them, decoded one after the other."""
+    def memory_pixels(self) -> int:
+        """Pixels of a `PixelMemory` for all of them, decoded one after the other."""
         return self._held_pixels + self._decoding_pixels
 
     def _hold(self, file: ImageFile) -> None:
@@ -138,5 +141,5 @@ class Budget:
             raise LimitExceeded(f"the request's images and frames have more than {most} together")
 
 
-def _named(width: int, height: int) -> str:
+def _describe_size(width: int, height: int) -> str:
     return f"the image is {width}x{height}"

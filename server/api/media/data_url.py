@@ -9,7 +9,7 @@ import numpy as np
 import pybase64  # seven times as fast as the standard library, and vLLM has it already
 
 from foldserve.server.api.errors import InvalidImage, LimitExceeded
-from foldserve.server.api.media.budget import Budget
+from foldserve.server.api.media.budget import MediaBudget
 from foldserve.server.engine.family import MODALITIES, Modality
 
 _LONGEST_HEAD = 4096
@@ -36,7 +36,7 @@ def is_pictures(url: str) -> bool:
     return _PICTURES.match(url) is not None
 
 
-def read(url: str, budget: Budget, modality: Modality = "image") -> bytes:
+def read(url: str, budget: MediaBudget, modality: Modality = "image") -> bytes:
     """The decoded bytes of a URL.
 
     Raises:
@@ -46,7 +46,7 @@ def read(url: str, budget: Budget, modality: Modality = "image") -> bytes:
     return _decoded(url[_data(url, modality) :], budget, modality)
 
 
-def read_pictures(url: str, budget: Budget, most: int) -> list[bytes]:
+def read_pictures(url: str, budget: MediaBudget, most: int) -> list[bytes]:
     """The files in a list of pictures.
 
     Raises:
@@ -68,7 +68,7 @@ def _data(url: str, modality: Modality) -> int:
     return head.end()
 
 
-def _decoded(text: str, budget: Budget, modality: Modality) -> bytes:
+def _decoded(text: str, budget: MediaBudget, modality: Modality) -> bytes:
     try:
         data = _unescaped(text.encode("ascii"))
         budget.check_file(len(data) // 4 * 3 - data[-4:].count(b"="), modality)

@@ -18,8 +18,8 @@ from vllm.multimodal.media import MediaWithBytes
 
 from foldserve.server.api.errors import InvalidImage, LimitExceeded
 from foldserve.server.api.media import jpeg, png, webp
-from foldserve.server.api.media.bare import BareFile
 from foldserve.server.api.media.convert import Colour, converted
+from foldserve.server.api.media.stripped import StrippedFile
 
 _BYTES_OF_MODE = {"1": 1, "L": 1, "P": 1, "I;16": 2}  # bytes a pixel in Pillow's memory; 4 in all others
 _WEBP_CANVAS_BYTES = 16  # two canvases, the frame, and what lossless decoding needs
@@ -31,16 +31,16 @@ class _Format:
     """A format of the web: its first bytes, its part that makes pixels, and its decoder."""
 
     magic: bytes
-    bare: Callable[[bytes], BareFile]
+    strip_metadata: Callable[[bytes], StrippedFile]
     reader: Callable[[io.BytesIO], PillowFile]
 
 
 _FORMATS = (
-    _Format(b"\xff\xd8\xff", jpeg.bare, JpegImageFile),
-    _Format(b"\x89PNG\r\n\x1a\n", png.bare, PngImageFile),
-    _Format(b"RIFF", webp.bare, WebPImageFile),
-    _Format(b"GIF87a", BareFile, GifImageFile),
-    _Format(b"GIF89a", BareFile, GifImageFile),
+    _Format(b"\xff\xd8\xff", jpeg.strip_metadata, JpegImageFile),
+    _Format(b"\x89PNG\r\n\x1a\n", png.strip_metadata, PngImageFile),
+    _Format(b"RIFF", webp.strip_metadata, WebPImageFile),
+    _Format(b"GIF87a", StrippedFile, GifImageFile),
+    _Format(b"GIF89a", StrippedFile, GifImageFile),
 )
 
 
@@ -49,14 +49,14 @@ class ImageFile:
     """A file whose header has been read.
 
     Attributes:
-        bare: the part of `content` that makes pixels.
+        stripped: the part of `content` that makes pixels.
         image: not decoded yet.
         size: width and height in the header.
         largest: size to which the decoded image is scaled down; None: not scaled.
     """
 
     content: bytes
-    bare: BareFile
+    stripped: StrippedFile
     image: PillowFile
     size: tuple[int, int]
     largest: tuple[int, int] | None = None
@@ -72,21 +72,21 @@ class ImageFile:
         format = next((format for format in _FORMATS if content.startswith(format.magic)), None)
         if format is None:
             raise InvalidImage("the file is no JPEG, PNG, WebP or GIF image")
-        bare = format.bare(content)
+        stripped = format.strip_metadata(content)
         try:
-            image = format.reader(io.BytesIO(bare.content))
+            image = format.reader(io.BytesIO(stripped.content))
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             raise LimitExceeded("the image has too many pixels to be decoded safely; make it smaller") from error
         except Exception as error:  # Pillow's readers raise whatever the damage leads to
             raise _damaged() from error
-        if bare.colour_key is not None:
-            image.info["transparency"] = bare.colour_key
-        return cls(content, bare, image, image.size)
+        if stripped.colour_key is not None:
+            image.info["transparency"] = stripped.colour_key
+        return cls(content, stripped, image, image.size)
 
     @property
     def decoded_pixels(self) -> int:
         """Pixels that a decoder holds at once."""
-        width, height = self.size if self.bare.has_scans else self.image.size
+        width, height = self.size if self.stripped.has_scans else self.image.size
         return width * height
 
     @property
@@ -95,9 +95,10 @@ class ImageFile:
         width, height = self.image.size
         source = _BYTES_OF_MODE.get(self.image.mode, 4)
         beside = _WEBP_CANVAS_BYTES if isinstance(self.image, WebPImageFile) else 0
-        copies = (self.image.mode != "RGB" or "transparency" in self.image.info) + (self.bare.orientation != 1)
+        is_converted = self.image.mode != "RGB" or "transparency" in self.image.info
+        copies = is_converted + (self.stripped.orientation != 1)
         decoding = width * height * (source + max(beside, 4 * (copies + (self.largest is not None))))
-        if isinstance(self.image, JpegImageFile) and self.bare.has_scans:  # two bytes a coefficient
+        if isinstance(self.image, JpegImageFile) and self.stripped.has_scans:  # two bytes a coefficient
             decoding = max(decoding, width * height * source + 2 * self.image.layers * self.decoded_pixels)
         return decoding
 
@@ -131,19 +132,19 @@ class ImageFile:
                 settings = {"image_mode": mode, "rgba_background_color": background}
             if self.largest is not None:
                 settings["largest"] = self.largest
-                image = _shrunk(image, *self.largest)
+                image = _shrink(image, *self.largest)
             return MediaWithBytes(self._upright(image), self.content, settings or None)
         except Exception as error:  # as above, MemoryError included
             raise _damaged() from error
 
     def _upright(self, image: Image.Image) -> Image.Image:
-        if self.bare.orientation == 1:
+        if self.stripped.orientation == 1:
             return image
-        image.getexif()[ExifTags.Base.Orientation] = self.bare.orientation
+        image.getexif()[ExifTags.Base.Orientation] = self.stripped.orientation
         return normalize_image(image)
 
 
-def _shrunk(image: Image.Image, width: int, height: int) -> Image.Image:
+def _shrink(image: Image.Image, width: int, height: int) -> Image.Image:
     if image.width <= width and image.height <= height:
         return image
     return image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)

@@ -13,8 +13,8 @@ from yarl import URL
 
 from foldserve.server.api.codings import compression
 from foldserve.server.api.errors import ImageUnavailable, InvalidImage, RefusedUrl
-from foldserve.server.api.media.address import Policy, join
-from foldserve.server.api.media.budget import Budget
+from foldserve.server.api.media.address import HostPolicy, join
+from foldserve.server.api.media.budget import MediaBudget
 from foldserve.server.api.media.names import SystemResolver
 from foldserve.server.engine.family import Modality
 
@@ -30,7 +30,7 @@ class CheckedResolver(AbstractResolver):
     addresses that passed. The default resolver is the system's.
     """
 
-    def __init__(self, policy: Policy, resolver: AbstractResolver | None = None) -> None:
+    def __init__(self, policy: HostPolicy, resolver: AbstractResolver | None = None) -> None:
         self._policy = policy
         self._resolver = resolver or SystemResolver()
         self.permitted: set[str] = set()
@@ -56,7 +56,7 @@ class Fetcher:
     `session` must have no redirects, decompression, cookies or proxies of its own.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, policy: Policy, budget: Budget) -> None:
+    def __init__(self, session: aiohttp.ClientSession, policy: HostPolicy, budget: MediaBudget) -> None:
         self._session = session
         self._policy = policy
         self._budget = budget
@@ -112,7 +112,9 @@ class Fetcher:
 
 
 @asynccontextmanager
-async def open_fetcher(policy: Policy, budget: Budget, names: AbstractResolver | None = None) -> AsyncIterator[Fetcher]:
+async def open_fetcher(
+    policy: HostPolicy, budget: MediaBudget, names: AbstractResolver | None = None
+) -> AsyncIterator[Fetcher]:
     """A fetcher whose connections end with the request, so that users share none."""
 
     resolver = CheckedResolver(policy, names)

@@ -16,22 +16,22 @@ from vllm.multimodal.media import ImageMediaIO
 from foldserve.server.api.errors import ImageUnavailable
 from foldserve.server.api.limits.misplaced import URL_FIELDS
 from foldserve.server.api.media import connector, data_url
-from foldserve.server.api.media.address import Policy
-from foldserve.server.api.media.budget import Budget
+from foldserve.server.api.media.address import HostPolicy
+from foldserve.server.api.media.budget import MediaBudget
 from foldserve.server.api.media.decode import ImageFile
+from foldserve.server.api.media.fair_threads import FairThreads, RequestTurn
 from foldserve.server.api.media.fetch import Fetcher, open_fetcher
 from foldserve.server.api.media.memory import Trimmer
-from foldserve.server.api.media.names import NamesInTurn, SystemResolver
-from foldserve.server.api.media.places import Place, places_of_media
-from foldserve.server.api.media.room import BYTES_PER_PIXEL, Room, is_large
-from foldserve.server.api.media.turns import Threads, Turn
-from foldserve.server.api.media.video import LoadedVideo, Pictures, Source, VideoFile
+from foldserve.server.api.media.names import NameLimiter, SystemResolver
+from foldserve.server.api.media.pixel_memory import BYTES_PER_PIXEL, PixelMemory, is_large
+from foldserve.server.api.media.places import MediaPlace, places_of_media
+from foldserve.server.api.media.video import LoadedVideo, PictureList, VideoFile, VideoSource
 from foldserve.server.engine.family import Modality
 from foldserve.server.limits import Limits
 from foldserve.server.video.decoder import VideoDecoder
 
 
-class Decoded(NamedTuple):
+class DecodedItem(NamedTuple):
     """Size and times of a decoded image or video.
 
     `size` is (width, height) in pixels, upright and, of a large image, after scaling down. `times` are those of a
@@ -42,7 +42,7 @@ class Decoded(NamedTuple):
     times: tuple[float, ...] = ()
 
 
-DecodedMedia: TypeAlias = Mapping[Modality, Sequence[Decoded]]
+DecodedMedia: TypeAlias = Mapping[Modality, Sequence[DecodedItem]]
 _T = TypeVar("_T")
 _DECODED_PER_S, _READ_PER_S = 20e6, 200e6  # pixels and bytes, roughly, to order a queue
 
@@ -64,15 +64,15 @@ class MediaGuard:
         processor: Executor | None = None,
     ) -> None:
         self._limits = limits
-        self._policy = Policy(frozenset(domains), frozenset(limits.allow_media_private_host))
+        self._policy = HostPolicy(frozenset(domains), frozenset(limits.allow_media_private_host))
         trimmer = Trimmer()
-        self._room = Room(
+        self._memory = PixelMemory(
             limits.max_prepared_pixels, limits.max_media_seconds, lambda pixels: trimmer.freed(pixels * BYTES_PER_PIXEL)
         )
-        self._threads = Threads(limits.media_decode_threads, limits.max_media_seconds)
+        self._threads = FairThreads(limits.media_decode_threads, limits.max_media_seconds)
         self._processor = processor
         self._videos = VideoDecoder()
-        self._names = NamesInTurn(SystemResolver())
+        self._names = NameLimiter(SystemResolver())
         options = ImageMediaIO(**{"image_mode": "RGB", **(media_io_kwargs or {}).get("image", {})})  # validates
         self._mode: str | None = options.image_mode
         self._background: tuple[int, int, int] = options.rgba_background_color
@@ -94,8 +94,8 @@ class MediaGuard:
             Unavailable: other requests leave no room.
         """
         places = list(places_of_media(messages))
-        async with self._room.share() as share:
-            turn = Turn(share, self._limits.max_media_seconds, owner)
+        async with self._memory.share() as share:
+            turn = RequestTurn(share, self._limits.max_media_seconds, owner)
             items: list[Any] = []
             try:
                 items = await self._load_all(places, turn)
@@ -112,18 +112,18 @@ class MediaGuard:
                 for place in places:
                     _remove(place)
 
-    async def _load_all(self, places: Sequence[Place], turn: Turn) -> list[Any]:
+    async def _load_all(self, places: Sequence[MediaPlace], turn: RequestTurn) -> list[Any]:
         """Loads all before one is put into the messages, so that a refusal leaves no pixels there."""
         if not places:
             return []
-        budget = Budget(self._limits)
+        budget = MediaBudget(self._limits)
         if len(places) == 1:
             return [await self._load_one(places[0], budget, turn)]
         files = await self._open_all(places, budget, turn)
-        await turn.share.take(budget.room_pixels)
+        await turn.share.take(budget.memory_pixels)
         return [await self._decode(place, files.pop(0), turn) for place in places]  # none is kept once it is decoded
 
-    async def _load_one(self, place: Place, budget: Budget, turn: Turn) -> Any:
+    async def _load_one(self, place: MediaPlace, budget: MediaBudget, turn: RequestTurn) -> Any:
         """Loads a single image in one visit to a thread if there is room: each visit costs 0.1 ms."""
         content = None
         if not data_url.is_data_url(place.url):
@@ -133,28 +133,30 @@ class MediaGuard:
                     content = await fetcher.get(place.url, place.modality)
         with place.named():
             loaded = await self._run(self._load_here, turn, _reading(place, content), place, content, budget, turn)
-        if not isinstance(loaded, ImageFile | VideoFile | Pictures):
+        if not isinstance(loaded, ImageFile | VideoFile | PictureList):
             return loaded
-        await turn.share.take(budget.room_pixels)
+        await turn.share.take(budget.memory_pixels)
         return await self._decode(place, loaded, turn)
 
-    def _open_here(self, place: Place, content: bytes | None, budget: Budget) -> ImageFile | Source:
+    def _open_here(self, place: MediaPlace, content: bytes | None, budget: MediaBudget) -> ImageFile | VideoSource:
         if place.modality == "video" and content is None and data_url.is_pictures(place.url):
-            return Pictures.open(data_url.read_pictures(place.url, budget, self._limits.video_frames), budget)
+            return PictureList.open(data_url.read_pictures(place.url, budget, self._limits.video_frames), budget)
         if content is None:
             content = data_url.read(place.url, budget, place.modality)
         if place.modality == "video":
             return VideoFile.open(content, budget, self._videos)
         return budget.admit(ImageFile.open(content))
 
-    def _load_here(self, place: Place, content: bytes | None, budget: Budget, turn: Turn) -> Any:
+    def _load_here(self, place: MediaPlace, content: bytes | None, budget: MediaBudget, turn: RequestTurn) -> Any:
         """The pixels; or the file if it is large, or if there is no room yet."""
         file = self._open_here(place, content, budget)
-        if is_large(budget.room_pixels) or not turn.share.take_now(budget.room_pixels):
+        if is_large(budget.memory_pixels) or not turn.share.take_now(budget.memory_pixels):
             return file
         return file.decode(self._mode, self._background)
 
-    async def _open_all(self, places: Sequence[Place], budget: Budget, turn: Turn) -> list[ImageFile | Source]:
+    async def _open_all(
+        self, places: Sequence[MediaPlace], budget: MediaBudget, turn: RequestTurn
+    ) -> list[ImageFile | VideoSource]:
         async with AsyncExitStack() as held:
             fetcher = None
             if not all(data_url.is_data_url(place.url) for place in places):
@@ -164,21 +166,23 @@ class MediaGuard:
                 contents = await _all([self._fetch(place, fetcher) for place in places])
         return [await self._open(place, content, budget, turn) for place, content in zip(places, contents, strict=True)]
 
-    async def _fetch(self, place: Place, fetcher: Fetcher | None) -> bytes | None:
+    async def _fetch(self, place: MediaPlace, fetcher: Fetcher | None) -> bytes | None:
         if fetcher is None or data_url.is_data_url(place.url):
             return None
         with place.named():
             return await fetcher.get(place.url, place.modality)
 
-    async def _open(self, place: Place, content: bytes | None, budget: Budget, turn: Turn) -> ImageFile | Source:
+    async def _open(
+        self, place: MediaPlace, content: bytes | None, budget: MediaBudget, turn: RequestTurn
+    ) -> ImageFile | VideoSource:
         with place.named():
             expected = _reading(place, content)
-            file: ImageFile | Source = await self._run(self._open_here, turn, expected, place, content, budget)
+            file: ImageFile | VideoSource = await self._run(self._open_here, turn, expected, place, content, budget)
             return file
 
-    async def _decode(self, place: Place, file: ImageFile | Source, turn: Turn) -> Any:
+    async def _decode(self, place: MediaPlace, file: ImageFile | VideoSource, turn: RequestTurn) -> Any:
         with place.named():
-            return await self._run(file.decode, turn, _Expected.of(file), self._mode, self._background)
+            return await self._run(file.decode, turn, _ExpectedWork.of(file), self._mode, self._background)
 
     @asynccontextmanager
     async def _in_time(self) -> AsyncIterator[None]:
@@ -190,38 +194,38 @@ class MediaGuard:
         except TimeoutError as error:
             raise ImageUnavailable(f"the images could not be fetched within {seconds:g} s", "messages") from error
 
-    async def _run(self, function: Any, turn: Turn, expected: _Expected, *args: Any) -> Any:
+    async def _run(self, function: Any, turn: RequestTurn, expected: _ExpectedWork, *args: Any) -> Any:
         return await self._threads.run(turn, expected.seconds, expected.is_large, partial(function, *args))
 
 
 @dataclass(frozen=True, slots=True)
-class _Expected:
+class _ExpectedWork:
     """The expected work of a job."""
 
     seconds: float
     is_large: bool = False
 
     @classmethod
-    def of(cls, file: ImageFile | Source) -> _Expected:
+    def of(cls, file: ImageFile | VideoSource) -> _ExpectedWork:
         return cls(file.decoded_pixels / _DECODED_PER_S, is_large(file.decoded_pixels))
 
 
-def _reading(place: Place, content: bytes | None) -> _Expected:
-    return _Expected(len(place.url if content is None else content) / _READ_PER_S)
+def _reading(place: MediaPlace, content: bytes | None) -> _ExpectedWork:
+    return _ExpectedWork(len(place.url if content is None else content) / _READ_PER_S)
 
 
-def _decoded(places: Sequence[Place], items: Sequence[Any]) -> DecodedMedia:
-    found: dict[Modality, list[Decoded]] = {}
+def _decoded(places: Sequence[MediaPlace], items: Sequence[Any]) -> DecodedMedia:
+    found: dict[Modality, list[DecodedItem]] = {}
     for place, item in zip(places, items, strict=True):
         if isinstance(item, LoadedVideo):
-            each = Decoded((item.chosen.width, item.chosen.height), item.chosen.times)
+            each = DecodedItem((item.chosen.width, item.chosen.height), item.chosen.times)
         else:
-            each = Decoded(item.media.size)
+            each = DecodedItem(item.media.size)
         found.setdefault(place.modality, []).append(each)
     return found
 
 
-def _put(place: Place, item: Any, salt: str | None) -> None:
+def _put(place: MediaPlace, item: Any, salt: str | None) -> None:
     """Puts a loaded item into its message, in a form that vLLM takes."""
     if isinstance(item, LoadedVideo):
         place.put({"type": "video_url", "video_url": {"url": connector.lend(item.for_vllm(salt))}})
@@ -231,7 +235,7 @@ def _put(place: Place, item: Any, salt: str | None) -> None:
     place.put({"type": "image_pil", "image_pil": item})
 
 
-def _remove(place: Place) -> None:
+def _remove(place: MediaPlace) -> None:
     """Replaces a loaded item by an empty URL."""
     field = URL_FIELDS[place.modality]
     part = place.parts[place.index]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 from foldserve.server.api.errors import InvalidImage
-from foldserve.server.api.media.bare import BareFile, Cutter, check_parts
 from foldserve.server.api.media.orientation import orientation
+from foldserve.server.api.media.stripped import Cutter, StrippedFile, check_parts
 
 _MOST_SCANS = 100
 """A progressive JPEG has about ten. Each one, however short, costs a pass over all pixels."""
@@ -20,7 +20,7 @@ _EXIF, _XMP = b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"
 _OF_PIXELS = {_APP0: b"JFIF\0", _APP14: b"Adobe"}  # libjpeg reads from these how colours are stored
 
 
-def bare(content: bytes) -> BareFile:
+def strip_metadata(content: bytes) -> StrippedFile:
     """The file without the metadata before its first scan; raises InvalidImage for too many scans or segments.
 
     Only the first image is read: a video, a gain map or further images may follow it.
@@ -42,7 +42,7 @@ def bare(content: bytes) -> BareFile:
                 exif += content[start + len(_EXIF) : at]  # may continue in the next segment
             elif code == _APP1 and content.startswith(_XMP, start):
                 xmp = content[start:at]
-    return BareFile(cutter.result(), orientation(bytes(exif), xmp), has_scans=scans > 1)
+    return StrippedFile(cutter.result(), orientation(bytes(exif), xmp), has_scans=scans > 1)
 
 
 def _is_metadata(code: int, content: bytes, start: int) -> bool:

@@ -41,9 +41,9 @@ class Trimmer:
             if self._waits or self._trim is None or self._freed < _ENOUGH_BYTES:
                 return
             self._waits = True
-        threading.Thread(target=self._later, name="foldserve-trim", daemon=True).start()
+        threading.Thread(target=self._trim_after_pauses, name="foldserve-trim", daemon=True).start()
 
-    def _later(self) -> None:
+    def _trim_after_pauses(self) -> None:
         seen = self._freed
         for _ in range(_MOST_PAUSES):
             time.sleep(self._pause_s)

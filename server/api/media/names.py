@@ -36,7 +36,7 @@ class SystemResolver(AbstractResolver):
     aclose = close  # for contextlib
 
 
-class NamesInTurn:
+class NameLimiter:
     """Bounds how many names are resolved at once, for one request and for one key."""
 
     def __init__(self, resolver: AbstractResolver) -> None:
@@ -47,10 +47,10 @@ class NamesInTurn:
         turns = [asyncio.Semaphore(_OF_A_REQUEST)]
         if owner is not None:
             turns.append(self._of_keys.setdefault(owner, asyncio.Semaphore(_OF_A_KEY)))
-        return _InTurn(self._resolver, turns)
+        return _LimitedResolver(self._resolver, turns)
 
 
-class _InTurn(AbstractResolver):
+class _LimitedResolver(AbstractResolver):
     def __init__(self, resolver: AbstractResolver, turns: Sequence[asyncio.Semaphore]) -> None:
         self._resolver = resolver
         self._turns = turns

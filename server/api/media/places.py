@@ -16,7 +16,7 @@ from foldserve.server.engine.family import Modality
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class MediaPlace:
     """The place of one image or video.
 
     Attributes:
@@ -48,7 +48,7 @@ class Place:
         self.parts[self.index] = part
 
 
-def places_of_media(messages: Sequence[Any]) -> Iterator[Place]:
+def places_of_media(messages: Sequence[Any]) -> Iterator[MediaPlace]:
     """The media of validated messages, in order; raises InvalidRequest for a part of no known type.
 
     Turns content into lists, since pydantic's is a one-shot iterator.
@@ -67,4 +67,6 @@ def places_of_media(messages: Sequence[Any]) -> Iterator[Place]:
                 source = part[field]
                 is_object = isinstance(source, dict)
                 url = source["url"] if is_object else source
-                yield Place(modality, parts, p, url, f"messages[{m}].content[{p}].{field}{'.url' if is_object else ''}")
+                yield MediaPlace(
+                    modality, parts, p, url, f"messages[{m}].content[{p}].{field}{'.url' if is_object else ''}"
+                )

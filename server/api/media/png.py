@@ -6,8 +6,8 @@ import struct
 import zlib
 from contextlib import suppress
 
-from foldserve.server.api.media.bare import BareFile, Cutter, check_parts
 from foldserve.server.api.media.orientation import orientation
+from foldserve.server.api.media.stripped import Cutter, StrippedFile, check_parts
 
 _FIRST_CHUNK = 8
 _ANCILLARY = 0x20  # a bit of the first letter: a decoder that doesn't know the chunk may ignore it
@@ -22,7 +22,7 @@ _XMP = b"XML:com.adobe.xmp"
 _EXIF_AS_HEX = b"Raw profile type exif"
 
 
-def bare(content: bytes) -> BareFile:
+def strip_metadata(content: bytes) -> StrippedFile:
     """The image, or an animation's first frame, without the chunks that a decoder may ignore."""
     cutter, metadata = Cutter(content), dict[bytes, bytes]()
     depth, colour = content[_DEPTH : _COLOUR + 1].ljust(2, b"\xff")
@@ -36,9 +36,9 @@ def bare(content: bytes) -> BareFile:
         elif kind[0] & _ANCILLARY or (kind == b"PLTE" and colour != _PALETTE):
             cutter.drop(at, end)
             if kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt") and _is_sound(content, at, end):
-                _note(metadata, kind, content[at + 8 : end - 4])
+                _keep_metadata(metadata, kind, content[at + 8 : end - 4])
         at = end
-    return BareFile(cutter.result(), _orientation(metadata), colour_key)
+    return StrippedFile(cutter.result(), _orientation(metadata), colour_key)
 
 
 def _is_sound(content: bytes, start: int, end: int) -> bool:
@@ -56,7 +56,7 @@ def _colour_key(depth: int, colour: int, data: bytes) -> int | tuple[int, ...] |
     return tuple(sample >> 8 if depth == 16 else sample for sample in samples)
 
 
-def _note(metadata: dict[bytes, bytes], kind: bytes, data: bytes) -> None:
+def _keep_metadata(metadata: dict[bytes, bytes], kind: bytes, data: bytes) -> None:
     """Keeps a chunk that may tell the orientation; the last of each kind counts, as in Pillow."""
     if kind == b"eXIf":
         metadata[b"exif"] = data

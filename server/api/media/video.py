@@ -12,16 +12,16 @@ import numpy as np
 from vllm.multimodal.media import MediaWithBytes
 
 from foldserve.server.api.errors import InvalidImage, LimitExceeded, Unavailable
-from foldserve.server.api.media.budget import Budget
+from foldserve.server.api.media.budget import MediaBudget
 from foldserve.server.api.media.convert import Colour
 from foldserve.server.api.media.decode import ImageFile
 from foldserve.server.video.decoder import DecoderUnavailable, Frames, VideoDecoder
-from foldserve.server.video.frames import Chosen, DamagedVideo, VideoTooLarge
+from foldserve.server.video.frames import ChosenFrames, DamagedVideo, VideoTooLarge
 
 _RETRY_AFTER_S = 2
 
 
-class Source(Protocol):
+class VideoSource(Protocol):
     """A video whose size is known and counted."""
 
     @property
@@ -37,7 +37,7 @@ class LoadedVideo:
     """The frames of a video; `identity` is a hash of the file and of the rule that chose its frames."""
 
     frames: Frames
-    chosen: Chosen
+    chosen: ChosenFrames
     identity: bytes
 
     def for_vllm(self, salt: str | None) -> Any:
@@ -51,12 +51,12 @@ class VideoFile:
     """A file whose container has been read."""
 
     content: bytes
-    chosen: Chosen
-    budget: Budget
+    chosen: ChosenFrames
+    budget: MediaBudget
     decoder: VideoDecoder
 
     @classmethod
-    def open(cls, content: bytes, budget: Budget, decoder: VideoDecoder) -> VideoFile:
+    def open(cls, content: bytes, budget: MediaBudget, decoder: VideoDecoder) -> VideoFile:
         """Reads the container, and counts the frames that will be taken.
 
         Raises:
@@ -80,13 +80,13 @@ class VideoFile:
 
 
 @dataclass(frozen=True, slots=True)
-class Pictures:
+class PictureList:
     """A list of pictures, one a second, whose headers have been read."""
 
     files: Sequence[ImageFile]
 
     @classmethod
-    def open(cls, contents: Sequence[bytes], budget: Budget) -> Pictures:
+    def open(cls, contents: Sequence[bytes], budget: MediaBudget) -> PictureList:
         """Reads the headers, and counts the pixels.
 
         Raises:
@@ -112,7 +112,7 @@ class Pictures:
                 raise InvalidImage("the pictures of a list must all have one size, once they are upright")
             frames.pixels[i] = picture
         assert frames is not None
-        chosen = Chosen.of_pictures(len(self.files), *frames.pixels.shape[1:3])
+        chosen = ChosenFrames.of_pictures(len(self.files), *frames.pixels.shape[1:3])
         return LoadedVideo(frames, chosen, sha256(b"".join(sha256(f.content).digest() for f in self.files)).digest())
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import struct
 
-from foldserve.server.api.media.bare import BareFile, Cutter, check_parts
 from foldserve.server.api.media.orientation import orientation
+from foldserve.server.api.media.stripped import Cutter, StrippedFile, check_parts
 
 _FIRST_CHUNK = 12
 _FLAGS = 20  # offset in the extended header
@@ -13,10 +13,10 @@ _METADATA_FLAGS = 0x2C  # colour profile, EXIF, XMP
 _OF_PIXELS = (b"VP8X", b"ANIM", b"ANMF", b"ALPH", b"VP8 ", b"VP8L")
 
 
-def bare(content: bytes) -> BareFile:
+def strip_metadata(content: bytes) -> StrippedFile:
     """The file without colour profile, EXIF, XMP and chunks of other programs."""
     if content[_FIRST_CHUNK : _FIRST_CHUNK + 4] != b"VP8X":
-        return BareFile(content)  # the simple format: one image, no metadata
+        return StrippedFile(content)  # the simple format: one image, no metadata
     cutter, metadata = Cutter(content), dict[bytes, bytes]()
     chunks, at = 0, _FIRST_CHUNK
     while at + 8 <= len(content):
@@ -28,7 +28,7 @@ def bare(content: bytes) -> BareFile:
             metadata.setdefault(kind, content[at + 8 : at + 8 + length] if kind in (b"EXIF", b"XMP ") else b"")
         at = end
     found = orientation(metadata.get(b"EXIF", b""), metadata.get(b"XMP ", b""))
-    return BareFile(_without_flags(cutter.result()) if metadata else content, found)
+    return StrippedFile(_without_flags(cutter.result()) if metadata else content, found)
 
 
 def _without_flags(content: bytes) -> bytes:

@@ -37,7 +37,7 @@ def model_facts(config: VllmConfig) -> ModelFacts:
     model = config.model_config
     family, decoder = family_of(model), decoder_class(config)
     budget = None if family is None else encoder_budget(config)
-    keeps_positions = family is not None and positions.limit(config) is not None
+    keeps_positions = family is not None and positions.position_limit(config) is not None
     return ModelFacts(
         name=model.model,
         architecture=model.architecture,

@@ -31,7 +31,7 @@ from foldserve.reducers.reduction import Reduction
 from foldserve.server.engine.families.tiles import TiledImages, TilesFamily
 from foldserve.server.engine.family import FRAME_OPTIONS, Modality, refuse_choice_in_pieces
 from foldserve.server.engine.model import FoldModel
-from foldserve.server.engine.vision import Survivors
+from foldserve.server.engine.vision import KeptTokens
 
 
 class InternVLFamily(TilesFamily):
@@ -93,7 +93,7 @@ class InternVLFamily(TilesFamily):
             inputs = {**inputs, name: torch.cat(needed), self.counts["image"]: torch.tensor([*map(len, needed)])}
         return super().grids(model, inputs, plans)
 
-    def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
+    def pack(self, model: Any, grids: Sequence[KeptTokens], plan: ItemPlan) -> KeptTokens:
         packed = super().pack(model, grids, plan)
         return packed._replace(source=packed.source + plan.encoded - plan.laid_out.tokens)  # the base tile is the last
 

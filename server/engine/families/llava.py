@@ -35,9 +35,9 @@ from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout
 from foldserve.server.engine.family import Family
 from foldserve.server.engine.model import FoldModel
-from foldserve.server.engine.processor import FoldProcessor, without_ours
-from foldserve.server.engine.regions import Box, seen
-from foldserve.server.engine.vision import Survivors, encode_images, project_together, reduce_features
+from foldserve.server.engine.processor import FoldProcessor, without_own_options
+from foldserve.server.engine.regions import Box, visible_box
+from foldserve.server.engine.vision import KeptTokens, encode_images, project_together, reduce_features
 
 
 class LlavaFamily(Family):
@@ -58,19 +58,19 @@ class LlavaFamily(Family):
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan], queries: Sequence[Tensor] = ()
-    ) -> Sequence[Survivors]:
+    ) -> Sequence[KeptTokens]:
         grids = [plan.grids[0] for plan in plans]
         cells = [plan.cells for plan in plans]
         images = encode_images(model.vision_tower, checked_pixels(model, inputs), grids, self._select_strategy, cells)
         return reduce_features(images, grids, partial(project_together, model.multi_modal_projector), queries=queries)
 
-    def left(
+    def kept_grids(
         self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan, queries: Sequence[Tensor] = ()
-    ) -> Sequence[Survivors]:
+    ) -> Sequence[KeptTokens]:
         return self.encode(model, inputs, [plan], queries)
 
     def box(self, size: tuple[int, int], info: Any) -> Box:
-        return seen(info.get_hf_processor().image_processor, size)
+        return visible_box(info.get_hf_processor().image_processor, size)
 
     def cells(self, pixels: Tensor, layout: Layout) -> Tensor:
         geometry = layout.parts[0].geometry
@@ -97,7 +97,7 @@ class ImageTokens(FoldProcessor):
         out_mm_kwargs: MultiModalKwargsItems,
     ) -> Sequence[PromptUpdate]:
         planned = self._all_plans(mm_items, hf_processor_mm_kwargs)
-        stock = super()._get_prompt_updates(mm_items, without_ours(hf_processor_mm_kwargs), out_mm_kwargs)
+        stock = super()._get_prompt_updates(mm_items, without_own_options(hf_processor_mm_kwargs), out_mm_kwargs)
         return [_shortened(one, planned[one.modality]) if one.modality in planned else one for one in stock]
 
 

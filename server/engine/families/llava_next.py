@@ -32,8 +32,8 @@ from foldserve.reducers.plan import Plan
 from foldserve.server.engine.families.llava import ImageTokens, geometry_of
 from foldserve.server.engine.family import AfterTowerFamily, Modality
 from foldserve.server.engine.model import FoldModel
-from foldserve.server.engine.regions import WHOLE, Box, Region, cut, sides
-from foldserve.server.engine.vision import Survivors, encode_images, project_together
+from foldserve.server.engine.regions import WHOLE, Box, Region, sides, split_box
+from foldserve.server.engine.vision import KeptTokens, encode_images, project_together
 
 _STAGES = frozenset({Stage.AFTER_TOWER, Stage.DECODER})
 
@@ -101,13 +101,13 @@ class LlavaNextFamily(AfterTowerFamily):
         projected: Sequence[Tensor] = project_together(model.multi_modal_projector, features)
         return projected
 
-    def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
+    def pack(self, model: Any, grids: Sequence[KeptTokens], plan: ItemPlan) -> KeptTokens:
         if len(plan.laid_out.parts) == 1:
             return end_all(grids, model.image_newline, plan)
         whole, mosaic = grids
         rows, columns = plan.laid_out.parts[1].geometry.grid or (0, 0)
         with_newlines = end_rows(mosaic, rows, columns, model.image_newline)
-        return Survivors(
+        return KeptTokens(
             torch.cat([whole.features, with_newlines.features]),
             torch.cat([whole.source, with_newlines.source + self._side**2]),
         )
@@ -115,13 +115,13 @@ class LlavaNextFamily(AfterTowerFamily):
     def _grid(self, rows: int, columns: int) -> VisionGeometry:
         return grid_geometry(rows, columns, shows_tower=True)
 
-    def left(
+    def kept_grids(
         self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan, queries: Sequence[Tensor] = ()
-    ) -> Sequence[Survivors]:
+    ) -> Sequence[KeptTokens]:
         if plan.tile is None or plan.tile.is_identity:
-            return super().left(model, inputs, plan, queries)
+            return super().kept_grids(model, inputs, plan, queries)
         tiles, (count,) = self._pixels(model, inputs, [plan])
-        return self._tiles_left(model, tiles, [plan.tile] * count)
+        return self._kept_tiles(model, tiles, [plan.tile] * count)
 
     def regions(self, plan: ItemPlan, modality: Modality, size: tuple[int, int], info: Any) -> list[Region]:
         """Tile by tile if the plan acts on tiles before they are laid out, else base tile and mosaic."""
@@ -133,14 +133,14 @@ class LlavaNextFamily(AfterTowerFamily):
         grid, of_mosaic = sides(plan.layout.parts[1].geometry), None if plan.base_only else plan.grids[1]
         return [
             Region("base", side, side, WHOLE, plan.grids[0]),
-            Region("mosaic", *grid, _within(canvas, mosaic, side), of_mosaic),
+            Region("mosaic", *grid, _kept_part(canvas, mosaic, side), of_mosaic),
         ]
 
     def _tile_regions(self, shape: tuple[int, ...], tile: Plan, canvas: Box) -> Iterator[Region]:
         """Regions of a mosaic whose tiles are reduced one by one before padding is cut off."""
         side, left, mosaic = self._side, isqrt(tile.kept), self._mosaic(shape, self._side)
         kept = self._mosaic(shape, left)
-        for i, box in enumerate(cut(canvas, mosaic.down, mosaic.across)):
+        for i, box in enumerate(split_box(canvas, mosaic.down, mosaic.across)):
             down, across = divmod(i, mosaic.across)
             window = _local(kept.rows, down * left, left), _local(kept.columns, across * left, left)
             yield Region(f"tile {i + 1}", side, side, box, tile, window)
@@ -166,10 +166,10 @@ class LlavaNextFamily(AfterTowerFamily):
         if all(plan.is_identity for plan in each):
             features: Tensor = model._image_pixels_to_features(model.vision_tower, tiles)
             return features.split_with_sizes(counts)
-        left = iter(self._tiles_left(model, tiles, each))
+        left = iter(self._kept_tiles(model, tiles, each))
         return [torch.stack([tile.features for tile in islice(left, count)]) for count in counts]
 
-    def _tiles_left(self, model: Any, tiles: Tensor, plans: Sequence[Plan]) -> Sequence[Survivors]:
+    def _kept_tiles(self, model: Any, tiles: Tensor, plans: Sequence[Plan]) -> Sequence[KeptTokens]:
         return encode_images(model.vision_tower, tiles, plans, model.config.vision_feature_select_strategy)
 
     def _grids(self, tiles: Tensor, plan: ItemPlan) -> list[Tensor]:
@@ -209,7 +209,7 @@ class LlavaNextFamily(AfterTowerFamily):
         return grid[rows.start : rows.stop, columns.start : columns.stop].flatten(0, 1)
 
 
-def _within(canvas: Box, mosaic: Mosaic, side: int) -> Box:
+def _kept_part(canvas: Box, mosaic: Mosaic, side: int) -> Box:
     """The part of a canvas whose tokens stay."""
     left, top, right, bottom = canvas
     column, row = (right - left) / (mosaic.across * side), (bottom - top) / (mosaic.down * side)
@@ -227,7 +227,7 @@ def _local(kept: range, first: int, side: int) -> range:
     return range(max(0, kept.start - first), min(side, kept.stop - first))
 
 
-def end_rows(mosaic: Survivors, rows: int, columns: int, newline: Tensor) -> Survivors:
+def end_rows(mosaic: KeptTokens, rows: int, columns: int, newline: Tensor) -> KeptTokens:
     """What is left of a grid, in raster order, with a newline after each row, also after empty rows.
 
     Only the device knows how many tokens of a row are left, so it sorts tokens and newlines together.
@@ -236,14 +236,14 @@ def end_rows(mosaic: Survivors, rows: int, columns: int, newline: Tensor) -> Sur
     ends = torch.arange(1, rows + 1, device=device) * (columns + 1) - 1
     source, order = torch.cat([mosaic.source + mosaic.source // columns, ends]).sort()
     newlines = newline.to(mosaic.features.dtype).expand(rows, -1)
-    return Survivors(torch.cat([mosaic.features, newlines])[order], source)
+    return KeptTokens(torch.cat([mosaic.features, newlines])[order], source)
 
 
-def end_all(grids: Sequence[Survivors], newline: Tensor, plan: ItemPlan) -> Survivors:
+def end_all(grids: Sequence[KeptTokens], newline: Tensor, plan: ItemPlan) -> KeptTokens:
     """What is left of equal grids, one after the other, and a newline at the end."""
     tokens = plan.laid_out.parts[0].geometry.tokens
     last = grids[0].source.new_full((1,), plan.encoded - 1)
-    return Survivors(
+    return KeptTokens(
         torch.cat([*(grid.features for grid in grids), newline[None].to(grids[0].features.dtype)]),
         torch.cat([*(grid.source + i * tokens for i, grid in enumerate(grids)), last]),
     )

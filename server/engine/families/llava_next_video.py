@@ -22,8 +22,8 @@ from foldserve.reducers.reduction import Reduction
 from foldserve.server.engine.families.llava import ImageTokens, geometry_of
 from foldserve.server.engine.family import PIXEL_FIELDS, AfterTowerFamily, asks_for_frames
 from foldserve.server.engine.model import FoldModel
-from foldserve.server.engine.regions import Box, seen
-from foldserve.server.engine.vision import Survivors, one_after_another, project_together
+from foldserve.server.engine.regions import Box, visible_box
+from foldserve.server.engine.vision import KeptTokens, join_grids, project_together
 
 TEXT_TOKENS = 1000
 """Tokens that the authors' demo reserves for text when it chooses the scaling of rotary positions."""
@@ -54,7 +54,7 @@ class LlavaNextVideoFamily(AfterTowerFamily):
         return None if chosen_later else (videos.get_num_frames(index),)
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        return Layout((Part(self._frame, shape[0], joinable=True),), shape)
+        return Layout((Part(self._frame, shape[0], can_join=True),), shape)
 
     def most_frames(self, reduction: Reduction) -> int:
         """Frames that fit into the context after reduction, and into vLLM's profile run before it."""
@@ -74,11 +74,11 @@ class LlavaNextVideoFamily(AfterTowerFamily):
         projected: Sequence[Tensor] = project_together(model.multi_modal_projector, features)
         return projected
 
-    def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
-        return one_after_another(grids, plan.grids[0].encoded)
+    def pack(self, model: Any, grids: Sequence[KeptTokens], plan: ItemPlan) -> KeptTokens:
+        return join_grids(grids, plan.grids[0].encoded)
 
     def box(self, size: tuple[int, int], info: Any) -> Box:
-        return seen(info.get_hf_processor().video_processor, size)
+        return visible_box(info.get_hf_processor().video_processor, size)
 
 
 class FoldLlavaNextVideoProcessingInfo(LlavaNextVideoProcessingInfo):

@@ -75,7 +75,7 @@ class LlavaOnevisionFamily(LlavaNextFamily):
         if not _is_video(shape):
             return super().of_squares(shape, side)
         frame = self._grid(ceil(side / 2), ceil(side / 2))
-        return Layout((Part(frame, shape[0], separators=1, joinable=True),), shape, self)
+        return Layout((Part(frame, shape[0], separators=1, can_join=True),), shape, self)
 
     @cached_property
     def shortest_video(self) -> Layout:

@@ -26,8 +26,8 @@ from foldserve.server.engine.families.llava import (
     checked_pixels,
 )
 from foldserve.server.engine.family import AfterTowerFamily
-from foldserve.server.engine.regions import Box, seen
-from foldserve.server.engine.vision import Survivors
+from foldserve.server.engine.regions import Box, visible_box
+from foldserve.server.engine.vision import KeptTokens
 
 ARCHITECTURE = "LlavaStfForConditionalGeneration"
 
@@ -46,12 +46,12 @@ class StfFamily(AfterTowerFamily):
         features = model._image_pixels_to_features(model.vision_tower, checked_pixels(model, inputs))
         return [[image[None]] for image in model.multi_modal_projector(features)]
 
-    def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
+    def pack(self, model: Any, grids: Sequence[KeptTokens], plan: ItemPlan) -> KeptTokens:
         (image,) = grids
         return image
 
     def box(self, size: tuple[int, int], info: Any) -> Box:
-        return seen(info.get_hf_processor().image_processor, size)
+        return visible_box(info.get_hf_processor().image_processor, size)
 
 
 class StfProcessingInfo(LlavaProcessingInfo):

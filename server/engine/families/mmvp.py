@@ -31,8 +31,8 @@ from foldserve.server.engine.families.llava import (
     checked_pixels,
 )
 from foldserve.server.engine.family import AfterTowerFamily, Modality
-from foldserve.server.engine.regions import Box, Region, seen
-from foldserve.server.engine.vision import Survivors, project_together
+from foldserve.server.engine.regions import Box, Region, visible_box
+from foldserve.server.engine.vision import KeptTokens, project_together
 
 ARCHITECTURE = "MmvpForConditionalGeneration"
 TOWERS = 2
@@ -58,19 +58,19 @@ class MmvpFamily(AfterTowerFamily):
         dino = project_together(projector.dino, features[1::TOWERS])
         return [own for image in zip(clip, dino, strict=True) for own in image]
 
-    def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
+    def pack(self, model: Any, grids: Sequence[KeptTokens], plan: ItemPlan) -> KeptTokens:
         """Sorted by place, CLIP's token first. Only the device knows which tokens are left, so it sorts."""
         clip, dino = grids
         features = torch.cat([clip.features, dino.features])
         source, order = torch.cat([TOWERS * clip.source, TOWERS * dino.source + 1]).sort()
-        return Survivors(features[order], source)
+        return KeptTokens(features[order], source)
 
     def regions(self, plan: ItemPlan, modality: Modality, size: tuple[int, int], info: Any) -> list[Region]:
         each = zip(("CLIP", "DINOv2"), super().regions(plan, modality, size, info), strict=True)
         return [region._replace(name=name) for name, region in each]
 
     def box(self, size: tuple[int, int], info: Any) -> Box:
-        return seen(info.get_hf_processor().image_processor, size)
+        return visible_box(info.get_hf_processor().image_processor, size)
 
 
 class MmvpProcessingInfo(LlavaProcessingInfo):

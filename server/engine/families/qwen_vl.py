@@ -41,10 +41,10 @@ from foldserve.server.engine.family import (
     refuse_cells_of_video,
     refuse_choice_in_pieces,
 )
-from foldserve.server.engine.mrope import Grid, GridPositions, positions_taken
+from foldserve.server.engine.mrope import GridPositions, PositionGrid, positions_taken
 from foldserve.server.engine.processor import ShortenedRuns
 from foldserve.server.engine.qwen_tower import encode_reducing, encode_showing_patches
-from foldserve.server.engine.vision import Survivors, in_groups, reduce_features, rows
+from foldserve.server.engine.vision import KeptTokens, reduce_features, run_in_groups, take_members
 
 _GRIDS: Mapping[Modality, str] = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
@@ -83,7 +83,9 @@ class QwenVLFamily(EqualGridsFamily):
         processor = info.get_hf_processor().video_processor
         pictures, metadata = video if isinstance(video, tuple) else (video, {})
         # vLLM uses the metadata for Qwen3-VL; for the others the HF processor decides
-        chosen_later = metadata.get("do_sample_frames", False) if self._apart else processor.do_sample_frames
+        chosen_later = (
+            metadata.get("do_sample_frames", False) if self._has_text_between_frames else processor.do_sample_frames
+        )
         asked = info._merge_and_resolve_mm_processor_kwargs(kwargs).get("videos_kwargs", {})
         if chosen_later or asked.keys() & FRAME_OPTIONS:
             return None
@@ -95,12 +97,12 @@ class QwenVLFamily(EqualGridsFamily):
         if isinstance(METHODS[reduction.method], BeforeTower):
             raise InvalidReduction(f"method {reduction.method!r} makes images smaller, not videos", "method")
         refuse_cells_of_video(reduction)
-        if self._apart:
+        if self._has_text_between_frames:
             refuse_choice_in_pieces(reduction)
         return reduction
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
-        return _layout(self._any_size, not self._apart, *shape)
+        return _layout(self._any_size, not self._has_text_between_frames, *shape)
 
     @property
     def shortest_video(self) -> Layout:
@@ -118,7 +120,7 @@ class QwenVLFamily(EqualGridsFamily):
     def select(self, inputs: Mapping[str, Any], places: Sequence[int]) -> dict[str, Any]:
         modality: Modality = "image" if _GRIDS["image"] in inputs else "video"
         pixels = self.pixels(inputs, modality)
-        others = {name: rows(value, places) for name, value in inputs.items() if name != PIXEL_FIELDS[modality]}
+        others = {name: take_members(value, places) for name, value in inputs.items() if name != PIXEL_FIELDS[modality]}
         return {PIXEL_FIELDS[modality]: torch.cat([pixels[i] for i in places]), **others}
 
     def row_width(self, model_config: ModelConfig) -> int:
@@ -131,14 +133,14 @@ class QwenVLFamily(EqualGridsFamily):
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan], queries: Sequence[Tensor] = ()
-    ) -> Sequence[Survivors]:
+    ) -> Sequence[KeptTokens]:
         """Runs images or frames of one size and plan together through `qwen_tower` if vLLM's own tower will not do.
 
         That is if tokens are removed before or in the tower, or compared by the merger's input.
         """
         after_tower = super().encode
 
-        def encode(group: _Group | None, members: list[int]) -> Sequence[Survivors]:
+        def encode(group: _GridGroup | None, members: list[int]) -> Sequence[KeptTokens]:
             own = inputs if len(members) == len(plans) else self.select(inputs, members)
             own_queries = [queries[i] for i in members] if queries else []
             if group is None:
@@ -148,19 +150,19 @@ class QwenVLFamily(EqualGridsFamily):
             left = [(plans[i], list(islice(frames, count))) for i, count in zip(members, counts, strict=True)]
             return [self.pack(model, own_frames, plan) for plan, own_frames in left]
 
-        return in_groups(plans, _group, encode)
+        return run_in_groups(plans, _group, encode)
 
-    def left(
+    def kept_grids(
         self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan, queries: Sequence[Tensor] = ()
-    ) -> Sequence[Survivors]:
+    ) -> Sequence[KeptTokens]:
         group = _group(plan)
         if group is None:
-            return super().left(model, inputs, plan, queries)
+            return super().kept_grids(model, inputs, plan, queries)
         return self._walked(model, inputs, group, of_each_grid(queries, [plan.layout.parts[0].count]))
 
     def _walked(
-        self, model: Any, inputs: Mapping[str, Any], group: _Group, queries: Sequence[Tensor]
-    ) -> list[Survivors]:
+        self, model: Any, inputs: Mapping[str, Any], group: _GridGroup, queries: Sequence[Tensor]
+    ) -> list[KeptTokens]:
         """What is left of images or videos of one size; the tower treats a video's frames as images."""
         modality: Modality = "image" if _GRIDS["image"] in inputs else "video"
         _, height, width = inputs[_GRIDS[modality]][0].tolist()
@@ -176,7 +178,7 @@ class QwenVLFamily(EqualGridsFamily):
     def deciding_columns(self, model: Any) -> int:
         return self._model_config.get_inputs_embeds_size()
 
-    def pack(self, model: Any, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
+    def pack(self, model: Any, grids: Sequence[KeptTokens], plan: ItemPlan) -> KeptTokens:
         (grid_plan,) = plan.grids
         method = grid_plan.reducer
         if isinstance(method, BeforeTower):
@@ -204,11 +206,11 @@ class QwenVLFamily(EqualGridsFamily):
     def positions_beyond_tokens(self, plan: ItemPlan) -> int:
         """A video's frame rate is unknown here: assumes one position per frame, as at two frames a second."""
         rows, columns, frames = plan.layout.shape
-        runs = frames if self._apart else 1
-        return runs * positions_taken(plan, Grid(frames // runs, rows, columns), plan.kept // runs) - plan.kept
+        runs = frames if self._has_text_between_frames else 1
+        return runs * positions_taken(plan, PositionGrid(frames // runs, rows, columns), plan.kept // runs) - plan.kept
 
     @property
-    def _apart(self) -> bool:
+    def _has_text_between_frames(self) -> bool:
         """Whether the prompt has text between a video's frames."""
         return self._model_config.hf_config.model_type.startswith("qwen3")
 
@@ -315,7 +317,7 @@ def _grid(
     return resized.height // token, resized.width // token
 
 
-class _Group(NamedTuple):
+class _GridGroup(NamedTuple):
     """The common properties of images that run through the tower together."""
 
     grid: tuple[int, int]
@@ -323,13 +325,13 @@ class _Group(NamedTuple):
     cells: Cells | None
 
 
-def _group(plan: ItemPlan) -> _Group | None:
+def _group(plan: ItemPlan) -> _GridGroup | None:
     """None if vLLM's own tower suffices."""
     (grid_plan,) = plan.grids
     (part,) = plan.layout.parts
     assert part.geometry.grid is not None
     acts = plan.cells is not None or isinstance(grid_plan.reducer, InTower) or _compares_patches(grid_plan)
-    return _Group(part.geometry.grid, grid_plan, plan.cells) if acts else None
+    return _GridGroup(part.geometry.grid, grid_plan, plan.cells) if acts else None
 
 
 def _compares_patches(plan: Plan) -> bool:
@@ -361,6 +363,6 @@ def _any_size(model_config: ModelConfig) -> VisionGeometry:
 
 
 @lru_cache(maxsize=4096)
-def _layout(any_size: VisionGeometry, joinable: bool, rows: int, columns: int, frames: int) -> Layout:
+def _layout(any_size: VisionGeometry, can_join: bool, rows: int, columns: int, frames: int) -> Layout:
     geometry = replace(any_size, tokens=rows * columns, grid=(rows, columns))
-    return Layout((Part(geometry, frames, joinable=joinable),), (rows, columns, frames))
+    return Layout((Part(geometry, frames, can_join=can_join),), (rows, columns, frames))

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class FamilyClasses:
     """The classes of a family as "file.Class" in this package: the `Family`, and the model that replaces vLLM's own."""
 
     family: str
@@ -32,50 +32,54 @@ class Entry:
         return family
 
 
-ENTRIES: Mapping[str, Entry] = MappingProxyType(
+FAMILY_CLASSES: Mapping[str, FamilyClasses] = MappingProxyType(
     {
-        "Gemma3ForConditionalGeneration": Entry("gemma3.Gemma3Family", "gemma3.FoldGemma3ForConditionalGeneration"),
-        "Idefics3ForConditionalGeneration": Entry(
+        "Gemma3ForConditionalGeneration": FamilyClasses(
+            "gemma3.Gemma3Family", "gemma3.FoldGemma3ForConditionalGeneration"
+        ),
+        "Idefics3ForConditionalGeneration": FamilyClasses(
             "idefics3.Idefics3Family", "idefics3.FoldIdefics3ForConditionalGeneration"
         ),
-        "InternVLChatModel": Entry("internvl.InternVLFamily", "internvl.FoldInternVLChatModel"),
-        "InternVLForConditionalGeneration": Entry(
+        "InternVLChatModel": FamilyClasses("internvl.InternVLFamily", "internvl.FoldInternVLChatModel"),
+        "InternVLForConditionalGeneration": FamilyClasses(
             "internvl_hf.InternVLHFFamily", "internvl_hf.FoldInternVLForConditionalGeneration"
         ),
-        "LlavaForConditionalGeneration": Entry("llava.LlavaFamily", "llava.FoldLlavaForConditionalGeneration"),
-        "LlavaNextForConditionalGeneration": Entry(
+        "LlavaForConditionalGeneration": FamilyClasses("llava.LlavaFamily", "llava.FoldLlavaForConditionalGeneration"),
+        "LlavaNextForConditionalGeneration": FamilyClasses(
             "llava_next.LlavaNextFamily", "llava_next.FoldLlavaNextForConditionalGeneration"
         ),
-        "LlavaOnevisionForConditionalGeneration": Entry(
+        "LlavaOnevisionForConditionalGeneration": FamilyClasses(
             "llava_onevision.LlavaOnevisionFamily", "llava_onevision.FoldLlavaOnevisionForConditionalGeneration"
         ),
-        "LlavaStfForConditionalGeneration": Entry(
+        "LlavaStfForConditionalGeneration": FamilyClasses(
             "llava_stf.StfFamily", "llava_stf.FoldLlavaStfForConditionalGeneration"
         ),
-        "MmvpForConditionalGeneration": Entry("mmvp.MmvpFamily", "mmvp.FoldMmvpForConditionalGeneration"),
-        "LlavaNextVideoForConditionalGeneration": Entry(
+        "MmvpForConditionalGeneration": FamilyClasses("mmvp.MmvpFamily", "mmvp.FoldMmvpForConditionalGeneration"),
+        "LlavaNextVideoForConditionalGeneration": FamilyClasses(
             "llava_next_video.LlavaNextVideoFamily", "llava_next_video.FoldLlavaNextVideoForConditionalGeneration"
         ),
-        "VideoLlavaForConditionalGeneration": Entry(
+        "VideoLlavaForConditionalGeneration": FamilyClasses(
             "video_llava.VideoLlavaFamily", "video_llava.FoldVideoLlavaForConditionalGeneration"
         ),
-        "Qwen2VLForConditionalGeneration": Entry(
+        "Qwen2VLForConditionalGeneration": FamilyClasses(
             "qwen_vl.QwenVLFamily", "qwen2_vl.FoldQwen2VLForConditionalGeneration"
         ),
-        "Qwen2_5_VLForConditionalGeneration": Entry(
+        "Qwen2_5_VLForConditionalGeneration": FamilyClasses(
             "qwen_vl.QwenVLFamily", "qwen2_5_vl.FoldQwen2_5_VLForConditionalGeneration"
         ),
-        "Qwen3VLForConditionalGeneration": Entry(
+        "Qwen3VLForConditionalGeneration": FamilyClasses(
             "qwen_vl.QwenVLFamily", "qwen3_vl.FoldQwen3VLForConditionalGeneration"
         ),
-        "Qwen3VLMoeForConditionalGeneration": Entry(
+        "Qwen3VLMoeForConditionalGeneration": FamilyClasses(
             "qwen_vl.QwenVLFamily", "qwen3_vl_moe.FoldQwen3VLMoeForConditionalGeneration"
         ),
-        "Qwen3_5ForConditionalGeneration": Entry("qwen_vl.QwenVLFamily", "qwen3_5.FoldQwen3_5ForConditionalGeneration"),
-        "Qwen3_5MoeForConditionalGeneration": Entry(
+        "Qwen3_5ForConditionalGeneration": FamilyClasses(
+            "qwen_vl.QwenVLFamily", "qwen3_5.FoldQwen3_5ForConditionalGeneration"
+        ),
+        "Qwen3_5MoeForConditionalGeneration": FamilyClasses(
             "qwen_vl.QwenVLFamily", "qwen3_5.FoldQwen3_5MoeForConditionalGeneration"
         ),
-        "SmolVLMForConditionalGeneration": Entry(
+        "SmolVLMForConditionalGeneration": FamilyClasses(
             "idefics3.Idefics3Family", "smolvlm.FoldSmolVLMForConditionalGeneration"
         ),
     }
@@ -86,6 +90,6 @@ ENTRIES: Mapping[str, Entry] = MappingProxyType(
 def family_of(model_config: ModelConfig) -> Family | None:
     """The family of a checkpoint; None if foldserve does not reduce it; ValueError if its config is wrong."""
     for architecture in model_config.hf_config.architectures or ():
-        if (entry := ENTRIES.get(architecture)) is not None:
+        if (entry := FAMILY_CLASSES.get(architecture)) is not None:
             return entry.load_family().of(model_config)
     return None

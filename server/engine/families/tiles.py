@@ -19,8 +19,8 @@ from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part
 from foldserve.server.engine.family import EqualGridsFamily, Modality
 from foldserve.server.engine.processor import ShortenedRuns
-from foldserve.server.engine.regions import WHOLE, Region, cut, sides, tile_grid
-from foldserve.server.engine.vision import rows
+from foldserve.server.engine.regions import WHOLE, Region, sides, split_box, tile_grid
+from foldserve.server.engine.vision import take_members
 
 
 class TilesFamily(EqualGridsFamily):
@@ -71,7 +71,7 @@ class TilesFamily(EqualGridsFamily):
             return super().regions(plan, modality, size, info)
         (tile_plan,), (rows, columns) = plan.grids, sides(self._tile)
         of_tiles = None if plan.base_only else tile_plan
-        boxes = cut(WHOLE, *self.tile_grid(info, size, tiles))
+        boxes = split_box(WHOLE, *self.tile_grid(info, size, tiles))
         found = [Region(f"tile {i + 1}", rows, columns, box, of_tiles) for i, box in enumerate(boxes)]
         base = Region("base", rows, columns, WHOLE, tile_plan)
         return [*found, base] if self.base_is_last else [base, *found]
@@ -91,7 +91,7 @@ class TilesFamily(EqualGridsFamily):
         modality = next(modality for modality, fields in self.tile_fields.items() if fields[0] in inputs)
         each = zip(self.tile_fields[modality], self._tiles_of(inputs, modality), strict=True)
         tiles = {name: torch.cat([items[i] for i in places]) for name, items in each}
-        return {**inputs, **tiles, self.counts[modality]: rows(inputs[self.counts[modality]], places)}
+        return {**inputs, **tiles, self.counts[modality]: take_members(inputs[self.counts[modality]], places)}
 
     def _tiles_of(self, inputs: Mapping[str, Any], modality: Modality) -> list[Sequence[Tensor]]:
         """For each of `tile_fields`, the rows of each item."""

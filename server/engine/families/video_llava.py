@@ -27,7 +27,7 @@ from foldserve.server.engine.families.video_llava_model import (
 )
 from foldserve.server.engine.family import asks_for_frames, of_each_grid
 from foldserve.server.engine.model import FoldModel
-from foldserve.server.engine.vision import Survivors, one_after_another, project_together, reduce_features, untouched
+from foldserve.server.engine.vision import KeptTokens, all_kept, join_grids, project_together, reduce_features
 
 
 class VideoLlavaFamily(LlavaFamily):
@@ -70,14 +70,14 @@ class VideoLlavaFamily(LlavaFamily):
 
     def layout(self, shape: tuple[int, ...]) -> Layout:
         (frames,) = shape
-        return Layout((Part(self._frame, frames, separators=frames, joinable=True),), shape) if frames else self.largest
+        return Layout((Part(self._frame, frames, separators=frames, can_join=True),), shape) if frames else self.largest
 
     def most_frames(self, reduction: Reduction) -> int:
         return self._trained_frames
 
     def encode(
         self, model: Any, inputs: Mapping[str, Any], plans: Sequence[ItemPlan], queries: Sequence[torch.Tensor] = ()
-    ) -> Sequence[Survivors]:
+    ) -> Sequence[KeptTokens]:
         if VIDEO not in inputs:
             return super().encode(model, inputs, plans, queries)
         features = model.frame_features(inputs[VIDEO])  # (frames, 1 + patches, C)
@@ -88,11 +88,11 @@ class VideoLlavaFamily(LlavaFamily):
             for own, plan in zip(class_tokens, plans, strict=True)
         ]
 
-    def left(
+    def kept_grids(
         self, model: Any, inputs: Mapping[str, Any], plan: ItemPlan, queries: Sequence[torch.Tensor] = ()
-    ) -> Sequence[Survivors]:
+    ) -> Sequence[KeptTokens]:
         if VIDEO not in inputs:
-            return super().left(model, inputs, plan, queries)
+            return super().kept_grids(model, inputs, plan, queries)
         return _reduced(model, model.frame_features(inputs[VIDEO]), [plan], queries)
 
 
@@ -104,14 +104,14 @@ def _each(features: torch.Tensor, plans: Sequence[ItemPlan]) -> Sequence[torch.T
 
 def _reduced(
     model: Any, features: torch.Tensor, plans: Sequence[ItemPlan], queries: Sequence[torch.Tensor]
-) -> list[Survivors]:
+) -> list[KeptTokens]:
     """(frames of all videos, 1 + patches, C) -> what is left of each grid: a frame, or a whole video."""
-    whole: list[Survivors] = []
+    whole: list[KeptTokens] = []
     of_grids: list[Plan] = []
     for video, plan in zip(_each(features, plans), plans, strict=True):
         count = plan.laid_out.parts[0].count
         seen = video if _takes_class_token(plan.grids[0]) else video[:, 1:]
-        whole += untouched(seen.reshape(count, -1, video.shape[-1]))
+        whole += all_kept(seen.reshape(count, -1, video.shape[-1]))
         of_grids += [plan.grids[0]] * count
     own_queries = of_each_grid(queries, [plan.laid_out.parts[0].count for plan in plans])
     project = partial(project_together, model.multi_modal_projector)
@@ -123,28 +123,28 @@ def _takes_class_token(plan: Plan) -> bool:
     return isinstance(plan.reducer, AfterTower) and plan.reducer.takes_class_token
 
 
-def _patches(frame: Survivors) -> Survivors:
+def _patches(frame: KeptTokens) -> KeptTokens:
     """Remove the class token in front of a frame."""
-    trail = None if frame.trail is None else frame.trail._replace(leading=(1, 1))
-    return Survivors(frame.features[1:], frame.source[1:] - 1, trail)
+    history = None if frame.history is None else frame.history._replace(leading=(1, 1))
+    return KeptTokens(frame.features[1:], frame.source[1:] - 1, history)
 
 
-def _packed(class_tokens: torch.Tensor, grids: Sequence[Survivors], plan: ItemPlan) -> Survivors:
+def _packed(class_tokens: torch.Tensor, grids: Sequence[KeptTokens], plan: ItemPlan) -> KeptTokens:
     """A video from its class tokens (frames, 1, C) and what is left of its patches."""
     length = plan.layout.parts[0].geometry.tokens + 1  # of a frame
     if len(grids) == len(class_tokens):
         frames = zip(class_tokens, grids, strict=True)
-        return one_after_another([_behind(first, grid) for first, grid in frames], length)
+        return join_grids([_prepend_class_token(first, grid) for first, grid in frames], length)
     (video,) = grids  # only the device knows how many tokens of a frame are left, so it sorts
     starts = torch.arange(0, plan.encoded, length, device=video.source.device)
     source, order = torch.cat([starts, video.source + video.source // (length - 1) + 1]).sort()
-    return Survivors(torch.cat([class_tokens.flatten(0, 1), video.features])[order], source)
+    return KeptTokens(torch.cat([class_tokens.flatten(0, 1), video.features])[order], source)
 
 
-def _behind(class_token: torch.Tensor, frame: Survivors) -> Survivors:
+def _prepend_class_token(class_token: torch.Tensor, frame: KeptTokens) -> KeptTokens:
     """Put the class token (1, hidden) in front of a frame."""
     source = torch.cat([torch.zeros_like(frame.source[:1]), frame.source + 1])
-    return Survivors(torch.cat([class_token, frame.features]), source)
+    return KeptTokens(torch.cat([class_token, frame.features]), source)
 
 
 class FoldVideoLlavaMultiModalProcessor(ImageTokens, VideoLlavaMultiModalProcessor):

@@ -2,8 +2,8 @@
 
 Layers < K ("shallow") and >= K ("deep") have separate KV cache groups. Deep groups hold ceil(T(n) / block) blocks for n
 tokens of which T(n) are kept. In order of use: `core` (T); `spec`, `layout` (groups); `scheduler`, `manager`, `prefix`
-(blocks); `runner_v1` or `state_v2`, `batch`, `metadata` (rows and slots of a step); `decoder`, `attention`, `choose`
-(which tokens FastV and iLLaVA keep). Modules that need vLLM's engine are imported lazily.
+(blocks); `runner_v1` or `state_v2`, `batch`, `metadata` (rows and slots of a step); `decoder`, `attention`,
+`token_selection` (which tokens FastV and iLLaVA keep). Modules that need vLLM's engine are imported lazily.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from foldserve.server.engine.withdrawal.core import TokenMap
-from foldserve.server.engine.withdrawal.requests import Room, admit, prompt_items, refuse_request
+from foldserve.server.engine.withdrawal.requests import StepCapacity, admit, prompt_items, refuse_request
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 __all__ = [
-    "Room",
+    "StepCapacity",
     "TokenMap",
     "admit",
-    "apply",
-    "check",
+    "apply_options",
+    "check_conflicts",
     "check_decoder",
     "configure",
     "first_layer",
     "prompt_items",
     "refuse_request",
     "register",
-    "step_room",
+    "step_capacity",
     "withdraw",
     "withdraw_layer",
 ]
@@ -59,8 +59,19 @@ def withdraw(model: Any, vllm_config: VllmConfig, prefix: str) -> None:
         setattr(owner, name, WithdrawingDecoder(getattr(owner, name), vllm_config=vllm_config, prefix=prefix))
 
 
+_FROM_CONFIG = (
+    "apply_options",
+    "check_conflicts",
+    "check_decoder",
+    "configure",
+    "first_layer",
+    "step_capacity",
+    "withdraw_layer",
+)
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("apply", "check", "check_decoder", "configure", "first_layer", "step_room", "withdraw_layer"):
+    if name in _FROM_CONFIG:
         from foldserve.server.engine.withdrawal import config
 
         return getattr(config, name)

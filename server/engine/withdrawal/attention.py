@@ -18,9 +18,9 @@ from vllm.model_executor.layers.attention import Attention
 from vllm.v1.attention.backend import AttentionBackend
 from vllm.v1.kv_cache_interface import FullAttentionSpec, replace_as
 
-from foldserve.server.engine.withdrawal.choose import last_token_scores
 from foldserve.server.engine.withdrawal.metadata import deep_backend
 from foldserve.server.engine.withdrawal.spec import DeepAttentionSpec, ShallowAttentionSpec
+from foldserve.server.engine.withdrawal.token_selection import last_token_scores
 
 _NOT_DEEP = ("sliding_window", "attention_chunk_size", "non_causal")
 

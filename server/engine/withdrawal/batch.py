@@ -16,7 +16,7 @@ NOT_STORED = -1  # compact position of a row that writes no KV
 
 
 @dataclass(frozen=True)
-class ChosenImage:
+class ImageSelection:
     """An image of which `method` keeps `kept` of `tokens` tokens."""
 
     method: str
@@ -27,12 +27,12 @@ class ChosenImage:
 
 
 @dataclass(frozen=True)
-class ChosenPrompt:
+class PromptSelection:
     """A prompt whose `tokens` tokens are all in this step."""
 
     row: int  # first row of the prompt
     tokens: int
-    images: tuple[ChosenImage, ...]  # those of which tokens are chosen
+    images: tuple[ImageSelection, ...]  # those of which tokens are chosen
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +40,7 @@ class DeepBatch:
     """What the deep layers see of a step with R requests. All arrays are int64.
 
     A *compact* position is a token's index among its request's kept tokens: its place in the deep KV cache. RoPE
-    positions stay. Until `choose` has run, `rows` has arbitrary tokens of an image in place of the chosen ones.
+    positions stay. Until `select_tokens` has run, `rows` has arbitrary tokens of an image in place of the chosen ones.
     """
 
     rows: Ints | None  # (m,) rows of the full batch that enter, ascending; None: all rows, in place
@@ -49,7 +49,7 @@ class DeepBatch:
     positions: Ints  # (m,) compact position of each row, or NOT_STORED
     query_lens: Ints  # (r,) rows of each request
     seq_lens: Ints  # (r,) kept tokens of each request after this step
-    prompts: tuple[ChosenPrompt, ...] = ()  # those whose image tokens are chosen in this step
+    prompts: tuple[PromptSelection, ...] = ()  # those whose image tokens are chosen in this step
 
 
 class BatchMaps:
@@ -57,7 +57,7 @@ class BatchMaps:
 
     def __init__(self, maps: Sequence[TokenMap]) -> None:
         self.maps = list(maps)
-        self._choosing = [r for r, m in enumerate(maps) if m.choices]
+        self._selecting = [r for r, m in enumerate(maps) if m.selections]
         self._owner = np.repeat(np.arange(len(maps)), [len(m.ranges) for m in maps])  # (ranges,) request of each range
         self._start = _concatenate([m.starts for m in maps])
         self._length = _concatenate([m.lengths for m in maps])
@@ -93,17 +93,17 @@ class BatchMaps:
             batch = _compact(rows, None, kept, seq_lens)
         else:
             batch = _compact(rows, requests, kept[requests], seq_lens[requests])
-        return replace(batch, prompts=self._prompts(computed, scheduled, kept)) if self._choosing else batch
+        return replace(batch, prompts=self._prompts(computed, scheduled, kept)) if self._selecting else batch
 
-    def _prompts(self, computed: Ints, scheduled: Ints, kept: Ints) -> tuple[ChosenPrompt, ...]:
+    def _prompts(self, computed: Ints, scheduled: Ints, kept: Ints) -> tuple[PromptSelection, ...]:
         row, deep_row = np.cumsum(scheduled) - scheduled, np.cumsum(kept) - kept
-        starting = [r for r in self._choosing if computed[r] < self.maps[r].whole]
+        starting = [r for r in self._selecting if computed[r] < self.maps[r].whole]
         for r in starting:
             if computed[r] or scheduled[r] < self.maps[r].whole:  # the scheduler prevents this
                 raise RuntimeError(
                     f"tokens {computed[r]}..+{scheduled[r]} of a prompt of {self.maps[r].whole}, to be whole"
                 )
-        return tuple(_chosen(self.maps[r], int(row[r]), int(deep_row[r])) for r in starting)
+        return tuple(_prompt_selection(self.maps[r], int(row[r]), int(deep_row[r])) for r in starting)
 
     def _kept_rows(self, computed: Ints, scheduled: Ints) -> Ints:
         """(m,) rows of the full batch outside every withdrawn range, from the +1/-1 edges of the ranges."""
@@ -116,12 +116,12 @@ class BatchMaps:
         return np.flatnonzero(np.cumsum(edges[:-1]) == 0)
 
 
-def _chosen(token_map: TokenMap, row: int, deep_row: int) -> ChosenPrompt:
+def _prompt_selection(token_map: TokenMap, row: int, deep_row: int) -> PromptSelection:
     images = [
-        ChosenImage(c.method, row + c.start, c.tokens, c.kept, deep_row + token_map.kept(c.start))
-        for c in token_map.choices
+        ImageSelection(c.method, row + c.start, c.tokens, c.kept, deep_row + token_map.kept(c.start))
+        for c in token_map.selections
     ]
-    return ChosenPrompt(row, token_map.whole, tuple(images))
+    return PromptSelection(row, token_map.whole, tuple(images))
 
 
 def _in_place(positions: Ints, kept: Ints, seq_lens: Ints) -> DeepBatch:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 from vllm import envs
 from vllm.config import VllmConfig
 
-from foldserve.server.engine.families.registry import ENTRIES, family_of
-from foldserve.server.engine.withdrawal.requests import Room
+from foldserve.server.engine.families.registry import FAMILY_CLASSES, family_of
+from foldserve.server.engine.withdrawal.requests import StepCapacity
 from foldserve.server.engine.worker import WORKERS
 from foldserve.server.settings import CONFIG_KEY, Settings
 
@@ -51,15 +51,19 @@ def withdraw_layer(vllm_config: VllmConfig) -> int | None:
     return layer
 
 
-def step_room(vllm_config: VllmConfig) -> Room:
+def step_capacity(vllm_config: VllmConfig) -> StepCapacity:
     """Tokens of one request that always fit into a step when no other prompt is being computed."""
     scheduler = vllm_config.scheduler_config
     budget = scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens
     others = (scheduler.max_num_active_seqs or scheduler.max_num_seqs) - 1
-    rooms = [Room(budget - others, f"--max-num-batched-tokens {budget} less one for each of {others} other sequences")]
+    capacities = [
+        StepCapacity(
+            budget - others, f"--max-num-batched-tokens {budget} less one for each of {others} other sequences"
+        )
+    ]
     if threshold := scheduler.long_prefill_token_threshold:
-        rooms.append(Room(threshold, f"--long-prefill-token-threshold {threshold}"))
-    return min(rooms)
+        capacities.append(StepCapacity(threshold, f"--long-prefill-token-threshold {threshold}"))
+    return min(capacities)
 
 
 def configure(layer: int, *, device: Literal["cpu", "cuda"], async_scheduling: bool = True) -> dict[str, Any]:
@@ -73,7 +77,7 @@ def configure(layer: int, *, device: Literal["cpu", "cuda"], async_scheduling: b
     }
 
 
-def apply(args: Any, layer: int, *, device: Literal["cpu", "cuda"]) -> None:
+def apply_options(args: Any, layer: int, *, device: Literal["cpu", "cuda"]) -> None:
     """Write `configure`'s values, except `additional_config`, into vLLM's parsed options or `EngineArgs`.
 
     Raises:
@@ -92,12 +96,13 @@ def check_decoder(vllm_config: VllmConfig) -> None:
     """If withdrawal is configured, check the configuration and the decoder.
 
     Raises:
-        ValueError: as `check`, or the decoder is not in `DECODERS`, or it adds image features to layers from K - 1 on.
+        ValueError: as `check_conflicts`, or the decoder is not in `DECODERS`, or it adds image features to layers from
+            K - 1 on.
     """
     layer = withdraw_layer(vllm_config)
     if layer is None:
         return
-    check(vllm_config)
+    check_conflicts(vllm_config)
     name = decoder_class(vllm_config)
     if name not in DECODERS.values():
         known = sorted(set(DECODERS.values()))
@@ -121,7 +126,7 @@ def first_layer(hf_config: Any) -> int:
     return 1 + len(getattr(hf_config.vision_config, "deepstack_visual_indexes", ()))
 
 
-def check(vllm_config: VllmConfig) -> None:
+def check_conflicts(vllm_config: VllmConfig) -> None:
     """Raises ValueError if withdrawal is configured together with a setting that it conflicts with."""
     if withdraw_layer(vllm_config) is None:
         return
@@ -137,7 +142,7 @@ def _conflicts(config: VllmConfig) -> Iterator[tuple[str, str]]:
     blocks = "KV blocks of the deep layers are not addressed by token position"
     positions = "the deep layers see other rows than the batch has"
     if family_of(model) is None:
-        yield f"a model of {model.architecture}", f"foldserve reduces images of {', '.join(ENTRIES)}"
+        yield f"a model of {model.architecture}", f"foldserve reduces images of {', '.join(FAMILY_CLASSES)}"
     if model.is_hybrid:
         yield "this model's decoder", "some layers keep a recurrent state, which can't forget tokens that it has seen"
     if parallel.pipeline_parallel_size > 1:

@@ -35,7 +35,7 @@ class Feature(Protocol):
     def mm_position(self) -> _Placeholder: ...
 
 
-class Choice(NamedTuple):
+class TokenSelection(NamedTuple):
     """An image, tokens [start, start + tokens) of a request, of which `method` keeps `kept`."""
 
     method: str
@@ -58,19 +58,19 @@ class TokenMap:
             the first output is sampled from it; its T then differs from that of a longer prompt.
     """
 
-    __slots__ = ("_before", "_ends", "choices", "lengths", "ranges", "shareable", "starts", "whole")
+    __slots__ = ("_before", "_ends", "lengths", "ranges", "selections", "shareable", "starts", "whole")
 
-    def __init__(self, ranges: Iterable[Range], prompt_tokens: int, choices: Iterable[Choice] = ()) -> None:
+    def __init__(self, ranges: Iterable[Range], prompt_tokens: int, selections: Iterable[TokenSelection] = ()) -> None:
         """Takes withdrawn ranges and chosen images, all disjoint, inside a prompt of `prompt_tokens` tokens."""
-        self.choices = tuple(sorted(choices, key=lambda choice: choice.start))
-        self.whole = prompt_tokens if self.choices else 0
-        ordered = sorted([*ranges, *((c.start, c.start + c.tokens - c.kept) for c in self.choices)])
+        self.selections = tuple(sorted(selections, key=lambda choice: choice.start))
+        self.whole = prompt_tokens if self.selections else 0
+        ordered = sorted([*ranges, *((c.start, c.start + c.tokens - c.kept) for c in self.selections)])
         self.shareable: int | None = None
         if ordered and ordered[-1][1] == prompt_tokens:
             self.shareable = prompt_tokens - 1
             ordered[-1] = (ordered[-1][0], prompt_tokens - 1)
-        if self.choices:
-            self.shareable = self.choices[0].start
+        if self.selections:
+            self.shareable = self.selections[0].start
         self.ranges = tuple((start, end) for start, end in ordered if start < end)
         self._ends = [end for _, end in self.ranges]
         self.starts = np.array([start for start, _ in self.ranges], dtype=np.int64)
@@ -85,7 +85,7 @@ class TokenMap:
             ValueError: an image with a choice has too few tokens, or text between its tokens.
         """
         ranges: list[Range] = []
-        choices: list[Choice] = []
+        selections: list[TokenSelection] = []
         for feature in features:
             item = ItemIdentity.parse(feature.identifier)
             if item.decoder is None:
@@ -94,8 +94,8 @@ class TokenMap:
             if item.decoder == WITHDRAW:
                 ranges += pieces
             else:
-                choices.append(_choice(item.decoder, item.kept, pieces))
-        return cls(ranges, prompt_tokens, choices)
+                selections.append(_token_selection(item.decoder, item.kept, pieces))
+        return cls(ranges, prompt_tokens, selections)
 
     @property
     def total(self) -> int:
@@ -114,8 +114,8 @@ class TokenMap:
         return x - self.withdrawn(x)
 
 
-def _choice(method: str, kept: int, pieces: list[Range]) -> Choice:
+def _token_selection(method: str, kept: int, pieces: list[Range]) -> TokenSelection:
     (start, end), *more = pieces
     if more or end - start <= kept:
         raise ValueError(f"{method} chooses {kept} of more tokens, all in one piece; the image has {pieces}")
-    return Choice(method, start, end - start, kept)
+    return TokenSelection(method, start, end - start, kept)

@@ -19,10 +19,10 @@ from vllm.model_executor.models.utils import AutoWeightsLoader
 from vllm.sequence import IntermediateTensors
 
 from foldserve.server.engine.withdrawal.attention import DeepAttention, ShallowAttention, adopt, score_in
-from foldserve.server.engine.withdrawal.choose import choose, merges
 from foldserve.server.engine.withdrawal.config import withdraw_layer
 from foldserve.server.engine.withdrawal.graph import PartBuffers, no_graphs, replays_parts
 from foldserve.server.engine.withdrawal.layout import bucket_of
+from foldserve.server.engine.withdrawal.token_selection import merges_tokens, select_tokens
 
 
 def _defer(module: nn.Module, passes: Callable[..., Any]) -> Any:
@@ -39,7 +39,7 @@ _Layer = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 """(positions, hidden, residual) -> (hidden, residual)"""
 
 
-def _adding(layer: _Layer, level: Tensor) -> _Layer:
+def _with_deepstack(layer: _Layer, level: Tensor) -> _Layer:
     def added(positions: Tensor, hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         hidden, after = layer(positions, hidden, residual)
         return hidden + level, after
@@ -71,7 +71,7 @@ class ShallowPart(nn.Module):
         return hidden_states, residual
 
 
-class Names(NamedTuple):
+class ModuleNames(NamedTuple):
     """Module names in vLLM's decoders, most of which use Llama's."""
 
     embeddings: str = "embed_tokens"
@@ -81,18 +81,18 @@ class Names(NamedTuple):
     mlp: str = "mlp"
 
     @classmethod
-    def of(cls, decoder: Any) -> Names:
+    def of(cls, decoder: Any) -> ModuleNames:
         return INTERNLM2 if hasattr(decoder, INTERNLM2.embeddings) else cls()
 
 
-INTERNLM2 = Names("tok_embeddings", "attention", "wo", "ffn_norm", "feed_forward")
+INTERNLM2 = ModuleNames("tok_embeddings", "attention", "wo", "ffn_norm", "feed_forward")
 
 
 @support_torch_compile(dynamic_arg_dims={"attended": 0, "residual": 0})
 class AfterAttention(nn.Module):
     """The part of layer K-1 after its attention, which the layer itself then skips."""
 
-    def __init__(self, *, layer: Any, names: Names, vllm_config: VllmConfig, prefix: str = "") -> None:
+    def __init__(self, *, layer: Any, names: ModuleNames, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         assert getattr(layer, "ada_rms_norm_t_cond", None) is None  # of Mistral's audio models
         output = getattr(getattr(layer, names.attention), names.output)
@@ -132,7 +132,7 @@ class WithdrawingDecoder(nn.Module):
         super().__init__()
         first = withdraw_layer(vllm_config)
         assert first is not None
-        names = Names.of(decoder)
+        names = ModuleNames.of(decoder)
         self._embeddings = names.embeddings
         setattr(self, names.embeddings, getattr(decoder, names.embeddings))
         self.layers, self.norm = decoder.layers, decoder.norm
@@ -162,7 +162,7 @@ class WithdrawingDecoder(nn.Module):
             return whole
 
         layers = [rejoined if layer is cut else layer for layer in self.layers]
-        return [*map(_adding, layers, deepstack), *layers[len(deepstack) :]]
+        return [*map(_with_deepstack, layers, deepstack), *layers[len(deepstack) :]]
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
         embeds: Tensor = getattr(self, self._embeddings)(input_ids)
@@ -205,11 +205,11 @@ class WithdrawingDecoder(nn.Module):
         output = torch.zeros_like(residual)  # full size, since sampling indexes rows of the full batch
         if not len(rows):
             return output
-        hidden, merging = attended, merges(step.deep_prompts)
+        hidden, merging = attended, merges_tokens(step.deep_prompts)
         if merging:  # merging needs the full output of layer K-1 for all rows
             hidden, residual = self.after_attention(hidden, residual)
         if step.deep_prompts:
-            choose(step.deep_prompts, step.deep_scores, rows, hidden, residual)
+            select_tokens(step.deep_prompts, step.deep_scores, rows, hidden, residual)
         positions, hidden, residual = positions[..., rows], hidden[rows], residual[rows]
         if not merging:
             hidden, residual = self.after_attention(hidden, residual)

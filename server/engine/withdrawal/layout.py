@@ -36,7 +36,7 @@ class Grouping:
 
 
 @lru_cache
-def choose(layers: int, withdraw_layer: int) -> Grouping:
+def choose_grouping(layers: int, withdraw_layer: int) -> Grouping:
     """The cheapest grouping that wastes at most MAX_WASTE. One exists: one bucket per layer needs no padding."""
     sides = withdraw_layer, layers - withdraw_layer
     candidates = [_grouping(sides, (a, b)) for a in range(1, sides[0] + 1) for b in range(1, sides[1] + 1)]
@@ -45,7 +45,7 @@ def choose(layers: int, withdraw_layer: int) -> Grouping:
 
 def bucket_of(layer: int, layers: int, withdraw_layer: int) -> int:
     """The bucket of a layer among those of its side (shallow: layer < withdraw_layer)."""
-    grouping = choose(layers, withdraw_layer)
+    grouping = choose_grouping(layers, withdraw_layer)
     if layer < withdraw_layer:
         return layer % grouping.shallow_buckets
     return (layer - withdraw_layer) % grouping.deep_buckets

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from foldserve.server.engine.withdrawal.core import Feature, TokenMap
 
 
-class Room(NamedTuple):
+class StepCapacity(NamedTuple):
     """Tokens that one request can have in a step, and the setting that limits them."""
 
     tokens: int
@@ -36,7 +36,7 @@ def prompt_items(prompt: Mapping[str, Any]) -> list[PromptItem]:
 def admit(
     features: Iterable[Feature],
     prompt_tokens: int,
-    room: Room,
+    capacity: StepCapacity,
     *,
     prompt_logprobs: int | None = None,
     resumable: bool = False,
@@ -50,7 +50,7 @@ def admit(
     """
     token_map = TokenMap.of(features, prompt_tokens)
     refuse_request(withdraws=token_map.total > 0, prompt_logprobs=prompt_logprobs, resumable=resumable)
-    refuse_prompt(token_map, prompt_tokens, room)
+    refuse_prompt(token_map, prompt_tokens, capacity)
     return token_map
 
 
@@ -67,19 +67,19 @@ def refuse_request(*, withdraws: bool, prompt_logprobs: int | None = None, resum
         raise ValueError("a streaming-input session does not go with withdrawn images: send a complete prompt")
 
 
-def refuse_prompt(token_map: TokenMap, prompt_tokens: int, room: Room) -> None:
+def refuse_prompt(token_map: TokenMap, prompt_tokens: int, capacity: StepCapacity) -> None:
     """Raises ValueError if a prompt with a choice ends in an image or does not fit into one step."""
-    if not token_map.choices:
+    if not token_map.selections:
         return
-    last = token_map.choices[-1]
+    last = token_map.selections[-1]
     if last.start + last.tokens == prompt_tokens:
         raise ValueError(
             f"{last.method} chooses image tokens by the attention of the prompt's last token, which has to be text: "
             "put the image before the text"
         )
-    if token_map.whole > room.tokens:
+    if token_map.whole > capacity.tokens:
         raise ValueError(
             f"{last.method} needs the whole prompt in one step: it has {token_map.whole} tokens, and a step has room "
-            f"for {room.tokens} ({room.setting}); shorten the prompt, remove more tokens before the decoder, or start "
-            "the server with a higher limit"
+            f"for {capacity.tokens} ({capacity.setting}); shorten the prompt, remove more tokens before the decoder, "
+            "or start the server with a higher limit"
         )

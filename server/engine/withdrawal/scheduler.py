@@ -13,7 +13,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.request import Request
 
 from foldserve.server.engine.scheduler import EncoderInputs, FoldScheduler
-from foldserve.server.engine.withdrawal.config import check, step_room
+from foldserve.server.engine.withdrawal.config import check_conflicts, step_capacity
 from foldserve.server.engine.withdrawal.manager import DeepKVCacheManager
 from foldserve.server.engine.withdrawal.prefix import MappedHashes
 from foldserve.server.engine.withdrawal.requests import admit
@@ -29,9 +29,9 @@ class WithdrawingScheduler(FoldScheduler):
     """
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        check(vllm_config)  # foldserve's models have done this before
+        check_conflicts(vllm_config)  # foldserve's models have done this before
         super().__init__(vllm_config, *args, **kwargs)
-        self._room = step_room(self.vllm_config)
+        self._step_capacity = step_capacity(self.vllm_config)
         self._hashes: WeakValueDictionary[str, MappedHashes] = WeakValueDictionary()
         for manager in self.kv_cache_manager.coordinator.single_type_managers:
             if isinstance(manager, DeepKVCacheManager):
@@ -42,11 +42,11 @@ class WithdrawingScheduler(FoldScheduler):
         token_map = admit(
             request.mm_features,
             request.num_prompt_tokens,
-            self._room,
+            self._step_capacity,
             prompt_logprobs=None if params is None else params.prompt_logprobs,
             resumable=request.resumable,
         )
-        if token_map.choices:
+        if token_map.selections:
             request.skip_reading_prefix_cache = True
         if request.request_id not in self.requests:
             request.block_hashes = MappedHashes(request.block_hashes)
@@ -65,7 +65,7 @@ class WithdrawingScheduler(FoldScheduler):
         """Returns 0 tokens if a prompt that has to be whole does not fit; nothing cuts a request's tokens after this.
 
         The request then waits at the head of the queue until running prompts are done. Decoding requests leave enough
-        room (`step_room`).
+        room (`step_capacity`).
         """
         whole = self._hashes[request.request_id].token_map.whole
         if num_computed_tokens < whole and num_new_tokens < whole:

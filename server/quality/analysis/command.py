@@ -16,9 +16,9 @@ def run(options: AnalysisOptions, engine_options: Sequence[str]) -> None:
     """Runs the studies and writes their figures and charts; a ValueError comes before anything is written."""
     samples = load_questions(options.data, options.samples, options.question)
 
-    from foldserve.server.quality.engine.study import Study  # vLLM, which takes seconds
+    from foldserve.server.quality.engine.study import ModelStudy  # vLLM, which takes seconds
 
-    model = Study(options.model, engine_options, command="analyze")
+    model = ModelStudy(options.model, engine_options, command="analyze")
     tokens = [model.tokens(sample.open(), options.ratio) for sample in samples]  # refuses a ratio too high
     model.start()
     analysis = analyze(options.model, model, samples, tokens, options.ratio)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from foldserve.loadtest.report.charts import MOST_LINES, Axis, Chart, Line, Panel, Point, line_chart
+from foldserve.loadtest.report.charts import MOST_LINES, Axis, Chart, ChartLine, ChartPoint, Panel, line_chart
 from foldserve.loadtest.report.page import page
 from foldserve.server.quality.analysis.report import Analysis
 
@@ -30,7 +30,7 @@ def charts(analysis: Analysis) -> list[Chart]:
 
 def _energy(analysis: Analysis) -> Chart:
     lines = [
-        Line(f"ratio {ratio:g}", _points([row[column] for row in analysis.energy]), column % MOST_LINES)
+        ChartLine(f"ratio {ratio:g}", _points([row[column] for row in analysis.energy]), column % MOST_LINES)
         for column, ratio in enumerate(analysis.ratios)
     ]
     return line_chart(
@@ -43,7 +43,7 @@ def _energy(analysis: Analysis) -> Chart:
 
 
 def _distance(analysis: Analysis) -> Chart:
-    panel = Panel(f"Merging {analysis.merge_ratio:g} of the tokens", [Line("", _points(analysis.distance), 0)])
+    panel = Panel(f"Merging {analysis.merge_ratio:g} of the tokens", [ChartLine("", _points(analysis.distance), 0)])
     return line_chart(
         "distance",
         "In which tower block does merging change the output least?",
@@ -55,7 +55,7 @@ def _distance(analysis: Analysis) -> Chart:
 
 def _attention(analysis: Analysis) -> Chart:
     panels = [
-        Panel(f"From {name}", [Line(part, _points([r[i] for r in rows]), i) for i, part in enumerate(_PARTS)])
+        Panel(f"From {name}", [ChartLine(part, _points([r[i] for r in rows]), i) for i, part in enumerate(_PARTS)])
         for name, rows in (("the prompt's last token", analysis.attention_last), ("all text", analysis.attention_text))
     ]
     return line_chart(
@@ -68,5 +68,5 @@ def _attention(analysis: Analysis) -> Chart:
     )
 
 
-def _points(values: Sequence[float]) -> list[Point]:
-    return [Point.exact(float(number), value, str(number)) for number, value in enumerate(values)]
+def _points(values: Sequence[float]) -> list[ChartPoint]:
+    return [ChartPoint.exact(float(number), value, str(number)) for number, value in enumerate(values)]

@@ -62,5 +62,5 @@ def earth_movers_distance(full: Tensor, merged: Tensor, sizes: Tensor) -> float:
 
 
 def by_part(attention: Tensor) -> Mapping[str, list[list[float]]]:
-    """Splits `Studied.attention`, (layers, 2, 3), into the rows of VTW's figure 4; each row sums to 1."""
+    """Splits `StudiedModel.attention`, (layers, 2, 3), into the rows of VTW's figure 4; each row sums to 1."""
     return {"last": attention[:, 0].tolist(), "text": attention[:, 1].tolist()}

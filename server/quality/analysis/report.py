@@ -26,7 +26,7 @@ class Output(Protocol):
         """(n,) patches in each."""
 
 
-class Studied(Protocol):
+class StudiedModel(Protocol):
     """A loaded model; `server/engine/study.py` has the real one."""
 
     def energy(self, image: Image) -> Tensor:
@@ -65,7 +65,9 @@ class Analysis(BaseModel):
     attention_text: list[list[float]]
 
 
-def analyze(name: str, model: Studied, samples: Sequence[Question], tokens: Sequence[int], ratio: float) -> Analysis:
+def analyze(
+    name: str, model: StudiedModel, samples: Sequence[Question], tokens: Sequence[int], ratio: float
+) -> Analysis:
     """Runs the three studies, with a progress bar over the samples.
 
     Args:

@@ -15,12 +15,12 @@ from foldserve.reducers.ladder import STEPS, step_for
 from foldserve.reducers.plan import InvalidReduction
 from foldserve.server.auto import DEFAULT_GROUP
 from foldserve.server.quality.auto.file import FILE_NAME, AutoCalibration, Group, default_file, mean_share
-from foldserve.server.quality.auto.measure import StepJournal, measure, takable
+from foldserve.server.quality.auto.measure import StepJournal, measure, possible_steps
 from foldserve.server.quality.auto.page import html, text
 from foldserve.server.quality.auto.rule import (
     capped,
     chosen_step,
-    monotone,
+    make_monotone,
     risk_bounds,
     samples_needed,
     shares_changed,
@@ -49,8 +49,19 @@ def run(options: CalibrationOptions, cache_dir: Path, engine_options: Sequence[s
     from foldserve.server.quality.engine.offline import AnsweringModel  # vLLM, which takes seconds
 
     model = AnsweringModel(options.model, engine_options, "calibrate")
+    return write_all(_calibrate(model, spec, questions, options, engine_options), options, cache_dir)
+
+
+def _calibrate(
+    model: AnsweringModel,
+    spec: Spec,
+    questions: Sequence[Question],
+    options: CalibrationOptions,
+    engine_options: Sequence[str],
+) -> AutoCalibration:
+    """Measures what the journal in the results folder lacks."""
     layouts = model.layouts(question.open() for question in questions)
-    plans = takable(spec, layouts)
+    plans = possible_steps(spec, layouts)
     steps = tuple(plans)
     caps = caps_of(model, questions, layouts, steps, options.pixel_cap)
     weights, asked = model_hash(model_folder(model.model, model.revision)), data_hash(questions)
@@ -63,7 +74,7 @@ def run(options: CalibrationOptions, cache_dir: Path, engine_options: Sequence[s
     changed = measure(
         model, questions, layouts, spec, plans, journal, answer_tokens=options.answer_tokens, batch=options.batch
     )
-    calibration = AutoCalibration(
+    return AutoCalibration(
         model=options.model,
         model_hash=weights,
         reduction=reduction,
@@ -78,7 +89,6 @@ def run(options: CalibrationOptions, cache_dir: Path, engine_options: Sequence[s
         pixel_cap=options.pixel_cap,
         kept_uncapped=None if caps is None else mean_share(by_group(questions, changed, steps, options.target)),
     )
-    return write_all(calibration, options, cache_dir)
 
 
 def caps_of(
@@ -134,7 +144,7 @@ def group_of(
         step, kept = chosen_step(changed, steps, target), None
     else:
         # What counts as changed without a cap does so with it: a request's bounds may lift an image above its cap.
-        measured, losses = capped(changed, steps, caps), capped([monotone(own) for own in changed], steps, caps)
+        measured, losses = capped(changed, steps, caps), capped([make_monotone(own) for own in changed], steps, caps)
         bounds, step = risk_bounds(losses), chosen_step(losses, (*steps, STEPS), target)
         kept = fmean(min(step, cap) for cap in caps) / STEPS if bounds[-1] <= target else None
     return Group(

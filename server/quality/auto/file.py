@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from foldserve.reducers.ladder import STEPS
 from foldserve.reducers.reduction import Reduction
 from foldserve.server.auto import AutoPolicy
-from foldserve.server.quality.calibration_file import OfModel, default_folder
+from foldserve.server.quality.calibration_file import CalibrationFile, default_folder
 
 FILE_NAME = "auto.json"
 
@@ -45,7 +45,7 @@ class Group(BaseModel):
         return self.step / STEPS if self.kept is None else self.kept
 
 
-class AutoCalibration(OfModel):
+class AutoCalibration(CalibrationFile):
     """Result of `foldserve calibrate --auto`.
 
     Attributes:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from pydantic import Field
 from tqdm import tqdm  # comes with vLLM
 
-from foldserve.loadtest.report.journal import Journal, Line
+from foldserve.loadtest.report.journal import Journal, JournalLine
 from foldserve.reducers.item import ItemPlan, Layout
 from foldserve.reducers.ladder import STEPS, ratio_of
 from foldserve.reducers.plan import InvalidReduction, Reduction
@@ -44,7 +44,7 @@ class Model(Protocol):
         """A running engine."""
 
 
-class _Line(Line[list[Any]]):
+class _Line(JournalLine[list[Any]]):
     key: str = Field(alias="step")
     result: list[Any] = Field(alias="samples")
 
@@ -55,7 +55,7 @@ class StepJournal(Journal[list[Any]]):
     line = _Line
 
 
-def takable(spec: Spec, layouts: Sequence[Layout]) -> dict[int, tuple[ItemPlan, ...]]:
+def possible_steps(spec: Spec, layouts: Sequence[Layout]) -> dict[int, tuple[ItemPlan, ...]]:
     """The steps below `STEPS` that the method can take with all images, ascending, and their plans.
 
     Raises:
@@ -88,7 +88,7 @@ def measure(
     Args:
         layouts: of the questions' images at ratio 0.
         spec: the method.
-        plans: by step, see `takable`.
+        plans: by step, see `possible_steps`.
         journal: holds what an earlier run has measured, and gets the rest.
         answer_tokens: how much of each answer is compared, at most.
         batch: questions that the engine is given at once.
@@ -104,19 +104,44 @@ def measure(
         with model.engine(None) as engine, bar:
             if _ANSWERS not in journal:
                 bar.set_postfix_str("all tokens")
-                answers: list[list[int]] = []
                 whole = plan_all(Reduction(), layouts)
-                for these in batches:
-                    asked = [question.messages() for question in questions[these]]
-                    answers += engine.answers(asked, whole[these], answer_tokens)
-                    bar.update(len(asked))
-                journal.add(_ANSWERS, answers)
+                journal.add(_ANSWERS, _answers(engine, questions, whole, batches, answer_tokens, bar))
             for step in steps:
                 bar.set_postfix_str(f"step {step} of {STEPS}")
-                reduction, changed = spec.reduction(ratio=ratio_of(step)), list[bool]()
-                for these in batches:
-                    asked = [question.messages() for question in questions[these]]
-                    changed += engine.changed(asked, reduction, plans[step][these], journal[_ANSWERS][these])
-                    bar.update(len(asked))
-                journal.add(str(step), changed)
+                reduction = spec.reduction(ratio=ratio_of(step))
+                flags = _changed(engine, questions, reduction, plans[step], journal[_ANSWERS], batches, bar)
+                journal.add(str(step), flags)
     return [list(flags) for flags in zip(*(journal[str(step)] for step in plans), strict=True)]
+
+
+def _answers(
+    engine: Engine,
+    questions: Sequence[Question],
+    plans: Sequence[ItemPlan],
+    batches: Sequence[slice],
+    answer_tokens: int,
+    bar: tqdm[Any],
+) -> list[list[int]]:
+    answers: list[list[int]] = []
+    for batch in batches:
+        dialogues = [question.messages() for question in questions[batch]]
+        answers += engine.answers(dialogues, plans[batch], answer_tokens)
+        bar.update(len(dialogues))
+    return answers
+
+
+def _changed(
+    engine: Engine,
+    questions: Sequence[Question],
+    reduction: Reduction,
+    plans: Sequence[ItemPlan],
+    answers: Sequence[Sequence[int]],
+    batches: Sequence[slice],
+    bar: tqdm[Any],
+) -> list[bool]:
+    changed: list[bool] = []
+    for batch in batches:
+        dialogues = [question.messages() for question in questions[batch]]
+        changed += engine.changed(dialogues, reduction, plans[batch], answers[batch])
+        bar.update(len(dialogues))
+    return changed

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from math import ceil
 
-from foldserve.loadtest.report.charts import Axis, Chart, Level, Line, Panel, Point, line_chart
+from foldserve.loadtest.report.charts import Axis, Chart, ChartLine, ChartPoint, Level, Panel, line_chart
 from foldserve.loadtest.report.estimates import Estimate
 from foldserve.loadtest.report.page import page
 from foldserve.loadtest.report.tables import Table
@@ -113,16 +113,16 @@ def chart(calibration: AutoCalibration) -> Chart:
     )
 
 
-def _lines(group: Group, calibration: AutoCalibration) -> list[Line]:
+def _lines(group: Group, calibration: AutoCalibration) -> list[ChartLine]:
     below, steps = len(calibration.steps), (*calibration.steps, STEPS)
     bound, changed = group.bound, group.changed
     if not group.is_capped:  # with all tokens no answer changes
         bound, changed = (*bound[:below], 1 / (group.samples + 1)), (*changed[:below], 0.0)
     return [
-        Line(
+        ChartLine(
             name,
             [
-                Point.exact(100 * step / STEPS, share, f"{step}/{STEPS}")
+                ChartPoint.exact(100 * step / STEPS, share, f"{step}/{STEPS}")
                 for step, share in zip(steps, shares, strict=True)
             ],
             colour,

@@ -30,7 +30,7 @@ def risk_bounds(changed: Sequence[Sequence[bool]]) -> list[float]:
 
     (sum of losses + 1) / (samples + 1), where a sample whose answer changed at a step has changed at all below it.
     """
-    return [(sum(column) + 1) / (len(changed) + 1) for column in zip(*map(monotone, changed), strict=True)]
+    return [(sum(column) + 1) / (len(changed) + 1) for column in zip(*map(make_monotone, changed), strict=True)]
 
 
 def capped(changed: Sequence[Sequence[bool]], steps: Sequence[int], caps: Sequence[int]) -> list[list[bool]]:
@@ -55,6 +55,6 @@ def samples_needed(target: float) -> int:
     return ceil(1 / target - 1 - 1e-9)
 
 
-def monotone(changed: Sequence[bool]) -> list[bool]:
+def make_monotone(changed: Sequence[bool]) -> list[bool]:
     """A larger count may not be worse: changed from the largest step that changed on down."""
     return [any(changed[place:]) for place in range(len(changed))]

@@ -27,7 +27,7 @@ from foldserve.server.engine.withdrawal.batch import BatchMaps
 from foldserve.server.engine.withdrawal.core import TokenMap
 from foldserve.server.engine.worker import device
 from foldserve.server.quality.engine.kl_walk import last_logits
-from foldserve.server.quality.engine.offline import KV_CACHE_BYTES, OfflineModel, render
+from foldserve.server.quality.engine.offline import KV_CACHE_BYTES, OfflineModel, render_prompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -97,7 +97,7 @@ def _messages(image: Image, question: str) -> list[Any]:
 
 def chat_prompt(llm: Any, image: Image, question: str) -> Prompt:
     """One user turn, the image before the question, in the model's chat template."""
-    rendered = render(llm, _messages(image, question), skip_mm_cache=True)
+    rendered = render_prompt(llm, _messages(image, question), skip_mm_cache=True)
     inclusive = [pair for place in rendered["mm_placeholders"]["image"] for pair in place.extract_embeds_range()]
     return Prompt(
         rendered["prompt_token_ids"],

@@ -14,7 +14,7 @@ from foldserve.server.engine.family import Modality
 from foldserve.server.engine.grid_map import CANNOT_MAP, GridMap, can_map, grid_maps, needs_engine, pack
 from foldserve.server.engine.processor import KWARG, PLANS
 from foldserve.server.engine.worker import WORKERS, device
-from foldserve.server.quality.engine.offline import KV_CACHE_BYTES, OfflineModel, render
+from foldserve.server.quality.engine.offline import KV_CACHE_BYTES, OfflineModel, render_prompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -38,7 +38,7 @@ class MappingModel(OfflineModel):
             content = [{"type": "image_pil", "image_pil": image}, {"type": "text", "text": question}]
             extras = {"mm_processor_kwargs": {KWARG: reduction.to_json()}}
             messages = [{"role": "user", "content": content}]
-            prompt = render(llm, messages, prompt_extras=extras, skip_mm_cache=True)
+            prompt = render_prompt(llm, messages, prompt_extras=extras, skip_mm_cache=True)
             ((plan, maps),) = maps_of(llm, prompt, "image", [image.size])
             return plan, maps
         finally:

@@ -25,7 +25,7 @@ from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.plugin import register
 from foldserve.server.engine.processor import KWARG
 from foldserve.server.engine.query import text_of, with_query
-from foldserve.server.engine.withdrawal import Room, admit, prompt_items
+from foldserve.server.engine.withdrawal import StepCapacity, admit, prompt_items
 from foldserve.server.engine.worker import WORKERS, device
 from foldserve.server.settings import CONFIG_KEY
 
@@ -92,7 +92,7 @@ class OfflineModel:
         return [count for image in images for count in processor.unpredicted([image], levels)]
 
 
-def render(llm: LLM, messages: Messages, **options: Any) -> Any:
+def render_prompt(llm: LLM, messages: Messages, **options: Any) -> Any:
     """The engine's input for a dialogue, from the model's chat template (with generation prompt) and processor."""
     template = ChatParams(chat_template_kwargs={"add_generation_prompt": True, "tokenize": False})
     renderer = llm.renderer
@@ -102,7 +102,7 @@ def render(llm: LLM, messages: Messages, **options: Any) -> Any:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Reply:
+class OfflineAnswer:
     """A greedy answer, and in `first` the (vocab,) fp32 log-probabilities of its first token."""
 
     text: str
@@ -121,7 +121,7 @@ class AnsweringModel(OfflineModel):
         """A running engine; ValueError if withdrawal does not support the options or the decoder."""
         args = copy(self._args)
         if withdraw_layer is not None:
-            withdrawal.apply(args, withdraw_layer, device=device())
+            withdrawal.apply_options(args, withdraw_layer, device=device())
             args.additional_config = {**args.additional_config, CONFIG_KEY: {"withdraw_layer": withdraw_layer}}
         elif args.worker_cls == "auto" and args.pipeline_parallel_size == 1:
             args.worker_cls = WORKERS[device()]
@@ -132,7 +132,7 @@ class AnsweringModel(OfflineModel):
             llm.llm_engine.engine_core.shutdown()
 
 
-def _asked(reduction: Reduction, dialogues: Sequence[Messages]) -> list[Reduction]:
+def _with_queries(reduction: Reduction, dialogues: Sequence[Messages]) -> list[Reduction]:
     """The reduction of each dialogue's image, with its question as query."""
     return [with_query(reduction, _question(dialogue)) for dialogue in dialogues]
 
@@ -146,13 +146,13 @@ def _question(dialogue: Messages) -> str:
 class AnsweringEngine:
     def __init__(self, llm: LLM) -> None:
         self._llm = llm
-        self._room: Room = withdrawal.step_room(llm.llm_engine.vllm_config)
+        self._step_capacity: StepCapacity = withdrawal.step_capacity(llm.llm_engine.vllm_config)
         self._vocab_size: int = llm.model_config.get_vocab_size()
         self._requests = 0
 
     def ask(
         self, dialogues: Sequence[Messages], reduction: Reduction, plans: Sequence[ItemPlan], max_tokens: int
-    ) -> list[Reply]:
+    ) -> list[OfflineAnswer]:
         """Answers the dialogues, each with one image; `plans` are what `reduction` makes of the images.
 
         Raises:
@@ -161,11 +161,11 @@ class AnsweringEngine:
         """
         first = SamplingParams(temperature=0, max_tokens=1, logprobs=-1, flat_logprobs=True, detokenize=False)
         answer = SamplingParams(temperature=0, max_tokens=max_tokens)
-        each = [*zip(dialogues, _asked(reduction, dialogues), plans, strict=True)]
+        each = [*zip(dialogues, _with_queries(reduction, dialogues), plans, strict=True)]
         outputs = self._run([(*one, params, ()) for params in (first, answer) for one in each])
-        told = [output.outputs[0] for output in outputs]
-        pairs = zip(told[: len(dialogues)], told[len(dialogues) :], strict=True)
-        return [Reply(answered.text, self._log_probabilities(begun)) for begun, answered in pairs]
+        completions = [output.outputs[0] for output in outputs]
+        pairs = zip(completions[: len(dialogues)], completions[len(dialogues) :], strict=True)
+        return [OfflineAnswer(answered.text, self._log_probabilities(begun)) for begun, answered in pairs]
 
     def answers(self, dialogues: Sequence[Messages], plans: Sequence[ItemPlan], max_tokens: int) -> list[list[int]]:
         """Token ids of the greedy answers at ratio 0, with the end-of-sequence token."""
@@ -187,7 +187,7 @@ class AnsweringEngine:
         likeliest.
         """
         params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False)
-        each = zip(dialogues, _asked(reduction, dialogues), plans, answers, strict=True)
+        each = zip(dialogues, _with_queries(reduction, dialogues), plans, answers, strict=True)
         outputs = self._run([(messages, own, plan, params, answer) for messages, own, plan, answer in each])
         return [
             any(_rank(place) != 1 for place in output.prompt_logprobs[-len(answer) :])
@@ -201,7 +201,8 @@ class AnsweringEngine:
         engine = self._llm.llm_engine
         ids = []
         for messages, reduction, plan, params, answer in requests:
-            prompt = render(self._llm, messages, prompt_extras={"mm_processor_kwargs": {KWARG: reduction.to_json()}})
+            extras = {"mm_processor_kwargs": {KWARG: reduction.to_json()}}
+            prompt = render_prompt(self._llm, messages, prompt_extras=extras)
             self._check(prompt, plan)
             prompt["prompt_token_ids"] = [*prompt["prompt_token_ids"], *answer]
             params = params.clone()
@@ -217,7 +218,7 @@ class AnsweringEngine:
     def _check(self, prompt: Any, plan: ItemPlan) -> None:
         """Checks the prompt against its plan, and as the scheduler would: a refusal there ends the engine."""
         items = prompt_items(prompt)
-        token_map = admit(items, len(prompt["prompt_token_ids"]), self._room)
+        token_map = admit(items, len(prompt["prompt_token_ids"]), self._step_capacity)
         found = [item.mm_position.get_num_embeds() for item in items], token_map.total
         if found != ([plan.kept], plan.decoder_removed):
             raise RuntimeError(f"(vision tokens, withdrawn) {found} in the prompt, where {plan} was planned")

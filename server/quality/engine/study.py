@@ -22,7 +22,7 @@ from foldserve.reducers.method import InTower, Step
 from foldserve.reducers.plan import Plan, Reduction
 from foldserve.reducers.schedule import fold_schedule
 from foldserve.server.engine.families.qwen_vl import QwenVLFamily
-from foldserve.server.engine.qwen_tower import Walk
+from foldserve.server.engine.qwen_tower import TowerPass
 from foldserve.server.engine.tower import Tower, attend, run_layer, run_mlp
 from foldserve.server.quality.engine.kl_probe import (
     DenseAttention,
@@ -50,7 +50,7 @@ class Merged(NamedTuple):
     sizes: Tensor
 
 
-class Study(KLProbe):
+class ModelStudy(KLProbe):
     def tokens(self, image: Image, ratio: float) -> int:
         """Number of vision tokens; ValueError if the studies can't follow them or `ratio` can't be removed."""
         (layout,) = self.layouts([image])
@@ -147,7 +147,7 @@ def _merged_in(tower: Tower, index: int, hidden: Tensor, removed: int, first: in
     return Merged(tower.finish(hidden)[0].float().cpu(), merged.sizes[0, first:].float().cpu())
 
 
-class _ByKeys(InTower):
+class _KeyFolder(InTower):
     """FOLDER's merge by attention keys, for the studies alone."""
 
     name = "by keys"
@@ -163,8 +163,8 @@ class _ByKeys(InTower):
         return folder(x, fold_schedule(x.shape[1], sum(removed)), metric=attention.keys())
 
 
-class _InBlock(NamedTuple):
-    """The part of a plan that `Walk` reads: `removed` of `encoded` tokens leave in one block, or in none."""
+class _OneBlockPlan(NamedTuple):
+    """The part of a plan that `TowerPass` reads: `removed` of `encoded` tokens leave in one block, or in none."""
 
     encoded: int
     removed: int
@@ -172,40 +172,40 @@ class _InBlock(NamedTuple):
 
     @property
     def reducer(self) -> InTower:
-        return _ByKeys()
+        return _KeyFolder()
 
     def removed_in(self, layer: int) -> tuple[int, ...]:
         return (self.removed,) if layer == self.block else ()
 
 
-def _units(model: Any, prompt: Prompt, block: int | None = None, removed: int = 0) -> Walk:
-    """A walk before the first block of Qwen's tower, in which the patches that become one token move together."""
+def _tower_pass(model: Any, prompt: Prompt, block: int | None = None, removed: int = 0) -> TowerPass:
+    """A pass before the first block of Qwen's tower, in which the patches that become one token move together."""
     inputs = _inputs(model, prompt)
     (grid,) = inputs["image_grid_thw"].tolist()
-    plan: Any = _InBlock(grid[1] * grid[2] // model.visual.spatial_merge_unit, removed, block)
-    return Walk(model.visual, inputs["pixel_values"], grid, plan)
+    plan: Any = _OneBlockPlan(grid[1] * grid[2] // model.visual.spatial_merge_unit, removed, block)
+    return TowerPass(model.visual, inputs["pixel_values"], grid, plan)
 
 
 def _energy_of_units(model: Any, prompt: Prompt) -> Tensor:
-    walk = _units(model, prompt)
+    tower_pass = _tower_pass(model, prompt)
     energies = []
     for index, layer in enumerate(model.visual.blocks):
-        walk.through(layer, index)
-        energies.append(torch.linalg.svdvals(walk.tokens[0].float()).square().cpu())
+        tower_pass.run_layer(layer, index)
+        energies.append(torch.linalg.svdvals(tower_pass.tokens[0].float()).square().cpu())
     return torch.stack(energies)
 
 
 def _units_merged_in(model: Any, prompt: Prompt, block: int | None, removed: int) -> Merged:
     """Without deepstack levels: tokens are compared by the tower's final output."""
-    walk = _units(model, prompt, block, removed)
+    tower_pass = _tower_pass(model, prompt, block, removed)
     for index, layer in enumerate(model.visual.blocks):
-        walk.through(layer, index)
-    (left,) = walk.finish()
+        tower_pass.run_layer(layer, index)
+    (left,) = tower_pass.finish()
     width = model.family.deciding_columns(model)
-    return Merged(left.features[:, :width].float().cpu(), walk.sizes[0].float().cpu())
+    return Merged(left.features[:, :width].float().cpu(), tower_pass.sizes[0].float().cpu())
 
 
-class _SeenAttention(DenseAttention):
+class _RecordingAttention(DenseAttention):
     """Modifications: stores in `seen` how much attention goes to each part of the prompt; the image is at `image`."""
 
     image: tuple[int, int]
@@ -235,7 +235,7 @@ def _attention(model: Any, prompt: Prompt) -> Tensor:
         op.image = image
     embeds = embed(model, prompt)
     places = rotary_positions(model, prompt).to(embeds.device)
-    with dense(ops, _SeenAttention):
+    with dense(ops, _RecordingAttention):
         hidden, residual = embeds, None
         for layer in decoder.whole_layers(take_deepstack(model, len(embeds))):
             hidden, residual = layer(places, hidden, residual)

@@ -13,14 +13,14 @@ from pydantic import BaseModel, ConfigDict
 from foldserve.server.quality.evaluation.journal import Outcome, OutcomeJournal
 from foldserve.server.quality.evaluation.questions import Question
 from foldserve.server.quality.evaluation.scores import Score, mean, share
-from foldserve.server.quality.evaluation.variants import Refusal, Variant, control_positions
+from foldserve.server.quality.evaluation.variants import Variant, VariantRefusal, control_positions
 
 CARD_FILE = "quality.json"
 OCR = "ocr"
 """Kinds with this in their name are reading. They suffer first, so they are not part of the average."""
 
 
-class Result(BaseModel):
+class VariantResult(BaseModel):
     """Result of one variant.
 
     Attributes:
@@ -58,7 +58,7 @@ class Result(BaseModel):
     agreement: Score
 
 
-class Refused(BaseModel):
+class RefusedVariant(BaseModel):
     """A variant that this model can't run, with the error message as reason."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -93,15 +93,15 @@ class Card(BaseModel):
     engine: dict[str, str]
     machine: str = ""
     date: str = ""
-    results: list[Result]
-    refused: list[Refused]
+    results: list[VariantResult]
+    refused: list[RefusedVariant]
 
     @property
-    def reference(self) -> Result:
+    def reference(self) -> VariantResult:
         """The result at ratio 0."""
         return self.results[0]
 
-    def control(self, name: str, beside: Result) -> Result | None:
+    def control(self, name: str, beside: VariantResult) -> VariantResult | None:
         """The control's result at the count of `beside`, or slightly fewer tokens; None if it was refused."""
         positions = control_positions(name, beside.reduction.get("positions", ""))
         fitting = [
@@ -142,7 +142,7 @@ class Card(BaseModel):
         }
 
 
-def _summary(result: Result) -> dict[str, Any]:
+def _summary(result: VariantResult) -> dict[str, Any]:
     return {
         "method": result.label,
         "reduction": result.reduction,
@@ -158,23 +158,23 @@ def _summary(result: Result) -> dict[str, Any]:
 
 def results(
     questions: Sequence[Question], base: Variant, variants: Sequence[Variant], journal: OutcomeJournal
-) -> list[Result]:
+) -> list[VariantResult]:
     """Results from the journal, ratio 0 first; variants that are the same to the engine share their outcomes."""
     full = journal[base.key]
     return [_result(variant, questions, journal[variant.key], full) for variant in (base, *variants)]
 
 
-def refusals(refused: Sequence[Refusal]) -> list[Refused]:
-    return [Refused(label=r.label, ratio=r.ratio, layer=r.layer, reason=r.reason) for r in refused]
+def refusals(refused: Sequence[VariantRefusal]) -> list[RefusedVariant]:
+    return [RefusedVariant(label=r.label, ratio=r.ratio, layer=r.layer, reason=r.reason) for r in refused]
 
 
 def _result(
     variant: Variant, questions: Sequence[Question], outcomes: Sequence[Outcome], full: Sequence[Outcome]
-) -> Result:
+) -> VariantResult:
     judged = [(q.kind, o.right) for q, o in zip(questions, outcomes, strict=True) if o.right is not None]
     by_kind = {kind: [right for k, right in judged if k == kind] for kind, _ in judged}
     changed = [(before.right, now.right) for before, now in zip(full, outcomes, strict=True)]
-    return Result(
+    return VariantResult(
         label=variant.label,
         ratio=variant.ratio,
         layer=variant.layer,

@@ -13,7 +13,7 @@ from foldserve.server.quality.evaluation.card import CARD_FILE, Card, refusals, 
 from foldserve.server.quality.evaluation.journal import OutcomeJournal
 from foldserve.server.quality.evaluation.options import EvaluationOptions
 from foldserve.server.quality.evaluation.questions import HELD_OUT_SEED, data_hash, load_questions
-from foldserve.server.quality.evaluation.run import measure, reference
+from foldserve.server.quality.evaluation.run import measure, reference_variant
 from foldserve.server.quality.evaluation.tables import markdown, write_page
 from foldserve.server.quality.evaluation.variants import complete, default_specs, parse_specs, variants
 
@@ -31,7 +31,7 @@ def run(options: EvaluationOptions, engine_options: Sequence[str]) -> None:
             raise ValueError(f"--withdraw takes K from 1 to {model.layers - 1} for this model, not {layer}")
     ratios = sorted({ratio for ratio in options.ratios if ratio > 0})
     layouts = model.layouts(question.open() for question in questions)
-    base = reference(layouts, model.layers)
+    base = reference_variant(layouts, model.layers)
     todo, refused = variants(specs, ratios, sorted(set(options.withdraw)), layouts, model.layers)
     weights, asked = model_hash(model_folder(model.model, model.revision)), data_hash(questions)
     engine = {"vLLM": version("vllm"), "Options": " ".join(engine_options) or "none"}

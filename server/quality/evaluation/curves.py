@@ -10,11 +10,11 @@ from statistics import fmean as mean
 from foldserve.loadtest.report.charts import MOST_LINES
 from foldserve.loadtest.report.estimates import Estimate
 from foldserve.reducers import METHODS
-from foldserve.reducers.method import Decoder, Kind
-from foldserve.server.quality.evaluation.card import Card, Result
+from foldserve.reducers.method import InDecoder, Kind
+from foldserve.server.quality.evaluation.card import Card, VariantResult
 from foldserve.server.quality.evaluation.variants import CONTROLS
 
-Read = Callable[[Result], Estimate | None]
+Read = Callable[[VariantResult], Estimate | None]
 
 GROUPS: Mapping[Kind | None, str] = {
     Kind.MERGE: "Merging",
@@ -33,11 +33,11 @@ class Curve:
     name: str
     label: str
     kind: Kind | None
-    results: Sequence[Result]
+    results: Sequence[VariantResult]
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class DrawnCurves:
     """Names of the curves of one kind that are drawn, and of those that are not."""
 
     names: Sequence[str]
@@ -55,16 +55,16 @@ def curves(card: Card) -> list[Curve]:
         known.add(name)
         own = [result for result in card.results if result.label == label]
         layers = sorted({result.layer for result in own if result.layer is not None and result.ratio is not None})
-        for layer in _two_of(layers, card.layers) if layers else [None]:
+        for layer in _two_layers(layers, card.layers) if layers else [None]:
             shown = [result for result in own if layer is None or result.layer == layer]
             shown.sort(key=attrgetter("layer_tokens"), reverse=True)
             found.append(Curve(name if layer is None else f"{name} K={layer}", label, _kind(name), shown))
     return found
 
 
-def references(card: Card, beside: Sequence[Result]) -> dict[str, list[Result]]:
+def references(card: Card, beside: Sequence[VariantResult]) -> dict[str, list[VariantResult]]:
     """Each control's results at the counts of `beside`."""
-    found: dict[str, list[Result]] = {}
+    found: dict[str, list[VariantResult]] = {}
     for name in CONTROLS:
         controls = [control for result in beside if (control := card.control(name, result)) is not None]
         by_count = {control.kept: control for control in controls}
@@ -72,7 +72,7 @@ def references(card: Card, beside: Sequence[Result]) -> dict[str, list[Result]]:
     return found
 
 
-def choose(cards: Sequence[Card], kind: Kind | None) -> Choice:
+def choose_curves(cards: Sequence[Card], kind: Kind | None) -> DrawnCurves:
     """The best curves of a kind, by right answers above those of `random` at the same counts, in the cards' order."""
     merits: dict[str, list[float]] = {}
     for card in cards:
@@ -80,7 +80,7 @@ def choose(cards: Sequence[Card], kind: Kind | None) -> Choice:
             if curve.kind == kind:
                 merits.setdefault(curve.name, []).append(_merit(card, curve))
     best = sorted(merits, key=lambda name: mean(merits[name]), reverse=True)[:MOST_LINES]
-    return Choice([name for name in merits if name in best], [name for name in merits if name not in best])
+    return DrawnCurves([name for name in merits if name in best], [name for name in merits if name not in best])
 
 
 def best(card: Card) -> Curve | None:
@@ -90,12 +90,12 @@ def best(card: Card) -> Curve | None:
     return default or max(able, key=lambda curve: _merit(card, curve), default=None)
 
 
-def withdrawals(card: Card) -> dict[str, list[Result]]:
+def withdrawals(card: Card) -> dict[str, list[VariantResult]]:
     """Results to draw against K: plain withdrawal, and other decoder methods at a middle and the highest ratio."""
-    found: dict[str, list[Result]] = {}
+    found: dict[str, list[VariantResult]] = {}
     for result in card.results:
         method = METHODS.get(result.label)
-        if result.layer is None or not isinstance(method, Decoder):
+        if result.layer is None or not isinstance(method, InDecoder):
             continue
         ratios = sorted({r.ratio for r in card.results if r.label == result.label and r.ratio is not None})
         if result.ratio is None or result.ratio in (ratios[len(ratios) // 3], ratios[-1]):
@@ -113,7 +113,7 @@ def _kind(name: str) -> Kind | None:
     return METHODS[name].kind if name in METHODS else None
 
 
-def _two_of(layers: Sequence[int], total: int) -> list[int]:
+def _two_layers(layers: Sequence[int], total: int) -> list[int]:
     """The layers nearest to a third and two thirds of the decoder."""
     return sorted({min(layers, key=lambda layer: abs(layer - total * part / 3)) for part in (1, 2)})
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
-from foldserve.loadtest.report.journal import Journal, Line
+from foldserve.loadtest.report.journal import Journal, JournalLine
 
 
 class Outcome(BaseModel):
@@ -28,7 +28,7 @@ class Outcome(BaseModel):
     agrees: bool
 
 
-class _Line(Line[list[Outcome]]):
+class _Line(JournalLine[list[Outcome]]):
     key: str = Field(alias="variant")
     result: list[Outcome] = Field(alias="outcomes")
 

@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import attrgetter
 
-from foldserve.loadtest.report.charts import Axis, Chart, Line, Panel, Point, heat_map, line_chart
+from foldserve.loadtest.report.charts import Axis, Chart, ChartLine, ChartPoint, Panel, heat_map, line_chart
 from foldserve.reducers.method import Kind
-from foldserve.server.quality.evaluation.card import Card, Result
+from foldserve.server.quality.evaluation.card import Card, VariantResult
 from foldserve.server.quality.evaluation.curves import (
     GROUPS,
-    Choice,
     Curve,
+    DrawnCurves,
     Read,
     best,
-    choose,
+    choose_curves,
     curves,
     differ,
     references,
@@ -57,7 +57,7 @@ def _by_tokens(stem: str, title: str, cards: Mapping[str, Card], read: Read, y: 
     panels: list[Panel] = []
     left_out: list[str] = []
     for kind, group in GROUPS.items():
-        choice = choose([*cards.values()], kind)
+        choice = choose_curves([*cards.values()], kind)
         left_out += choice.left_out
         lines = {name: _lines(card, kind, choice, read, with_full=not y.is_log) for name, card in cards.items()}
         if all(any(line.colour is not None for line in each) for each in lines.values()):  # else nothing to compare
@@ -82,28 +82,28 @@ def _precision(panels: Sequence[Panel], y: Axis) -> str:
     return f"{count} questions: the ends of 95 % intervals are up to {width:.0f} points away."
 
 
-def _lines(card: Card, kind: Kind | None, choice: Choice, read: Read, *, with_full: bool) -> list[Line]:
+def _lines(card: Card, kind: Kind | None, choice: DrawnCurves, read: Read, *, with_full: bool) -> list[ChartLine]:
     """Lines of a panel, the controls last."""
     by_name = {curve.name: curve.results for curve in curves(card) if curve.kind == kind and curve.name in choice.names}
     colours = {name: colour for colour, name in enumerate(choice.names)}
     beside = [result for results in by_name.values() for result in results]
     full = [card.reference] if with_full else []
     return [
-        Line(name, points, colours.get(name))
+        ChartLine(name, points, colours.get(name))
         for name, results in (by_name | references(card, beside)).items()
         if (points := _points([*full, *results], read)) and len(points) > len(full)
     ]
 
 
-def _points(results: Sequence[Result], read: Read) -> list[Point]:
+def _points(results: Sequence[VariantResult], read: Read) -> list[ChartPoint]:
     return [
-        Point(result.layer_tokens, estimate, _about(result))
+        ChartPoint(result.layer_tokens, estimate, _about(result))
         for result in results
         if (estimate := read(result)) is not None
     ]
 
 
-def _about(result: Result) -> str:
+def _about(result: VariantResult) -> str:
     ratio = "" if result.ratio is None else f"ratio {result.ratio:g}"
     layer = "" if result.layer is None else f"K={result.layer}"
     return ", ".join(filter(None, [ratio, layer, f"{result.layer_tokens:.4g} tokens"]))
@@ -134,7 +134,7 @@ def _map(name: str, card: Card, curve: Curve) -> Chart:
     )
 
 
-def _cell(kind: str, result: Result, full: Result) -> tuple[str, float, str] | None:
+def _cell(kind: str, result: VariantResult, full: VariantResult) -> tuple[str, float, str] | None:
     score = result.kinds.get(kind)
     if score is None:
         return None
@@ -149,7 +149,7 @@ def _by_layer(cards: Mapping[str, Card]) -> Chart | None:
             lines = []
             for colour, (method, results) in enumerate(withdrawals(card).items()):
                 points = [
-                    Point(float(result.layer or 0), estimate, _about(result))
+                    ChartPoint(float(result.layer or 0), estimate, _about(result))
                     for result in results
                     if (estimate := read(result)) is not None
                 ]
@@ -157,8 +157,8 @@ def _by_layer(cards: Mapping[str, Card]) -> Chart | None:
                     alike.add(method)
                     continue
                 full = read(card.reference)
-                start = [Point(float(card.layers), full, "never")] if full else []
-                lines.append(Line(method, [*start, *points], colour))
+                start = [ChartPoint(float(card.layers), full, "never")] if full else []
+                lines.append(ChartLine(method, [*start, *points], colour))
             if lines:
                 panels.append(Panel(", ".join(filter(None, [title, name])), lines))
     if not panels:

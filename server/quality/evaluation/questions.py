@@ -48,7 +48,7 @@ class Question:
         return chat_messages({"type": "image_pil", "image_pil": self.open()}, self.history, self.text)
 
 
-class _Row(BaseModel):
+class _JsonlQuestion(BaseModel):
     """A line of a JSONL file. Other fields are ignored, except the one that holds the kind."""
 
     model_config = ConfigDict(strict=True, extra="allow")
@@ -80,7 +80,7 @@ def load_questions(
         found = demo_questions(seed, limit)
         return [Question(q.image, q.question, (q.answer,), q.kind, q.history) for q in found]
     if data.is_file():
-        return _spread(_from_jsonl(data, kind_field), limit, data)
+        return _spread_over_kinds(_from_jsonl(data, kind_field), limit, data)
     return [Question(sample.image, sample.question) for sample in load_samples(data, limit, question)]
 
 
@@ -90,7 +90,7 @@ def _from_jsonl(file: Path, kind_field: str) -> list[Question]:
         if not line.strip():
             continue
         try:
-            row = _Row.model_validate_json(line)
+            row = _JsonlQuestion.model_validate_json(line)
         except ValidationError as error:
             wrong = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'line'}: {e['msg']}" for e in error.errors())
             raise ValueError(
@@ -104,7 +104,7 @@ def _from_jsonl(file: Path, kind_field: str) -> list[Question]:
     return found
 
 
-def _spread(found: Sequence[Question], limit: int, data: Path) -> list[Question]:
+def _spread_over_kinds(found: Sequence[Question], limit: int, data: Path) -> list[Question]:
     if not found:
         raise ValueError(f"{data} holds no questions")
     count = min(limit, len(found))

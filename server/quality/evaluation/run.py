@@ -20,7 +20,7 @@ from foldserve.server.quality.evaluation.scores import is_right
 from foldserve.server.quality.evaluation.variants import Variant, plan_all
 
 
-class Answered(Protocol):
+class ModelAnswer(Protocol):
     """One reply; implemented by `Reply` in `quality/engine/offline.py`."""
 
     @property
@@ -39,7 +39,7 @@ class Engine(Protocol):
         reduction: Reduction,
         plans: Sequence[ItemPlan],
         max_tokens: int,
-    ) -> Sequence[Answered]:
+    ) -> Sequence[ModelAnswer]:
         """One reply per dialogue, whose image is reduced by its plan."""
 
 
@@ -48,7 +48,7 @@ class Model(Protocol):
         """A running engine with K = `withdraw_layer`, or without withdrawal."""
 
 
-def reference(layouts: Sequence[Layout], layers: int) -> Variant:
+def reference_variant(layouts: Sequence[Layout], layers: int) -> Variant:
     """The variant at ratio 0, which all others are compared with."""
     return Variant("none", 0.0, None, layers, Reduction(), plan_all(Reduction(), layouts))
 
@@ -79,7 +79,7 @@ def measure(
         with model.engine(layer) as engine:
             for variant in group:
                 bar.set_postfix_str(f"{variant.label} {variant.kept:.4g} tokens" + (f" K={layer}" if layer else ""))
-                replies: list[Answered] = []
+                replies: list[ModelAnswer] = []
                 for start in range(0, len(questions), batch):
                     these = slice(start, start + batch)
                     asked = [question.messages() for question in questions[these]]
@@ -100,7 +100,9 @@ def _by_layer(variants: Sequence[Variant]) -> Iterator[tuple[int | None, list[Va
         yield layer, [variant for variant in variants if variant.layer == layer]
 
 
-def _outcomes(questions: Sequence[Question], replies: Sequence[Answered], first: NDArray[np.float32]) -> list[Outcome]:
+def _outcomes(
+    questions: Sequence[Question], replies: Sequence[ModelAnswer], first: NDArray[np.float32]
+) -> list[Outcome]:
     own = torch.from_numpy(np.stack([reply.first for reply in replies]))
     full = torch.from_numpy(first)
     kl = kl_divergence(own, full)

@@ -8,7 +8,7 @@ from pathlib import Path
 from foldserve.loadtest.report.page import page
 from foldserve.loadtest.report.side_by_side import NOTE, Measure, Pair, differences, settings
 from foldserve.loadtest.report.tables import Table
-from foldserve.server.quality.evaluation.card import Card, Result
+from foldserve.server.quality.evaluation.card import Card, VariantResult
 from foldserve.server.quality.evaluation.plots import plots
 from foldserve.server.quality.evaluation.tables import facts, names
 
@@ -44,5 +44,5 @@ def _rows(first: Card, second: Card) -> Iterator[tuple[Sequence[str], Sequence[P
             yield names(result), _pairs(result, other)
 
 
-def _pairs(first: Result, second: Result) -> list[Pair]:
+def _pairs(first: VariantResult, second: VariantResult) -> list[Pair]:
     return [(first.accuracy, second.accuracy), (first.ocr, second.ocr), (first.kl, second.kl)]

@@ -9,7 +9,7 @@ from foldserve.loadtest.report.charts import Chart
 from foldserve.loadtest.report.estimates import Estimate
 from foldserve.loadtest.report.page import page
 from foldserve.loadtest.report.tables import NONE, Table
-from foldserve.server.quality.evaluation.card import Card, Result
+from foldserve.server.quality.evaluation.card import Card, VariantResult
 from foldserve.server.quality.evaluation.plots import plots
 from foldserve.server.quality.evaluation.variants import CONTROLS
 
@@ -86,7 +86,7 @@ def _note(card: Card) -> str:
     )
 
 
-def _row(card: Card, result: Result) -> list[str]:
+def _row(card: Card, result: VariantResult) -> list[str]:
     controls = [card.control(name, result) if result is not card.reference else None for name in CONTROLS]
     return [
         *names(result),
@@ -103,7 +103,7 @@ def _row(card: Card, result: Result) -> list[str]:
     ]
 
 
-def names(result: Result) -> list[str]:
+def names(result: VariantResult) -> list[str]:
     """Method, ratio and K."""
     return [result.label, _number(result.ratio), _number(result.layer)]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from foldserve.reducers import METHODS
 from foldserve.reducers.item import ItemPlan, Layout, plan_item
-from foldserve.reducers.method import AcrossFrames, BeforeTower, Decoder, Preselection
+from foldserve.reducers.method import AcrossFrames, BeforeTower, InDecoder, Preselection
 from foldserve.reducers.plan import InvalidReduction, Reduction
 from foldserve.reducers.reduction import MIN_KEPT
 
@@ -80,7 +80,7 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class VariantRefusal:
     label: str
     ratio: float | None
     layer: int | None
@@ -122,7 +122,7 @@ def _pieces(text: str) -> list[str]:
 
 def _spec(text: str) -> Spec:
     text = text.strip()
-    fields = _json(text) if text.startswith("{") else _named(text)
+    fields = _json(text) if text.startswith("{") else _parse_method(text)
     for name in _AMOUNTS:
         if name in fields:
             advice = "withdraw as +withdraw in the method" if name == "withdraw" else "amounts with --ratios"
@@ -140,7 +140,7 @@ def _json(text: str) -> dict[str, Any]:
     return fields
 
 
-def _named(text: str) -> dict[str, Any]:
+def _parse_method(text: str) -> dict[str, Any]:
     name, _, options = text.partition(":")
     fields: dict[str, Any] = {"method": name}
     for option in _pieces(options) if options else []:
@@ -164,7 +164,7 @@ def default_specs(withdraws: bool) -> list[Spec]:
     return [
         Spec(name, (("method", name),))
         for name, method in METHODS.items()
-        if (withdraws or not isinstance(method, Decoder)) and not isinstance(method, AcrossFrames)
+        if (withdraws or not isinstance(method, InDecoder)) and not isinstance(method, AcrossFrames)
     ]
 
 
@@ -181,7 +181,7 @@ def variants(
     withdraw_layers: Sequence[int],
     layouts: Sequence[Layout],
     layers: int,
-) -> tuple[list[Variant], list[Refusal]]:
+) -> tuple[list[Variant], list[VariantRefusal]]:
     """All variants to measure except ratio 0, and those that this model refuses; controls come last, at each count.
 
     Args:
@@ -191,7 +191,7 @@ def variants(
         layers: number of decoder layers.
     """
     found: list[Variant] = []
-    refused: list[Refusal] = []
+    refused: list[VariantRefusal] = []
     for spec in specs:
         for ratio, layer in _grid(spec, ratios, withdraw_layers):
             try:
@@ -200,7 +200,7 @@ def variants(
                 reduction = spec.reduction() if ratio is None else spec.reduction(ratio=ratio)
                 found.append(Variant(spec.label, ratio, layer, layers, reduction, plan_all(reduction, layouts)))
             except InvalidReduction as error:
-                refused.append(Refusal(spec.label, ratio, layer, str(error)))
+                refused.append(VariantRefusal(spec.label, ratio, layer, str(error)))
     counts = {
         (v.count, v.reduction.positions or "") for v in found if v.count < mean(layout.tokens for layout in layouts)
     }
@@ -209,7 +209,7 @@ def variants(
             try:
                 found.append(_control(name, count, positions, layouts, layers))
             except InvalidReduction as error:
-                refused.append(Refusal(f"{name} at {count} tokens", None, None, str(error)))
+                refused.append(VariantRefusal(f"{name} at {count} tokens", None, None, str(error)))
     return found, refused
 
 
@@ -223,7 +223,7 @@ def _grid(
         yield None, None  # refused once
         return
     method = METHODS.get(dict(spec.fields)["method"])
-    fixed = isinstance(method, Preselection) or (isinstance(method, Decoder) and method.default_ratio is None)
+    fixed = isinstance(method, Preselection) or (isinstance(method, InDecoder) and method.default_ratio is None)
     for layer in withdraw_layers if decoder and withdraw_layers else [None]:
         for ratio in [None] if fixed else ratios:
             yield ratio, layer

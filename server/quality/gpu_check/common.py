@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from foldserve.server.quality.demo.checkpoint import CHECKPOINT
-from foldserve.server.quality.gpu_check.bench import Bench
-from foldserve.server.quality.gpu_check.jobs import Answers, Ask, Engine
+from foldserve.server.quality.gpu_check.job_runner import JobRunner
+from foldserve.server.quality.gpu_check.jobs import AnswerJob, AnswerResult, EngineSpec
 
 STOCK = {"VLLM_PLUGINS": ""}
 """Environment variables of a job that runs plain vLLM."""
@@ -19,16 +19,16 @@ TRUE_FP32 = {"TRITON_F32_DEFAULT": "ieee"}
 
 
 @dataclass(frozen=True, slots=True)
-class Passed:
+class StagePassed:
     """Result of a stage that passed: one line, and details for the JSON file and the page."""
 
     line: str
     details: Mapping[str, Any] = field(default_factory=dict)
 
 
-def engine(bench: Bench, withdraw_layer: int | None = None, **arguments: Any) -> Engine:
+def engine(job_runner: JobRunner, withdraw_layer: int | None = None, **arguments: Any) -> EngineSpec:
     """An engine of the demo model, which fits any GPU."""
-    options = bench.options
+    options = job_runner.options
     asked = {"attention_backend": options.attention_backend, "mm_encoder_attn_backend": options.mm_encoder_attn_backend}
     defaults: dict[str, Any] = {
         "dtype": "bfloat16",
@@ -39,15 +39,15 @@ def engine(bench: Bench, withdraw_layer: int | None = None, **arguments: Any) ->
         "enforce_eager": True,
     }
     given = {name: value for name, value in asked.items() if value}
-    return Engine(model=CHECKPOINT, withdraw_layer=withdraw_layer, arguments=defaults | given | arguments)
+    return EngineSpec(model=CHECKPOINT, withdraw_layer=withdraw_layer, arguments=defaults | given | arguments)
 
 
-def fp32_arguments(bench: Bench) -> dict[str, Any]:
+def fp32_arguments(job_runner: JobRunner) -> dict[str, Any]:
     """Engine arguments for fp32, with attention backends that support it."""
-    if bench.options.device == "cpu":
+    if job_runner.options.device == "cpu":
         return {"dtype": "float32"}
     return {"dtype": "float32", "attention_backend": "TRITON_ATTN", "mm_encoder_attn_backend": "TORCH_SDPA"}
 
 
-def ask_ours(bench: Bench, name: str, ask: Ask, **env: str) -> Answers:
-    return bench.run(name, "answer", ask, Answers, **OURS, **env)
+def ask_ours(job_runner: JobRunner, name: str, ask: AnswerJob, **env: str) -> AnswerResult:
+    return job_runner.run(name, "answer", ask, AnswerResult, **OURS, **env)

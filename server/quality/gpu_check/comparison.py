@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from foldserve.server.quality.gpu_check.bench import Failed
+from foldserve.server.quality.gpu_check.job_runner import StageFailed
 from foldserve.server.quality.gpu_check.jobs import Answer, Case
 
 
@@ -73,9 +73,9 @@ def require(comparison: Comparison, tolerance: Tolerance, what: str = "") -> Non
     if comparison.wrong:
         name, wrong = next(iter(comparison.wrong.items()))
         count = f"{len(comparison.wrong)} of {len(comparison.errors)} cases are wrong"
-        raise Failed(f"{before}{count}, such as {name}: {wrong}", comparison.details)
+        raise StageFailed(f"{before}{count}, such as {name}: {wrong}", comparison.details)
     if comparison.compared < tolerance.compared * comparison.tokens:
-        raise Failed(
+        raise StageFailed(
             f"{before}only {comparison.compared} of {comparison.tokens} tokens could be compared: the others follow "
             "tokens that were hardly likelier than another",
             comparison.details,
@@ -138,5 +138,7 @@ def require_alike(
         errors += (abs(a - b) for a, b in zip(right.margins[:both], answer.margins[:both], strict=False))
     ninth = sorted(errors)[int(0.9 * len(errors))] if errors else float("inf")
     if same < followed * total or not ninth <= margin:
-        raise Failed(f"{what}: {same} of {total} tokens alike, of which nine of ten have margins within {ninth:.2g}")
+        raise StageFailed(
+            f"{what}: {same} of {total} tokens alike, of which nine of ten have margins within {ninth:.2g}"
+        )
     return same / total, ninth

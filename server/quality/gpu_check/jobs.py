@@ -8,11 +8,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 
-class _Message(BaseModel):
+class _JobMessage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
 
-class Case(_Message):
+class Case(_JobMessage):
     """One request.
 
     Attributes:
@@ -29,7 +29,7 @@ class Case(_Message):
     tokens: int
 
 
-class Answer(_Message):
+class Answer(_JobMessage):
     """A greedy answer.
 
     Attributes:
@@ -43,7 +43,7 @@ class Answer(_Message):
     margins: tuple[float, ...]
 
 
-class Engine(_Message):
+class EngineSpec(_JobMessage):
     """An engine to start in the job's process.
 
     Attributes:
@@ -60,19 +60,19 @@ class Engine(_Message):
     arguments: dict[str, Any] = {}
 
 
-class Ask(_Message):
+class AnswerJob(_JobMessage):
     """Job `answer`: sends all cases at once, `rounds` times to one engine.
 
     Every second round is in reverse order: a small prefix cache still has the last cases of the round before.
     """
 
-    engine: Engine
+    engine: EngineSpec
     cases: tuple[Case, ...]
     references: Path
     rounds: int = 1
 
 
-class Answers(_Message):
+class AnswerResult(_JobMessage):
     """Result of the job `answer`.
 
     Attributes:
@@ -94,15 +94,15 @@ class Answers(_Message):
     facts: dict[str, Any] = {}
 
 
-class Burst(_Message):
+class BurstJob(_JobMessage):
     """Job `burst`: first as many unreduced images as start-up profiled, then `images` reduced ones at once."""
 
-    engine: Engine
+    engine: EngineSpec
     images: int
     reduction: dict[str, Any]
 
 
-class BurstSeen(_Message):
+class BurstResult(_JobMessage):
     """Result of the job `burst`.
 
     Attributes:
@@ -122,7 +122,7 @@ class BurstSeen(_Message):
     burst_bytes: int | None = None
 
 
-class Load(_Message):
+class LoadJob(_JobMessage):
     """Job `load`: for each reduction, `rounds` times `requests` at once, then `singles` one after the other.
 
     Attributes:
@@ -130,7 +130,7 @@ class Load(_Message):
         tokens: tokens of an answer.
     """
 
-    engine: Engine
+    engine: EngineSpec
     reductions: tuple[dict[str, Any], ...]
     image_px: int
     requests: int = 64
@@ -140,7 +140,7 @@ class Load(_Message):
     words: int = 30
 
 
-class LoadRow(_Message):
+class LoadRow(_JobMessage):
     """Medians at one reduction.
 
     Attributes:
@@ -156,7 +156,7 @@ class LoadRow(_Message):
     sequences: int
 
 
-class LoadRows(_Message):
+class LoadResult(_JobMessage):
     """Result of the job `load`.
 
     Attributes:
@@ -171,11 +171,11 @@ class LoadRows(_Message):
     peak_bytes: int | None = None
 
 
-class Machine(_Message):
+class MachineJob(_JobMessage):
     """Job `machine`: whether vLLM's compiled kernels work, and the device's peak throughput."""
 
 
-class MachineSeen(_Message):
+class MachineResult(_JobMessage):
     """Result of the job `machine`; `silu_error` is the relative error of vLLM's compiled `silu_and_mul` in bf16."""
 
     device: str
@@ -186,11 +186,11 @@ class MachineSeen(_Message):
     silu_error: float
 
 
-class Kernels(_Message):
+class KernelsJob(_JobMessage):
     """Job `kernels`: each Triton kernel against its torch reference."""
 
 
-class KernelsSeen(_Message):
+class KernelsResult(_JobMessage):
     """Result of the job `kernels`.
 
     Attributes:

@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from foldserve.server.quality.gpu_check.bench import Bench, Failed
-from foldserve.server.quality.gpu_check.common import OURS, STOCK, Passed
-from foldserve.server.quality.gpu_check.jobs import Engine, Load, LoadRow, LoadRows
+from foldserve.server.quality.gpu_check.common import OURS, STOCK, StagePassed
+from foldserve.server.quality.gpu_check.job_runner import JobRunner, StageFailed
+from foldserve.server.quality.gpu_check.jobs import EngineSpec, LoadJob, LoadResult, LoadRow
 from foldserve.server.quality.gpu_check.shape import write_shape
 
 RATIOS = (0.0, 0.5, 0.66, 0.9)
@@ -25,11 +25,11 @@ _ANY_SIZE_PX = 672
 Row = dict[str, Any]
 
 
-def load(bench: Bench) -> Passed:
-    model = bench.options.model or write_shape(bench.folder / "llava-1.5-7b-shape")
+def measure_load(job_runner: JobRunner) -> StagePassed:
+    model = job_runner.options.model or write_shape(job_runner.folder / "llava-1.5-7b-shape")
     layer = _layers(model) // 2
-    size = _ON_CPU if bench.options.device == "cpu" else {}
-    plain = Load(engine=load_engine(bench, model), image_px=_image_px(model), reductions=({},), **size)
+    size = _ON_CPU if job_runner.options.device == "cpu" else {}
+    plain = LoadJob(engine=load_engine(job_runner, model), image_px=_image_px(model), reductions=({},), **size)
     reduced = plain.model_copy(update={"reductions": tuple({"ratio": ratio} for ratio in RATIOS)})
     withdrawing = plain.model_copy(
         update={
@@ -46,25 +46,27 @@ def load(bench: Bench) -> Passed:
             ("foldserve", reduced, RATIOS, OURS),
             (f"withdrawn at K={layer}", withdrawing, WITHDRAWN_RATIOS, OURS),
         ):
-            measured = bench.run(f"load-{name.partition(' ')[0]}", "load", spec, LoadRows, **env)
+            measured = job_runner.run(f"load-{name.partition(' ')[0]}", "load", spec, LoadResult, **env)
             rows += [_row(name, ratio, row, measured) for ratio, row in zip(ratios, measured.rows, strict=True)]
-        return Passed(judge(rows), found)
-    except Failed as failed:  # what was measured is worth seeing
-        raise Failed(str(failed), found) from failed
+        return StagePassed(check_gains(rows), found)
+    except StageFailed as failed:  # what was measured is worth seeing
+        raise StageFailed(str(failed), found) from failed
 
 
-def judge(rows: list[Row]) -> str:
+def check_gains(rows: list[Row]) -> str:
     """Sums up the gains; raises Failed if foldserve is slower than vLLM at ratio 0 or reduction gains nothing."""
     stock, zero, *reduced = (row["requests_per_s"] for row in rows if "withdrawn" not in row["engine"])
     if zero < LEAST_OF_STOCK * stock:
-        raise Failed(f"{zero:.1f} requests/s at ratio 0, {zero / stock:.0%} of plain vLLM's {stock:.1f}")
+        raise StageFailed(f"{zero:.1f} requests/s at ratio 0, {zero / stock:.0%} of plain vLLM's {stock:.1f}")
     if reduced[-1] <= zero:
-        raise Failed(f"{reduced[-1]:.1f} requests/s at ratio {RATIOS[-1]:g}, {zero:.1f} at 0: reduction brings nothing")
+        raise StageFailed(
+            f"{reduced[-1]:.1f} requests/s at ratio {RATIOS[-1]:g}, {zero:.1f} at 0: reduction brings nothing"
+        )
     gains = ", ".join(f"{rate / stock:.2f} at {ratio:g}" for ratio, rate in zip(RATIOS, (zero, *reduced), strict=True))
     return f"requests/s of plain vLLM's {stock:.1f}: {gains}"
 
 
-def _row(engine: str, ratio: float, row: LoadRow, found: LoadRows) -> Row:
+def _row(engine: str, ratio: float, row: LoadRow, found: LoadResult) -> Row:
     return {
         "engine": engine,
         "runner": found.runner,
@@ -74,9 +76,9 @@ def _row(engine: str, ratio: float, row: LoadRow, found: LoadRows) -> Row:
     }
 
 
-def load_engine(bench: Bench, model: Path) -> Engine:
+def load_engine(job_runner: JobRunner, model: Path) -> EngineSpec:
     """An engine with the user's settings, else vLLM's, and without a prefix cache, which would skip prefills."""
-    options = bench.options
+    options = job_runner.options
     arguments: dict[str, Any] = {
         "load_format": "dummy",
         "dtype": "bfloat16",
@@ -90,7 +92,7 @@ def load_engine(bench: Bench, model: Path) -> Engine:
     }
     if options.device == "cpu":
         arguments |= {"kv_cache_memory_bytes": 256 << 20, "enforce_eager": True}
-    return Engine(model=model, arguments={name: value for name, value in arguments.items() if value is not None})
+    return EngineSpec(model=model, arguments={name: value for name, value in arguments.items() if value is not None})
 
 
 def _layers(model: Path) -> int:

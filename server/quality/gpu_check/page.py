@@ -7,11 +7,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from foldserve.loadtest.report.charts import Axis, Chart, Level, Line, Panel, Point, bars, line_chart
+from foldserve.loadtest.report.charts import Axis, Chart, ChartLine, ChartPoint, Level, Panel, bars, line_chart
 from foldserve.loadtest.report.estimates import Estimate
 from foldserve.loadtest.report.page import page
 from foldserve.loadtest.report.tables import NONE, Table
-from foldserve.server.quality.gpu_check.result import Result, Results
+from foldserve.server.quality.gpu_check.result import CheckResults, StageResult
 
 PAGE_FILE = "gpu-check.md"
 _GIB = 2**30
@@ -31,7 +31,7 @@ _STAGES = (
 _LOAD_HEADINGS = ["engine", "ratio", "prompt tokens", "requests/s", "TTFT ms", "ITL ms", "sequences in KV", "peak GiB"]
 
 
-def write_page(results: Results, folder: Path) -> None:
+def write_page(results: CheckResults, folder: Path) -> None:
     """Writes the page in both forms, and its charts if matplotlib is installed."""
     drawn = charts({"": results}) if find_spec("matplotlib") else []
     for chart in drawn:
@@ -40,14 +40,14 @@ def write_page(results: Results, folder: Path) -> None:
     (folder / PAGE_FILE).write_text(markdown(results, drawn))
 
 
-def html(results: Results, drawn: Sequence[Chart]) -> str:
+def html(results: CheckResults, drawn: Sequence[Chart]) -> str:
     failed = [f"{result.stage} failed" for result in results.stages if result.status == "FAIL"]
     lead = ". ".join([results.verdict(), *failed, *([_ON_CPU] if results.device == "cpu" else [])])
     tables = filter(None, [_load(results), _steps(results)])
     return page("GPU check", lead=lead, facts=results.facts, first=[_stages(results)], charts=drawn, tables=tables)
 
 
-def markdown(results: Results, drawn: Sequence[Chart]) -> str:
+def markdown(results: CheckResults, drawn: Sequence[Chart]) -> str:
     parts = [f"# GPU check: {results.verdict()}"]
     if results.device == "cpu":
         parts.append(_ON_CPU)
@@ -59,16 +59,16 @@ def markdown(results: Results, drawn: Sequence[Chart]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _facts(results: Results) -> Table:
+def _facts(results: CheckResults) -> Table:
     return Table("Machine", ["what", "value"], list(results.facts.items()), labels=2)
 
 
-def _stages(results: Results) -> Table:
+def _stages(results: CheckResults) -> Table:
     rows = [[r.stage, r.status, f"{r.seconds:.0f}", r.shows, r.line] for r in results.stages]
     return Table("Stages", ["stage", "result", "seconds", "shows that", "found"], rows, labels=5, is_prose=True)
 
 
-def _load(results: Results) -> Table | None:
+def _load(results: CheckResults) -> Table | None:
     found = details(results, "load")
     rows = found.get("rows")
     if not rows:
@@ -93,13 +93,13 @@ def _load(results: Results) -> Table | None:
     return Table("Load", _LOAD_HEADINGS, cells, note=note)
 
 
-def _steps(results: Results) -> Table | None:
+def _steps(results: CheckResults) -> Table | None:
     graphs = details(results, "graphs")
     cells = [[name, mode, str(count)] for name, found in graphs.items() for mode, count in found["steps"].items()]
     return Table("Steps by mode of CUDA graphs", ["engine", "mode", "steps"], cells, labels=2) if cells else None
 
 
-def charts(checks: Mapping[str, Results]) -> list[Chart]:
+def charts(checks: Mapping[str, CheckResults]) -> list[Chart]:
     """Charts of the results; `checks` are keyed by the name for their panels, "" if only one."""
     found = []
     for stem, title, field, unit in _QUESTIONS:
@@ -119,13 +119,13 @@ def charts(checks: Mapping[str, Results]) -> list[Chart]:
     return found
 
 
-def _lines(rows: Sequence[Mapping[str, Any]], field: str) -> list[Line]:
+def _lines(rows: Sequence[Mapping[str, Any]], field: str) -> list[ChartLine]:
     """One line per engine, except plain vLLM."""
     engines = dict.fromkeys(row["engine"] for row in rows if row["engine"] != _PLAIN)
     return [
-        Line(
+        ChartLine(
             engine,
-            [Point.exact(r["ratio"], r[field], f"ratio {r['ratio']:g}") for r in rows if r["engine"] == engine],
+            [ChartPoint.exact(r["ratio"], r[field], f"ratio {r['ratio']:g}") for r in rows if r["engine"] == engine],
             i,
         )
         for i, engine in enumerate(engines)
@@ -136,7 +136,7 @@ def _levels(rows: Sequence[Mapping[str, Any]], field: str) -> list[Level]:
     return [Level(_PLAIN, Estimate(*[row[field]] * 3)) for row in rows if row["engine"] == _PLAIN]
 
 
-def details(results: Results, stage: str) -> Mapping[str, Any]:
+def details(results: CheckResults, stage: str) -> Mapping[str, Any]:
     """A stage's details; empty if it was not run."""
-    found: Result | None = next((result for result in results.stages if result.stage == stage), None)
+    found: StageResult | None = next((result for result in results.stages if result.stage == stage), None)
     return {} if found is None else found.details

@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from foldserve.server.quality.gpu_check.jobs import Answer, Case
 
-_TOLD = "asked"
+_METADATA_KEY = "asked"
 """The only metadata entry: the order of several would vary from file to file."""
 
 REFERENCES = Path(__file__).parent / "references.safetensors"
@@ -35,18 +35,18 @@ class References:
     @classmethod
     def load(cls, file: Path = REFERENCES) -> References:
         with safe_open(file, "np") as stored:
-            told = json.loads(stored.metadata()[_TOLD])
+            metadata = json.loads(stored.metadata()[_METADATA_KEY])
             pixels, prompts, ids, logprobs, margins = (
                 stored.get_tensor(name) for name in ("images", "prompt_tokens", "ids", "logprobs", "margins")
             )
-        cases = tuple(Case(**case, tokens=ids.shape[1]) for case in told["cases"])
+        cases = tuple(Case(**case, tokens=ids.shape[1]) for case in metadata["cases"])
         answers = tuple(
             Answer(prompt_tokens=count, ids=tokens, logprobs=values, margins=leads)
             for count, tokens, values, leads in zip(
                 prompts.tolist(), ids.tolist(), logprobs.tolist(), margins.tolist(), strict=True
             )
         )
-        return cls(told["withdraw_layer"], [Image.fromarray(image) for image in pixels], cases, answers)
+        return cls(metadata["withdraw_layer"], [Image.fromarray(image) for image in pixels], cases, answers)
 
     def save(self, file: Path) -> None:
         """Equal references give equal files."""
@@ -58,5 +58,5 @@ class References:
             "margins": np.array([answer.margins for answer in self.answers], np.float32),
         }
         cases = [case.model_dump(exclude={"tokens"}) for case in self.cases]
-        told = json.dumps({"withdraw_layer": self.withdraw_layer, "cases": cases})
-        save_file(values, file, metadata={_TOLD: told})
+        metadata = json.dumps({"withdraw_layer": self.withdraw_layer, "cases": cases})
+        save_file(values, file, metadata={_METADATA_KEY: metadata})

@@ -11,7 +11,7 @@ RESULTS_FILE = "gpu-check.json"
 Status = Literal["PASS", "FAIL", "SKIP"]
 
 
-class Result(BaseModel):
+class StageResult(BaseModel):
     """Result of one stage.
 
     Attributes:
@@ -33,17 +33,17 @@ class Result(BaseModel):
         return f"{self.status}  {self.stage:<9}  {self.seconds:5.0f} s  {self.line}"
 
 
-class Results(BaseModel):
+class CheckResults(BaseModel):
     """Results of all stages on one machine; `facts` describe it and what is installed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     device: Literal["cuda", "cpu"]
     facts: dict[str, str]
-    stages: tuple[Result, ...]
+    stages: tuple[StageResult, ...]
 
     @classmethod
-    def read(cls, file: Path) -> Results:
+    def read(cls, file: Path) -> CheckResults:
         """Raises ValueError if `file` holds no results."""
         try:
             return cls.model_validate_json(file.read_text())

@@ -11,7 +11,7 @@ from foldserve.loadtest.report.page import page
 from foldserve.loadtest.report.side_by_side import Measure, Pair, differences, settings
 from foldserve.loadtest.report.tables import NONE, Table
 from foldserve.server.quality.gpu_check.page import charts, details
-from foldserve.server.quality.gpu_check.result import Results
+from foldserve.server.quality.gpu_check.result import CheckResults
 
 _FIGURES = {
     "requests_per_s": Measure("requests/s", as_ratio=True),
@@ -22,7 +22,7 @@ _FIGURES = {
 _NOTE = "Medians of one run each: they have no intervals."
 
 
-def write(checks: Mapping[str, Results], folder: Path) -> None:
+def write(checks: Mapping[str, CheckResults], folder: Path) -> None:
     """Writes index.html and the charts as SVG for two checks, by the names that the page gives them."""
     drawn = charts(checks)
     for chart in drawn:
@@ -35,17 +35,17 @@ def write(checks: Mapping[str, Results], folder: Path) -> None:
     (folder / "index.html").write_text(html)
 
 
-def _stages(checks: Mapping[str, Results]) -> Table:
+def _stages(checks: Mapping[str, CheckResults]) -> Table:
     stages = dict.fromkeys(stage.stage for results in checks.values() for stage in results.stages)
     cells = [[stage, *(_result(results, stage) for results in checks.values())] for stage in stages]
     return Table("Stages", ["stage", *checks], cells, labels=3, is_prose=True)
 
 
-def _result(results: Results, stage: str) -> str:
+def _result(results: CheckResults, stage: str) -> str:
     return next((f"{each.status}: {each.line}" for each in results.stages if each.stage == stage), NONE)
 
 
-def _load(checks: Mapping[str, Results]) -> Table | None:
+def _load(checks: Mapping[str, CheckResults]) -> Table | None:
     first, second = (details(results, "load").get("rows") or [] for results in checks.values())
     if not first or not second:
         return None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
-from foldserve.server.quality.maps.drawing import Grid, draw
+from foldserve.server.quality.maps.drawing import MapGrid, draw
 from foldserve.server.quality.maps.options import MapOptions
 
 
@@ -22,8 +22,10 @@ def run(options: MapOptions, small_model: Path, engine_options: Sequence[str]) -
     from foldserve.server.quality.engine.mapping import MappingModel  # vLLM, which takes seconds
 
     model = MappingModel(options.model or str(small_model), engine_options)
-    plan, maps = model.map(image, options.asked, options.question)
-    grids = [Grid(it.region.name, it.region.rows, it.region.columns, it.region.box, it.group, it.sizes) for it in maps]
+    plan, maps = model.map(image, options.requested_reduction, options.question)
+    grids = [
+        MapGrid(it.region.name, it.region.rows, it.region.columns, it.region.box, it.group, it.sizes) for it in maps
+    ]
     what = f"{plan.method}: {plan.kept} of {plan.encoded} vision tokens stay, {plan.ratio:.1%} are removed"
     options.output.parent.mkdir(parents=True, exist_ok=True)
     draw(image, grids, what).save(options.output)

@@ -21,7 +21,7 @@ _REST = 0.3
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class MapGrid:
     """One grid of a token map, as `POST /v1/reductions/map` describes it."""
 
     name: str
@@ -37,7 +37,7 @@ class Grid:
         return merged, len(self.sizes) - merged, sum(group < 0 for group in self.group)
 
 
-def draw(image: Image.Image, grids: Sequence[Grid], title: str) -> Image.Image:
+def draw(image: Image.Image, grids: Sequence[MapGrid], title: str) -> Image.Image:
     """One panel for the whole image, one for all its tiles, and below them title and legend."""
     panels = _panels(grids)
     scale = max(1.0, _LONG_SIDE / len(panels) ** 0.5 / max(image.size))
@@ -59,13 +59,13 @@ def draw(image: Image.Image, grids: Sequence[Grid], title: str) -> Image.Image:
     return page
 
 
-def _panels(grids: Sequence[Grid]) -> list[list[Grid]]:
+def _panels(grids: Sequence[MapGrid]) -> list[list[MapGrid]]:
     """Tiles share one panel, since they show different parts of the image."""
     tiles = [grid for grid in grids if grid.name.startswith(("tile", "mosaic"))]
     return [[grid] for grid in grids if grid not in tiles] + ([tiles] if tiles else [])
 
 
-def _caption(panel: Sequence[Grid]) -> str:
+def _caption(panel: Sequence[MapGrid]) -> str:
     counts = [sum(column) for column in zip(*(grid.count() for grid in panel), strict=True)]
     name = panel[0].name if len(panel) == 1 else f"{len(panel)} tiles"
     shape = f"{panel[0].rows} x {panel[0].columns} tokens" + (" each" if len(panel) > 1 else "")
@@ -74,12 +74,12 @@ def _caption(panel: Sequence[Grid]) -> str:
     return f"{name}, {what}" if name else what
 
 
-def _panel(image: Image.Image, grids: Sequence[Grid]) -> Image.Image:
+def _panel(image: Image.Image, grids: Sequence[MapGrid]) -> Image.Image:
     dim = ImageEnhance.Brightness(ImageEnhance.Color(image).enhance(0.2)).enhance(0.3)
     panel = dim.copy()
     outlines = Image.new("RGBA", image.size)
     for grid in grids:
-        cells = _Cells(grid, image.size)
+        cells = _CellLayout(grid, image.size)
         colours = _colours(grid)
         fill = Image.new("RGBA", image.size)
         pen = ImageDraw.Draw(fill)
@@ -94,10 +94,10 @@ def _panel(image: Image.Image, grids: Sequence[Grid]) -> Image.Image:
     return panel
 
 
-class _Cells:
+class _CellLayout:
     """Where the tokens of a grid lie in a picture."""
 
-    def __init__(self, grid: Grid, size: tuple[int, int]) -> None:
+    def __init__(self, grid: MapGrid, size: tuple[int, int]) -> None:
         left, top, right, bottom = grid.box
         self._columns, self._size = grid.columns, size
         self.x = [round((left + (right - left) * i / grid.columns) * size[0]) for i in range(grid.columns + 1)]
@@ -115,7 +115,7 @@ class _Cells:
         return left, top, max(left, right - 1), max(top, bottom - 1)
 
 
-def _colours(grid: Grid) -> dict[int, Colour]:
+def _colours(grid: MapGrid) -> dict[int, Colour]:
     """Colours of merged groups: successive groups get hues far apart."""
     colours: dict[int, Colour] = {}
     merged = [group for group in dict.fromkeys(grid.group) if group >= 0 and grid.sizes[group] > 1]
@@ -128,7 +128,7 @@ def _colours(grid: Grid) -> dict[int, Colour]:
     return colours
 
 
-def _outline(pen: ImageDraw.ImageDraw, grid: Grid, cells: _Cells, colours: Mapping[int, Colour]) -> None:
+def _outline(pen: ImageDraw.ImageDraw, grid: MapGrid, cells: _CellLayout, colours: Mapping[int, Colour]) -> None:
     """Draws a band inside each group's border, white for single tokens, and a dark line between groups."""
     band = max(3, (cells.x[-1] - cells.x[0]) // grid.columns // 12)
     for token, group in enumerate(grid.group):
@@ -152,7 +152,7 @@ def _outline(pen: ImageDraw.ImageDraw, grid: Grid, cells: _Cells, colours: Mappi
             pen.line((left, bottom, right, bottom), _BETWEEN, 2)
 
 
-def _neighbour(grid: Grid, token: int, step: int) -> int | None:
+def _neighbour(grid: MapGrid, token: int, step: int) -> int | None:
     """Group of the neighbouring token; None beyond the grid."""
     other = token + step
     is_beside = abs(step) > 1 or other // grid.columns == token // grid.columns

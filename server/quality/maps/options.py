@@ -32,10 +32,10 @@ class MapOptions:
             raise ValueError("--reduction says all: leave --method, --ratio and --keep-tokens out")
         if self.output.exists() and not self.output.is_file():
             raise ValueError(f"--output {self.output} is no file")
-        self.asked  # noqa: B018  # checks it
+        self.requested_reduction  # noqa: B018  # checks it
 
     @property
-    def asked(self) -> Reduction:
+    def requested_reduction(self) -> Reduction:
         if self.reduction is not None:
             return self.reduction
         fields: dict[str, object] = {"method": self.method} if self.method else {}

@@ -37,7 +37,9 @@ def write_requests(path: Path) -> None:
 
 def workers(job: subprocess.Popen[bytes]) -> list[psutil.Process]:
     """Actors whose engines run."""
-    return [p for p in psutil.Process(job.pid).children(recursive=True) if "Answerer" in _title(p) and _engines(p)]
+    return [
+        p for p in psutil.Process(job.pid).children(recursive=True) if "AnsweringActor" in _title(p) and _engines(p)
+    ]
 
 
 def _engines(worker: psutil.Process) -> list[psutil.Process]:

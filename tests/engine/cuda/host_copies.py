@@ -24,24 +24,24 @@ from foldserve.reducers.method import (
     AfterLastLayer,
     AfterTower,
     BeforeTower,
+    InProjector,
     InTower,
-    Projector,
-    ScoringDecoder,
+    ScoredInDecoder,
 )
 from foldserve.reducers.pixelprune import Cells
 from foldserve.reducers.plan import Plan, Reduction, VisionGeometry, make_plan
 from foldserve.reducers.stf import StfConfig, StfProjector, fusion_input
 from foldserve.reducers.withdraw import take_rows
-from foldserve.server.engine.positions import Chunk, SequencePositions, attach, moves
+from foldserve.server.engine.positions import Chunk, SequencePositions, attach, position_changes
 from foldserve.server.engine.qwen_tower import encode_reducing, encode_showing_patches
-from foldserve.server.engine.vision import Survivors, reduce_features
+from foldserve.server.engine.vision import KeptTokens, reduce_features
 from foldserve.server.engine.withdrawal.batch import BatchMaps
-from foldserve.server.engine.withdrawal.choose import choose, last_token_scores
 from foldserve.server.engine.withdrawal.core import TokenMap
+from foldserve.server.engine.withdrawal.token_selection import last_token_scores, select_tokens
 from tests.engine.cuda.copies import HostWaits, host_goes_on
 from tests.engine.test_positions import WIDTH, Image
-from tests.engine.withdrawal.test_choose import PROMPTS, batch
 from tests.engine.withdrawal.test_metadata import BLOCK, IMAGE, TEXT, common
+from tests.engine.withdrawal.test_token_selection import PROMPTS, batch
 
 META = torch.device("meta")
 CLIP = VisionGeometry(144, (12, 12), 4, class_token=True, shows_tower=True)
@@ -87,10 +87,10 @@ def test_copies_that_do_not_wait_are_allowed(on_device: OnDevice) -> None:
         assert (meta(3) * torch.tensor(2.0) + 1).is_meta
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not isinstance(method, Projector)])
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if not isinstance(method, InProjector)])
 def test_methods(on_device: OnDevice, name: str) -> None:
     method = METHODS[name]
-    if isinstance(method, ScoringDecoder):
+    if isinstance(method, ScoredInDecoder):
         with on_device():
             assert method.reduce(meta(1, 144, WIDTH), meta(1, 144), 100).tokens.shape == (1, 44, WIDTH)
     elif isinstance(method, AfterTower | BeforeTower | InTower):
@@ -109,7 +109,7 @@ def run(plan: Plan) -> int:
     """Tokens that are left of two images."""
     method = plan.reducer
     if isinstance(method, AfterTower):
-        images = [Survivors(meta(144, WIDTH), torch.arange(144, device=META))] * 2
+        images = [KeptTokens(meta(144, WIDTH), torch.arange(144, device=META))] * 2
         left = reduce_features(images, [plan, plan], queries=[meta(5, WIDTH), meta(0, WIDTH)])
         return len(left[0].features)
     if isinstance(method, BeforeTower):
@@ -205,8 +205,8 @@ def test_positions_of_a_step(on_device: OnDevice) -> None:
     chunks = [Chunk(images, SequencePositions.of(images), 2, 10), Chunk([], None, 0, 4)]
     with on_device():
         kept = attach(meta(3, WIDTH), torch.arange(3, device=META))
-        moved, plain = moves(chunks, [kept[1:], meta(2, WIDTH)])
-        moved.apply(torch.zeros(20, dtype=torch.int64, device=META))
+        changes, plain = position_changes(chunks, [kept[1:], meta(2, WIDTH)])
+        changes.apply(torch.zeros(20, dtype=torch.int64, device=META))
     assert [item.shape for item in plain] == [(2, WIDTH), (2, WIDTH)]
 
 
@@ -244,7 +244,7 @@ def test_choice_of_a_step(on_device: OnDevice) -> None:
     query, key, hidden, residual, rows = batch("meta")
     with on_device():
         scores = [last_token_scores(query, key, prompt, 0.3) for prompt in PROMPTS]
-        choose(PROMPTS, scores, rows, hidden, residual)
+        select_tokens(PROMPTS, scores, rows, hidden, residual)
         positions, *_ = take_rows(rows, torch.arange(len(hidden), device=META), hidden, residual)
     assert len(positions) == len(rows)
 

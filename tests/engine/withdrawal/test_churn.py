@@ -56,13 +56,13 @@ class Turns(fair_steps.FairSteps):
         self.now, self.own = 0.0, list[bool]()
         super().__init__(lambda: self.now)
 
-    def begun(self, output: object, *, own: bool, computes: bool, decodes: bool) -> None:
+    def note_planned(self, output: object, *, own: bool, computes: bool, decodes: bool) -> None:
         self.own.append(own)
-        super().begun(output, own=own, computes=computes, decodes=decodes)
+        super().note_planned(output, own=own, computes=computes, decodes=decodes)
 
-    def ended(self, output: Any) -> None:
+    def note_results(self, output: Any) -> None:
         self.now += len(output.num_scheduled_tokens)
-        super().ended(output)
+        super().note_results(output)
 
 
 def test_a_thousand_requests_with_random_aborts(

@@ -59,7 +59,7 @@ CONFLICTS: dict[str, Callable[[Any], None]] = {
 
 
 def test_a_configured_engine_passes(config: Any) -> None:
-    withdrawal.check(config)
+    withdrawal.check_conflicts(config)
     assert withdrawal.withdraw_layer(config) == 4
 
 
@@ -77,17 +77,17 @@ def test_a_layer_out_of_range_is_refused_before_the_engine_starts(layer: int, ei
 def test_conflicts_name_both_flags(config: Any, flag: str) -> None:
     CONFLICTS[flag](config)
     with pytest.raises(ValueError, match=f"^--withdraw-layer does not go with .*{flag}"):
-        withdrawal.check(config)
+        withdrawal.check_conflicts(config)
 
 
 def test_a_window_that_no_sequence_reaches_is_none(config: Any) -> None:
     """As Phi-3's of 262,144 tokens."""
     window = "model_config.hf_config.text_config.sliding_window"
     put(window, config.model_config.max_model_len)(config)
-    withdrawal.check(config)
+    withdrawal.check_conflicts(config)
     put(window, config.model_config.max_model_len - 1)(config)
     with pytest.raises(ValueError, match="sliding-window attention"):
-        withdrawal.check(config)
+        withdrawal.check_conflicts(config)
 
 
 def test_gpt_oss_is_refused(config: Any) -> None:
@@ -96,7 +96,7 @@ def test_gpt_oss_is_refused(config: Any) -> None:
 
     put("model_config.hf_config.text_config", GptOssConfig(num_hidden_layers=LAYERS))(config)
     with pytest.raises(ValueError, match="sliding-window attention"):
-        withdrawal.check(config)
+        withdrawal.check_conflicts(config)
 
 
 def test_the_scheduler_asks_for_models_that_do_not(config: Any) -> None:
@@ -112,13 +112,13 @@ def test_breakable_cuda_graphs_are_refused(config: Any, monkeypatch: pytest.Monk
 
     for mode in ("FULL_DECODE_ONLY", "FULL_AND_PIECEWISE", "PIECEWISE", "NONE"):
         put("compilation_config.cudagraph_mode", CUDAGraphMode[mode])(config)
-        withdrawal.check(config)
+        withdrawal.check_conflicts(config)
     monkeypatch.setattr("vllm.envs.VLLM_USE_BREAKABLE_CUDAGRAPH", True, raising=False)
     with pytest.raises(ValueError, match="go with VLLM_USE_BREAKABLE_CUDAGRAPH=1"):
-        withdrawal.check(config)
+        withdrawal.check_conflicts(config)
     monkeypatch.setattr("vllm.envs.VLLM_BATCH_INVARIANT", True, raising=False)  # vLLM sets the other one then
     with pytest.raises(ValueError, match="go with VLLM_BATCH_INVARIANT=1: without VLLM_USE_BREAKABLE_CUDAGRAPH=0"):
-        withdrawal.check(config)
+        withdrawal.check_conflicts(config)
 
 
 @pytest.mark.parametrize("layer", [0, LAYERS, -1, "4", 4.0, True], ids=repr)
@@ -126,13 +126,13 @@ def test_layers_outside_the_decoder_are_refused(config: Any, layer: object) -> N
     config.additional_config = {"foldserve": {"withdraw_layer": layer}}
     bounds = f"from 1 to {LAYERS - 1} for this model, got" if layer == LAYERS else "of at least 1, not"
     with pytest.raises(ValueError, match=f"--withdraw-layer must be an integer {bounds} {layer!r}"):
-        withdrawal.check(config)
+        withdrawal.check_conflicts(config)
 
 
 def test_without_k_everything_is_allowed(config: Any) -> None:
     config.additional_config = {}
     CONFLICTS["--pipeline-parallel-size"](config)
-    withdrawal.check(config)
+    withdrawal.check_conflicts(config)
     withdrawal.check_decoder(config)
 
 
@@ -140,15 +140,15 @@ def test_vllms_own_scheduler_and_worker_are_refused(config: Any) -> None:
     ours = config.parallel_config.worker_cls
     config.parallel_config.worker_cls = "vllm.v1.worker.cpu_worker.CPUWorker"
     with pytest.raises(ValueError, match=r"needs worker_cls .*worker_cpu.FoldWorker"):
-        withdrawal.check(config)
+        withdrawal.check_conflicts(config)
     config.parallel_config.worker_cls = ours
     config.scheduler_config.scheduler_cls = None
     with pytest.raises(ValueError, match=r"needs scheduler_cls .*scheduler.WithdrawingScheduler"):
-        withdrawal.check(config)
+        withdrawal.check_conflicts(config)
     config.scheduler_config.scheduler_cls = withdrawal.configure(4, device="cpu")["scheduler_cls"]
     config.scheduler_config.async_scheduling = True
     with pytest.raises(ValueError, match=r"needs scheduler_cls .*scheduler.WithdrawingAsyncScheduler"):
-        withdrawal.check(config)
+        withdrawal.check_conflicts(config)
 
 
 def test_decoders_that_withdrawal_knows(config: Any) -> None:

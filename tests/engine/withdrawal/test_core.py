@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from foldserve.server.engine.identity import ItemIdentity
 from foldserve.server.engine.withdrawal.batch import NOT_STORED, BatchMaps
-from foldserve.server.engine.withdrawal.core import Choice, TokenMap
-from foldserve.server.engine.withdrawal.requests import Room, refuse_prompt, refuse_request
+from foldserve.server.engine.withdrawal.core import TokenMap, TokenSelection
+from foldserve.server.engine.withdrawal.requests import StepCapacity, refuse_prompt, refuse_request
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def test_kept_tokens_of_every_prefix_equal_a_loop(prompt: Prompt) -> None:
 def test_shareable_prefix_is_where_a_longer_prompt_has_the_same_map(prompt: Prompt) -> None:
     longer = TokenMap.of(prompt.images, len(prompt.kept) + 1)
     agree = [prompt.map.kept(x) == longer.kept(x) for x in range(len(prompt.kept) + 5)]
-    if prompt.map.choices:
-        assert prompt.map.shareable == prompt.map.choices[0].start
+    if prompt.map.selections:
+        assert prompt.map.shareable == prompt.map.selections[0].start
     elif all(agree):
         assert prompt.map.shareable is None
     else:
@@ -147,8 +147,8 @@ def test_deep_batch_equals_a_loop_over_tokens(step: tuple[list[Prompt], list[int
     assert got.seq_lens.tolist() == [seq_lens[r] for r in present]
     assert [(prompt.row, prompt.tokens) for prompt in got.prompts] == [(row, p.map.whole) for row, _, p in chosen]
     for prompt, (row, deep_row, p) in zip(got.prompts, chosen, strict=True):
-        assert len(prompt.images) == len(p.map.choices) > 0
-        for image, (method, start, tokens, kept) in zip(prompt.images, p.map.choices, strict=True):
+        assert len(prompt.images) == len(p.map.selections) > 0
+        for image, (method, start, tokens, kept) in zip(prompt.images, p.map.selections, strict=True):
             assert (image.method, image.row, image.tokens, image.kept) == (method, row + start, tokens, kept)
             placed = rows[image.deep_row : image.deep_row + kept]
             assert image.deep_row >= deep_row and placed == list(
@@ -158,7 +158,7 @@ def test_deep_batch_equals_a_loop_over_tokens(step: tuple[list[Prompt], list[int
 
 @pytest.mark.parametrize(("computed", "scheduled"), [(0, 9), (1, 9)])
 def test_a_cut_prompt_whose_tokens_are_to_be_chosen_is_an_error(computed: int, scheduled: int) -> None:
-    maps = BatchMaps([TokenMap([], 10, [Choice("fastv", 2, 5, 3)])])
+    maps = BatchMaps([TokenMap([], 10, [TokenSelection("fastv", 2, 5, 3)])])
     with pytest.raises(RuntimeError, match=f"{computed}..\\+9 of a prompt of 10, to be whole"):
         maps.step(np.array([computed]), np.array([scheduled]))
 
@@ -185,8 +185,8 @@ def test_prompt_logprobs_and_sessions_are_refused_only_with_withdrawal() -> None
 
 
 def test_prompts_that_do_not_fit_into_a_step_or_end_in_the_image_are_refused() -> None:
-    room = Room(20, "--max-num-batched-tokens 30 less one for each of 10 other sequences")
-    chosen = [Choice("fastv", 2, 5, 3)]
+    room = StepCapacity(20, "--max-num-batched-tokens 30 less one for each of 10 other sequences")
+    chosen = [TokenSelection("fastv", 2, 5, 3)]
     refuse_prompt(TokenMap([(0, 4)], 99), 99, room)
     refuse_prompt(TokenMap([], 20, chosen), 20, room)
     with pytest.raises(

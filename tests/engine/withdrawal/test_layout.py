@@ -32,12 +32,12 @@ def pages(layers: int, withdraw_layer: int) -> tuple[int, int, int]:
 
 @pytest.mark.parametrize("layers", [2, 8, 28, 32, 40])
 def test_any_k_is_within_the_waste_that_layout_promises(layers: int) -> None:
-    from foldserve.server.engine.withdrawal.layout import MAX_WASTE, choose
+    from foldserve.server.engine.withdrawal.layout import MAX_WASTE, choose_grouping
 
     for k in range(1, layers):
         used, ideal, without = pages(layers, k)
         assert used - ideal <= MAX_WASTE * without, k
-        assert choose(layers, k).groups <= layers
+        assert choose_grouping(layers, k).groups <= layers
 
 
 @pytest.mark.parametrize(

@@ -13,33 +13,33 @@ from pathlib import Path
 import pytest
 
 from foldserve.server import cli
-from foldserve.server.quality.gpu_check import bench as bench_module
 from foldserve.server.quality.gpu_check import command
-from foldserve.server.quality.gpu_check.bench import Failed, ProcessBench
-from foldserve.server.quality.gpu_check.common import Passed
-from foldserve.server.quality.gpu_check.jobs import Case, Kernels, KernelsSeen
+from foldserve.server.quality.gpu_check import job_runner as job_runner_module
+from foldserve.server.quality.gpu_check.common import StagePassed
+from foldserve.server.quality.gpu_check.job_runner import ProcessJobRunner, StageFailed
+from foldserve.server.quality.gpu_check.jobs import Case, KernelsJob, KernelsResult
 from foldserve.server.quality.gpu_check.options import STAGES, GpuCheckOptions
 from foldserve.server.quality.gpu_check.page import charts
-from foldserve.server.quality.gpu_check.result import Results
+from foldserve.server.quality.gpu_check.result import CheckResults
 from foldserve.server.quality.gpu_check.stages import ALL
 from tests.loadtest.readable import check
 
 CUDA = GpuCheckOptions()
-KERNELS = KernelsSeen(checks=1, failures={}, catches_a_wrong_kernel=True)
+KERNELS = KernelsResult(checks=1, failures={}, catches_a_wrong_kernel=True)
 
 
-def made_up(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> ProcessBench:
-    """A bench whose jobs run `code`."""
+def made_up(folder: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> ProcessJobRunner:
+    """A job runner whose jobs run `code`."""
     (folder / "made_up_jobs.py").write_text(code)
-    monkeypatch.setattr(bench_module, "JOBS", "made_up_jobs")
+    monkeypatch.setattr(job_runner_module, "JOBS", "made_up_jobs")
     monkeypatch.setenv("PYTHONPATH", f"{folder}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
-    bench = ProcessBench(CUDA, folder)
-    bench.give(60)
-    return bench
+    job_runner = ProcessJobRunner(CUDA, folder)
+    job_runner.start_stage(60)
+    return job_runner
 
 
-def run(bench: ProcessBench) -> KernelsSeen:
-    return bench.run("kernels", "kernels", Kernels(), KernelsSeen)
+def run(job_runner: ProcessJobRunner) -> KernelsResult:
+    return job_runner.run("kernels", "kernels", KernelsJob(), KernelsResult)
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ def run(bench: ProcessBench) -> KernelsSeen:
 def test_what_a_job_ends_with_is_one_line(
     code: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(Failed, match=message):
+    with pytest.raises(StageFailed, match=message):
         run(made_up(tmp_path, monkeypatch, code))
 
 
@@ -70,10 +70,10 @@ child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print(child.pid, flush=True)
 time.sleep(600)
 """
-    bench = made_up(tmp_path, monkeypatch, code)
-    bench.give(6)  # Python has to start meanwhile, on a machine that may be busy
-    with pytest.raises(Failed, match="kernels was not done within 6 s"):
-        run(bench)
+    job_runner = made_up(tmp_path, monkeypatch, code)
+    job_runner.start_stage(6)  # Python has to start meanwhile, on a machine that may be busy
+    with pytest.raises(StageFailed, match="kernels was not done within 6 s"):
+        run(job_runner)
     child = int((tmp_path / "kernels.log").read_text())
     deadline = time.monotonic() + 10
     while Path(f"/proc/{child}").exists() and "Z" not in Path(f"/proc/{child}/stat").read_text().split(")")[1][:3]:
@@ -89,41 +89,41 @@ assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0" and os.environ["OURS"
 assert os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "0"
 open(sys.argv[3], "w").write('''{KERNELS.model_dump_json()}''')
 """
-    bench = made_up(tmp_path, monkeypatch, code)
-    bench.options = GpuCheckOptions(model_runner="v1")
-    assert bench.run("kernels", "kernels", Kernels(), KernelsSeen, OURS="1") == KERNELS
+    job_runner = made_up(tmp_path, monkeypatch, code)
+    job_runner.options = GpuCheckOptions(model_runner="v1")
+    assert job_runner.run("kernels", "kernels", KernelsJob(), KernelsResult, OURS="1") == KERNELS
 
 
 def test_the_real_jobs_say_what_they_fail_of(tmp_path: Path) -> None:
     """Here for want of a GPU."""
-    bench = ProcessBench(CUDA, tmp_path)
-    bench.give(120)
-    seen = run(bench)
+    job_runner = ProcessJobRunner(CUDA, tmp_path)
+    job_runner.start_stage(120)
+    seen = run(job_runner)
     assert len(seen.failures) == seen.checks > 50
-    with pytest.raises(Failed, match=r"x ended with status 1: ModuleNotFoundError: No module named .*no_such_job"):
-        bench.run("x", "no_such_job", Kernels(), KernelsSeen)
+    with pytest.raises(StageFailed, match=r"x ended with status 1: ModuleNotFoundError: No module named .*no_such_job"):
+        job_runner.run("x", "no_such_job", KernelsJob(), KernelsResult)
 
 
-Found = Callable[..., Results]
+Found = Callable[..., CheckResults]
 
 
 @pytest.fixture
 def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Found:
     """Runs the command with made-up stages, which name what they do."""
 
-    def passes(bench: object) -> Passed:
-        return Passed("all well")
+    def passes(job_runner: object) -> StagePassed:
+        return StagePassed("all well")
 
-    def compares(bench: object) -> Passed:
-        return Passed("all well", {"errors": {"a case": 0.001, "another": 0.002}})
+    def compares(job_runner: object) -> StagePassed:
+        return StagePassed("all well", {"errors": {"a case": 0.001, "another": 0.002}})
 
-    def fails(bench: object) -> Passed:
-        raise Failed("not well")
+    def fails(job_runner: object) -> StagePassed:
+        raise StageFailed("not well")
 
-    def breaks(bench: object) -> Passed:
+    def breaks(job_runner: object) -> StagePassed:
         raise ZeroDivisionError("of the stage itself")
 
-    def loads(bench: object) -> Passed:
+    def loads(job_runner: object) -> StagePassed:
         row: dict[str, object] = {
             "ratio": 0,
             "requests_per_s": 9,
@@ -135,9 +135,9 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Found:
         rows = [
             row | {"engine": engine, "runner": "v2", "peak_bytes": 2**31} for engine in ("plain vLLM", "ours", "ours")
         ]
-        return Passed("all well", {"requests": 64, "tokens": 32, "rows": rows})
+        return StagePassed("all well", {"requests": 64, "tokens": 32, "rows": rows})
 
-    def found(**options: object) -> Results:
+    def found(**options: object) -> CheckResults:
         each = dict.fromkeys(STAGES, passes) | {"ratio-0": fails, "reference": compares, "burst": breaks, "load": loads}
         stages = {name: replace(stage, run=each[name]) for name, stage in ALL.items()}
         monkeypatch.setattr(command, "ALL", stages)
@@ -160,7 +160,7 @@ def test_one_line_a_stage_and_all_go_on(found: Found, capsys: pytest.CaptureFixt
 def test_files(found: Found, tmp_path: Path) -> None:
     results = found(stages=("reference", "ratio-0", "load"))
     told = json.loads((tmp_path / "out" / "gpu-check.json").read_text())
-    assert Results.model_validate(told) == results
+    assert CheckResults.model_validate(told) == results
     assert [stage["stage"] for stage in told["stages"]] == ["ratio-0", "reference", "load"]
     page = (tmp_path / "out" / "gpu-check.md").read_text()
     assert page.startswith("# GPU check: 2 passed, 1 failed, 0 skipped\n")

@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 
 from foldserve.server.engine.encoder_budget import EncoderBudget
-from foldserve.server.quality.gpu_check.bench import Failed
-from foldserve.server.quality.gpu_check.burst import burst
-from foldserve.server.quality.gpu_check.correctness import reference
-from foldserve.server.quality.gpu_check.jobs import Load
+from foldserve.server.quality.gpu_check.burst import check_burst
+from foldserve.server.quality.gpu_check.correctness import check_reference
+from foldserve.server.quality.gpu_check.job_runner import StageFailed
+from foldserve.server.quality.gpu_check.jobs import LoadJob
 from foldserve.server.quality.gpu_check.load import load_engine
 from foldserve.server.quality.gpu_check.options import GpuCheckOptions
 from foldserve.server.quality.gpu_check.references import References
 from tests import qwen_checkpoint
-from tests.quality.gpu_check.bench import InProcess
+from tests.quality.gpu_check.job_runners import InProcess
 
 
 def test_engine_meets_the_references(tmp_path: Path) -> None:
-    passed = reference(InProcess(tmp_path))
+    passed = check_reference(InProcess(tmp_path))
     known = References.load()
     assert passed.details["compared"] == len(known.cases) * known.cases[0].tokens
     assert max(passed.details["errors"].values()) < 1e-3
@@ -27,15 +27,15 @@ def test_engine_meets_the_references(tmp_path: Path) -> None:
 
 
 def test_a_burst_stays_within_the_bound(tmp_path: Path) -> None:
-    seen = burst(InProcess(tmp_path)).details
+    seen = check_burst(InProcess(tmp_path)).details
     assert seen["encoded"] == seen["profiled"] == 3 < seen["scheduled"]
 
 
 def test_a_burst_without_the_bound_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unbound = EncoderBudget(10**6, 10**6, 10**6)
     monkeypatch.setattr("foldserve.server.engine.model.encoder_budget", lambda config: unbound)
-    with pytest.raises(Failed, match="the tower had"):
-        burst(InProcess(tmp_path))
+    with pytest.raises(StageFailed, match="the tower had"):
+        check_burst(InProcess(tmp_path))
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
@@ -46,7 +46,7 @@ def test_load_measures(tiny_llava: Path, tmp_path: Path, family: str) -> None:
     model = tiny_llava if family == "llava" else qwen_checkpoint.write(tmp_path / family, family)
     engine = load_engine(InProcess(tmp_path, GpuCheckOptions(device="cpu", model=model)), model)
     asked = ({"ratio": 0}, {"ratio": 0.9}, {"ratio": 0, "withdraw": True})
-    spec = Load(
+    spec = LoadJob(
         engine=engine.model_copy(update={"withdraw_layer": 2}),
         reductions=asked,
         image_px=168 if family == "llava" else 448,

@@ -8,15 +8,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import get_type_hints
 
-from foldserve.server.quality.gpu_check.bench import ERROR_MARK
+from foldserve.server.quality.gpu_check.job_runner import ERROR_MARK
 
 
-def main(job: str, asked: str, told: str) -> None:
+def main(job: str, job_file: str, result_file: str) -> None:
     run = import_module(f"{__package__}.{job}").run
-    spec = get_type_hints(run)["spec"].model_validate_json(Path(asked).read_text())
-    partial = Path(told).with_suffix(".partial")
+    spec = get_type_hints(run)["spec"].model_validate_json(Path(job_file).read_text())
+    partial = Path(result_file).with_suffix(".partial")
     partial.write_text(run(spec).model_dump_json(indent=1))
-    partial.rename(told)
+    partial.rename(result_file)
 
 
 if __name__ == "__main__":

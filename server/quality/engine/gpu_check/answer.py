@@ -9,22 +9,22 @@ from vllm import LLM, SamplingParams
 
 from foldserve.server.engine.facts.choices import engine_facts
 from foldserve.server.engine.processor import KWARG
-from foldserve.server.quality.engine.gpu_check.engine import Watch, model_of, runner_name, start
-from foldserve.server.quality.gpu_check.jobs import Answer, Answers, Ask, Case
+from foldserve.server.quality.engine.gpu_check.engine import SchedulerWatch, model_of, runner_name, start_engine
+from foldserve.server.quality.gpu_check.jobs import Answer, AnswerJob, AnswerResult, Case
 from foldserve.server.quality.gpu_check.references import References
 
 
-def run(spec: Ask) -> Answers:
+def run(spec: AnswerJob) -> AnswerResult:
     images = References.load(spec.references).images
-    llm = start(spec.engine)
-    watch = Watch(llm)
+    llm = start_engine(spec.engine)
+    watch = SchedulerWatch(llm)
     rounds = []
     for number in range(spec.rounds):
         order = -1 if number % 2 else 1
         outputs = _generate(llm, spec.cases[::order], images)[::order]
         rounds.append(tuple(map(_answer, outputs)))
     model = type(model_of(llm))
-    return Answers(
+    return AnswerResult(
         model_class=f"{model.__module__}.{model.__qualname__}",
         runner=runner_name(llm),
         rounds=tuple(rounds),

@@ -14,20 +14,20 @@ from vllm import LLM, SamplingParams
 from foldserve.server.engine.encoder_budget import encoder_budget
 from foldserve.server.engine.processor import KWARG
 from foldserve.server.engine.worker import device
-from foldserve.server.quality.engine.gpu_check.engine import Watch, model_of, start
-from foldserve.server.quality.gpu_check.jobs import Burst, BurstSeen
+from foldserve.server.quality.engine.gpu_check.engine import SchedulerWatch, model_of, start_engine
+from foldserve.server.quality.gpu_check.jobs import BurstJob, BurstResult
 
 
-def run(spec: Burst) -> BurstSeen:
-    llm = start(spec.engine)
+def run(spec: BurstJob) -> BurstResult:
+    llm = start_engine(spec.engine)
     profiled = encoder_budget(llm.llm_engine.vllm_config).images
     _ask(llm, profiled, 1, None)  # warm-up
     with _memory() as plain:
         _ask(llm, profiled, 2, None)
-    watch = Watch(llm)
+    watch = SchedulerWatch(llm)
     with _memory() as burst, _encoded(llm) as encoded:
         answered = _ask(llm, spec.images, 3, spec.reduction)
-    return BurstSeen(
+    return BurstResult(
         profiled=profiled,
         scheduled=watch.images,
         encoded=max(encoded),

@@ -10,13 +10,13 @@ from vllm import LLM
 from foldserve.server.engine import withdrawal
 from foldserve.server.engine.scheduler import make_scheduler
 from foldserve.server.engine.worker import WORKERS, device
-from foldserve.server.quality.gpu_check.jobs import Engine
+from foldserve.server.quality.gpu_check.jobs import EngineSpec
 from foldserve.server.settings import CONFIG_KEY
 
 _SERVES = f"{make_scheduler.__module__}.{make_scheduler.__qualname__}"
 
 
-def start(spec: Engine) -> LLM:
+def start_engine(spec: EngineSpec) -> LLM:
     """An engine with the classes that `foldserve serve` adds, or, without `spec.foldserve`, plain vLLM."""
     arguments: dict[str, Any] = {
         "seed": 0,
@@ -53,7 +53,7 @@ def runner_name(llm: LLM) -> str:
     return "v2" if llm.llm_engine.vllm_config.use_v2_model_runner else "v1"
 
 
-class Watch:
+class SchedulerWatch:
     """Counts what an engine's scheduler does from now on.
 
     Attributes:
@@ -67,7 +67,7 @@ class Watch:
         self.images = 0
         self._scheduler = scheduler_of(llm)
         self._schedule, self._make_stats = self._scheduler.schedule, self._scheduler.make_stats
-        self._scheduler.schedule, self._scheduler.make_stats = self._scheduled, self._made_stats
+        self._scheduler.schedule, self._scheduler.make_stats = self._scheduled, self._counting_make_stats
 
     @property
     def held_blocks(self) -> int:
@@ -81,7 +81,7 @@ class Watch:
         self.images = max(self.images, sum(map(len, step.scheduled_encoder_inputs.values())))
         return step
 
-    def _made_stats(self, *args: Any, **options: Any) -> Any:
+    def _counting_make_stats(self, *args: Any, **options: Any) -> Any:
         stats = self._make_stats(*args, **options)
         if stats is not None and stats.cudagraph_stats is not None:
             self.steps[stats.cudagraph_stats.runtime_mode] += 1

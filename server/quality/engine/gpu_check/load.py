@@ -15,30 +15,30 @@ from vllm.sampling_params import RequestOutputKind
 from foldserve.server.engine.processor import KWARG
 from foldserve.server.engine.withdrawal.manager import DeepKVCacheManager
 from foldserve.server.engine.worker import device
-from foldserve.server.quality.engine.gpu_check.engine import Watch, runner_name, scheduler_of, start
-from foldserve.server.quality.gpu_check.jobs import Load, LoadRow, LoadRows
+from foldserve.server.quality.engine.gpu_check.engine import SchedulerWatch, runner_name, scheduler_of, start_engine
+from foldserve.server.quality.gpu_check.jobs import LoadJob, LoadResult, LoadRow
 
 
-def run(spec: Load) -> LoadRows:
-    llm = start(spec.engine)
-    watch = Watch(llm)
+def run(spec: LoadJob) -> LoadResult:
+    llm = start_engine(spec.engine)
+    watch = SchedulerWatch(llm)
     rows = tuple(_Measured(llm, spec, reduction).row() for reduction in spec.reductions)
     peak = None if device() == "cpu" else torch.cuda.max_memory_allocated()
-    return LoadRows(rows=rows, runner=runner_name(llm), steps=dict(watch.steps), peak_bytes=peak)
+    return LoadResult(rows=rows, runner=runner_name(llm), steps=dict(watch.steps), peak_bytes=peak)
 
 
 class _Measured:
     """Measures one reduction. All images differ, so that nothing comes from a cache."""
 
-    def __init__(self, llm: LLM, spec: Load, reduction: dict[str, Any]) -> None:
+    def __init__(self, llm: LLM, spec: LoadJob, reduction: dict[str, Any]) -> None:
         self._llm, self._spec, self._reduction = llm, spec, reduction
         self._random = np.random.default_rng(0)
         self._singles = 0
 
     def row(self) -> LoadRow:
         spec = self._spec
-        self._at_once()  # to warm up
-        rate = median(self._at_once() for _ in range(spec.rounds))
+        self._throughput()  # to warm up
+        rate = median(self._throughput() for _ in range(spec.rounds))
         times = [self._one() for _ in range(spec.singles + 1)][1:]
         output = self._llm.generate([self._prompt()], self._params(1), use_tqdm=False)[0]
         return LoadRow(
@@ -49,7 +49,7 @@ class _Measured:
             sequences=self._sequences(len(output.prompt_token_ids)),
         )
 
-    def _at_once(self) -> float:
+    def _throughput(self) -> float:
         """Requests per second."""
         prompts = [self._prompt() for _ in range(self._spec.requests)]
         start = time.perf_counter()

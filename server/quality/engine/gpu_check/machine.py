@@ -9,18 +9,18 @@ from statistics import median
 import torch
 import vllm._custom_ops  # noqa: F401  loads vLLM's compiled operators
 
-from foldserve.server.quality.gpu_check.jobs import Machine, MachineSeen
+from foldserve.server.quality.gpu_check.jobs import MachineJob, MachineResult
 
 _SIDE = 8192
 _COPIED = 2 << 30
 
 
-def run(spec: Machine) -> MachineSeen:
+def run(spec: MachineJob) -> MachineResult:
     major, minor = torch.cuda.get_device_capability()
     a, b = (torch.randn(_SIDE, _SIDE, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     source = torch.randint(0, 256, (_COPIED,), device="cuda", dtype=torch.uint8)
     target = torch.empty_like(source)
-    return MachineSeen(
+    return MachineResult(
         device=torch.cuda.get_device_name(),
         capability=f"{major}.{minor}",
         torch=torch.__version__,

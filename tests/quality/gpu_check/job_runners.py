@@ -1,4 +1,4 @@
-"""Implementations of `Bench` for tests: one runs jobs in this process, one returns made-up results."""
+"""Implementations of `JobRunner` for tests: one runs jobs in this process, one returns made-up results."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from foldserve.server.quality.gpu_check.bench import JOBS
+from foldserve.server.quality.gpu_check.job_runner import JOBS
 from foldserve.server.quality.gpu_check.options import GpuCheckOptions
 
 _T = TypeVar("_T", bound=BaseModel)

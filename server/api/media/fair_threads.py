@@ -11,35 +11,35 @@ from functools import partial
 from typing import Any
 
 from foldserve.server.api.errors import ImageUnavailable, Unavailable
-from foldserve.server.api.media.room import Share
+from foldserve.server.api.media.pixel_memory import MemoryShare
 
 _RETRY_AFTER_S = 2
 
 
 @dataclass(eq=False, slots=True)
-class Turn:
+class RequestTurn:
     """A request's turn among the others.
 
     Attributes:
         share: of the memory, held while a thread works for the request.
         seconds_left: of work for it.
         owner: name of the key that asks; without keys each request is its own owner.
-        served_until: when the owner's work would be done if each owner had one thread to itself.
+        served_until_s: when the owner's work would be done if each owner had one thread to itself.
     """
 
-    share: Share
+    share: MemoryShare
     seconds_left: float
     owner: str | None = None
-    served_until: float = 0
+    served_until_s: float = 0
 
 
 @dataclass(eq=False, slots=True)
 class _Job:
     """Holds neither the work nor its result: an image in a reference cycle would wait for garbage collection."""
 
-    turn: Turn
-    large: bool
-    until: float
+    turn: RequestTurn
+    is_large: bool
+    until_s: float
 
     @property
     def owner(self) -> object:
@@ -47,13 +47,13 @@ class _Job:
 
 
 @dataclass(eq=False, slots=True)
-class _Waiting:
+class _QueuedJob:
     job: _Job
     work: Callable[[], Any]
     started: asyncio.Future[Future[Any]]
 
 
-class Threads:
+class FairThreads:
     """A pool of threads with fair queueing: the owner with the least expected work so far comes first.
 
     Large images leave one thread to small ones.
@@ -66,11 +66,11 @@ class Threads:
         self.pool = ThreadPoolExecutor(count, thread_name_prefix="foldserve-decode")
         self._count = count
         self._seconds = seconds
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[_QueuedJob] = []
         self._running: set[_Job] = set()
-        self._served_until: dict[str, float] = {}  # by owner: keys, which are few
+        self._served_until_s: dict[str, float] = {}  # by owner: keys, which are few
 
-    async def run(self, turn: Turn, expected_s: float, large: bool, work: Callable[[], Any]) -> Any:
+    async def run(self, turn: RequestTurn, expected_s: float, large: bool, work: Callable[[], Any]) -> Any:
         """The result of `work`.
 
         Raises:
@@ -79,7 +79,7 @@ class Threads:
         """
         loop = asyncio.get_running_loop()
         until = self._queue(turn, expected_s, loop.time())
-        waiting = _Waiting(_Job(turn, large, until), work, loop.create_future())
+        waiting = _QueuedJob(_Job(turn, large, until), work, loop.create_future())
         self._waiting.append(waiting)
         self._start()
         try:
@@ -100,37 +100,37 @@ class Threads:
         finally:
             turn.seconds_left -= loop.time() - began
 
-    def _queue(self, turn: Turn, expected_s: float, now: float) -> float:
-        before = turn.served_until if turn.owner is None else self._served_until.get(turn.owner, 0)
+    def _queue(self, turn: RequestTurn, expected_s: float, now: float) -> float:
+        before = turn.served_until_s if turn.owner is None else self._served_until_s.get(turn.owner, 0)
         until = max(now, before) + expected_s
         if turn.owner is None:
-            turn.served_until = until
+            turn.served_until_s = until
         else:
-            self._served_until[turn.owner] = until
+            self._served_until_s[turn.owner] = until
         return until
 
     def _start(self) -> None:
         busy = {job.owner for job in self._running}
-        for waiting in sorted(self._waiting, key=lambda waiting: waiting.job.until):
+        for waiting in sorted(self._waiting, key=lambda waiting: waiting.job.until_s):
             if len(self._running) >= self._count:
                 return
             job = waiting.job
-            large = sum(other.large for other in self._running)
-            if job.owner in busy or (job.large and large >= max(1, self._count - 1)) or waiting.started.done():
+            large = sum(other.is_large for other in self._running)
+            if job.owner in busy or (job.is_large and large >= max(1, self._count - 1)) or waiting.started.done():
                 continue
             busy.add(job.owner)
             self._waiting.remove(waiting)
             self._submit(waiting)
 
-    def _submit(self, waiting: _Waiting) -> None:
+    def _submit(self, waiting: _QueuedJob) -> None:
         job = waiting.job
         self._running.add(job)
         future = self.pool.submit(waiting.work)
         job.turn.share.hold_for(future)
-        future.add_done_callback(partial(self._tell, asyncio.get_running_loop(), job))
+        future.add_done_callback(partial(self._report_done, asyncio.get_running_loop(), job))
         waiting.started.set_result(future)
 
-    def _tell(self, loop: asyncio.AbstractEventLoop, job: _Job, _: Future[Any]) -> None:
+    def _report_done(self, loop: asyncio.AbstractEventLoop, job: _Job, _: Future[Any]) -> None:
         with suppress(RuntimeError):  # the loop has ended meanwhile
             loop.call_soon_threadsafe(self._done, job)
 

@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from foldserve.reducers import METHODS
-from foldserve.reducers.method import ScoringDecoder
-from foldserve.server.engine.withdrawal.batch import ChosenImage, ChosenPrompt
+from foldserve.reducers.method import ScoredInDecoder
+from foldserve.server.engine.withdrawal.batch import ImageSelection, PromptSelection
 
 
-def merges(prompts: tuple[ChosenPrompt, ...]) -> bool:
+def merges_tokens(prompts: tuple[PromptSelection, ...]) -> bool:
     """Whether a method merges tokens, which needs the full output of layer K-1."""
     return any(_method(image).merges for prompt in prompts for image in prompt.images)
 
 
-def last_token_scores(query: Tensor, key: Tensor, prompt: ChosenPrompt, scale: float) -> Tensor:
+def last_token_scores(query: Tensor, key: Tensor, prompt: PromptSelection, scale: float) -> Tensor:
     """Attention from a prompt's last token to each of its tokens: fp32 (tokens,), mean over the heads.
 
     Args:
@@ -32,8 +32,8 @@ def last_token_scores(query: Tensor, key: Tensor, prompt: ChosenPrompt, scale: f
     return logits.softmax(-1).mean((0, 1))
 
 
-def choose(
-    prompts: tuple[ChosenPrompt, ...], scores: list[Tensor], rows: Tensor, hidden: Tensor, residual: Tensor
+def select_tokens(
+    prompts: tuple[PromptSelection, ...], scores: list[Tensor], rows: Tensor, hidden: Tensor, residual: Tensor
 ) -> None:
     """Write the chosen rows of each image into `rows`, and merged values into `hidden` and `residual`.
 
@@ -48,10 +48,10 @@ def choose(
     for prompt, of_prompt in zip(prompts, scores, strict=True):
         for image in prompt.images:
             first = image.row - prompt.row
-            _choose_of(image, of_prompt[first : first + image.tokens], rows, hidden, residual)
+            _select_in_image(image, of_prompt[first : first + image.tokens], rows, hidden, residual)
 
 
-def _choose_of(image: ChosenImage, scores: Tensor, rows: Tensor, hidden: Tensor, residual: Tensor) -> None:
+def _select_in_image(image: ImageSelection, scores: Tensor, rows: Tensor, hidden: Tensor, residual: Tensor) -> None:
     own = slice(image.row, image.row + image.tokens)
     x = torch.cat([hidden[own], residual[own]], dim=-1)  # (tokens, d + e)
     reduced = _method(image).reduce(x[None], scores[None], image.tokens - image.kept)
@@ -60,7 +60,7 @@ def _choose_of(image: ChosenImage, scores: Tensor, rows: Tensor, hidden: Tensor,
     hidden[chosen], residual[chosen] = torch.split(reduced.tokens[0], [hidden.shape[1], residual.shape[1]], dim=-1)
 
 
-def _method(image: ChosenImage) -> ScoringDecoder:
+def _method(image: ImageSelection) -> ScoredInDecoder:
     method = METHODS[image.method]
-    assert isinstance(method, ScoringDecoder)  # as the plan chose it
+    assert isinstance(method, ScoredInDecoder)  # as the plan chose it
     return method

@@ -51,14 +51,14 @@ _BY_FIELD = {
 _OTHERWISE = "has a value that is not allowed, or not allowed together with the other fields"
 
 
-def of_pydantic(error: Mapping[str, object]) -> str:
+def describe_pydantic_error(error: Mapping[str, object]) -> str:
     """The predicate of a sentence about a field, for an error of pydantic."""
     kind, context = str(error.get("type")), error.get("ctx")
     template = _BY_TYPE.get(kind) or _BY_KIND.get(kind.partition("_")[0], _OTHERWISE)
     return template.format_map(context if isinstance(context, dict) else {})
 
 
-def of_field(param: str | None) -> str:
+def describe_refused_field(param: str | None) -> str:
     """A whole sentence about a field that vLLM refused; None if vLLM did not name it."""
     if param is None:
         return "the request asks for what this server can't do, or its fields don't go together"

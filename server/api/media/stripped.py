@@ -11,7 +11,7 @@ MOST_PARTS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
-class BareFile:
+class StrippedFile:
     """The parts of a file that make its pixels.
 
     Attributes:

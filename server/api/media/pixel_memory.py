@@ -22,56 +22,56 @@ def is_large(pixels: int) -> bool:
     return pixels > _SMALL_PIXELS
 
 
-class Share:
-    """One request's part of a `Room`, given back once it is closed and no thread works on it any more.
+class MemoryShare:
+    """One request's part of a `PixelMemory`, given back once it is closed and no thread works on it any more.
 
-    `large_pixels` of its `pixels` were taken as a large request. Once `closed`, it takes nothing any more.
+    `large_pixels` of its `pixels` were taken as a large request. Once `is_closed`, it takes nothing any more.
     """
 
-    def __init__(self, room: Room) -> None:
+    def __init__(self, memory: PixelMemory) -> None:
         self.pixels = 0
         self.large_pixels = 0
-        self.closed = False
-        self._room = room
+        self.is_closed = False
+        self._memory = memory
         self._threads = 0
 
     def take_now(self, pixels: int) -> bool:
         """Takes pixels if they are free; thread-safe, even after the request has ended."""
-        return self._room.lend(self, pixels, ahead=False)
+        return self._memory.lend(self, pixels, ahead=False)
 
     async def take(self, pixels: int) -> None:
         """Waits until there is room; raises Unavailable if there is none in time."""
         if not self.take_now(pixels):
-            await self._room.wait(self, pixels)
+            await self._memory.wait(self, pixels)
 
     def hold_for(self, work: Future[Any]) -> None:
         """Holds the share until `work` is done, even if nobody waits for it any more."""
-        with self._room.lock:
+        with self._memory.lock:
             self._threads += 1
         work.add_done_callback(lambda _: self._done())
 
     def close(self) -> None:
-        with self._room.lock:
-            self.closed = True
-        self._room.settle(self)
+        with self._memory.lock:
+            self.is_closed = True
+        self._memory.reclaim(self)
 
     def is_over(self) -> bool:
-        return self.closed and not self._threads
+        return self.is_closed and not self._threads
 
     def _done(self) -> None:
-        with self._room.lock:
+        with self._memory.lock:
             self._threads -= 1
-        self._room.settle(self)
+        self._memory.reclaim(self)
 
 
 @dataclass(eq=False, slots=True)
-class _Waiting:
-    share: Share
+class _WaitingShare:
+    share: MemoryShare
     pixels: int
     served: asyncio.Future[None]
 
 
-class Room:
+class PixelMemory:
     """Pixels that all requests of one process hold in memory at once.
 
     Large requests leave an eighth of it to small ones. Each kind is served in order. A request for more than there is
@@ -88,25 +88,25 @@ class Room:
         self._most_large = self._free_large = pixels - pixels // 8
         self._seconds = seconds
         self._when_freed = when_freed
-        self._waiting: list[_Waiting] = []
+        self._waiting: list[_WaitingShare] = []
         self._loop: asyncio.AbstractEventLoop | None = None
 
     @asynccontextmanager
-    async def share(self) -> AsyncIterator[Share]:
+    async def share(self) -> AsyncIterator[MemoryShare]:
         """A share whose pixels are given back on exit."""
         self._loop = asyncio.get_running_loop()
-        share = Share(self)
+        share = MemoryShare(self)
         try:
             yield share
         finally:
             share.close()
 
-    def lend(self, share: Share, pixels: int, ahead: bool) -> bool:
+    def lend(self, share: MemoryShare, pixels: int, ahead: bool) -> bool:
         """Gives free pixels to a share. Unless it goes `ahead`, none if a request of its kind waits for them."""
         large = is_large(pixels)
         pixels = min(pixels, self._most_large if large else self._all)
         with self.lock:
-            if share.closed or self._free < pixels or (large and self._free_large < pixels):
+            if share.is_closed or self._free < pixels or (large and self._free_large < pixels):
                 return False
             if not ahead and any(is_large(waiting.pixels) == large for waiting in self._waiting):
                 return False
@@ -117,7 +117,7 @@ class Room:
                 share.large_pixels += pixels
             return True
 
-    def settle(self, share: Share) -> None:
+    def reclaim(self, share: MemoryShare) -> None:
         """Takes back a share's pixels, once it is over; thread-safe."""
         with self.lock:
             if not share.is_over() or not share.pixels:
@@ -132,9 +132,9 @@ class Room:
                 self._loop.call_soon_threadsafe(self._serve)
         self._when_freed(pixels)
 
-    async def wait(self, share: Share, pixels: int) -> None:
+    async def wait(self, share: MemoryShare, pixels: int) -> None:
         """Lends as soon as there is room; raises Unavailable if there is none in time."""
-        waiting = _Waiting(share, pixels, asyncio.get_running_loop().create_future())
+        waiting = _WaitingShare(share, pixels, asyncio.get_running_loop().create_future())
         self._waiting.append(waiting)
         self._serve()
         try:

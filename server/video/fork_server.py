@@ -1,4 +1,4 @@
-"""Forks one process per video file: `python -m foldserve.server.video.nursery FD`.
+"""Forks one process per video file: `python -m foldserve.server.video.fork_server FD`.
 
 A decoder is a million lines of C that reads a stranger's file. Its process is forked from one that has only loaded the
 libraries, so that it starts in milliseconds. It has limits on memory, processor time and output, can open nothing, and
@@ -22,7 +22,7 @@ from typing import NoReturn
 import av
 
 from foldserve.server.video import file as video_file
-from foldserve.server.video.frames import BEGUN, Bounds, DamagedVideo, Rule, VideoTooLarge
+from foldserve.server.video.frames import BEGUN, DamagedVideo, FrameRule, VideoBounds, VideoTooLarge
 
 MESSAGE_BYTES = 4096
 _PAGE = resource.getpagesize()
@@ -52,7 +52,7 @@ def _work(message: bytes, content: int, room: int, answer: int) -> NoReturn:
     """Decodes one file and exits. Writes JSON: `{"frames": ...}`, or `{"damaged" or "too_large": message}`."""
     os.write(answer, BEGUN)
     asked = json.loads(message)
-    bounds, rule = Bounds(**asked["bounds"]), Rule(**asked["rule"])
+    bounds, rule = VideoBounds(**asked["bounds"]), FrameRule(**asked["rule"])
     size = os.fstat(content).st_size
     _confine(bounds, size)
 
@@ -64,18 +64,18 @@ def _work(message: bytes, content: int, room: int, answer: int) -> NoReturn:
     try:
         with os.fdopen(content, "rb", buffering=0) as file:
             chosen = video_file.read(file, bounds, rule, put if asked["decode"] else None)  # type: ignore[arg-type]  # raw is enough for it
-        said: dict[str, object] = {"frames": [getattr(chosen, name) for name in chosen.__slots__]}
+        reply: dict[str, object] = {"frames": [getattr(chosen, name) for name in chosen.__slots__]}
     except DamagedVideo as error:
-        said = {"damaged": str(error)}
+        reply = {"damaged": str(error)}
     except VideoTooLarge as error:
-        said = {"too_large": str(error)}
+        reply = {"too_large": str(error)}
     except BaseException as error:
-        said = {"failed": type(error).__name__}
-    os.write(answer, json.dumps(said).encode())
+        reply = {"failed": type(error).__name__}
+    os.write(answer, json.dumps(reply).encode())
     os._exit(0)
 
 
-def _confine(bounds: Bounds, size: int) -> None:
+def _confine(bounds: VideoBounds, size: int) -> None:
     """From here on: no new file or socket, bounded memory and time, and no output larger than the frames may be."""
     with open("/proc/self/statm") as statm:
         used = int(statm.read().split()[0]) * _PAGE

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from foldserve.server.engine.withdrawal.batch import ChosenImage, ChosenPrompt
-from foldserve.server.engine.withdrawal.choose import choose, last_token_scores
+from foldserve.server.engine.withdrawal.batch import ImageSelection, PromptSelection
+from foldserve.server.engine.withdrawal.token_selection import last_token_scores, select_tokens
 from tests.engine.withdrawal.reference import chosen
 
 ROWS, WIDTH, HEADS, KV_HEADS, SIZE = 40, 6, 4, 2, 8
 PROMPTS = (
-    ChosenPrompt(3, 20, (ChosenImage("fastv", 5, 9, 4, 5), ChosenImage("illava_decoder", 16, 5, 3, 11))),
-    ChosenPrompt(28, 12, (ChosenImage("illava_decoder", 29, 10, 1, 22),)),
+    PromptSelection(3, 20, (ImageSelection("fastv", 5, 9, 4, 5), ImageSelection("illava_decoder", 16, 5, 3, 11))),
+    PromptSelection(28, 12, (ImageSelection("illava_decoder", 29, 10, 1, 22),)),
 )
 """Three rows of others, 20 rows with two images, five rows of others, 12 rows with one; 24 of the 40 rows go deep."""
 
@@ -30,7 +30,7 @@ def batch(device: str = "cpu") -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_scores_equal_a_loop_over_heads(prompt: ChosenPrompt) -> None:
+def test_scores_equal_a_loop_over_heads(prompt: PromptSelection) -> None:
     query, key, *_ = batch()
     last = prompt.row + prompt.tokens - 1
     expected = torch.zeros(prompt.tokens)
@@ -52,7 +52,7 @@ def test_choice_equals_a_loop_over_tokens() -> None:
             gone |= set(less)
             for merge in merges:
                 expected[merge.at] = merge.weights @ (hidden + residual)[merge.rows]
-    choose(PROMPTS, scores, rows, hidden, residual)
+    select_tokens(PROMPTS, scores, rows, hidden, residual)
     kept = [row for row in range(ROWS) if row not in gone]
     assert rows.tolist() == kept
     torch.testing.assert_close((hidden + residual)[rows], expected[kept])
@@ -61,4 +61,4 @@ def test_choice_equals_a_loop_over_tokens() -> None:
 def test_shapes_depend_on_no_data() -> None:
     """On the meta device there is none: whatever needed a value on the host would fail."""
     query, key, hidden, residual, rows = batch("meta")
-    choose(PROMPTS, [last_token_scores(query, key, prompt, 0.3) for prompt in PROMPTS], rows, hidden, residual)
+    select_tokens(PROMPTS, [last_token_scores(query, key, prompt, 0.3) for prompt in PROMPTS], rows, hidden, residual)

@@ -30,7 +30,7 @@ _ALWAYS = {
 }
 
 
-class Failed(Exception):
+class StageFailed(Exception):
     """A stage failed. The message is one line; `details` hold the results so far."""
 
     def __init__(self, message: str, details: Mapping[str, Any] = MappingProxyType({})) -> None:
@@ -38,7 +38,7 @@ class Failed(Exception):
         self.details = details
 
 
-class Bench(Protocol):
+class JobRunner(Protocol):
     @property
     def options(self) -> GpuCheckOptions: ...
 
@@ -57,7 +57,7 @@ class Bench(Protocol):
 
 
 @dataclass(slots=True)
-class ProcessBench:
+class ProcessJobRunner:
     """Runs jobs in processes.
 
     Attributes:
@@ -71,27 +71,29 @@ class ProcessBench:
     deadline: float = 0.0
     limit_s: float = 0.0
 
-    def give(self, seconds: float) -> None:
+    def start_stage(self, seconds: float) -> None:
         """Sets the time limit of the next stage, which begins now."""
         self.limit_s, self.deadline = seconds, time.monotonic() + seconds
 
     def run(self, name: str, job: str, spec: BaseModel, result: type[_T], **env: str) -> _T:
-        asked, told, log = (self.folder / f"{name}.{suffix}" for suffix in ("asked.json", "json", "log"))
-        asked.write_text(spec.model_dump_json())
-        told.unlink(missing_ok=True)
-        command = [sys.executable, "-m", JOBS, job, str(asked), str(told)]
+        job_file, result_file, log = (self.folder / f"{name}.{suffix}" for suffix in ("asked.json", "json", "log"))
+        job_file.write_text(spec.model_dump_json())
+        result_file.unlink(missing_ok=True)
+        command = [sys.executable, "-m", JOBS, job, str(job_file), str(result_file)]
         environment = os.environ | self.device_variables | _ALWAYS | _RUNNER[self.options.model_runner] | env
         with log.open("wb") as file:
             process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
             status = self._wait(process)
         if status is None:
-            raise Failed(f"{name} was not done within {self.limit_s:.0f} s: {log}")
-        if status != 0 or not told.is_file():
-            raise Failed(f"{name} {_ending(status)}: {_last_error(log)} ({log})")
+            raise StageFailed(f"{name} was not done within {self.limit_s:.0f} s: {log}")
+        if status != 0 or not result_file.is_file():
+            raise StageFailed(f"{name} {_ending(status)}: {_last_error(log)} ({log})")
         try:
-            return result.model_validate_json(told.read_text())
+            return result.model_validate_json(result_file.read_text())
         except ValidationError as error:
-            raise Failed(f"{name} gave another answer than expected: {told} ({error.errors()[0]['msg']})") from error
+            raise StageFailed(
+                f"{name} gave another answer than expected: {result_file} ({error.errors()[0]['msg']})"
+            ) from error
 
     def _wait(self, process: subprocess.Popen[bytes]) -> int | None:
         """The exit status; None if time ran out. Then the process and its children are killed."""
