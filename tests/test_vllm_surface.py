@@ -42,6 +42,7 @@ SET = {
     "vllm.renderers.online_renderer:OnlineRenderer": ("trust_request_mm_kwargs",),
     "vllm.v1.request:Request": ("block_hashes", "skip_reading_prefix_cache"),
     "vllm.v1.core.sched.scheduler:Scheduler": ("encoder_cache_manager",),
+    "vllm.v1.worker.gpu.mm.encoder_runner:EncoderRunner": ("cudagraph_manager",),
     "vllm.v1.structured_output.request:StructuredOutputRequest": ("grammar",),
     "vllm.v1.attention.backend:CommonAttentionMetadata": (
         "_num_computed_tokens_cache",

@@ -177,9 +177,8 @@ class Planner:
 
     def _with_positions(self, reduction: Reduction) -> Reduction:
         """Fills in open positions from the server's or the family's default, if tokens are removed."""
-        if reduction.positions is None and reduction.acts_before_decoder:
-            reduction = replace(reduction, positions=self.settings.positions)
-            reduction = reduction if self.family is None else self.family.with_positions(reduction)
+        if self.family is not None:
+            reduction = self.family.with_positions(reduction, self.settings.positions)
         if reduction.positions == "keep" and self.positions is None:
             raise InvalidRequest(CANNOT_KEEP, "reduction.positions")
         return reduction

@@ -49,12 +49,15 @@ class Family(ABC):
         shape_ints: length of `Layout.shape`; 0 if all images have the layout `largest`.
         sends_bytes: images travel to the engine as uint8, see module `pixels`.
         media_tokens: placeholder tokens as text, if config.json does not have their ids.
+        is_capturable: CUDA graphs may hold `encode`: all images enter the tower in one shape, and methods that choose
+            by the image's pixels, question or seed aside, nothing is read from the device or copied to it.
     """
 
     modalities: tuple[Modality, ...] = ("image",)
     shape_ints: int = 0
     sends_bytes: bool = True
     media_tokens: Mapping[Modality, str] = MappingProxyType({})
+    is_capturable: bool = False
 
     @classmethod
     @abstractmethod
@@ -200,11 +203,15 @@ class Family(ABC):
             )
         return default.with_ratio(LOW_DETAIL_RATIO if ratio is None else ratio)
 
-    def with_positions(self, reduction: Reduction) -> Reduction:
-        """Fills in the default positions if none are given and tokens are removed before the decoder."""
+    def with_positions(self, reduction: Reduction, default: Positions | None = None) -> Reduction:
+        """Fills in the default positions if none are given and tokens are removed before the decoder.
+
+        Args:
+            default: the operator's choice, which has precedence over the family's.
+        """
         if reduction.positions is not None or not reduction.acts_before_decoder:
             return reduction
-        return replace(reduction, positions=self.default_positions(reduction))
+        return replace(reduction, positions=default or self.default_positions(reduction))
 
     def position_map(self, features: Sequence[Any]) -> PositionMap | None:
         """Positions of a request with these multimodal features; None if they are vLLM's."""

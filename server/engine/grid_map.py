@@ -18,6 +18,7 @@ from vllm.v1.serial_utils import MsgpackDecoder, MsgpackEncoder
 
 from foldserve.reducers.method import BeforeTower
 from foldserve.server.engine.regions import Region
+from foldserve.server.engine.worker import is_ours
 
 Groups: TypeAlias = tuple[Sequence[int], Sequence[int]]
 """For one grid: the group of each token (-1 if dropped), and the source token of each group."""
@@ -68,7 +69,7 @@ class GridMap(NamedTuple):
 
 def can_map(vllm_config: VllmConfig) -> bool:
     """Whether the engine's workers have `token_groups`."""
-    return str(vllm_config.parallel_config.worker_cls).startswith("foldserve.")
+    return is_ours(vllm_config)
 
 
 def needs_engine(regions: Sequence[Region]) -> bool:

@@ -16,17 +16,17 @@ from vllm.transformers_utils.processor import cached_image_processor_from_config
 
 from foldserve.kernels import ops
 from foldserve.kernels.warm_up import warm_up
-from foldserve.reducers.item import ItemPlan, Layout, plan_item
-from foldserve.reducers.pixelprune import Cells
-from foldserve.reducers.plan import InvalidReduction, Reduction
+from foldserve.reducers.item import ItemPlan
 from foldserve.server.engine import positions, withdrawal
+from foldserve.server.engine.default_plan import default_plan
 from foldserve.server.engine.encoder_budget import batches, encoder_budget
 from foldserve.server.engine.families.registry import family_of
 from foldserve.server.engine.family import PLAN_FIELDS, QUERY_FIELDS, Family, Modality
 from foldserve.server.engine.pixels import Normalize
 from foldserve.server.engine.processor import DUMMY_FIELD
 from foldserve.server.engine.refused_options import check_options
-from foldserve.server.settings import Environment, Settings
+from foldserve.server.engine.tower_graphs import SIZES, TowerGraphs, check_graphs, wants_graphs
+from foldserve.server.settings import Environment
 
 
 class FoldModel(SupportsMultiModal):
@@ -37,6 +37,7 @@ class FoldModel(SupportsMultiModal):
       this engine cannot carry out: keeping positions, or removing tokens in the decoder;
     - tower and projector run on at most as many tokens as in the profile run, which also tries the server's default
       reduction;
+    - images of the server's default reduction replay CUDA graphs if the configuration asks for these;
     - with a withdrawal layer configured, the decoder becomes a `WithdrawingDecoder`;
     - on a GPU, if the environment asks for it, reductions use Triton kernels, compiled before the server serves.
     """
@@ -45,6 +46,7 @@ class FoldModel(SupportsMultiModal):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         check_options(vllm_config)
+        check_graphs(vllm_config)
         _choose_kernels(vllm_config)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         withdrawal.withdraw(self, vllm_config, prefix)
@@ -80,11 +82,13 @@ class FoldModel(SupportsMultiModal):
         if not self._withdraws and any(plan.decoder != "none" for plan in plans):
             raise ValueError("this engine has no layer K for methods in the decoder: see `withdrawal.configure`")
         if is_dummy:
-            defaults = [self._default_plan(plan.layout) for plan in plans]
+            defaults = [default_plan(self._vllm_config, family, plan.layout) for plan in plans]
             if defaults != plans:
                 self._embed(family, kwargs, defaults)
         queries = self._query_embeds(ids)
         together = batches(plans, [plan.encoded for plan in plans], self._tokens_at_once)
+        if (graphs := self.tower_graphs) is not None:
+            together = [part for batch in together for part in graphs.parts(batch, plans)]
         if len(together) == 1:
             return self._embed(family, kwargs, plans, queries)
         embeds: dict[int, torch.Tensor] = {}
@@ -132,6 +136,14 @@ class FoldModel(SupportsMultiModal):
     ) -> MultiModalEmbeddings:
         """Embeddings of images that share a batch."""
         inputs = self._pixels(family, inputs)
+        if (graphs := self.tower_graphs) is not None and graphs.take(plans):
+            return graphs.replay(inputs["pixel_values"])
+        return self._encode(family, inputs, plans, queries)
+
+    def _encode(
+        self, family: Family, inputs: Mapping[str, Any], plans: Sequence[ItemPlan], queries: Sequence[Tensor] = ()
+    ) -> MultiModalEmbeddings:
+        """`_embed` of normalized pixels, without CUDA graphs."""
         if all(plan.is_identity for plan in plans):
             return self.unreduced(**inputs)
         images = family.encode(self, inputs, plans, queries)
@@ -156,24 +168,29 @@ class FoldModel(SupportsMultiModal):
     def _tokens_at_once(self) -> int:
         return encoder_budget(self._vllm_config).tokens
 
-    def _default_plan(self, layout: Layout) -> ItemPlan:
-        """Plan of the server's default reduction, or of no reduction if it is impossible, which requests are told.
+    @cached_property  # see `_tokens_at_once`
+    def tower_graphs(self) -> TowerGraphs | None:
+        """Graphs of the server's default reduction, which the runner captures at start-up; None if not asked for."""
+        family, model = self.family, self._vllm_config.model_config
+        if family is None or not wants_graphs(self._vllm_config):
+            return None
+        plan, side = default_plan(self._vllm_config, family, family.largest), model.hf_config.vision_config.image_size
+        count = max(1, min(max(SIZES), self._tokens_at_once // plan.encoded))
+        pixels = torch.zeros(count, 3, side, side, dtype=model.dtype, device=self._tower_device)
 
-        If the count depends on pixels, the plan keeps all tokens but one.
-        """
-        reduction = Settings.from_config(self._vllm_config.additional_config).default_reduction
-        cells = None if reduction.pruning is None else Cells.of(torch.arange(layout.tokens) < layout.tokens - 1)
-        try:
-            return plan_item(reduction, layout, cells)
-        except InvalidReduction:
-            return plan_item(Reduction(), layout)
+        def embed(pixels: Tensor) -> MultiModalEmbeddings:
+            return self._encode(family, {"pixel_values": pixels}, [plan] * len(pixels))
+
+        return TowerGraphs(plan, embed, pixels)
 
     @cached_property
     def _normalize(self) -> Normalize:
         image_processor = cached_image_processor_from_config(self._vllm_config.model_config)
-        return Normalize(
-            image_processor, self._vllm_config.model_config.dtype, next(self.vision_tower.parameters()).device
-        )
+        return Normalize(image_processor, self._vllm_config.model_config.dtype, self._tower_device)
+
+    @property
+    def _tower_device(self) -> torch.device:
+        return next(self.vision_tower.parameters()).device
 
 
 def _pop_fields(kwargs: dict[str, Any], names: Mapping[Modality, str]) -> Any:

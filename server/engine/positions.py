@@ -19,6 +19,7 @@ from vllm.utils.torch_utils import async_tensor_h2d
 
 from foldserve.reducers.refusal import InvalidReduction
 from foldserve.server.engine.identity import ItemIdentity
+from foldserve.server.engine.worker import is_ours
 
 COLUMNS = 3  # digits in base 256, each of which bfloat16 holds exactly
 
@@ -50,7 +51,7 @@ CANNOT_KEEP = (
 def position_limit(vllm_config: VllmConfig) -> int | None:
     """Positions that the model was trained for; None if the engine can't keep positions, see `CANNOT_KEEP`."""
     parallel = vllm_config.parallel_config
-    ours = vllm_config.use_v2_model_runner or parallel.worker_cls.startswith("foldserve.")
+    ours = vllm_config.use_v2_model_runner or is_ours(vllm_config)
     if not ours or parallel.pipeline_parallel_size > 1 or parallel.use_ubatching or vllm_config.speculative_config:
         return None
     return trained_positions(vllm_config.model_config)

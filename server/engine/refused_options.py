@@ -8,6 +8,7 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from foldserve.server.engine import withdrawal
+from foldserve.server.engine.tower_graphs import check_graphs
 
 RECURRENT_ON_CPU: tuple[torch.dtype, ...] = (torch.bfloat16,)  # dtypes of vLLM's CPU kernels of gated-delta layers
 
@@ -17,7 +18,7 @@ def refuse_options(*, encoder_graphs: bool, tower_adapters: bool, video_pruning_
     if encoder_graphs:
         raise ValueError(
             "cudagraph_mm_encoder in --compilation-config does not go with foldserve: a graph of the vision tower "
-            "would leave reductions out. Leave the option out"
+            "would leave reductions out. Leave the option out; --tower-graphs has graphs with the default reduction"
         )
     if tower_adapters:
         raise ValueError(
@@ -56,6 +57,7 @@ class EarlyChecks(VerifyAndUpdateConfig):
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         check_options(vllm_config)
         withdrawal.check_decoder(vllm_config)
+        check_graphs(vllm_config)
 
 
 def with_early_checks(own: type[VerifyAndUpdateConfig]) -> type[VerifyAndUpdateConfig]:

@@ -26,6 +26,7 @@ from foldserve.server.engine.positions import (
     position_changes,
     trained_positions,
 )
+from foldserve.server.engine.tower_graphs import graphs_of
 
 
 class GatheringState(ModelState):
@@ -60,11 +61,14 @@ class FoldModelState(DefaultModelState, GatheringState):
 
     - a model that can keep positions gets them from a separate buffer, which CUDA graphs may read; slot mapping and the
       sampler's random numbers use the batch's own positions, which stay. With M-RoPE vLLM has such a buffer already;
-    - padding rows are never sampled if the configuration says so.
+    - padding rows are never sampled if the configuration says so;
+    - the model's `TowerGraphs` are captured.
     """
 
     def __init__(self, vllm_config: Any, model: Any, encoder_cache: Any, device: torch.device) -> None:
         super().__init__(vllm_config, model, encoder_cache, device)
+        if self.supports_mm_inputs and (graphs := graphs_of(model)) is not None:
+            self.encoder_runner.cudagraph_manager = graphs
         self._keeps_positions: bool = getattr(model, "can_keep_positions", False)
         self._positions: torch.Tensor | None = None
         if self._keeps_positions and self.rope_state is None:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Literal
 
+from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 
 WORKERS: Mapping[Literal["cpu", "cuda"], str] = MappingProxyType(
@@ -17,3 +18,8 @@ WORKERS: Mapping[Literal["cpu", "cuda"], str] = MappingProxyType(
 def device() -> Literal["cpu", "cuda"]:
     """What this machine computes on."""
     return "cpu" if current_platform.is_cpu() else "cuda"
+
+
+def is_ours(vllm_config: VllmConfig) -> bool:
+    """Whether the engine's worker is one of `WORKERS`, or another of foldserve's."""
+    return str(vllm_config.parallel_config.worker_cls).startswith("foldserve.")

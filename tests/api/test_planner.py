@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
+from vllm.config import VllmConfig
 
 from foldserve.reducers.geometry import Stage, VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part, plan_item
@@ -15,10 +17,11 @@ from foldserve.server.api.limits.checks import shares
 from foldserve.server.api.planner import Planner, with_request_param
 from foldserve.server.api.schema import FoldChatRequest
 from foldserve.server.auto import AutoPolicy
+from foldserve.server.engine.default_plan import default_plan
 from foldserve.server.engine.encoder_budget import EncoderBudget
 from foldserve.server.engine.family import Family, Modality
 from foldserve.server.engine.withdrawal import StepCapacity
-from foldserve.server.settings import Settings
+from foldserve.server.settings import CONFIG_KEY, Settings
 
 CLIP = VisionGeometry(576, (24, 24), layers=23, class_token=True)
 SHOWN = replace(CLIP, shows_tower=True)
@@ -77,6 +80,23 @@ def test_defaults_and_details() -> None:
     assert [(plan.method, plan.kept) for plan in found] == [("folder_cls", 288), ("folder_cls", 58), ("none", 576)]
     found = plans(made, request("auto", "low", reduction_ratio=0))
     assert [plan.kept for plan in found] == [576, 576]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        Settings(),
+        Settings(default_reduction=Reduction(ratio=0.5)),
+        Settings(default_reduction=Reduction(ratio=0.5), positions="keep"),
+        Settings(default_reduction=Reduction(ratio=0.5, positions="renumber"), positions="keep"),
+        Settings(default_reduction=Reduction(decoder="withdraw", ratio=0.5), withdraw_layer=4),
+    ],
+    ids=lambda settings: str(settings.default_reduction),
+)
+def test_the_engine_expects_the_plan_of_a_request_that_says_nothing(settings: Settings) -> None:
+    family, config = OneSize(Layout.single(CLIP)), SimpleNamespace(additional_config={CONFIG_KEY: settings.to_config()})
+    made = Planner(family, settings, StepCapacity(1000, "--max-num-batched-tokens"), positions=4096)
+    assert plans(made, request("auto")) == [default_plan(cast(VllmConfig, config), family, family.largest)]
 
 
 def test_withdraw_needs_a_layer() -> None:

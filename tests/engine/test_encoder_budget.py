@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from vllm import EngineArgs
 
 from foldserve.reducers import METHODS
-from foldserve.reducers.item import Layout
 from foldserve.reducers.plan import VisionGeometry
+from foldserve.server.engine.default_plan import default_plan
 from foldserve.server.engine.encoder_budget import EncoderBudget, batches, encoder_budget
 from foldserve.server.engine.facts.model import model_facts
+from foldserve.server.engine.families.llava import LlavaFamily
 from tests import qwen_checkpoint
 from tests.engine.conftest import Case, greedy, start_engine
 from tests.engine.test_methods import ANY_TOWER, WITH_CLASS_TOKEN
@@ -286,12 +287,10 @@ def test_the_profile_run_tries_the_default_reduction_too(
 
 
 def test_where_pixels_decide_the_profile_run_tries_an_image_of_which_nearly_all_stays() -> None:
-    from foldserve.server.engine.model import FoldModel
-
-    layout = Layout.single(VisionGeometry(144, (12, 12), takes_cells=True))
+    family = LlavaFamily(VisionGeometry(144, (12, 12), takes_cells=True), "default")
     asked = {"foldserve": {"default_reduction": {"method": "pixelprune"}}}
-    model: Any = SimpleNamespace(_vllm_config=SimpleNamespace(additional_config=asked))
-    plan = FoldModel._default_plan(model, layout)
+    config: Any = SimpleNamespace(additional_config=asked)
+    plan = default_plan(config, family, family.largest)
     assert plan.kept == 143 and not plan.is_identity
 
 

@@ -31,6 +31,7 @@ def test_defaults_reduce_nothing() -> None:
         "auto_bounds": [0.0, 0.75],
         "auto_groups": {"keys": {}, "models": {}},
         "auto_under_load": False,
+        "tower_graphs": False,
         "check_answers": 500,
         "masks_padding_rows": True,
     }
@@ -53,6 +54,7 @@ def test_config_is_json_from_which_the_settings_can_be_read() -> None:
         auto_bounds=(0.25, 0.5),
         auto_groups=GroupRules({"key": "ocr"}),
         auto_under_load=True,
+        tower_graphs=True,
         check_answers=7,
     )
     config = json.loads(json.dumps({"foldserve": settings.to_config(), "other": 1}))

@@ -43,6 +43,8 @@ from foldserve.server.engine.vision import KeptTokens, encode_images, project_to
 class LlavaFamily(Family):
     """Pixtral checkpoints, which name the same architecture, are not reduced."""
 
+    is_capturable = True
+
     def __init__(self, geometry: VisionGeometry, select_strategy: str) -> None:
         self.largest = Layout.single(geometry)
         self._select_strategy = select_strategy

@@ -36,6 +36,7 @@ class VideoLlavaFamily(LlavaFamily):
     modalities = ("image", "video")
     shape_ints = 1
     sends_bytes = False  # its image processor computes with floats from the start
+    is_capturable = False  # images and videos have towers of their own
 
     def __init__(self, geometry: VisionGeometry, trained_frames: int) -> None:
         super().__init__(geometry, "default")

@@ -22,14 +22,17 @@ class HostWaits(AssertionError):
 
 
 @contextmanager
-def host_goes_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def host_goes_on(monkeypatch: pytest.MonkeyPatch, *, allow_pinned: bool = True) -> Iterator[None]:
     """Raises HostWaits where something is copied to the meta device from memory that isn't pinned.
 
     The meta device stands for the GPU. Pinned copies are allowed if they are `non_blocking`: they are what a step needs
     from the scheduler, and the host goes on while they are made. So are numbers in a tensor without dimensions, which
     travel as arguments of a kernel.
+
+    Args:
+        allow_pinned: False for what a CUDA graph holds: each replay would copy what then lies in that memory.
     """
-    pinned = _Pinned()
+    pinned = _Pinned(allow_pinned)
     with monkeypatch.context() as patch:
         patch.setattr("torch.cuda.is_available", lambda: True)
         patch.setattr("vllm.utils.torch_utils.is_pin_memory_available", lambda: True)
@@ -41,7 +44,8 @@ def host_goes_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class _Pinned:
     """Which memory would be pinned on a machine with a GPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, allowed: bool) -> None:
+        self._allowed = allowed
         self._tensors: list[Tensor] = []  # kept, so that no other one comes to lie at the address
 
     def add(self, x: Tensor) -> Tensor:
@@ -49,7 +53,9 @@ class _Pinned:
         return x
 
     def __contains__(self, x: Tensor) -> bool:
-        return any(x.untyped_storage().data_ptr() == own.untyped_storage().data_ptr() for own in self._tensors)
+        return self._allowed and any(
+            x.untyped_storage().data_ptr() == own.untyped_storage().data_ptr() for own in self._tensors
+        )
 
 
 class _Calls(TorchFunctionMode):

@@ -18,6 +18,11 @@ SUITES = {
         "withdrawal/test_reference.py",
         "withdrawal/piecewise_v2.py",
     ],
+    "graphs of the tower": [
+        "cuda/test_tower_graphs.py::test_answers_are_those_without_graphs",
+        "cuda/test_tower_graphs.py::test_the_runner_leaves_replays_to_the_model",
+        "cuda/test_tower_graphs.py::test_captured_again_after_it_was_measured",
+    ],
     "asynchronous loop": ["cuda/async_loop.py"],
     "Qwen-VL": [
         "test_qwen.py::test_all_in_one_batch_and_again_from_the_cache",
