@@ -51,6 +51,7 @@ class EngineSpec(_JobMessage):
         withdraw_layer: K, or None.
         serves: whether to use the scheduler of `foldserve serve` instead of that of `vllm.LLM`.
         arguments: fields of vLLM's `EngineArgs`.
+        settings: foldserve's own, beside `withdraw_layer`, as in vLLM's additional config.
     """
 
     model: Path
@@ -58,6 +59,7 @@ class EngineSpec(_JobMessage):
     withdraw_layer: int | None = None
     serves: bool = True
     arguments: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
 
 
 class AnswerJob(_JobMessage):
@@ -120,6 +122,49 @@ class BurstResult(_JobMessage):
     answered: int
     plain_bytes: int | None = None
     burst_bytes: int | None = None
+
+
+class TowerJob(_JobMessage):
+    """Job `tower`: batches of images with the engine's graphs of the tower and without, then requests both ways.
+
+    Attributes:
+        reduction: of the requests; the engine's default.
+        tokens: of an answer.
+    """
+
+    engine: EngineSpec
+    reduction: dict[str, Any]
+    requests: int
+    tokens: int = 8
+
+
+class TowerRow(_JobMessage):
+    """One batch.
+
+    Attributes:
+        graph_ms, eager_ms: from pixels on the device to embeddings; medians.
+        difference: the largest one of two embeddings, relative to the largest embedding.
+    """
+
+    images: int
+    graph_ms: float
+    eager_ms: float
+    difference: float
+
+
+class TowerResult(_JobMessage):
+    """Result of the job `tower`.
+
+    Attributes:
+        replays, eager_replays: graphs that were replayed for the requests, with graphs and without.
+        alike: number of requests whose answers have equal ids.
+    """
+
+    rows: tuple[TowerRow, ...]
+    replays: int
+    eager_replays: int
+    requests: int
+    alike: int
 
 
 class LoadJob(_JobMessage):

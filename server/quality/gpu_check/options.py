@@ -8,7 +8,7 @@ from typing import Literal
 
 from foldserve.server.options import option
 
-STAGES = ("machine", "smoke", "ratio-0", "reference", "graphs", "sync", "kernels", "burst", "load")
+STAGES = ("machine", "smoke", "ratio-0", "reference", "graphs", "tower", "sync", "kernels", "burst", "load")
 """In the order in which they run: those that say most about a machine come first."""
 
 

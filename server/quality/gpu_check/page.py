@@ -43,7 +43,7 @@ def write_page(results: CheckResults, folder: Path) -> None:
 def html(results: CheckResults, drawn: Sequence[Chart]) -> str:
     failed = [f"{result.stage} failed" for result in results.stages if result.status == "FAIL"]
     lead = ". ".join([results.verdict(), *failed, *([_ON_CPU] if results.device == "cpu" else [])])
-    tables = filter(None, [_load(results), _steps(results)])
+    tables = filter(None, [_load(results), _tower(results), _steps(results)])
     return page("GPU check", lead=lead, facts=results.facts, first=[_stages(results)], charts=drawn, tables=tables)
 
 
@@ -54,7 +54,7 @@ def markdown(results: CheckResults, drawn: Sequence[Chart]) -> str:
     parts += [_stages(results).markdown(), f"## {_facts(results).title}", _facts(results).markdown()]
     for chart in drawn:
         parts += [f"## {chart.title}", f"![{chart.title}]({chart.stem}.svg)", *filter(None, [chart.note])]
-    for table in filter(None, (_load(results), _steps(results))):
+    for table in filter(None, (_load(results), _tower(results), _steps(results))):
         parts += [f"## {table.title}", table.markdown(), *([table.note] if table.note else [])]
     return "\n\n".join(parts) + "\n"
 
@@ -91,6 +91,17 @@ def _load(results: CheckResults) -> Table | None:
         "process: no HTTP. Weights are dummies, so answers mean nothing; every image is another one."
     )
     return Table("Load", _LOAD_HEADINGS, cells, note=note)
+
+
+def _tower(results: CheckResults) -> Table | None:
+    cells = [
+        [name, str(row["images"]), f"{row['eager_ms']:.2f}", f"{row['graph_ms']:.2f}", f"{row['difference']:.1g}"]
+        for name, found in details(results, "tower").items()
+        for row in found["rows"]
+    ]
+    headings = ["model", "images", "ms without", "ms with graphs", "difference"]
+    note = "Medians, from pixels on the device to embeddings; the difference is relative to the largest embedding."
+    return Table("Vision tower with and without CUDA graphs", headings, cells, note=note) if cells else None
 
 
 def _steps(results: CheckResults) -> Table | None:

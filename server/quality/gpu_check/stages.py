@@ -12,6 +12,7 @@ from foldserve.server.quality.gpu_check.job_runner import JobRunner
 from foldserve.server.quality.gpu_check.load import measure_load
 from foldserve.server.quality.gpu_check.on_gpu import check_graphs, check_kernels, check_machine, check_sync
 from foldserve.server.quality.gpu_check.options import STAGES
+from foldserve.server.quality.gpu_check.tower import check_tower
 
 CPU_LIMIT_S = 600.0
 
@@ -44,6 +45,9 @@ _LIST = (
     ),
     CheckStage(
         "graphs", "engines with CUDA graphs answer as those without", 480, check_graphs, "a CPU has no CUDA graphs"
+    ),
+    CheckStage(
+        "tower", "the tower's CUDA graphs compute what it does without", 300, check_tower, "a CPU has no CUDA graphs"
     ),
     CheckStage("sync", "no step waits for the GPU", 180, check_sync, "vLLM's detector of waits watches CUDA"),
     CheckStage("kernels", "Triton kernels compute what torch does", 180, check_kernels, "Triton does not run on a CPU"),

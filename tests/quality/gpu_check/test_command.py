@@ -137,8 +137,18 @@ def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Found:
         ]
         return StagePassed("all well", {"requests": 64, "tokens": 32, "rows": rows})
 
+    def encodes(job_runner: object) -> StagePassed:
+        row = {"images": 4, "eager_ms": 3.3, "graph_ms": 0.8, "difference": 1e-6}
+        return StagePassed("all well", {"demo": {"rows": [row]}})
+
     def found(**options: object) -> CheckResults:
-        each = dict.fromkeys(STAGES, passes) | {"ratio-0": fails, "reference": compares, "burst": breaks, "load": loads}
+        each = dict.fromkeys(STAGES, passes) | {
+            "ratio-0": fails,
+            "reference": compares,
+            "tower": encodes,
+            "burst": breaks,
+            "load": loads,
+        }
         stages = {name: replace(stage, run=each[name]) for name, stage in ALL.items()}
         monkeypatch.setattr(command, "ALL", stages)
         made = GpuCheckOptions(output=tmp_path / "out", **options)  # type: ignore[arg-type]
@@ -154,18 +164,19 @@ def test_one_line_a_stage_and_all_go_on(found: Found, capsys: pytest.CaptureFixt
     assert lines[1:3] == ["PASS smoke 0 s all well", "FAIL ratio-0 0 s not well"]
     assert "FAIL burst 0 s ZeroDivisionError: of the stage itself" in lines and "Traceback" in said
     assert len(lines) == len(STAGES) and results.failed == 2
-    assert results.verdict() == "7 passed, 2 failed, 0 skipped"
+    assert results.verdict() == "8 passed, 2 failed, 0 skipped"
 
 
 def test_files(found: Found, tmp_path: Path) -> None:
-    results = found(stages=("reference", "ratio-0", "load"))
+    results = found(stages=("reference", "ratio-0", "tower", "load"))
     told = json.loads((tmp_path / "out" / "gpu-check.json").read_text())
     assert CheckResults.model_validate(told) == results
-    assert [stage["stage"] for stage in told["stages"]] == ["ratio-0", "reference", "load"]
+    assert [stage["stage"] for stage in told["stages"]] == ["ratio-0", "reference", "tower", "load"]
     page = (tmp_path / "out" / "gpu-check.md").read_text()
-    assert page.startswith("# GPU check: 2 passed, 1 failed, 0 skipped\n")
+    assert page.startswith("# GPU check: 3 passed, 1 failed, 0 skipped\n")
     assert "| GPU 0 | one \\| two |" in page and "| ratio-0 | FAIL | 0 |" in page
     assert "| plain vLLM, v2 | 0 | 9 | 9.00 | 1.0 | 1.00 | 7 | 2.0 |" in page and "64 requests of 32 tokens" in page
+    assert "| demo | 4 | 3.30 | 0.80 | 1e-06 |" in page
     plots = {plot.name: plot.read_text() for plot in (tmp_path / "out").glob("*.svg")}
     assert set(plots) == {"errors-reference.svg", "load.svg", "ttft.svg", "sequences.svg"}
     assert all(f"]({name})" in page for name in plots)
@@ -173,7 +184,7 @@ def test_files(found: Found, tmp_path: Path) -> None:
     for chart in charts({"": results}) + charts({"one": results, "other": results}):
         check(chart)
     html = (tmp_path / "out" / "index.html").read_text()
-    assert "2 passed, 1 failed, 0 skipped. ratio-0 failed" in html
+    assert "3 passed, 1 failed, 0 skipped. ratio-0 failed" in html
     assert "<dt>GPU 0</dt><dd>one | two</dd>" in html and html.index("ratio-0") < html.index("<svg")
 
 
@@ -186,7 +197,7 @@ def test_a_budget_that_is_used_up(found: Found) -> None:
 def test_what_needs_a_gpu_is_skipped_on_a_cpu(found: Found) -> None:
     results = found(device="cpu")
     skipped = {result.stage: result.line for result in results.stages if result.status == "SKIP"}
-    assert set(skipped) == {"machine", "graphs", "sync", "kernels", "load"} and all(skipped.values())
+    assert set(skipped) == {"machine", "graphs", "tower", "sync", "kernels", "load"} and all(skipped.values())
 
 
 def test_load_on_a_cpu_takes_a_small_model(found: Found, tiny_llava: Path) -> None:

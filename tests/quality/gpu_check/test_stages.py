@@ -23,10 +23,13 @@ from foldserve.server.quality.gpu_check.jobs import (
     LoadResult,
     LoadRow,
     MachineResult,
+    TowerResult,
+    TowerRow,
 )
 from foldserve.server.quality.gpu_check.load import RATIOS, measure_load
 from foldserve.server.quality.gpu_check.on_gpu import check_graphs, check_kernels, check_machine, check_sync
 from foldserve.server.quality.gpu_check.references import References
+from foldserve.server.quality.gpu_check.tower import check_tower
 from tests.quality.gpu_check.job_runners import Scripted
 
 KNOWN = References.load()
@@ -214,6 +217,44 @@ def test_machine(tmp_path: Path) -> None:
     for error in (0.9, float("nan")):
         with pytest.raises(StageFailed, match="not for this GPU"):
             check_machine(seen(error))
+
+
+def towers(**changed: Any) -> Callable[[str, str, Any], BaseModel]:
+    """A result of both engines; `changed` for the demo model's."""
+    rows = tuple(TowerRow(images=n, graph_ms=0.8 * n, eager_ms=3.3, difference=1e-6) for n in (1, 2))
+    good = TowerResult(rows=rows, replays=30, eager_replays=0, requests=40, alike=40)
+    return lambda name, job, spec: good.model_copy(update=changed if "demo" in name else {})
+
+
+def test_tower(tmp_path: Path) -> None:
+    scripted = job_runner(tmp_path, towers())
+    passed = check_tower(scripted)
+    times = "3.30 -> 0.80 at 1, 3.30 -> 1.60 at 2"
+    assert passed.line == f"40 answers alike; ms without -> with graphs, by images: {times}"
+    assert passed.details["7b-shape"]["replays"] == 30
+    (_, demo, env), (_, large, _) = scripted.ran
+    assert env["VLLM_PLUGINS"] == "foldserve" and demo.engine.arguments["dtype"] == "float32"
+    for spec in (demo, large):
+        assert spec.engine.settings["tower_graphs"] and not spec.engine.arguments.get("enforce_eager")
+        assert spec.engine.settings["default_reduction"] == spec.reduction
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"alike": 39}, "39 of 40 answers"),
+        ({"replays": 0}, "0 graphs replayed with them"),
+        ({"eager_replays": 3}, "3 without: nothing was compared"),
+        ({"rows": (TowerRow(images=1, graph_ms=1, eager_ms=3, difference=2e-3),)}, "are off by 0.002"),
+        ({"rows": (TowerRow(images=1, graph_ms=1, eager_ms=3, difference=float("nan")),)}, "are off by nan"),
+    ],
+    ids=str,
+)
+def test_graphs_of_the_tower_that_compute_something_else_fail(
+    changed: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(StageFailed, match=message):
+        check_tower(job_runner(tmp_path, towers(**changed)))
 
 
 def test_kernels(tmp_path: Path) -> None:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from foldserve.server.engine.encoder_budget import EncoderBudget
+from foldserve.server.engine.tower_graphs import TowerGraphs
+from foldserve.server.quality.engine.gpu_check.engine import model_of, start_engine
 from foldserve.server.quality.gpu_check.burst import check_burst
+from foldserve.server.quality.gpu_check.common import engine
 from foldserve.server.quality.gpu_check.correctness import check_reference
 from foldserve.server.quality.gpu_check.job_runner import StageFailed
-from foldserve.server.quality.gpu_check.jobs import LoadJob
+from foldserve.server.quality.gpu_check.jobs import EngineSpec, LoadJob, TowerJob, TowerResult
 from foldserve.server.quality.gpu_check.load import load_engine
 from foldserve.server.quality.gpu_check.options import GpuCheckOptions
 from foldserve.server.quality.gpu_check.references import References
 from tests import qwen_checkpoint
+from tests.engine.cuda.recorded import Recorded
 from tests.quality.gpu_check.job_runners import InProcess
 
 
@@ -36,6 +42,49 @@ def test_a_burst_without_the_bound_fails(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("foldserve.server.engine.model.encoder_budget", lambda config: unbound)
     with pytest.raises(StageFailed, match="the tower had"):
         check_burst(InProcess(tmp_path))
+
+
+@pytest.fixture
+def recorded_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded operators in the place of CUDA graphs, captured once the engine is there."""
+    monkeypatch.setattr("foldserve.server.engine.tower_graphs.CudaGraph", Recorded)
+    monkeypatch.setattr("foldserve.server.engine.tower_graphs._conflicts", lambda config: iter(()))
+
+    def started(spec: EngineSpec) -> Any:
+        llm = start_engine(spec)
+        model_of(llm).tower_graphs.capture(None)
+        return llm
+
+    monkeypatch.setattr("foldserve.server.quality.engine.gpu_check.tower.start_engine", started)
+
+
+def tower_result(folder: Path) -> TowerResult:
+    from foldserve.server.quality.engine.gpu_check.tower import run
+
+    reduction = {"method": "folder", "ratio": 0.66, "positions": "keep"}
+    settings = {"default_reduction": reduction, "tower_graphs": True}
+    small = engine(InProcess(folder), dtype="float32", max_num_batched_tokens=1200, enable_prefix_caching=False)
+    return run(
+        TowerJob(engine=small.model_copy(update={"settings": settings}), reduction=reduction, requests=9, tokens=3)
+    )
+
+
+def test_graphs_of_the_tower(tmp_path: Path, recorded_graphs: None) -> None:
+    seen = tower_result(tmp_path)
+    assert (seen.requests, seen.alike, seen.eager_replays) == (9, 9, 0) and seen.replays
+    assert [row.images for row in seen.rows] == [1, 2, 4, 8]
+    assert max(row.difference for row in seen.rows) < 1e-6 < min(row.graph_ms for row in seen.rows)
+
+
+def test_graphs_of_the_tower_that_read_old_pixels(
+    tmp_path: Path, recorded_graphs: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(graphs: TowerGraphs, pixels: torch.Tensor) -> torch.Tensor:
+        graphs.replays[len(pixels)] += 1
+        return graphs._graphs[len(pixels)].replay().clone()
+
+    monkeypatch.setattr(TowerGraphs, "replay", stale)
+    assert min(row.difference for row in tower_result(tmp_path).rows) > 1e-2
 
 
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])

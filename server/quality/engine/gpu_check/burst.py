@@ -4,52 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
-from vllm import LLM, SamplingParams
+from vllm import LLM
 
 from foldserve.server.engine.encoder_budget import encoder_budget
-from foldserve.server.engine.processor import KWARG
 from foldserve.server.engine.worker import device
-from foldserve.server.quality.engine.gpu_check.engine import SchedulerWatch, model_of, start_engine
+from foldserve.server.quality.engine.gpu_check.engine import SchedulerWatch, model_of, noise_answers, start_engine
 from foldserve.server.quality.gpu_check.jobs import BurstJob, BurstResult
 
 
 def run(spec: BurstJob) -> BurstResult:
     llm = start_engine(spec.engine)
     profiled = encoder_budget(llm.llm_engine.vllm_config).images
-    _ask(llm, profiled, 1, None)  # warm-up
+    noise_answers(llm, profiled, 1, None)  # warm-up
     with _memory() as plain:
-        _ask(llm, profiled, 2, None)
+        noise_answers(llm, profiled, 2, None)
     watch = SchedulerWatch(llm)
     with _memory() as burst, _encoded(llm) as encoded:
-        answered = _ask(llm, spec.images, 3, spec.reduction)
+        answers = noise_answers(llm, spec.images, 3, spec.reduction)
     return BurstResult(
         profiled=profiled,
         scheduled=watch.images,
         encoded=max(encoded),
-        answered=answered,
+        answered=sum(len(ids) == 1 for ids in answers),
         plain_bytes=plain.get("bytes"),
         burst_bytes=burst.get("bytes"),
     )
-
-
-def _ask(llm: LLM, count: int, seed: int, reduction: dict[str, Any] | None) -> int:
-    """Sends `count` requests, each with an image of noise. Returns how many were answered."""
-    size = llm.llm_engine.vllm_config.model_config.hf_config.vision_config.image_size
-    random = np.random.default_rng(seed)
-    prompts = []
-    for pixels in random.integers(0, 256, (count, size, size, 3), dtype=np.uint8):
-        prompt: dict[str, Any] = {
-            "prompt": "<s>USER: <image>\nWhat is in the picture? ASSISTANT:",
-            "multi_modal_data": {"image": Image.fromarray(pixels)},
-        }
-        prompts.append(prompt if reduction is None else prompt | {"mm_processor_kwargs": {KWARG: reduction}})
-    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True), use_tqdm=False)
-    return sum(len(output.outputs[0].token_ids) == 1 for output in outputs)
 
 
 @contextmanager

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from vllm import LLM
+import numpy as np
+from PIL import Image
+from vllm import LLM, SamplingParams
 
 from foldserve.server.engine import withdrawal
+from foldserve.server.engine.processor import KWARG
 from foldserve.server.engine.scheduler import make_scheduler
 from foldserve.server.engine.worker import WORKERS, device
 from foldserve.server.quality.gpu_check.jobs import EngineSpec
@@ -26,7 +29,7 @@ def start_engine(spec: EngineSpec) -> LLM:
         "enable_prefix_caching": True,
     } | spec.arguments
     if spec.foldserve:
-        ours: dict[str, Any] = {"masks_padding_rows": True}  # as a server does
+        ours: dict[str, Any] = {"masks_padding_rows": True, **spec.settings}  # as a server does
         if spec.withdraw_layer is not None:
             runs_ahead = arguments.get("async_scheduling") is not False
             arguments |= withdrawal.configure(spec.withdraw_layer, device=device(), async_scheduling=runs_ahead)
@@ -35,6 +38,23 @@ def start_engine(spec: EngineSpec) -> LLM:
             arguments |= {"worker_cls": WORKERS[device()]} | ({"scheduler_cls": _SERVES} if spec.serves else {})
         arguments["additional_config"] = {CONFIG_KEY: ours}
     return LLM(str(spec.model), **arguments)
+
+
+def noise_answers(
+    llm: LLM, count: int, seed: int, reduction: dict[str, Any] | None, tokens: int = 1
+) -> list[list[int]]:
+    """Sends `count` requests at once, each with an image of noise. Returns the ids of each answer."""
+    size = llm.llm_engine.vllm_config.model_config.hf_config.vision_config.image_size
+    random = np.random.default_rng(seed)
+    prompts = []
+    for pixels in random.integers(0, 256, (count, size, size, 3), dtype=np.uint8):
+        prompt: dict[str, Any] = {
+            "prompt": "<s>USER: <image>\nWhat is in the picture? ASSISTANT:",
+            "multi_modal_data": {"image": Image.fromarray(pixels)},
+        }
+        prompts.append(prompt if reduction is None else prompt | {"mm_processor_kwargs": {KWARG: reduction}})
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True), use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
 
 
 def scheduler_of(llm: LLM) -> Any:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from statistics import median
-
 import torch
 import vllm._custom_ops  # noqa: F401  loads vLLM's compiled operators
 
+from foldserve.server.quality.engine.gpu_check.timing import median_s
 from foldserve.server.quality.gpu_check.jobs import MachineJob, MachineResult
 
 _SIDE = 8192
@@ -24,22 +21,10 @@ def run(spec: MachineJob) -> MachineResult:
         device=torch.cuda.get_device_name(),
         capability=f"{major}.{minor}",
         torch=torch.__version__,
-        gemm_tflops=2 * _SIDE**3 / _seconds(lambda: a @ b) / 1e12,
-        copy_gb_per_s=2 * _COPIED / _seconds(lambda: target.copy_(source)) / 1e9,  # read and written
+        gemm_tflops=2 * _SIDE**3 / median_s(lambda: a @ b) / 1e12,
+        copy_gb_per_s=2 * _COPIED / median_s(lambda: target.copy_(source)) / 1e9,  # read and written
         silu_error=_silu_error(),
     )
-
-
-def _seconds(call: Callable[[], object]) -> float:
-    """Median of ten calls, after three to warm up."""
-    times = []
-    for _ in range(13):
-        torch.accelerator.synchronize()
-        start = time.perf_counter()
-        call()
-        torch.accelerator.synchronize()
-        times.append(time.perf_counter() - start)
-    return median(times[3:])
 
 
 def _silu_error() -> float:
