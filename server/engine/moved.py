@@ -1,4 +1,4 @@
-"""vLLM names that move in its next version; import them from here. Delete the `except` branch at the next pin."""
+"""vLLM names that move or change in its next version; import them from here. Delete the `except` branches at the next pin."""
 
 from __future__ import annotations
 
@@ -9,4 +9,14 @@ except ModuleNotFoundError:
     from vllm.renderers.chat_utils import MODALITY_PLACEHOLDERS_MAP
     from vllm.v1.core.kv_cache_utils import check_enough_kv_cache_memory, get_kv_cache_groups
 
-__all__ = ["MODALITY_PLACEHOLDERS_MAP", "check_enough_kv_cache_memory", "get_kv_cache_groups"]
+try:  # from 0.33 on
+    from vllm.transformers_utils.processors.internvl import InternVLChatVideoProcessor
+except ImportError:
+    from vllm.transformers_utils.processors.internvl import InternVLVideoProcessor as InternVLChatVideoProcessor
+
+__all__ = [
+    "MODALITY_PLACEHOLDERS_MAP",
+    "InternVLChatVideoProcessor",
+    "check_enough_kv_cache_memory",
+    "get_kv_cache_groups",
+]

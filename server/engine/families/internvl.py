@@ -23,7 +23,6 @@ from vllm.model_executor.models.internvl import (
 )
 from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageSize
-from vllm.transformers_utils.processors.internvl import InternVLVideoProcessor
 
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part
@@ -31,6 +30,7 @@ from foldserve.reducers.reduction import Reduction
 from foldserve.server.engine.families.tiles import TiledImages, TilesFamily
 from foldserve.server.engine.family import FRAME_OPTIONS, Modality, refuse_choice_in_pieces
 from foldserve.server.engine.model import FoldModel
+from foldserve.server.engine.moved import InternVLChatVideoProcessor
 from foldserve.server.engine.vision import KeptTokens
 
 
@@ -101,9 +101,9 @@ class InternVLFamily(TilesFamily):
 class ImageOptionsInfo(InternVLProcessingInfo):
     """Modification: image options, such as the number of tiles, no longer fail in the video processor."""
 
-    def get_video_processor(self, **kwargs: object) -> InternVLVideoProcessor:
+    def get_video_processor(self, **kwargs: object) -> InternVLChatVideoProcessor:
         asked = self.ctx.get_merged_mm_kwargs(kwargs)
-        return InternVLVideoProcessor(asked.get("image_size", self.get_hf_config().vision_config.image_size))
+        return InternVLChatVideoProcessor(asked.get("image_size", self.get_hf_config().vision_config.image_size))
 
 
 class FoldInternVLMultiModalProcessor(TiledImages, InternVLMultiModalProcessor):
