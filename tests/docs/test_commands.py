@@ -11,7 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
-from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.entrypoints.cli.serve import ServeSubcommand
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from foldserve.server import cli, commands
@@ -41,7 +41,7 @@ def test_a_block_runs_or_says_why_not(block: Block) -> None:
 @pytest.fixture(scope="module")
 def engine_options() -> frozenset[str]:
     """Those of `vllm serve`."""
-    actions = make_arg_parser(FlexibleArgumentParser())._actions
+    actions = ServeSubcommand().subparser_init(FlexibleArgumentParser().add_subparsers())._actions
     return frozenset(option for action in actions for option in action.option_strings)
 
 

@@ -22,6 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from foldserve.server.engine.plugin import vllm_version
 from tools.gpu import bootstrap, fatbin
 from tools.gpu.parts import MIB, cut, require_size
 
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--parts", type=int, help="more than so many are an error")
     parser.add_argument("--capability", default="9.0", help="of the GPU, as nvidia-smi names it (%(default)s)")
     parser.add_argument("--have", type=Path, help="`pip freeze` of the machine: what is there stays out")
-    parser.add_argument("--vllm", default="0.32.0", help="version of its CUDA wheel (%(default)s)")
+    parser.add_argument("--vllm", default=vllm_version(), help="version of its CUDA wheel (%(default)s)")
     parser.add_argument("--wheels", type=Path, help="folder with all wheels, vLLM's too: nothing is fetched")
     args = parser.parse_args(argv)
     have = frozenset(_names(args.have.read_text())) if args.have else frozenset[str]()
