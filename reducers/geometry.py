@@ -29,6 +29,7 @@ class VisionGeometry:
     layers: int = 0  # encoder layers that run, up to the one whose output is used
     class_token: bool = False  # token 0 of the tower is a class token, which the tower drops at its end
     stages: frozenset[Stage] = frozenset(Stage) - {Stage.PROJECTOR}  # where methods may work
+    decoder_refusal: str = ""  # if `stages` has no decoder: why, as the middle of a sentence
     varies: bool = False
     any_resolution: bool = False  # the tokens of each tile are laid out as a square: the kept number must be a square
     projector: str | None = None  # name of the method that the checkpoint's projector was trained with

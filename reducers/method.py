@@ -306,9 +306,9 @@ class InDecoder(Method):
 
     def check(self, geometry: VisionGeometry) -> None:
         if self.stage not in geometry.stages:
+            reason = geometry.decoder_refusal or "which this model does not allow"
             raise InvalidReduction(
-                f"{self.name!r} removes tokens in the decoder, and some layers of this model's keep a recurrent state, "
-                "which can't forget tokens that it has seen: choose a method before the decoder",
+                f"{self.name!r} removes tokens in the decoder, {reason}: choose a method before the decoder",
                 "withdraw" if self.default_ratio is None else "method",
             )
 

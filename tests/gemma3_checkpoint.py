@@ -6,7 +6,6 @@ import string
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -15,7 +14,7 @@ from transformers import (
     GemmaTokenizer,
 )
 
-from tests.random_weights import draw_weights
+from tests.random_weights import draw_weights, publish_tower_names
 
 SIDE, WINDOW = 168, 64
 """Of an image, in pixels: 24 x 24 patches, averaged to 6 x 6 tokens. And of the layers that see a window of tokens."""
@@ -26,7 +25,6 @@ _TEMPLATE = (
     "{% else %}{% for c in m.content %}{% if c.type == 'text' %}{{ c.text }}{% else %}<start_of_image>{% endif %}"
     "{% endfor %}{% endif %}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
-_TOWER = "vision_tower."
 
 
 def write(path: Path) -> Path:
@@ -54,9 +52,7 @@ def write(path: Path) -> Path:
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(0.1)  # they give the logits too, which would leave one token only
     model.save_pretrained(path)
-    weights = load_file(path / "model.safetensors")
-    renamed = {name.replace(_TOWER, f"{_TOWER}vision_model."): weight for name, weight in weights.items()}
-    save_file(renamed, path / "model.safetensors", metadata={"format": "pt"})
+    publish_tower_names(path)
     images = Gemma3ImageProcessor(size={"height": SIDE, "width": SIDE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
     Gemma3Processor(images, tokenizer, chat_template=_TEMPLATE, image_seq_length=36).save_pretrained(path)
     return path

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     LlavaOnevisionConfig,
@@ -17,6 +16,8 @@ from transformers import (
     Qwen2Tokenizer,
     SiglipVisionConfig,
 )
+
+from tests.random_weights import publish_tower_names
 
 SIDE = 126
 """Of a tile, in pixels: 9 x 9 tokens, which pool to 5 x 5, as the published 27 x 27 do to 14 x 14."""
@@ -62,7 +63,7 @@ def write(path: Path, layers: int = 4) -> Path:
     model = LlavaOnevisionForConditionalGeneration(whole)
     _draw_weights(model)
     model.save_pretrained(path)
-    _rename(path)
+    publish_tower_names(path)
     size = {"height": SIDE, "width": SIDE}
     images = LlavaOnevisionImageProcessor(size=size, image_grid_pinpoints=model.config.image_grid_pinpoints)
     videos = LlavaOnevisionVideoProcessor(size=size)
@@ -88,12 +89,3 @@ def _draw_weights(model: LlavaOnevisionForConditionalGeneration) -> None:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * scale)
             elif name.endswith(("bias", "newline")):
                 weight.copy_(torch.randn(weight.shape, generator=generator) * (0.1 if "bias" in name else 1.0))
-
-
-def _rename(path: Path) -> None:
-    """To the names that are published; transformers 5 saves another one of the tower, which vLLM does not know."""
-    file = path / "model.safetensors"
-    weights = load_file(file)
-    published = {name: name.replace("vision_tower.", "vision_tower.vision_model.", 1) for name in weights}
-    assert "vision_tower.embeddings.patch_embedding.weight" in weights and "image_newline" in weights
-    save_file({published[name]: weight for name, weight in weights.items()}, file, metadata={"format": "pt"})

@@ -1,8 +1,11 @@
-"""Random weights of small checkpoints."""
+"""Weights of small checkpoints: random values, published names."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
+from safetensors.torch import load_file, save_file
 
 
 def draw_weights(model: torch.nn.Module) -> None:
@@ -17,3 +20,17 @@ def draw_weights(model: torch.nn.Module) -> None:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * 0.1)
             elif name.endswith("A_log"):  # of recurrent layers: states that remember tens of tokens
                 weight.copy_(-torch.rand(weight.shape, generator=generator) * 3 - 1)
+
+
+def publish_tower_names(path: Path) -> None:
+    """Name the towers' weights in a saved checkpoint `..._tower.vision_model...`, as published, for vLLM.
+
+    transformers 5 saves towers of CLIP and SigLIP without `vision_model`.
+    """
+    file = path / "model.safetensors"
+    weights = load_file(file)
+    for name in list(weights):
+        tower, dot, rest = name.partition("_tower.")
+        if dot and not rest.startswith("vision_model."):
+            weights[f"{tower}_tower.vision_model.{rest}"] = weights.pop(name)
+    save_file(weights, file, metadata={"format": "pt"})

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPVisionConfig,
@@ -25,7 +24,7 @@ from transformers import (
     VideoLlavaVideoProcessor,
 )
 
-from tests.random_weights import draw_weights
+from tests.random_weights import draw_weights, publish_tower_names
 
 SIDE = 72
 """Of an image or a frame, in pixels: 12 x 12 patches, which LLaVA-NeXT-Video pools to 6 x 6."""
@@ -91,17 +90,10 @@ def write_llava_next_video(path: Path) -> Path:
 
 
 def _save(model: PreTrainedModel, processor: ProcessorMixin, path: Path) -> Path:
-    """Tensors by the names that are published; transformers 5 saves others of the towers."""
     draw_weights(model)
     model.save_pretrained(path)
     processor.save_pretrained(path)
-    file = path / "model.safetensors"
-    weights = load_file(file)
-    for name in list(weights):
-        tower, dot, rest = name.partition("_tower.")
-        if dot and not rest.startswith("vision_model."):
-            weights[f"{tower}_tower.vision_model.{rest}"] = weights.pop(name)
-    save_file(weights, file, metadata={"format": "pt"})
+    publish_tower_names(path)
     return path
 
 

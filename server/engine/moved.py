@@ -1,4 +1,7 @@
-"""vLLM names that move or change in its next version; import them from here. Delete the `except` branches at the next pin."""
+"""vLLM names that move or change in its next version; import them from here.
+
+Delete the `except` branches at the next pin.
+"""
 
 from __future__ import annotations
 

@@ -80,7 +80,9 @@ def test_methods_in_the_decoder(kind: str, server: Live, client: OpenAI) -> None
         with pytest.raises(BadRequestError, match="attend to each other in both directions") as caught:
             ask(client, reduction={"withdraw": True})
         assert caught.value.param == "reduction.withdraw"
-    reason = "chooses among tokens that lie in one piece" if kind == "idefics3" else "works in the decoder"
+    reason = (
+        "chooses among tokens that lie in one piece" if kind == "idefics3" else "choose a method before the decoder"
+    )
     with pytest.raises(BadRequestError, match=reason) as caught:
         ask(client, reduction={"method": "fastv", "ratio": 0.5})
     assert caught.value.param == "reduction.method"

@@ -28,7 +28,13 @@ SHOWN = replace(CLIP, shows_tower=True)
 SIGLIP = VisionGeometry(729, (27, 27), layers=26)
 
 
-RECURRENT = VisionGeometry(729, (27, 27), layers=26, stages=frozenset({Stage.AFTER_TOWER}))
+RECURRENT = VisionGeometry(
+    729,
+    (27, 27),
+    layers=26,
+    stages=frozenset({Stage.AFTER_TOWER}),
+    decoder_refusal="and it forgets nothing",
+)
 """Before a decoder in which nothing can be removed."""
 
 
@@ -115,10 +121,12 @@ def test_withdraw_needs_a_layer() -> None:
     ids=str,
 )
 def test_no_layer_is_asked_for_where_none_would_do(asked: dict[str, Any], param: str) -> None:
-    with pytest.raises(InvalidReduction, match="a recurrent state, which can't forget tokens") as caught:
+    with pytest.raises(InvalidReduction, match="in the decoder, and it forgets nothing: choose") as caught:
         planner(RECURRENT).check(request("auto", reduction=asked))
     assert caught.value.param == param
     assert planner(RECURRENT).check(request("auto", reduction={"ratio": 0.5}))
+    with pytest.raises(InvalidReduction, match="in the decoder, which this model does not allow: choose"):
+        planner(replace(RECURRENT, decoder_refusal="")).check(request("auto", reduction=asked))
 
 
 def test_method_that_the_tower_has_not() -> None:

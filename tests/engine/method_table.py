@@ -55,6 +55,8 @@ MODELS: Mapping[str, Write] = {
     "Gemma-3": lambda folder, clip: gemma3_checkpoint.write(folder),
 }
 
+_HOW = "add the model to MODELS (tests/engine/method_table.py), then run: .venv/bin/python -m tests.engine.method_table"
+
 
 def column(family: Family | None) -> list[str]:
     """For each method `i` for images, `v` for videos, or `-`."""
@@ -63,14 +65,14 @@ def column(family: Family | None) -> list[str]:
 
 def assert_documented(model: str, llm: Any) -> None:
     """The page says of this model what its family says."""
-    assert dict(zip(METHODS, _documented(model), strict=True)) == dict(
-        zip(METHODS, column(family_of(llm.model_config)), strict=True)
-    )
+    documented = dict(zip(METHODS, _documented(model), strict=True))
+    assert documented == dict(zip(METHODS, column(family_of(llm.model_config)), strict=True)), _HOW
 
 
 def _documented(model: str) -> list[str]:
     head, *rows = _cells()
-    assert [row[0] for row in rows] == [f"`{name}`" for name in METHODS]
+    assert model in head, f"{PAGE.name} has no column {model!r}: {_HOW}"
+    assert [row[0] for row in rows] == [f"`{name}`" for name in METHODS], _HOW
     return [row[head.index(model)] for row in rows]
 
 

@@ -203,7 +203,11 @@ def test_what_is_left_of_an_image_attends_both_ways(whole: Any, checkpoint: Path
         ({"method": "downsample", "ratio": 0.5}, "method", "before tower"),
         ({"ratio": 0.99}, "ratio", "ratio 0.99 would remove 35 of 36"),
         ({"withdraw": True}, "withdraw", "attend to each other in both directions"),
-        ({"method": "folder+fastv", "ratio": 0.5}, "method", "reduce before the decoder"),
+        (
+            {"method": "folder+fastv", "ratio": 0.5},
+            "method",
+            "see a window of tokens: choose a method before",
+        ),
     ],
     ids=str,
 )

@@ -21,8 +21,6 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 from vllm.multimodal.parse import ImageSize
 
 from foldserve.reducers.geometry import Stage
-from foldserve.reducers.item import Layout
-from foldserve.reducers.reduction import InvalidReduction, Reduction
 from foldserve.server.engine.families.tiles import TiledImages, TilesFamily
 from foldserve.server.engine.model import FoldModel
 
@@ -31,6 +29,9 @@ class Gemma3Family(TilesFamily):
     """Tiles are the whole image, then its crops."""
 
     stages = frozenset({Stage.AFTER_TOWER})
+    decoder_refusal = (
+        "where this model's image tokens attend to each other in both directions and most layers see a window of tokens"
+    )
     base_is_last = False
 
     @classmethod
@@ -55,15 +56,6 @@ class Gemma3Family(TilesFamily):
     def largest_size(self, info: Any) -> ImageSize:
         size: ImageSize = info.get_image_size_with_most_features()
         return size
-
-    def of_image(self, reduction: Reduction, layout: Layout) -> Reduction:
-        if reduction.decoder is not None:
-            raise InvalidReduction(
-                f"method {reduction.decoder!r} works in the decoder, where this model's image tokens attend to each "
-                "other in both directions and most layers see a window of tokens only: reduce before the decoder",
-                "withdraw" if reduction.withdraw else "method",
-            )
-        return super().of_image(reduction, layout)
 
 
 class FoldGemma3MultiModalProcessor(TiledImages, Gemma3MultiModalProcessor):

@@ -46,6 +46,7 @@ from foldserve.server.engine.processor import ShortenedRuns
 from foldserve.server.engine.qwen_tower import encode_reducing, encode_showing_patches
 from foldserve.server.engine.vision import KeptTokens, reduce_features, run_in_groups, take_members
 
+_RECURRENT = "and some layers of this model's keep a recurrent state, which can't forget tokens that it has seen"
 _GRIDS: Mapping[Modality, str] = {"image": "image_grid_thw", "video": "video_grid_thw"}
 
 
@@ -354,6 +355,7 @@ def _any_size(model_config: ModelConfig) -> VisionGeometry:
         0,
         layers=vision.depth,
         stages=frozenset(stages),
+        decoder_refusal=_RECURRENT if model_config.is_hybrid else "",
         varies=True,
         takes_cells=takes_cells,
         windowed_layers=windowed,

@@ -28,6 +28,7 @@ class TilesFamily(EqualGridsFamily):
 
     Attributes:
         stages: where a tile may be reduced.
+        decoder_refusal: see `VisionGeometry`.
         counts: multimodal field with the number of tiles per item, on the CPU; vLLM calls tiles patches.
         tile_fields: multimodal fields with a row per tile of all items, pixels first.
         base_is_last: the whole image comes after its tiles.
@@ -36,6 +37,7 @@ class TilesFamily(EqualGridsFamily):
     shape_ints = 1
     sends_bytes = False
     stages = frozenset({Stage.AFTER_TOWER, Stage.DECODER})
+    decoder_refusal = ""
     counts: ClassVar[Mapping[Modality, str]] = {"image": "num_patches"}
     tile_fields: ClassVar[Mapping[Modality, tuple[str, ...]]] = {"image": ("pixel_values",)}
     base_is_last: ClassVar[bool] = True
@@ -43,7 +45,7 @@ class TilesFamily(EqualGridsFamily):
     def __init__(self, model_config: ModelConfig, side: int) -> None:
         """`side` is a tile's, in tokens."""
         self._model_config = model_config
-        self._tile = VisionGeometry(side**2, (side, side), stages=self.stages)
+        self._tile = VisionGeometry(side**2, (side, side), stages=self.stages, decoder_refusal=self.decoder_refusal)
 
     @abstractmethod
     def tiles(self, info: Any, size: ImageSize, kwargs: Mapping[str, object]) -> int:
