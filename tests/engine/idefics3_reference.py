@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
-from tests.engine.keeping_reference import Answer, Placed
-from tests.engine.tiles_reference import Sequenced, TilesReference
-from tests.engine.withdrawal.reference import withdrawn_forward
+from tests.engine.tiles_reference import WithdrawingTilesReference
 
 
 def tiling(width: int, height: int, side: int, longest: int) -> tuple[int, int]:
@@ -24,21 +22,21 @@ def tiling(width: int, height: int, side: int, longest: int) -> tuple[int, int]:
     return -(-max(high, 1) // side), -(-max(wide, 1) // side)
 
 
-class Idefics3Reference(TilesReference):
-    """Tokens of images that withdraw are gone from layer K on."""
+class Idefics3Reference(WithdrawingTilesReference):
+    """See `WithdrawingTilesReference`."""
 
     mark = "<image>"
 
     def __init__(self, path: Path, layer: int) -> None:
-        super().__init__(path)
-        self.layer = layer
+        super().__init__(path, layer)
         vision = self.config.vision_config
         self.tile_side, self.side = (
             vision.image_size,
             vision.image_size // vision.patch_size // self.config.scale_factor,
         )
-        self.decoder = self.model.model.text_model
-        self.decoder.rotary_emb = self.placed = Placed(self.decoder.rotary_emb)
+
+    def decoder(self) -> Any:
+        return self.model.model.text_model
 
     def pieces(self, image: Image.Image) -> list[str | int]:
         longest = self.processor.image_processor.size["longest_edge"]
@@ -60,19 +58,3 @@ class Idefics3Reference(TilesReference):
     def features(self, pixels: Tensor) -> Tensor:
         found: Tensor = self.model.model.get_image_features(pixels[None], return_dict=True).pooler_output
         return found
-
-    def greedy(self, prompt: Sequenced, tokens: int) -> Answer:
-        embeds, kept = prompt.embeds, torch.ones(len(prompt.embeds), dtype=torch.bool)
-        for plan, rows in prompt.rows:
-            kept[rows] = plan.decoder != "withdraw"
-        self.placed.places, self.placed.following = prompt.places, prompt.following
-        out: list[int] = []
-        logprobs: list[float] = []
-        for _ in range(tokens):
-            hidden = withdrawn_forward(self.decoder, embeds, kept, self.layer)
-            distribution = self.model.lm_head(hidden[-1]).log_softmax(-1)
-            out.append(int(distribution.argmax()))
-            logprobs.append(float(distribution[out[-1]]))
-            embeds = torch.cat([embeds, self.model.get_input_embeddings()(torch.tensor([out[-1]]))])
-            kept = torch.cat([kept, torch.ones(1, dtype=torch.bool)])
-        return out, logprobs

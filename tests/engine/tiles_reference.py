@@ -17,8 +17,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part, plan_item
 from foldserve.reducers.reduction import Reduction
-from tests.engine.keeping_reference import Answer
+from tests.engine.keeping_reference import Answer, Placed
 from tests.engine.plain_tower import after_tower
+from tests.engine.withdrawal.reference import withdrawn_forward
 
 
 class Sequenced(NamedTuple):
@@ -136,3 +137,31 @@ class TilesReference(ABC):
         if plan.keeps_positions:
             tiles = [(tokens[source.argsort()], source.sort().values) for tokens, source in tiles]
         return plan, tiles
+
+
+class WithdrawingTilesReference(TilesReference):
+    """Tokens of images that withdraw are gone from layer K on, of decoders whose layers are named as Llama's."""
+
+    def __init__(self, path: Path, layer: int) -> None:
+        super().__init__(path)
+        self.layer = layer
+        self.decoder().rotary_emb = self.placed = Placed(self.decoder().rotary_emb)
+
+    def decoder(self) -> Any:
+        return self.model.model.language_model
+
+    def greedy(self, prompt: Sequenced, tokens: int) -> Answer:
+        embeds, kept = prompt.embeds, torch.ones(len(prompt.embeds), dtype=torch.bool)
+        for plan, rows in prompt.rows:
+            kept[rows] = plan.decoder != "withdraw"
+        self.placed.places, self.placed.following = prompt.places, prompt.following
+        out: list[int] = []
+        logprobs: list[float] = []
+        for _ in range(tokens):
+            hidden = withdrawn_forward(self.decoder(), embeds, kept, self.layer)
+            distribution = self.model.lm_head(hidden[-1]).log_softmax(-1)
+            out.append(int(distribution.argmax()))
+            logprobs.append(float(distribution[out[-1]]))
+            embeds = torch.cat([embeds, self.model.get_input_embeddings()(torch.tensor([out[-1]]))])
+            kept = torch.cat([kept, torch.ones(1, dtype=torch.bool)])
+        return out, logprobs
