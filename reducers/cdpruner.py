@@ -13,10 +13,9 @@ from torch import Tensor
 
 from foldserve.reducers import cosines
 from foldserve.reducers.cosines import Rows
-from foldserve.reducers.fold import Reduced, true_fp32, unit_rows
+from foldserve.reducers.fold import Reduced, keep, true_fp32, unit_rows
 from foldserve.reducers.method import NO_SIDE_INPUTS, AfterProjector, Kind, SideInputs
 from foldserve.reducers.options import ChoiceOption
-from foldserve.reducers.random import keep
 from foldserve.reducers.refusal import InvalidReduction
 
 if TYPE_CHECKING:

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from foldserve.reducers import cosines
 from foldserve.reducers.cosines import Rows
-from foldserve.reducers.fold import Fold, Reduced, at_least_fp32, group_sizes, merge, unit_rows
+from foldserve.reducers.fold import Reduced, at_least_fp32, keep, merge_groups, unit_rows
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import NO_SIDE_INPUTS, AfterProjector, Kind, SideInputs
 from foldserve.reducers.ops import Op
 from foldserve.reducers.options import ChoiceOption, Value
-from foldserve.reducers.random import keep
 
 if TYPE_CHECKING:
     from foldserve.reducers.plan import Plan
@@ -54,7 +53,7 @@ def divprune(
     if rest == "drop":
         return keep(x, source)
     group = torch.cat([own for _, own in found])
-    return merge(x, [Fold(group, group_sizes(group, kept), source)])
+    return merge_groups(x, group, source)
 
 
 def _choose(metric: Tensor, kept: int, geometry: Geometry, rest: Rest) -> tuple[Tensor, Tensor]:

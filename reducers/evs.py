@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from foldserve.reducers import fold
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import AcrossFrames
-from foldserve.reducers.random import keep
 
 if TYPE_CHECKING:
     from foldserve.reducers.plan import Plan
@@ -57,4 +56,4 @@ class EVS(AcrossFrames):
         return geometry.tokens // geometry.frames, "the first frame"
 
     def reduce(self, x: Tensor, plan: Plan, width: int | None = None) -> fold.Reduced:
-        return keep(x, most_changed(change(x[..., :width], plan.frames), plan.kept))
+        return fold.keep(x, most_changed(change(x[..., :width], plan.frames), plan.kept))

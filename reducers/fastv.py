@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from foldserve.reducers.fold import Reduced
+from foldserve.reducers.fold import Reduced, keep
 from foldserve.reducers.illava import remaining_indices
 from foldserve.reducers.method import ScoredInDecoder
-from foldserve.reducers.random import keep
 
 
 def fastv(x: Tensor, score: Tensor, r: int) -> Reduced:

@@ -171,6 +171,33 @@ def merge(
     return Reduced(by_columns(x, source.shape[1], mean), total, source, group)
 
 
+def merge_groups(x: Tensor, group: Tensor, source: Tensor) -> Reduced:
+    """Merge the tokens of each group into their mean.
+
+    Args:
+        x: (B, n, d), any float dtype.
+        group: (B, n) int64, the output token that each token goes into.
+        source: (B, n_out) int64, the token of each group whose place the output token takes.
+    """
+    return merge(x, [Fold(group, group_sizes(group, source.shape[1]), source)])
+
+
+def keep(x: Tensor, kept: Tensor) -> Reduced:
+    """Keep the tokens at the distinct ascending indices `kept`, (m,) or (B, m), and drop the others."""
+    source = _to_device(kept, x.device).expand(x.shape[0], -1)
+    slots = torch.arange(kept.shape[-1], device=x.device).expand_as(source)
+    group = source.new_full(x.shape[:2], -1).scatter_(1, source, slots)
+    tokens = x.gather(1, source.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+    return Reduced(tokens, torch.ones_like(source), source, group)
+
+
+def _to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device without waiting for it, which needs pinned memory on a GPU."""
+    if x.device == device:
+        return x
+    return (x.pin_memory() if torch.cuda.is_available() else x).to(device, non_blocking=True)
+
+
 def by_columns(x: Tensor, n_out: int, reduce: Callable[[Tensor], Tensor]) -> Tensor:
     """(B, n, d) -> (B, n_out, d) in the dtype of x: `reduce`, which treats columns alike, on some columns at a time.
 

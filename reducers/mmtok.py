@@ -10,11 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from foldserve.reducers.fold import AT_ONCE, Reduced, true_fp32, unit_rows
+from foldserve.reducers.fold import AT_ONCE, Reduced, keep, true_fp32, unit_rows
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import NO_SIDE_INPUTS, QUERY_TOKENS, AfterProjector, Kind, SideInputs
 from foldserve.reducers.options import ChoiceOption, Value
-from foldserve.reducers.random import keep
 from foldserve.reducers.refusal import InvalidReduction
 
 if TYPE_CHECKING:
@@ -186,12 +185,13 @@ class MMTok(AfterProjector):
     def reduce(self, x: Tensor, plan: Plan, width: int | None = None, side: SideInputs = NO_SIDE_INPUTS) -> Reduced:
         assert side.tower is not None
         n, temperature = x.shape[1], TEXT_TEMPERATURE[self.query_form]
-        queries = side.queries or [x.new_empty(0, x.shape[2])] * len(x)
+        projected = x[..., :width]
+        queries = side.queries or [projected.new_empty(0, projected.shape[2])] * len(x)
         at_once = max(1, AT_ONCE // (n * (QUERY_TOKENS + n)))
         source = []
         for first in range(0, len(x), at_once):
             some = slice(first, first + at_once)
-            each = zip(x[some, :, :width], side.tower[some], queries[some], strict=True)
+            each = zip(projected[some], side.tower[some], queries[some], strict=True)
             covers = torch.stack([coverage(*image, text_temperature=temperature) for image in each])
             source.append(most_covering(covers, plan.kept))
         return keep(x, torch.cat(source))

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from foldserve.reducers import fold
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.method import AcrossFrames
-from foldserve.reducers.random import keep
 
 if TYPE_CHECKING:
     from foldserve.reducers.plan import Plan
@@ -118,4 +117,4 @@ class VidCom2(AcrossFrames):
         return geometry.frames, "a token for each frame"
 
     def reduce(self, x: Tensor, plan: Plan, width: int | None = None) -> fold.Reduced:
-        return keep(x, vidcom2(x[..., :width], plan.frames, plan.kept))
+        return fold.keep(x, vidcom2(x[..., :width], plan.frames, plan.kept))

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor, nn
 from vllm.lora.layers import VocabParallelEmbeddingWithLoRA
 
-from foldserve.reducers.fold import Reduced
+from foldserve.reducers.fold import Reduced, keep
 from foldserve.reducers.geometry import VisionGeometry
 from foldserve.reducers.item import ItemPlan, Layout, Part, plan_item
 from foldserve.reducers.method import NO_SIDE_INPUTS, AfterProjector, AfterTower, SideInputs
-from foldserve.reducers.random import keep
 from foldserve.reducers.reduction import Reduction
 from foldserve.server.engine.families.mmvp import MmvpFamily
 from foldserve.server.engine.families.video_llava import VideoLlavaFamily

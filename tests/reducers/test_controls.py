@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from foldserve.reducers.downsample import grid_for, interpolate_positions, resize
+from foldserve.reducers.fold import keep
 from foldserve.reducers.pool import pool, windows
-from foldserve.reducers.random import draw_indices, keep
+from foldserve.reducers.random import draw_indices
 from tests.reducers.check import assert_fp32_inside, assert_nothing_read, assert_partition, draw, few
 
 sides = st.integers(1, 5)

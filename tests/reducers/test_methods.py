@@ -9,10 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from foldserve.reducers import METHODS
 from foldserve.reducers.attention import LayerAttention
 from foldserve.reducers.base_only import BaseOnly
+from foldserve.reducers.fold import Reduced
 from foldserve.reducers.item import Layout, plan_item
 from foldserve.reducers.method import (
     AcrossFrames,
@@ -26,7 +28,7 @@ from foldserve.reducers.method import (
     SideInputs,
 )
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
-from tests.reducers.check import draw
+from tests.reducers.check import assert_fp32_inside, assert_nothing_read, assert_same_bits_alone, draw
 
 CLIP = VisionGeometry(576, (24, 24), 23, class_token=True, shows_tower=True)
 SIGLIP = VisionGeometry(729, (27, 27), 26)
@@ -95,6 +97,27 @@ def test_a_method_does_with_tokens_what_its_kind_says(name: str) -> None:
         assert method.kind == Kind.DECODER
     else:
         assert method.kind == Kind.INPUT
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if isinstance(method, AfterTower)])
+def test_the_rules_of_methods_after_the_tower(name: str) -> None:
+    """The same bits alone as in a batch; decisions in fp32, by the first `width` columns; no wait for the device."""
+    is_across_frames = isinstance(METHODS[name], AcrossFrames)
+    geometry = VisionGeometry(144, frames=4) if is_across_frames else VisionGeometry(144, (12, 12), shows_tower=True)
+    plan = make_plan(Reduction.parse({"method": name, "ratio": 0.75}), geometry)
+    x, tower = draw(2, (3, 144, 32), (3, 144, 16))
+
+    def reduce(x: Tensor, tower: Tensor, width: int | None = None) -> Reduced:
+        method = plan.reducer
+        if isinstance(method, AfterProjector):
+            return method.reduce(x, plan, width, SideInputs(tower))
+        assert isinstance(method, AfterTower)
+        return method.reduce(x, plan, width)
+
+    assert_same_bits_alone(reduce, x, tower)
+    assert_fp32_inside(reduce, x, tower)
+    assert_nothing_read(reduce, x, tower)
+    assert torch.equal(reduce(x, tower, 16).source, reduce(x[..., :16].contiguous(), tower).source)
 
 
 def test_a_method_that_rounds_down_leaves_two_tokens_or_refuses() -> None:
