@@ -107,6 +107,7 @@ BEFORE_THE_DECODER = [
     one_image(*SIZES[0], method="mmtok", ratio=0.6, query=QUERY),
     one_image(*SIZES[1], method="mmtok", ratio=0.6, query=QUERY, positions="renumber"),
     two_images({"method": "mmtok", "ratio": 0.5}, {"method": "mmtok", "ratio": 0.5, "query": QUERY}),
+    one_image(*SIZES[0], method="mmtok", ratio=0.5),  # no query at all in its batch
     Case(ask("hello there")),
 ]
 IN_THE_DECODER = [
