@@ -67,8 +67,9 @@ check: setup ## lint, formatting, types
 pin-images: setup ## write the digests of the images that deploy/ names by tag (ARGS=--check: say what is not pinned or has moved)
 	@$(BIN)/python -m tools.pin_images $(ARGS)
 
-reference: setup ## docs/reference from the code: API, command line, metrics, methods
+reference: setup ## docs/reference from the code: API, command line, metrics, methods and the models that take them (a minute)
 	@$(BIN)/python -m tools.reference
+	@$(BIN)/python -m tests.engine.method_table
 
 docs: setup ## the documentation as a site, in build/site (installs mkdocs-material)
 	@tools/docs/tools.sh $(BIN)/python $(VENV)-docs

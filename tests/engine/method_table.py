@@ -1,5 +1,5 @@
 """The table of methods and models in docs/reference/methods.md, and in short in the README: `python -m
-tests.engine.method_table` writes both anew.
+tests.engine.method_table`, part of `make reference`, writes both anew.
 
 The tests of each family compare its column with what the family says.
 """

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from math import isqrt
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from foldserve.reducers.downsample import resize
 from foldserve.reducers.fold import Reduced
 from foldserve.reducers.folder import folder, folder_cls
 from foldserve.reducers.illava import illava
+from foldserve.reducers.method import AfterProjector
 from foldserve.reducers.plan import Plan
 from foldserve.reducers.prumerge import most_attended, prumerge
 from foldserve.reducers.random import draw_indices
@@ -24,6 +25,9 @@ from tests.reducers.naive import naive_visionzip
 
 Project = Callable[[Tensor], Tensor]
 """Tokens (1, n, C) -> (1, n, hidden)"""
+
+Groups: TypeAlias = list[tuple[int, list[int]]]
+"""For each token that stays, in order, its own number and all that are in it."""
 
 
 def as_they_are(tokens: Tensor) -> Tensor:
@@ -147,13 +151,10 @@ class PlainTower:
 def _groups(features: Tensor, plan: Plan, held: list[list[int]], project: Project) -> list[list[int]]:
     """What a method after the tower puts into each token that stays; or what is in it already."""
     side = isqrt(plan.encoded)
-    if plan.method in plain_diversity.METHODS:
-        return [members for _, members in _diverse(project(features)[0], plan)]
+    if plan.method in GROUPS:
+        return [members for _, members in GROUPS[plan.method](_compared(features, plan, project), plan)]
     if plan.method == "folder":
         group = folder(features, plan.folds).group[0].tolist()
-    elif plan.method == "random":
-        kept = draw_indices(plan.encoded, plan.kept, plan.seed).tolist()
-        group = [kept.index(i) if i in kept else -1 for i in range(plan.encoded)]
     elif plan.grid is not None:  # of windows, or of places in a smaller image
         rows, columns = plan.grid
         group = [
@@ -198,23 +199,35 @@ def attend(layer: Any, hidden: Tensor, bias: Tensor) -> tuple[Tensor, Seen]:
 
 def after_tower(features: Tensor, source: Tensor, plan: Plan, project: Project = as_they_are) -> tuple[Tensor, Tensor]:
     """(1, n, C), n = plan.encoded unless tokens went before -> (1, plan.kept, hidden), and what each stands for."""
-    if plan.method in plain_diversity.METHODS:
-        return _of_projected(project(features)[0], plan)
+    if plan.method in GROUPS:
+        tokens = _compared(features, plan, project)
+        groups = GROUPS[plan.method](tokens, plan)
+        means = torch.stack([tokens[members].mean(dim=0) for _, members in groups])[None]
+        is_projected = isinstance(METHODS[plan.method], AfterProjector)
+        return means if is_projected else project(means), torch.tensor([[own for own, _ in groups]])
     tokens, source = _of_tower(features, source, plan)
     return project(tokens), source
 
 
-def _of_projected(tokens: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
-    """(n, hidden) -> (1, plan.kept, hidden)"""
-    groups = _diverse(tokens, plan)
-    means = torch.stack([tokens[members].mean(dim=0) for _, members in groups])
-    return means[None], torch.tensor([[own for own, _ in groups]])
+def _compared(features: Tensor, plan: Plan, project: Project) -> Tensor:
+    """(1, n, C) -> the tokens (n, d) among which the method chooses."""
+    return (project(features) if isinstance(METHODS[plan.method], AfterProjector) else features)[0]
 
 
-def _diverse(tokens: Tensor, plan: Plan) -> list[tuple[int, list[int]]]:
-    """(n, hidden) -> see `plain_diversity.groups`."""
+def _diverse(tokens: Tensor, plan: Plan) -> Groups:
     geometry, rest = plan.options if plan.method == "divprune" else ("plain", "drop")
     return plain_diversity.groups(plan.method, tokens.numpy(), plan.kept, str(geometry), str(rest))
+
+
+def _drawn(tokens: Tensor, plan: Plan) -> Groups:
+    return [(i, [i]) for i in draw_indices(plan.encoded, plan.kept, plan.seed).tolist()]
+
+
+GROUPS: Mapping[str, Callable[[Tensor, Plan], Groups]] = {
+    **dict.fromkeys(plain_diversity.METHODS, _diverse),
+    "random": _drawn,
+}
+"""Methods after the tower, or after the projector, whose output tokens are means: the groups of tokens (n, d)."""
 
 
 def _of_tower(features: Tensor, source: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
@@ -223,9 +236,6 @@ def _of_tower(features: Tensor, source: Tensor, plan: Plan) -> tuple[Tensor, Ten
     if plan.method == "folder":
         reduced = folder(features, plan.folds, scale="official" if "official" in plan.options else "none")
         return reduced.tokens, reduced.source
-    if plan.method == "random":
-        kept = draw_indices(plan.encoded, plan.kept, plan.seed)
-        return features[:, kept], kept[None]
     if plan.method == "pool":
         assert plan.grid is not None
         image = features.mT.reshape(1, -1, side, side)
@@ -239,5 +249,7 @@ def _of_tower(features: Tensor, source: Tensor, plan: Plan) -> tuple[Tensor, Ten
             (int((i + 0.5) * side / rows), int((j + 0.5) * side / columns)) for i in range(rows) for j in range(columns)
         ]
         return features, torch.tensor([[i * side + j for i, j in centres]])
-    assert plan.method == "none" or METHODS[plan.method].stage.value != "after_tower", plan.method
+    assert plan.method == "none" or METHODS[plan.method].stage.value != "after_tower", (
+        f"{plan.method!r} has no plain version: give it one in GROUPS of tests/engine/plain_tower.py"
+    )
     return features, source

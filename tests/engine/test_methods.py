@@ -256,4 +256,4 @@ def test_the_page_says_which_methods_work(tower: str, model: str, engines: dict[
 
 
 def test_the_readme_says_it_in_short() -> None:
-    assert between_marks(README) == in_short().strip(), "run `python -m tests.engine.method_table`"
+    assert between_marks(README) == in_short().strip(), "the README is not up to date: run `make reference`"
