@@ -41,6 +41,7 @@ def server_url(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     try:
         _wait_until_healthy(url, process, log)
         yield url
+        assert process.poll() is None, f"the server ended while it was tested. {_log_end(log)}"
     finally:
         end(process)
 
@@ -56,7 +57,11 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -
         except httpx.TransportError:
             pass
         time.sleep(0.5)
-    pytest.fail(f"the server did not come up:\n{log.read_text()[-4000:]}")
+    pytest.fail(f"the server did not come up. {_log_end(log)}")
+
+
+def _log_end(log: Path) -> str:
+    return f"The end of {log}:\n{log.read_text()[-10_000:]}"
 
 
 @pytest.fixture(scope="session")
