@@ -300,7 +300,8 @@ def _after_pruning(reduction: Reduction, layout: Layout) -> Reduction:
     own = {option.name for option in METHODS[reduction.method].options}
     options = tuple(option for option in reduction.options if option[0] in own)
     most = _kept_of_single_grid(reduction, layout)
-    return replace(reduction, first=None, options=options, ratio=None, keep_tokens=most)
+    # not `replace`: other fields took effect in `most`, and may contradict keep_tokens
+    return Reduction(reduction.method, options=options, keep_tokens=most, positions=reduction.positions)
 
 
 def _base_layout(layout: Layout) -> Layout:

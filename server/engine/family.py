@@ -192,14 +192,11 @@ class Family(ABC):
             ratio: the operator's choice, which has precedence.
         """
         if ratio is None and self.largest.tiling is not None:
-            return replace(
-                default,
-                method=Reduction().method,
-                options=(),
-                ratio=None,
-                keep_tokens=None,
+            return Reduction(
                 first="base_only",
-                query=None,
+                positions=default.positions,
+                decoder=default.decoder,
+                decoder_ratio=default.decoder_ratio,
             )
         return default.with_ratio(LOW_DETAIL_RATIO if ratio is None else ratio)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 
 TRY_IT = """
+from foldserve.reducers.item import Layout, plan_item
 from foldserve.reducers.plan import Reduction, VisionGeometry, make_plan
 from foldserve.server.api.errors import InvalidRequest, translate
 from foldserve.server.api.limits import misplaced
@@ -36,9 +37,11 @@ param, message = refused({"keep_tokens": 5, "keep_at_least": 64})
 assert param == "reduction.keep_at_least" and "beside keep_tokens" in message
 assert "keep_at_least" in refused({"keep_at_most": 64})[1]
 
-geometry = VisionGeometry(576, (24, 24), layers=2)
+geometry = VisionGeometry(576, (24, 24), layers=2, takes_cells=True)
 plans = [make_plan(Reduction.parse(fields), geometry) for fields in (asked, {"ratio": 0.9}, asked | {"ratio": 0.5})]
 assert [plan.kept for plan in plans] == [64, 58, 288]
+behind_pixels = Reduction.parse(asked | {"method": "pixelprune+folder"})
+assert plan_item(behind_pixels, Layout.single(geometry)).kept == 64
 
 schema = FoldChatRequest.model_json_schema()["properties"]["reduction"]["properties"]["keep_at_least"]
 assert schema == {
