@@ -28,6 +28,7 @@ import logging
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
@@ -38,11 +39,13 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.v1.engine.exceptions import EngineDeadError
 
+import foldserve
 from foldserve.reducers.plan import InvalidReduction
 from foldserve.server.api.library_errors import describe_pydantic_error, describe_refused_field
 
 _LONGEST_MESSAGE = 500
 _log = logging.getLogger(__name__)
+_PACKAGE = Path(foldserve.__file__).parent
 _REJECTED = Counter(
     "foldserve_requests_rejected", "Requests that were answered with an error, by its code.", ["reason"]
 )
@@ -247,8 +250,17 @@ def translate(error: Exception) -> FoldserveError:
 
 
 def _place(error: Exception) -> str:
+    """Where it was raised, and the last line of foldserve before: a mistake of ours may look like the request's."""
     frames = traceback.extract_tb(error.__traceback__)
-    return f"{frames[-1].name}, line {frames[-1].lineno}" if frames else "an unknown place"
+    if not frames:
+        return "an unknown place"
+    own = [frame for frame in frames[:-1] if Path(frame.filename).is_relative_to(_PACKAGE)]
+    return ", called from ".join(map(_line, [frames[-1], *own[-1:]]))
+
+
+def _line(frame: traceback.FrameSummary) -> str:
+    path = Path(frame.filename)
+    return f"{path.parent.name}/{path.name}:{frame.lineno} ({frame.name})"
 
 
 def from_vllm(response: ErrorResponse) -> FoldserveError:

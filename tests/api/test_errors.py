@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Callable
 from http import HTTPStatus
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from jinja2 import TemplateError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from torch import Tensor, ones
 from vllm.entrypoints.generate.base.protocol import RequestResponseMetadata
 from vllm.entrypoints.serve import create_error_response
 from vllm.exceptions import (
@@ -27,6 +29,7 @@ from vllm.exceptions import (
 from vllm.outputs import CompletionOutput, RequestOutput
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from foldserve.reducers.fold import by_columns
 from foldserve.server.api import errors
 from foldserve.server.api.errors import FoldserveError, from_vllm, render_error, render_error_event, translate
 from foldserve.server.api.schema import FoldChatRequest
@@ -233,6 +236,19 @@ def test_what_is_logged(caplog: pytest.LogCaptureFixture) -> None:
         assert "xylograph" not in caplog.text
         translate(RuntimeError("broken"))
         assert "broken" in caplog.text
+
+
+def test_where_a_library_refused_and_who_called_it(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(x: Tensor) -> Tensor:
+        raise ValueError("no good")
+
+    with caplog.at_level(logging.INFO, logger=errors.__name__):
+        try:
+            by_columns(ones(1, 2, 3), 1, refuse)
+        except ValueError as refusal:
+            translate(refusal)
+    place = r"api/test_errors.py:\d+ \(refuse\), called from reducers/fold.py:\d+ \(by_columns\)"
+    assert re.fullmatch(f"refused by a library: ValueError in {place}", caplog.messages[0])
 
 
 def test_every_kind_has_its_own_code() -> None:
