@@ -39,13 +39,12 @@ from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.v1.engine.exceptions import EngineDeadError
 
-import foldserve
 from foldserve.reducers.plan import InvalidReduction
 from foldserve.server.api.library_errors import describe_pydantic_error, describe_refused_field
 
 _LONGEST_MESSAGE = 500
 _log = logging.getLogger(__name__)
-_PACKAGE = Path(foldserve.__file__).parent
+_PACKAGE = Path(__file__).parents[2]
 _REJECTED = Counter(
     "foldserve_requests_rejected", "Requests that were answered with an error, by its code.", ["reason"]
 )

@@ -26,6 +26,7 @@ from foldserve.server.engine.pixels import Normalize
 from foldserve.server.engine.processor import DUMMY_FIELD
 from foldserve.server.engine.refused_options import check_options
 from foldserve.server.engine.tower_graphs import SIZES, TowerGraphs, check_graphs, wants_graphs
+from foldserve.server.engine.vision import KeptTokens
 from foldserve.server.settings import Environment
 
 
@@ -147,6 +148,7 @@ class FoldModel(SupportsMultiModal):
         if all(plan.is_identity for plan in plans):
             return self.unreduced(**inputs)
         images = family.encode(self, inputs, plans, queries)
+        _check_counts(images, plans)
         return [
             positions.attach(image.features, image.source) if plan.keeps_positions else image.features
             for image, plan in zip(images, plans, strict=True)
@@ -197,6 +199,13 @@ def _pop_fields(kwargs: dict[str, Any], names: Mapping[Modality, str]) -> Any:
     """Remove the fields of these names; returns the one that the batch, which has one modality, contains."""
     fields = [kwargs.pop(name, None) for name in names.values()]
     return next((field for field in fields if field is not None), None)
+
+
+def _check_counts(images: Sequence[KeptTokens], plans: Sequence[ItemPlan]) -> None:
+    """Raises RuntimeError if the family packs other counts than it plans; vLLM would say the sum of a batch alone."""
+    found, expected = [len(image.features) for image in images], [plan.kept for plan in plans]
+    if found != expected:
+        raise RuntimeError(f"{expected} embeddings were planned by the family's `layout`, but its `pack` made {found}")
 
 
 def _choose_kernels(config: VllmConfig) -> None:

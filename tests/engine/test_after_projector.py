@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -114,6 +114,19 @@ class _TwoParts(AfterTowerFamily):
 
     def pack(self, model: Any, grids: Sequence[KeptTokens], plan: ItemPlan) -> KeptTokens:
         return KeptTokens(torch.cat([grid.features for grid in grids]), torch.cat([grid.source for grid in grids]))
+
+
+class _LosesToken(_TwoParts):
+    def pack(self, model: Any, grids: Sequence[KeptTokens], plan: ItemPlan) -> KeptTokens:
+        return super().pack(model, [grids[0], *(grid._replace(features=grid.features[1:]) for grid in grids[1:])], plan)
+
+
+def test_a_family_that_packs_other_counts_than_it_plans() -> None:
+    family = _LosesToken(torch.randn(5, 8))
+    plan = plan_item(Reduction.parse({"ratio": 0.5}), family.largest)
+    parts = [(torch.randn(1, 12, 5), torch.randn(2, 9, 5))]
+    with pytest.raises(RuntimeError, match=r"\[16\] embeddings were planned by the family's `layout`, .* made \[14\]"):
+        FoldModel._encode(cast(Any, None), family, {"parts": parts}, [plan])
 
 
 def of_grid(tokens: int) -> VisionGeometry:
