@@ -55,7 +55,7 @@ MODELS: Mapping[str, Write] = {
     "Gemma-3": lambda folder, clip: gemma3_checkpoint.write(folder),
 }
 
-_HOW = "add the model to MODELS (tests/engine/method_table.py), then run: .venv/bin/python -m tests.engine.method_table"
+_HOW = "run `make reference`; a new model goes into MODELS (tests/engine/method_table.py) before"
 
 
 def column(family: Family | None) -> list[str]:
