@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from tests import siglip_checkpoint
 from tests.engine.reference import Reference
 
 MAX_TOKENS = 8
@@ -44,6 +46,34 @@ class Case:
             return {"prompt": self.prompt}
         prompt = {"prompt": self.prompt, "multi_modal_data": {"image": list(self.images)}}
         return prompt | ({"mm_processor_kwargs": {"foldserve": list(self.reductions)}} if self.reductions else {})
+
+
+class MediaCase(Case):
+    """A case whose images may be videos too, as frames in an array, in the order of the prompt."""
+
+    def to_vllm(self) -> dict[str, Any]:
+        data: dict[str, list[Any]] = {}
+        asked: dict[str, list[Any]] = {}
+        for i, item in enumerate(self.images):
+            modality = "video" if isinstance(item, np.ndarray) else "image"
+            data.setdefault(modality, []).append(item)
+            if self.reductions:
+                asked.setdefault(modality, []).append(self.reductions[i])
+        prompt = {"prompt": self.prompt, "multi_modal_data": data}
+        return prompt | ({"mm_processor_kwargs": {"foldserve": asked}} if asked else {})
+
+
+@dataclass(frozen=True)
+class FilmCase(Case):
+    """A case with one video, in the form that the model's processor takes, and what is asked of it."""
+
+    film: Any = field(kw_only=True)
+    asked: dict[str, object] = field(default_factory=dict)
+
+    def to_vllm(self) -> dict[str, Any]:
+        data = {"video": [self.film]} | ({"image": list(self.images)} if self.images else {})
+        asked = {"video": [self.asked]} | ({"image": list(self.reductions)} if self.images else {})
+        return {"prompt": self.prompt, "multi_modal_data": data, "mm_processor_kwargs": {"foldserve": asked}}
 
 
 def start_engine(path: Path, **options: Any) -> Any:
@@ -100,6 +130,18 @@ def reference(tiny_llava: Path) -> Reference:
 def llm(tiny_llava: Path) -> Iterator[Any]:
     """Chunks of 50 tokens cut every image; prefix caching is on, as by default."""
     yield start_engine(tiny_llava, max_num_batched_tokens=50, enable_prefix_caching=True)
+
+
+@pytest.fixture(scope="session")
+def siglip(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_llava` with a SigLIP tower."""
+    return siglip_checkpoint.write(tmp_path_factory.mktemp("checkpoints") / "tiny-siglip", tiny_llava)
+
+
+@pytest.fixture(scope="module")
+def engines(llm: Any, siglip: Path) -> dict[str, Any]:
+    """`llm` and its like with a SigLIP tower."""
+    return {"clip": llm, "siglip": start_engine(siglip, max_num_batched_tokens=50, enable_prefix_caching=True)}
 
 
 @pytest.fixture(scope="session")

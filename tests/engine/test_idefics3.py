@@ -31,7 +31,7 @@ from tests.engine.conftest import MAX_TOKENS, Case, by_uuid_alone, greedy, start
 from tests.engine.idefics3_reference import Idefics3Reference, tiling
 from tests.engine.maps import engine_maps, members
 from tests.engine.method_table import assert_documented
-from tests.engine.watch import forget, watch
+from tests.engine.watch import encode_in_pieces, forget, watch
 from tests.images import photo
 
 SIZES = ((300, 200), (120, 500), (168, 168), (640, 130))
@@ -122,16 +122,7 @@ def test_a_tower_that_takes_an_image_at_a_time(
     llm: Any, reference: Idefics3Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What one step encodes goes through the tower in pieces."""
-    model = llm.llm_engine.model_executor.driver_worker.get_model()
-    family, pieces = model.family, []
-
-    def select(inputs: Any, places: Any) -> Any:
-        pieces.append(places)
-        return type(family).select(family, inputs, places)
-
-    monkeypatch.setattr(model, "_tokens_at_once", 260)
-    monkeypatch.setattr(family, "select", select)
-    forget(llm)
+    pieces = encode_in_pieces(llm, 260, monkeypatch)
     assert_same(llm, reference, MIXED[5:12])
     assert len(pieces) > 1
 

@@ -23,13 +23,13 @@ from foldserve.server.engine import withdrawal
 from foldserve.server.engine.families.internvl import InternVLFamily
 from foldserve.server.engine.families.registry import family_of
 from tests import intern_checkpoint
-from tests.engine.conftest import MAX_TOKENS, Case, by_uuid_alone, greedy, start_engine
+from tests.engine.conftest import MAX_TOKENS, Case, FilmCase, by_uuid_alone, greedy, start_engine
 from tests.engine.intern_reference import Film, InternReference, tiling
 from tests.engine.keeping_reference import Answer
 from tests.engine.maps import engine_maps, members
 from tests.engine.method_table import assert_documented
 from tests.engine.qwen_reference import folder_groups
-from tests.engine.watch import forget, watch
+from tests.engine.watch import encode_in_pieces, watch
 from tests.images import photo
 
 SIZES = ((300, 200), (120, 500), (168, 168), (700, 690), (640, 130))
@@ -115,19 +115,6 @@ def assert_same(llm: Any, served: Served, cases: Sequence[Case]) -> None:
         assert logprobs == pytest.approx(expected, abs=2e-5)
 
 
-@dataclass(frozen=True)
-class FilmCase(Case):
-    """A case with one video, and what is asked of it."""
-
-    film: Film = field(default_factory=lambda: film(0))
-    asked: dict[str, Any] = field(default_factory=dict)
-
-    def to_vllm(self) -> dict[str, Any]:
-        data = {"video": [self.film]} | ({"image": list(self.images)} if self.images else {})
-        asked = {"video": [self.asked]} | ({"image": list(self.reductions)} if self.images else {})
-        return {"prompt": self.prompt, "multi_modal_data": data, "mm_processor_kwargs": {"foldserve": asked}}
-
-
 def film(seed: int, frames: int = 3) -> Film:
     return np.stack([np.asarray(photo(seed + i, 140, 112)) for i in range(frames)])
 
@@ -197,16 +184,7 @@ def test_all_in_one_batch_and_again_from_the_cache(llm: Any, served: Served) -> 
 
 def test_a_tower_that_takes_an_image_at_a_time(llm: Any, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     """What one step encodes goes through the tower in pieces."""
-    model = llm.llm_engine.model_executor.driver_worker.get_model()
-    family, pieces = model.family, []
-
-    def select(inputs: Any, places: Any) -> Any:
-        pieces.append(places)
-        return type(family).select(family, inputs, places)
-
-    monkeypatch.setattr(model, "_tokens_at_once", 260)
-    monkeypatch.setattr(family, "select", select)
-    forget(llm)
+    pieces = encode_in_pieces(llm, 260, monkeypatch)
     assert_same(llm, served, MIXED[5:12] + FILMS[:2])
     assert len(pieces) > 1
 

@@ -26,7 +26,7 @@ from foldserve.server.engine import withdrawal
 from foldserve.server.engine.families.llava_next import grid_geometry
 from foldserve.server.engine.families.llava_onevision import FoldLlavaOnevisionProcessingInfo, LlavaOnevisionFamily
 from tests import onevision_checkpoint
-from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
+from tests.engine.conftest import MAX_TOKENS, Case, MediaCase, greedy, start_engine
 from tests.engine.keeping_reference import Answer
 from tests.engine.maps import engine_maps, members
 from tests.engine.method_table import assert_documented
@@ -75,31 +75,16 @@ def expect(reference: OnevisionReference) -> Callable[[Case], Answer]:
     return generate
 
 
-class Items(Case):
-    """A case whose images may be videos too, in the order of the prompt."""
-
-    def to_vllm(self) -> dict[str, Any]:
-        data: dict[str, list[Any]] = {}
-        asked: dict[str, list[Any]] = {}
-        for i, item in enumerate(self.images):
-            modality = "video" if isinstance(item, np.ndarray) else "image"
-            data.setdefault(modality, []).append(item)
-            if self.reductions:
-                asked.setdefault(modality, []).append(self.reductions[i])
-        prompt = {"prompt": self.prompt, "multi_modal_data": data}
-        return prompt | ({"mm_processor_kwargs": {"foldserve": asked}} if asked else {})
-
-
 def ask(*parts: str) -> str:
     return f"<|im_start|>user {''.join(parts)}<|im_end|><|im_start|>assistant\n"
 
 
 def one_image(width: int, height: int, **reduction: object) -> Case:
-    return Items(ask("<image>\nwhat is it?"), [photo(width * height, width, height)], [reduction])
+    return MediaCase(ask("<image>\nwhat is it?"), [photo(width * height, width, height)], [reduction])
 
 
 def one_video(frames: int, **reduction: object) -> Case:
-    return Items(ask("<video>\nwhat happens?"), [video(frames)], [reduction])  # type: ignore[list-item]
+    return MediaCase(ask("<video>\nwhat happens?"), [video(frames)], [reduction])  # type: ignore[list-item]
 
 
 def video(frames: int) -> Video:
@@ -108,11 +93,11 @@ def video(frames: int) -> Video:
 
 def both(image: dict[str, object], film: dict[str, object]) -> Case:
     items: list[Any] = [photo(1, 200, 130), video(2)]
-    return Items(ask("<image>\nand <video>\n?"), items, [image, film])
+    return MediaCase(ask("<image>\nand <video>\n?"), items, [image, film])
 
 
 def two_images(first: dict[str, object], second: dict[str, object]) -> Case:
-    return Items(ask("<image>\nand <image>\n?"), [photo(1, 200, 130), photo(2, 100, 380)], [first, second])
+    return MediaCase(ask("<image>\nand <image>\n?"), [photo(1, 200, 130), photo(2, 100, 380)], [first, second])
 
 
 ILLAVA: dict[str, Any] = {"method": "illava", "layers": [1, 2]}

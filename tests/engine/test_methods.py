@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,7 @@ from foldserve.reducers import METHODS, Stage
 from foldserve.reducers.item import Layout, plan_item
 from foldserve.reducers.method import AcrossFrames
 from foldserve.reducers.plan import InvalidReduction, Plan, Reduction, VisionGeometry, make_plan
-from tests import siglip_checkpoint
-from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
+from tests.engine.conftest import MAX_TOKENS, Case, greedy
 from tests.engine.maps import engine_maps, members
 from tests.engine.method_table import README, assert_documented, between_marks, in_short
 from tests.engine.reference import Reference
@@ -62,22 +61,6 @@ ON_BOTH = [(tower, reduction) for tower, reductions in REDUCTIONS.items() for re
 
 def one_image(seed: int, reduction: dict[str, object]) -> Case:
     return Case("USER: <image>\nWhat is in the picture? ASSISTANT:", [photo(seed)], [reduction])
-
-
-@pytest.fixture(scope="module")
-def siglip(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return siglip_checkpoint.write(tmp_path_factory.mktemp("checkpoints") / "tiny-siglip", tiny_llava)
-
-
-@pytest.fixture(scope="module")
-def siglip_llm(siglip: Path) -> Iterator[Any]:
-    yield start_engine(siglip, max_num_batched_tokens=50, enable_prefix_caching=True)
-
-
-@pytest.fixture(scope="module")
-def engines(llm: Any, siglip_llm: Any) -> dict[str, Any]:
-    """Chunks of 50 tokens cut every image; prefix caching is on."""
-    return {"clip": llm, "siglip": siglip_llm}
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import siglip_checkpoint
-from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
+from tests.engine.conftest import MAX_TOKENS, Case, greedy
 from tests.engine.keeping_reference import KeepingReference
 from tests.images import photo
 
@@ -34,22 +32,6 @@ WITH_CLASS_TOKEN: list[dict[str, object]] = [
     {"method": "visionzip", "keep_tokens": 6},
 ]
 REDUCTIONS = {"clip": ANY_TOWER + WITH_CLASS_TOKEN, "siglip": ANY_TOWER}
-
-
-@pytest.fixture(scope="module")
-def siglip(tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return siglip_checkpoint.write(tmp_path_factory.mktemp("checkpoints") / "tiny-siglip", tiny_llava)
-
-
-@pytest.fixture(scope="module")
-def siglip_llm(siglip: Path) -> Iterator[Any]:
-    yield start_engine(siglip, max_num_batched_tokens=50, enable_prefix_caching=True)
-
-
-@pytest.fixture(scope="module")
-def engines(llm: Any, siglip_llm: Any) -> dict[str, Any]:
-    """Chunks of 50 tokens cut images."""
-    return {"clip": llm, "siglip": siglip_llm}
 
 
 @pytest.fixture(scope="module")

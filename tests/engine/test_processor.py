@@ -17,7 +17,6 @@ from transformers.models.llava.processing_llava import LlavaProcessor
 from foldserve.reducers.plan import InvalidReduction
 from foldserve.server.engine.pixels import Normalize, leaving_bytes
 from foldserve.server.engine.processor import DUMMY_FIELD, parse_reductions
-from tests import siglip_checkpoint
 from tests.images import photo
 
 IMAGES = [photo(1), photo(2, 200, 300), photo(3).convert("L").convert("RGB")]
@@ -25,10 +24,8 @@ OPTIONS: list[dict[str, Any]] = [{}, {"do_normalize": False}, {"images_kwargs": 
 
 
 @pytest.fixture(scope="module", params=["clip", "siglip"])
-def checkpoint(request: pytest.FixtureRequest, tiny_llava: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if request.param == "clip":
-        return tiny_llava
-    return siglip_checkpoint.write(tmp_path_factory.mktemp("checkpoints") / "tiny-siglip", tiny_llava)
+def checkpoint(request: pytest.FixtureRequest, tiny_llava: Path, siglip: Path) -> Path:
+    return {"clip": tiny_llava, "siglip": siglip}[request.param]
 
 
 def processors(checkpoint: Path, options: dict[str, Any]) -> tuple[Any, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +27,7 @@ from foldserve.server.engine.mrope import GridPositions
 from foldserve.server.engine.processor import FoldProcessor
 from tests import qwen_checkpoint
 from tests.engine import qwen_tower_reference
-from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
+from tests.engine.conftest import MAX_TOKENS, Case, FilmCase, greedy, start_engine
 from tests.engine.cuda.processes import run
 from tests.engine.maps import engine_maps, members
 from tests.engine.method_table import assert_documented
@@ -406,19 +406,6 @@ def test_blocks_fall_by_the_plan(llm: Any) -> None:
     )
     tokens = len(whole.prompt_token_ids) - text
     assert len(output.prompt_token_ids) == text + tokens - tokens // 2
-
-
-@dataclass(frozen=True)
-class FilmCase(Case):
-    """A case with one video, and what is asked of it."""
-
-    film: Film = field(default_factory=lambda: film(0))
-    asked: dict[str, Any] = field(default_factory=dict)
-
-    def to_vllm(self) -> dict[str, Any]:
-        data = {"video": [self.film]} | ({"image": list(self.images)} if self.images else {})
-        asked = {"video": [self.asked]} | ({"image": list(self.reductions)} if self.images else {})
-        return {"prompt": self.prompt, "multi_modal_data": data, "mm_processor_kwargs": {"foldserve": asked}}
 
 
 def film(seed: int, pictures: int = 6) -> Film:

@@ -28,7 +28,7 @@ from foldserve.server.engine.families.llava_next_video import (
 )
 from foldserve.server.engine.families.video_llava import VideoLlavaFamily
 from tests import video_checkpoint
-from tests.engine.conftest import MAX_TOKENS, Case, greedy, start_engine
+from tests.engine.conftest import MAX_TOKENS, Case, MediaCase, greedy, start_engine
 from tests.engine.keeping_reference import Answer
 from tests.engine.maps import engine_maps, members
 from tests.engine.method_table import assert_documented
@@ -52,39 +52,24 @@ SMALL = {"long_prefill_token_threshold": 90, "num_gpu_blocks_override": 33}
 """Chunks cut every image and video, and the pool has room for a few of the prompts."""
 
 
-class Items(Case):
-    """A case whose images may be videos too, in the order of the prompt."""
-
-    def to_vllm(self) -> dict[str, Any]:
-        data: dict[str, list[Any]] = {}
-        asked: dict[str, list[Any]] = {}
-        for i, item in enumerate(self.images):
-            modality = "video" if isinstance(item, np.ndarray) else "image"
-            data.setdefault(modality, []).append(item)
-            if self.reductions:
-                asked.setdefault(modality, []).append(self.reductions[i])
-        prompt = {"prompt": self.prompt, "multi_modal_data": data}
-        return prompt | ({"mm_processor_kwargs": {"foldserve": asked}} if asked else {})
-
-
 def video(frames: int, seed: int = 0) -> Video:
     return np.stack([np.asarray(photo(1000 * seed + 100 * frames + i, 90, 70)) for i in range(frames)])
 
 
-def ask(*items: Any, reductions: Sequence[dict[str, object]] = ()) -> Items:
+def ask(*items: Any, reductions: Sequence[dict[str, object]] = ()) -> MediaCase:
     marks = " and ".join("<video>" if isinstance(item, np.ndarray) else "<image>" for item in items)
-    return Items(f"USER: {marks}\nwhat is it? ASSISTANT:", items, reductions)
+    return MediaCase(f"USER: {marks}\nwhat is it? ASSISTANT:", items, reductions)
 
 
-def one_image(seed: int, **reduction: object) -> Items:
+def one_image(seed: int, **reduction: object) -> MediaCase:
     return ask(photo(seed, 80, 60 + seed), reductions=[reduction])
 
 
-def one_video(frames: int, **reduction: object) -> Items:
+def one_video(frames: int, **reduction: object) -> MediaCase:
     return ask(video(frames), reductions=[reduction])
 
 
-def several(*reductions: dict[str, object]) -> Items:
+def several(*reductions: dict[str, object]) -> MediaCase:
     """An image, a video of two frames, another image, and a video of one."""
     return ask(photo(1, 80, 60), video(2), photo(2, 60, 90), video(1), reductions=reductions)
 

@@ -80,6 +80,21 @@ def _batch_v2(runner: Any, patch: pytest.MonkeyPatch) -> Callable[[], Batch]:
     return lambda: (latest.req_ids, latest.num_computed_tokens_np, latest.query_start_loc_np)
 
 
+def encode_in_pieces(llm: Any, tokens: int, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Bounds the tower's batches to so many tokens. The places of each batch are appended to the result."""
+    model = llm.llm_engine.model_executor.driver_worker.get_model()
+    family, pieces = model.family, []
+
+    def select(inputs: Any, places: Any) -> Any:
+        pieces.append(places)
+        return type(family).select(family, inputs, places)
+
+    monkeypatch.setattr(model, "_tokens_at_once", tokens)
+    monkeypatch.setattr(family, "select", select)
+    forget(llm)
+    return pieces
+
+
 def forget(llm: Any) -> None:
     """Empties the prefix cache and the encoder cache: the next run starts as the first one did."""
     assert llm.llm_engine.reset_prefix_cache()
