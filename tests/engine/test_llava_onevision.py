@@ -26,7 +26,7 @@ from foldserve.server.engine import withdrawal
 from foldserve.server.engine.families.llava_next import grid_geometry
 from foldserve.server.engine.families.llava_onevision import FoldLlavaOnevisionProcessingInfo, LlavaOnevisionFamily
 from tests import onevision_checkpoint
-from tests.engine.conftest import MAX_TOKENS, Case, MediaCase, greedy, start_engine
+from tests.engine.conftest import MAX_TOKENS, Case, MediaCase, greedy, remembered, start_engine
 from tests.engine.keeping_reference import Answer
 from tests.engine.maps import engine_maps, members
 from tests.engine.method_table import assert_documented
@@ -64,15 +64,7 @@ def llm(checkpoint: Path) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def expect(reference: OnevisionReference) -> Callable[[Case], Answer]:
-    """What the reference says, once a case."""
-    known: dict[int, Answer] = {}
-
-    def generate(case: Case) -> Answer:
-        if id(case) not in known:
-            known[id(case)] = reference.generate(case.prompt, case.images, case.reductions, MAX_TOKENS)
-        return known[id(case)]
-
-    return generate
+    return remembered(reference)
 
 
 def ask(*parts: str) -> str:

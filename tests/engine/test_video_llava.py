@@ -28,7 +28,7 @@ from foldserve.server.engine.families.llava_next_video import (
 )
 from foldserve.server.engine.families.video_llava import VideoLlavaFamily
 from tests import video_checkpoint
-from tests.engine.conftest import MAX_TOKENS, Case, MediaCase, greedy, start_engine
+from tests.engine.conftest import MAX_TOKENS, Case, MediaCase, greedy, remembered, start_engine
 from tests.engine.keeping_reference import Answer
 from tests.engine.maps import engine_maps, members
 from tests.engine.method_table import assert_documented
@@ -164,15 +164,7 @@ def cases(checkpoint: Path) -> list[Case]:
 
 @pytest.fixture(scope="module")
 def expect(reference: VideoLlavaReference) -> Callable[[Case], Answer]:
-    """What the reference says, once a case."""
-    known: dict[int, Answer] = {}
-
-    def generate(case: Case) -> Answer:
-        if id(case) not in known:
-            known[id(case)] = reference.generate(case.prompt, case.images, case.reductions, MAX_TOKENS)
-        return known[id(case)]
-
-    return generate
+    return remembered(reference)
 
 
 def assert_same(llm: Any, expect: Callable[[Case], Answer], cases: Sequence[Case]) -> None:
