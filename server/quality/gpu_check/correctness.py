@@ -33,7 +33,7 @@ def check_smoke(job_runner: JobRunner) -> StagePassed:
     expected, answers = (first(each, _SMOKE_TOKENS) for each in (known.answers, found.rounds[0]))
     comparison = compare(known.cases, expected, answers, _16_BIT)
     require(comparison, _16_BIT)
-    line = f"{len(known.cases)} requests of all methods in bf16 on runner {found.runner}, tokens as planned"
+    line = f"{len(known.cases)} requests, methods of every kind, in bf16 on runner {found.runner}, tokens as planned"
     return StagePassed(line, {"engine": found.facts, **comparison.details})
 
 

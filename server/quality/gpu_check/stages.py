@@ -38,7 +38,7 @@ class CheckStage:
 _MEASURES = "it measures a GPU"
 _LIST = (
     CheckStage("machine", "vLLM's build fits this GPU, and what it reaches", 90, check_machine, _MEASURES),
-    CheckStage("smoke", "every method serves, with the tokens that were planned", 120, check_smoke),
+    CheckStage("smoke", "methods of every kind serve, with the tokens that were planned", 120, check_smoke),
     CheckStage("ratio-0", "where nothing is reduced, foldserve is vLLM", 180, check_ratio_zero),
     CheckStage(
         "reference", "methods compute what plain PyTorch does: in chunks, preempted, cached", 150, check_reference
